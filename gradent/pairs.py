@@ -1,0 +1,324 @@
+"""Preference pairs as one right-padded batch: `PairBatch`.
+
+Letters: B pairs, N = 2B rows (row i chosen, row B + i rejected), L tokens of the longest row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gradent.errors import InputError, PairError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["PairBatch"]
+
+TokenPair = tuple[Sequence[int], Sequence[int], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """B preference pairs as `[2B, L]` tensors: rows 0..B-1 are chosen, rows B..2B-1 rejected, right-padded.
+
+    Left-padded tensors (a trainer's own batch, say) are accepted by the constructor too: `measure` trims every row to
+    its real tokens before anything is computed.
+
+    Attributes:
+        input_ids: token ids, int64 `[2B, L]`.
+        attention_mask: 1 on real tokens, int64 `[2B, L]`.
+        completion_mask: 1 on the tokens of y (chosen or rejected), 0 on x and on padding, int64 `[2B, L]`.
+
+    Raises:
+        InputError: the three tensors do not have one shape `[2B, L]`.
+        PairError: a row has no completion token, a completion without any token before it, a hole, or a pair's two
+            rows are identical.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_mask: Tensor
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.input_ids.shape)
+        for name in ("attention_mask", "completion_mask"):
+            other = tuple(getattr(self, name).shape)
+            if other != shape:
+                raise InputError(
+                    f"PairBatch: {name} has shape {list(other)} but input_ids has shape {list(shape)}; "
+                    "all three must be [2B, L]."
+                )
+        if len(shape) != 2 or shape[0] == 0 or shape[0] % 2:
+            raise InputError(
+                f"PairBatch: input_ids has shape {list(shape)}; accepted is [2B, L] with B >= 1: "
+                "all chosen rows first, then all rejected rows in the same order."
+            )
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        keep, mark = self.attention_mask.bool(), self.completion_mask.bool()
+        runs = keep[:, 0].int() + (keep[:, 1:] & ~keep[:, :-1]).sum(1)
+        for row in range(keep.shape[0]):
+            where = self._where(row)
+            if not bool(keep[row].any()):
+                raise PairError(f"{where}: the row has no real token (attention_mask is all 0). Remove this pair.")
+            if int(runs[row]) > 1:
+                raise PairError(f"{where}: attention_mask has a hole; real tokens must be contiguous in a row.")
+            if bool((mark[row] & ~keep[row]).any()):
+                raise PairError(f"{where}: completion_mask marks padding; it may mark real tokens only.")
+            if not bool(mark[row].any()):
+                raise PairError(
+                    f"{where}: the completion is empty. A completion needs at least one token: remove this pair, or "
+                    "raise max_length if truncation ate it."
+                )
+            first = int(keep[row].int().argmax())
+            if bool(mark[row, first]):
+                raise PairError(
+                    f"{where}: the completion starts at the row's first token, so nothing predicts it. "
+                    "Give a prompt of at least one token (a BOS token will do)."
+                )
+        half = self.input_ids.shape[0] // 2
+        for pair in range(half):
+            chosen, rejected = self.row(pair), self.row(half + pair)
+            if torch.equal(chosen[0], rejected[0]) and torch.equal(chosen[1], rejected[1]):
+                raise PairError(
+                    f"pair {pair}: chosen equals rejected, token for token (after truncation, if any). Such a pair "
+                    "has no preference to learn: remove it, or raise max_length if truncation made the two equal."
+                )
+
+    def _where(self, row: int) -> str:
+        half = self.input_ids.shape[0] // 2
+        return f"pair {row % half}, {'chosen' if row < half else 'rejected'} (row {row})"
+
+    def row(self, index: int) -> tuple[Tensor, Tensor]:
+        """Real token ids and completion marks of one row, padding removed.
+
+        Args:
+            index: row, 0 <= index < 2B.
+
+        Returns:
+            `(ids, marks)`: int64 `[T]` and bool `[T]`, T the row's number of real tokens.
+        """
+        keep = self.attention_mask[index].bool()
+        return self.input_ids[index][keep], self.completion_mask[index].bool()[keep]
+
+    def __len__(self) -> int:
+        """Number of pairs, B."""
+        return int(self.input_ids.shape[0]) // 2
+
+    @property
+    def chosen_len(self) -> Tensor:
+        """Completion tokens of each chosen response, int64 `[B]`."""
+        return self.completion_mask[: len(self)].sum(1)
+
+    @property
+    def rejected_len(self) -> Tensor:
+        """Completion tokens of each rejected response, int64 `[B]`."""
+        return self.completion_mask[len(self) :].sum(1)
+
+    def select(self, pairs: Sequence[int]) -> PairBatch:
+        """The batch of the given pairs, in the given order, trimmed to its longest row.
+
+        Args:
+            pairs: pair numbers, 0 <= number < B, at least one.
+
+        Returns:
+            A new, right-padded `PairBatch`.
+        """
+        half = len(self)
+        rows = [*pairs, *(half + pair for pair in pairs)]
+        return _collate([self.row(index) for index in rows], pad_token_id=0)
+
+    @classmethod
+    def from_tokens(cls, pairs: Sequence[TokenPair], pad_token_id: int = 0) -> PairBatch:
+        """A batch from token ids.
+
+        Args:
+            pairs: `(prompt_ids, chosen_ids, rejected_ids)` of each pair; completions exclude the prompt.
+            pad_token_id: what fills rows on the right. It never enters a result.
+
+        Returns:
+            The `PairBatch` of `len(pairs)` pairs, int64 on the CPU.
+
+        Raises:
+            InputError: no pair was given, or a member is not three sequences of integers.
+            PairError: an empty prompt or completion, or a pair whose chosen equals its rejected.
+
+        Example:
+            >>> batch = PairBatch.from_tokens([([1, 2], [3], [4, 5])])
+            >>> batch.completion_mask.tolist()
+            [[0, 0, 1, 0], [0, 0, 1, 1]]
+        """
+        if len(pairs) == 0:
+            raise InputError("PairBatch.from_tokens: received no pair; at least one is needed.")
+        chosen_rows, rejected_rows = [], []
+        for number, pair in enumerate(pairs):
+            if len(pair) != 3:
+                raise InputError(
+                    f"PairBatch.from_tokens: pair {number} has {len(pair)} members; "
+                    "accepted is (prompt_ids, chosen_ids, rejected_ids)."
+                )
+            prompt, chosen, rejected = (list(map(int, part)) for part in pair)
+            for part, ids in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+                if not ids:
+                    raise PairError(f"pair {number}: {part} is empty; it needs at least one token.")
+            chosen_rows.append(_row(prompt, chosen))
+            rejected_rows.append(_row(prompt, rejected))
+        return _collate([*chosen_rows, *rejected_rows], pad_token_id)
+
+    @classmethod
+    def from_text(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Any],
+        chosen: Sequence[Any],
+        rejected: Sequence[Any],
+        max_length: int | None = 1024,
+        *,
+        add_eos: bool = False,
+    ) -> PairBatch:
+        """A batch from text, tokenized the way TRL's DPOTrainer does it.
+
+        Prompt and prompt + completion are tokenized separately and the completion starts where the two differ. Strings
+        are taken as they are; lists of messages go through the tokenizer's chat template. A row longer than
+        `max_length` loses the end of its completion (TRL's `keep_start`).
+
+        Args:
+            tokenizer: a transformers tokenizer. It needs no pad token: padding never enters a result.
+            prompts: one string, or list of messages, a pair.
+            chosen: preferred completions, of the prompts' kind.
+            rejected: dispreferred completions, of the prompts' kind.
+            max_length: most tokens a row may have; None for no limit.
+            add_eos: append the tokenizer's EOS to string completions, as TRL's DPOTrainer does while training.
+
+        Returns:
+            The `PairBatch` of `len(prompts)` pairs, int64 on the CPU.
+
+        Raises:
+            InputError: the three sequences differ in length, or are empty, or EOS is asked of a tokenizer without one.
+            PairError: an empty completion, a prompt that leaves no room under `max_length`, or chosen equal to
+                rejected.
+        """
+        if not (len(prompts) == len(chosen) == len(rejected)):
+            raise InputError(
+                f"PairBatch.from_text: received {len(prompts)} prompts, {len(chosen)} chosen and {len(rejected)} "
+                "rejected; there must be one of each a pair."
+            )
+        pairs = [
+            tokenize_pair(tokenizer, *texts, max_length=max_length, add_eos=add_eos, where=f"pair {number}")
+            for number, texts in enumerate(zip(prompts, chosen, rejected, strict=True))
+        ]
+        pad = tokenizer.pad_token_id
+        return cls.from_tokens(pairs, pad_token_id=0 if pad is None else pad)
+
+
+def tokenize_pair(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Any,
+    chosen: Any,
+    rejected: Any,
+    *,
+    max_length: int | None = 1024,
+    add_eos: bool = False,
+    where: str = "pair",
+) -> tuple[list[int], list[int], list[int]]:
+    """One pair of strings (or message lists) as `(prompt_ids, chosen_ids, rejected_ids)`, truncated to `max_length`.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        prompt: a string or a list of messages.
+        chosen: the preferred completion, of the prompt's kind.
+        rejected: the dispreferred completion, of the prompt's kind.
+        max_length: most tokens of prompt + completion; None for no limit.
+        add_eos: append EOS to string completions, as TRL's DPOTrainer does.
+        where: how an error names the pair ("pair 3", "pairs.jsonl:17").
+
+    Returns:
+        Token ids of the shared prompt and of the two completions.
+
+    Raises:
+        InputError: prompt and completions are of different kinds, or EOS is asked of a tokenizer that has none.
+        PairError: an empty completion, or a prompt that leaves no room under `max_length`.
+    """
+    if len({isinstance(part, str) for part in (prompt, chosen, rejected)}) != 1:
+        kinds = ", ".join(type(part).__name__ for part in (prompt, chosen, rejected))
+        raise InputError(
+            f"{where}: prompt, chosen and rejected are {kinds}; they must be all strings or all lists of messages."
+        )
+    for side, completion in (("chosen", chosen), ("rejected", rejected)):
+        if not completion:
+            raise PairError(f"{where}: {side} is empty; a completion needs at least one token. Remove this pair.")
+    if isinstance(prompt, str) and add_eos:
+        eos = tokenizer.eos_token
+        if eos is None:
+            raise InputError(
+                f"{where}: add_eos=True, but the tokenizer has no EOS token. Set tokenizer.eos_token, or pass "
+                "add_eos=False (command line: --no-add-eos)."
+            )
+        chosen, rejected = (text if text.endswith(eos) else text + eos for text in (chosen, rejected))
+    prompt_ids = _token_ids(tokenizer, prompt, add_generation_prompt=True)
+    chosen_ids = _token_ids(tokenizer, prompt + chosen)
+    rejected_ids = _token_ids(tokenizer, prompt + rejected)
+    start = min(_common_prefix(prompt_ids, chosen_ids), _common_prefix(prompt_ids, rejected_ids))
+    if start == 0:
+        raise PairError(
+            f"{where}: the tokenized prompt is empty (or shares no token with prompt + completion), so nothing "
+            "predicts the completion's first token. Give a longer prompt, or a tokenizer that adds a BOS token."
+        )
+    if max_length is not None and start >= max_length:
+        raise PairError(
+            f"{where}: the prompt has {start} tokens and max_length is {max_length}, which leaves no room for a "
+            "completion. Raise max_length (command line: --max-length) or shorten the prompt."
+        )
+    result = prompt_ids[:start], chosen_ids[start:max_length], rejected_ids[start:max_length]
+    for side, ids in (("chosen", result[1]), ("rejected", result[2])):
+        if not ids:
+            raise PairError(f"{where}: {side} is empty after tokenization; it needs at least one token.")
+    if result[1] == result[2]:
+        raise PairError(
+            f"{where}: chosen equals rejected, token for token (after truncation to max_length={max_length}). Such a "
+            "pair has no preference to learn: remove it, or raise max_length if truncation made the two equal."
+        )
+    return result
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: Any, *, add_generation_prompt: bool = False) -> list[int]:
+    if isinstance(text, str):
+        return list(tokenizer(text)["input_ids"])
+    encoded: Any = tokenizer.apply_chat_template(
+        text, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt
+    )
+    return list(encoded["input_ids"])
+
+
+def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    length = 0
+    for one, other in zip(left, right, strict=False):
+        if one != other:
+            break
+        length += 1
+    return length
+
+
+def _row(prompt: list[int], completion: list[int]) -> tuple[Tensor, Tensor]:
+    marks = torch.zeros(len(prompt) + len(completion), dtype=torch.bool)
+    marks[len(prompt) :] = True
+    return torch.tensor(prompt + completion, dtype=torch.int64), marks
+
+
+def _collate(rows: Sequence[tuple[Tensor, Tensor]], pad_token_id: int) -> PairBatch:
+    longest = max(len(ids) for ids, _ in rows)
+    device = rows[0][0].device
+    input_ids = torch.full((len(rows), longest), pad_token_id, dtype=torch.int64, device=device)
+    attention_mask = torch.zeros_like(input_ids)
+    completion_mask = torch.zeros_like(input_ids)
+    for index, (ids, marks) in enumerate(rows):
+        input_ids[index, : len(ids)] = ids
+        attention_mask[index, : len(ids)] = 1
+        completion_mask[index, : len(ids)] = marks.to(torch.int64)
+    return PairBatch(input_ids, attention_mask, completion_mask)
