@@ -1,0 +1,134 @@
+"""Which contraction a reduction takes, and in which chunks: decided for every layer and pair, from real lengths.
+
+Letters: T tokens (T_w chosen, T_l rejected), O and I the two sides of a weight `[O, I]`. A gradient is
+`G = Σ_t u_t v_tᵀ` with `u [T, O]`, `v [T, I]`. Two forms give `‖G_w‖²`, `‖G_l‖²`, `⟨G_w, G_l⟩`:
+
+- **gram** `Σ_{t,s} (u_t·u_s)(v_t·v_s)`: `2 (T_w² + T_w T_l + T_l²)(O + I)` flops, tiles of `[t, s]`;
+- **outer** tiles of `uᵀv`, squared and summed: `2 (T_w + T_l) O I` flops, tiles of `[o, i]`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from gradent.errors import MemoryBudgetError
+
+__all__ = ["DEFAULT_BUDGET", "Plan", "choose", "parse_budget"]
+
+DEFAULT_BUDGET = 256 * 2**20
+"""Scratch of the reductions, in bytes, where the user sets none: a few tiles that stay near the caches."""
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How one layer of one pair is reduced.
+
+    Attributes:
+        form: the contraction.
+        tile: rows and columns of a tile: tokens by tokens for `gram`, rows by columns of the weight for `outer`.
+        flops: multiply-adds counted twice, of the matrix products alone.
+        scratch: bytes held at once: the tile's products, and its operands once more where they must be widened.
+    """
+
+    form: Literal["gram", "outer"]
+    tile: tuple[int, int]
+    flops: int
+    scratch: int
+
+
+def choose(
+    t_w: int,
+    t_l: int,
+    rows: int,
+    cols: int,
+    *,
+    itemsize: int,
+    budget: int,
+    widen: bool = False,
+    weighted: bool = False,
+) -> Plan:
+    """The cheaper form for one layer and pair, in tiles that fit the budget.
+
+    Args:
+        t_w: tokens of the chosen row, T_w.
+        t_l: tokens of the rejected row, T_l.
+        rows: O, the rows of the weight.
+        cols: I, its columns.
+        itemsize: bytes of an accumulating element (4 or 8).
+        budget: bytes that the tiles may take.
+        widen: the operands are narrower than the accumulator, so that a tile's operands are copied.
+        weighted: a preconditioner multiplies the entries, which only `outer` can do.
+
+    Returns:
+        The plan; never more scratch than `budget`.
+
+    Raises:
+        MemoryBudgetError: not even a tile of one entry fits.
+    """
+    longest = max(t_w, t_l, 1)
+    gram_flops = 2 * (t_w * t_w + t_w * t_l + t_l * t_l) * (rows + cols)
+    outer_flops = 2 * (t_w + t_l) * rows * cols
+
+    def gram_bytes(tile: tuple[int, int]) -> int:
+        return itemsize * (2 * tile[0] * tile[1] + widen * (tile[0] + tile[1]) * (rows + cols))
+
+    def outer_bytes(tile: tuple[int, int]) -> int:
+        return itemsize * ((2 + weighted) * tile[0] * tile[1] + widen * (t_w + t_l) * (tile[0] + tile[1]))
+
+    if not weighted and gram_flops < outer_flops:
+        form: Literal["gram", "outer"] = "gram"
+        tile, scratch, flops = _shrink((longest, longest), gram_bytes, budget), gram_bytes, gram_flops
+    else:
+        form = "outer"
+        tile, scratch, flops = _shrink((rows, cols), outer_bytes, budget), outer_bytes, outer_flops
+    if scratch(tile) > budget:
+        raise MemoryBudgetError(
+            f"memory_budget is {budget} bytes, but the smallest tile of a [{rows}, {cols}] weight's two gradients over "
+            f"{t_w} and {t_l} tokens needs {scratch(tile)} bytes. Give at least that much."
+        )
+    return Plan(form=form, tile=tile, flops=flops, scratch=scratch(tile))
+
+
+def _shrink(tile: tuple[int, int], size: Callable[[tuple[int, int]], int], budget: int) -> tuple[int, int]:
+    """Halve the longer side until the tile fits, or is a single entry."""
+    while size(tile) > budget and tile != (1, 1):
+        tile = (-(-tile[0] // 2), tile[1]) if tile[0] >= tile[1] else (tile[0], -(-tile[1] // 2))
+    return tile
+
+
+def parse_budget(value: int | str | None) -> int | None:
+    """A user's `memory_budget` in bytes.
+
+    Args:
+        value: bytes as an int, a string such as `"512MiB"`, `"2 GB"` or `"65536"`, or None.
+
+    Returns:
+        Bytes, or None for None.
+
+    Raises:
+        MemoryBudgetError: not a positive size.
+
+    Example:
+        >>> parse_budget("512MiB")
+        536870912
+    """
+    if value is None:
+        return None
+    size: float | None = None
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?i?b?)\s*", value, re.IGNORECASE)
+        if match and match[2].lower() in _UNITS:
+            size = float(match[1]) * _UNITS[match[2].lower()]
+    elif isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    if size is None or size < 1:
+        raise MemoryBudgetError(
+            f"memory_budget={value!r} is not a size. Accepted: a positive number of bytes, or a string such as "
+            "'512MiB', '2GiB', '800MB'; None for the default."
+        )
+    return int(size)

@@ -1,0 +1,123 @@
+"""The reductions in plain torch: wide accumulation, tiles inside the budget.
+
+A result is always `[3]` float64 on the operands' device: `(‖G_w‖², ‖G_l‖², ⟨G_w, G_l⟩)`. Tiles are accumulated in
+float32 (float64 for float64 operands), in runs of `RUN` products, and the runs' sums are added in float64: one long
+float32 dot product loses four digits at the size of a weight matrix, runs of 16k lose none that matter.
+
+Letters: T tokens, O and I the two sides of a weight, K entries of a flattened tile.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradent.kernels.plan import choose
+
+__all__ = ["accumulator", "reduce_dense", "reduce_flat"]
+
+RUN = 16384
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which products of `dtype` operands are formed: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def reduce_flat(tile: Tensor) -> Tensor:
+    """Gram entries of the two rows of a tile.
+
+    Args:
+        tile: `[2, K]`, row 0 chosen, row 1 rejected, float32 or float64.
+
+    Returns:
+        `[3]` float64: `(x·x, y·y, x·y)`.
+    """
+    whole = tile.shape[1] // RUN * RUN
+    entries = torch.zeros(2, 2, dtype=torch.float64, device=tile.device)
+    if whole:
+        runs = tile[:, :whole].reshape(2, -1, RUN).transpose(0, 1)
+        entries += (runs @ runs.mT).double().sum(0)
+    rest = tile[:, whole:]
+    entries += (rest @ rest.mT).double()
+    return torch.stack((entries[0, 0], entries[1, 1], entries[0, 1]))
+
+
+def reduce_dense(
+    u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, *, budget: int, weight: Tensor | None = None
+) -> Tensor:
+    """Gram entries of `G_w = u_wᵀ v_w` and `G_l = u_lᵀ v_l`, neither of which is ever held whole.
+
+    Args:
+        u_w: `[T_w, O]`, any float dtype.
+        v_w: `[T_w, I]`.
+        u_l: `[T_l, O]`.
+        v_l: `[T_l, I]`.
+        budget: bytes that the tiles may take.
+        weight: `[O, I]` or None; square root of the metric's diagonal, which multiplies every entry of G.
+
+    Returns:
+        `[3]` float64.
+
+    Raises:
+        MemoryBudgetError: not even one row of a tile fits.
+    """
+    wide = accumulator(u_w.dtype)
+    plan = choose(
+        u_w.shape[0],
+        u_l.shape[0],
+        u_w.shape[1],
+        v_w.shape[1],
+        itemsize=wide.itemsize,
+        budget=budget,
+        widen=u_w.dtype != wide or v_w.dtype != wide,
+        weighted=weight is not None,
+    )
+    if plan.form == "outer":
+        return _outer(u_w, v_w, u_l, v_l, plan.tile, weight)
+    pairs = ((u_w, v_w, u_w, v_w), (u_l, v_l, u_l, v_l), (u_w, v_w, u_l, v_l))
+    return torch.stack([_gram(*operands, plan.tile) for operands in pairs])
+
+
+def _outer(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, tile: tuple[int, int], weight: Tensor | None) -> Tensor:
+    rows, cols = u_w.shape[1], v_w.shape[1]
+    wide = accumulator(u_w.dtype)
+    buffer = torch.empty(2 * min(tile[0], rows) * min(tile[1], cols), dtype=wide, device=v_w.device)
+    entries = torch.zeros(3, dtype=torch.float64, device=v_w.device)
+    for left in _spans(cols, tile[1]):
+        right_w, right_l = v_w[:, left].to(wide), v_l[:, left].to(wide)
+        for top in _spans(rows, tile[0]):
+            height, width = top.stop - top.start, left.stop - left.start
+            part = buffer[: 2 * height * width].view(2, height, width)
+            torch.mm(u_w[:, top].to(wide).T, right_w, out=part[0])
+            torch.mm(u_l[:, top].to(wide).T, right_l, out=part[1])
+            if weight is not None:
+                part *= weight[top, left]
+            entries += reduce_flat(part.view(2, -1))
+    return entries
+
+
+def _gram(u: Tensor, v: Tensor, x: Tensor, y: Tensor, tile: tuple[int, int]) -> Tensor:
+    """`Σ_{t,s} (u_t·x_s)(v_t·y_s)`, float64 scalar; of a product with itself, half of the tiles are formed."""
+    wide = accumulator(u.dtype)
+    total = torch.zeros((), dtype=torch.float64, device=u.device)
+    same = u is x and v is y
+    for top in _spans(u.shape[0], tile[0]):
+        u_part, v_part = u[top].to(wide), v[top].to(wide)
+        for left in _spans(x.shape[0], tile[1]):
+            if same and left.start >= top.stop and tile[0] == tile[1]:
+                continue  # counted twice below
+            product = u_part @ x[left].to(wide).T
+            product *= v_part @ y[left].to(wide).T
+            twice = same and tile[0] == tile[1] and left.stop <= top.start
+            total += _sum(product) * (2 if twice else 1)
+    return total
+
+
+def _spans(count: int, step: int) -> list[slice]:
+    return [slice(start, min(count, start + step)) for start in range(0, count, step)]
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Sum of all entries, float64: float32 along the last axis (a row of T products), float64 across."""
+    return values.sum(-1).double().sum()
