@@ -1,0 +1,64 @@
+"""Which pairs are measured together, and which of their rows share a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["group_rows", "micro_batches"]
+
+# Tokens of one micro-batch: enough to keep the device busy, few enough that activations stay small. A CPU gains
+# nothing from batching long rows (padding costs more than it saves), a GPU idles below some thousand tokens.
+TOKENS = {"cpu": 512, "cuda": 8192}
+
+WASTE = 1.15
+"""Padded tokens of a forward, as a multiple of its real ones, above which rows get forwards of their own."""
+
+
+def micro_batches(lengths: Sequence[tuple[int, int]], device: torch.device) -> list[list[int]]:
+    """Split pairs into micro-batches of similar length.
+
+    Args:
+        lengths: tokens of the chosen and of the rejected row of each pair.
+        device: where the model runs.
+
+    Returns:
+        Pair numbers of each micro-batch, shortest pairs first; every pair once.
+    """
+    limit = TOKENS.get(device.type, TOKENS["cuda"])
+    batches: list[list[int]] = []
+    used = 0
+    for pair in sorted(range(len(lengths)), key=lambda index: max(lengths[index])):
+        size = 2 * max(lengths[pair])
+        if not batches or used + size > limit:
+            batches.append([])
+            used = 0
+        batches[-1].append(pair)
+        used += size
+    return batches
+
+
+def group_rows(lengths: Sequence[int], device: torch.device) -> list[list[int]]:
+    """Split the rows of a micro-batch into forwards.
+
+    Args:
+        lengths: real tokens of each row.
+        device: where the model runs.
+
+    Returns:
+        Row numbers of each forward: longest rows first, padded to their longest, with little padding; every row once.
+    """
+    limit = TOKENS.get(device.type, TOKENS["cuda"])
+    groups: list[list[int]] = []
+    real = 0
+    for row in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if groups:
+            padded = lengths[groups[-1][0]] * (len(groups[-1]) + 1)
+            if padded <= min(limit, WASTE * (real + lengths[row])):
+                groups[-1].append(row)
+                real += lengths[row]
+                continue
+        groups.append([row])
+        real = lengths[row]
+    return groups

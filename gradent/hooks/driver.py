@@ -1,0 +1,130 @@
+"""From a list of rows to micro-batches, batched where the model allows it: the outer loop of the hooks engine."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gradent.errors import GradentWarning
+from gradent.hooks.batching import group_rows, micro_batches
+from gradent.hooks.engine import MicroBatch, NeedsSingleRows, Outcome, run
+from gradent.kernels.plan import DEFAULT_BUDGET
+from gradent.model import check_causal, observed
+
+__all__ = ["measure_pairs"]
+
+Row = tuple[Tensor, Tensor]
+
+# What was found out about a model, so that it is found out once: trainable names -> whether rows can share a forward.
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], bool]] = weakref.WeakKeyDictionary()
+
+# Scaled difference beyond which a batched forward and single rows are not the same measurement. Rounding alone stays
+# far below; rows mistaken for one another are wrong in the first digit.
+_AGREEMENT = {torch.float64: 1e-5, torch.float32: 1e-2}
+_AGREEMENT_NARROW = 0.2
+
+
+def measure_pairs(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    rows: Sequence[Row],
+    *,
+    budget: int | None,
+    weight: Callable[[int], Tensor] | None,
+    dropout: bool,
+) -> list[tuple[list[int], Outcome]]:
+    """Measure every pair.
+
+    The first pair that a model is measured on is measured twice: one row a forward (which needs no assumption about the
+    model), and in one padded forward. Only where the two agree are rows batched from then on.
+
+    Args:
+        model: the model, in the mode in which it is to be measured.
+        parameters: its trainable parameters by name.
+        rows: `(ids int64 [T], marks bool [T])` of 2B rows, on the model's device.
+        budget: the user's memory budget in bytes, or None.
+        weight: parameter number -> square root of the metric's diagonal, or None.
+        dropout: the model is in training mode.
+
+    Returns:
+        `(pair numbers, outcome)` of each micro-batch; every pair once.
+
+    Raises:
+        NotCausalError: a later token changes an earlier prediction.
+        NonFiniteError: a log-prob is nan or infinite.
+    """
+    half, device = len(rows) // 2, rows[0][0].device
+    tensors = list(parameters.values())
+
+    def run_one(micro: MicroBatch) -> Outcome:
+        return run(model, tensors, micro, budget=budget or DEFAULT_BUDGET, explicit_budget=budget, weight=weight)
+
+    def alone(pair: int) -> MicroBatch:
+        return MicroBatch([rows[pair], rows[half + pair]], [[0], [1]], [pair])
+
+    known, key = _KNOWN.setdefault(model, {}), tuple(parameters)
+    outcomes: list[tuple[list[int], Outcome]] = []
+    batches = micro_batches([(len(rows[pair][0]), len(rows[half + pair][0])) for pair in range(half)], device)
+    if key not in known:
+        first = batches[0][0]
+        with observed(model):  # in eval mode: dropout would make two looks at one pair differ
+            check_causal(model, rows[first][0])
+            outcome = run_one(alone(first))
+            known[key] = _rows_can_share(model, list(parameters), alone(first), outcome, run_one)
+        if not dropout:
+            outcomes.append(([first], outcome))
+            batches[0].remove(first)
+    for pairs in filter(None, batches):
+        if known[key]:
+            batch_rows = [*(rows[pair] for pair in pairs), *(rows[half + pair] for pair in pairs)]
+            groups = group_rows([len(ids) for ids, _ in batch_rows], device)
+            try:
+                outcomes.append((pairs, run_one(MicroBatch(batch_rows, groups, pairs))))
+                continue
+            except NeedsSingleRows as need:  # the model changed since it was tried (another attention, say)
+                known[key] = False
+                _announce(_reason(need, list(parameters)))
+        outcomes += [([pair], run_one(alone(pair))) for pair in pairs]
+    return outcomes
+
+
+def _rows_can_share(
+    model: nn.Module,
+    names: Sequence[str],
+    pair: MicroBatch,
+    single: Outcome,
+    run_one: Callable[[MicroBatch], Outcome],
+) -> bool:
+    """Whether one padded forward of two rows agrees with two forwards of one row; announced where it does not."""
+    # Padded until its length differs from its number of rows: one axis cannot pass for the other.
+    try:
+        length = max(len(ids) for ids, _ in pair.rows) + 3
+        both = run_one(MicroBatch(pair.rows, [[0, 1]], pair.pairs, least_length=length))
+    except NeedsSingleRows as need:
+        _announce(_reason(need, names))
+        return False
+    totals = [torch.stack([entry.cpu()[0] for entry in outcome.entries.values()]).sum(0) for outcome in (single, both)]
+    norms = totals[0][:2].clamp_min(1e-300).sqrt()
+    error = float(((totals[0] - totals[1]).abs() / torch.stack((*norms.square(), norms.prod()))).max())
+    limit = max(_AGREEMENT.get(tensor.dtype, _AGREEMENT_NARROW) for tensor in model.parameters())
+    if error > limit:
+        _announce(f"a batched forward of two rows differs from two forwards of one row by {error:.1e} (scaled)")
+    return error <= limit
+
+
+def _reason(need: NeedsSingleRows, names: Sequence[str]) -> str:
+    listed = ", ".join(names[number] for number in sorted(need.params)[:4])
+    more = f" and {len(need.params) - 4} more" if len(need.params) > 4 else ""
+    return f"no rule can tell the rows of a batched forward apart where it uses {listed}{more}"
+
+
+def _announce(reason: str) -> None:
+    warnings.warn(
+        f"gradent measures this model one row a forward (as exact, but not batched): {reason}.",
+        GradentWarning,
+        stacklevel=5,
+    )

@@ -1,0 +1,240 @@
+"""Collects the forms of every parameter's uses and reduces each parameter as soon as its last use has arrived.
+
+A parameter used several times (a tied embedding and head, a layer called twice) has one gradient, the sum over its
+uses, so its forms are added before the inner product and the cross terms count. Only the three scalars of each pair
+outlive a reduction.
+
+Letters: k pairs of the running micro-batch, rows 0..k-1 chosen and k..2k-1 rejected.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import opt_einsum
+import torch
+from torch import Tensor
+
+from gradent.hooks.forms import Dense, Explicit, Form, Rows
+from gradent.kernels.reference import accumulator, reduce_dense, reduce_flat
+
+__all__ = ["Ledger"]
+
+Slot = tuple[int, ...]
+F = TypeVar("F", Dense, Rows, Explicit)
+
+
+class Ledger:
+    """Gram entries of k pairs, parameter by parameter.
+
+    Args:
+        pairs: k.
+        budget: bytes that the tiles of a reduction may take.
+        weight: parameter number -> square root of the metric's diagonal, of the parameter's shape; None for the
+            Euclidean metric.
+
+    Attributes:
+        entries: parameter number -> `[k, 3]` float64 `(chosen_sq, rejected_sq, inner)`, in the order in which the
+            parameters were completed.
+    """
+
+    def __init__(self, pairs: int, *, budget: int, weight: Callable[[int], Tensor] | None = None) -> None:
+        self.entries: dict[int, Tensor] = {}
+        self._pairs = pairs
+        self._budget = budget
+        self._weight = weight
+        self._forms: dict[int, dict[int, dict[Slot, list[Form]]]] = defaultdict(dict)
+        self._ahead: dict[int, Tensor] = {}
+
+    def add(self, param: int, row: int, slot: Slot, form: Form) -> None:
+        """Add a form to what row `row` holds of a parameter.
+
+        Args:
+            param: the parameter's number.
+            row: row of the micro-batch, 0 <= row < 2k.
+            slot: what of the parameter the form is the gradient of.
+            form: the gradient, detached.
+        """
+        self._forms[param].setdefault(row, {}).setdefault(slot, []).append(form)
+
+    def finish(self, param: int) -> None:
+        """Reduce a parameter, all of whose uses have been added; rows without a form have a zero gradient there.
+
+        Args:
+            param: the parameter's number.
+        """
+        held = self._forms.pop(param, {})
+        totals: list[Tensor | None] = []
+        for pair in range(self._pairs):
+            chosen, rejected = held.get(pair, {}), held.get(pair + self._pairs, {})
+            slots = sorted({*chosen, *rejected})
+            sums = [self._slot(param, slot, chosen.get(slot, []), rejected.get(slot, [])) for slot in slots]
+            totals.append(torch.stack(sums).sum(0) if sums else None)
+        some = next((total for total in totals if total is not None), torch.zeros(3, dtype=torch.float64))
+        entries = torch.stack([torch.zeros_like(some) if total is None else total for total in totals])
+        if param in self._ahead:
+            entries += self._ahead.pop(param)
+        self.entries[param] = entries
+
+    def shrink(self, param: int, lookups: Callable[[int], Tensor]) -> None:
+        """Reduce a tied weight's dense forms now, and keep only the rows of them that its lookups will touch.
+
+        With E the lookups' gradient and H the head's, `⟨E+H, E'+H'⟩ = ⟨H, H'⟩ + (⟨E+R, E'+R'⟩ − ⟨R, R'⟩)`, R being H on
+        the rows that E or E' touches: the head's `[T, V]` cotangents need not be held until the embedding's arrive.
+
+        Args:
+            param: the parameter's number; all of its uses but lookups have been added.
+            lookups: row -> ids int64 `[T]` that the row's lookups, still to come, will touch.
+        """
+        if any(isinstance(form, Explicit) for row in self._forms[param].values() for form in row.get((), [])):
+            return  # used loosely as well: everything waits for the last use
+        held = self._forms.pop(param)
+        ahead = []
+        for pair in range(self._pairs):
+            rows = (pair, pair + self._pairs)
+            sides = [_merge(held.get(row, {}).get((), [])) for row in rows]
+            dense: list[list[Form]] = [[form for form in side if isinstance(form, Dense)] for side in sides]
+            looked = [_first(side, Rows) for side in sides]
+            if not any(dense):
+                ahead.append(torch.zeros(3, dtype=torch.float64))
+                continue
+            ids = torch.unique(torch.cat([*map(lookups, rows), *(side.ids for side in looked if side is not None)]))
+            kept = [Rows(ids, _gather(side[0], ids)) if side else None for side in dense]
+            touched = self._rows(kept[0], kept[1], self._root(param, ()))
+            ahead.append(self._slot(param, (), dense[0], dense[1]) - touched)
+            for row, forms in zip(rows, zip(kept, looked, strict=True), strict=True):
+                for form in forms:
+                    if form is not None:
+                        self.add(param, row, (), form)
+        self._ahead[param] = torch.stack([entry.to(ahead[-1].device) for entry in ahead])
+
+    def close(self) -> None:
+        """Reduce what is still open: uses that the backward pass never reached have a zero gradient."""
+        for param in [number for number in self._forms if number not in self.entries]:
+            self.finish(param)
+
+    def _root(self, param: int, slot: Slot) -> Tensor | None:
+        return None if self._weight is None else self._weight(param)[slot]
+
+    def _slot(self, param: int, slot: Slot, chosen: list[Form], rejected: list[Form]) -> Tensor:
+        root = self._root(param, slot)
+        sides = (_merge(chosen), _merge(rejected))
+        kinds = {type(form) for side in sides for form in side}
+        if kinds == {Dense}:
+            (u_w, v_w), (u_l, v_l) = _pair_of_dense(*sides)
+            return reduce_dense(u_w, v_w, u_l, v_l, budget=self._budget, weight=root)
+        if kinds == {Rows}:
+            return self._rows(_first(sides[0], Rows), _first(sides[1], Rows), root)
+        if kinds == {Explicit}:
+            return reduce_flat(_stack(_first(sides[0], Explicit), _first(sides[1], Explicit), root))
+        return self._mixed(sides, root)
+
+    def _rows(self, chosen: Rows | None, rejected: Rows | None, root: Tensor | None) -> Tensor:
+        """Gram entries of two lookups' gradients, on the rows that either touches, a few columns at a time."""
+        sides = [side for side in (chosen, rejected) if side is not None]
+        ids = torch.unique(torch.cat([side.ids for side in sides]))
+        cols, wide = sides[0].values.shape[1], accumulator(sides[0].values.dtype)
+        step = max(1, self._budget // max(1, 2 * len(ids) * wide.itemsize))
+        entries = torch.zeros(3, dtype=torch.float64, device=ids.device)
+        for start in range(0, cols, step):
+            stop = min(cols, start + step)
+            tile = torch.zeros(2, len(ids), stop - start, dtype=wide, device=ids.device)
+            for grad, side in zip(tile, (chosen, rejected), strict=True):
+                if side is not None:
+                    grad.index_add_(0, torch.searchsorted(ids, side.ids), side.values[:, start:stop].to(wide))
+            if root is not None:
+                tile *= root[ids, start:stop]
+            entries += reduce_flat(tile.view(2, -1))
+        return entries
+
+    def _mixed(self, sides: Sequence[list[Form]], root: Tensor | None) -> Tensor:
+        """Uses of different kinds: every product of two forms, summed. Rare (a weight used loosely as well)."""
+        weight = None if root is None else root.square()
+        products = [
+            sum((self._product(x, y, weight) for x in left for y in right), torch.zeros((), dtype=torch.float64))
+            for left, right in ((sides[0], sides[0]), (sides[1], sides[1]), (sides[0], sides[1]))
+        ]
+        return torch.stack([torch.as_tensor(product) for product in products])
+
+    def _product(self, x: Form, y: Form, weight: Tensor | None) -> Tensor:
+        """`Σ G_x · G_y · weight`, float64 scalar, along the path that opt_einsum finds cheapest under the budget."""
+        operands: list[Tensor] = []
+        terms: list[str] = []
+        for form, token in ((x, "t"), (y, "s")):
+            if isinstance(form, Rows):
+                rows = int(form.ids.max()) + 1 if weight is None else weight.shape[0]
+                size = max(rows, *(_row_count(other) for other in (x, y)))
+                grad = form.values.new_zeros(size, form.values.shape[1]).index_add_(0, form.ids, form.values)
+                form = Explicit(grad)
+            if isinstance(form, Dense):
+                operands += [form.u.double(), form.v.double()]
+                terms += [f"{token}o", f"{token}i"]
+            else:
+                operands.append(form.grad.double())
+                terms.append("oi" if form.grad.dim() == 2 else "o")
+        if weight is not None:
+            operands.append(weight.double())
+            terms.append("oi" if weight.dim() == 2 else "o")
+        limit = max(self._budget // 8, max(operand.numel() for operand in operands))
+        return torch.as_tensor(opt_einsum.contract(",".join(terms) + "->", *operands, memory_limit=limit))
+
+
+def _merge(forms: list[Form]) -> list[Form]:
+    """At most one form of each kind: sums of gradients."""
+    merged: list[Form] = []
+    dense = [form for form in forms if isinstance(form, Dense)]
+    rows = [form for form in forms if isinstance(form, Rows)]
+    explicit = [form for form in forms if isinstance(form, Explicit)]
+    if dense:
+        one = dense[0]
+        merged.append(
+            one if len(dense) == 1 else Dense(torch.cat([f.u for f in dense]), torch.cat([f.v for f in dense]))
+        )
+    if rows:
+        wide = [form.values.to(accumulator(form.values.dtype)) for form in rows]
+        merged.append(rows[0] if len(rows) == 1 else Rows(torch.cat([f.ids for f in rows]), torch.cat(wide)))
+    if explicit:
+        total = explicit[0].grad.to(accumulator(explicit[0].grad.dtype))
+        for form in explicit[1:]:
+            total = total + form.grad
+        merged.append(Explicit(total))
+    return merged
+
+
+def _first(side: list[Form], kind: type[F]) -> F | None:
+    return next((form for form in side if isinstance(form, kind)), None)
+
+
+def _pair_of_dense(chosen: list[Form], rejected: list[Form]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    one, other = _first(chosen, Dense), _first(rejected, Dense)
+    some = one or other
+    assert some is not None
+    empty = Dense(some.u[:0], some.v[:0])
+    one, other = one or empty, other or empty
+    return (one.u, one.v), (other.u, other.v)
+
+
+def _stack(chosen: Explicit | None, rejected: Explicit | None, root: Tensor | None) -> Tensor:
+    some = chosen or rejected
+    assert some is not None
+    wide = accumulator(some.grad.dtype)
+    grads = [torch.zeros_like(some.grad) if side is None else side.grad for side in (chosen, rejected)]
+    tile = torch.stack([grad.to(wide) for grad in grads])
+    if root is not None:
+        tile *= root
+    return tile.view(2, -1)
+
+
+def _gather(dense: Form, ids: Tensor) -> Tensor:
+    """Rows `ids` of `uᵀv`, `[n, I]`, in the accumulator's dtype."""
+    assert isinstance(dense, Dense)
+    wide = accumulator(dense.u.dtype)
+    return dense.u[:, ids].to(wide).T @ dense.v.to(wide)
+
+
+def _row_count(form: Form) -> int:
+    if isinstance(form, Dense):
+        return form.u.shape[1]
+    return int(form.ids.max()) + 1 if isinstance(form, Rows) else form.grad.shape[0]

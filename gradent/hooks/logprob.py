@@ -1,0 +1,117 @@
+"""Summed completion log-probs from a model's logits, without a second `[R, L, V]` float tensor.
+
+Letters: R rows, L tokens, V vocabulary, P completion tokens over all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradent.errors import NonFiniteError
+from gradent.kernels.reference import accumulator
+
+__all__ = ["check_logps", "sequence_logprobs"]
+
+TILE = 64 * 2**20
+"""Bytes of the float tile in which the softmax is formed, a few tokens at a time, unless told otherwise."""
+
+# Nodes that do not keep their own result for the backward pass: the logits they return may be overwritten by their
+# gradient. Anything else (tanh of a soft cap, say) gets a tensor of its own.
+_FORGETFUL = {
+    "UnsafeViewBackward0",
+    "MmBackward0",
+    "AddmmBackward0",
+    "LinearBackward0",
+    "MulBackward0",
+    "DivBackward0",
+    "AddBackward0",
+    "ToCopyBackward0",
+}
+
+
+def sequence_logprobs(logits: Tensor, input_ids: Tensor, completion_mask: Tensor, *, tile: int = TILE) -> Tensor:
+    """`log π(y|x)` of every row: log-probs of the marked tokens, each predicted at the position before it, summed.
+
+    The softmax is taken in float32 (float64 for float64 logits) whatever the logits' dtype, in tiles.
+    In the backward pass the logits' memory is reused for their gradient where the model has no more need of them.
+
+    Args:
+        logits: `[R, L, V]`, any float dtype.
+        input_ids: int64 `[R, L]`.
+        completion_mask: bool `[R, L]`; True on the tokens of y.
+        tile: bytes of a tile; one token's scores are the least that is formed.
+
+    Returns:
+        float64 `[R]`, differentiable with respect to `logits`.
+    """
+    result: Tensor = _SequenceLogProbs.apply(logits, input_ids, completion_mask, tile)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _SequenceLogProbs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, input_ids: Tensor, completion_mask: Tensor, tile: int) -> Tensor:
+        rows, positions = completion_mask[:, 1:].nonzero(as_tuple=True)
+        targets = input_ids[rows, positions + 1]
+        wide = accumulator(logits.dtype)
+        normalizer = torch.empty(len(rows), dtype=wide, device=logits.device)
+        total = torch.zeros(logits.shape[0], dtype=torch.float64, device=logits.device)
+        for span in _spans(len(rows), logits.shape[-1] * wide.itemsize, tile):
+            scores = logits[rows[span], positions[span]].to(wide)
+            normalizer[span] = scores.logsumexp(-1)
+            chosen = scores.gather(1, targets[span, None])[:, 0] - normalizer[span]
+            total.index_add_(0, rows[span], chosen.double())
+        is_view = logits._is_view()  # noqa: SLF001  (torch has no public name for it)
+        reuse = not is_view and logits.grad_fn is not None and logits.grad_fn.name() in _FORGETFUL
+        ctx.save_for_backward(logits, rows, positions, targets, normalizer)
+        ctx.reuse, ctx.tile = reuse, tile
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
+        logits, rows, positions, targets, normalizer = ctx.saved_tensors
+        scale = grads[0]
+        # detach() shares the version counter: should a node below keep the logits after all, autograd says so.
+        grad = logits.detach() if ctx.reuse else torch.zeros_like(logits)
+        for span in _spans(len(rows), logits.shape[-1] * normalizer.element_size(), ctx.tile):
+            row, position = rows[span], positions[span]
+            share = (logits[row, position].to(normalizer.dtype) - normalizer[span, None]).exp_().neg_()
+            share[torch.arange(len(row), device=row.device), targets[span]] += 1
+            share *= scale[row, None].to(share.dtype)
+            grad[row, position] = share.to(grad.dtype)
+        if ctx.reuse:
+            marked = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
+            marked[rows, positions] = True
+            for row in range(len(marked)):
+                grad[row].masked_fill_(~marked[row, :, None], 0)
+        return grad, None, None, None
+
+
+def _spans(count: int, width: int, tile: int) -> list[slice]:
+    step = max(1, tile // width)
+    return [slice(start, start + step) for start in range(0, count, step)]
+
+
+def check_logps(logps: Tensor, pairs: Sequence[int], chosen: Sequence[bool]) -> None:
+    """Refuse non-finite log-probs.
+
+    Args:
+        logps: `[R]`.
+        pairs: the pair of each row, as the user numbers it.
+        chosen: whether each row is its pair's chosen response.
+
+    Raises:
+        NonFiniteError: naming the first such row.
+    """
+    bad = (~torch.isfinite(logps.detach())).nonzero()
+    if len(bad):
+        row = int(bad[0])
+        raise NonFiniteError(
+            f"non-finite logits: pair {pairs[row]}, {'chosen' if chosen[row] else 'rejected'}: the log-prob is "
+            f"{float(logps[row])}. The model's forward pass overflows or divides by zero on this row: try a wider "
+            "dtype (bfloat16 or float32 instead of float16), or check the checkpoint for nan."
+        )

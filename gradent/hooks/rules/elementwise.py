@@ -1,0 +1,62 @@
+"""Elementwise products and sums: norm weights, biases, IA3's scales. `G = Σ b · factor` over the broadcast axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradent.hooks.rules.registry import Call, register_rule
+from gradent.hooks.uses import SumUse, Use
+
+__all__ = ["sum_use"]
+
+
+def sum_use(call: Call, operand: Any, factor: Callable[[], Tensor] | None) -> list[Use]:
+    """The use of an operand that was broadcast against the output and multiplied by `factor` there.
+
+    Args:
+        call: the call.
+        operand: the argument that may be a view of a parameter.
+        factor: makes a tensor of the output's shape when it is needed, or None for 1.
+
+    Returns:
+        One use, or none where the operand is no parameter or the rows cannot be told apart.
+    """
+    view = call.find(operand)
+    if view is None or view.flipped:
+        return []
+    rows, out = call.layout.rows, call.out
+    if rows > 1:
+        flat = out.shape[0] == rows * call.layout.length and out.dim() == 2
+        if out.dim() < 2 or (out.shape[0] != rows and not flat):
+            return []
+        if operand.dim() >= out.dim() and operand.shape[0] != 1:
+            return []
+    return [SumUse(view, operand.shape, factor)]
+
+
+@register_rule(torch.mul, torch.Tensor.mul)
+def multiply(call: Call) -> list[Use]:
+    """`weight * x`, either way round."""
+    left, right = call.args if len(call.args) == 2 else (None, None)
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return []
+    if call.find(left) is not None and call.find(right) is not None:
+        return []
+    for operand, other in ((left, right), (right, left)):
+        if call.find(operand) is not None:
+            return sum_use(call, operand, partial(other.detach().expand, call.out.shape))
+    return []
+
+
+@register_rule(torch.add, torch.Tensor.add, torch.Tensor.add_)
+def add(call: Call) -> list[Use]:
+    """`x + bias`, either way round, and `x += bias`."""
+    left, right = call.args if len(call.args) == 2 and not call.kwargs else (None, None)
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return []
+    return [use for operand in (left, right) for use in sum_use(call, operand, None)]

@@ -1,0 +1,197 @@
+"""One use of a parameter in a forward pass, and how the cotangent that arrives there becomes each row's gradient.
+
+Letters: R rows of the forward, L its padded length, M positions of a row (L, or L times inner axes), I inputs and
+O outputs of a matrix product, b the cotangent (gradient of the summed log-probs at the operator's output).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gradent.hooks.forms import Dense, Explicit, Form, Rows
+from gradent.hooks.views import View
+from gradent.kernels.reference import accumulator
+
+__all__ = ["GroupedUse", "Layout", "LookupUse", "MatrixUse", "SumUse", "Use"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of one forward: `rows` R, padded length `length` L, real tokens of each row."""
+
+    rows: int
+    length: int
+    lengths: tuple[int, ...]
+
+    def split(self, tensor: Tensor, features: int) -> Tensor | None:
+        """View a tensor of the pass as `[R, M, *feature axes]`.
+
+        Args:
+            tensor: an operator's operand or result.
+            features: trailing axes that are features.
+
+        Returns:
+            The view, or None where the rows cannot be told apart (the leading axis is neither R nor R·L).
+        """
+        tail = tensor.shape[tensor.dim() - features :]
+        if tensor.dim() < features:
+            return None
+        if self.rows == 1:
+            return tensor.reshape(1, -1, *tail)
+        if tensor.dim() > features and tensor.shape[0] == self.rows:
+            return tensor.reshape(self.rows, -1, *tail)
+        if tensor.dim() == features + 1 and tensor.shape[0] == self.rows * self.length:
+            return tensor.reshape(self.rows, self.length, *tail)
+        return None
+
+    def trim(self, split: Tensor, row: int) -> Tensor:
+        """Row `row` of a split tensor, without the positions after its last real token (their cotangent is zero)."""
+        return split[row, : self.lengths[row]] if split.shape[1] == self.length else split[row]
+
+
+class Use(Protocol):
+    """A recorded use: the view of the parameter, and the forms that a cotangent gives."""
+
+    @property
+    def view(self) -> View:
+        """The operand, as a view of its parameter."""
+        ...
+
+    @property
+    def depth(self) -> int:
+        """Leading axes of the parameter that its slots fix: 0 for a whole parameter, 1 for one expert's matrix."""
+        ...
+
+    def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
+        """Each row's share of the parameter's gradient.
+
+        Args:
+            cotangent: b, of the operator's output shape.
+            layout: the forward's rows.
+            budget: bytes of scratch that forming a product may take.
+
+        Yields:
+            `(row, slot, form)`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class _WholeSlot:
+    view: View
+
+    @property
+    def depth(self) -> int:
+        return len(self.view.slot)
+
+
+@dataclass(frozen=True)
+class MatrixUse(_WholeSlot):
+    """`y = x Vᵀ` (or `x V` when `swapped`): `G_V = Σ_t b_t x_tᵀ`."""
+
+    inputs: Tensor
+    swapped: bool
+    transposed: bool = False
+    """Whether the output carries its features on the axis before the last, as in `W @ x`."""
+
+    def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
+        """See `Use.forms`."""
+        inputs, outputs = self.inputs, cotangent
+        if self.transposed:
+            inputs, outputs = inputs.mT, outputs.mT
+        if inputs.dtype != outputs.dtype:  # autocast: the product was taken of the input cast down
+            inputs = inputs.to(outputs.dtype)
+        a, b = layout.split(inputs, 1), layout.split(outputs, 1)
+        assert a is not None and b is not None, "a matrix rule recorded operands that it could not split"
+        for row in range(layout.rows):
+            u, v = layout.trim(b, row), layout.trim(a, row)
+            yield row, self.view.slot, Dense(v, u) if self.swapped else Dense(u, v)
+
+
+@dataclass(frozen=True)
+class GroupedUse:
+    """`torch.nn.functional.grouped_mm`: expert e's rows of x meet expert e's matrix. One row a forward only."""
+
+    view: View
+    inputs: Tensor
+    ends: Tensor
+    depth: int = 1
+
+    def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
+        """See `Use.forms`."""
+        start = 0
+        for expert, end in enumerate(self.ends.tolist()):
+            if end > start:
+                u, v = self.inputs[start:end], cotangent[start:end]
+                yield 0, (expert,), Dense(v, u) if self.view.flipped else Dense(u, v)
+            start = end
+
+
+@dataclass(frozen=True)
+class LookupUse(_WholeSlot):
+    """`y_t = W[ids_t]`: `G[ids_t] += b_t`."""
+
+    ids: Tensor
+    padding_idx: int | None
+
+    def row_ids(self, row: int, layout: Layout) -> Tensor:
+        """Token ids that row `row` looks up, int64 `[T]`."""
+        ids = layout.split(self.ids, 0)
+        assert ids is not None, "a lookup rule recorded ids that it could not split"
+        return layout.trim(ids, row)
+
+    def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
+        """See `Use.forms`."""
+        b = layout.split(cotangent, 1)
+        assert b is not None, "a lookup rule recorded an output that it could not split"
+        for row in range(layout.rows):
+            ids, values = self.row_ids(row, layout), layout.trim(b, row)
+            if self.padding_idx is not None:
+                real = ids != self.padding_idx
+                ids, values = ids[real], values[real]
+            yield row, self.view.slot, Rows(ids, values)
+
+
+@dataclass(frozen=True)
+class SumUse(_WholeSlot):
+    """An elementwise operator, the parameter broadcast: `G = Σ b · factor` over the axes it was broadcast along."""
+
+    shape: torch.Size
+    """Shape in which the parameter took part."""
+    factor: Callable[[], Tensor] | None
+    """Makes the factor, of the output's shape, when the cotangent arrives; None for 1."""
+
+    def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
+        """See `Use.forms`."""
+        factor = None if self.factor is None else self.factor()
+        for row in range(layout.rows):
+            take: Any = ...
+            if layout.rows > 1:
+                flat = cotangent.shape[0] != layout.rows
+                take = slice(row * layout.length, (row + 1) * layout.length) if flat else row
+            summed = self._sum(cotangent[take], None if factor is None else factor[take], budget)
+            if self.view.ids is None:
+                yield row, self.view.slot, Explicit(summed.reshape(self.view.shape))
+            else:  # learned positions, added to every row of the batch
+                yield row, (), Rows(self.view.ids.reshape(-1), summed.reshape(-1, self.view.shape[1]))
+
+    def _sum(self, b: Tensor, factor: Tensor | None, budget: int) -> Tensor:
+        """`Σ b · factor` of one row over the axes along which the parameter was broadcast, in steps."""
+        wide = accumulator(b.dtype)
+        shape = (1,) * (b.dim() - len(self.shape)) + tuple(self.shape)[max(0, len(self.shape) - b.dim()) :]
+        axes = [axis for axis, size in enumerate(shape) if size == 1]
+        step = b.shape[0]
+        if 0 in axes:
+            step = max(1, budget // max(1, 2 * wide.itemsize * b[0].numel()))
+        total: Tensor | float = 0.0
+        for start in range(0, b.shape[0], step):
+            part = b[start : start + step].to(wide)
+            if factor is not None:
+                part = part * factor[start : start + step].to(wide)
+            total = total + (part.sum(axes, keepdim=True) if axes else part)
+        return torch.as_tensor(total)

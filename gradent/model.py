@@ -1,0 +1,216 @@
+"""Talking to a model: what to call it with, what it returns, and leaving it as it was found."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from gradent.errors import InputError, ModelError, NotCausalError, NothingTrainableError
+
+__all__ = ["check_causal", "check_ids", "forward_logits", "input_device", "observed", "plain", "trainable"]
+
+_PADDING_WARNING = "warn_if_padding_and_no_attention_mask"
+
+
+def _no_warning(*args: object, **kwargs: object) -> None:
+    """Stands in for transformers' look at padding while a model is observed."""
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The module behind `torch.compile`'s wrapper; any other model as it is."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters by name, each once, under the first of its names.
+
+    Args:
+        model: any module.
+
+    Returns:
+        `{name: parameter}` in `named_parameters` order.
+
+    Raises:
+        NothingTrainableError: no parameter has `requires_grad`.
+        ModelError: a trainable parameter is on the meta device or sharded.
+    """
+    found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not found:
+        raise NothingTrainableError(
+            f"{type(model).__name__} has no trainable parameter: every parameter has requires_grad=False. gradent "
+            "measures gradients over the trainable ones. For full fine-tuning call model.requires_grad_(True); for a "
+            "PEFT adapter load it with PeftModel.from_pretrained(..., is_trainable=True)."
+        )
+    for name, parameter in found.items():
+        if parameter.is_meta or hasattr(parameter, "device_mesh"):
+            kind = "on the meta device" if parameter.is_meta else "sharded (DTensor)"
+            raise ModelError(
+                f"parameter {name!r} is {kind}; a measurement needs the whole parameter where the model computes. Load "
+                "the model without offloading, or gather it first (FSDP: summon the full parameters)."
+            )
+    return found
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device on which the model takes its token ids: that of its input embedding, or of its first parameter."""
+    embedding = _embedding(model)
+    parameter = next(model.parameters()) if embedding is None else embedding
+    return parameter.device
+
+
+def _embedding(model: nn.Module) -> Tensor | None:
+    get = getattr(model, "get_input_embeddings", None)
+    if get is None:
+        return None
+    try:
+        module = get()
+    except (NotImplementedError, AttributeError):  # transformers raises these for models without a plain embedding
+        return None
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def forward_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Logits of one forward, without a key-value cache.
+
+    Args:
+        model: a causal language model: a transformers or PEFT model, or any module whose forward takes `input_ids`
+            and returns logits `[R, L, V]`, bare, first in a tuple, or as `.logits`.
+        input_ids: int64 `[R, L]`.
+        attention_mask: int64 `[R, L]`, or None where no row is padded. A module whose forward does not take one gets
+            none: padding is on the right, where a causal model does not look.
+
+    Returns:
+        `[R, L, V]`, in the model's dtype.
+
+    Raises:
+        ModelError: the model returned no logits, or of another shape; or it is an encoder-decoder.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder; gradent measures causal (decoder-only) language models."
+        )
+    accepted = inspect.signature(model.forward).parameters
+    anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
+    kwargs: dict[str, object] = {}
+    if attention_mask is not None and (anything or "attention_mask" in accepted):
+        kwargs["attention_mask"] = attention_mask
+    if "use_cache" in accepted or (anything and config is not None):
+        kwargs["use_cache"] = False
+    if anything or "input_ids" in accepted:
+        output = model(input_ids=input_ids, **kwargs)
+    else:
+        output = model(input_ids, **kwargs)
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        logits = output[0] if isinstance(output, tuple) and output else output
+    rows, length = input_ids.shape
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[0] != rows or logits.shape[1] < length:
+        received = list(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
+        raise ModelError(
+            f"{type(model).__name__} returned {received} for input_ids of shape [{rows}, {length}]; a causal language "
+            f"model returns logits [{rows}, {length}, vocabulary]. Load it with its language-modelling head "
+            "(AutoModelForCausalLM)."
+        )
+    # Prompt tuning puts its virtual tokens in front.
+    return logits if logits.shape[1] == length else logits[:, -length:]
+
+
+def check_ids(model: nn.Module, input_ids: Tensor) -> None:
+    """Refuse token ids that the embedding has no row for.
+
+    Args:
+        model: the model.
+        input_ids: int64, any shape, real tokens only.
+
+    Raises:
+        InputError: an id is negative or beyond the embedding.
+    """
+    weight = _embedding(model)
+    if weight is None or weight.dim() != 2 or input_ids.numel() == 0:
+        return
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= weight.shape[0]:
+        raise InputError(
+            f"token id {high if low >= 0 else low} is outside the model's vocabulary: its embedding has "
+            f"{weight.shape[0]} rows (ids 0 to {weight.shape[0] - 1}). The tokenizer and the model do not belong "
+            "together, or the embedding was not resized after tokens were added."
+        )
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module, ids: Tensor) -> None:
+    """Refuse a model in which a later token changes an earlier prediction.
+
+    Args:
+        model: the model, in eval mode.
+        ids: int64 `[T]`, T >= 2, a row of the batch.
+
+    Raises:
+        NotCausalError: changing the last token moves the logits before it.
+    """
+    changed = ids.clone()
+    changed[-1] = int(ids[-1] == 0)
+    before, after = (forward_logits(model, row[None], None)[0, :-1].float() for row in (ids, changed))
+    scale = float(before.std()) or 1.0
+    moved = float((before - after).abs().max()) / scale
+    # A causal model moves them by rounding at most (experts see their tokens in other groups).
+    wide = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    if moved > (1e-3 if wide else 0.05):
+        raise NotCausalError(
+            f"{type(model).__name__} is not causal: changing the last token of a row moved the logits before it by "
+            f"{moved:.2g} standard deviations. gradent needs log π(y|x) of a decoder-only language model; an encoder "
+            "(BERT and kin) has none. If this is a decoder class of an encoder model, set config.is_decoder=True."
+        )
+
+
+@contextmanager
+def observed(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
+    """Run the model without leaving a trace: training flags and random state are as before, also after an exception.
+
+    Args:
+        model: the model; it is in eval mode inside, or in training mode with `dropout=True` (gradient checkpointing
+            is then off, since it would hide layers from the measurement).
+        dropout: keep dropout on.
+
+    Yields:
+        Nothing.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    # transformers looks for padding in rows that come without a mask, to warn of it: a look at values, which vmap cannot
+    # take, and a warning that would be wrong, since rows without a mask are not padded here.
+    warners = [
+        (module, {_PADDING_WARNING: vars(module)[_PADDING_WARNING]} if _PADDING_WARNING in vars(module) else {})
+        for module, _ in flags
+        if hasattr(module, _PADDING_WARNING)
+    ]
+    checkpointed = [module for module, _ in flags if getattr(module, "gradient_checkpointing", False) is True]
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"} - {None})
+    cached = torch.is_autocast_cache_enabled()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            model.train(dropout)
+            if dropout:
+                for module in checkpointed:
+                    module.gradient_checkpointing = False  # type: ignore[assignment]
+            for module, _ in warners:
+                setattr(module, _PADDING_WARNING, _no_warning)
+            # A cached cast is one tensor for several uses: the uses could not be told apart in the graph.
+            torch.set_autocast_cache_enabled(False)
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+        for module, own in warners:
+            vars(module).pop(_PADDING_WARNING, None)
+            vars(module).update(own)
+        for module, training in flags:
+            module.training = training
+        if dropout:
+            for module in checkpointed:
+                module.gradient_checkpointing = True  # type: ignore[assignment]

@@ -1,0 +1,33 @@
+"""Micro-batches and forwards: everything once, little padding, bounded size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gradent.hooks.batching import TOKENS, WASTE, group_rows, micro_batches
+
+CPU = torch.device("cpu")
+LENGTHS = [(5, 9), (300, 280), (40, 2), (7, 7), (1000, 30), (33, 36), (6, 8), (5, 5)]
+
+
+def test_every_pair_once_and_small_micro_batches() -> None:
+    batches = micro_batches(LENGTHS, CPU)
+    assert sorted(pair for batch in batches for pair in batch) == list(range(len(LENGTHS)))
+    for batch in batches:
+        tokens = sum(2 * max(LENGTHS[pair]) for pair in batch)
+        assert len(batch) == 1 or tokens <= TOKENS["cpu"]
+    assert max(map(len, batches)) > 1
+
+
+@pytest.mark.parametrize("lengths", [[9], [5, 9], [300, 280], [7] * 64, [2, 3, 5, 8, 13, 21, 34, 55]])
+def test_every_row_once_with_little_padding(lengths: list[int]) -> None:
+    groups = group_rows(lengths, CPU)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    for group in groups:
+        padded, real = max(lengths[row] for row in group) * len(group), sum(lengths[row] for row in group)
+        assert len(group) == 1 or (padded <= WASTE * real and padded <= TOKENS["cpu"])
+
+
+def test_rows_of_one_length_share_a_forward() -> None:
+    assert group_rows([7, 7, 7, 7], CPU) == [[0, 1, 2, 3]]

@@ -1,0 +1,128 @@
+"""Sums over uses before the inner product: shared layers, tied embeddings, weights used in different ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from gradent.hooks.forms import Dense, Explicit, Form, Rows
+from gradent.hooks.ledger import Ledger
+
+SHAPE = (9, 4)
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def dense(seed: int, tokens: int = 5) -> Dense:
+    return Dense(draw(tokens, SHAPE[0], seed=seed), draw(tokens, SHAPE[1], seed=seed + 1))
+
+
+def lookup(seed: int, tokens: int = 6) -> Rows:
+    ids = torch.randint(SHAPE[0], (tokens,), generator=torch.Generator().manual_seed(seed))
+    return Rows(ids, draw(tokens, SHAPE[1], seed=seed + 1))
+
+
+def explicit(seed: int) -> Explicit:
+    return Explicit(draw(*SHAPE, seed=seed))
+
+
+def whole(forms: list[Form]) -> Tensor:
+    total = torch.zeros(SHAPE, dtype=torch.float64)
+    for form in forms:
+        if isinstance(form, Dense):
+            total += form.u.T @ form.v
+        elif isinstance(form, Rows):
+            total.index_add_(0, form.ids, form.values)
+        else:
+            total += form.grad
+    return total
+
+
+def truth(chosen: list[Form], rejected: list[Form], weight: Tensor | None = None) -> Tensor:
+    x, y = whole(chosen), whole(rejected)
+    w = torch.ones(SHAPE, dtype=torch.float64) if weight is None else weight
+    return torch.stack([(w * x * x).sum(), (w * y * y).sum(), (w * x * y).sum()])
+
+
+KINDS: dict[str, Callable[[int], list[Form]]] = {
+    "one product": lambda s: [dense(s)],
+    "a shared layer": lambda s: [dense(s), dense(s + 10, tokens=2)],
+    "one lookup": lambda s: [lookup(s)],
+    "two lookups": lambda s: [lookup(s), lookup(s + 10, tokens=1)],
+    "loose": lambda s: [explicit(s)],
+    "twice loose": lambda s: [explicit(s), explicit(s + 10)],
+    "head and embedding": lambda s: [dense(s), lookup(s + 10)],
+    "everything": lambda s: [dense(s), lookup(s + 10), explicit(s + 20)],
+}
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("budget", [200, 2**20])
+@pytest.mark.parametrize("kind", KINDS)
+def test_uses_add_before_the_product(kind: str, budget: int, weighted: bool) -> None:
+    weight = torch.rand(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) if weighted else None
+    chosen, rejected = KINDS[kind](100), KINDS[kind](200)
+    ledger = Ledger(1, budget=budget, weight=None if weight is None else lambda param: weight.sqrt())
+    for row, forms in ((0, chosen), (1, rejected)):
+        for form in forms:
+            ledger.add(0, row, (), form)
+    ledger.finish(0)
+    torch.testing.assert_close(ledger.entries[0][0], truth(chosen, rejected, weight), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_tied_head_reduced_ahead_of_its_embedding(weighted: bool) -> None:
+    weight = torch.rand(SHAPE, dtype=torch.float64) if weighted else None
+    head, embedding = [dense(1), dense(3)], [lookup(5), lookup(7)]
+    ledger = Ledger(1, budget=2**20, weight=None if weight is None else lambda param: weight.sqrt())
+    for row in (0, 1):
+        ledger.add(0, row, (), head[row])
+    ledger.shrink(0, lambda row: embedding[row].ids)
+    assert not any(isinstance(form, Dense) for row in ledger._forms[0].values() for form in row[()])  # noqa: SLF001
+    for row in (0, 1):
+        ledger.add(0, row, (), embedding[row])
+    ledger.finish(0)
+    expected = truth([head[0], embedding[0]], [head[1], embedding[1]], weight)
+    torch.testing.assert_close(ledger.entries[0][0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_cross_terms_count() -> None:
+    head, embedding = [dense(1), dense(3)], [lookup(5), lookup(7)]
+    together = truth([head[0], embedding[0]], [head[1], embedding[1]])
+    apart = truth([head[0]], [head[1]]) + truth([embedding[0]], [embedding[1]])
+    assert not torch.allclose(together, apart, rtol=1e-2)
+
+
+def test_slots_are_apart_and_pairs_are_apart() -> None:
+    ledger = Ledger(2, budget=2**20)
+    forms = {(row, slot): dense(10 * row + slot) for row in range(4) for slot in range(2) if (row, slot) != (3, 1)}
+    for (row, slot), form in forms.items():
+        ledger.add(7, row, (slot,), form)
+    ledger.finish(7)
+    for pair in range(2):
+        expected = sum(
+            truth(*([forms[row, slot]] if (row, slot) in forms else [] for row in (pair, pair + 2)))
+            for slot in range(2)
+        )
+        torch.testing.assert_close(ledger.entries[7][pair], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_row_without_a_form_has_a_zero_gradient() -> None:
+    ledger = Ledger(1, budget=2**20)
+    ledger.add(0, 0, (), dense(1))
+    ledger.finish(0)
+    entries = ledger.entries[0][0]
+    assert entries[0] > 0 and entries[1] == 0 and entries[2] == 0
+
+
+def test_what_never_completes_is_reduced_at_the_end() -> None:
+    ledger = Ledger(1, budget=2**20)
+    ledger.add(0, 0, (), dense(1))
+    ledger.add(0, 1, (), dense(3))
+    ledger.close()
+    torch.testing.assert_close(ledger.entries[0][0], truth([dense(1)], [dense(3)]))
