@@ -1,0 +1,58 @@
+"""The optimizer's own geometry: `⟨a, b⟩ = Σ a_k b_k P_k` with P the Adam(W) preconditioner at this step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from gradent.errors import InputError
+
+__all__ = ["metric_roots"]
+
+
+def metric_roots(optimizer: object, parameters: Mapping[str, Tensor]) -> Callable[[int], Tensor]:
+    """Square roots of Adam's preconditioner, one tensor a parameter.
+
+    Adam moves a parameter along `m̂ / (√v̂ + ε)` with `v̂ = v / (1 − β₂ᵗ)`, so `P = 1 / (√v̂ + ε)`: first-order changes
+    under Adam without momentum are the paper's equations with this inner product. Weight decay and the learning rate
+    are no part of P.
+
+    Args:
+        optimizer: a `torch.optim.Adam`, `AdamW`, or any optimizer that keeps `exp_avg_sq` and `step` a parameter;
+            wrappers that hold it as `.optimizer` (accelerate) are opened.
+        parameters: the trainable parameters by name.
+
+    Returns:
+        Parameter number (its place in `parameters`) -> `√P`, of the parameter's shape; computed when asked for.
+
+    Raises:
+        InputError: not such an optimizer, or a parameter has no state yet.
+    """
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(
+            f"metric is a {type(optimizer).__name__}; accepted are None (Euclidean) and an Adam or AdamW optimizer."
+        )
+    groups = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
+    tensors = list(parameters.values())
+    for name, tensor in parameters.items():
+        state = optimizer.state.get(tensor, {})
+        if id(tensor) not in groups or "exp_avg_sq" not in state or "step" not in state:
+            raise InputError(
+                f"metric={type(optimizer).__name__}: no second moment (exp_avg_sq) for {name!r}. Accepted is an "
+                "Adam or AdamW optimizer that holds every trainable parameter and has taken at least one step: measure "
+                "after optimizer.step(), or use metric=None."
+            )
+
+    def root(number: int) -> Tensor:
+        tensor = tensors[number]
+        state, group = optimizer.state[tensor], groups[id(tensor)]
+        second = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
+        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        corrected: Tensor = second.to(wide) / (1 - group["betas"][1] ** float(state["step"]))
+        return (corrected.sqrt() + float(group["eps"])).rsqrt()
+
+    return root
