@@ -15,6 +15,7 @@ from gradent import PairBatch, measure
 from gradent.errors import GradentWarning, MemoryBudgetError, NonFiniteError, UncoveredParameterError
 from gradent.measure import sequence_logps
 from tests.batches import left_padded, ragged
+from tests.live import LiveBytes
 from tests.truth import TOLERANCE, assert_exact, scaled_error, truth
 
 ENGINES = ["hooks", "func"]
@@ -240,7 +241,6 @@ def test_a_compiled_model_is_measured_through_its_wrapper(tiny_gpt2: GPT2LMHeadM
 
 def test_no_second_copy_of_the_logits() -> None:
     """Largest tensor made while measuring: the logits themselves, no float copy and no gradient of their size."""
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     class Wide(nn.Module):
         def __init__(self) -> None:
@@ -250,27 +250,12 @@ def test_no_second_copy_of_the_logits() -> None:
         def forward(self, input_ids: Tensor) -> Tensor:
             return self.head(self.embedding(input_ids))
 
-    class Sizes(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.storages: dict[int, int] = {}
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN204
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor):
-                storage = out.untyped_storage()
-                self.made.append((storage.data_ptr(), storage.nbytes()))
-            return out
-
-        made: list[tuple[int, int]] = []
-
     torch.manual_seed(0)
     model = Wide()
     batch = PairBatch.from_tokens([(list(range(100)), list(range(100, 130)), list(range(200, 230)))])
     measure(model, batch)
     logits = 2 * 130 * 5000 * 4
-    with Sizes() as sizes:
+    with LiveBytes() as live:
         measure(model, batch, memory_budget="256KiB")
-    large = {address for address, size in sizes.made if size >= logits}
-    assert len(large) == 1, f"{len(large)} tensors of the logits' size"
-    assert max(size for _, size in sizes.made) == logits
+    assert sorted(live.made)[-1] == logits
+    assert sum(size >= logits for size in live.made) == 1

@@ -156,16 +156,16 @@ def test_an_encoder_decoder_is_refused() -> None:
 
 @pytest.mark.parametrize("measured", [measure, sequence_logps])
 def test_ids_beyond_the_vocabulary(tiny_gpt2: GPT2LMHeadModel, measured: Callable[..., object]) -> None:
-    with pytest.raises(InputError, match="token id 259 .* 259 rows"):
+    with pytest.raises(InputError, match=r"token id 259 .* 259 rows"):
         measured(tiny_gpt2, PairBatch.from_tokens([([1], [2], [259])]))
 
 
 def test_an_unknown_engine(tiny_gpt2: GPT2LMHeadModel) -> None:
-    with pytest.raises(InputError, match="'hooks'.*'func'"):
+    with pytest.raises(InputError, match=r"'hooks'.*'func'"):
         measure(tiny_gpt2, ragged(), engine="magic")  # type: ignore[arg-type]
 
 
 def test_a_parameter_on_the_meta_device(tiny_gpt2: GPT2LMHeadModel) -> None:
     tiny_gpt2.transformer.ln_f.to("meta")
-    with pytest.raises(ModelError, match="transformer.ln_f.weight.*meta"):
+    with pytest.raises(ModelError, match=r"transformer\.ln_f\.weight.*meta"):
         measure(tiny_gpt2, ragged())

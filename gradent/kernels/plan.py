@@ -10,7 +10,6 @@ Letters: T tokens (T_w chosen, T_l rejected), O and I the two sides of a weight 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +19,9 @@ __all__ = ["DEFAULT_BUDGET", "Plan", "choose", "parse_budget"]
 
 DEFAULT_BUDGET = 256 * 2**20
 """Scratch of the reductions, in bytes, where the user sets none: a few tiles that stay near the caches."""
+
+DEPTH = 128
+"""Length of the contracted axis that is widened at once: long enough for a matrix product to run at speed."""
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -31,12 +33,14 @@ class Plan:
     Attributes:
         form: the contraction.
         tile: rows and columns of a tile: tokens by tokens for `gram`, rows by columns of the weight for `outer`.
+        depth: length of the contracted axis taken at once: all of it, or `DEPTH` where operands are widened.
         flops: multiply-adds counted twice, of the matrix products alone.
         scratch: bytes held at once: the tile's products, and its operands once more where they must be widened.
     """
 
     form: Literal["gram", "outer"]
     tile: tuple[int, int]
+    depth: int
     flops: int
     scratch: int
 
@@ -74,31 +78,25 @@ def choose(
     gram_flops = 2 * (t_w * t_w + t_w * t_l + t_l * t_l) * (rows + cols)
     outer_flops = 2 * (t_w + t_l) * rows * cols
 
-    def gram_bytes(tile: tuple[int, int]) -> int:
-        return itemsize * (2 * tile[0] * tile[1] + widen * (tile[0] + tile[1]) * (rows + cols))
-
-    def outer_bytes(tile: tuple[int, int]) -> int:
-        return itemsize * ((2 + weighted) * tile[0] * tile[1] + widen * (t_w + t_l) * (tile[0] + tile[1]))
-
-    if not weighted and gram_flops < outer_flops:
-        form: Literal["gram", "outer"] = "gram"
-        tile, scratch, flops = _shrink((longest, longest), gram_bytes, budget), gram_bytes, gram_flops
-    else:
-        form = "outer"
-        tile, scratch, flops = _shrink((rows, cols), outer_bytes, budget), outer_bytes, outer_flops
-    if scratch(tile) > budget:
-        raise MemoryBudgetError(
-            f"memory_budget is {budget} bytes, but the smallest tile of a [{rows}, {cols}] weight's two gradients over "
-            f"{t_w} and {t_l} tokens needs {scratch(tile)} bytes. Give at least that much."
-        )
-    return Plan(form=form, tile=tile, flops=flops, scratch=scratch(tile))
-
-
-def _shrink(tile: tuple[int, int], size: Callable[[tuple[int, int]], int], budget: int) -> tuple[int, int]:
-    """Halve the longer side until the tile fits, or is a single entry."""
-    while size(tile) > budget and tile != (1, 1):
-        tile = (-(-tile[0] // 2), tile[1]) if tile[0] >= tile[1] else (tile[0], -(-tile[1] // 2))
-    return tile
+    gram = not weighted and gram_flops < outer_flops
+    tile = (longest, longest) if gram else (rows, cols)
+    depth = max(rows, cols) if gram else longest
+    if widen:
+        depth = min(depth, DEPTH)
+    products = 2 + weighted
+    # Halve the longer side until the tile fits, then the depth, down to single entries.
+    while (scratch := itemsize * (products * tile[0] * tile[1] + widen * depth * sum(tile))) > budget:
+        if tile != (1, 1):
+            tile = (-(-tile[0] // 2), tile[1]) if tile[0] >= tile[1] else (tile[0], -(-tile[1] // 2))
+        elif widen and depth > 1:
+            depth //= 2
+        else:
+            raise MemoryBudgetError(
+                f"memory_budget is {budget} bytes, but the smallest tile of a [{rows}, {cols}] weight's two gradients "
+                f"needs {scratch} bytes. Give at least that much."
+            )
+    flops = gram_flops if gram else outer_flops
+    return Plan(form="gram" if gram else "outer", tile=tile, depth=depth, flops=flops, scratch=scratch)
 
 
 def parse_budget(value: int | str | None) -> int | None:

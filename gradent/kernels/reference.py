@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradent.kernels.plan import choose
+from gradent.kernels.plan import Plan, choose
 
 __all__ = ["accumulator", "reduce_dense", "reduce_flat"]
 
@@ -74,44 +74,53 @@ def reduce_dense(
         weighted=weight is not None,
     )
     if plan.form == "outer":
-        return _outer(u_w, v_w, u_l, v_l, plan.tile, weight)
+        return _outer(u_w, v_w, u_l, v_l, plan, weight)
     pairs = ((u_w, v_w, u_w, v_w), (u_l, v_l, u_l, v_l), (u_w, v_w, u_l, v_l))
-    return torch.stack([_gram(*operands, plan.tile) for operands in pairs])
+    return torch.stack([_gram(*operands, plan) for operands in pairs])
 
 
-def _outer(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, tile: tuple[int, int], weight: Tensor | None) -> Tensor:
+def _outer(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, plan: Plan, weight: Tensor | None) -> Tensor:
     rows, cols = u_w.shape[1], v_w.shape[1]
-    wide = accumulator(u_w.dtype)
-    buffer = torch.empty(2 * min(tile[0], rows) * min(tile[1], cols), dtype=wide, device=v_w.device)
+    buffer = torch.empty(2 * plan.tile[0] * plan.tile[1], dtype=accumulator(u_w.dtype), device=v_w.device)
     entries = torch.zeros(3, dtype=torch.float64, device=v_w.device)
-    for left in _spans(cols, tile[1]):
-        right_w, right_l = v_w[:, left].to(wide), v_l[:, left].to(wide)
-        for top in _spans(rows, tile[0]):
+    for top in _spans(rows, plan.tile[0]):
+        for left in _spans(cols, plan.tile[1]):
             height, width = top.stop - top.start, left.stop - left.start
             part = buffer[: 2 * height * width].view(2, height, width)
-            torch.mm(u_w[:, top].to(wide).T, right_w, out=part[0])
-            torch.mm(u_l[:, top].to(wide).T, right_l, out=part[1])
+            _product(u_w[:, top], v_w[:, left], plan.depth, part[0])
+            _product(u_l[:, top], v_l[:, left], plan.depth, part[1])
             if weight is not None:
                 part *= weight[top, left]
             entries += reduce_flat(part.view(2, -1))
     return entries
 
 
-def _gram(u: Tensor, v: Tensor, x: Tensor, y: Tensor, tile: tuple[int, int]) -> Tensor:
+def _gram(u: Tensor, v: Tensor, x: Tensor, y: Tensor, plan: Plan) -> Tensor:
     """`Σ_{t,s} (u_t·x_s)(v_t·y_s)`, float64 scalar; of a product with itself, half of the tiles are formed."""
-    wide = accumulator(u.dtype)
+    buffer = torch.empty(2 * plan.tile[0] * plan.tile[1], dtype=accumulator(u.dtype), device=u.device)
     total = torch.zeros((), dtype=torch.float64, device=u.device)
-    same = u is x and v is y
-    for top in _spans(u.shape[0], tile[0]):
-        u_part, v_part = u[top].to(wide), v[top].to(wide)
-        for left in _spans(x.shape[0], tile[1]):
-            if same and left.start >= top.stop and tile[0] == tile[1]:
-                continue  # counted twice below
-            product = u_part @ x[left].to(wide).T
-            product *= v_part @ y[left].to(wide).T
-            twice = same and tile[0] == tile[1] and left.stop <= top.start
-            total += _sum(product) * (2 if twice else 1)
+    same = u is x and v is y and plan.tile[0] == plan.tile[1]
+    for top in _spans(u.shape[0], plan.tile[0]):
+        for left in _spans(x.shape[0], plan.tile[1]):
+            if same and left.start > top.start:
+                continue  # its mirror image counts twice
+            height, width = top.stop - top.start, left.stop - left.start
+            part = buffer[: 2 * height * width].view(2, height, width)
+            _product(u[top].T, x[left].T, plan.depth, part[0])
+            _product(v[top].T, y[left].T, plan.depth, part[1])
+            part[0] *= part[1]
+            total += _sum(part[0]) * (2 if same and left.start < top.start else 1)
     return total
+
+
+def _product(left: Tensor, right: Tensor, depth: int, out: Tensor) -> None:
+    """`out = leftᵀ right`, wide; operands `[K, rows]` and `[K, cols]` are widened `depth` at a time."""
+    if left.dtype == out.dtype:
+        torch.mm(left.T, right, out=out)
+        return
+    out.zero_()
+    for span in _spans(left.shape[0], depth):
+        out.addmm_(left[span].to(out.dtype).T, right[span].to(out.dtype))
 
 
 def _spans(count: int, step: int) -> list[slice]:

@@ -13,7 +13,7 @@ from gradent.errors import InputError
 from gradent.hooks.capture import Capture, Tap
 from gradent.hooks.forms import Dense, Explicit, Form, Rows
 from gradent.hooks.rules import RULES, register_rule
-from gradent.hooks.uses import Layout
+from gradent.hooks.uses import Layout, SumUse
 
 R, L = 2, 5
 DOUBLE = torch.float64
@@ -185,8 +185,6 @@ def test_a_new_rule_is_used_and_can_be_taken_back() -> None:
         return 3 * x * weight
 
     def rule(call: object) -> list[object]:
-        from gradent.hooks.uses import SumUse
-
         x, weight = call.args  # type: ignore[attr-defined]
         view = call.find(weight)  # type: ignore[attr-defined]
         return [SumUse(view, weight.shape, lambda: 3 * x)]
