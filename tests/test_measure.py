@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from gradent import PairBatch, measure
 from gradent.errors import GradentWarning, MemoryBudgetError, NonFiniteError, UncoveredParameterError
+from gradent.hooks.capture import Capture
 from gradent.measure import sequence_logps
 from tests.batches import left_padded, ragged
 from tests.live import LiveBytes
@@ -259,3 +261,37 @@ def test_no_second_copy_of_the_logits() -> None:
         measure(model, batch, memory_budget="256KiB")
     assert sorted(live.made)[-1] == logits
     assert sum(size >= logits for size in live.made) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_of_a_pass_stays_in_memory(tiny_gpt2: GPT2LMHeadModel, fails: bool) -> None:
+    """Graphs go when they are done with, without the help of the garbage collector, also after an exception."""
+
+    def tensors() -> int:
+        return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("out of order")
+
+    batch = ragged()
+    measure(tiny_gpt2, batch)
+    handle = tiny_gpt2.transformer.ln_f.register_forward_hook(fail) if fails else None
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        for _ in range(3):
+            if fails:
+                with pytest.raises(RuntimeError, match="out of order"):
+                    measure(tiny_gpt2, batch)
+            else:
+                measure(tiny_gpt2, batch)
+        if fails:
+            gc.collect()  # the tracebacks themselves are rings of frames
+        after = tensors()
+        captures = sum(type(thing) is Capture for thing in gc.get_objects())
+    finally:
+        gc.enable()
+        if handle is not None:
+            handle.remove()
+    assert (after, captures) == (before, 0)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from gradent.hooks.graph import Edge, Survey, edges_between, node_of, survey
 from gradent.hooks.rules import RULES, Call
@@ -57,6 +58,7 @@ class Capture(TorchFunctionMode):
             id(parameter): View(number, (), tuple(parameter.shape)) for number, parameter in enumerate(parameters)
         }
         self._held: list[Tensor] = []  # views must stay alive: their id is their key
+        self._handles: list[RemovableHandle] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -100,10 +102,25 @@ class Capture(TorchFunctionMode):
                 edges |= edges_between(node, operand, stops)
         tap = Tap(use, node, frozenset(edges))
         self.taps.append(tap)
-        out.register_hook(lambda cotangent: self._deliver(tap, cotangent))  # type: ignore[no-untyped-call]
+        handle = out.register_hook(lambda cotangent: self._deliver(tap, cotangent))  # type: ignore[no-untyped-call]
+        self._handles.append(handle)
 
     def _find(self, operand: Any) -> View | None:
         return self._views.get(id(operand)) if isinstance(operand, Tensor) else None
+
+    def close(self) -> None:
+        """Let go of the pass.
+
+        Its graph holds the hooks, which hold this object, which holds the graph's nodes: a ring through C++ that the
+        garbage collector does not see, and that would keep every activation.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self.taps.clear()
+        self._handles.clear()
+        self._views.clear()
+        self._held.clear()
+        self._deliver = _nowhere
 
     def survey(self, loss: Tensor, without: frozenset[int] = frozenset()) -> Survey:
         """What of the graph below `loss` the recorded uses account for.
@@ -121,6 +138,10 @@ class Capture(TorchFunctionMode):
         numbers = {node_of(parameter): number for number, parameter in enumerate(self._parameters)}
         parameters = {node: number for node, number in numbers.items() if node is not None}
         return survey(loss.grad_fn, frozenset(tap.node for tap in taps), claimed, parameters)
+
+
+def _nowhere(tap: Tap, cotangent: Tensor) -> None:
+    """Where cotangents go once a pass has been closed."""
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

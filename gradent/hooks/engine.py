@@ -105,16 +105,19 @@ def run(
     """
     ledger = Ledger(len(micro.rows) // 2, budget=budget, weight=weight)
     run_ = _Run(model, parameters, micro, ledger, budget)
-    passes = [run_.forward(group) for group in micro.groups]
-    surveys, explicit = run_.survey(passes)
-    batches, uncovered = _fit(parameters, sorted(explicit), explicit_budget)
-    logps = torch.zeros(len(micro.rows), dtype=torch.float64)
-    for one in passes:
-        logps[list(one.group)] = one.logps.detach().cpu()
-    run_.backward(passes, surveys, explicit, batches[0])
-    for batch in batches[1:]:
-        run_.again(batch)
-    ledger.close()
+    try:
+        passes = [run_.forward(group) for group in micro.groups]
+        surveys, explicit = run_.survey(passes)
+        batches, uncovered = _fit(parameters, sorted(explicit), explicit_budget)
+        logps = torch.zeros(len(micro.rows), dtype=torch.float64)
+        for one in passes:
+            logps[list(one.group)] = one.logps.detach().cpu()
+        run_.backward(passes, surveys, explicit, batches[0])
+        for batch in batches[1:]:
+            run_.again(batch)
+        ledger.close()
+    finally:
+        run_.close()
     return Outcome(ledger.entries, logps, uncovered)
 
 
@@ -127,6 +130,7 @@ class _Run:
         self.model, self.parameters, self.micro, self.ledger = model, parameters, micro, ledger
         self.budget = budget
         self._waiting: dict[int, dict[Tap, _Pass]] = defaultdict(dict)
+        self._captures: list[Capture] = []
         self._ignored: frozenset[int] = frozenset()
 
     def forward(self, group: Sequence[int], *, watch: bool = True) -> _Pass:
@@ -140,6 +144,7 @@ class _Run:
         if min(lengths) < length:
             mask = torch.stack([_pad(torch.ones_like(part), length) for part, _ in rows])
         capture = Capture(self.parameters if watch else [], layout, lambda tap, b: self._deliver(one, tap, b))
+        self._captures.append(capture)
         with torch.enable_grad(), capture:
             logits = forward_logits(self.model, ids, mask)
         with torch.enable_grad():
@@ -148,6 +153,13 @@ class _Run:
         check_logps(logps, [self.micro.pairs[row % half] for row in group], [row < half for row in group])
         one = _Pass(group, layout, capture, logps)
         return one
+
+    def close(self) -> None:
+        """Let go of every graph, also of those that an exception left behind."""
+        for capture in self._captures:
+            capture.close()
+        self._captures.clear()
+        self._waiting.clear()
 
     def survey(self, passes: Sequence[_Pass]) -> tuple[list[Survey], frozenset[int]]:
         """What the recorded uses account for, and the numbers of the parameters that need explicit gradients."""

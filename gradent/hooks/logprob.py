@@ -107,7 +107,8 @@ def check_logps(logps: Tensor, pairs: Sequence[int], chosen: Sequence[bool]) -> 
     Raises:
         NonFiniteError: naming the first such row.
     """
-    bad = (~torch.isfinite(logps.detach())).nonzero()
+    logps = logps.detach()
+    bad = (~torch.isfinite(logps)).nonzero()
     if len(bad):
         row = int(bad[0])
         raise NonFiniteError(

@@ -28,26 +28,32 @@ class Layout:
     length: int
     lengths: tuple[int, ...]
 
-    def split(self, tensor: Tensor, features: int) -> Tensor | None:
-        """View a tensor of the pass as `[R, M, *feature axes]`.
+    def splits(self, tensor: Tensor, features: int) -> bool:
+        """Whether the rows of a tensor of the pass can be told apart: its leading axis is R or R·L, or R is 1.
 
         Args:
             tensor: an operator's operand or result.
             features: trailing axes that are features.
 
         Returns:
-            The view, or None where the rows cannot be told apart (the leading axis is neither R nor R·L).
+            What `split` needs to be true.
         """
-        tail = tensor.shape[tensor.dim() - features :]
         if tensor.dim() < features:
-            return None
-        if self.rows == 1:
-            return tensor.reshape(1, -1, *tail)
-        if tensor.dim() > features and tensor.shape[0] == self.rows:
-            return tensor.reshape(self.rows, -1, *tail)
-        if tensor.dim() == features + 1 and tensor.shape[0] == self.rows * self.length:
-            return tensor.reshape(self.rows, self.length, *tail)
-        return None
+            return False
+        flat = tensor.dim() == features + 1 and tensor.shape[0] == self.rows * self.length
+        return self.rows == 1 or flat or (tensor.dim() > features and tensor.shape[0] == self.rows)
+
+    def split(self, tensor: Tensor, features: int) -> Tensor:
+        """View a tensor of the pass as `[R, M, *feature axes]`.
+
+        Args:
+            tensor: an operator's operand or result for which `splits` is true.
+            features: trailing axes that are features.
+
+        Returns:
+            The view (a copy where the strides do not allow one).
+        """
+        return tensor.reshape(self.rows, -1, *tensor.shape[tensor.dim() - features :])
 
     def trim(self, split: Tensor, row: int) -> Tensor:
         """Row `row` of a split tensor, without the positions after its last real token (their cotangent is zero)."""
@@ -107,7 +113,6 @@ class MatrixUse(_WholeSlot):
         if inputs.dtype != outputs.dtype:  # autocast: the product was taken of the input cast down
             inputs = inputs.to(outputs.dtype)
         a, b = layout.split(inputs, 1), layout.split(outputs, 1)
-        assert a is not None and b is not None, "a matrix rule recorded operands that it could not split"
         for row in range(layout.rows):
             u, v = layout.trim(b, row), layout.trim(a, row)
             yield row, self.view.slot, Dense(v, u) if self.swapped else Dense(u, v)
@@ -141,14 +146,11 @@ class LookupUse(_WholeSlot):
 
     def row_ids(self, row: int, layout: Layout) -> Tensor:
         """Token ids that row `row` looks up, int64 `[T]`."""
-        ids = layout.split(self.ids, 0)
-        assert ids is not None, "a lookup rule recorded ids that it could not split"
-        return layout.trim(ids, row)
+        return layout.trim(layout.split(self.ids, 0), row)
 
     def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
         """See `Use.forms`."""
         b = layout.split(cotangent, 1)
-        assert b is not None, "a lookup rule recorded an output that it could not split"
         for row in range(layout.rows):
             ids, values = self.row_ids(row, layout), layout.trim(b, row)
             if self.padding_idx is not None:

@@ -31,6 +31,6 @@ def embedding(call: Call) -> list[Use]:
     if view is None or view.reshaped or view.flipped or len(view.shape) != 2:
         return []
     ids, padding = named["input"], named["padding_idx"]
-    if call.layout.split(ids, 0) is None or call.layout.split(call.out, 1) is None:
+    if not call.layout.splits(ids, 0) or not call.layout.splits(call.out, 1):
         return []
     return [LookupUse(view, ids, None if padding is None else padding % view.shape[0])]

@@ -21,7 +21,7 @@ def _is_matrix(view: View | None) -> TypeGuard[View]:
 
 
 def _splits(call: Call, *tensors: Tensor) -> bool:
-    return all(call.layout.split(tensor, 1) is not None for tensor in tensors)
+    return all(call.layout.splits(tensor, 1) for tensor in tensors)
 
 
 @register_rule(F.linear)
