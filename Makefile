@@ -1,0 +1,70 @@
+# `make demo` and `make test` need nothing but Python 3.11+ on the PATH: they make the project's own environment first.
+# `make check` is what CI runs.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Test processes at most. Each is one torch process of about 1 GB with one thread.
+JOBS ?= 4
+# Passed on: `make demo ARGS="--model my-model"`, `make test ARGS="-k losses"`.
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses $(JOBS) --dist worksteal
+EXAMPLES := $(wildcard examples/*.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-fast lint types examples check format pins clean clean-venv
+# `check` ends with the tests, whose closing line is what a reader of a log looks for.
+.NOTPARALLEL:
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## Make the environment (.venv), pinned by constraints.txt.
+
+# The build backend comes first and the package is then built with it: an isolated build would fetch an unpinned one.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 11) or sys.exit(f"constraints.txt needs Python 3.11 or newer, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt hatchling editables
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## The paper's sentiment experiment in miniature; writes gradent-demo/.
+	$(BIN)/gradent demo $(ARGS)
+
+test: $(STAMP) ## Run all the tests.
+	$(PYTEST) $(ARGS)
+
+test-fast: $(STAMP) ## Run the tests that are not marked slow.
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+lint: $(STAMP) ## Check style and formatting.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## Check types, strictly.
+	$(BIN)/mypy
+
+examples: $(STAMP) ## Run every example.
+	@for example in $(EXAMPLES); do echo "$$example"; OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python $$example || exit 1; done
+
+check: lint types examples test ## Everything that CI runs.
+
+format: $(STAMP) ## Reformat, and mend what can be mended.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+pins: $(STAMP) ## Write the environment's versions into constraints.txt.
+	@{ sed -n '/^#/p' constraints.txt; $(PIP) freeze --all --exclude-editable --exclude pip | sed 's/+cpu$$//'; } > constraints.new
+	mv constraints.new constraints.txt
+	@touch $(STAMP)
+
+clean: ## Remove caches, builds and what the commands wrote.
+	rm -rf build dist gradent-demo .cache .mypy_cache .pytest_cache .ruff_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+clean-venv: ## Remove the environment.
+	rm -rf $(VENV)

@@ -1,0 +1,70 @@
+"""gradent measures gradient entanglement in preference optimization: `⟨∇log π(y_w), ∇log π(y_l)⟩`, exactly.
+
+`measure` gives the Gram entries of every preference pair, `verdict` says under a loss which log-probs will rise and
+fall, `audit` does both for a model and a file of pairs.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from gradent.version import __version__
+
+if TYPE_CHECKING:
+    from gradent import losses
+    from gradent.audit import audit
+    from gradent.errors import GradentError, GradentWarning
+    from gradent.gram import PairGram
+    from gradent.measure import measure
+    from gradent.pairs import PairBatch
+    from gradent.verdict import Verdict, verdict
+
+__all__ = [
+    "GradentError",
+    "GradentWarning",
+    "PairBatch",
+    "PairGram",
+    "Verdict",
+    "__version__",
+    "audit",
+    "losses",
+    "measure",
+    "verdict",
+]
+
+# Public name -> the module that defines it, imported when the name is first asked for: reading records and
+# `gradent --help` need no torch.
+_HOME = {
+    "GradentError": "gradent.errors",
+    "GradentWarning": "gradent.errors",
+    "PairBatch": "gradent.pairs",
+    "PairGram": "gradent.gram",
+    "Verdict": "gradent.verdict",
+    "audit": "gradent.audit",
+    "losses": "gradent.losses",
+    "measure": "gradent.measure",
+    "verdict": "gradent.verdict",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gradent' has no attribute {name!r}")
+    module = import_module(_HOME[name])
+    return module if name == "losses" else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps `gradent.measure`, `.verdict` and `.audit` the functions when the modules of those names are imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

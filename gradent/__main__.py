@@ -1,0 +1,6 @@
+"""`python -m gradent` is `gradent`."""
+
+from gradent.cli import main
+
+if __name__ == "__main__":
+    main()
