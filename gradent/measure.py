@@ -20,7 +20,7 @@ from gradent.hooks.engine import Outcome
 from gradent.hooks.logprob import sequence_logprobs
 from gradent.kernels.plan import parse_budget
 from gradent.metric import metric_roots
-from gradent.model import check_ids, forward_logits, input_device, observed, plain, trainable
+from gradent.model import check_ids, forward_logits, ignores_padding, input_device, observed, plain, trainable
 from gradent.pairs import PairBatch
 from gradent.per_sample import per_sample_pairs
 
@@ -84,7 +84,7 @@ def measure(
         if engine == "hooks":
             outcomes = measure_pairs(model, parameters, rows, budget=budget, weight=weight, dropout=dropout)
         else:
-            outcomes = per_sample_pairs(model, parameters, rows, weight=weight, randomness=dropout)
+            outcomes = per_sample_pairs(model, parameters, rows, weight=weight, dropout=dropout)
     _check_finite(list(parameters), outcomes)
     return _gather(batch, parameters, outcomes, by_module=by_module, allow_uncovered=allow_uncovered)
 
@@ -106,17 +106,15 @@ def sequence_logps(model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """
     model = plain(model)
     rows = _rows(model, batch)
-    device = input_device(model)
     result = torch.zeros(len(rows), dtype=torch.float64)
     with observed(model):
-        for group in group_rows([len(ids) for ids, _ in rows], device):
-            longest = len(rows[group[0]][0])
-            parts = [[nn.functional.pad(part, (0, longest - len(part))) for part in rows[index]] for index in group]
+        lengths = [len(ids) for ids, _ in rows]
+        padded = ignores_padding(model, rows[0][0])
+        for group in group_rows(lengths, rows[0][0].device) if padded else [[row] for row in range(len(rows))]:
+            longest = max(lengths[row] for row in group)
+            parts = [[nn.functional.pad(part, (0, longest - len(part))) for part in rows[row]] for row in group]
             ids, marks = (torch.stack(column) for column in zip(*parts, strict=True))
-            lengths = torch.tensor([len(rows[index][0]) for index in group], device=device)
-            mask = (torch.arange(longest, device=device) < lengths[:, None]).long()
-            logits = forward_logits(model, ids, None if bool(mask.all()) else mask)
-            result[group] = sequence_logprobs(logits, ids, marks).cpu()
+            result[group] = sequence_logprobs(forward_logits(model, ids), ids, marks).cpu()
     return result[: len(batch)], result[len(batch) :]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +12,16 @@ from torch import Tensor, nn
 
 from gradent.errors import InputError, ModelError, NotCausalError, NothingTrainableError
 
-__all__ = ["check_causal", "check_ids", "forward_logits", "input_device", "observed", "plain", "trainable"]
+__all__ = [
+    "check_causal",
+    "check_ids",
+    "forward_logits",
+    "ignores_padding",
+    "input_device",
+    "observed",
+    "plain",
+    "trainable",
+]
 
 _PADDING_WARNING = "warn_if_padding_and_no_attention_mask"
 
@@ -75,15 +85,16 @@ def _embedding(model: nn.Module) -> Tensor | None:
     return weight if isinstance(weight, Tensor) else None
 
 
-def forward_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Logits of one forward, without a key-value cache.
+def forward_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Logits of one forward, without a key-value cache and without an attention mask.
+
+    Rows are right-padded, where a causal model does not look, so a mask has nothing to say; the masks that some models
+    make of it give nan in float64, or other shapes.
 
     Args:
         model: a causal language model: a transformers or PEFT model, or any module whose forward takes `input_ids`
             and returns logits `[R, L, V]`, bare, first in a tuple, or as `.logits`.
-        input_ids: int64 `[R, L]`.
-        attention_mask: int64 `[R, L]`, or None where no row is padded. A module whose forward does not take one gets
-            none: padding is on the right, where a causal model does not look.
+        input_ids: int64 `[R, L]`, padded on the right if at all.
 
     Returns:
         `[R, L, V]`, in the model's dtype.
@@ -98,11 +109,7 @@ def forward_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor |
         )
     accepted = inspect.signature(model.forward).parameters
     anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
-    kwargs: dict[str, object] = {}
-    if attention_mask is not None and (anything or "attention_mask" in accepted):
-        kwargs["attention_mask"] = attention_mask
-    if "use_cache" in accepted or (anything and config is not None):
-        kwargs["use_cache"] = False
+    kwargs = {"use_cache": False} if "use_cache" in accepted or (anything and config is not None) else {}
     if anything or "input_ids" in accepted:
         output = model(input_ids=input_ids, **kwargs)
     else:
@@ -156,8 +163,10 @@ def check_causal(model: nn.Module, ids: Tensor) -> None:
         NotCausalError: changing the last token moves the logits before it.
     """
     changed = ids.clone()
-    changed[-1] = int(ids[-1] == 0)
-    before, after = (forward_logits(model, row[None], None)[0, :-1].float() for row in (ids, changed))
+    others = ids[ids != ids[-1]]
+    # Another token of the row: 0 may be the padding token, from which some models make a mask of their own.
+    changed[-1] = others[-1] if len(others) else int(ids[-1] == 0)
+    before, after = (forward_logits(model, row[None])[0, :-1].float() for row in (ids, changed))
     scale = float(before.std()) or 1.0
     moved = float((before - after).abs().max()) / scale
     # A causal model moves them by rounding at most (experts see their tokens in other groups).
@@ -168,6 +177,28 @@ def check_causal(model: nn.Module, ids: Tensor) -> None:
             f"{moved:.2g} standard deviations. gradent needs log π(y|x) of a decoder-only language model; an encoder "
             "(BERT and kin) has none. If this is a decoder class of an encoder model, set config.is_decoder=True."
         )
+
+
+_PADDING: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def ignores_padding(model: nn.Module, ids: Tensor) -> bool:
+    """Whether padding on the right leaves the logits before it alone; found out once a model.
+
+    Args:
+        model: the model, in eval mode.
+        ids: int64 `[T]`, a row of the batch.
+
+    Returns:
+        False for the few models whose logits depend on the padded length.
+    """
+    if model not in _PADDING:
+        padded = nn.functional.pad(ids, (0, 3))
+        short, long = (forward_logits(model, row[None])[0, : len(ids)].float() for row in (ids, padded))
+        limit = 1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.05
+        _PADDING[model] = bool((short - long).abs().max() <= limit * short.std().clamp_min(1e-6))
+    return _PADDING[model]
 
 
 @contextmanager
@@ -183,8 +214,8 @@ def observed(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
         Nothing.
     """
     flags = [(module, module.training) for module in model.modules()]
-    # transformers looks for padding in rows that come without a mask, to warn of it: a look at values, which vmap cannot
-    # take, and a warning that would be wrong, since rows without a mask are not padded here.
+    # transformers looks for padding in rows that come without a mask, to warn of it: a look at values, which vmap
+    # cannot take, and a warning that would be wrong: padding on the right of a causal model needs no mask.
     warners = [
         (module, {_PADDING_WARNING: vars(module)[_PADDING_WARNING]} if _PADDING_WARNING in vars(module) else {})
         for module, _ in flags

@@ -54,8 +54,10 @@ class Capture(TorchFunctionMode):
         self._layout = layout
         self._deliver = deliver
         self._parameters = parameters
-        self._views = {
-            id(parameter): View(number, (), tuple(parameter.shape)) for number, parameter in enumerate(parameters)
+        # A tensor's view, and its node when it was made: one that is changed in place afterwards has another.
+        self._views: dict[int, tuple[View, Node | None]] = {
+            id(parameter): (View(number, (), tuple(parameter.shape)), None)
+            for number, parameter in enumerate(parameters)
         }
         self._held: list[Tensor] = []  # views must stay alive: their id is their key
         self._handles: list[RemovableHandle] = []
@@ -64,7 +66,7 @@ class Capture(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tracked = [t for t in _tensors((*args, *kwargs.values())) if id(t) in self._views]
+        tracked = [t for t in _tensors((*args, *kwargs.values())) if self._find(t) is not None]
         if not tracked or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         operands = [(t, node_of(t)) for t in _tensors((*args, *kwargs.values()))]
@@ -87,9 +89,10 @@ class Capture(TorchFunctionMode):
         for use in uses:
             self._tap(use, out, operands)
         if not uses and len(tracked) == 1:
-            view = follow(func, self._views[id(tracked[0])], tracked[0], args, kwargs, out)
+            given = self._find(tracked[0])
+            view = None if given is None else follow(func, given, tracked[0], args, kwargs, out)
             if view is not None and id(out) not in self._views:  # a cast with nothing to do returns its argument
-                self._views[id(out)] = view
+                self._views[id(out)] = (view, out.grad_fn)
                 self._held.append(out)
 
     def _tap(self, use: Use, out: Tensor, operands: list[tuple[Tensor, Node | None]]) -> None:
@@ -98,7 +101,7 @@ class Capture(TorchFunctionMode):
         stops = [operand for _, operand in operands if operand is not None]
         edges: set[Edge] = set()
         for tensor, operand in operands:
-            if operand is not None and self._views.get(id(tensor)) == use.view:
+            if operand is not None and self._find(tensor) == use.view:
                 edges |= edges_between(node, operand, stops)
         tap = Tap(use, node, frozenset(edges))
         self.taps.append(tap)
@@ -106,7 +109,8 @@ class Capture(TorchFunctionMode):
         self._handles.append(handle)
 
     def _find(self, operand: Any) -> View | None:
-        return self._views.get(id(operand)) if isinstance(operand, Tensor) else None
+        found = self._views.get(id(operand))
+        return found[0] if found is not None and found[1] is operand.grad_fn else None
 
     def close(self) -> None:
         """Let go of the pass.
@@ -134,10 +138,13 @@ class Capture(TorchFunctionMode):
         """
         assert loss.grad_fn is not None
         taps = [tap for tap in self.taps if tap.use.view.param not in without]
-        claimed = {edge for tap in taps for edge in tap.edges}
+        claimed: dict[Edge, frozenset[Node]] = {}
+        for tap in taps:
+            for edge in tap.edges:
+                claimed[edge] = claimed.get(edge, frozenset()) | {tap.node}
         numbers = {node_of(parameter): number for number, parameter in enumerate(self._parameters)}
         parameters = {node: number for node, number in numbers.items() if node is not None}
-        return survey(loss.grad_fn, frozenset(tap.node for tap in taps), claimed, parameters)
+        return survey(loss.grad_fn, claimed, frozenset(tap.node for tap in taps), parameters)
 
 
 def _nowhere(tap: Tap, cotangent: Tensor) -> None:

@@ -136,17 +136,15 @@ class _Run:
     def forward(self, group: Sequence[int], *, watch: bool = True) -> _Pass:
         """One forward of the rows of `group`, recorded."""
         rows = [self.micro.rows[index] for index in group]
-        lengths = tuple(len(ids) for ids, _ in rows)
-        length = max(*lengths, self.micro.least_length) if len(rows) > 1 else lengths[0]
-        layout = Layout(len(rows), length, lengths)
+        length = max(len(ids) for ids, _ in rows)
+        if len(rows) > 1:
+            length = max(length, self.micro.least_length)
         ids, marks = (torch.stack([_pad(part, length) for part in parts]) for parts in zip(*rows, strict=True))
-        mask = None
-        if min(lengths) < length:
-            mask = torch.stack([_pad(torch.ones_like(part), length) for part, _ in rows])
+        layout = Layout(len(rows), length)
         capture = Capture(self.parameters if watch else [], layout, lambda tap, b: self._deliver(one, tap, b))
         self._captures.append(capture)
         with torch.enable_grad(), capture:
-            logits = forward_logits(self.model, ids, mask)
+            logits = forward_logits(self.model, ids)
         with torch.enable_grad():
             logps = sequence_logprobs(logits, ids, marks, tile=min(TILE, self.budget))
         half = len(self.micro.rows) // 2

@@ -8,7 +8,7 @@ involved, so this holds for models nobody has seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -72,13 +72,18 @@ class Survey:
     missed: frozenset[int]
 
 
-def survey(root: Node, uses: frozenset[Node], claimed: set[Edge], parameters: dict[Node, int]) -> Survey:
+def survey(
+    root: Node, claimed: Mapping[Edge, frozenset[Node]], uses: frozenset[Node], parameters: dict[Node, int]
+) -> Survey:
     """Walk the graph below `root` once.
+
+    A claim holds only below the output that its use waits at: an output that is changed in place afterwards may hand
+    its graph on without that node, and then the use would wait in vain.
 
     Args:
         root: the node of the loss.
+        claimed: edges that the recorded uses account for, with the output nodes of those uses.
         uses: output nodes of the recorded uses.
-        claimed: edges that the recorded uses account for.
         parameters: the nodes that accumulate each trainable parameter's gradient, with its number.
 
     Returns:
@@ -94,13 +99,14 @@ def survey(root: Node, uses: frozenset[Node], claimed: set[Edge], parameters: di
     pending: list[Node] = [root]
     while pending:
         node = pending[-1]
+        first = node not in opened
+        opened.add(node)
         children = [
             child
             for number, (child, _) in enumerate(node.next_functions)
-            if child is not None and (node, number) not in claimed
+            if child is not None and opened.isdisjoint(claimed.get((node, number), ()))
         ]
-        if node not in opened:
-            opened.add(node)
+        if first:
             if node in parameters:
                 missed.add(parameters[node])
             if node.name() == "CheckpointFunctionBackward":

@@ -22,14 +22,16 @@ __all__ = ["GroupedUse", "Layout", "LookupUse", "MatrixUse", "SumUse", "Use"]
 
 @dataclass(frozen=True)
 class Layout:
-    """The shape of one forward: `rows` R, padded length `length` L, real tokens of each row."""
+    """The shape of one forward: `rows` R, padded to `length` L tokens. Cotangents of padding are exactly zero."""
 
     rows: int
     length: int
-    lengths: tuple[int, ...]
 
     def splits(self, tensor: Tensor, features: int) -> bool:
-        """Whether the rows of a tensor of the pass can be told apart: its leading axis is R or R·L, or R is 1.
+        """Whether the rows of a tensor of the pass can be told apart.
+
+        They can where R is 1, where the leading axes are `[R, M]`, or where the leading axis is R·L, flattened tokens.
+        A single leading axis of R is more likely R tokens than one token of every row, and is not taken for rows.
 
         Args:
             tensor: an operator's operand or result.
@@ -38,10 +40,11 @@ class Layout:
         Returns:
             What `split` needs to be true.
         """
-        if tensor.dim() < features:
-            return False
-        flat = tensor.dim() == features + 1 and tensor.shape[0] == self.rows * self.length
-        return self.rows == 1 or flat or (tensor.dim() > features and tensor.shape[0] == self.rows)
+        if self.rows == 1:
+            return tensor.dim() >= features
+        if tensor.dim() == features + 1:
+            return tensor.shape[0] == self.rows * self.length
+        return tensor.dim() > features + 1 and tensor.shape[0] == self.rows
 
     def split(self, tensor: Tensor, features: int) -> Tensor:
         """View a tensor of the pass as `[R, M, *feature axes]`.
@@ -54,10 +57,6 @@ class Layout:
             The view (a copy where the strides do not allow one).
         """
         return tensor.reshape(self.rows, -1, *tensor.shape[tensor.dim() - features :])
-
-    def trim(self, split: Tensor, row: int) -> Tensor:
-        """Row `row` of a split tensor, without the positions after its last real token (their cotangent is zero)."""
-        return split[row, : self.lengths[row]] if split.shape[1] == self.length else split[row]
 
 
 class Use(Protocol):
@@ -114,7 +113,7 @@ class MatrixUse(_WholeSlot):
             inputs = inputs.to(outputs.dtype)
         a, b = layout.split(inputs, 1), layout.split(outputs, 1)
         for row in range(layout.rows):
-            u, v = layout.trim(b, row), layout.trim(a, row)
+            u, v = b[row], a[row]
             yield row, self.view.slot, Dense(v, u) if self.swapped else Dense(u, v)
 
 
@@ -146,13 +145,13 @@ class LookupUse(_WholeSlot):
 
     def row_ids(self, row: int, layout: Layout) -> Tensor:
         """Token ids that row `row` looks up, int64 `[T]`."""
-        return layout.trim(layout.split(self.ids, 0), row)
+        return layout.split(self.ids, 0)[row]
 
     def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
         """See `Use.forms`."""
         b = layout.split(cotangent, 1)
         for row in range(layout.rows):
-            ids, values = self.row_ids(row, layout), layout.trim(b, row)
+            ids, values = self.row_ids(row, layout), b[row]
             if self.padding_idx is not None:
                 real = ids != self.padding_idx
                 ids, values = ids[real], values[real]
@@ -187,11 +186,12 @@ class SumUse(_WholeSlot):
         wide = accumulator(b.dtype)
         shape = (1,) * (b.dim() - len(self.shape)) + tuple(self.shape)[max(0, len(self.shape) - b.dim()) :]
         axes = [axis for axis, size in enumerate(shape) if size == 1]
-        step = b.shape[0]
+        count = max(1, b.shape[0])  # of no token (an expert without any), the sum is zero
+        step = count
         if 0 in axes:
-            step = max(1, budget // max(1, 2 * wide.itemsize * b[0].numel()))
+            step = max(1, budget // max(1, 2 * wide.itemsize * b.shape[1:].numel()))
         total: Tensor | float = 0.0
-        for start in range(0, b.shape[0], step):
+        for start in range(0, count, step):
             part = b[start : start + step].to(wide)
             if factor is not None:
                 part = part * factor[start : start + step].to(wide)

@@ -60,7 +60,7 @@ MISSED = {
 def record(function: object) -> tuple[Capture, Tensor, list[tuple[Tap, Tensor]]]:
     arrived: list[tuple[Tap, Tensor]] = []
     pair = weights()
-    capture = Capture(pair, Layout(1, 3, (3,)), lambda tap, b: arrived.append((tap, b)))
+    capture = Capture(pair, Layout(1, 3), lambda tap, b: arrived.append((tap, b)))
     with capture:
         out = function(*pair)  # type: ignore[operator]
     return capture, out.square().sum(), arrived
@@ -91,7 +91,7 @@ def test_a_backward_to_the_bottoms_reaches_every_use_and_no_weight() -> None:
 
 def test_what_the_loss_does_not_depend_on_is_not_reached() -> None:
     W, w = weights()
-    capture = Capture((W, w), Layout(1, 3, (3,)), lambda tap, b: None)
+    capture = Capture((W, w), Layout(1, 3), lambda tap, b: None)
     with capture:
         used, unused = F.linear(X, W), X * w
     assert unused.requires_grad
@@ -103,7 +103,7 @@ def test_what_the_loss_does_not_depend_on_is_not_reached() -> None:
 def test_reentrant_checkpointing_is_refused_since_it_hides_the_graph() -> None:
     W, w = weights()
     x = X.clone().requires_grad_()
-    capture = Capture((W, w), Layout(1, 3, (3,)), lambda tap, b: None)
+    capture = Capture((W, w), Layout(1, 3), lambda tap, b: None)
     with capture:
         out = checkpoint(lambda value: F.linear(value, W, w), x, use_reentrant=True)
     with pytest.raises(ModelError, match="use_reentrant"):
