@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
+import torch
 from torch import Tensor
 
-__all__ = ["ModuleGram", "PairGram"]
+__all__ = ["ModuleGram", "PairGram", "sum_parameters"]
 
 ModuleGram = tuple[Tensor, Tensor, Tensor]
 """`(chosen_sq, rejected_sq, inner)` of one module, each float64 `[B]`."""
@@ -54,3 +56,64 @@ class PairGram:
     def __len__(self) -> int:
         """Number of pairs, B."""
         return int(self.inner.shape[0])
+
+    def select(self, pairs: Sequence[int]) -> PairGram:
+        """The entries of some pairs.
+
+        Args:
+            pairs: pair numbers, in the order wanted; none is allowed.
+
+        Returns:
+            A `PairGram` of those pairs.
+        """
+        at = torch.tensor(list(pairs), dtype=torch.int64)
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values |= {name: value[at] for name, value in values.items() if isinstance(value, Tensor)}
+        if self.modules is not None:
+            values["modules"] = {name: tuple(part[at] for part in parts) for name, parts in self.modules.items()}
+        return PairGram(**values)
+
+    @classmethod
+    def join(cls, grams: Sequence[PairGram]) -> PairGram:
+        """The pairs of several measurements of one model, one after the other.
+
+        Args:
+            grams: at least one.
+
+        Returns:
+            A `PairGram` of all their pairs; `modules` where all have them, the least `coverage`.
+        """
+        names = [each.name for each in fields(cls) if isinstance(getattr(grams[0], each.name), Tensor)]
+        modules: dict[str, ModuleGram] | None = None
+        if all(gram.modules is not None for gram in grams):
+            modules = {}
+            for name in dict.fromkeys(name for gram in grams for name in gram.modules or {}):
+                parts = [(gram.modules or {}).get(name, (torch.zeros_like(gram.inner),) * 3) for gram in grams]
+                chosen_sq, rejected_sq, inner = (torch.cat(column) for column in zip(*parts, strict=True))
+                modules[name] = (chosen_sq, rejected_sq, inner)
+        return cls(
+            **{name: torch.cat([getattr(gram, name) for gram in grams]) for name in names},
+            coverage=min(gram.coverage for gram in grams),
+            modules=modules,
+            uncovered={name: why for gram in grams for name, why in gram.uncovered.items()},
+        )
+
+
+def sum_parameters(
+    names: Sequence[str], parts: Sequence[tuple[Sequence[int], Mapping[int, Tensor]]], pairs: int
+) -> dict[str, Tensor]:
+    """Entries by module from entries by parameter.
+
+    Args:
+        names: the parameters' names; a parameter's number is its place here.
+        parts: `(pair numbers, {parameter number: float64 [k, 3]})` of groups of k pairs.
+        pairs: B.
+
+    Returns:
+        `{module name: float64 [3, B]}`, on the CPU, in the parameters' order; zeros where nothing was measured.
+    """
+    modules: dict[str, Tensor] = defaultdict(lambda: torch.zeros(3, pairs, dtype=torch.float64))
+    for numbers, entries in parts:
+        for number, entry in sorted(entries.items()):
+            modules[names[number].rpartition(".")[0]][:, list(numbers)] += entry.cpu().T
+    return {name: modules[name] for name in dict.fromkeys(name.rpartition(".")[0] for name in names)}

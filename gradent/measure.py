@@ -5,7 +5,6 @@ Letters: B pairs of the batch, k pairs of a micro-batch.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradent.errors import InputError, NonFiniteError, UncoveredParameterError
-from gradent.gram import ModuleGram, PairGram
+from gradent.gram import ModuleGram, PairGram, sum_parameters
 from gradent.hooks.batching import group_rows
 from gradent.hooks.driver import measure_pairs
 from gradent.hooks.engine import Outcome
@@ -159,17 +158,12 @@ def _gather(
             "them: coverage then reports the share."
         )
     logps = torch.zeros(2 * count, dtype=torch.float64)
-    modules: dict[str, Tensor] = defaultdict(lambda: torch.zeros(3, count, dtype=torch.float64))
     for pairs, outcome in outcomes:
         logps[pairs] = outcome.logps[: len(pairs)]
         logps[[count + pair for pair in pairs]] = outcome.logps[len(pairs) :]
-        for number, entry in sorted(outcome.entries.items()):
-            modules[names[number].rpartition(".")[0]][:, pairs] += entry.cpu().T
+    modules = sum_parameters(names, [(pairs, outcome.entries) for pairs, outcome in outcomes], count)
     totals = sum(modules.values(), torch.zeros(3, count, dtype=torch.float64))
-    shares: dict[str, ModuleGram] = {
-        name: (entry[0], entry[1], entry[2])
-        for name, entry in ((name, modules[name]) for name in dict.fromkeys(n.rpartition(".")[0] for n in names))
-    }
+    shares: dict[str, ModuleGram] = {name: (entry[0], entry[1], entry[2]) for name, entry in modules.items()}
     return PairGram(
         chosen_sq=totals[0],
         rejected_sq=totals[1],

@@ -135,6 +135,32 @@ class PairBatch:
         return _collate([self.row(index) for index in rows], pad_token_id=0)
 
     @classmethod
+    def from_rows(cls, rows: Sequence[tuple[Tensor, Tensor]]) -> PairBatch:
+        """A batch from rows as `row` returns them.
+
+        Args:
+            rows: `(ids int64 [T], marks bool [T])` of 2B rows, all chosen, then all rejected.
+
+        Returns:
+            The right-padded `PairBatch`, on the rows' device.
+        """
+        return _collate(rows, pad_token_id=0)
+
+    @classmethod
+    def join(cls, batches: Sequence[PairBatch]) -> PairBatch:
+        """The pairs of several batches, one after the other.
+
+        Args:
+            batches: at least one.
+
+        Returns:
+            The right-padded `PairBatch` of all their pairs.
+        """
+        chosen = [batch.row(pair) for batch in batches for pair in range(len(batch))]
+        rejected = [batch.row(len(batch) + pair) for batch in batches for pair in range(len(batch))]
+        return cls.from_rows([*chosen, *rejected])
+
+    @classmethod
     def from_tokens(cls, pairs: Sequence[TokenPair], pad_token_id: int = 0) -> PairBatch:
         """A batch from token ids.
 

@@ -8,9 +8,11 @@ goes, so does everything here.
 
 from __future__ import annotations
 
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,42 +20,99 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from gradent.hooks.clock import Clock
 from gradent.hooks.graph import Edge, Survey, edges_between, node_of, survey
+from gradent.hooks.regions import current_region, in_backward
 from gradent.hooks.rules import RULES, Call
 from gradent.hooks.uses import Layout, Use
 from gradent.hooks.views import View, follow
 
 __all__ = ["Capture", "Tap"]
 
+_T = TypeVar("_T")
 
-@dataclass(frozen=True)
+_Key = tuple[Any, tuple[tuple[int, tuple[int, ...]], ...]]
+"""A torch function and the slots among its operands: what a call is recognised by when it is computed again."""
+
+
+@dataclass(eq=False)
 class Tap:
-    """A recorded use, the node whose cotangent it waits for, and the edges into the parameter that it accounts for."""
+    """A recorded use, the node whose cotangent it waits for, and the edges into the parameter that it accounts for.
+
+    Attributes:
+        use: the use; hollow while `ready` is false.
+        node: the node of the operator's output.
+        edges: edges into the parameter that the use accounts for.
+        ready: the use holds its operands. In a checkpointed region they come when they are computed again.
+        early: a cotangent that arrived before the operands.
+    """
 
     use: Use
     node: Node
     edges: frozenset[Edge]
+    ready: bool = True
+    early: Tensor | None = None
+
+
+class _Seen(NamedTuple):
+    """What is noted of a call with a trainable operand before it runs."""
+
+    tracked: list[Tensor]
+    operands: list[tuple[Tensor, Node | None]]
+    region: Any
+    again: bool
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A call in a checkpointed region, to be recognised when it is computed again."""
+
+    taps: Sequence[Tap]
+    shape: torch.Size
 
 
 class Capture(TorchFunctionMode):
     """Records the uses of `parameters` in the forward pass that runs inside `with capture:`.
+
+    Started again while a checkpointed region is computed again, it takes from there the operands that the forward pass
+    did not keep.
 
     Args:
         parameters: the trainable parameters; a parameter's number is its place here.
         layout: the rows of the forward.
         deliver: called with `(tap, cotangent)` when a tap's cotangent arrives during the backward pass. It must not
             keep or modify the cotangent beyond what the rule's forms keep.
+        late: called with each tap that is recorded while a backward pass runs (reentrant checkpointing). Given, the
+            capture holds no activation of a checkpointed region, and is to be started again when one is recomputed.
+
+        on_error: called with an error of the capture's own while the model runs, which then goes on unwatched; without
+            it such an error is raised.
+        clock: counts the time that the capture itself takes.
 
     Attributes:
+        parameters: the trainable parameters.
         taps: what was recorded, in forward order.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], layout: Layout, deliver: Callable[[Tap, Tensor], None]) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        layout: Layout,
+        deliver: Callable[[Tap, Tensor], None],
+        *,
+        late: Callable[[Tap], None] | None = None,
+        on_error: Callable[[Exception], None] | None = None,
+        clock: Clock | None = None,
+    ) -> None:
         super().__init__()
         self.taps: list[Tap] = []
         self._layout = layout
         self._deliver = deliver
-        self._parameters = parameters
+        self._late = late
+        self._on_error = on_error
+        self._clock = Clock() if clock is None else clock
+        self._blind = False
+        self.parameters = parameters
         # A tensor's view, and its node when it was made: one that is changed in place afterwards has another.
         self._views: dict[int, tuple[View, Node | None]] = {
             id(parameter): (View(number, (), tuple(parameter.shape)), None)
@@ -61,41 +120,85 @@ class Capture(TorchFunctionMode):
         }
         self._held: list[Tensor] = []  # views must stay alive: their id is their key
         self._handles: list[RemovableHandle] = []
+        self._pending: weakref.WeakKeyDictionary[Any, dict[_Key, deque[_Pending]]] = weakref.WeakKeyDictionary()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tracked = [t for t in _tensors((*args, *kwargs.values())) if self._find(t) is not None]
-        if not tracked or not torch.is_grad_enabled():
+        if self._blind or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        operands = [(t, node_of(t)) for t in _tensors((*args, *kwargs.values()))]
+        seen = self._guarded(self._before, func, args, kwargs)
         out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and out.grad_fn is not None:
-            self._see(func, args, kwargs, out, tracked, operands)
+        if seen is not None and isinstance(out, Tensor) and out.grad_fn is not None:
+            self._guarded(self._after, func, args, kwargs, out, seen)
         return out
 
-    def _see(
+    def _guarded(self, function: Callable[..., _T], *args: Any) -> _T | None:
+        if self._on_error is None:
+            return function(*args)
+        try:
+            with self._clock:
+                return function(*args)
+        except Exception as error:  # noqa: BLE001  (what is observed must not suffer from being observed)
+            self._blind = True
+            self._on_error(error)
+            return None
+
+    def _before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen | None:
+        """What has to be noted before an operator runs; None where it is of no interest."""
+        tensors = _tensors((*args, *kwargs.values()))
+        tracked = [tensor for tensor in tensors if self._find(tensor) is not None]
+        if not tracked:
+            return None
+        region = None if self._late is None else current_region()
+        again = region is not None and in_backward()
+        # The operator may be where the computation is cut short: its operands are taken now.
+        if again and self._refill(region, self._key(func, tracked), args, kwargs):
+            return None
+        return _Seen(tracked, [(tensor, node_of(tensor)) for tensor in tensors], region, again)
+
+    def _after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor, seen: _Seen) -> None:
+        key = self._key(func, seen.tracked)
+        if seen.again or not self._record(key, seen.region, args, kwargs, out, seen.operands):
+            self._follow(func, args, kwargs, out, seen.tracked)
+
+    def _key(self, func: Any, tracked: list[Tensor]) -> _Key:
+        views = (self._find(tensor) for tensor in tracked)
+        return func, tuple((view.param, view.slot) for view in views if view is not None)
+
+    def _uses(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[Use]:
+        rule = RULES.get(func)
+        return rule(Call(args, kwargs, out, self._layout, self._find)) if rule else []
+
+    def _record(
         self,
-        func: Any,
+        key: _Key,
+        region: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         out: Tensor,
-        tracked: list[Tensor],
         operands: list[tuple[Tensor, Node | None]],
-    ) -> None:
-        rule = RULES.get(func)
-        uses = rule(Call(args, kwargs, out, self._layout, self._find)) if rule else []
-        for use in uses:
-            self._tap(use, out, operands)
-        if not uses and len(tracked) == 1:
-            given = self._find(tracked[0])
-            view = None if given is None else follow(func, given, tracked[0], args, kwargs, out)
-            if view is not None and id(out) not in self._views:  # a cast with nothing to do returns its argument
-                self._views[id(out)] = (view, out.grad_fn)
-                self._held.append(out)
+    ) -> bool:
+        """Record the uses that the call's rule accounts for; whether there is any."""
+        taps = [self._tap(use, out, operands, region is not None) for use in self._uses(key[0], args, kwargs, out)]
+        if self._late is not None and in_backward():
+            for tap in taps:
+                self._late(tap)
+        if taps and region is not None:
+            self._pending.setdefault(region, {}).setdefault(key, deque()).append(_Pending(taps, out.shape))
+        return bool(taps)
 
-    def _tap(self, use: Use, out: Tensor, operands: list[tuple[Tensor, Node | None]]) -> None:
+    def _follow(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor, tracked: list[Tensor]
+    ) -> None:
+        given = self._find(tracked[0]) if len(tracked) == 1 else None
+        view = None if given is None else follow(func, given, tracked[0], args, kwargs, out)
+        if view is not None and id(out) not in self._views:  # a cast with nothing to do returns its argument
+            self._views[id(out)] = (view, out.grad_fn)
+            self._held.append(out)
+
+    def _tap(self, use: Use, out: Tensor, operands: list[tuple[Tensor, Node | None]], hollow: bool) -> Tap:
         node = out.grad_fn
         assert node is not None
         stops = [operand for _, operand in operands if operand is not None]
@@ -103,14 +206,45 @@ class Capture(TorchFunctionMode):
         for tensor, operand in operands:
             if operand is not None and self._find(tensor) == use.view:
                 edges |= edges_between(node, operand, stops)
-        tap = Tap(use, node, frozenset(edges))
+        kept = use.hollow if hollow else use
+        tap = Tap(kept, node, frozenset(edges), ready=kept is use)
         self.taps.append(tap)
-        handle = out.register_hook(lambda cotangent: self._deliver(tap, cotangent))  # type: ignore[no-untyped-call]
+        handle = out.register_hook(lambda cotangent: self._arrive(tap, cotangent))  # type: ignore[no-untyped-call]
         self._handles.append(handle)
+        return tap
+
+    def _arrive(self, tap: Tap, cotangent: Tensor) -> None:
+        if tap.ready:
+            self._deliver(tap, cotangent)
+        else:
+            tap.early = cotangent
+
+    def _refill(self, region: Any, key: _Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Give a call's taps their operands, now that they have been computed again; whether it was a recorded call."""
+        calls = self._pending.get(region, {}).get(key)
+        if not calls:
+            return False
+        call = calls.popleft()
+        uses = self._uses(key[0], args, kwargs, torch.empty(call.shape, device="meta"))
+        for tap, use in zip(call.taps, uses, strict=False):
+            if tap.use.view == use.view and not tap.ready:
+                tap.use, tap.ready = use, True
+                if tap.early is not None:
+                    cotangent, tap.early = tap.early, None
+                    self._deliver(tap, cotangent)
+        return True
 
     def _find(self, operand: Any) -> View | None:
         found = self._views.get(id(operand))
         return found[0] if found is not None and found[1] is operand.grad_fn else None
+
+    def start(self) -> None:
+        """Watch from here on: `__enter__`, where the end is in another function."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def stop(self) -> None:
+        """Watch no more: `__exit__`."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Let go of the pass.
@@ -121,17 +255,19 @@ class Capture(TorchFunctionMode):
         for handle in self._handles:
             handle.remove()
         self.taps.clear()
+        self._pending.clear()
         self._handles.clear()
         self._views.clear()
         self._held.clear()
         self._deliver = _nowhere
 
-    def survey(self, loss: Tensor, without: frozenset[int] = frozenset()) -> Survey:
+    def survey(self, loss: Tensor, without: frozenset[int] = frozenset(), *, opaque: bool = False) -> Survey:
         """What of the graph below `loss` the recorded uses account for.
 
         Args:
             loss: the scalar whose backward will run.
             without: numbers of parameters whose recorded uses are to be disregarded.
+            opaque: go on past regions whose graph is hidden, instead of raising.
 
         Returns:
             The survey; `missed` then includes those of `without` that the loss depends on.
@@ -142,9 +278,9 @@ class Capture(TorchFunctionMode):
         for tap in taps:
             for edge in tap.edges:
                 claimed[edge] = claimed.get(edge, frozenset()) | {tap.node}
-        numbers = {node_of(parameter): number for number, parameter in enumerate(self._parameters)}
+        numbers = {node_of(parameter): number for number, parameter in enumerate(self.parameters)}
         parameters = {node: number for node, number in numbers.items() if node is not None}
-        return survey(loss.grad_fn, claimed, frozenset(tap.node for tap in taps), parameters)
+        return survey(loss.grad_fn, claimed, frozenset(tap.node for tap in taps), parameters, opaque=opaque)
 
 
 def _nowhere(tap: Tap, cotangent: Tensor) -> None:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from gradent.hooks.capture import Capture, Tap
+from gradent.hooks.collector import Collector, Place
 from gradent.hooks.forms import Explicit
 from gradent.hooks.graph import Survey
 from gradent.hooks.ledger import Ledger
 from gradent.hooks.logprob import TILE, check_logps, sequence_logprobs
-from gradent.hooks.uses import Layout, LookupUse
+from gradent.hooks.uses import Layout
 from gradent.kernels.reference import accumulator
 from gradent.model import forward_logits
 
@@ -70,8 +71,7 @@ class NeedsSingleRows(Exception):
 class _Pass:
     """One forward of a group, with its graph."""
 
-    group: Sequence[int]
-    layout: Layout
+    place: Place
     capture: Capture
     logps: Tensor
 
@@ -111,7 +111,7 @@ def run(
         batches, uncovered = _fit(parameters, sorted(explicit), explicit_budget)
         logps = torch.zeros(len(micro.rows), dtype=torch.float64)
         for one in passes:
-            logps[list(one.group)] = one.logps.detach().cpu()
+            logps[list(one.place.rows)] = one.logps.detach().cpu()
         run_.backward(passes, surveys, explicit, batches[0])
         for batch in batches[1:]:
             run_.again(batch)
@@ -129,7 +129,7 @@ class _Run:
     ) -> None:
         self.model, self.parameters, self.micro, self.ledger = model, parameters, micro, ledger
         self.budget = budget
-        self._waiting: dict[int, dict[Tap, _Pass]] = defaultdict(dict)
+        self.collector = Collector(ledger, budget)
         self._captures: list[Capture] = []
         self._ignored: frozenset[int] = frozenset()
 
@@ -149,7 +149,7 @@ class _Run:
             logps = sequence_logprobs(logits, ids, marks, tile=min(TILE, self.budget))
         half = len(self.micro.rows) // 2
         check_logps(logps, [self.micro.pairs[row % half] for row in group], [row < half for row in group])
-        one = _Pass(group, layout, capture, logps)
+        one = _Pass(Place(layout, group), capture, logps)
         return one
 
     def close(self) -> None:
@@ -157,7 +157,7 @@ class _Run:
         for capture in self._captures:
             capture.close()
         self._captures.clear()
-        self._waiting.clear()
+        self.collector.clear()
 
     def survey(self, passes: Sequence[_Pass]) -> tuple[list[Survey], frozenset[int]]:
         """What the recorded uses account for, and the numbers of the parameters that need explicit gradients."""
@@ -169,7 +169,7 @@ class _Run:
                 depths[tap.use.view.param].add(tap.use.depth)
         # A fused weight that is used both whole and expert by expert has overlapping slots.
         explicit |= {number for number, found in depths.items() if len(found) > 1}
-        if explicit and any(len(one.group) > 1 for one in passes):
+        if explicit and any(len(one.place.rows) > 1 for one in passes):
             raise NeedsSingleRows(frozenset(explicit))
         if (
             explicit & depths.keys()
@@ -185,7 +185,7 @@ class _Run:
         for one, found in zip(passes, surveys, strict=True):
             for tap in one.capture.taps:
                 if tap.node in found.reached and tap.use.view.param not in explicit:
-                    self._waiting[tap.use.view.param][tap] = one
+                    self.collector.expect(tap, one.place)
         while passes:
             self._differentiate(passes.pop(), surveys.pop().bottoms, batch)
         for number in batch:
@@ -207,28 +207,11 @@ class _Run:
         grads = torch.autograd.grad(one.logps.sum(), inputs, allow_unused=True)
         for number, grad in zip(batch, grads[len(bottoms) :], strict=True):
             if grad is not None:
-                self.ledger.add(number, one.group[0], (), Explicit(grad))
+                self.ledger.add(number, one.place.rows[0], (), Explicit(grad))
 
     def _deliver(self, one: _Pass, tap: Tap, cotangent: Tensor) -> None:
-        param = tap.use.view.param
-        if param in self._ignored:
-            return
-        with torch.no_grad():
-            for row, slot, form in tap.use.forms(cotangent, one.layout, self.budget):
-                self.ledger.add(param, one.group[row], slot, form)
-            waiting = self._waiting[param]
-            waiting.pop(tap, None)
-            if not waiting:
-                self.ledger.finish(param)
-            elif all(isinstance(other.use, LookupUse) for other in waiting) and not isinstance(tap.use, LookupUse):
-                self.ledger.shrink(param, lambda row: self._lookups(param, row))
-
-    def _lookups(self, param: int, row: int) -> Tensor:
-        ids = [self.micro.rows[row][0][:0]]
-        for tap, one in self._waiting[param].items():
-            if row in one.group and isinstance(tap.use, LookupUse):
-                ids.append(tap.use.row_ids(one.group.index(row), one.layout))
-        return torch.cat(ids)
+        if tap.use.view.param not in self._ignored:
+            self.collector.arrive(tap, cotangent, one.place)
 
 
 def _pad(values: Tensor, length: int) -> Tensor:

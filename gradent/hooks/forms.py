@@ -6,11 +6,15 @@ Letters: T tokens, O and I the rows and columns of the slot, in the parameter's 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Dense", "Explicit", "Form", "Rows"]
+from gradent.kernels.reference import accumulator
+
+__all__ = ["Deferred", "Dense", "Explicit", "Form", "Rows", "Solid", "scaled"]
 
 
 @dataclass(frozen=True)
@@ -36,4 +40,43 @@ class Explicit:
     grad: Tensor
 
 
-Form = Dense | Rows | Explicit
+@dataclass(frozen=True)
+class Deferred:
+    """A `Dense` that is formed when its pair is reduced, and let go of then: too large to be held for every row."""
+
+    make: Callable[[], Dense]
+
+
+Solid = Dense | Rows | Explicit
+Form = Solid | Deferred
+
+
+def scaled(form: Form, factor: float) -> Form:
+    """`factor` times the gradient that a form stands for, in the accumulator's dtype.
+
+    Args:
+        form: any form.
+        factor: not zero, finite.
+
+    Returns:
+        The scaled form; of a `Dense`, the smaller operand is copied, or both where one could leave float32's range.
+    """
+    if isinstance(form, Deferred):
+        make = form.make
+        return Deferred(lambda: _scaled_dense(make(), factor))
+    if isinstance(form, Dense):
+        return _scaled_dense(form, factor)
+    if isinstance(form, Rows):
+        return Rows(form.ids, form.values.to(accumulator(form.values.dtype)) * factor)
+    return Explicit(form.grad.to(accumulator(form.grad.dtype)) * factor)
+
+
+def _scaled_dense(form: Dense, factor: float) -> Dense:
+    u, v = form.u, form.v
+    wide = accumulator(u.dtype)
+    if not 1e-9 < abs(factor) < 1e9:
+        root = math.sqrt(abs(factor))
+        return Dense(u.to(wide) * math.copysign(root, factor), v.to(wide) * root)
+    if u.numel() <= v.numel():
+        return Dense(u.to(wide) * factor, v)
+    return Dense(u, v.to(wide) * factor)

@@ -65,15 +65,22 @@ class Survey:
         bottoms: those of them with no other recorded use below: a backward that asks for the gradients there runs
             through every use, and computes no weight gradient.
         missed: numbers of the parameters with a use that no rule recorded.
+        hidden: reentrant gradient checkpointing hides a part of the graph, of which nothing is said here.
     """
 
     reached: frozenset[Node]
     bottoms: list[GradientEdge]
     missed: frozenset[int]
+    hidden: bool = False
 
 
 def survey(
-    root: Node, claimed: Mapping[Edge, frozenset[Node]], uses: frozenset[Node], parameters: dict[Node, int]
+    root: Node,
+    claimed: Mapping[Edge, frozenset[Node]],
+    uses: frozenset[Node],
+    parameters: dict[Node, int],
+    *,
+    opaque: bool = False,
 ) -> Survey:
     """Walk the graph below `root` once.
 
@@ -85,6 +92,7 @@ def survey(
         claimed: edges that the recorded uses account for, with the output nodes of those uses.
         uses: output nodes of the recorded uses.
         parameters: the nodes that accumulate each trainable parameter's gradient, with its number.
+        opaque: go on past hidden parts of the graph, instead of raising.
 
     Returns:
         The survey.
@@ -93,6 +101,7 @@ def survey(
         ModelError: reentrant gradient checkpointing hides a part of the graph.
     """
     missed: set[int] = set()
+    hidden = False
     below: dict[Node, bool] = {}  # node -> whether a recorded use lies at it or below it; set when it is finished
     above_bottom: set[Node] = set()
     opened: set[Node] = set()
@@ -110,6 +119,8 @@ def survey(
             if node in parameters:
                 missed.add(parameters[node])
             if node.name() == "CheckpointFunctionBackward":
+                hidden = True
+            if node.name() == "CheckpointFunctionBackward" and not opaque:
                 raise ModelError(
                     "Reentrant gradient checkpointing hides the layers inside it from a measurement. Use "
                     "gradient_checkpointing_kwargs={'use_reentrant': False}, or switch checkpointing off meanwhile."
@@ -124,4 +135,4 @@ def survey(
             above_bottom.add(node)
         below[node] = inside or node in uses
     reached = uses & opened
-    return Survey(reached, [GradientEdge(node, 0) for node in reached - above_bottom], frozenset(missed))
+    return Survey(reached, [GradientEdge(node, 0) for node in reached - above_bottom], frozenset(missed), hidden)

@@ -17,7 +17,7 @@ import opt_einsum
 import torch
 from torch import Tensor
 
-from gradent.hooks.forms import Dense, Explicit, Form, Rows
+from gradent.hooks.forms import Deferred, Dense, Explicit, Form, Rows, Solid
 from gradent.kernels.reference import accumulator, reduce_dense, reduce_flat
 
 __all__ = ["Ledger"]
@@ -95,7 +95,7 @@ class Ledger:
         for pair in range(self._pairs):
             rows = (pair, pair + self._pairs)
             sides = [_merge(held.get(row, {}).get((), [])) for row in rows]
-            dense: list[list[Form]] = [[form for form in side if isinstance(form, Dense)] for side in sides]
+            dense: list[list[Dense]] = [[form for form in side if isinstance(form, Dense)] for side in sides]
             looked = [_first(side, Rows) for side in sides]
             if not any(dense):
                 ahead.append(torch.zeros(3, dtype=torch.float64))
@@ -118,7 +118,7 @@ class Ledger:
     def _root(self, param: int, slot: Slot) -> Tensor | None:
         return None if self._weight is None else self._weight(param)[slot]
 
-    def _slot(self, param: int, slot: Slot, chosen: list[Form], rejected: list[Form]) -> Tensor:
+    def _slot(self, param: int, slot: Slot, chosen: Sequence[Form], rejected: Sequence[Form]) -> Tensor:
         root = self._root(param, slot)
         sides = (_merge(chosen), _merge(rejected))
         kinds = {type(form) for side in sides for form in side}
@@ -149,7 +149,7 @@ class Ledger:
             entries += reduce_flat(tile.view(2, -1))
         return entries
 
-    def _mixed(self, sides: Sequence[list[Form]], root: Tensor | None) -> Tensor:
+    def _mixed(self, sides: Sequence[list[Solid]], root: Tensor | None) -> Tensor:
         """Uses of different kinds: every product of two forms, summed. Rare (a weight used loosely as well)."""
         weight = None if root is None else root.square()
         products = [
@@ -158,7 +158,7 @@ class Ledger:
         ]
         return torch.stack([torch.as_tensor(product) for product in products])
 
-    def _product(self, x: Form, y: Form, weight: Tensor | None) -> Tensor:
+    def _product(self, x: Solid, y: Solid, weight: Tensor | None) -> Tensor:
         """`Σ G_x · G_y · weight`, float64 scalar, along the path that opt_einsum finds cheapest under the budget."""
         operands: list[Tensor] = []
         terms: list[str] = []
@@ -181,12 +181,13 @@ class Ledger:
         return torch.as_tensor(opt_einsum.contract(",".join(terms) + "->", *operands, memory_limit=limit))
 
 
-def _merge(forms: list[Form]) -> list[Form]:
+def _merge(forms: Sequence[Form]) -> list[Solid]:
     """At most one form of each kind: sums of gradients."""
-    merged: list[Form] = []
-    dense = [form for form in forms if isinstance(form, Dense)]
-    rows = [form for form in forms if isinstance(form, Rows)]
-    explicit = [form for form in forms if isinstance(form, Explicit)]
+    merged: list[Solid] = []
+    solid = [form.make() if isinstance(form, Deferred) else form for form in forms]
+    dense = [form for form in solid if isinstance(form, Dense)]
+    rows = [form for form in solid if isinstance(form, Rows)]
+    explicit = [form for form in solid if isinstance(form, Explicit)]
     if dense:
         one = dense[0]
         merged.append(
@@ -203,11 +204,11 @@ def _merge(forms: list[Form]) -> list[Form]:
     return merged
 
 
-def _first(side: list[Form], kind: type[F]) -> F | None:
+def _first(side: list[Solid], kind: type[F]) -> F | None:
     return next((form for form in side if isinstance(form, kind)), None)
 
 
-def _pair_of_dense(chosen: list[Form], rejected: list[Form]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _pair_of_dense(chosen: list[Solid], rejected: list[Solid]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     one, other = _first(chosen, Dense), _first(rejected, Dense)
     some = one or other
     assert some is not None
@@ -227,14 +228,14 @@ def _stack(chosen: Explicit | None, rejected: Explicit | None, root: Tensor | No
     return tile.view(2, -1)
 
 
-def _gather(dense: Form, ids: Tensor) -> Tensor:
+def _gather(dense: Solid, ids: Tensor) -> Tensor:
     """Rows `ids` of `uᵀv`, `[n, I]`, in the accumulator's dtype."""
     assert isinstance(dense, Dense)
     wide = accumulator(dense.u.dtype)
     return dense.u[:, ids].to(wide).T @ dense.v.to(wide)
 
 
-def _row_count(form: Form) -> int:
+def _row_count(form: Solid) -> int:
     if isinstance(form, Dense):
         return form.u.shape[1]
     return int(form.ids.max()) + 1 if isinstance(form, Rows) else form.grad.shape[0]

@@ -7,11 +7,12 @@ O outputs of a matrix product, b the cotangent (gradient of the summed log-probs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from gradent.hooks.forms import Dense, Explicit, Form, Rows
 from gradent.hooks.views import View
@@ -63,6 +64,11 @@ class Use(Protocol):
     """A recorded use: the view of the parameter, and the forms that a cotangent gives."""
 
     @property
+    def hollow(self) -> Use:
+        """The use without the activations that it holds; itself where it holds none."""
+        ...
+
+    @property
     def view(self) -> View:
         """The operand, as a view of its parameter."""
         ...
@@ -94,6 +100,11 @@ class _WholeSlot:
     def depth(self) -> int:
         return len(self.view.slot)
 
+    @property
+    def hollow(self) -> Self:
+        """See `Use.hollow`."""
+        return self
+
 
 @dataclass(frozen=True)
 class MatrixUse(_WholeSlot):
@@ -103,6 +114,11 @@ class MatrixUse(_WholeSlot):
     swapped: bool
     transposed: bool = False
     """Whether the output carries its features on the axis before the last, as in `W @ x`."""
+
+    @property
+    def hollow(self) -> Self:
+        """See `Use.hollow`."""
+        return replace(self, inputs=self.inputs.new_empty(0))
 
     def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
         """See `Use.forms`."""
@@ -125,6 +141,11 @@ class GroupedUse:
     inputs: Tensor
     ends: Tensor
     depth: int = 1
+
+    @property
+    def hollow(self) -> Self:
+        """See `Use.hollow`."""
+        return replace(self, inputs=self.inputs.new_empty(0))
 
     def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
         """See `Use.forms`."""
@@ -158,6 +179,11 @@ class LookupUse(_WholeSlot):
             yield row, self.view.slot, Rows(ids, values)
 
 
+def _gone() -> Tensor:
+    """The factor of a hollow use."""
+    raise AssertionError("a hollow use was asked for its factor")
+
+
 @dataclass(frozen=True)
 class SumUse(_WholeSlot):
     """An elementwise operator, the parameter broadcast: `G = Σ b · factor` over the axes it was broadcast along."""
@@ -166,6 +192,11 @@ class SumUse(_WholeSlot):
     """Shape in which the parameter took part."""
     factor: Callable[[], Tensor] | None
     """Makes the factor, of the output's shape, when the cotangent arrives; None for 1."""
+
+    @property
+    def hollow(self) -> Self:
+        """See `Use.hollow`."""
+        return self if self.factor is None else replace(self, factor=_gone)
 
     def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
         """See `Use.forms`."""
@@ -177,7 +208,8 @@ class SumUse(_WholeSlot):
                 take = slice(row * layout.length, (row + 1) * layout.length) if flat else row
             summed = self._sum(cotangent[take], None if factor is None else factor[take], budget)
             if self.view.ids is None:
-                yield row, self.view.slot, Explicit(summed.reshape(self.view.shape))
+                grad = summed.reshape(self.view.shape)
+                yield row, self.view.slot, Explicit(grad if self.view.gain is None else grad * self.view.gain)
             else:  # learned positions, added to every row of the batch
                 yield row, (), Rows(self.view.ids.reshape(-1), summed.reshape(-1, self.view.shape[1]))
 

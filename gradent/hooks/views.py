@@ -28,6 +28,8 @@ class View:
         shape: the slot's shape in the parameter's orientation.
         flipped: the last two axes are swapped.
         reshaped: axes were added, dropped or merged; only elementwise rules may use it.
+        gain: a constant of the slot's shape that multiplies its entries (DoRA's magnitudes over a weight's norm); only
+            elementwise rules may use it; None for 1.
         ids: int64, the rows looked up, where the tensor is a lookup shared by all rows of the batch (learned positions,
             broadcast afterwards); None otherwise.
     """
@@ -37,7 +39,13 @@ class View:
     shape: tuple[int, ...]
     flipped: bool = False
     reshaped: bool = False
+    gain: Tensor | None = field(default=None, compare=False)
     ids: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the tensor is the slot itself, or its transpose, and nothing besides."""
+        return not self.reshaped and self.gain is None
 
 
 def _same(view: View, source: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> View | None:
@@ -103,6 +111,31 @@ def _plus_scalar(view: View, source: Tensor, args: tuple[Any, ...], kwargs: dict
     return view
 
 
+def _times_one(view: View, source: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> View | None:
+    """`1 * weight`: where a product over adapters begins, as in IA3."""
+    if kwargs or len(args) != 2 or not any(isinstance(arg, (int, float)) and arg == 1 for arg in args):
+        return None
+    return view
+
+
+def _over(view: View, source: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> View | None:
+    """`weight / constant`, entry by entry."""
+    constant = args[1] if len(args) == 2 and not kwargs else None
+    if not isinstance(constant, Tensor) or constant.requires_grad or constant.shape != source.shape or view.flipped:
+        return None
+    if view.ids is not None or out.shape != source.shape:
+        return None
+    gain = 1 / constant.detach().reshape(view.shape)
+    return replace(view, gain=gain if view.gain is None else view.gain * gain)
+
+
+def _minus_scalar(
+    view: View, source: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
+) -> View | None:
+    """`weight - 1`."""
+    return view if not kwargs and len(args) == 2 and isinstance(args[1], (int, float)) else None
+
+
 def _shared_lookup(
     view: View, source: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
 ) -> View | None:
@@ -114,7 +147,7 @@ def _shared_lookup(
     special = (
         any(named.get(name) for name in ("max_norm", "scale_grad_by_freq")) or named.get("padding_idx") is not None
     )
-    if view.flipped or view.reshaped or view.slot or view.ids is not None or special:
+    if view.flipped or not view.plain or view.slot or view.ids is not None or special:
         return None
     return replace(view, ids=named["input"], reshaped=True)
 
@@ -160,6 +193,9 @@ STEPS: dict[Any, Step] = {
     torch.Tensor.select: _select,
     torch.select: _select,
     **dict.fromkeys((torch.Tensor.add, torch.add), _plus_scalar),
+    **dict.fromkeys((torch.Tensor.mul, torch.mul), _times_one),
+    **dict.fromkeys((torch.Tensor.sub, torch.sub), _minus_scalar),
+    **dict.fromkeys((torch.Tensor.div, torch.div, torch.Tensor.true_divide), _over),
     F.embedding: _shared_lookup,
 }
 """What is followed: torch function -> how the view changes."""
@@ -184,6 +220,6 @@ def follow(
     step = STEPS.get(func)
     if step is None or not isinstance(out, Tensor):
         return None
-    if step not in (_plus_scalar, _shared_lookup) and (not args or args[0] is not source):
+    if step not in (_plus_scalar, _times_one, _shared_lookup) and (not args or args[0] is not source):
         return None
     return step(view, source, args, kwargs, out)

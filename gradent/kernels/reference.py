@@ -115,7 +115,7 @@ def _gram(u: Tensor, v: Tensor, x: Tensor, y: Tensor, plan: Plan) -> Tensor:
 
 def _product(left: Tensor, right: Tensor, depth: int, out: Tensor) -> None:
     """`out = leftᵀ right`, wide; operands `[K, rows]` and `[K, cols]` are widened `depth` at a time."""
-    if left.dtype == out.dtype:
+    if left.dtype == right.dtype == out.dtype:
         torch.mm(left.T, right, out=out)
         return
     out.zero_()

@@ -28,7 +28,7 @@ def embedding(call: Call) -> list[Use]:
     if named is None or named["max_norm"] is not None or named["scale_grad_by_freq"]:
         return []
     view = call.find(named["weight"])
-    if view is None or view.reshaped or view.flipped or len(view.shape) != 2:
+    if view is None or not view.plain or view.flipped or len(view.shape) != 2:
         return []
     ids, padding = named["input"], named["padding_idx"]
     if not call.layout.splits(ids, 0) or not call.layout.splits(call.out, 1):

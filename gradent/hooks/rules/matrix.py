@@ -17,7 +17,7 @@ __all__: list[str] = []
 
 
 def _is_matrix(view: View | None) -> TypeGuard[View]:
-    return view is not None and not view.reshaped and len(view.shape) == 2
+    return view is not None and view.plain and len(view.shape) == 2
 
 
 def _splits(call: Call, *tensors: Tensor) -> bool:
@@ -75,7 +75,7 @@ def grouped(call: Call) -> list[Use]:
     if named is None or call.layout.rows != 1 or named["offs"] is None or call.out.dim() != 2:
         return []
     view = call.find(named["mat_b"])
-    if view is None or view.slot or view.reshaped or len(view.shape) != 3 or call.find(named["mat_a"]) is not None:
+    if view is None or view.slot or not view.plain or len(view.shape) != 3 or call.find(named["mat_a"]) is not None:
         return []
     # In the call's orientation G_V is [I, O]; a flipped view means that the parameter is [E, O, I].
     return [GroupedUse(view, named["mat_a"].detach(), named["offs"])] if named["bias"] is None else []

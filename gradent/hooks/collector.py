@@ -1,0 +1,94 @@
+"""From cotangents to entries: hands what arrives to the ledger, and has a parameter reduced once its last use is in.
+
+Letters: k pairs, rows 0..k-1 chosen and k..2k-1 rejected; R rows of one forward.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradent.hooks.capture import Tap
+from gradent.hooks.forms import Form
+from gradent.hooks.ledger import Ledger
+from gradent.hooks.uses import Layout, LookupUse
+
+__all__ = ["Collector", "Place"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the rows of one forward belong: its layout, and each of its R rows' number among the 2k (-1: nowhere)."""
+
+    layout: Layout
+    rows: Sequence[int]
+
+
+class Collector:
+    """Uses that are waited for, by parameter.
+
+    Args:
+        ledger: takes the forms.
+        budget: bytes that forming a product may take.
+    """
+
+    def __init__(self, ledger: Ledger, budget: int) -> None:
+        self.ledger = ledger
+        self._budget = budget
+        self._waiting: dict[int, dict[Tap, Place]] = defaultdict(dict)
+
+    def expect(self, tap: Tap, place: Place) -> None:
+        """Wait for a use's cotangent before its parameter is reduced.
+
+        Args:
+            tap: the recorded use.
+            place: the rows of its forward.
+        """
+        self._waiting[tap.use.view.param][tap] = place
+
+    def arrive(
+        self, tap: Tap, cotangent: Tensor, place: Place, adjust: Callable[[int, Form], Form | None] | None = None
+    ) -> None:
+        """Take a use's cotangent.
+
+        Args:
+            tap: the recorded use.
+            cotangent: the gradient at its output.
+            place: the rows of its forward.
+            adjust: `(row, form) -> form` of what is kept of a row; None, or a result of None, for as it is or nothing.
+        """
+        param = tap.use.view.param
+        with torch.no_grad():
+            for index, slot, form in tap.use.forms(cotangent, place.layout, self._budget):
+                row = place.rows[index]
+                kept = form if adjust is None or row < 0 else adjust(row, form)
+                if kept is not None and row >= 0:
+                    self.ledger.add(param, row, slot, kept)
+            waiting = self._waiting[param]
+            waiting.pop(tap, None)
+            if not waiting:
+                self.ledger.finish(param)
+            elif all(isinstance(other.use, LookupUse) for other in waiting) and not isinstance(tap.use, LookupUse):
+                self.ledger.shrink(param, lambda row: self._lookups(param, row))
+
+    def _lookups(self, param: int, row: int) -> Tensor:
+        """Ids, int64 `[T]`, that lookups still to come will touch in a row."""
+        ids = []
+        for tap, place in self._waiting[param].items():
+            assert isinstance(tap.use, LookupUse)
+            here = row in place.rows
+            ids.append(tap.use.row_ids(place.rows.index(row), place.layout) if here else tap.use.ids.reshape(-1)[:0])
+        return torch.cat(ids)
+
+    @property
+    def open(self) -> dict[int, int]:
+        """Parameters whose uses have not all arrived, with how many are missing."""
+        return {param: len(taps) for param, taps in self._waiting.items() if taps}
+
+    def clear(self) -> None:
+        """Let go of everything that is waited for."""
+        self._waiting.clear()

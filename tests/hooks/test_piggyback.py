@@ -1,0 +1,292 @@
+"""Read off a trainer's own backward, the entries are those of plain autograd, whatever the trainer did around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gradent.hooks.piggyback import Passed, Piggyback
+from gradent.model import trainable
+from gradent.pairs import PairBatch
+from tests.adapters import build_adapted, lora_everywhere
+from tests.batches import left_padded, ragged
+from tests.odd_models import build_odd
+from tests.trainer_steps import dpo, through_fused_head, through_logits, with_fused_head
+from tests.truth import TOLERANCE, Truth, scaled_error, truth
+from tests.zoo import build
+
+WAYS = {"fused head": through_fused_head, "logits": through_logits}
+CHECKPOINTING = {"kept": None, "recomputed": False, "reentrant": True}
+FUSED = 1e-6  # TRL's fused head computes log-probs in float32, whatever the model's dtype
+
+
+def prepare(model: nn.Module, reentrant: bool | None = None) -> nn.Module:
+    """As a trainer has it: in training mode, without dropout, with or without gradient checkpointing."""
+    model.train()
+    for module in model.modules():
+        for name in ("p", "dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    if reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    return model
+
+
+def watch(model: nn.Module, step: Callable[[], Tensor], **options: object) -> list[Passed]:
+    """What piggybacking says of `step().backward()`; the model is left without a hook."""
+    watcher = Piggyback(model, trainable(model), budget=2**24, **options)  # type: ignore[arg-type]
+    watcher.arm()
+    step().backward()
+    passed = watcher.take()
+    watcher.disarm()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in bare(model))  # noqa: SLF001
+    return passed
+
+
+def bare(model: nn.Module) -> list[nn.Module]:
+    """Modules on which nobody but gradent could have put a hook."""
+    return [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+
+
+def error(passed: Passed, true: Truth) -> float:
+    assert passed.broken is None and passed.problem is None, passed
+    chosen_sq, rejected_sq, inner = sum(passed.entries.values()).T
+    return scaled_error(SimpleNamespace(chosen_sq=chosen_sq, rejected_sq=rejected_sq, inner=inner), true)
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama, biases, tied"])
+def test_entries_are_those_of_autograd(name: str, lora: bool, way: str, checkpointing: str) -> None:
+    batch = ragged() if name == "gpt2" else left_padded(ragged())
+    model = lora_everywhere(name) if lora else build(name)
+    true = truth(model, batch)
+    prepare(model, CHECKPOINTING[checkpointing])
+    if way == "fused head":
+        with_fused_head(model)
+    (passed,) = watch(model, lambda: WAYS[way](model, batch))
+    limit = TOLERANCE[true.arithmetic]
+    assert error(passed, true) <= (max(limit, FUSED) if way == "fused head" else limit)
+    torch.testing.assert_close(passed.logps, torch.cat([true.chosen_logp, true.rejected_logp]), rtol=1e-6, atol=1e-5)
+    c = coefficients(true, dpo)
+    torch.testing.assert_close(passed.c, c, rtol=1e-5, atol=1e-9)
+
+
+def coefficients(true: Truth, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    chosen, rejected = (part.clone().requires_grad_() for part in (true.chosen_logp, true.rejected_logp))
+    return torch.cat(torch.autograd.grad(loss(chosen, rejected), (chosen, rejected)))
+
+
+ADAPTED = ["DoRA", "LoRA on embeddings", "saved head", "saved embeddings of a tied model", "IA3", "LoRA on Conv1D"]
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_adapters(name: str) -> None:
+    model, batch = build_adapted(name), ragged()
+    true = truth(model, batch)
+    prepare(model)
+    (passed,) = watch(model, lambda: through_logits(model, batch))
+    if passed.problem is None:
+        assert error(passed, true) <= TOLERANCE[true.arithmetic]
+    else:  # what cannot be read off a batched backward is said, and measured in another way
+        assert "no rule can tell the rows apart" in passed.problem
+        assert name == "LoRA on embeddings"
+
+
+@pytest.mark.parametrize("family", ["phi", "opt", "qwen2", "qwen3", "gemma", "olmo2", "stablelm", "gpt_neox", "falcon"])
+def test_families(family: str) -> None:
+    model, batch = build(family, dtype=torch.float32), ragged()
+    true = truth(model, batch)
+    prepare(model, reentrant=False)
+    (passed,) = watch(model, lambda: through_logits(model, batch))
+    assert error(passed, true) <= TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("scale", [1e-4, 2.0**16, 1e-17, 1e-28])
+def test_coefficients_of_any_size_are_divided_out(scale: float) -> None:
+    """A gradient scaler, a mean over a large batch, a pair that the model has learnt by heart."""
+    model, batch = build("llama", dtype=torch.float32), ragged()
+    true = truth(model, batch)
+    prepare(model)
+    (passed,) = watch(
+        model, lambda: scale * (through_logits(model, batch, lambda chosen, rejected: (rejected - chosen).sum()))
+    )
+    assert error(passed, true) <= TOLERANCE["float32"]
+    torch.testing.assert_close(passed.c / scale, torch.tensor([-1.0] * 3 + [1.0] * 3).double(), rtol=1e-4, atol=0)
+
+
+def test_autocast() -> None:
+    model, batch = build("llama", dtype=torch.float32), ragged()
+    with torch.autocast("cpu", torch.bfloat16):
+        true = truth(model, batch)
+        prepare(model)
+        (passed,) = watch(model, lambda: through_logits(model, batch))
+    assert error(passed, true) <= 2e-2
+
+
+def hinged(margin: float, chosen: Tensor, rejected: Tensor) -> Tensor:
+    return F.relu(margin - (chosen - rejected)).sum()
+
+
+def test_pairs_that_the_loss_does_not_move() -> None:
+    model, batch = prepare(build("gpt2")), ragged()
+    true = truth(model, batch)
+    margin = float((true.chosen_logp - true.rejected_logp).sort().values[1])
+    hinge = partial(hinged, margin - 1e-3)
+    (passed,) = watch(model, lambda: through_logits(model, batch, hinge))
+    still = (true.chosen_logp - true.rejected_logp) >= margin - 1e-3
+    assert still.sum() == 2
+    assert ((passed.c[:3] == 0) == still).all()
+    moved = int((~still).nonzero())
+    got = sum(passed.entries.values())[moved]
+    want = torch.stack([true.chosen_sq, true.rejected_sq, true.inner])[:, moved]
+    assert ((got - want).abs() / want.abs()).max() < 1e-9
+
+
+def test_chosen_and_rejected_in_two_forwards() -> None:
+    model, batch = build("llama"), ragged()
+    true = truth(model, batch)
+    prepare(model)
+
+    def step() -> Tensor:
+        sides = []
+        for rows in (slice(0, 3), slice(3, 6)):
+            logits = model(input_ids=batch.input_ids[rows], attention_mask=batch.attention_mask[rows]).logits
+            logps = logits[:, :-1].log_softmax(-1).gather(-1, batch.input_ids[rows, 1:, None])[..., 0]
+            sides.append((logps * batch.completion_mask[rows, 1:]).sum(1))
+        return dpo(*sides)
+
+    (passed,) = watch(model, step)
+    assert error(passed, true) <= TOLERANCE[true.arithmetic]
+
+
+def test_rows_in_any_order_are_told_by_the_sign() -> None:
+    model, batch = build("llama"), ragged()
+    order = [4, 0, 2, 3, 1, 5]
+    true = truth(model, PairBatch.from_rows([batch.row(row) for row in (0, 2, 1, 4, 3, 5)]))
+    prepare(model)
+    signs = torch.tensor([1.0 if row >= 3 else -1.0 for row in order])
+
+    def step() -> Tensor:
+        ids, mask = batch.input_ids[order], batch.attention_mask[order]
+        logps = model(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+        logps = logps.gather(-1, ids[:, 1:, None])[..., 0] * batch.completion_mask[order, 1:]
+        return (signs * logps.sum(1)).mean()
+
+    (passed,) = watch(model, step, pairing="signs")
+    assert error(passed, true) <= TOLERANCE[true.arithmetic]
+
+
+def test_a_third_block_belongs_to_no_pair() -> None:
+    model, batch = build("llama"), ragged()
+    true = truth(model, batch)
+    prepare(model)
+
+    def step() -> Tensor:
+        three = PairBatch.from_rows([batch.row(row) for row in (0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 1, 2)][:6])
+        ids = torch.cat([three.input_ids, three.input_ids[:3]])
+        marks = torch.cat([three.completion_mask, three.completion_mask[:3]])
+        mask = torch.cat([three.attention_mask, three.attention_mask[:3]])
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        logps = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        sums = (logps * marks[:, 1:]).sum(1)
+        return dpo(sums[:3], sums[3:6]) - sums[6:].mean()
+
+    (passed,) = watch(model, step, pairing="thirds")
+    assert passed.unpaired == 3
+    assert error(passed, true) <= TOLERANCE[true.arithmetic]
+
+
+def weighted_tokens(model: nn.Module, batch: PairBatch) -> Tensor:
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+    weights = torch.linspace(0.5, 1.5, logps.shape[1]) * batch.completion_mask[:, 1:]
+    return dpo(*(logps * weights).sum(1).chunk(2))
+
+
+REFUSED = {
+    "tokens weighed differently": (lambda: build("llama"), weighted_tokens, "weighs the tokens"),
+    "fused experts": (lambda: build("mixtral"), through_logits, "no rule can tell the rows apart"),
+    "einsum": (lambda: build_odd("einsum projections"), None, "no rule can tell the rows apart"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_read_off_is_said(name: str) -> None:
+    make, way, reason = REFUSED[name]
+    model, batch = prepare(make()), ragged()
+
+    def bare_logits() -> Tensor:
+        logps = model(batch.input_ids)[:, :-1].log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+        return dpo(*(logps * batch.completion_mask[:, 1:]).sum(1).chunk(2))
+
+    (passed,) = watch(model, bare_logits if way is None else lambda: way(model, batch))
+    assert passed.broken is None
+    assert reason in (passed.problem or "")
+    assert len(passed.rows) == 6
+
+
+def test_a_pass_without_gradient_is_no_step() -> None:
+    model, batch = prepare(build("gpt2")), ragged()
+
+    def step() -> Tensor:
+        with torch.no_grad():
+            reference = through_logits(model, batch)
+        return through_logits(model, batch) + 0 * reference
+
+    assert len(watch(model, step)) == 1
+
+
+def test_accumulated_batches_are_kept_apart() -> None:
+    model = prepare(build("gpt2"))
+    batches = (ragged().select([0, 1]), ragged().select([2]))
+    trues = [truth(model, batch) for batch in batches]
+    watcher = Piggyback(model, trainable(model), budget=2**24)
+    watcher.arm()
+    for batch in batches:
+        (through_logits(model, batch) / 2).backward()
+    passed = watcher.take()
+    watcher.disarm()
+    assert [error(one, true) <= 1e-9 for one, true in zip(passed, trues, strict=True)] == [True, True]
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_the_trainers_gradients_are_the_same_to_the_bit(reentrant: bool | None) -> None:
+    def gradients(watched: bool) -> list[Tensor]:
+        model, batch = prepare(build("llama", dtype=torch.float32), reentrant), ragged()
+        torch.manual_seed(1)
+        if watched:
+            watch(model, lambda: through_logits(model, batch))
+        else:
+            through_logits(model, batch).backward()
+        return [*(p.grad for p in model.parameters() if p.grad is not None), torch.rand(3)]
+
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_an_error_of_its_own_does_not_reach_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("out of order")
+
+    model, batch = prepare(build("gpt2")), ragged()
+    monkeypatch.setattr("gradent.hooks.capture.Capture._record", broken)
+    (passed,) = watch(model, lambda: through_logits(model, batch))
+    assert "out of order" in (passed.problem or "")
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_check_can_fail() -> None:
+    model, batch = prepare(build("gpt2")), ragged()
+    true = truth(model, batch)
+    swapped = PairBatch.from_rows([batch.row(row) for row in (1, 0, 2, 3, 4, 5)])
+    (passed,) = watch(model, lambda: through_logits(model, swapped))
+    assert error(passed, true) > 1e-2
