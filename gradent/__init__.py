@@ -18,15 +18,19 @@ if TYPE_CHECKING:
     from gradent.gram import PairGram
     from gradent.measure import measure
     from gradent.pairs import PairBatch
+    from gradent.recorder import attach
+    from gradent.trainer import EntanglementCallback
     from gradent.verdict import Verdict, verdict
 
 __all__ = [
+    "EntanglementCallback",
     "GradentError",
     "GradentWarning",
     "PairBatch",
     "PairGram",
     "Verdict",
     "__version__",
+    "attach",
     "audit",
     "losses",
     "measure",
@@ -36,11 +40,13 @@ __all__ = [
 # Public name -> the module that defines it, imported when the name is first asked for: reading records and
 # `gradent --help` need no torch.
 _HOME = {
+    "EntanglementCallback": "gradent.trainer",
     "GradentError": "gradent.errors",
     "GradentWarning": "gradent.errors",
     "PairBatch": "gradent.pairs",
     "PairGram": "gradent.gram",
     "Verdict": "gradent.verdict",
+    "attach": "gradent.recorder",
     "audit": "gradent.audit",
     "losses": "gradent.losses",
     "measure": "gradent.measure",

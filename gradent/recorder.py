@@ -1,0 +1,349 @@
+"""Measuring inside a training loop, without a trainer: `attach(model)` and `Recorder.harvest()`.
+
+Letters: B pairs, k of them with a gradient on both sides.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from gradent.errors import InputError, ModelError
+from gradent.gram import PairGram, sum_parameters
+from gradent.hooks.pairing import Pairing
+from gradent.hooks.piggyback import Passed, Piggyback
+from gradent.kernels.plan import DEFAULT_BUDGET, parse_budget
+from gradent.measure import measure
+from gradent.metric import metric_roots
+from gradent.model import plain, trainable
+from gradent.pairs import PairBatch
+from gradent.verdict import Verdict
+
+__all__ = ["Mode", "Recorder", "Recording", "attach", "join_recordings"]
+
+logger = logging.getLogger("gradent")
+
+Mode = Literal["auto", "piggyback", "measure"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """What one harvest found.
+
+    Attributes:
+        gram: Gram entries of the k pairs with a gradient. For a reward model they are those of the reward, and
+            `chosen_logp`, `rejected_logp` are rewards.
+        verdict: with the trainer's own weights `d_w`, `d_l`, for a loss that is a mean over its pairs.
+        source: "piggyback" (read off the trainer's backward) or "measure" (a pass of gradent's own).
+        batch: the tokens of the k pairs, in the gram's order; None for a reward model.
+        inactive: pairs that the loss does not move, on either side or both: counted, not averaged.
+        unpaired: rows that found no partner.
+        overhead_s: wall time that gradent took, in seconds.
+    """
+
+    gram: PairGram
+    verdict: Verdict
+    source: Literal["piggyback", "measure"]
+    batch: PairBatch | None
+    inactive: int
+    unpaired: int
+    overhead_s: float
+
+
+def attach(
+    model: nn.Module,
+    *,
+    mode: Mode = "auto",
+    pairing: Pairing = "halves",
+    by_module: bool = False,
+    memory_budget: int | str | None = None,
+    metric: torch.optim.Optimizer | None = None,
+    compiled: bool = False,
+) -> Recorder:
+    """Watch the model that a training loop runs, from `with` to the end of the block (or between `arm` and `disarm`).
+
+    Args:
+        model: the model that the loop calls with `input_ids` of all chosen rows, then all rejected rows (or in two
+            forwards, chosen first, before one backward).
+        mode: "auto" reads the entries off the loop's own backward, and where that cannot be exact measures the same
+            batch in a pass of gradent's own, saying why once. "piggyback" never makes a pass of its own, "measure"
+            always does.
+        pairing: which rows are chosen and which rejected; see `gradent.hooks.pairing.Pairing`.
+        by_module: also give each module's share.
+        memory_budget: scratch of the reductions, as in `measure`.
+        metric: None for the Euclidean inner product, or the Adam(W) optimizer whose geometry is to be used.
+        compiled: the loop runs the model through `torch.compile`: only coefficients are read off it.
+
+    Returns:
+        The recorder, which is a context manager.
+
+    Raises:
+        InputError: an unknown mode or pairing.
+
+    Example:
+        >>> with attach(model) as recorder:  # doctest: +SKIP
+        ...     loss_of(model(**batch)).backward()
+        ...     print(recorder.harvest().gram.cosine)
+        ...     optimizer.step()
+    """
+    for name, value, accepted in (("mode", mode, get_args(Mode)), ("pairing", pairing, get_args(Pairing))):
+        if value not in accepted:
+            raise InputError(f"attach: {name}={value!r} is unknown; accepted are {', '.join(map(repr, accepted))}.")
+    return Recorder(
+        model,
+        mode=mode,
+        pairing=pairing,
+        by_module=by_module,
+        memory_budget=memory_budget,
+        metric=metric,
+        compiled=compiled,
+    )
+
+
+class Recorder:
+    """Watches a model between `arm` and `disarm`, and gives what the backwards told when asked. Made by `attach`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mode: Mode,
+        pairing: Pairing,
+        by_module: bool,
+        memory_budget: int | str | None,
+        metric: torch.optim.Optimizer | None,
+        compiled: bool,
+    ) -> None:
+        self.metric = metric
+        self._compiled = compiled or plain(model) is not model
+        self._model = plain(model)
+        self._mode: Mode = mode
+        self._pairing: Pairing = pairing
+        self._by_module = by_module
+        self._budget = parse_budget(memory_budget)
+        self._piggyback: Piggyback | None = None
+        self._parameters: Mapping[str, Tensor] = {}
+        self._said: set[str] = set()
+        self._collected: list[Recording] = []
+
+    def __enter__(self) -> Self:
+        """Arm."""
+        self.arm()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Disarm."""
+        self.disarm()
+
+    def arm(self) -> None:
+        """Watch from now on; what the optimizer's geometry is now is what `metric` stands for.
+
+        Raises:
+            ModelError: the model has no trainable parameter.
+            InputError: `metric` is no Adam(W) optimizer that has taken a step.
+        """
+        if self._piggyback is not None:
+            return
+        self._parameters = trainable(self._model)
+        self._piggyback = Piggyback(
+            self._model,
+            self._parameters,
+            budget=self._budget or DEFAULT_BUDGET,
+            pairing=self._pairing,
+            weight=None if self.metric is None else metric_roots(self.metric, self._parameters),
+            entries=self._mode != "measure" and not self._compiled,
+        )
+        self._piggyback.arm()
+
+    @property
+    def armed(self) -> bool:
+        """Whether the model is being watched."""
+        return self._piggyback is not None
+
+    def disarm(self) -> None:
+        """Take every hook off the model."""
+        if self._piggyback is not None:
+            self._piggyback.disarm()
+            self._piggyback = None
+        self._collected.clear()
+
+    def harvest(self, *, scale: float = 1.0) -> Recording | None:
+        """What the backwards since the last call told. Call it before `optimizer.step()`.
+
+        Args:
+            scale: what the loss was divided by before the backward beyond its mean over the pairs: the number of
+                accumulated micro-batches, the inverse of a gradient scaler's scale. It scales `d_w` and `d_l`.
+
+        Returns:
+            The recording, or None where no backward came through the model.
+
+        Raises:
+            InputError: the recorder is not armed.
+            ModelError: mode "piggyback", and a backward's entries cannot be exact; or neither way can be taken.
+            GradentError: what `measure` raises.
+        """
+        self.collect()
+        recordings, self._collected = self._collected, []
+        return join_recordings(recordings, scale=scale) if recordings else None
+
+    def collect(self) -> int:
+        """Settle the backwards since the last call, for the next harvest; their graphs are let go of.
+
+        Returns:
+            How many recordings the next harvest will join.
+
+        Raises:
+            InputError: the recorder is not armed.
+            GradentError: as `harvest`.
+        """
+        if self._piggyback is None:
+            raise InputError("the recorder is not armed; use it inside `with attach(model) as recorder:`.")
+        for passed in self._piggyback.take():
+            one = self._settle(passed)
+            if one is not None:
+                self._collected.append(replace(one, overhead_s=self._piggyback.clock.take()))
+        return len(self._collected)
+
+    def _settle(self, passed: Passed) -> Recording | None:
+        assert self._piggyback is not None
+        if passed.broken is not None:
+            self._say(f"gradent cannot read this step: {passed.broken}.")
+            return None
+        with self._piggyback.clock:
+            passed = passed if passed.constant else _aligned(passed)
+            pairs = len(passed.c) // 2
+            moved = (passed.c[:pairs] != 0) & (passed.c[pairs:] != 0)
+            active = [pair for pair in moved.nonzero()[:, 0].tolist() if passed.reward or self._differs(passed, pair)]
+            batch = None if passed.reward else _batch(passed, active)
+            own = self._mode == "measure" or passed.problem is not None or self._compiled
+            if own and active:
+                gram = self._measure(passed, batch)
+            else:
+                gram = self._read(passed).select(active)
+            rows = len(passed.c) + passed.unpaired if self._pairing == "signs" else pairs
+            c = passed.c * rows
+            judged = Verdict.from_weights(gram, -c[:pairs][active], c[pairs:][active])
+        return Recording(
+            gram=gram,
+            verdict=judged,
+            source="measure" if own else "piggyback",
+            batch=batch,
+            inactive=pairs - len(active),
+            unpaired=passed.unpaired,
+            overhead_s=0.0,
+        )
+
+    def _differs(self, passed: Passed, pair: int) -> bool:
+        """Whether a pair's two rows are two; one and the same response is neither chosen nor rejected."""
+        (chosen, of_w), (rejected, of_l) = passed.rows[pair], passed.rows[len(passed.rows) // 2 + pair]
+        same = torch.equal(chosen, rejected) and torch.equal(of_w, of_l)
+        if same:
+            self._say("gradent leaves out pairs of the batch whose chosen equals rejected; see `inactive`.")
+        return not same
+
+    def _measure(self, passed: Passed, batch: PairBatch | None) -> PairGram:
+        reason = "the model is compiled" if self._compiled else passed.problem
+        if self._mode == "piggyback" or batch is None:
+            why = "of a reward model " if batch is None else ""
+            raise ModelError(
+                f"the entries {why}cannot be read off the trainer's backward: {reason}. "
+                + ("gradent has no pass of its own for it." if batch is None else "Use mode='auto' or 'measure'.")
+            )
+        if self._mode == "auto":
+            self._say(
+                f"gradent measures in a forward and a backward of its own (as exact, but not free): {reason}. "
+                "mode='measure' says that this is meant."
+            )
+        return measure(self._model, batch, by_module=self._by_module, memory_budget=self._budget, metric=self.metric)
+
+    def _read(self, passed: Passed) -> PairGram:
+        """The `PairGram` of entries that were read off the backward."""
+        names, pairs = list(self._parameters), len(passed.c) // 2
+        modules = sum_parameters(names, [(range(pairs), passed.entries)], pairs)
+        totals = sum(modules.values(), torch.zeros(3, pairs, dtype=torch.float64))
+        lengths = torch.tensor([int(marks.sum()) for _, marks in passed.rows], dtype=torch.int64)
+        return PairGram(
+            chosen_sq=totals[0],
+            rejected_sq=totals[1],
+            inner=totals[2],
+            chosen_logp=passed.logps[:pairs],
+            rejected_logp=passed.logps[pairs:],
+            chosen_len=lengths[:pairs],
+            rejected_len=lengths[pairs:],
+            modules={name: (part[0], part[1], part[2]) for name, part in modules.items()} if self._by_module else None,
+        )
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            logger.warning(text)
+
+
+def _batch(passed: Passed, active: Sequence[int]) -> PairBatch | None:
+    pairs = len(passed.rows) // 2
+    rows = [*(passed.rows[pair] for pair in active), *(passed.rows[pairs + pair] for pair in active)]
+    return PairBatch.from_rows([(ids, marks) for ids, marks in rows]) if rows else None
+
+
+def _aligned(passed: Passed) -> Passed:
+    """A pass whose loss weighs tokens differently: completions alone are marked, and `c` is the mean over them.
+
+    ORPO's term of likelihood is over the prompt too, on the chosen side alone. Prompts are shared, so a completion
+    starts where the later of the two rows starts to be weighed.
+
+    Args:
+        passed: the pass, which is changed.
+
+    Returns:
+        The pass.
+    """
+    pairs = len(passed.rows) // 2
+    for pair in range(pairs):
+        numbers = (pair, pairs + pair)
+        sides = [passed.rows[number] for number in numbers]
+        if not all(bool(marks.any()) for _, marks in sides):
+            continue
+        starts = [int(marks.int().argmax()) for _, marks in sides]
+        start = max(starts)
+        if starts[0] != starts[1] and torch.equal(sides[0][0][:start], sides[1][0][:start]):
+            for number, (ids, marks) in zip(numbers, sides, strict=True):
+                kept = marks.clone()
+                kept[:start] = False
+                passed.rows[number] = (ids, kept)
+        for number in numbers:
+            marks = passed.rows[number][1].cpu()
+            passed.c[number] = passed.tokens[number][marks].mean() if bool(marks.any()) else 0.0
+    return passed
+
+
+def join_recordings(recordings: Sequence[Recording], *, scale: float = 1.0) -> Recording:
+    """Several recordings of one step (micro-batches, ranks) as one.
+
+    Args:
+        recordings: at least one.
+        scale: of the weights `d_w` and `d_l`.
+
+    Returns:
+        The recording of all their pairs.
+    """
+    gram = PairGram.join([one.gram for one in recordings])
+    d_w, d_l = (torch.cat([getattr(one.verdict, name) for one in recordings]) * scale for name in ("d_w", "d_l"))
+    batches = [one.batch for one in recordings if one.batch is not None]
+    return Recording(
+        gram=gram,
+        verdict=Verdict.from_weights(gram, d_w, d_l),
+        source="measure" if any(one.source == "measure" for one in recordings) else "piggyback",
+        batch=PairBatch.join(batches) if batches else None,
+        inactive=sum(one.inactive for one in recordings),
+        unpaired=sum(one.unpaired for one in recordings),
+        overhead_s=sum(one.overhead_s for one in recordings),
+    )
