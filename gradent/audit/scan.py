@@ -1,0 +1,226 @@
+"""One model over all pairs: batches by length, the Gram entries and reference log-probs of each, back in row order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from gradent.audit.data import AuditPair
+from gradent.errors import GradentError, InputError, NonFiniteError
+from gradent.gram import PairGram
+from gradent.kernels.plan import parse_budget
+from gradent.measure import measure, sequence_logps
+from gradent.pairs import PairBatch
+
+__all__ = [
+    "Reference",
+    "Scan",
+    "adapter_off",
+    "check_scan_settings",
+    "itself",
+    "other_model",
+    "plan_batches",
+    "scan_pairs",
+]
+
+Reference = Callable[[PairBatch, PairGram], tuple[Tensor, Tensor]]
+"""From a batch and its measurement to `(ref_chosen_logp, ref_rejected_logp)`, float64 `[B]` each."""
+
+_ENTRIES = ("chosen_sq", "rejected_sq", "inner", "chosen_logp", "rejected_logp", "chosen_len", "rejected_len")
+_REFERENCES = ("ref_chosen_logp", "ref_rejected_logp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """What one pass over P pairs measured.
+
+    Attributes:
+        gram: entries of all P pairs, in the pairs' order, without `modules`.
+        ref_chosen_logp: the reference's log-probs, float64 `[P]`, or None without a reference.
+        ref_rejected_logp: likewise.
+        modules: `{module: [inner_m / (‖g_w‖‖g_l‖), chosen_sq_m / ‖g_w‖², rejected_sq_m / ‖g_l‖²]}`, float64 `[3]`, each
+            summed over the pairs whose cosine is defined; empty unless asked for.
+    """
+
+    gram: PairGram
+    ref_chosen_logp: Tensor | None = None
+    ref_rejected_logp: Tensor | None = None
+    modules: dict[str, Tensor] = field(default_factory=dict)
+
+
+def itself(batch: PairBatch, gram: PairGram) -> tuple[Tensor, Tensor]:
+    """The model as its own reference, as at the first step of training.
+
+    Args:
+        batch: the pairs.
+        gram: their measurement.
+
+    Returns:
+        The measured log-probs.
+    """
+    return gram.chosen_logp, gram.rejected_logp
+
+
+def adapter_off(model: Any) -> Reference:
+    """The base model under a PEFT adapter as the reference, as in TRL.
+
+    Args:
+        model: a `PeftModel`.
+
+    Returns:
+        The reference.
+    """
+
+    def reference(batch: PairBatch, gram: PairGram) -> tuple[Tensor, Tensor]:
+        with model.disable_adapter():
+            return sequence_logps(model, batch)
+
+    return reference
+
+
+def other_model(model: Any) -> Reference:
+    """A model of its own as the reference.
+
+    Args:
+        model: the reference model.
+
+    Returns:
+        The reference.
+    """
+    return lambda batch, gram: sequence_logps(model, batch)
+
+
+def check_scan_settings(*, batch_size: int, engine: str, memory_budget: int | str | None) -> None:
+    """Refuse what `scan_pairs` could not use, before a model is loaded for it.
+
+    Args:
+        batch_size: most pairs a batch.
+        engine: as in `measure`.
+        memory_budget: as in `measure`.
+
+    Raises:
+        InputError: one of them is malformed.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be at least 1 (command line: --batch-size).")
+    if engine not in {"hooks", "func"}:
+        raise InputError(f"engine is {engine!r}; accepted: 'hooks' and 'func' (command line: --engine).")
+    parse_budget(memory_budget)
+
+
+def plan_batches(pairs: Sequence[AuditPair], batch_size: int) -> list[list[int]]:
+    """Group pairs of like length, longest first: little padding, and what does not fit in memory fails at once.
+
+    Args:
+        pairs: the pairs.
+        batch_size: most pairs a batch.
+
+    Returns:
+        Positions in `pairs`, batch by batch.
+    """
+    order = sorted(range(len(pairs)), key=lambda position: -pairs[position].longest)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def scan_pairs(
+    model: Any,
+    pairs: Sequence[AuditPair],
+    *,
+    reference: Reference | None = None,
+    batch_size: int = 8,
+    engine: str = "hooks",
+    by_module: bool = False,
+    memory_budget: int | str | None = None,
+    advance: Callable[[int, int], None] = lambda pairs, tokens: None,
+) -> Scan:
+    """Measure every pair.
+
+    Args:
+        model: a causal LM; its trainable parameters are what is measured.
+        pairs: P pairs, at least one.
+        reference: where the reference's log-probs come from; None to go without.
+        batch_size: most pairs a batch, at least 1.
+        engine: as in `measure`.
+        by_module: sum each module's part as well.
+        memory_budget: as in `measure`.
+        advance: called after each batch with its numbers of pairs and tokens.
+
+    Returns:
+        The `Scan` of the P pairs, in their order.
+
+    Raises:
+        GradentError: what `measure` raises; a nan or an inf, or a device out of memory, with the row.
+    """
+    batches = plan_batches(pairs, batch_size)
+    columns: dict[str, list[Tensor]] = {name: [] for name in (*_ENTRIES, *_REFERENCES)}
+    modules: dict[str, Tensor] = {}
+    for positions in batches:
+        chunk = [pairs[position] for position in positions]
+        batch = PairBatch.from_tokens([(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in chunk])
+        gram, references = _measure_batch(model, batch, chunk, reference, engine, by_module, memory_budget)
+        for name in _ENTRIES:
+            columns[name].append(getattr(gram, name))
+        for name, values in zip(_REFERENCES, references, strict=False):
+            columns[name].append(values)
+        _add_modules(modules, gram)
+        advance(len(chunk), int(batch.attention_mask.sum()))
+    back = torch.tensor([position for positions in batches for position in positions]).argsort()
+    whole = {name: torch.cat(parts)[back] for name, parts in columns.items() if parts}
+    gram = PairGram(
+        chosen_sq=whole["chosen_sq"],
+        rejected_sq=whole["rejected_sq"],
+        inner=whole["inner"],
+        chosen_logp=whole["chosen_logp"],
+        rejected_logp=whole["rejected_logp"],
+        chosen_len=whole["chosen_len"],
+        rejected_len=whole["rejected_len"],
+    )
+    refs = {name: whole.get(name) for name in _REFERENCES}
+    return Scan(gram=gram, modules=modules, **refs)
+
+
+def _measure_batch(
+    model: Any,
+    batch: PairBatch,
+    chunk: Sequence[AuditPair],
+    reference: Reference | None,
+    engine: str,
+    by_module: bool,
+    memory_budget: int | str | None,
+) -> tuple[PairGram, tuple[Tensor, ...]]:
+    try:
+        kind = cast(Literal["hooks", "func"], engine)  # `measure` refuses any other
+        gram = measure(model, batch, engine=kind, by_module=by_module, memory_budget=memory_budget)
+        references = () if reference is None else reference(batch, gram)
+    except NonFiniteError as error:
+        if len(chunk) > 1:  # one by one, to tell which
+            for number, pair in enumerate(chunk):
+                _measure_batch(model, batch.select([number]), [pair], reference, engine, by_module, memory_budget)
+        raise NonFiniteError(f"{', '.join(pair.where for pair in chunk)}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise GradentError(
+            f"The device ran out of memory on a batch of {len(chunk)} pairs of up to {chunk[0].longest} tokens (the "
+            f"longest at {chunk[0].where}). Try a smaller --batch-size, --memory-budget or --max-length, or --dtype "
+            "bfloat16."
+        ) from error
+    # `measure` has refused what is not finite in its own numbers.
+    finite = torch.stack((gram.inner, *references)).isfinite().all(0)
+    if not bool(finite.all()):
+        where = chunk[int(finite.int().argmin())].where
+        raise NonFiniteError(
+            f"{where}: a log-prob of this pair under the reference is nan or inf. Try --dtype float32 (or float64); if "
+            "it stays, the reference's weights are damaged, or the row must be left out."
+        )
+    return gram, references
+
+
+def _add_modules(modules: dict[str, Tensor], gram: PairGram) -> None:
+    defined = (gram.chosen_sq > 0) & (gram.rejected_sq > 0)
+    scales = torch.stack([(gram.chosen_sq * gram.rejected_sq).sqrt(), gram.chosen_sq, gram.rejected_sq])[:, defined]
+    for name, (chosen_sq, rejected_sq, inner) in (gram.modules or {}).items():
+        parts = torch.stack([inner, chosen_sq, rejected_sq])[:, defined] / scales
+        modules[name] = modules.get(name, torch.zeros(3, dtype=torch.float64)) + parts.sum(1)
