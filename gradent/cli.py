@@ -1,0 +1,202 @@
+"""The command line: `gradent demo`, `gradent audit`.
+
+Each command imports what it needs when it runs, so that `--help` and `--version` answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from gradent.errors import GradentError
+from gradent.version import __version__
+
+__all__ = ["app", "main"]
+
+# Optional[X] rather than X | None in signatures: typer evaluates annotations at run time.
+app = typer.Typer(
+    name="gradent",
+    help="Why do chosen and rejected log-probs move together? gradent measures the gradient entanglement behind it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def main() -> None:
+    """Run the command line; the entry point of `gradent` and of `python -m gradent`."""
+    app(prog_name="gradent")
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """One block on stderr and exit code 2 for what the user can put right; 130 for Ctrl-C."""
+    console = Console(stderr=True, highlight=False)
+    try:
+        yield
+    except GradentError as error:
+        from gradent.audit.table import printable  # noqa: PLC0415
+
+        lines = printable(str(error)).replace("\n", "\n  ")
+        console.print(Text("error", "bold red"), Text(f"({type(error).__name__})\n  {lines}"), soft_wrap=True)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        console.print(Text("interrupted: nothing more was written"), soft_wrap=True)
+        raise typer.Exit(130) from error
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"gradent {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _gradent(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Directory or hub id of a causal LM. [default: a small one made on the spot]")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Directory for the report and the records.")] = Path("gradent-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the data and the training.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="DPO steps. [default: the demo's own]")] = None,
+) -> None:
+    """See the effect: train a small model by DPO on four styles of response, and watch which log-probs fall."""
+    with _readable_errors():
+        from gradent.demo import run_demo  # noqa: PLC0415
+
+        code = run_demo(out=out, model=model, steps=steps, seed=seed)
+    raise typer.Exit(code)
+
+
+_LOSS = "Loss"
+_MODEL = "Model"
+_DATA = "Data"
+_RUN = "Measuring"
+
+
+@app.command()
+def audit(
+    model: Annotated[str, typer.Argument(help="Directory or hub id of a causal LM, or of a PEFT adapter.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Preference pairs: .jsonl, .json or .parquet file, dataset directory, or hub id, in TRL's formats.",
+            rich_help_panel=_DATA,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory for pairs.parquet and summary.json.", rich_help_panel=_RUN)],
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="dpo, rdpo, simpo, ipo, rrhf, slic, cpo, dpop, kto or sppo; what is not set below has its default.",
+            rich_help_panel=_LOSS,
+        ),
+    ] = "dpo",
+    beta: Annotated[float | None, typer.Option(rich_help_panel=_LOSS)] = None,
+    lam: Annotated[float | None, typer.Option(rich_help_panel=_LOSS)] = None,
+    alpha: Annotated[float | None, typer.Option(rich_help_panel=_LOSS)] = None,
+    gamma: Annotated[float | None, typer.Option(rich_help_panel=_LOSS)] = None,
+    delta: Annotated[float | None, typer.Option(rich_help_panel=_LOSS)] = None,
+    lambda_w: Annotated[float | None, typer.Option(rich_help_panel=_LOSS)] = None,
+    lambda_l: Annotated[float | None, typer.Option(rich_help_panel=_LOSS)] = None,
+    z_ref: Annotated[float | None, typer.Option(rich_help_panel=_LOSS)] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="PEFT adapter on MODEL; its parameters are then what is measured.", rich_help_panel=_MODEL),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="Reference model. [default: the base under the adapter; without an adapter, MODEL itself]",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, float64, bfloat16, float16 or auto.", rich_help_panel=_MODEL)
+    ] = "float32",
+    device: Annotated[
+        str | None, typer.Option(help="[default: cuda where there is one, else cpu]", rich_help_panel=_MODEL)
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.", rich_help_panel=_MODEL)
+    ] = False,
+    split: Annotated[str, typer.Option(help="Split of a dataset.", rich_help_panel=_DATA)] = "train",
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens of prompt + response. [default: 1024, or what the model can take]", rich_help_panel=_DATA
+        ),
+    ] = None,
+    max_pairs: Annotated[
+        int | None, typer.Option(help="Measure that many pairs, drawn with --seed.", rich_help_panel=_DATA)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of that draw.", rich_help_panel=_DATA)] = 0,
+    skip_bad_rows: Annotated[
+        bool,
+        typer.Option("--skip-bad-rows", help="Go on without unusable rows; they are listed.", rich_help_panel=_DATA),
+    ] = False,
+    no_add_eos: Annotated[
+        bool,
+        typer.Option(
+            "--no-add-eos", help="Append no EOS to plain strings (TRL's DPOTrainer does).", rich_help_panel=_DATA
+        ),
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Most pairs a batch.", rich_help_panel=_RUN)] = 8,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Scratch of the reductions, e.g. 512MiB.", rich_help_panel=_RUN)
+    ] = None,
+    engine: Annotated[str, typer.Option(help="hooks or func.", rich_help_panel=_RUN)] = "hooks",
+    by_module: Annotated[
+        bool, typer.Option("--by-module", help="Also show which modules the cosine comes from.", rich_help_panel=_RUN)
+    ] = False,
+) -> None:
+    """Measure every preference pair: will the loss raise chosen and lower rejected, or drag both the same way?"""
+    with _readable_errors():
+        from gradent import losses  # noqa: PLC0415
+        from gradent.audit import audit as run_audit  # noqa: PLC0415
+
+        _quieten_others()
+        given = {
+            "beta": beta, "lam": lam, "alpha": alpha, "gamma": gamma, "delta": delta, "lambda_w": lambda_w,
+            "lambda_l": lambda_l, "z_ref": z_ref,
+        }  # fmt: skip
+        hyper: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        result = run_audit(
+            model, data, loss=losses.get(loss, **hyper), out=out, adapter=adapter, reference=reference, split=split,
+            max_length=max_length, max_pairs=max_pairs, batch_size=batch_size, memory_budget=memory_budget,
+            engine=engine, by_module=by_module, dtype=dtype, device=device, skip_bad_rows=skip_bad_rows,
+            add_eos=not no_add_eos, trust_remote_code=trust_remote_code, seed=seed,
+        )  # fmt: skip
+        Console(highlight=False).print(
+            Text(f"\nWrote {result.pairs_path} and {result.summary_path} ({result.summary['seconds']:.1f} s)."),
+            soft_wrap=True,
+        )
+
+
+def _quieten_others() -> None:
+    """No loading bars and advice between the tables: what matters of them, `gradent.audit.load` checks itself."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of other libraries about each other
+    warnings.filterwarnings("ignore", "Found missing adapter keys")
+    from transformers.utils import logging  # noqa: PLC0415
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
