@@ -18,6 +18,8 @@ __all__ = [
     "forward_logits",
     "ignores_padding",
     "input_device",
+    "is_observed",
+    "is_sharded",
     "observed",
     "plain",
     "trainable",
@@ -36,11 +38,17 @@ def plain(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+def is_sharded(model: nn.Module) -> bool:
+    """Whether parameters of the model are spread over ranks (FSDP2): each is whole only while its module runs."""
+    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+
+
+def trainable(model: nn.Module, *, sharded: bool = False) -> dict[str, nn.Parameter]:
     """Trainable parameters by name, each once, under the first of its names.
 
     Args:
         model: any module.
+        sharded: accept parameters that are spread over ranks.
 
     Returns:
         `{name: parameter}` in `named_parameters` order.
@@ -57,7 +65,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
             "PEFT adapter load it with PeftModel.from_pretrained(..., is_trainable=True)."
         )
     for name, parameter in found.items():
-        if parameter.is_meta or hasattr(parameter, "device_mesh"):
+        if parameter.is_meta or (hasattr(parameter, "device_mesh") and not sharded):
             kind = "on the meta device" if parameter.is_meta else "sharded (DTensor)"
             raise ModelError(
                 f"parameter {name!r} is {kind}; a measurement needs the whole parameter where the model computes. Load "
@@ -179,6 +187,15 @@ def check_causal(model: nn.Module, ids: Tensor) -> None:
         )
 
 
+_OBSERVED: list[nn.Module] = []
+
+
+def is_observed(model: nn.Module) -> bool:
+    """Whether a pass of gradent's own is running on the model."""
+    inner = plain(model)
+    return any(one is inner for one in _OBSERVED)
+
+
 _PADDING: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
@@ -224,6 +241,7 @@ def observed(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
     checkpointed = [module for module, _ in flags if getattr(module, "gradient_checkpointing", False) is True]
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"} - {None})
     cached = torch.is_autocast_cache_enabled()
+    _OBSERVED.append(model)
     try:
         with torch.random.fork_rng(devices=devices):
             model.train(dropout)
@@ -236,6 +254,7 @@ def observed(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
             torch.set_autocast_cache_enabled(False)
             yield
     finally:
+        _OBSERVED.remove(model)
         torch.set_autocast_cache_enabled(cached)
         for module, own in warners:
             vars(module).pop(_PADDING_WARNING, None)

@@ -6,6 +6,7 @@ Letters: B pairs, k of them with a gradient on both sides.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -22,7 +23,7 @@ from gradent.hooks.piggyback import Passed, Piggyback
 from gradent.kernels.plan import DEFAULT_BUDGET, parse_budget
 from gradent.measure import measure
 from gradent.metric import metric_roots
-from gradent.model import plain, trainable
+from gradent.model import is_sharded, plain, trainable
 from gradent.pairs import PairBatch
 from gradent.verdict import Verdict
 
@@ -65,7 +66,7 @@ def attach(
     by_module: bool = False,
     memory_budget: int | str | None = None,
     metric: torch.optim.Optimizer | None = None,
-    compiled: bool = False,
+    compiled: nn.Module | None = None,
 ) -> Recorder:
     """Watch the model that a training loop runs, from `with` to the end of the block (or between `arm` and `disarm`).
 
@@ -79,7 +80,8 @@ def attach(
         by_module: also give each module's share.
         memory_budget: scratch of the reductions, as in `measure`.
         metric: None for the Euclidean inner product, or the Adam(W) optimizer whose geometry is to be used.
-        compiled: the loop runs the model through `torch.compile`: only coefficients are read off it.
+        compiled: what `torch.compile` made of the model, if that is what the loop calls: coefficients are read off it,
+            and the entries are measured on the model itself. Given as `model`, such a wrapper is recognised.
 
     Returns:
         The recorder, which is a context manager.
@@ -119,11 +121,12 @@ class Recorder:
         by_module: bool,
         memory_budget: int | str | None,
         metric: torch.optim.Optimizer | None,
-        compiled: bool,
+        compiled: nn.Module | None,
     ) -> None:
         self.metric = metric
-        self._compiled = compiled or plain(model) is not model
         self._model = plain(model)
+        self._watched = model if compiled is None else compiled
+        self._compiled = self._watched is not self._model
         self._mode: Mode = mode
         self._pairing: Pairing = pairing
         self._by_module = by_module
@@ -132,6 +135,7 @@ class Recorder:
         self._parameters: Mapping[str, Tensor] = {}
         self._said: set[str] = set()
         self._collected: list[Recording] = []
+        self._backwards = 0
 
     def __enter__(self) -> Self:
         """Arm."""
@@ -153,9 +157,11 @@ class Recorder:
         """
         if self._piggyback is not None:
             return
-        self._parameters = trainable(self._model)
+        self._parameters = trainable(self._model, sharded=True)
+        if self.metric is not None and is_sharded(self._model):
+            raise ModelError("metric: the optimizer's state is sharded (FSDP); only metric=None is available there.")
         self._piggyback = Piggyback(
-            self._model,
+            self._watched,
             self._parameters,
             budget=self._budget or DEFAULT_BUDGET,
             pairing=self._pairing,
@@ -175,6 +181,7 @@ class Recorder:
             self._piggyback.disarm()
             self._piggyback = None
         self._collected.clear()
+        self._backwards = 0
 
     def harvest(self, *, scale: float = 1.0) -> Recording | None:
         """What the backwards since the last call told. Call it before `optimizer.step()`.
@@ -192,14 +199,14 @@ class Recorder:
             GradentError: what `measure` raises.
         """
         self.collect()
-        recordings, self._collected = self._collected, []
+        recordings, self._collected, self._backwards = self._collected, [], 0
         return join_recordings(recordings, scale=scale) if recordings else None
 
     def collect(self) -> int:
         """Settle the backwards since the last call, for the next harvest; their graphs are let go of.
 
         Returns:
-            How many recordings the next harvest will join.
+            How many backwards the next harvest will join.
 
         Raises:
             InputError: the recorder is not armed.
@@ -207,11 +214,16 @@ class Recorder:
         """
         if self._piggyback is None:
             raise InputError("the recorder is not armed; use it inside `with attach(model) as recorder:`.")
-        for passed in self._piggyback.take():
-            one = self._settle(passed)
-            if one is not None:
-                self._collected.append(replace(one, overhead_s=self._piggyback.clock.take()))
-        return len(self._collected)
+        try:
+            for passed in self._piggyback.take():
+                self._backwards += 1
+                one = self._settle(passed)
+                if one is not None:
+                    self._collected.append(replace(one, overhead_s=self._piggyback.clock.take()))
+        except Exception:
+            self._collected, self._backwards = [], 0  # half a step is none
+            raise
+        return self._backwards
 
     def _settle(self, passed: Passed) -> Recording | None:
         assert self._piggyback is not None
@@ -252,6 +264,11 @@ class Recorder:
 
     def _measure(self, passed: Passed, batch: PairBatch | None) -> PairGram:
         reason = "the model is compiled" if self._compiled else passed.problem
+        if is_sharded(self._model):
+            raise ModelError(
+                f"the entries cannot be read off the trainer's backward ({reason}), and a sharded model (FSDP) allows "
+                "no pass of gradent's own: its ranks would wait for one another."
+            )
         if self._mode == "piggyback" or batch is None:
             why = "of a reward model " if batch is None else ""
             raise ModelError(
@@ -283,8 +300,10 @@ class Recorder:
         )
 
     def _say(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
+        """Log a line, once: figures in it, which differ from step to step, do not make it another one."""
+        what = re.sub(r"[\d.]+(e[+-]?\d+)?", "", text)
+        if what not in self._said:
+            self._said.add(what)
             logger.warning(text)
 
 

@@ -35,12 +35,16 @@ class PairStream:
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = not self.path.exists() or self.path.stat().st_size == 0
-            if not fresh:
+            head = b""
+            if self.path.exists():
                 with open(self.path, "rb") as there:
-                    _check_head(self.path, there.readline())
+                    head = there.readline()
+            fresh = _is_start(head)
+            if not fresh:
+                _check_head(self.path, head)
             self._file: IO[bytes] = open(self.path, "ab+")  # noqa: SIM115  (closed by `close`)
             if fresh:
+                self._file.truncate(0)
                 self._write([{"schema": _SCHEMA, "schema_version": SCHEMA_VERSION, "gradent_version": __version__}])
             else:
                 self._file.seek(-1, os.SEEK_END)
@@ -89,20 +93,25 @@ def read_stream(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
         DataFileError: the file is missing, is no such stream or of a newer schema, or a line before the last is broken.
     """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        content = Path(path).read_bytes()
     except OSError as error:
         raise DataFileError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    _check_head(path, lines[0])
+    lines = content.split(b"\n")
+    if not _is_start(content):
+        _check_head(path, lines[0])
     rows: dict[tuple[str, int, int], dict[str, Any]] = {}
     for number, line in enumerate(lines[1:], start=2):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line) if line.strip() else None
+            row = json.loads(line)
         except ValueError as error:
             if _cut_short(lines, number):
                 continue
             raise DataFileError(f"{path}:{number}: not a line of a pair stream ({error}).") from error
-        if row is not None:
-            rows[row["checkpoint"], row["step"], row["pair"]] = row
+        if not isinstance(row, dict) or not row.keys() >= PAIR_COLUMNS.keys():
+            raise DataFileError(f"{path}:{number}: not a row of a pair stream; its keys are not record.PAIR_COLUMNS.")
+        rows[row["checkpoint"], row["step"], row["pair"]] = row
     ordered = [rows[key] for key in sorted(rows)]
     return {name: [row[name] for row in ordered] for name in PAIR_COLUMNS}
 
@@ -110,6 +119,12 @@ def read_stream(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
 def _cut_short(lines: Sequence[bytes], number: int) -> bool:
     """Whether a broken line is one that a crash cut short: it does not end as a row does."""
     return number == len(lines) or not lines[number - 1].endswith(b"}")
+
+
+def _is_start(content: bytes) -> bool:
+    """Whether a file is empty, or holds no more than a first line that a crash cut short."""
+    start = json.dumps({"schema": _SCHEMA}).encode()[:-1]
+    return b"\n" not in content and not content.endswith(b"}") and start.startswith(content[: len(start)])
 
 
 def _check_head(path: str | os.PathLike[str], line: bytes) -> None:

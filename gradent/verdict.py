@@ -117,9 +117,11 @@ class Verdict:
         """The share of the B pairs in each case.
 
         Returns:
-            `{"ideal", "both_down", "both_up", "reversed", "inactive"}` to shares that sum to 1.
+            `{"ideal", "both_down", "both_up", "reversed", "inactive"}` to shares that sum to 1; all 0 without a pair.
         """
         names = ("ideal", "both_down", "both_up", "reversed", "inactive")
+        if not len(self.case):
+            return dict.fromkeys(names, 0.0)
         numbers = {name: number for number, name in CASES.items()}
         return {name: (self.case == numbers[name]).double().mean().item() for name in names}
 

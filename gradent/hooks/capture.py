@@ -118,6 +118,7 @@ class Capture(TorchFunctionMode):
             id(parameter): (View(number, (), tuple(parameter.shape)), None)
             for number, parameter in enumerate(parameters)
         }
+        self._leaves: dict[Node, int] = {}
         self._held: list[Tensor] = []  # views must stay alive: their id is their key
         self._handles: list[RemovableHandle] = []
         self._pending: weakref.WeakKeyDictionary[Any, dict[_Key, deque[_Pending]]] = weakref.WeakKeyDictionary()
@@ -238,6 +239,26 @@ class Capture(TorchFunctionMode):
         found = self._views.get(id(operand))
         return found[0] if found is not None and found[1] is operand.grad_fn else None
 
+    @property
+    def leaves(self) -> dict[Node, int]:
+        """The nodes at which the parameters' gradients arrive, with their numbers."""
+        numbers = {node_of(parameter): number for number, parameter in enumerate(self.parameters)}
+        return {node: number for node, number in numbers.items() if node is not None} | self._leaves
+
+    def adopt(self, number: int, tensor: Tensor) -> None:
+        """Take a tensor for a parameter: the whole one that stands in for its shards while a module runs.
+
+        Args:
+            number: the parameter's number.
+            tensor: the leaf that operators will see.
+        """
+        if id(tensor) not in self._views:
+            self._views[id(tensor)] = (View(number, (), tuple(tensor.shape)), None)
+            self._held.append(tensor)
+            node = node_of(tensor)
+            if node is not None:
+                self._leaves[node] = number
+
     def start(self) -> None:
         """Watch from here on: `__enter__`, where the end is in another function."""
         self.__enter__()  # type: ignore[no-untyped-call]
@@ -256,6 +277,7 @@ class Capture(TorchFunctionMode):
             handle.remove()
         self.taps.clear()
         self._pending.clear()
+        self._leaves.clear()
         self._handles.clear()
         self._views.clear()
         self._held.clear()
@@ -278,8 +300,7 @@ class Capture(TorchFunctionMode):
         for tap in taps:
             for edge in tap.edges:
                 claimed[edge] = claimed.get(edge, frozenset()) | {tap.node}
-        numbers = {node_of(parameter): number for number, parameter in enumerate(self.parameters)}
-        parameters = {node: number for node, number in numbers.items() if node is not None}
+        parameters = self.leaves
         return survey(loss.grad_fn, claimed, frozenset(tap.node for tap in taps), parameters, opaque=opaque)
 
 

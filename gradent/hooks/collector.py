@@ -6,16 +6,16 @@ Letters: k pairs, rows 0..k-1 chosen and k..2k-1 rejected; R rows of one forward
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gradent.hooks.capture import Tap
-from gradent.hooks.forms import Form
+from gradent.hooks.forms import scaled, scaled_rows
 from gradent.hooks.ledger import Ledger
-from gradent.hooks.uses import Layout, LookupUse
+from gradent.hooks.uses import Layout, LookupUse, MatrixUse
 
 __all__ = ["Collector", "Place"]
 
@@ -50,30 +50,45 @@ class Collector:
         """
         self._waiting[tap.use.view.param][tap] = place
 
-    def arrive(
-        self, tap: Tap, cotangent: Tensor, place: Place, adjust: Callable[[int, Form], Form | None] | None = None
-    ) -> None:
+    def arrive(self, tap: Tap, cotangent: Tensor, place: Place, factors: Sequence[float] | None = None) -> None:
         """Take a use's cotangent.
 
         Args:
             tap: the recorded use.
             cotangent: the gradient at its output.
             place: the rows of its forward.
-            adjust: `(row, form) -> form` of what is kept of a row; None, or a result of None, for as it is or nothing.
+            factors: what each of the forward's rows is multiplied by; a row of factor 0 is left out. None for 1.
         """
-        param = tap.use.view.param
         with torch.no_grad():
-            for index, slot, form in tap.use.forms(cotangent, place.layout, self._budget):
-                row = place.rows[index]
-                kept = form if adjust is None or row < 0 else adjust(row, form)
-                if kept is not None and row >= 0:
-                    self.ledger.add(param, row, slot, kept)
-            waiting = self._waiting[param]
-            waiting.pop(tap, None)
-            if not waiting:
-                self.ledger.finish(param)
-            elif all(isinstance(other.use, LookupUse) for other in waiting) and not isinstance(tap.use, LookupUse):
-                self.ledger.shrink(param, lambda row: self._lookups(param, row))
+            self._take(tap, cotangent, place, factors)
+        tap.use = tap.use.hollow  # the graph lets go of its activations as the backward passes them
+
+    def _take(self, tap: Tap, cotangent: Tensor, place: Place, factors: Sequence[float] | None) -> None:
+        param = tap.use.view.param
+        waiting = self._waiting[param]
+        waiting.pop(tap, None)
+        if not waiting and self._at_once(tap, cotangent, place, factors):
+            return
+        for index, slot, form in tap.use.forms(cotangent, place.layout, self._budget):
+            row, factor = place.rows[index], 1.0 if factors is None else factors[index]
+            if row >= 0 and factor:
+                self.ledger.add(param, row, slot, form if factors is None else scaled(form, factor))
+        if not waiting:
+            self.ledger.finish(param)
+        elif all(isinstance(other.use, LookupUse) for other in waiting) and not isinstance(tap.use, LookupUse):
+            self.ledger.shrink(param, lambda row: self._lookups(param, row))
+
+    def _at_once(self, tap: Tap, cotangent: Tensor, place: Place, factors: Sequence[float] | None) -> bool:
+        """Reduce a parameter whose only use this is, all rows together; whether that was done."""
+        use = tap.use
+        if not isinstance(use, MatrixUse) or use.view.slot or list(place.rows) != list(range(place.layout.rows)):
+            return False
+        u, v = use.factors(cotangent, place.layout)
+        if factors is not None:
+            if not self.ledger.fits(u, v):  # before anything is copied
+                return False
+            u, v = scaled_rows(u, v, factors)
+        return self.ledger.whole(use.view.param, u, v)
 
     def _lookups(self, param: int, row: int) -> Tensor:
         """Ids, int64 `[T]`, that lookups still to come will touch in a row."""
@@ -90,5 +105,6 @@ class Collector:
         return {param: len(taps) for param, taps in self._waiting.items() if taps}
 
     def clear(self) -> None:
-        """Let go of everything that is waited for."""
+        """Let go of everything that is waited for, and of what waits to be reduced."""
         self._waiting.clear()
+        self.ledger.clear()

@@ -7,14 +7,15 @@ Letters: T tokens, O and I the rows and columns of the slot, in the parameter's 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from gradent.kernels.reference import accumulator
 
-__all__ = ["Deferred", "Dense", "Explicit", "Form", "Rows", "Solid", "scaled"]
+__all__ = ["Deferred", "Dense", "Explicit", "Form", "Rows", "Solid", "scaled", "scaled_rows"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,29 @@ def scaled(form: Form, factor: float) -> Form:
     if isinstance(form, Rows):
         return Rows(form.ids, form.values.to(accumulator(form.values.dtype)) * factor)
     return Explicit(form.grad.to(accumulator(form.grad.dtype)) * factor)
+
+
+def scaled_rows(u: Tensor, v: Tensor, factors: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """`scaled` for the factors of all rows at once.
+
+    Args:
+        u: `[R, T, O]`.
+        v: `[R, T, I]`.
+        factors: of each row; 0 makes a row's gradient zero.
+
+    Returns:
+        `(u, v)`, of which one is a copy, or both.
+    """
+    wide = accumulator(u.dtype)
+    sizes = torch.tensor(factors, dtype=torch.float64)
+    if not all(1e-9 < abs(factor) < 1e9 for factor in factors if factor):
+        roots = sizes.abs().sqrt()
+        return _times(u, sizes.sign() * roots, wide), _times(v, roots, wide)
+    return (_times(u, sizes, wide), v) if u.shape[2] <= v.shape[2] else (u, _times(v, sizes, wide))
+
+
+def _times(rows: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    return rows.to(dtype) * factors.to(rows.device, dtype)[:, None, None]
 
 
 def _scaled_dense(form: Dense, factor: float) -> Dense:

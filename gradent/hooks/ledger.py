@@ -11,16 +11,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import opt_einsum
 import torch
 from torch import Tensor
 
 from gradent.hooks.forms import Deferred, Dense, Explicit, Form, Rows, Solid
-from gradent.kernels.reference import accumulator, reduce_dense, reduce_flat
+from gradent.kernels.reference import accumulator, batch_pays, reduce_batch, reduce_dense, reduce_flat
 
 __all__ = ["Ledger"]
+
+RETRIES = 2
+"""How often a reduction that ran out of memory is tried again, in tiles of half the size each time."""
 
 Slot = tuple[int, ...]
 F = TypeVar("F", Dense, Rows, Explicit)
@@ -59,6 +62,30 @@ class Ledger:
         """
         self._forms[param].setdefault(row, {}).setdefault(slot, []).append(form)
 
+    def whole(self, param: int, u: Tensor, v: Tensor) -> bool:
+        """Reduce a parameter of which one product's gradients are all there is, all pairs at once where that pays.
+
+        Args:
+            param: the parameter's number; no form of it has been added.
+            u: `[2k, T, O]`, rows 0..k-1 chosen and k..2k-1 rejected.
+            v: `[2k, T, I]`.
+
+        Returns:
+            Whether it is reduced; if not, its forms are to be added row by row.
+        """
+        if self._forms.get(param) or len(u) != 2 * self._pairs or not self.fits(u, v):
+            return False
+        try:
+            entries = reduce_batch(u, v, weight=self._root(param, ()))
+        except torch.OutOfMemoryError:
+            return False
+        self.entries[param] = entries
+        return True
+
+    def fits(self, u: Tensor, v: Tensor) -> bool:
+        """Whether all rows' products are worth forming at once; arguments as for `whole`."""
+        return batch_pays(u, v, budget=self._budget)
+
     def finish(self, param: int) -> None:
         """Reduce a parameter, all of whose uses have been added; rows without a form have a zero gradient there.
 
@@ -70,7 +97,9 @@ class Ledger:
         for pair in range(self._pairs):
             chosen, rejected = held.get(pair, {}), held.get(pair + self._pairs, {})
             slots = sorted({*chosen, *rejected})
-            sums = [self._slot(param, slot, chosen.get(slot, []), rejected.get(slot, [])) for slot in slots]
+            sums = [
+                self._patiently(self._slot, param, slot, chosen.get(slot, []), rejected.get(slot, [])) for slot in slots
+            ]
             totals.append(torch.stack(sums).sum(0) if sums else None)
         some = next((total for total in totals if total is not None), torch.zeros(3, dtype=torch.float64))
         entries = torch.stack([torch.zeros_like(some) if total is None else total for total in totals])
@@ -102,8 +131,8 @@ class Ledger:
                 continue
             ids = torch.unique(torch.cat([*map(lookups, rows), *(side.ids for side in looked if side is not None)]))
             kept = [Rows(ids, _gather(side[0], ids)) if side else None for side in dense]
-            touched = self._rows(kept[0], kept[1], self._root(param, ()))
-            ahead.append(self._slot(param, (), dense[0], dense[1]) - touched)
+            touched = self._patiently(self._rows, kept[0], kept[1], self._root(param, ()))
+            ahead.append(self._patiently(self._slot, param, (), dense[0], dense[1]) - touched)
             for row, forms in zip(rows, zip(kept, looked, strict=True), strict=True):
                 for form in forms:
                     if form is not None:
@@ -114,6 +143,23 @@ class Ledger:
         """Reduce what is still open: uses that the backward pass never reached have a zero gradient."""
         for param in [number for number in self._forms if number not in self.entries]:
             self.finish(param)
+
+    def clear(self) -> None:
+        """Let go of every form; entries stay."""
+        self._forms.clear()
+        self._ahead.clear()
+
+    def _patiently(self, reduce: Callable[..., Tensor], *operands: Any) -> Tensor:
+        """A reduction; where memory runs out, it and what follows go on in tiles of half the size."""
+        for _ in range(RETRIES):
+            try:
+                return reduce(*operands)
+            except torch.OutOfMemoryError:
+                self._budget = max(1024, self._budget // 2)
+            # Outside of the handler, which holds the failed attempt's tensors.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return reduce(*operands)
 
     def _root(self, param: int, slot: Slot) -> Tensor | None:
         return None if self._weight is None else self._weight(param)[slot]

@@ -8,10 +8,12 @@ from torch import Tensor
 
 __all__ = ["Pairing", "pair_rows"]
 
-Pairing = Literal["halves", "thirds", "signs"]
+Pairing = Literal["halves", "thirds", "either", "signs"]
 """`halves`: all chosen rows, then all rejected rows (DPO, CPO, ORPO, reward models). `thirds`: a third block follows
-that belongs to no pair (TPO). `signs`: rows in any order, chosen where the loss wants the log-prob up, rejected where
-it wants it down, the first chosen beside the first rejected and so on (KTO, whose rows are no pairs)."""
+that belongs to no pair (TPO). `either`: halves, where either row of a pair may be the chosen one; it is the one that
+the loss wants up more (OnlineDPO, where a reward decides). `signs`: rows in any order, chosen where the loss wants the
+log-prob up, rejected where it wants it down, the first chosen beside the first rejected and so on (KTO, whose rows are
+no pairs)."""
 
 
 def pair_rows(pairing: Pairing, c: Tensor) -> list[int] | str:
@@ -29,7 +31,12 @@ def pair_rows(pairing: Pairing, c: Tensor) -> list[int] | str:
         chosen, rejected = ([row for row in range(rows) if sign * float(c[row]) < 0] for sign in (1, -1))
         pairs = min(len(chosen), len(rejected))
         return chosen[:pairs] + rejected[:pairs]
-    blocks = 2 if pairing == "halves" else 3
+    blocks = 3 if pairing == "thirds" else 2
     if rows % blocks:
         return f"the forward has {rows} rows, which are not {blocks} blocks of one size"
-    return list(range(2 * (rows // blocks)))
+    pairs = rows // blocks
+    if pairing == "either":
+        swapped = [float(c[pair]) > float(c[pairs + pair]) for pair in range(pairs)]
+        first = [pair + pairs * swap for pair, swap in enumerate(swapped)]
+        return first + [pair + pairs * (not swap) for pair, swap in enumerate(swapped)]
+    return list(range(2 * pairs))

@@ -22,15 +22,14 @@ from torch.utils.hooks import RemovableHandle
 from gradent.hooks.capture import Capture, Tap
 from gradent.hooks.clock import Clock
 from gradent.hooks.collector import Collector, Place
-from gradent.hooks.forms import Form, scaled
 from gradent.hooks.fused_head import FusedHeadUse, find_fused_head
-from gradent.hooks.graph import node_of
 from gradent.hooks.ledger import Ledger
 from gradent.hooks.pairing import Pairing, pair_rows
 from gradent.hooks.readout import Coefficients, FusedReadout, Readout, RewardReadout, find_readout
 from gradent.hooks.regions import in_backward
 from gradent.hooks.uses import Layout
 from gradent.hooks.views import View
+from gradent.model import is_observed
 
 __all__ = ["Passed", "Piggyback"]
 
@@ -79,6 +78,7 @@ class Piggyback:
         names: the parameters' names.
         parameters: the parameters.
         clock: the time spent on watching.
+        sharded: modules with sharded parameters (FSDP2), each with `{attribute: number}`.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class Piggyback:
         self.parameters = list(parameters.values())
         self.model, self.budget, self.pairing, self.weight, self.entries = model, budget, pairing, weight, entries
         self.clock = Clock()
+        self.sharded = _owners(model, self.parameters)
         self._handles: list[RemovableHandle] = []
         self._running: _Forward | None = None
         self._groups: list[_Group] = []
@@ -124,11 +125,19 @@ class Piggyback:
         groups, self._groups = self._groups, []
         for group in groups:
             group.finish()
-        return [group.passed for group in groups if group.started]
+        return [group.passed for group in groups if group.started or group.passed.broken is not None]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled() or in_backward() or self._running is not None:
+        if not torch.is_grad_enabled() or in_backward() or self._running is not None or is_observed(self.model):
             return
+        try:
+            self._enter(args, kwargs)
+        except Exception as error:  # noqa: BLE001  (an error here would end the trainer's forward)
+            group = _Group(self)
+            group.passed.broken, group.started = f"gradent's own {type(error).__name__}: {error}", True
+            self._groups.append(group)
+
+    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         input_ids = kwargs.get("input_ids")
         if input_ids is None:
             input_ids = next((arg for arg in args if isinstance(arg, Tensor)), None)
@@ -139,8 +148,9 @@ class Piggyback:
             mask = torch.ones_like(input_ids)
         if not self._groups or self._groups[-1].started:
             self._groups.append(_Group(self))
-        self._running = _Forward(self._groups[-1], input_ids.detach(), mask.detach())
-        self._running.enter()
+        forward = _Forward(self._groups[-1], input_ids.detach(), mask.detach())
+        forward.enter()
+        self._running = forward
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         forward, self._running = self._running, None
@@ -173,7 +183,18 @@ class _Group:
             with self.owner.clock:
                 function(*args)
         except Exception as error:  # noqa: BLE001  (whatever it is, the training run must go on as if unobserved)
-            self.fail(f"gradent's own {type(error).__name__}: {error}")
+            self.errs(error)
+
+    def errs(self, error: Exception) -> None:
+        """Keep an error of gradent's own. Where memory ran out, a pass of gradent's own would need more still."""
+        self.fail(f"gradent's own {type(error).__name__}: {error}")
+        if isinstance(error, torch.OutOfMemoryError) and self.passed.broken is None:
+            self.passed.broken = (
+                "memory ran out, also with tiles of a quarter of memory_budget; give gradent a smaller memory_budget, "
+                "or measure fewer pairs at once (a smaller batch, accumulated)"
+            )
+            if self.collector is not None:
+                self.collector.clear()
 
     def fail(self, problem: str) -> None:
         if self.passed.problem is None:
@@ -242,8 +263,11 @@ class _Group:
         passed = self.passed
         if self.started and passed.problem is None and passed.broken is None and self.collector is not None:
             self.guarded(self._settle, self.collector)
-        if any(not forward.read for forward in self.forwards):
-            passed.broken = passed.broken or "the backward did not reach every forward"
+        if self.started and any(not forward.read for forward in self.forwards):
+            why = "" if passed.problem is None else f" ({passed.problem})"
+            passed.broken = passed.broken or f"the backward did not reach every forward{why}"
+        elif not self.started and passed.problem is not None:  # nothing to read was found, so a backward went unseen
+            passed.broken = passed.broken or passed.problem
         self.close()
 
     def _settle(self, collector: Collector) -> None:
@@ -287,14 +311,31 @@ class _Forward:
         self._reentered: nn.Module | None = None
         self._capture: Capture | None = None
         if group.owner.entries:
+            self._adopt_whole_parameters()
             self._capture = Capture(
                 group.owner.parameters,
                 self.place.layout,
                 self._arrive,
                 late=self._late,
-                on_error=self._errs,
+                on_error=group.errs,
                 clock=group.owner.clock,
             )
+
+    def _adopt_whole_parameters(self) -> None:
+        """Under FSDP2, let the capture know the whole parameter that a module has while it runs."""
+        owned = self.group.owner.sharded
+        head = _output_embeddings(self.group.owner.model)
+
+        def adopt(module: nn.Module, args: Any) -> None:
+            # A fused head is never called: its weight is whole when a module that shares its shards is.
+            capture = self._capture
+            for owner in (module, head):
+                for name, number in owned.get(owner, {}).items() if owner is not None else ():
+                    whole = getattr(owner, name)
+                    if capture is not None and not hasattr(whole, "device_mesh"):
+                        capture.adopt(number, whole)
+
+        self._handles += [module.register_forward_pre_hook(adopt) for module in owned]
 
     def enter(self) -> None:
         if self._capture is not None:
@@ -334,12 +375,13 @@ class _Forward:
         node = find_fused_head(readout.root)
         if node is None:
             return
-        numbers = {node_of(tensor): number for number, tensor in enumerate(capture.parameters)}
+        numbers = capture.leaves
         taps = []
         for place, bias in ((1, False), (2, True)):
             child = node.next_functions[place][0] if place < len(node.next_functions) else None
             if child is not None and child in numbers:
-                view = View(numbers[child], (), tuple(capture.parameters[numbers[child]].shape))
+                shape = tuple(capture.parameters[numbers[child]].shape)
+                view = View(numbers[child], (), shape)
                 use = FusedHeadUse(view, node, readout.mask.bool(), bias)
                 taps.append(Tap(use, node, frozenset({(node, place)})))
         capture.taps.extend(taps)
@@ -391,9 +433,6 @@ class _Forward:
         if self.group.collector is not None:
             self.group.collector.expect(tap, self.place)
 
-    def _errs(self, error: Exception) -> None:
-        self.group.fail(f"gradent's own {type(error).__name__}: {error}")
-
     def _arrive(self, tap: Tap, cotangent: Tensor) -> None:
         self.group.guarded(self._collect, tap, cotangent)
 
@@ -408,14 +447,7 @@ class _Forward:
         if param in collector.ledger.entries:
             self.group.fail(f"{self.group.owner.names[param]} is used in more than one reentrant checkpoint")
             return
-        positions = self.place.rows
-        factors = {position: self._inverse[row] for row, position in enumerate(positions) if position >= 0}
-
-        def divide(position: int, form: Form) -> Form | None:
-            factor = factors.get(position, 0.0)
-            return scaled(form, factor) if factor else None
-
-        collector.arrive(tap, cotangent, self.place, divide)
+        collector.arrive(tap, cotangent, self.place, self._inverse)
 
     def close(self) -> None:
         """Let go of the graph and take off every hook."""
@@ -426,6 +458,28 @@ class _Forward:
         self._readout = None
         if self._capture is not None:
             self._capture.close()
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        head = None if get is None else get()
+    except (NotImplementedError, AttributeError):  # a model without such a head
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _owners(model: nn.Module, parameters: Sequence[Tensor]) -> dict[nn.Module, dict[str, int]]:
+    """The modules that hold sharded parameters, with the numbers of these."""
+    numbers = {
+        id(parameter): number for number, parameter in enumerate(parameters) if hasattr(parameter, "device_mesh")
+    }
+    owners: dict[nn.Module, dict[str, int]] = {}
+    for module in model.modules() if numbers else ():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in numbers:
+                owners.setdefault(module, {})[name] = numbers[id(parameter)]
+    return owners
 
 
 def _grad_version(parameter: Tensor) -> int:

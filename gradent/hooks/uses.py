@@ -120,17 +120,28 @@ class MatrixUse(_WholeSlot):
         """See `Use.hollow`."""
         return replace(self, inputs=self.inputs.new_empty(0))
 
-    def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
-        """See `Use.forms`."""
+    def factors(self, cotangent: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """The factors of every row's gradient, `u [R, M, rows of the slot]` and `v [R, M, its columns]`.
+
+        Args:
+            cotangent: b, of the operator's output shape.
+            layout: the forward's rows.
+
+        Returns:
+            `(u, v)`, with `G_r = Σ_m u_{r,m} v_{r,m}ᵀ`.
+        """
         inputs, outputs = self.inputs, cotangent
         if self.transposed:
             inputs, outputs = inputs.mT, outputs.mT
         if inputs.dtype != outputs.dtype:  # autocast: the product was taken of the input cast down
             inputs = inputs.to(outputs.dtype)
         a, b = layout.split(inputs, 1), layout.split(outputs, 1)
-        for row in range(layout.rows):
-            u, v = b[row], a[row]
-            yield row, self.view.slot, Dense(v, u) if self.swapped else Dense(u, v)
+        return (a, b) if self.swapped else (b, a)
+
+    def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
+        """See `Use.forms`."""
+        for row, (u, v) in enumerate(zip(*self.factors(cotangent, layout), strict=True)):
+            yield row, self.view.slot, Dense(u, v)
 
 
 @dataclass(frozen=True)

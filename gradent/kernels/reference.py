@@ -14,9 +14,13 @@ from torch import Tensor
 
 from gradent.kernels.plan import Plan, choose
 
-__all__ = ["accumulator", "reduce_dense", "reduce_flat"]
+__all__ = ["accumulator", "batch_pays", "reduce_batch", "reduce_dense", "reduce_flat"]
 
 RUN = 16384
+
+SMALL = 4 * 2**20
+"""Bytes of scratch up to which a CPU takes all rows of a batch at once: calls cost more than sums there. Beyond, one
+buffer that is used again for every pair stays in the caches."""
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -41,6 +45,59 @@ def reduce_flat(tile: Tensor) -> Tensor:
     rest = tile[:, whole:]
     entries += (rest @ rest.mT).double()
     return torch.stack((entries[0, 0], entries[1, 1], entries[0, 1]))
+
+
+def batch_pays(u: Tensor, v: Tensor, *, budget: int) -> bool:
+    """Whether `reduce_batch` is the way: the outer form is the cheaper one, and its products are small.
+
+    Beyond that `reduce_dense`, pair by pair in one buffer, is faster, or the only way inside the budget.
+
+    Args:
+        u: `[2k, T, O]`.
+        v: `[2k, T, I]`.
+        budget: bytes of scratch.
+
+    Returns:
+        The answer.
+    """
+    wide = accumulator(u.dtype)
+    (count, length, rows), cols = u.shape, v.shape[2]
+    # Twice the products (they are paired by a copy), and operands that must be widened.
+    size = count * wide.itemsize * (2 * rows * cols + length * (rows * (u.dtype != wide) + cols * (v.dtype != wide)))
+    limit = min(budget, SMALL) if u.device.type == "cpu" else budget
+    if count == 0 or size > limit:
+        return False
+    return choose(length, length, rows, cols, itemsize=wide.itemsize, budget=budget).form == "outer"
+
+
+def reduce_batch(u: Tensor, v: Tensor, *, weight: Tensor | None = None) -> Tensor:
+    """Gram entries of k pairs at once: the outer form of all their rows in one batched product.
+
+    Args:
+        u: `[2k, T, O]`, rows 0..k-1 chosen and k..2k-1 rejected, any float dtype.
+        v: `[2k, T, I]`.
+        weight: as in `reduce_dense`.
+
+    Returns:
+        `[k, 3]` float64.
+    """
+    wide = accumulator(u.dtype)
+    products = torch.bmm(u.to(wide).mT, v.to(wide))
+    if weight is not None:
+        products *= weight
+    return _gram_entries(products.view(2, len(u) // 2, -1).transpose(0, 1))
+
+
+def _gram_entries(tiles: Tensor) -> Tensor:
+    """`reduce_flat` of k tiles `[k, 2, K]`, float64 `[k, 3]`."""
+    whole = tiles.shape[2] // RUN * RUN
+    grams = torch.zeros(len(tiles), 2, 2, dtype=torch.float64, device=tiles.device)
+    if whole:
+        runs = tiles[:, :, :whole].reshape(len(tiles), 2, -1, RUN).transpose(1, 2)
+        grams += (runs @ runs.mT).double().sum(1)
+    rest = tiles[:, :, whole:]
+    grams += (rest @ rest.mT).double()
+    return torch.stack((grams[:, 0, 0], grams[:, 1, 1], grams[:, 0, 1]), 1)
 
 
 def reduce_dense(

@@ -6,6 +6,7 @@ import re
 import statistics
 from dataclasses import dataclass
 
+from gradent.errors import InputError
 from gradent.report.window import Window
 
 __all__ = ["DEFAULT_ALERT", "Alert", "Speaker", "describe"]
@@ -23,6 +24,9 @@ class Alert:
         reversed: the same for chosen falling and rejected rising.
         layers: share of the inner product that the layers named must hold together.
         again: windows that must pass before the same is said again.
+
+    Raises:
+        InputError: a share outside of (0, 1], or `again` below 1.
     """
 
     both_down: float = 0.5
@@ -30,6 +34,13 @@ class Alert:
     reversed: float = 0.25
     layers: float = 2 / 3
     again: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("both_down", "both_up", "reversed", "layers"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"Alert: {name}={getattr(self, name)!r}; accepted is a share, 0 < share <= 1.")
+        if self.again < 1:
+            raise InputError(f"Alert: again={self.again!r}; accepted is a number of windows >= 1.")
 
 
 DEFAULT_ALERT = Alert()
@@ -44,8 +55,8 @@ class Speaker:
 
     def __init__(self, alert: Alert) -> None:
         self._alert = alert
-        self._last: str | None = None
-        self._since = 0
+        self._seen = 0
+        self._said: dict[str, int] = {}  # case -> the window at which it was said last
 
     def say(self, window: Window) -> str | None:
         """The sentence for a window.
@@ -57,11 +68,10 @@ class Speaker:
             A line, or None where there is nothing to say, or nothing new.
         """
         case = _worth_saying(window, self._alert)
-        self._since += 1
-        if case is None or (case == self._last and self._since < self._alert.again):
-            self._last = case and self._last
+        self._seen += 1
+        if case is None or self._seen - self._said.get(case, -self._alert.again) < self._alert.again:
             return None
-        self._last, self._since = case, 0
+        self._said[case] = self._seen
         return describe(window, self._alert)
 
 

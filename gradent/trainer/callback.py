@@ -26,10 +26,10 @@ from gradent.recorder import Mode, Recorder, Recording, attach, join_recordings
 from gradent.report.wandb_panels import Panels
 from gradent.report.words import DEFAULT_ALERT, Alert, Speaker
 from gradent.stream import PairStream
-from gradent.trainer.front import move_to_front
+from gradent.trainer.front import divides_loss, find_trainer, move_to_front
 from gradent.trainer.probe import Probe
 from gradent.trainer.ranks import gather, is_first
-from gradent.trainer.shield import shielded
+from gradent.trainer.shield import LIMIT, shielded
 from gradent.trainer.step import StepRecord, layer_cosines, summarize, to_rows
 from gradent.trainer.window import to_window
 
@@ -38,9 +38,6 @@ __all__ = ["EntanglementCallback"]
 logger = logging.getLogger("gradent")
 
 KEPT = 1000
-
-_PAIRINGS: dict[str, Pairing] = {"KTOConfig": "signs", "TPOConfig": "thirds"}
-"""Name of a trainer's arguments to how its rows pair up; halves for all others."""
 
 
 class EntanglementCallback(TrainerCallback):
@@ -111,6 +108,7 @@ class EntanglementCallback(TrainerCallback):
         self.every, self.by_module, self.realised = every, by_module, realised
         self.on_error: str = on_error
         self.errors = 0
+        self.told: set[str] = set()
         self._mode, self._pairing, self._metric, self._budget = mode, pairing, metric, memory_budget
         self._probe = None if probe_data is None else Probe(probe_data, every=probe_every or every)
         self._out = None if out is None else Path(out)
@@ -134,19 +132,18 @@ class EntanglementCallback(TrainerCallback):
     ) -> None:
         """Get ready: who is watched, and where records go."""
         move_to_front(self)  # added after the trainer was made, it did not hear of `on_init_end`
+        self.step_aside()  # from a training that was broken off
         self.errors = 0
+        self.told.clear()
         self._window.clear()
-        names = [kind.__name__ for kind in type(args).__mro__]
-        implied: list[Pairing] = [_PAIRINGS[name] for name in names if name in _PAIRINGS]
-        pairing = self._pairing or (implied[0] if implied else "halves")
-        compiled = bool(getattr(args, "torch_compile", False))
+        trainer = find_trainer() if getattr(args, "torch_compile", False) else None
         self._recorder = attach(
             kwargs["model"],
             mode=self._mode,
-            pairing=pairing,
+            pairing=self._pairing or _implied(args),
             by_module=True,
             memory_budget=self._budget,
-            compiled=compiled,
+            compiled=None if trainer is None else trainer.model_wrapped,
         )
         if self._out is not None and is_first():
             self._stream = PairStream(self._out / "pairs.jsonl")
@@ -161,7 +158,7 @@ class EntanglementCallback(TrainerCallback):
         step = state.global_step + 1
         self._pending = None
         self._measuring = step == 1 or step % self.every == 0
-        if self._recorder is None or not self._measuring:
+        if self._recorder is None or not self._measuring or self.errors >= LIMIT:
             return
         if self._metric == "adam":
             optimizer = kwargs.get("optimizer")
@@ -186,7 +183,7 @@ class EntanglementCallback(TrainerCallback):
         """Harvest, while the weights are still those that the gradients belong to."""
         if self._recorder is None or not self._recorder.armed:
             return
-        batches = self._recorder.collect()
+        batches = self._recorder.collect() if divides_loss() else 1
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
         scale = max(1, batches) / (float(scaler.get_scale()) if scaler is not None else 1.0)
         self._pending = self._recorder.harvest(scale=scale)
@@ -197,7 +194,7 @@ class EntanglementCallback(TrainerCallback):
         """Keep what was harvested, with the pairs of all ranks."""
         if self._measuring:
             self._keep(state, kwargs["model"])
-        if self._probe is not None and self._probe.due(state.global_step):
+        if self._probe is not None and self._probe.due(state.global_step) and self.errors < LIMIT:
             self._scalars |= self._probe.measure(kwargs["model"], self._budget)
 
     def _keep(self, state: TrainerState, model: nn.Module) -> None:
@@ -232,7 +229,9 @@ class EntanglementCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add the window's scalars to the logs, in time for the loggers behind this callback."""
-        if logs is None or not is_first() or any(key.startswith(("eval_", "test_")) for key in logs):
+        if logs is None or not is_first() or self.errors >= LIMIT:
+            return
+        if any(key.startswith(("eval_", "test_")) for key in logs):
             return
         scalars, self._scalars = self._scalars, {}
         window, self._window = self._window, []
@@ -268,6 +267,17 @@ class EntanglementCallback(TrainerCallback):
         """Take every hook off the model."""
         if self._recorder is not None:
             self._recorder.disarm()
+
+
+def _implied(args: TrainingArguments) -> Pairing:
+    """How the rows of a trainer's batches pair up, by the name of its arguments; halves for all but three."""
+    names = {kind.__name__ for kind in type(args).__mro__}
+    if "KTOConfig" in names:
+        return "signs"
+    if "OnlineDPOConfig" in names:
+        return "either"
+    # TPO's third block, a likelihood of its own, is left out of the batch where it has no weight.
+    return "thirds" if "TPOConfig" in names and getattr(args, "tpo_alpha", 1.0) != 0 else "halves"
 
 
 @torch.no_grad()

@@ -61,7 +61,7 @@ class Probe:
 
     def due(self, step: int) -> bool:
         """Whether a measurement is due after a step."""
-        return step == 1 or step % self.every == 0
+        return self._batch is not None and (step == 1 or step % self.every == 0)
 
     def measure(self, model: nn.Module, budget: int | str | None) -> dict[str, float]:
         """Measure the probe.

@@ -7,6 +7,10 @@ import logging
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+import torch
+
+from gradent.errors import GradentError
+
 __all__ = ["LIMIT", "Shielded", "shielded"]
 
 logger = logging.getLogger("gradent")
@@ -20,6 +24,7 @@ class Shielded(Protocol):
 
     on_error: str
     errors: int
+    told: set[str]
 
     def step_aside(self) -> None:
         """Take every hook off the model."""
@@ -32,28 +37,48 @@ S = TypeVar("S", bound=Shielded)
 def shielded(event: Callable[..., None]) -> Callable[..., None]:
     """Decorator of an event handler: its errors are logged, not raised, unless `on_error="raise"`.
 
+    An error is told once; the handler goes on being called, and is to look at `errors` itself, since on several ranks
+    some handlers have an appointment with the other ranks to keep.
+
     Args:
         event: a handler of `EntanglementCallback`.
 
     Returns:
-        The handler; once it has failed `LIMIT` times it does nothing.
+        The handler.
     """
 
     @functools.wraps(event)
     def handler(self: S, *args: Any, **kwargs: Any) -> None:
-        if self.errors >= LIMIT:
-            return
         try:
             event(self, *args, **kwargs)
         except Exception as error:
             if self.on_error == "raise":
+                self.step_aside()
                 raise
             self.errors += 1
             self.step_aside()
-            after = "leaves the run alone from here on" if self.errors >= LIMIT else "goes on with the next step"
-            logger.warning(
-                "gradent failed in %s and %s; training is not affected: %s: %s",
-                event.__name__, after, type(error).__name__, error, exc_info=True,
-            )  # fmt: skip
+            _tell(self, event.__name__, error)
 
     return handler
+
+
+def _tell(self: Shielded, event: str, error: Exception) -> None:
+    what = f"{type(error).__name__}: {error}"
+    if what not in self.told:
+        self.told.add(what)
+        own = isinstance(error, GradentError)  # says itself what to do
+        logger.warning(
+            "gradent failed in %s, and training is not affected: %s%s",
+            event,
+            what,
+            "" if own else f" {_remedy(error)}",
+            exc_info=None if own else error,
+        )
+    if self.errors == LIMIT:
+        logger.warning("gradent has failed %d times and leaves this run alone from here on.", LIMIT)
+
+
+def _remedy(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "-- Give EntanglementCallback a smaller memory_budget, or train in smaller, accumulated batches."
+    return "-- EntanglementCallback(on_error='raise') stops here instead; mode='measure' measures in another way."

@@ -1,0 +1,76 @@
+"""One rank of a DPO run under DDP: run by test_ranks.py through torchrun; writes what it has seen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer
+
+from gradent import EntanglementCallback
+from tests.zoo import build
+
+STEPS = 3
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, `w3` to `w96`; 0 is padding."""
+    words = {word: number for number, word in enumerate(["<pad>", "<eos>", "<unk>", *(f"w{n}" for n in range(3, 97))])}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def pairs() -> Dataset:
+    draw = torch.Generator().manual_seed(0)
+
+    def text(count: int) -> str:
+        return " ".join(f"w{n}" for n in torch.randint(3, 97, (count,), generator=draw).tolist())
+
+    rows = [{"prompt": text(3), "chosen": " " + text(2 + n % 4), "rejected": " " + text(5 - n % 3)} for n in range(24)]
+    return Dataset.from_list(rows)
+
+
+def main(out: Path, watched: bool, batch: int) -> None:
+    torch.set_num_threads(1)
+    model = build("llama", dtype=torch.float32)
+    callback = EntanglementCallback(every=1, realised=True, out=out / "records", on_error="raise")
+    trainer = DPOTrainer(
+        model=model,
+        ref_model=deepcopy(model),
+        args=DPOConfig(
+            output_dir=str(out / "run"), max_steps=STEPS, per_device_train_batch_size=batch, logging_steps=1,
+            report_to="none", use_cpu=True, bf16=False, learning_rate=1e-3, save_strategy="no", disable_tqdm=True,
+        ),
+        train_dataset=pairs(),
+        processing_class=tokenizer(),
+        callbacks=[callback] if watched else [],
+    )  # fmt: skip
+    trainer.train()
+    state = b"".join(parameter.detach().numpy().tobytes() for parameter in model.parameters())
+    logs = [{k: v for k, v in entry.items() if k.startswith("gradent/")} for entry in trainer.state.log_history]
+    seen = {
+        "weights": hashlib.sha256(state).hexdigest(),
+        "cosines": [record.gram.cosine.tolist() for record in callback.records],
+        "realised": [record.chosen_realised.tolist() for record in callback.records],
+        "sources": [record.source for record in callback.records],
+        "logs": [entry for entry in logs if entry],
+    }
+    (out / f"{trainer.args.process_index}.json").write_text(json.dumps(seen))
+    if dist.is_initialized():
+        dist.barrier()
+    # gloo's destructor can wait for ever for a peer that has gone: leave without it.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2] == "watched", int(sys.argv[3]))

@@ -1,0 +1,213 @@
+"""What reaches the logs and those who write them: names, values, and nothing where nothing belongs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import wandb
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+from gradent import EntanglementCallback
+from gradent.layers import layer_of
+from tests.batches import ragged
+from tests.trainer.runs import llama, make_trainer, preferences, with_lora
+from tests.trainer.wandb_file import history
+
+NAMES = {
+    "gradent/inner", "gradent/cosine", "gradent/chosen_norm", "gradent/rejected_norm", "gradent/case/ideal",
+    "gradent/case/both_down", "gradent/case/both_up", "gradent/case/reversed", "gradent/weight_ratio",
+    "gradent/chosen_change", "gradent/rejected_change", "gradent/inactive", "gradent/coverage", "gradent/overhead_s",
+}  # fmt: skip
+REALISED = {"gradent/chosen_realised", "gradent/rejected_realised"}
+PROBE = {
+    f"gradent/probe/{name}"
+    for name in ("inner cosine chosen_norm rejected_norm chosen_logp rejected_logp case/ideal case/both_down "
+                 "case/both_up case/reversed").split()
+}  # fmt: skip
+LAYERS = {"model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head"}
+LORA_LAYERS = {"model.layers.0", "model.layers.1"}
+
+
+def names_in(logs: dict[str, Any]) -> set[str]:
+    return {key for key in logs if key.startswith("gradent/")}
+
+
+class Logger(TrainerCallback):
+    """Stands where TensorBoard, trackio and the like stand: what it was given to write."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, dict[str, Any]]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.seen.append((state.global_step, dict(logs)))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+def test_names(lora: bool, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    def names(**options: Any) -> set[str]:
+        model = with_lora(llama()) if lora else llama()
+        trainer = make_trainer("dpo", model, tiny_tokenizer, tmp_path, [EntanglementCallback(every=1, **options)])
+        trainer.train()
+        found = [names_in(logs) for logs in trainer.state.log_history]
+        assert found[0] == found[1] and found[2] == set()
+        return found[0]
+
+    assert names() == NAMES
+    layers = {f"gradent/layer/{layer}/cosine" for layer in (LORA_LAYERS if lora else LAYERS)}
+    everything = names(realised=True, probe_data=preferences(2), probe_every=1, by_module=True)
+    assert everything == NAMES | REALISED | PROBE | layers
+
+
+def test_loggers_that_stand_before_it_see_it_all(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    loggers, callback = [Logger(), Logger()], EntanglementCallback(every=2)
+    trainer = make_trainer("dpo", llama(), tiny_tokenizer, tmp_path, [loggers[0], callback, loggers[1]], max_steps=4)
+    trainer.train()
+    for logger in loggers:
+        assert [(step, names_in(logs) == NAMES) for step, logs in logger.seen if "loss" in logs] == [
+            (1, True), (2, True), (3, False), (4, True),
+        ]  # fmt: skip
+        kept = [{k: v for k, v in logs.items() if k not in ("step",)} for logs in trainer.state.log_history]
+        assert [logs for _, logs in logger.seen] == kept
+
+
+def test_added_after_the_trainer_was_made(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    logger = Logger()
+    trainer = make_trainer("dpo", llama(), tiny_tokenizer, tmp_path, [logger])
+    trainer.add_callback(EntanglementCallback(every=1))
+    trainer.train()
+    assert [names_in(logs) for _, logs in logger.seen] == [NAMES, NAMES, set()]
+
+
+def test_values_are_means_over_the_window(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    callback = EntanglementCallback(every=1, realised=True, by_module=True)
+    trainer = make_trainer(
+        "dpo", llama(), tiny_tokenizer, tmp_path, [callback], max_steps=4, logging_steps=2, learning_rate=0.5
+    )
+    trainer.train()
+    logs, records = trainer.state.log_history[0], list(callback.records)[:2]
+    assert logs["step"] == 2
+
+    def mean(read: Any) -> float:
+        return pytest.approx(float(torch.cat([read(record) for record in records]).mean()), rel=1e-9)
+
+    assert logs["gradent/inner"] == mean(lambda r: r.gram.inner)
+    assert logs["gradent/cosine"] == mean(lambda r: r.gram.inner / (r.gram.chosen_sq * r.gram.rejected_sq).sqrt())
+    assert logs["gradent/chosen_norm"] == mean(lambda r: r.gram.chosen_sq.sqrt())
+    assert logs["gradent/rejected_norm"] == mean(lambda r: r.gram.rejected_sq.sqrt())
+    assert logs["gradent/weight_ratio"] == mean(lambda r: r.verdict.d_w / r.verdict.d_l)
+    assert logs["gradent/chosen_change"] == mean(lambda r: r.verdict.chosen_change)
+    assert logs["gradent/rejected_change"] == mean(lambda r: r.verdict.rejected_change)
+    assert logs["gradent/chosen_realised"] == mean(lambda r: r.chosen_realised)
+    assert logs["gradent/rejected_realised"] == mean(lambda r: r.rejected_realised)
+    assert logs["gradent/coverage"] == 1.0 and logs["gradent/inactive"] == 0.0 and logs["gradent/overhead_s"] > 0
+    cases = {name: logs[f"gradent/case/{name}"] for name in ("ideal", "both_down", "both_up", "reversed")}
+    for number, name in enumerate(cases, start=1):
+        assert cases[name] == mean(lambda r, number=number: (r.verdict.case == number).double())
+    assert sum(cases.values()) == pytest.approx(1)
+    for layer in LAYERS:
+        assert logs[f"gradent/layer/{layer}/cosine"] == mean(lambda r, layer=layer: cosine_of(r, layer))
+
+
+def cosine_of(record: Any, layer: str) -> torch.Tensor:
+    parts = [parts for name, parts in record.gram.modules.items() if layer_of(name) == layer]
+    chosen_sq, rejected_sq, inner = (sum(column) for column in zip(*parts, strict=True))
+    return inner / (chosen_sq * rejected_sq).sqrt()
+
+
+def test_modules_are_kept_only_where_asked_for(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    callback = EntanglementCallback(every=1)
+    make_trainer("dpo", llama(), tiny_tokenizer, tmp_path, [callback]).train()
+    (record, _) = callback.records
+    assert record.gram.modules is None and set(record.layers) == LAYERS
+    sums = torch.stack([torch.stack(parts) for parts in record.layers.values()]).sum(0)
+    torch.testing.assert_close(sums, torch.stack([record.gram.chosen_sq, record.gram.rejected_sq, record.gram.inner]))
+
+
+@pytest.mark.parametrize("lr", [1e-6, 1e-5])
+def test_realised_is_what_was_predicted(lr: float, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """One pair a step, plain SGD: the step is on that pair's own loss, so its change is `lr` times the prediction."""
+    callback = EntanglementCallback(every=1, realised=True)
+    make_trainer(
+        "dpo", llama().double(), tiny_tokenizer, tmp_path, [callback], learning_rate=lr, per_device_train_batch_size=1,
+        options={"ref_model": llama(seed=3).double()},
+    ).train()  # fmt: skip
+    for record in callback.records:
+        predicted = torch.cat([record.verdict.chosen_change, record.verdict.rejected_change]) * lr
+        realised = torch.cat([record.chosen_realised, record.rejected_realised])
+        assert float((realised - predicted).abs().max()) < 0.1 * float(predicted.abs().max())
+
+
+@pytest.mark.parametrize("kind", ["rows", "conversations", "batch"])
+def test_probe(kind: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    data: Any = ragged() if kind == "batch" else preferences(3)
+    if kind == "conversations":
+        data = [
+            {
+                "prompt": [{"role": "user", "content": row["prompt"]}],
+                "chosen": [{"role": "assistant", "content": row["chosen"]}],
+                "rejected": [{"role": "assistant", "content": row["rejected"]}],
+            }
+            for row in data
+        ]
+    callback = EntanglementCallback(every=9, probe_data=data, probe_every=2, on_error="raise")
+    trainer = make_trainer("dpo", llama(), tiny_tokenizer, tmp_path, [callback], max_steps=5)
+    trainer.train()
+    due = [logs["step"] for logs in trainer.state.log_history if names_in(logs) >= PROBE]
+    assert due == [1, 2, 4]
+    values = [logs["gradent/probe/inner"] for logs in trainer.state.log_history if "gradent/probe/inner" in logs]
+    assert len(set(values)) == 3
+
+
+def test_a_run_of_wandb(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    callback = EntanglementCallback(every=1, realised=True)
+    trainer = make_trainer("dpo", llama(), tiny_tokenizer, tmp_path / "run", [callback], report_to="wandb")
+    trainer.train()
+    wandb.finish()
+    rows = history(tmp_path)
+    written = [row for row in rows if "train/loss" in row]
+    assert [row["train/global_step"] for row in written] == [1, 2]
+    for row, logs in zip(written, trainer.state.log_history, strict=False):
+        assert {key for key in row if "gradent" in key} == {f"train/{name}" for name in names_in(logs)}
+        assert row["train/gradent/cosine"] == pytest.approx(logs["gradent/cosine"])
+    own = [row for row in rows if "gradent/cosine" in row]
+    assert [row["train/global_step"] for row in own] == [1, 2]
+    for row, logs in zip(own, trainer.state.log_history, strict=False):
+        assert set(row) >= NAMES | REALISED
+        assert row["gradent/inner"] == pytest.approx(logs["gradent/inner"])
+        media = {key.split(".")[0] for key in row} - NAMES - REALISED
+        assert {"gradent/cases", "gradent/layers", "gradent/changes", "gradent/pairs"} <= media
+
+
+def test_no_panels_no_wandb(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """A run without wandb does not import it."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+sys.modules["wandb"] = None  # an import fails from here on
+import os
+os.environ["HF_HUB_OFFLINE"] = "1"
+import torch
+from transformers import Trainer, TrainingArguments
+from gradent import EntanglementCallback
+from tests.trainer.test_trainers import Preferring, collate
+from tests.trainer.runs import llama
+callback = EntanglementCallback(every=1, on_error="raise")
+args = TrainingArguments({str(tmp_path)!r}, max_steps=1, per_device_train_batch_size=2, use_cpu=True, logging_steps=1,
+                         report_to="none", save_strategy="no", remove_unused_columns=False, disable_tqdm=True)
+Preferring(llama(), args, train_dataset=[([5, 6], [7, 8], [9]), ([5], [9, 8], [10, 11])], data_collator=collate,
+           callbacks=[callback]).train()
+print(len(callback.records), sys.modules["wandb"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-2:] == ["1", "None"]
