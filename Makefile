@@ -10,12 +10,15 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A second environment, with the oldest releases of the neighbours that are tested.
+OLDEST ?= .venv-oldest
+OLDEST_STAMP := $(OLDEST)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses $(JOBS) --dist worksteal
 EXAMPLES := $(wildcard examples/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast lint types examples check format pins clean clean-venv
+.PHONY: help venv demo test test-fast test-oldest lint types examples check format pins clean clean-venv
 # `check` ends with the tests, whose closing line is what a reader of a log looks for.
 .NOTPARALLEL:
 
@@ -37,6 +40,17 @@ demo: $(STAMP) ## The paper's sentiment experiment in miniature; writes gradent-
 
 test: $(STAMP) ## Run all the tests.
 	$(PYTEST) $(ARGS)
+
+test-oldest: $(OLDEST_STAMP) ## Run a part of the tests with TRL 0.24 and transformers 4.57.
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --maxprocesses $(JOBS) -p no:cacheprovider \
+		tests/trainer/test_any_release.py tests/test_measure.py tests/test_model.py tests/test_pairs.py tests/test_verdict.py
+
+$(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-oldest.txt hatchling editables
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-oldest.txt \
+		--no-build-isolation --editable '.[audit]' pytest pytest-xdist psutil
+	@touch $@
 
 test-fast: $(STAMP) ## Run the tests that are not marked slow.
 	$(PYTEST) -m 'not slow' $(ARGS)
@@ -67,4 +81,4 @@ clean: ## Remove caches, builds and what the commands wrote.
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 clean-venv: ## Remove the environment.
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OLDEST)
