@@ -1,0 +1,221 @@
+"""One backward of a trainer under watch: which row is which, and what its forwards told.
+
+Letters: N rows of a forward, k pairs, rows 0..k-1 chosen and k..2k-1 rejected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gradent.hooks.capture import Tap
+from gradent.hooks.clock import Clock
+from gradent.hooks.collector import Collector, Place
+from gradent.hooks.ledger import Ledger
+from gradent.hooks.pairing import Pairing, pair_rows
+from gradent.hooks.readout import Coefficients
+
+if TYPE_CHECKING:
+    from gradent.hooks.forward import WatchedForward
+
+__all__ = ["Passed", "WatchedBackward", "Watching"]
+
+
+@dataclass(eq=False)
+class Passed:
+    """One backward of the trainer, with the one or two forwards below it, and what it told.
+
+    Attributes:
+        rows: `(ids int64 [T], marks bool [T])` of the 2k rows that are paired, real tokens only, on the model's device.
+        tokens: each token's own coefficient, float64 `[T]`, of those rows.
+        constant: whether a row's tokens share one coefficient.
+        c: `∂L/∂log π(y|x)` of those rows, float64 `[2k]`.
+        logps: their log-probs (a reward model's rewards), float64 `[2k]`.
+        unpaired: rows that found no partner.
+        reward: the model is a reward model.
+        entries: parameter number -> `[k, 3]` float64, in the order of the backward pass; complete if `problem` is None.
+        problem: why there are no entries, or None.
+        broken: why not even the coefficients can be used, or None.
+    """
+
+    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)
+    constant: bool = True
+    c: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    logps: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    unpaired: int = 0
+    reward: bool = False
+    entries: dict[int, Tensor] = field(default_factory=dict)
+    problem: str | None = None
+    broken: str | None = None
+
+
+@dataclass(kw_only=True, eq=False)
+class Watching:
+    """What is watched, and how.
+
+    Attributes:
+        model: the model that the trainer calls.
+        names: the trainable parameters' names.
+        parameters: the parameters, whose numbers are their places here.
+        sharded: modules with sharded parameters (FSDP2), each with `{attribute: number}`.
+        budget: bytes that the reductions' tiles may take.
+        pairing: which rows of a forward are chosen, which rejected.
+        weight: parameter number -> square root of the metric's diagonal, or None.
+        entries: capture uses too; without, only coefficients are read.
+        clock: the time spent on watching.
+    """
+
+    model: nn.Module
+    names: Sequence[str]
+    parameters: Sequence[Tensor]
+    sharded: Mapping[nn.Module, Mapping[str, int]]
+    budget: int
+    pairing: Pairing
+    weight: Callable[[int], Tensor] | None
+    entries: bool
+    clock: Clock
+
+
+class WatchedBackward:
+    """The forwards below one backward: one of pairs, or one of chosen rows and then one of rejected rows."""
+
+    def __init__(self, owner: Watching) -> None:
+        self.owner = owner
+        self.forwards: list[WatchedForward] = []
+        self.passed = Passed()
+        self.started = False
+        self.expected: list[tuple[WatchedForward, Tap]] = []
+        self.collector: Collector | None = None
+        self.hidden = False
+        self.grads: list[int] = []
+
+    def guarded(self, function: Callable[..., None], *args: Any) -> None:
+        """Run a part of the watching; its errors become the pass's problem, and never the trainer's."""
+        try:
+            with self.owner.clock:
+                function(*args)
+        except Exception as error:  # noqa: BLE001  (whatever it is, the training run must go on as if unobserved)
+            self.errs(error)
+
+    def errs(self, error: Exception) -> None:
+        """Keep an error of gradent's own. Where memory ran out, a pass of gradent's own would need more still."""
+        self.fail(f"gradent's own {type(error).__name__}: {error}")
+        if isinstance(error, torch.OutOfMemoryError) and self.passed.broken is None:
+            self.passed.broken = (
+                "memory ran out, also with tiles of a quarter of memory_budget; give gradent a smaller memory_budget, "
+                "or measure fewer pairs at once (a smaller batch, accumulated)"
+            )
+            if self.collector is not None:
+                self.collector.clear()
+
+    def fail(self, problem: str) -> None:
+        """Keep why there can be no entries; the first reason stands."""
+        if self.passed.problem is None:
+            self.passed.problem = problem
+
+    def start(self, first: WatchedForward, found: Coefficients) -> None:
+        """The backward has reached the first output: settle which row is which."""
+        self.started = True
+        owner, passed = self.owner, self.passed
+        if self.hidden:
+            self.grads = [_grad_version(parameter) for parameter in owner.parameters]
+        if len(self.forwards) > 2:
+            self.fail(f"{len(self.forwards)} forwards preceded the backward")
+            passed.broken = passed.problem
+            return
+        if len(self.forwards) == 2:
+            counts = [forward.place.layout.rows for forward in self.forwards]
+            if counts[0] != counts[1]:
+                passed.broken = f"two forwards of {counts[0]} and {counts[1]} rows preceded the backward"
+                return
+            for forward, offset in zip(self.forwards, (0, counts[0]), strict=True):
+                forward.place = Place(forward.place.layout, range(offset, offset + counts[0]))
+            pairs = counts[0]
+        else:
+            order = pair_rows(owner.pairing, found.c)
+            if isinstance(order, str):
+                passed.broken = order
+                return
+            rows = [-1] * first.place.layout.rows
+            for position, row in enumerate(order):
+                rows[row] = position
+            first.place = Place(first.place.layout, rows)
+            pairs = len(order) // 2
+            passed.unpaired = rows.count(-1)
+        passed.c, passed.logps = (torch.zeros(2 * pairs, dtype=torch.float64) for _ in range(2))
+        passed.rows = [(torch.zeros(0), torch.zeros(0))] * (2 * pairs)
+        passed.tokens = [torch.zeros(0)] * (2 * pairs)
+        self.collector = Collector(Ledger(pairs, budget=owner.budget, weight=owner.weight), owner.budget)
+        for forward, tap in self.expected:
+            self.collector.expect(tap, forward.place)
+
+    def take(self, forward: WatchedForward, found: Coefficients, *, reward: bool) -> None:
+        """What the gradient of one forward's output said."""
+        if self.passed.broken is not None:
+            return
+        if not bool(found.c.isfinite().all()):
+            self.fail("the gradient of the log-probs is not finite")
+            self.passed.broken = self.passed.problem
+            return
+        if not found.constant:
+            self.passed.constant = False
+            self.fail(
+                f"the loss weighs the tokens of a response differently (by up to {found.spread:.1e} of the mean weight)"
+            )
+        self.passed.reward = reward
+        for row, position in enumerate(forward.place.rows):
+            if position >= 0:
+                keep = forward.attention_mask[row].bool()
+                marks = found.marks[row].to(keep.device)
+                self.passed.rows[position] = (forward.input_ids[row][keep], marks[keep])
+                self.passed.tokens[position] = found.tokens[row][keep.cpu()]
+                self.passed.c[position], self.passed.logps[position] = found.c[row], found.logp[row]
+
+    def finish(self) -> None:
+        """The backward is over."""
+        passed = self.passed
+        if self.started and passed.problem is None and passed.broken is None and self.collector is not None:
+            self.guarded(self._settle, self.collector)
+        if self.started and any(not forward.read for forward in self.forwards):
+            why = "" if passed.problem is None else f" ({passed.problem})"
+            passed.broken = passed.broken or f"the backward did not reach every forward{why}"
+        elif not self.started and passed.problem is not None:  # nothing to read was found, so a backward went unseen
+            passed.broken = passed.broken or passed.problem
+        self.close()
+
+    def _settle(self, collector: Collector) -> None:
+        collector.ledger.close()
+        self.passed.entries = collector.ledger.entries
+        parameters = self.owner.parameters
+        # What got a gradient from a hidden region, where no use of it was seen.
+        missed = {
+            number
+            for number, before in enumerate(self.grads)
+            if number not in self.passed.entries and _grad_version(parameters[number]) != before
+        }
+        lost = set(collector.open) | missed
+        if lost and self.owner.entries:
+            self.fail(f"the backward did not bring all it should for {self.listed(lost)}")
+
+    def listed(self, numbers: Iterable[int]) -> str:
+        """Some of the parameters' names, for a message."""
+        names = [self.owner.names[number] for number in sorted(numbers)]
+        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+    def close(self) -> None:
+        """Let go of every graph."""
+        for forward in self.forwards:
+            forward.close()
+        self.expected.clear()
+        if self.collector is not None:
+            self.collector.clear()
+
+
+def _grad_version(parameter: Tensor) -> int:
+    """A number that changes when a gradient is accumulated: -1 without a gradient, its version with one."""
+    return -1 if parameter.grad is None else parameter.grad._version  # noqa: SLF001  (no public name for it)

@@ -1,0 +1,187 @@
+"""One forward of a trainer under watch: its capture, and the cotangents that come before its coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gradent.hooks.backward import WatchedBackward
+from gradent.hooks.capture import Capture, Tap
+from gradent.hooks.collector import Place
+from gradent.hooks.fused_head import FusedHeadUse, find_fused_head
+from gradent.hooks.readout import FusedReadout, Readout, RewardReadout, find_readout
+from gradent.hooks.regions import in_backward
+from gradent.hooks.sharding import output_embeddings
+from gradent.hooks.uses import Layout
+from gradent.hooks.views import View
+
+__all__ = ["WatchedForward"]
+
+
+class WatchedForward:
+    """One forward under watch, and the cotangents that came before its coefficients."""
+
+    def __init__(self, group: WatchedBackward, input_ids: Tensor, attention_mask: Tensor) -> None:
+        self.group, self.input_ids, self.attention_mask = group, input_ids, attention_mask
+        self.place = Place(Layout(*input_ids.shape), range(len(input_ids)))
+        self.read = False
+        self._readout: Readout | None = None
+        self._inverse: list[float] = []
+        self._queue: list[tuple[Tap, Tensor]] = []
+        self._handles: list[RemovableHandle] = []
+        self._reentered: nn.Module | None = None
+        self._capture: Capture | None = None
+        if group.owner.entries:
+            self._adopt_whole_parameters()
+            self._capture = Capture(
+                group.owner.parameters,
+                self.place.layout,
+                self._arrive,
+                late=self._late,
+                on_error=group.errs,
+                clock=group.owner.clock,
+            )
+
+    def _adopt_whole_parameters(self) -> None:
+        """Under FSDP2, let the capture know the whole parameter that a module has while it runs."""
+        owned = self.group.owner.sharded
+        head = output_embeddings(self.group.owner.model)
+
+        def adopt(module: nn.Module, args: Any) -> None:
+            # A fused head is never called: its weight is whole when a module that shares its shards is.
+            capture = self._capture
+            for owner in (module, head):
+                for name, number in owned.get(owner, {}).items() if owner is not None else ():
+                    whole = getattr(owner, name)
+                    if capture is not None and not hasattr(whole, "device_mesh"):
+                        capture.adopt(number, whole)
+
+        self._handles += [module.register_forward_pre_hook(adopt) for module in owned]
+
+    def enter(self) -> None:
+        """The forward begins."""
+        if self._capture is not None:
+            self._capture.start()
+
+    def leave(self) -> None:
+        """The forward is over, well or not."""
+        if self._capture is not None:
+            self._capture.stop()
+
+    def see(self, output: Any, kwargs: Mapping[str, Any]) -> None:
+        """Look at the output: where the coefficients will be read, and whether every use was seen."""
+        found = find_readout(output, kwargs, self.input_ids)
+        if isinstance(found, str):
+            self.group.fail(found)
+            return
+        self._readout = found
+        if self._capture is not None:
+            if kwargs.get("output_router_logits") or getattr(output, "aux_loss", None) is not None:
+                self.group.fail("the loss has a part (the routers' auxiliary loss) that passes the log-probs by")
+            else:
+                self._survey(self._capture, found)
+        self._handles.append(found.root.register_hook(self._on_grad))  # type: ignore[no-untyped-call]
+
+    def _survey(self, capture: Capture, readout: Readout) -> None:
+        if isinstance(readout, FusedReadout):
+            self._tap_fused_head(capture, readout)
+        found = capture.survey(readout.root, opaque=True)
+        if found.missed:
+            self.group.fail(f"no rule can tell the rows apart where the model uses {self.group.listed(found.missed)}")
+            return
+        self.group.hidden |= found.hidden
+        self.group.expected += [(self, tap) for tap in capture.taps if tap.node in found.reached]
+        if found.hidden or any(not tap.ready for tap in capture.taps):
+            self._watch_recomputation()
+
+    def _tap_fused_head(self, capture: Capture, readout: FusedReadout) -> None:
+        node = find_fused_head(readout.root)
+        if node is None:
+            return
+        numbers = capture.leaves
+        taps = []
+        for place, bias in ((1, False), (2, True)):
+            child = node.next_functions[place][0] if place < len(node.next_functions) else None
+            if child is not None and child in numbers:
+                shape = tuple(capture.parameters[numbers[child]].shape)
+                view = View(numbers[child], (), shape)
+                use = FusedHeadUse(view, node, readout.mask.bool(), bias)
+                taps.append(Tap(use, node, frozenset({(node, place)})))
+        capture.taps.extend(taps)
+
+        def arrive(grads: Sequence[Tensor | None]) -> None:
+            for tap in taps:
+                if grads[0] is not None:
+                    self._arrive(tap, grads[0])
+
+        if taps:
+            self._handles.append(node.register_prehook(arrive))
+
+    def _watch_recomputation(self) -> None:
+        """Have the capture see checkpointed regions when they are computed again, during the backward."""
+        for module in self.group.owner.model.modules():
+            self._handles.append(module.register_forward_pre_hook(self._reenter, prepend=True))
+            self._handles.append(module.register_forward_hook(self._releave, always_call=True))
+
+    def _reenter(self, module: nn.Module, args: Any) -> None:
+        if self._reentered is None and in_backward() and torch.is_grad_enabled() and self._capture is not None:
+            self._reentered = module
+            self._capture.start()
+
+    def _releave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._reentered is module and self._capture is not None:
+            self._reentered = None
+            self._capture.stop()
+
+    def _on_grad(self, grad: Tensor) -> None:
+        self.group.guarded(self._read, grad)
+
+    def _read(self, grad: Tensor) -> None:
+        assert self._readout is not None
+        if self.read:
+            self.group.fail("two backward passes went through one forward")
+            return
+        with torch.no_grad():
+            found = self._readout.read(grad)
+        if not self.group.started:
+            self.group.start(self, found)
+        self.read = True
+        self.group.take(self, found, reward=isinstance(self._readout, RewardReadout))
+        self._inverse = [1 / c if c else 0.0 for c in found.c.tolist()]
+        queue, self._queue = self._queue, []
+        for tap, cotangent in queue:
+            self._arrive(tap, cotangent)
+
+    def _late(self, tap: Tap) -> None:
+        if self.group.collector is not None:
+            self.group.collector.expect(tap, self.place)
+
+    def _arrive(self, tap: Tap, cotangent: Tensor) -> None:
+        self.group.guarded(self._collect, tap, cotangent)
+
+    def _collect(self, tap: Tap, cotangent: Tensor) -> None:
+        if self.group.passed.problem is not None or self.group.passed.broken is not None:
+            return
+        if not self._inverse:
+            self._queue.append((tap, cotangent))
+            return
+        collector, param = self.group.collector, tap.use.view.param
+        assert collector is not None
+        if param in collector.ledger.entries:
+            self.group.fail(f"{self.group.owner.names[param]} is used in more than one reentrant checkpoint")
+            return
+        collector.arrive(tap, cotangent, self.place, self._inverse)
+
+    def close(self) -> None:
+        """Let go of the graph and take off every hook."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._queue.clear()
+        self._readout = None
+        if self._capture is not None:
+            self._capture.close()

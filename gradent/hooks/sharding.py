@@ -1,0 +1,40 @@
+"""Sharded models (FSDP2): a parameter is whole only while its module runs, and is another tensor then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+__all__ = ["find_owners", "output_embeddings"]
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The model's head, where it says which module that is."""
+    get = getattr(model, "get_output_embeddings", None)
+    try:
+        head = None if get is None else get()
+    except (NotImplementedError, AttributeError):  # a model without such a head
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def find_owners(model: nn.Module, parameters: Sequence[Tensor]) -> dict[nn.Module, dict[str, int]]:
+    """The modules that hold sharded parameters.
+
+    Args:
+        model: the model.
+        parameters: its trainable parameters; their numbers are their places here.
+
+    Returns:
+        `{module: {attribute: number}}`; empty where nothing is sharded.
+    """
+    numbers = {
+        id(parameter): number for number, parameter in enumerate(parameters) if hasattr(parameter, "device_mesh")
+    }
+    owners: dict[nn.Module, dict[str, int]] = {}
+    for module in model.modules() if numbers else ():
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in numbers:
+                owners.setdefault(module, {})[name] = numbers[id(parameter)]
+    return owners
