@@ -136,6 +136,19 @@ def hinged(margin: float, chosen: Tensor, rejected: Tensor) -> Tensor:
     return F.relu(margin - (chosen - rejected)).sum()
 
 
+def test_offloaded_activations() -> None:
+    model, batch = build("llama"), ragged()
+    true = truth(model, batch)
+    prepare(model)
+
+    def step() -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return through_logits(model, batch)
+
+    (passed,) = watch(model, step)
+    assert error(passed, true) <= TOLERANCE[true.arithmetic]
+
+
 def test_pairs_that_the_loss_does_not_move() -> None:
     model, batch = prepare(build("gpt2")), ragged()
     true = truth(model, batch)
