@@ -82,6 +82,7 @@ def demo(
     with _readable_errors():
         from gradent.demo import run_demo  # noqa: PLC0415
 
+        _quieten_others()
         code = run_demo(out=out, model=model, steps=steps, seed=seed)
     raise typer.Exit(code)
 

@@ -1,0 +1,238 @@
+"""`run_demo`: draw the task, train, measure, write the records and the report, print what was found.
+
+What needs torch is imported by the call, so that `gradent --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from gradent.demo.settings import EMBEDDED, PRETRAINED, DemoSettings
+from gradent.errors import InputError
+from gradent.record import PAIR_COLUMNS, write_demo, write_pairs
+from gradent.report import write_demo_report
+
+if TYPE_CHECKING:
+    from gradent.demo.task import Task
+    from gradent.demo.train import Measured
+
+__all__ = ["run_demo"]
+
+_NEEDED = {"trl": "trl", "datasets": "trl", "pyarrow": "audit", "plotly": "audit", "jinja2": "audit"}
+_LARGEST_SEED = 2**32 - 1
+
+
+def run_demo(*, out: str | os.PathLike[str], model: str | None = None, steps: int | None = None, seed: int = 0) -> int:
+    """Run the paper's sentiment experiment in miniature: SFT, then DPO once a style, measured every few steps.
+
+    Args:
+        out: directory for `report.html`, `pairs.parquet` and `demo.json`, made where needed; those of an earlier demo
+            there are replaced.
+        model: directory or hub id of a causal LM; None for a small one built on the spot, which needs no network.
+        steps: DPO steps of each style; None for the demo's own.
+        seed: of the data, the embedded model's weights and the training; runs of one seed on one machine are equal.
+
+    Returns:
+        The exit code, 0. A finding of the paper that does not appear is a result, not an error.
+
+    Raises:
+        InputError: `out` cannot be written to, a package is missing, `steps` or `seed` is out of range, or the model's
+            tokenizer cannot do the task.
+    """
+    started = time.monotonic()
+    directory = _make_directory(out)
+    settings = _choose_settings(model, steps, seed)
+    _require_packages()
+    from gradent.demo.findings import judge  # noqa: PLC0415
+    from gradent.demo.table import print_findings  # noqa: PLC0415
+
+    columns, about = experiment(settings, model=model, seed=seed)
+    findings = judge(columns)
+    for name in ("demo.json", "report.html"):
+        (directory / name).unlink(missing_ok=True)  # an earlier demo's must not stand beside this one's pairs
+    write_pairs(directory / "pairs.parquet", columns)
+    record = write_demo(
+        directory / "demo.json",
+        {
+            **about,
+            "settings": {"seed": seed, **asdict(settings)},
+            "findings": [finding.to_record() for finding in findings],
+            "seconds": round(time.monotonic() - started, 1),
+        },
+    )
+    report = write_demo_report(directory)
+    console = Console(highlight=False)
+    print_findings(columns, record, console)
+    console.print(Text(f"\nWrote {report}, pairs.parquet and demo.json beside it."), soft_wrap=True)
+    return 0
+
+
+def experiment(
+    settings: DemoSettings, *, model: str | None = None, seed: int = 0, quiet: bool = False
+) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """Train and measure, without writing anything.
+
+    Args:
+        settings: how much of everything.
+        model: as in `run_demo`.
+        seed: as in `run_demo`.
+        quiet: show no progress.
+
+    Returns:
+        `(columns, about)`: the columns of `pairs.parquet`, `checkpoint` being the style, and the keys `model` and
+        `styles` of `record.DemoRecord`.
+    """
+    from gradent.demo.task import STYLES, find_label_words, make_task  # noqa: PLC0415
+    from gradent.demo.train import one_thread, train_dpo, train_sft  # noqa: PLC0415
+
+    policy, tokenizer = _load(model, seed)
+    task = make_task(
+        seed=seed,
+        train=settings.train,
+        probe=settings.probe,
+        answers=12 * settings.train,
+        label_words=find_label_words(tokenizer),
+        usual_if_wrong=settings.usual_if_wrong,
+    )
+    runs: dict[str, list[Measured]] = {}
+    with one_thread() if model is None else nullcontext(), _progress(settings, list(STYLES), quiet) as watch:
+        train_sft(policy, tokenizer, task, settings, seed=seed, advance=watch("SFT"))
+        for style in STYLES:
+            runs[style] = train_dpo(policy, tokenizer, task, style, settings, seed=seed, advance=watch(style))
+    about = {
+        "model": {
+            "source": model,
+            "architecture": type(policy).__name__,
+            "parameters": sum(parameter.numel() for parameter in policy.parameters()),
+            "label_words": list(task.label_words),
+        },
+        "styles": _examples(task),
+    }
+    return _to_columns(runs, settings.beta), about
+
+
+def _load(model: str | None, seed: int) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    if model is None:
+        from gradent.demo.model import build_model, build_tokenizer  # noqa: PLC0415
+
+        tokenizer: Any = build_tokenizer()
+        return build_model(len(tokenizer), seed), tokenizer
+    from gradent.audit.load import check_vocabulary, load_model, load_tokenizer, resolve_source  # noqa: PLC0415
+
+    source = resolve_source(model)
+    if source.adapter is not None:
+        raise InputError(f"{model}: a PEFT adapter; the demo trains all parameters. Give a full model.")
+    tokenizer = load_tokenizer(source)
+    if tokenizer.eos_token is None:
+        raise InputError(f"{model}: its tokenizer has no EOS token, which ends SFT's answers. Set one and save it.")
+    policy = load_model(source)
+    check_vocabulary(tokenizer, policy.get_input_embeddings().weight.shape[0], model)
+    return policy, tokenizer
+
+
+def _choose_settings(model: str | None, steps: int | None, seed: int) -> DemoSettings:
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise InputError(f"seed is {seed}; accepted are 0 to {_LARGEST_SEED} (command line: --seed).")
+    settings = EMBEDDED if model is None else PRETRAINED
+    if steps is None:
+        return settings
+    if steps < 1:
+        raise InputError(f"steps is {steps}; DPO needs at least 1 (command line: --steps).")
+    return replace(settings, dpo_steps=steps)
+
+
+def _require_packages() -> None:
+    """Before any work: minutes of training must not end in a missing package."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        extra = "trl" if {_NEEDED[name] for name in missing} == {"trl"} else "audit"
+        raise InputError(
+            f"The demo needs {', '.join(missing)}, which is not installed. Install the extra that brings it: "
+            f'pip install "gradent[{extra}]".'
+        )
+
+
+def _make_directory(out: str | os.PathLike[str]) -> Path:
+    directory = Path(out)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made a directory ({error.strerror}). Choose another --out.") from error
+    if not os.access(directory, os.W_OK):
+        raise InputError(f"{out}: this directory cannot be written to. Choose another --out.")
+    return directory
+
+
+@contextmanager
+def _progress(
+    settings: DemoSettings, styles: Sequence[str], quiet: bool
+) -> Iterator[Callable[[str], Callable[[int], None]]]:
+    """One bar for SFT and one a style; each counts optimizer steps."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
+        totals = {"SFT": settings.sft_steps, **dict.fromkeys(styles, settings.dpo_steps)}
+        tasks = {
+            name: progress.add_task(name if name == "SFT" else f"DPO, {name}", total=total, start=False)
+            for name, total in totals.items()
+        }
+
+        def watch(name: str) -> Callable[[int], None]:
+            progress.start_task(tasks[name])
+            return lambda step: progress.update(tasks[name], completed=step)
+
+        yield watch
+
+
+def _examples(task: Task) -> list[dict[str, str]]:
+    from gradent.demo.task import STYLES, prompt_of, responses_of  # noqa: PLC0415
+
+    statement = task.probe[0]
+    rows = []
+    for style in STYLES:
+        chosen, rejected = responses_of(statement, style, task.label_words)
+        rows.append({"style": style, "prompt": prompt_of(statement, style), "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+def _to_columns(runs: dict[str, list[Measured]], beta: float) -> dict[str, list[Any]]:
+    """The columns of `pairs.parquet`; the reference of DPO is the model at step 0."""
+    from gradent import losses  # noqa: PLC0415
+    from gradent.verdict import verdict  # noqa: PLC0415
+
+    loss = losses.get("dpo", beta=beta)
+    columns: dict[str, list[Any]] = {name: [] for name in PAIR_COLUMNS}
+    for style, measured in runs.items():
+        start = measured[0].gram
+        for each in measured:
+            gram = each.gram
+            judged = verdict(gram, loss, start.chosen_logp, start.rejected_logp)
+            values: dict[str, list[Any]] = {
+                "checkpoint": [style] * len(gram),
+                "step": [each.step] * len(gram),
+                "pair": list(range(len(gram))),
+                "cosine": [None if value != value else value for value in gram.cosine.tolist()],
+                "ref_chosen_logp": start.chosen_logp.tolist(),
+                "ref_rejected_logp": start.rejected_logp.tolist(),
+            }
+            for source in (gram, judged):
+                values |= {
+                    name: getattr(source, name).tolist()
+                    for name in PAIR_COLUMNS
+                    if name not in values and hasattr(source, name)
+                }
+            for name in PAIR_COLUMNS:
+                columns[name] += values[name]
+    return columns

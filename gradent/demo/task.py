@@ -1,0 +1,280 @@
+"""The sentiment task: generated statements, four styles of response, and the answers that SFT teaches.
+
+The data of the paper's Section 4.3 in miniature. A statement is positive or negative; the chosen response names its
+sentiment, the rejected one names the other. Both are the same but for that one word, and the four styles put different
+amounts of identical text around it.
+
+SFT sets the scene that Section 4.2 assumes. Most of its answers name the right sentiment, and say it in the words that
+the styles use; an answer with the wrong label mostly says it in others (`_OTHER_WORDS`). So the policy is surer of a
+suffix after the chosen label than after the rejected one, `s_w >= s_l` in Theorem 3, and sure of no token altogether:
+a token of log-prob 0 would have no gradient.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gradent.errors import InputError
+from gradent.pairs import tokenize_pair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "LABEL_WORDS",
+    "STYLES",
+    "USUAL_IF_RIGHT",
+    "USUAL_IF_WRONG",
+    "Statement",
+    "Task",
+    "TokenPair",
+    "find_label_words",
+    "make_task",
+    "prompt_of",
+    "responses_of",
+    "tokenize_style",
+    "word_list",
+]
+
+TokenPair = tuple[list[int], list[int], list[int]]
+"""`(prompt_ids, chosen_ids, rejected_ids)`."""
+
+STYLES: dict[str, str] = {
+    "single token": "{label}",
+    "short suffix": "{label} sentiment.",
+    "long suffix": "{label} sentiment based on my judgement.",
+    "prefix+suffix": "it has a {label} sentiment based on my judgement.",
+}
+"""Style to response, the paper's four; `{label}` is where chosen and rejected differ."""
+
+LABEL_WORDS: tuple[tuple[str, str], ...] = (
+    ("positive", "negative"),
+    ("happy", "sad"),
+    ("good", "bad"),
+    ("yes", "no"),
+)
+"""Words for (positive, negative), tried in this order: a tokenizer must have both as single tokens."""
+
+_CUES = {
+    "single token": "one word",
+    "short suffix": "two words",
+    "long suffix": "many words",
+    "prefix+suffix": "a sentence",
+}
+_PROMPT = "{statement}\nAnswer with {cue}:"
+
+_OPENERS = ("", "today", "well", "honestly", "last week", "this morning", "in the end", "so")
+_SUBJECTS = (
+    "the concert", "my new phone", "this coffee", "our holiday", "the exam", "my birthday", "the bus ride",
+    "the match", "her talk", "the film", "that song", "my garden", "the weather", "the meeting", "our dinner",
+    "the hotel", "the game", "his letter", "the party", "my job", "the trip", "the book", "the class", "our team",
+    "the show", "the soup",
+)  # fmt: skip
+_VERBS = ("was", "felt", "seemed", "turned out", "looked", "sounded")
+_DEGREES = ("", "really", "quite", "so", "a bit", "truly")
+_POSITIVE = (
+    "wonderful", "great", "lovely", "brilliant", "delightful", "amazing", "pleasant", "splendid", "cheerful",
+    "beautiful", "fantastic", "charming", "excellent", "joyful", "perfect", "sweet",
+)  # fmt: skip
+_NEGATIVE = (
+    "awful", "terrible", "horrible", "dreadful", "boring", "annoying", "painful", "gloomy", "miserable", "ugly",
+    "disgusting", "hopeless", "dull", "rotten", "broken", "bitter",
+)  # fmt: skip
+_TAILS = ("", "for me", "again", "as usual", "for everyone", "you know", "after all", "to be fair")
+
+_OTHER_WORDS = {
+    "sentiment": "mood",
+    "based": "going",
+    "on": "by",
+    "my": "the",
+    "judgement": "hunch",
+    ".": "!",
+    "it": "this",
+    "has": "shows",
+    "a": "some",
+}
+_WRONG = 0.3
+"""Share of SFT's answers that name the wrong sentiment."""
+USUAL_IF_RIGHT = 0.7
+USUAL_IF_WRONG = 0.15
+"""Chance that a word of an answer is the style's own and not its counterpart in `_OTHER_WORDS`."""
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One statement and its true sentiment."""
+
+    text: str
+    positive: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Everything that is drawn before a model is involved.
+
+    Attributes:
+        train: statements that SFT and DPO train on.
+        probe: held-out statements, half of each sentiment; their pairs are measured.
+        sft: `(prompt, answer)` texts, each answer with a space in front.
+        label_words: the words for (positive, negative).
+    """
+
+    train: tuple[Statement, ...]
+    probe: tuple[Statement, ...]
+    sft: tuple[tuple[str, str], ...]
+    label_words: tuple[str, str]
+
+
+def make_task(
+    *,
+    seed: int,
+    train: int,
+    probe: int,
+    answers: int,
+    label_words: tuple[str, str] = LABEL_WORDS[0],
+    usual_if_wrong: float = USUAL_IF_WRONG,
+) -> Task:
+    """Draw a task.
+
+    Args:
+        seed: the same seed draws the same task.
+        train: training statements.
+        probe: held-out statements, none of them among the training ones.
+        answers: answers for SFT, over the training statements in turn.
+        label_words: what the two labels are called.
+        usual_if_wrong: chance that a word of an answer with the wrong label is the style's own. At `USUAL_IF_RIGHT`,
+            Theorem 3's assumption is gone.
+
+    Returns:
+        The task.
+    """
+    rng = random.Random(seed)
+    statements = _draw_statements(rng, probe + train)
+    training = statements[probe:]
+    sft = tuple(_draw_answer(rng, training[number % train], label_words, usual_if_wrong) for number in range(answers))
+    return Task(train=tuple(training), probe=tuple(statements[:probe]), sft=sft, label_words=label_words)
+
+
+def prompt_of(statement: Statement, style: str) -> str:
+    """The prompt that asks for a statement's sentiment in one of the styles.
+
+    Args:
+        statement: what is judged.
+        style: a key of `STYLES`.
+
+    Returns:
+        The text, without a space at its end.
+    """
+    return _PROMPT.format(statement=statement.text, cue=_CUES[style])
+
+
+def responses_of(statement: Statement, style: str, label_words: tuple[str, str]) -> tuple[str, str]:
+    """The pair of a statement in one of the styles.
+
+    Args:
+        statement: what is judged.
+        style: a key of `STYLES`.
+        label_words: the words for (positive, negative).
+
+    Returns:
+        `(chosen, rejected)`, each with a space in front.
+    """
+    right, wrong = label_words if statement.positive else label_words[::-1]
+    return " " + STYLES[style].format(label=right), " " + STYLES[style].format(label=wrong)
+
+
+def tokenize_style(
+    tokenizer: PreTrainedTokenizerBase, statements: Sequence[Statement], style: str, label_words: tuple[str, str]
+) -> list[TokenPair]:
+    """The pairs of some statements in one of the styles, as token ids without EOS.
+
+    EOS would be one more token that chosen and rejected share: a single token with it is a short suffix.
+
+    Args:
+        tokenizer: the model's.
+        statements: what is judged.
+        style: a key of `STYLES`.
+        label_words: the words for (positive, negative).
+
+    Returns:
+        One `(prompt_ids, chosen_ids, rejected_ids)` a statement.
+    """
+    return [
+        tokenize_pair(
+            tokenizer,
+            prompt_of(statement, style),
+            *responses_of(statement, style, label_words),
+            max_length=None,
+            where=f"{style}, statement {number}",
+        )
+        for number, statement in enumerate(statements)
+    ]
+
+
+def find_label_words(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """The first of `LABEL_WORDS` that a tokenizer has as single tokens.
+
+    Args:
+        tokenizer: the model's.
+
+    Returns:
+        Words for (positive, negative) such that in every style chosen and rejected differ in exactly one token.
+
+    Raises:
+        InputError: there is no such pair.
+    """
+    probe = [Statement(_SUBJECTS[0], True)]
+    for words in LABEL_WORDS:
+        if all(_differ_in_one_token(tokenize_style(tokenizer, probe, style, words)[0]) for style in STYLES):
+            return words
+    tried = ", ".join("/".join(words) for words in LABEL_WORDS)
+    raise InputError(
+        f"The demo compares responses that differ in one token, and this model's tokenizer splits a word of each pair "
+        f"that it knows ({tried}). Give a model with a larger vocabulary, or none to use the demo's own."
+    )
+
+
+def word_list() -> list[str]:
+    """Every word and mark of the statements, prompts and answers: the embedded tokenizer's vocabulary.
+
+    Returns:
+        The words, sorted, without duplicates.
+    """
+    texts = [*_OPENERS, *_SUBJECTS, *_VERBS, *_DEGREES, *_POSITIVE, *_NEGATIVE, *_TAILS, *LABEL_WORDS[0]]
+    texts += [_PROMPT.format(statement="", cue=cue).replace(":", " :") for cue in _CUES.values()]
+    texts += [response.format(label="").replace(".", " .") for response in STYLES.values()]
+    return sorted({word for text in texts for word in text.split()} | set(_OTHER_WORDS.values()))
+
+
+def _draw_statements(rng: random.Random, count: int) -> list[Statement]:
+    """Distinct statements, positive and negative by turns."""
+    drawn: dict[str, Statement] = {}
+    while len(drawn) < count:
+        positive = len(drawn) % 2 == 0
+        words = (_OPENERS, _SUBJECTS, _VERBS, _DEGREES, _POSITIVE if positive else _NEGATIVE, _TAILS)
+        text = " ".join(part for part in map(rng.choice, words) if part)
+        drawn.setdefault(text, Statement(text, positive))
+    return list(drawn.values())
+
+
+def _draw_answer(
+    rng: random.Random, statement: Statement, label_words: tuple[str, str], usual_if_wrong: float
+) -> tuple[str, str]:
+    wrong = rng.random() < _WRONG
+    usual = usual_if_wrong if wrong else USUAL_IF_RIGHT
+    label = label_words[0] if statement.positive != wrong else label_words[1]
+    style = rng.choice(list(STYLES))
+    words = [
+        word if word not in _OTHER_WORDS or rng.random() < usual else _OTHER_WORDS[word]
+        for word in STYLES[style].replace(".", " .").split()
+    ]
+    answer = " ".join(words).replace(" .", ".").replace(" !", "!").format(label=label)
+    return prompt_of(statement, style), " " + answer
+
+
+def _differ_in_one_token(pair: TokenPair) -> bool:
+    _, chosen, rejected = pair
+    return len(chosen) == len(rejected) and sum(one != other for one, other in zip(chosen, rejected, strict=True)) == 1
