@@ -1,0 +1,73 @@
+"""README and CONTRIBUTING: their Python and commands run, their links lead somewhere, their figures are the code's."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.truth import TOLERANCE
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+
+PAIRS = [
+    {"prompt": "The film was", "chosen": " a quiet joy.", "rejected": " a loud bore."},
+    {"prompt": "The soup was", "chosen": " warm.", "rejected": " cold."},
+]
+
+
+def blocks(language: str) -> list[str]:
+    """Fenced blocks of one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(program: str) -> list[list[str]]:
+    """Command lines that start with `program`, split, without their comments."""
+    lines = [line for block in blocks("console") for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.split()[:1] == [program]]
+
+
+def test_python_snippets_run_as_one_program(local_model, monkeypatch, capsys):
+    monkeypatch.chdir(local_model.parent)
+    snippets = blocks("python")
+    assert snippets
+    exec(compile("\n".join(snippets), "README.md", "exec"), {"__name__": "readme"})
+    assert "tensor(" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", commands("gradent"), ids=" ".join)
+def test_gradent_commands_run(command, local_model):
+    folder = local_model.parent
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = folder / command[command.index("--out") + 1]
+    assert {"pairs.parquet", "summary.json"} <= {path.name for path in out.iterdir()}
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
+    named = {word for command in commands("make") for word in command[1:2]}
+    assert named
+    assert named <= targets
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_local_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / page).read_text("utf-8"))
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+def test_contributing_shows_the_tolerances():
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    shown = [float(figure) for figure in re.findall(r"^\| .+ \| (\de-\d+) \|$", text, flags=re.MULTILINE)]
+    assert shown == list(TOLERANCE.values())
