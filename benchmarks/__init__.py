@@ -1,0 +1,1 @@
+"""Benchmarks: correctness first, then time and memory, every competitor in the same run."""

@@ -1,0 +1,56 @@
+"""Committed results: one CSV a benchmark, a line a run, with commit, machine and versions."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+__all__ = ["append"]
+
+HERE = Path(__file__).parent
+
+
+def append(name: str, figures: Mapping[str, Any]) -> Path:
+    """Append a line to a benchmark's CSV.
+
+    Args:
+        name: of the benchmark.
+        figures: column to value; floats are rounded to 5 digits.
+
+    Returns:
+        The file.
+    """
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=HERE)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    row = {
+        "date": datetime.date.today().isoformat(),
+        "commit": git.stdout.strip() or "unknown",
+        "device": device,
+        "cores": os.cpu_count(),
+        "torch": torch.__version__.partition("+")[0],
+        "transformers": transformers.__version__,
+        **{key: f"{value:.5g}" if isinstance(value, float) else value for key, value in figures.items()},
+    }
+    path = HERE / f"{name}.csv"
+    fresh = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row))
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
+    return path
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
