@@ -65,7 +65,7 @@ types: $(STAMP) ## Check types, strictly.
 examples: $(STAMP) ## Run every example.
 	@for example in $(EXAMPLES); do echo "$$example"; OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python $$example || exit 1; done
 
-check: lint types examples test ## Everything that CI runs.
+check: lint types examples test-oldest test ## Everything that CI runs.
 
 format: $(STAMP) ## Reformat, and mend what can be mended.
 	$(BIN)/ruff check --fix .
