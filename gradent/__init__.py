@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gradent.measure import measure
     from gradent.pairs import PairBatch
     from gradent.recorder import attach
+    from gradent.tokens import TokenGram, measure_tokens
     from gradent.trainer import EntanglementCallback
     from gradent.verdict import Verdict, verdict
 
@@ -28,12 +29,14 @@ __all__ = [
     "GradentWarning",
     "PairBatch",
     "PairGram",
+    "TokenGram",
     "Verdict",
     "__version__",
     "attach",
     "audit",
     "losses",
     "measure",
+    "measure_tokens",
     "verdict",
 ]
 
@@ -45,11 +48,13 @@ _HOME = {
     "GradentWarning": "gradent.errors",
     "PairBatch": "gradent.pairs",
     "PairGram": "gradent.gram",
+    "TokenGram": "gradent.tokens",
     "Verdict": "gradent.verdict",
     "attach": "gradent.recorder",
     "audit": "gradent.audit",
     "losses": "gradent.losses",
     "measure": "gradent.measure",
+    "measure_tokens": "gradent.tokens",
     "verdict": "gradent.verdict",
 }
 

@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("audit",),
     ("report",),
     ("recorder",),
-    ("measure",),
+    ("measure", "tokens"),
     ("verdict", "theory", "per_sample"),
     ("stream",),
     ("losses", "pairs", "record"),
@@ -55,12 +55,14 @@ PUBLIC = {
     "GradentWarning",
     "PairBatch",
     "PairGram",
+    "TokenGram",
     "Verdict",
     "__version__",
     "attach",
     "audit",
     "losses",
     "measure",
+    "measure_tokens",
     "verdict",
 }
 

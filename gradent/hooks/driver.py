@@ -15,7 +15,7 @@ from gradent.hooks.engine import MicroBatch, NeedsSingleRows, Outcome, run
 from gradent.kernels.plan import DEFAULT_BUDGET
 from gradent.model import check_causal, observed
 
-__all__ = ["measure_pairs"]
+__all__ = ["measure_pairs", "rows_share"]
 
 Row = tuple[Tensor, Tensor]
 
@@ -90,6 +90,19 @@ def measure_pairs(
                 _announce(_reason(need, list(parameters)))
         outcomes += [([pair], run_one(alone(pair))) for pair in pairs]
     return outcomes
+
+
+def rows_share(model: nn.Module, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether rows of the model can share a forward, as `measure_pairs` found out.
+
+    Args:
+        model: a model that has been measured.
+        parameters: its trainable parameters by name.
+
+    Returns:
+        The answer.
+    """
+    return _KNOWN[model][tuple(parameters)]
 
 
 def _rows_can_share(

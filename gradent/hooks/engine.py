@@ -84,6 +84,7 @@ def run(
     budget: int,
     explicit_budget: int | None,
     weight: Callable[[int], Tensor] | None = None,
+    ledger: Ledger | None = None,
 ) -> Outcome:
     """Measure one micro-batch.
 
@@ -95,6 +96,7 @@ def run(
         explicit_budget: bytes that the explicit gradients of parameters without a rule may take (two rows' worth); more
             such parameters than fit are measured in several passes. None for no limit.
         weight: see `Ledger`.
+        ledger: what reduces the rows; by default a `Ledger` of their pairs.
 
     Returns:
         The outcome.
@@ -103,7 +105,8 @@ def run(
         NeedsSingleRows: a group has several rows and a parameter is used where they cannot be told apart.
         NonFiniteError: a log-prob is nan or infinite.
     """
-    ledger = Ledger(len(micro.rows) // 2, budget=budget, weight=weight)
+    if ledger is None:
+        ledger = Ledger(len(micro.rows) // 2, budget=budget, weight=weight)
     run_ = _Run(model, parameters, micro, ledger, budget)
     try:
         passes = [run_.forward(group) for group in micro.groups]

@@ -20,7 +20,7 @@ from torch import Tensor
 from gradent.hooks.forms import Deferred, Dense, Explicit, Form, Rows, Solid
 from gradent.kernels.reference import accumulator, batch_pays, reduce_batch, reduce_dense, reduce_flat
 
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "merge_forms"]
 
 RETRIES = 2
 """How often a reduction that ran out of memory is tried again, in tiles of half the size each time."""
@@ -123,7 +123,7 @@ class Ledger:
         ahead = []
         for pair in range(self._pairs):
             rows = (pair, pair + self._pairs)
-            sides = [_merge(held.get(row, {}).get((), [])) for row in rows]
+            sides = [merge_forms(held.get(row, {}).get((), [])) for row in rows]
             dense: list[list[Dense]] = [[form for form in side if isinstance(form, Dense)] for side in sides]
             looked = [_first(side, Rows) for side in sides]
             if not any(dense):
@@ -166,7 +166,7 @@ class Ledger:
 
     def _slot(self, param: int, slot: Slot, chosen: Sequence[Form], rejected: Sequence[Form]) -> Tensor:
         root = self._root(param, slot)
-        sides = (_merge(chosen), _merge(rejected))
+        sides = (merge_forms(chosen), merge_forms(rejected))
         kinds = {type(form) for side in sides for form in side}
         if kinds == {Dense}:
             (u_w, v_w), (u_l, v_l) = _pair_of_dense(*sides)
@@ -227,8 +227,15 @@ class Ledger:
         return torch.as_tensor(opt_einsum.contract(",".join(terms) + "->", *operands, memory_limit=limit))
 
 
-def _merge(forms: Sequence[Form]) -> list[Solid]:
-    """At most one form of each kind: sums of gradients."""
+def merge_forms(forms: Sequence[Form]) -> list[Solid]:
+    """At most one form of each kind: sums of gradients.
+
+    Args:
+        forms: of one row and slot.
+
+    Returns:
+        Their sum as a `Dense`, a `Rows` and an `Explicit`, those of them that there are.
+    """
     merged: list[Solid] = []
     solid = [form.make() if isinstance(form, Deferred) else form for form in forms]
     dense = [form for form in solid if isinstance(form, Dense)]

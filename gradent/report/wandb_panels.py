@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradent.errors import GradentError, InputError
-from gradent.report.window import Window
+from gradent.report.window import TokenHeatMap, Window
 
 __all__ = ["Panels", "wandb_dashboard"]
 
@@ -52,7 +52,7 @@ class Panels:
             columns = ["step", "cosine", "case", "prompt", "chosen", "rejected"]
             rows = [[getattr(pair, column) for column in columns] for pair in window.entangled]
             content["gradent/pairs"] = wandb.Table(columns=columns, data=rows)
-        content |= {name: wandb.Plotly(figure) for name, figure in self._figures().items()}
+        content |= {name: wandb.Plotly(figure) for name, figure in self._figures(window.tokens).items()}
         run.log(content)
 
     def _remember(self, window: Window) -> None:
@@ -64,7 +64,7 @@ class Panels:
             self._changes.append((chosen, rejected, chosen_real, rejected_real))
         self._changes = self._changes[-_POINTS:]
 
-    def _figures(self) -> dict[str, Any]:
+    def _figures(self, tokens: TokenHeatMap | None) -> dict[str, Any]:
         try:
             from plotly import graph_objects  # noqa: PLC0415  (an extra)
         except ImportError:
@@ -77,7 +77,24 @@ class Panels:
             figures["gradent/layers"] = _heat_map(graph_objects, self._steps, self._layers)
         if self._changes:
             figures["gradent/changes"] = _scatter(graph_objects, self._changes)
+        if tokens is not None:
+            figures["gradent/tokens"] = _token_map(graph_objects, tokens)
         return figures
+
+
+def _token_map(go: Any, tokens: TokenHeatMap) -> Any:
+    heat = go.Heatmap(
+        x=list(tokens.rejected), y=list(tokens.chosen), z=tokens.cosines, zmin=-1, zmax=1, colorscale="RdBu", zmid=0
+    )
+    figure = go.Figure(heat)
+    figure.update_layout(
+        xaxis_title="rejected token",
+        yaxis_title="chosen token",
+        title=f"Cosine of token gradients, most entangled pair of step {tokens.step}",
+    )
+    figure.update_xaxes(type="category")
+    figure.update_yaxes(autorange="reversed", type="category")
+    return figure
 
 
 def _stacked(go: Any, steps: list[int], cases: list[dict[str, float]]) -> Any:
@@ -147,7 +164,7 @@ def wandb_dashboard(entity: str, project: str, *, name: str = "gradent") -> str:
         "Overhead (s)": ["gradent/overhead_s"],
     }
     panels = [reports.LinePlot(title=title, x="train/global_step", y=keys) for title, keys in lines.items()]
-    panels += [reports.MediaBrowser(media_keys=[f"gradent/{key}"]) for key in ("cases", "layers", "changes")]
+    panels += [reports.MediaBrowser(media_keys=[f"gradent/{key}"]) for key in ("cases", "layers", "changes", "tokens")]
     try:
         view = workspaces.Workspace(
             entity=entity, project=project, name=name, sections=[workspaces.Section(name="gradent", panels=panels)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["EntangledPair", "Window"]
+__all__ = ["EntangledPair", "TokenHeatMap", "Window"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,16 @@ class EntangledPair:
     prompt: str
     chosen: str
     rejected: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenHeatMap:
+    """Cosines of a pair's token gradients: `cosines[a][b]` of chosen token a and rejected token b, or None."""
+
+    step: int
+    chosen: Sequence[str]
+    rejected: Sequence[str]
+    cosines: Sequence[Sequence[float | None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +45,7 @@ class Window:
         predicted: `(chosen_change, rejected_change)` of each pair, nats per unit of learning rate.
         realised: the changes that the optimizer's step really made, of the same pairs; empty unless asked for.
         entangled: the pairs with the largest cosine, with their text.
+        tokens: the window's last token matrix; None where none was measured.
     """
 
     steps: Sequence[int]
@@ -47,6 +58,7 @@ class Window:
     predicted: Sequence[tuple[float, float]] = ()
     realised: Sequence[tuple[float, float]] = ()
     entangled: Sequence[EntangledPair] = ()
+    tokens: TokenHeatMap | None = None
 
     def share(self, case: str) -> float:
         """Share of all the window's pairs in a case."""

@@ -21,6 +21,7 @@ from gradent.errors import InputError
 from gradent.hooks.pairing import Pairing
 from gradent.kernels.plan import parse_budget
 from gradent.measure import sequence_logps
+from gradent.model import is_sharded
 from gradent.pairs import PairBatch
 from gradent.recorder import Mode, Recorder, Recording, attach, join_recordings
 from gradent.report.wandb_panels import Panels
@@ -31,6 +32,7 @@ from gradent.trainer.probe import Probe
 from gradent.trainer.ranks import gather, is_first
 from gradent.trainer.shield import LIMIT, shielded
 from gradent.trainer.step import StepRecord, layer_cosines, summarize, to_rows
+from gradent.trainer.token_map import TokenMap, map_tokens
 from gradent.trainer.window import to_window
 
 __all__ = ["EntanglementCallback"]
@@ -61,6 +63,9 @@ class EntanglementCallback(TrainerCallback):
         probe_every: steps between two looks at the probe; by default `every`.
         realised: measure how much chosen and rejected really moved in each measured step, by one more forward after the
             optimizer's step, beside the prediction.
+        tokens_every: also measure, every so many steps, the token matrix of the step's most entangled pair (0: never).
+            It costs about a forward and a backward a token of the two responses. Kept in the record (`record.tokens`),
+            and shown as a heat map in a running wandb run.
         out: directory for `pairs.jsonl`, the pairs of every measured step, appended as they come.
         alert: when to say a verdict in words in the log; None for never.
         panels: send heat maps, tables and the like to a running wandb run.
@@ -85,6 +90,7 @@ class EntanglementCallback(TrainerCallback):
         probe_data: PairBatch | Sequence[Mapping[str, Any]] | Any = None,
         probe_every: int | None = None,
         realised: bool = False,
+        tokens_every: int = 0,
         out: str | os.PathLike[str] | None = None,
         alert: Alert | None = DEFAULT_ALERT,
         panels: bool = True,
@@ -93,6 +99,10 @@ class EntanglementCallback(TrainerCallback):
         for name, number in (("every", every), ("probe_every", probe_every)):
             if number is not None and (not isinstance(number, int) or number < 1):
                 raise InputError(f"EntanglementCallback: {name}={number!r}; accepted is a whole number of steps >= 1.")
+        if not isinstance(tokens_every, int) or tokens_every < 0:
+            raise InputError(
+                f"EntanglementCallback: tokens_every={tokens_every!r}; accepted is a number of steps, or 0 (never)."
+            )
         accepted: dict[str, tuple[Any, tuple[Any, ...]]] = {
             "mode": (mode, get_args(Mode)),
             "pairing": (pairing, (None, *get_args(Pairing))),
@@ -105,7 +115,7 @@ class EntanglementCallback(TrainerCallback):
                 raise InputError(f"EntanglementCallback: {name}={value!r} is unknown; accepted are {listed}.")
         parse_budget(memory_budget)
         self.records: deque[StepRecord] = deque(maxlen=KEPT)
-        self.every, self.by_module, self.realised = every, by_module, realised
+        self.every, self.by_module, self.realised, self.tokens_every = every, by_module, realised, tokens_every
         self.on_error: str = on_error
         self.errors = 0
         self.told: set[str] = set()
@@ -117,6 +127,7 @@ class EntanglementCallback(TrainerCallback):
         self._recorder: Recorder | None = None
         self._stream: PairStream | None = None
         self._pending: Recording | None = None
+        self._tokens: TokenMap | None = None
         self._measuring = False
         self._window: list[StepRecord] = []
         self._scalars: dict[str, float] = {}
@@ -156,8 +167,8 @@ class EntanglementCallback(TrainerCallback):
     ) -> None:
         """Arm before a step that is to be measured."""
         step = state.global_step + 1
-        self._pending = None
-        self._measuring = step == 1 or step % self.every == 0
+        self._pending = self._tokens = None
+        self._measuring = step == 1 or step % self.every == 0 or self._tokens_due(step)
         if self._recorder is None or not self._measuring or self.errors >= LIMIT:
             return
         if self._metric == "adam":
@@ -188,20 +199,31 @@ class EntanglementCallback(TrainerCallback):
         scale = max(1, batches) / (float(scaler.get_scale()) if scaler is not None else 1.0)
         self._pending = self._recorder.harvest(scale=scale)
         self._recorder.disarm()
+        if self._tokens_due(state.global_step + 1) and self._pending is not None and is_first():
+            self._tokens = map_tokens(kwargs["model"], self._pending, self._budget)
+
+    def _tokens_due(self, step: int) -> bool:
+        return self.tokens_every > 0 and (step == 1 or step % self.tokens_every == 0)
 
     @shielded
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep what was harvested, with the pairs of all ranks."""
         if self._measuring:
             self._keep(state, kwargs["model"])
-        if self._probe is not None and self._probe.due(state.global_step) and self.errors < LIMIT:
+        if self._probe is None or self.errors >= LIMIT or not self._probe.due(state.global_step):
+            return
+        if is_sharded(kwargs["model"]):
+            self._tell_once("probe_data is not measured: a sharded model (FSDP) allows no pass of gradent's own.")
+        else:
             self._scalars |= self._probe.measure(kwargs["model"], self._budget)
 
     def _keep(self, state: TrainerState, model: nn.Module) -> None:
         pending, self._pending, self._measuring = self._pending, None, False
         moved = None
         try:
-            if self.realised and pending is not None:
+            if self.realised and is_sharded(model):
+                self._tell_once("realised is not measured: a sharded model (FSDP) allows no pass of gradent's own.")
+            elif self.realised and pending is not None:
                 moved = _realised(model, pending)
         finally:  # the other ranks wait here, whatever happened on this one
             gathered = gather((pending, moved))
@@ -209,7 +231,7 @@ class EntanglementCallback(TrainerCallback):
         if not found:
             return
         joined = join_recordings([_on_cpu(one) for one, _ in found])
-        record = StepRecord.of(state.global_step, joined)
+        record = replace(StepRecord.of(state.global_step, joined), tokens=self._tokens)
         changes = [change for _, change in found if change is not None]
         if len(changes) == len(found):
             chosen, rejected = (torch.cat(column) for column in zip(*changes, strict=True))
@@ -262,6 +284,11 @@ class EntanglementCallback(TrainerCallback):
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self.told:
+            self.told.add(text)
+            logger.warning(text)
 
     def step_aside(self) -> None:
         """Take every hook off the model."""

@@ -18,6 +18,7 @@ from gradent.layers import group_layers
 from gradent.pairs import PairBatch
 from gradent.record import PAIR_COLUMNS
 from gradent.recorder import Recording
+from gradent.trainer.token_map import TokenMap
 from gradent.verdict import Verdict
 
 __all__ = ["StepRecord", "layer_cosines", "summarize", "to_rows"]
@@ -39,6 +40,7 @@ class StepRecord:
         batch: the pairs' tokens; None for a reward model.
         chosen_realised: how much `log π(y_w|x)` moved with the optimizer's step, float64 `[k]`; None unless asked for.
         rejected_realised: the same for rejected.
+        tokens: the token matrix of the most entangled pair; None unless asked for.
     """
 
     step: int
@@ -52,6 +54,7 @@ class StepRecord:
     batch: PairBatch | None = None
     chosen_realised: Tensor | None = None
     rejected_realised: Tensor | None = None
+    tokens: TokenMap | None = None
 
     @classmethod
     def of(cls, step: int, one: Recording) -> StepRecord:

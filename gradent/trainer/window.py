@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradent.record import CASE_NAMES
-from gradent.report.window import EntangledPair, Window
+from gradent.report.window import EntangledPair, TokenHeatMap, Window
 from gradent.trainer.step import StepRecord, layer_cosines
 
 __all__ = ["to_window"]
@@ -60,6 +60,25 @@ def to_window(records: Sequence[StepRecord], tokenizer: Any) -> Window:
         predicted=predicted,
         realised=realised if len(realised) == len(predicted) else (),
         entangled=[] if tokenizer is None else _entangled(records, tokenizer),
+        tokens=_heat_map(records, tokenizer),
+    )
+
+
+def _heat_map(records: Sequence[StepRecord], tokenizer: Any) -> TokenHeatMap | None:
+    maps = [(record.step, record.tokens.gram) for record in records if record.tokens is not None]
+    if not maps:
+        return None
+    step, gram = maps[-1]
+    decode = str if tokenizer is None else getattr(tokenizer, "tokenizer", tokenizer).decode
+
+    def texts(ids: list[int]) -> list[str]:
+        return [f"{place} {decode(number)!r}" for place, number in enumerate(ids)]
+
+    return TokenHeatMap(
+        step=step,
+        chosen=texts(gram.chosen_ids.tolist()),
+        rejected=texts(gram.rejected_ids.tolist()),
+        cosines=[[None if value != value else value for value in row] for row in gram.cosine.tolist()],
     )
 
 

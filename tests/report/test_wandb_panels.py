@@ -161,7 +161,7 @@ def test_dashboard(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = {key for panel in view.sections[0].panels for key in getattr(panel, "y", [])}
     media = {key for panel in view.sections[0].panels for key in getattr(panel, "media_keys", [])}
     assert lines >= {"gradent/cosine", "gradent/case/both_down", "gradent/weight_ratio", "gradent/overhead_s"}
-    assert media == {"gradent/cases", "gradent/layers", "gradent/changes"}
+    assert media == {"gradent/cases", "gradent/layers", "gradent/changes", "gradent/tokens"}
 
 
 def test_a_dashboard_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
