@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from gradent import GradentError, PairBatch, attach, measure
 from gradent.errors import InputError, ModelError
 from gradent.recorder import Recording, join_recordings
-from tests.adapters import lora_everywhere
+from tests.adapters import build_adapted, lora_everywhere
 from tests.batches import left_padded, ragged, square
 from tests.trainer_steps import dpo, through_logits
-from tests.truth import TOLERANCE, assert_exact, truth, untouched
+from tests.truth import TOLERANCE, assert_exact, scaled_error, truth, untouched
 from tests.zoo import build
 
 
@@ -310,3 +310,15 @@ def test_the_check_can_fail() -> None:
     with pytest.raises(AssertionError):
         check(found, model, batch)
     assert max(TOLERANCE.values()) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["prompt tuning", "LoRA on fused experts", "new tokens"])
+def test_adapters_that_cannot_be_read_off_are_measured(name: str) -> None:
+    batch, model = ragged(), build_adapted(name)
+    true = truth(model, batch)
+    with attach(model) as recorder:
+        through_logits(model, batch).backward()
+        found = recorder.harvest()
+    assert found is not None
+    assert found.source == "measure"
+    assert scaled_error(found.gram, true) <= TOLERANCE[true.arithmetic]

@@ -41,6 +41,7 @@ def through_fused_head(model: nn.Module, batch: PairBatch, loss: Loss = dpo) -> 
 def through_logits(model: nn.Module, batch: PairBatch, loss: Loss = dpo) -> Tensor:
     """As older trainers, and those of CPO and ORPO: the labels never reach the model."""
     output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    logits = output.logits if output.logits.dtype == torch.float64 else output.logits.float()
+    logits = output.logits[:, -batch.input_ids.shape[1] :]  # prompt tuning puts virtual tokens in front
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     logps = logits[:, :-1].log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
     return loss(*(logps * batch.completion_mask[:, 1:]).sum(1).chunk(2))

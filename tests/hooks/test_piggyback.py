@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradent.hooks.piggyback import Passed, Piggyback
 from gradent.model import trainable
 from gradent.pairs import PairBatch
-from tests.adapters import build_adapted, lora_everywhere
+from tests.adapters import adapt, build_adapted, lora, lora_everywhere
 from tests.batches import left_padded, ragged
 from tests.odd_models import build_odd
 from tests.trainer_steps import dpo, through_fused_head, through_logits, with_fused_head
@@ -303,3 +303,24 @@ def test_the_check_can_fail() -> None:
     swapped = PairBatch.from_rows([batch.row(row) for row in (1, 0, 2, 3, 4, 5)])
     (passed,) = watch(model, lambda: through_logits(model, swapped))
     assert error(passed, true) > 1e-2
+
+
+def test_an_auxiliary_loss_is_noticed() -> None:
+    model = adapt(build("mixtral", dtype=torch.float32), lora(target_modules=["q_proj", "v_proj"]))
+    batch = ragged()
+    prepare(model)
+
+    def step() -> Tensor:
+        output = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, output_router_logits=True
+        )
+        logps = output.logits[:, :-1].log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+        return dpo(*(logps * batch.completion_mask[:, 1:]).sum(1).chunk(2)) + 0.01 * output.aux_loss
+
+    watcher = Piggyback(model, trainable(model), budget=2**24)  # transformers puts hooks of its own on the routers
+    watcher.arm()
+    step().backward()
+    (passed,) = watcher.take()
+    watcher.disarm()
+    assert "auxiliary loss" in (passed.problem or "")
+    assert passed.broken is None
