@@ -114,12 +114,13 @@ class WatchedForward:
         capture.taps.extend(taps)
 
         def arrive(grads: Sequence[Tensor | None]) -> None:
+            if any(grad is not None and bool(grad.any()) for grad in grads[1:]):
+                self.group.fail("the loss has a part (the head's entropy) that passes the log-probs by")
             for tap in taps:
                 if grads[0] is not None:
                     self._arrive(tap, grads[0])
 
-        if taps:
-            self._handles.append(node.register_prehook(arrive))
+        self._handles.append(node.register_prehook(lambda grads: self.group.guarded(arrive, grads)))
 
     def _watch_recomputation(self) -> None:
         """Have the capture see checkpointed regions when they are computed again, during the backward."""

@@ -107,7 +107,8 @@ class LogitsReadout:
         other = torch.where(best[:, :1] == targets, best[:, 1:], best[:, :1])
         z_y, z_v = (logits.gather(1, which)[:, 0].double() for which in (targets, other))
         g_y, g_v = (grad.gather(1, which)[:, 0].double() for which in (targets, other))
-        logps = z_y - torch.logsumexp(logits if logits.dtype == torch.float64 else logits.float(), -1).double()
+        normalizer = torch.logsumexp(logits if logits.dtype == torch.float64 else logits.float(), -1).double()
+        logps, p_v = z_y - normalizer, (z_v - normalizer).exp()
         moved = (g_y != 0) | (g_v != 0)
         if self.labels is None:
             used = _with_certain_tokens(moved, logps)
@@ -117,7 +118,10 @@ class LogitsReadout:
         weight = -torch.expm1(logps) * used
         each = torch.where(weight > 0, g_y - g_v * (z_y - z_v).clamp_max(80).exp(), 0.0)
         c = (each * weight).sum() / weight.sum().clamp_min(1e-300)
-        off = ((each - c) * weight).abs().amax() if count else c.abs()
+        # v has its share of the softmax and nothing besides, and no other position is moved: else the loss has a part
+        # that is no log-prob of these tokens (a z-loss, an entropy bonus, a term over the prompt).
+        off = torch.cat([((each - c) * weight).abs(), ((g_v + c * p_v) * used).abs(), (g_y.abs() + g_v.abs())[~used]])
+        off = off.amax() if count else c.abs()
         marks, tokens = (pad(part, (len(ids) - count, 0)) for part in (used, each * used))
         return c, (logps * used).sum(), marks, tokens, off
 

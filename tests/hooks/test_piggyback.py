@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from trl.trainer.utils import add_fused_lm_head
 
 from gradent.hooks.piggyback import Passed, Piggyback
 from gradent.model import trainable
@@ -17,7 +18,7 @@ from gradent.pairs import PairBatch
 from tests.adapters import adapt, build_adapted, lora, lora_everywhere
 from tests.batches import left_padded, ragged
 from tests.odd_models import build_odd
-from tests.trainer_steps import dpo, through_fused_head, through_logits, with_fused_head
+from tests.trainer_steps import dpo, labels_of, through_fused_head, through_logits, with_fused_head
 from tests.truth import TOLERANCE, Truth, scaled_error, truth
 from tests.zoo import build
 
@@ -225,7 +226,38 @@ def weighted_tokens(model: nn.Module, batch: PairBatch) -> Tensor:
     return dpo(*(logps * weights).sum(1).chunk(2))
 
 
+def extra(kind: str) -> Callable[[nn.Module, PairBatch], Tensor]:
+    """DPO with a term on the logits that is no log-prob of the responses."""
+
+    def step(model: nn.Module, batch: PairBatch) -> Tensor:
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        marks = batch.completion_mask[:, 1:].bool()
+        scores = logits[:, :-1].log_softmax(-1)
+        logps = scores.gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+        loss = dpo(*(logps * marks).sum(1).chunk(2))
+        terms = {
+            "z-loss": lambda: logits[:, :-1].logsumexp(-1)[marks].square().mean(),
+            "entropy": lambda: (scores.exp() * scores).sum(-1)[marks].mean(),
+            "label smoothing": lambda: -scores.mean(-1)[marks].mean(),
+        }
+        return loss + 0.01 * terms[kind]()
+
+    return step
+
+
+def entropy_of_the_fused_head(model: nn.Module, batch: PairBatch) -> Tensor:
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    output = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels_of(batch), fused_lm_head=True
+    )
+    return dpo(*output.log_probs.sum(1).chunk(2)) + 0.01 * output.entropy.mean()
+
+
 REFUSED = {
+    "z-loss": (lambda: build("llama"), extra("z-loss"), "weighs the tokens"),
+    "entropy bonus": (lambda: build("llama"), extra("entropy"), "weighs the tokens"),
+    "label smoothing": (lambda: build("llama"), extra("label smoothing"), "weighs the tokens"),
+    "entropy of the fused head": (lambda: build("llama"), entropy_of_the_fused_head, "passes the log-probs by"),
     "tokens weighed differently": (lambda: build("llama"), weighted_tokens, "weighs the tokens"),
     "fused experts": (lambda: build("mixtral"), through_logits, "no rule can tell the rows apart"),
     "einsum": (lambda: build_odd("einsum projections"), None, "no rule can tell the rows apart"),
