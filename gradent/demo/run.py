@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,6 +163,9 @@ def _require_packages() -> None:
             f"The demo needs {', '.join(missing)}, which is not installed. Install the extra that brings it: "
             f'pip install "gradent[{extra}]".'
         )
+    found = version("trl")
+    if int(found.split(".")[0]) < 1:  # its trainers lay their batches out differently
+        raise InputError(f'The demo needs TRL 1.0 or newer, and {found} is installed: pip install --upgrade "trl>=1".')
 
 
 def _make_directory(out: str | os.PathLike[str]) -> Path:

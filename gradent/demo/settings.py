@@ -62,4 +62,5 @@ PRETRAINED = DemoSettings(
     dpo_batch=16,
     dpo_steps=30,
 )
-"""For `--model`: gentle rates that suit pretrained models of many sizes."""
+"""For `--model`. Tried on one pretrained model, a Llama of 15M parameters, seed 0: every mean moved as the paper says;
+at five times this rate of DPO the chosen log-prob of the single token fell."""

@@ -173,3 +173,10 @@ def test_the_command_line(tmp_path):
     assert {path.name for path in (tmp_path / "demo").iterdir()} == {"report.html", "pairs.parquet", "demo.json"}
     for style in STYLES:
         assert style in done.stdout
+
+
+def test_an_old_trl_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_run, "experiment", lambda *args, **kwargs: pytest.fail("worked before it looked"))
+    monkeypatch.setattr(demo_run, "version", lambda name: "0.24.0")
+    with pytest.raises(InputError, match=r"TRL 1.0 or newer, and 0.24.0"):
+        run_demo(out=tmp_path, model=None, steps=None, seed=0)
