@@ -6,14 +6,13 @@ and every figure of the audit would be about those.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
+from gradent.audit.source import ModelSource, brief, hint, some
 from gradent.errors import InputError, ModelError, NotCausalError
 from gradent.model import check_causal, input_device, observed
 
@@ -22,86 +21,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPES",
-    "ModelSource",
     "check_vocabulary",
     "load_config",
     "load_model",
     "load_tokenizer",
-    "read_step",
-    "resolve_source",
 ]
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "*token*", "*.jinja", "vocab*", "merges.txt"]
 # What from_pretrained raises for files that are missing, damaged, of another shape, or need another package.
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSource:
-    """Where a model comes from.
-
-    Attributes:
-        base: directory or hub id of the full model.
-        adapter: directory of the PEFT adapter on top of it, or None.
-        name: what the user called it; the record's `checkpoint`.
-    """
-
-    base: str
-    adapter: str | None
-    name: str
-
-
-def resolve_source(model: str, adapter: str | None = None) -> ModelSource:
-    """Tell a full model from an adapter, and find the adapter's base.
-
-    Args:
-        model: directory or hub id of a causal LM, or of a PEFT adapter, whose config names its base.
-        adapter: directory or hub id of a PEFT adapter for `model`.
-
-    Returns:
-        The base and the adapter's local directory.
-
-    Raises:
-        InputError: no such directory, or an adapter on top of an adapter.
-        ModelError: an adapter that names no base, or that cannot be fetched.
-    """
-    _check_exists(model)
-    own = _adapter_directory(model)
-    if own is not None and adapter is not None:
-        raise InputError(
-            f"{model} is itself a PEFT adapter (it has an adapter_config.json), and --adapter {adapter} was given as "
-            "well. Give the base model as MODEL with one --adapter, or merge the first adapter into the base."
-        )
-    if own is not None:
-        source = ModelSource(base=_base_of(model, own), adapter=own, name=model)
-    elif adapter is not None:
-        _check_exists(adapter)
-        directory = _adapter_directory(adapter)
-        if directory is None:
-            raise InputError(f"{adapter}: not a PEFT adapter, for it has no adapter_config.json. Check --adapter.")
-        source = ModelSource(base=model, adapter=directory, name=adapter)
-    else:
-        source = ModelSource(base=model, adapter=None, name=model)
-    _require_safetensors(source.base, "AutoModelForCausalLM.from_pretrained({0!r}, use_safetensors=False)")
-    if source.adapter is not None:
-        _require_safetensors(source.adapter, "PeftModel.from_pretrained(base_model, {0!r})")
-    return source
-
-
-def _base_of(name: str, adapter: str) -> str:
-    base = _read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise ModelError(
-            f"{name}: its adapter_config.json names no base model. Run: gradent audit BASE --adapter {name}"
-        )
-    if not _exists(base):
-        raise ModelError(
-            f"{name}: a PEFT adapter whose adapter_config.json names the base {base!r}, which does not exist here. "
-            f"Run: gradent audit BASE --adapter {name}"
-        )
-    return base
 
 
 def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
@@ -123,7 +51,7 @@ def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except _LOAD_ERRORS as error:
-        raise ModelError(f"{base}: the model cannot be loaded ({_brief(error)}).{_hint(base)}") from error
+        raise ModelError(f"{base}: the model cannot be loaded ({brief(error)}).{hint(base)}") from error
     if config.is_encoder_decoder:
         raise NotCausalError(
             f"{base}: {type(config).__name__} is an encoder-decoder model; gradent measures causal LMs (decoder-only: "
@@ -154,7 +82,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
         return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
     except _LOAD_ERRORS as error:
         raise ModelError(
-            f"{place}: its tokenizer cannot be loaded ({_brief(error)}). Save the tokenizer into the model's directory "
+            f"{place}: its tokenizer cannot be loaded ({brief(error)}). Save the tokenizer into the model's directory "
             "with tokenizer.save_pretrained."
         ) from error
 
@@ -236,25 +164,6 @@ def check_vocabulary(
         )
 
 
-def read_step(source: ModelSource) -> int:
-    """The trainer's step at which a checkpoint was saved.
-
-    Args:
-        source: of the model.
-
-    Returns:
-        `global_step` of the directory's trainer_state.json; 0 where there is none.
-
-    Raises:
-        ModelError: a trainer_state.json that says no such thing.
-    """
-    state = Path(source.adapter or source.base) / "trainer_state.json"
-    step = _read_json(state).get("global_step", 0) if state.is_file() else 0
-    if not isinstance(step, int):
-        raise ModelError(f"{state}: global_step is {step!r}; a whole number is expected. Correct or remove the file.")
-    return step
-
-
 def _load_base(base: str, dtype: str, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
@@ -275,14 +184,14 @@ def _load_base(base: str, dtype: str, trust_remote_code: bool) -> Any:
                 f"{base}: transformers knows no causal LM for {type(config).__name__} (an encoder-only model?). "
                 "gradent measures decoder-only models (Llama, Qwen, GPT-2, Mistral, ...)."
             ) from error
-        raise ModelError(f"{base}: the model cannot be loaded ({_brief(error)}).{_hint(base)}") from error
+        raise ModelError(f"{base}: the model cannot be loaded ({brief(error)}).{hint(base)}") from error
     model, report = loaded
     other = {key: f"{key} (saved {list(saved)}, needed {list(own)})" for key, saved, own in report["mismatched_keys"]}
     lacking = sorted(set(report["missing_keys"]) - set(other)) + sorted(other.values())
     if lacking:
         raise ModelError(
             f"{base}: the checkpoint lacks weights that {type(model).__name__} needs, or has them in another shape: "
-            f"{_some(lacking)}. They would be random numbers. Is it a classifier, an encoder or a partial checkpoint? "
+            f"{some(lacking)}. They would be random numbers. Is it a classifier, an encoder or a partial checkpoint? "
             "Give a complete causal LM."
         )
     return model
@@ -304,62 +213,16 @@ def _load_adapter(model: Any, adapter: str, base: str, trainable: bool) -> Any:
             saved = set(file.keys())
     except _LOAD_ERRORS as error:
         raise ModelError(
-            f"{adapter}: the adapter cannot be put on {base} ({_brief(error)}). Is it an adapter for this base?"
+            f"{adapter}: the adapter cannot be put on {base} ({brief(error)}). Is it an adapter for this base?"
         ) from error
     # Without embeddings: PEFT adds them to what it saves where it sees fit, and asks the hub about it.
     lacking = sorted(set(get_peft_model_state_dict(model, save_embedding_layers=False)) - saved)
     if lacking:
         raise ModelError(
-            f"{adapter}: the adapter's file lacks weights that it needs on {base}: {_some(lacking)}. They would stay "
+            f"{adapter}: the adapter's file lacks weights that it needs on {base}: {some(lacking)}. They would stay "
             "at their initial values. Is it an adapter for this base?"
         )
     return model
-
-
-def _require_safetensors(name: str, loader: str) -> None:
-    """Name pickled weights before from_pretrained reports them as missing; a hub id is left to from_pretrained."""
-    directory = Path(name)
-    if not directory.is_dir() or any(directory.glob("*.safetensors")):
-        return
-    pickled = sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern))
-    if pickled:
-        raise ModelError(
-            f"{name}: only pickled weights ({_some(pickled)}), which can run code when they are loaded; gradent reads "
-            f"safetensors. If you trust the file, convert it once: {loader.format(name)}.save_pretrained({name!r})"
-        )
-    raise ModelError(f"{name}: no weights in it (no *.safetensors file). Is it the right directory?")
-
-
-def _adapter_directory(name: str) -> str | None:
-    """The local directory of a PEFT adapter, fetched from the hub where needed; None if `name` is no adapter."""
-    if Path(name).is_dir():
-        return name if (Path(name) / "adapter_config.json").is_file() else None
-    from huggingface_hub import snapshot_download  # noqa: PLC0415
-    from transformers.utils.peft_utils import find_adapter_config_file  # noqa: PLC0415
-
-    try:
-        if find_adapter_config_file(name) is None:
-            return None
-        return str(snapshot_download(name, allow_patterns=_ADAPTER_FILES))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{name}: the hub cannot be asked about it ({_brief(error)}).{_hint(name)}") from error
-
-
-def _exists(name: str) -> bool:
-    """A directory, or something that can be a hub id (`name` or `owner/name`)."""
-    if Path(name).is_dir():
-        return True
-    parts = name.split("/")
-    return len(parts) <= 2 and not Path(name).exists() and all(part and part.strip(".~") == part for part in parts)
-
-
-def _check_exists(name: str) -> None:
-    if Path(name).is_file():
-        raise InputError(
-            f"{name}: is a file; give the directory that holds config.json and *.safetensors, or a hub id."
-        )
-    if not _exists(name):
-        raise InputError(f"{name}: there is no such directory, and it is no hub id (owner/name) either.")
 
 
 def _check_device(device: str) -> torch.device:
@@ -367,35 +230,5 @@ def _check_device(device: str) -> torch.device:
         place = torch.device(device)
         torch.empty(1, device=place).cpu()  # what cannot be read back, such as "meta", is of no use
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {device!r} cannot be used here ({_brief(error)}). Try --device cpu.") from error
+        raise InputError(f"device {device!r} cannot be used here ({brief(error)}). Try --device cpu.") from error
     return place
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({_brief(error)}).") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: holds a {type(content).__name__}; a JSON object is expected.")
-    return content
-
-
-def _hint(name: str) -> str:
-    if Path(name).is_dir():
-        return ""
-    return (
-        " There is no such directory here; if it is a hub id, check it, your network and, for a gated model, "
-        "`hf auth login`."
-    )
-
-
-def _some(names: list[str], count: int = 3) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
-
-
-def _brief(error: BaseException) -> str:
-    """The first lines of another library's message: they say what, and the rest repeats it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])[:400]}"

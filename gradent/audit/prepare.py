@@ -10,17 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradent.audit.data import AuditPair, PairSet, prepare_pairs
-from gradent.audit.load import (
-    ModelSource,
-    check_vocabulary,
-    load_config,
-    load_model,
-    load_tokenizer,
-    read_step,
-    resolve_source,
-)
+from gradent.audit.load import check_vocabulary, load_config, load_model, load_tokenizer
 from gradent.audit.rows import read_rows
 from gradent.audit.scan import Reference, adapter_off, itself, other_model
+from gradent.audit.source import ModelSource, read_step, resolve_source
 from gradent.errors import InputError
 
 if TYPE_CHECKING:

@@ -22,15 +22,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from gradent.audit.load import (
-    ModelSource,
-    check_vocabulary,
-    load_config,
-    load_model,
-    load_tokenizer,
-    read_step,
-    resolve_source,
-)
+from gradent.audit.load import check_vocabulary, load_config, load_model, load_tokenizer
+from gradent.audit.source import ModelSource, read_step, resolve_source
 from gradent.errors import InputError, ModelError, NotCausalError
 from tests.audit.made import save_lora
 
