@@ -231,14 +231,20 @@ class Recorder:
             self._say(f"gradent cannot read this step: {passed.broken}.")
             return None
         with self._piggyback.clock:
-            passed = passed if passed.constant else _aligned(passed)
+            if not passed.constant and not _align(passed):
+                self._say(
+                    "gradent cannot read this step: the loss weighs prompts too, so responses cannot be told apart."
+                )
+                return None
             pairs = len(passed.c) // 2
             moved = (passed.c[:pairs] != 0) & (passed.c[pairs:] != 0)
             active = [pair for pair in moved.nonzero()[:, 0].tolist() if passed.reward or self._differs(passed, pair)]
             batch = None if passed.reward else _batch(passed, active)
             own = self._mode == "measure" or passed.problem is not None or self._compiled
-            if own and active:
+            own = own and bool(active)
+            if own:
                 gram = self._measure(passed, batch)
+                self._compare(gram, passed, active)
             else:
                 gram = self._read(passed).select(active)
             rows = len(passed.c) + passed.unpaired if self._pairing == "signs" else pairs
@@ -282,6 +288,19 @@ class Recorder:
             )
         return measure(self._model, batch, by_module=self._by_module, memory_budget=self._budget, metric=self.metric)
 
+    def _compare(self, gram: PairGram, passed: Passed, active: Sequence[int]) -> None:
+        """Say so where gradent's own pass sees another function than the trainer's forward did."""
+        if not passed.constant:
+            return  # the trainer's log-probs were summed over other tokens
+        pairs = len(passed.logps) // 2
+        seen = torch.cat([passed.logps[:pairs][active], passed.logps[pairs:][active]])
+        own = torch.cat([gram.chosen_logp, gram.rejected_logp])
+        if bool(((seen - own).abs() > 0.02 * seen.abs().clamp_min(1.0)).any()):
+            self._say(
+                "gradent's own pass sees other log-probs than the trainer's forward: it has no dropout and no padding, "
+                "and of the model's inputs it gets input_ids alone (no position_ids). The entries are its own."
+            )
+
     def _read(self, passed: Passed) -> PairGram:
         """The `PairGram` of entries that were read off the backward."""
         names, pairs = list(self._parameters), len(passed.c) // 2
@@ -313,8 +332,8 @@ def _batch(passed: Passed, active: Sequence[int]) -> PairBatch | None:
     return PairBatch.from_rows([(ids, marks) for ids, marks in rows]) if rows else None
 
 
-def _aligned(passed: Passed) -> Passed:
-    """A pass whose loss weighs tokens differently: completions alone are marked, and `c` is the mean over them.
+def _align(passed: Passed) -> bool:
+    """In a pass whose loss weighs tokens differently, mark completions alone, with `c` the mean over them.
 
     ORPO's term of likelihood is over the prompt too, on the chosen side alone. Prompts are shared, so a completion
     starts where the later of the two rows starts to be weighed.
@@ -323,7 +342,8 @@ def _aligned(passed: Passed) -> Passed:
         passed: the pass, which is changed.
 
     Returns:
-        The pass.
+        Whether that can be done: not where both rows are weighed from their first token on and begin alike, since
+        nothing then says where the prompt ends.
     """
     pairs = len(passed.rows) // 2
     for pair in range(pairs):
@@ -333,6 +353,8 @@ def _aligned(passed: Passed) -> Passed:
             continue
         starts = [int(marks.int().argmax()) for _, marks in sides]
         start = max(starts)
+        if not passed.given and start == 1 and torch.equal(sides[0][0][:2], sides[1][0][:2]):
+            return False
         if starts[0] != starts[1] and torch.equal(sides[0][0][:start], sides[1][0][:start]):
             for number, (ids, marks) in zip(numbers, sides, strict=True):
                 kept = marks.clone()
@@ -341,7 +363,7 @@ def _aligned(passed: Passed) -> Passed:
         for number in numbers:
             marks = passed.rows[number][1].cpu()
             passed.c[number] = passed.tokens[number][marks].mean() if bool(marks.any()) else 0.0
-    return passed
+    return True
 
 
 def join_recordings(recordings: Sequence[Recording], *, scale: float = 1.0) -> Recording:

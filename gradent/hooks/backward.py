@@ -33,6 +33,7 @@ class Passed:
         rows: `(ids int64 [T], marks bool [T])` of the 2k rows that are paired, real tokens only, on the model's device.
         tokens: each token's own coefficient, float64 `[T]`, of those rows.
         constant: whether a row's tokens share one coefficient.
+        given: whether the marks came with the batch.
         c: `∂L/∂log π(y|x)` of those rows, float64 `[2k]`.
         logps: their log-probs (a reward model's rewards), float64 `[2k]`.
         unpaired: rows that found no partner.
@@ -45,6 +46,7 @@ class Passed:
     rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     tokens: list[Tensor] = field(default_factory=list)
     constant: bool = True
+    given: bool = True
     c: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     logps: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     unpaired: int = 0
@@ -92,6 +94,7 @@ class WatchedBackward:
         self.expected: list[tuple[WatchedForward, Tap]] = []
         self.collector: Collector | None = None
         self.hidden = False
+        self._finished = False
         self.grads: list[int] = []
 
     def guarded(self, function: Callable[..., None], *args: Any) -> None:
@@ -167,7 +170,7 @@ class WatchedBackward:
             self.fail(
                 f"the loss weighs the tokens of a response differently (by up to {found.spread:.1e} of the mean weight)"
             )
-        self.passed.reward = reward
+        self.passed.reward, self.passed.given = reward, self.passed.given and found.given
         for row, position in enumerate(forward.place.rows):
             if position >= 0:
                 keep = forward.attention_mask[row].bool()
@@ -177,7 +180,10 @@ class WatchedBackward:
                 self.passed.c[position], self.passed.logps[position] = found.c[row], found.logp[row]
 
     def finish(self) -> None:
-        """The backward is over."""
+        """The backward is over: settle what it told, once, and let go of its graph."""
+        if self._finished:
+            return
+        self._finished = True
         passed = self.passed
         if self.started and passed.problem is None and passed.broken is None and self.collector is not None:
             self.guarded(self._settle, self.collector)
@@ -186,6 +192,11 @@ class WatchedBackward:
             passed.broken = passed.broken or f"the backward did not reach every forward{why}"
         elif not self.started and passed.problem is not None:  # nothing to read was found, so a backward went unseen
             passed.broken = passed.broken or passed.problem
+        if len(self.forwards) == 2 and passed.broken is None and not _sides(passed.c):
+            passed.broken = (
+                "two forwards preceded the backward, and they are not the chosen rows and then the rejected rows: "
+                "their weights have other signs"
+            )
         self.close()
 
     def _settle(self, collector: Collector) -> None:
@@ -214,6 +225,12 @@ class WatchedBackward:
         self.expected.clear()
         if self.collector is not None:
             self.collector.clear()
+
+
+def _sides(c: Tensor) -> bool:
+    """Whether the loss wants the first half of the log-probs up and the second half down."""
+    chosen, rejected = c.chunk(2)
+    return bool((chosen <= 0).all() and (rejected >= 0).all())
 
 
 def _grad_version(parameter: Tensor) -> int:

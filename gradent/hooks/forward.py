@@ -21,6 +21,9 @@ from gradent.hooks.views import View
 
 __all__ = ["WatchedForward"]
 
+_KNOWN = {"loss", "logits", "log_probs", "entropy", "aux_loss", "router_logits"}
+"""Parts of an output that are the log-probs, are made of them, or are looked after elsewhere."""
+
 
 class WatchedForward:
     """One forward under watch, and the cotangents that came before its coefficients."""
@@ -30,6 +33,7 @@ class WatchedForward:
         self.place = Place(Layout(*input_ids.shape), range(len(input_ids)))
         self.read = False
         self._readout: Readout | None = None
+        self._version = 0
         self._inverse: list[float] = []
         self._queue: list[tuple[Tap, Tensor]] = []
         self._handles: list[RemovableHandle] = []
@@ -78,9 +82,12 @@ class WatchedForward:
         if isinstance(found, str):
             self.group.fail(found)
             return
-        self._readout = found
+        self._readout, self._version = found, found.root._version  # noqa: SLF001  (no public name for it)
+        other = _other_ways(output)
         if self._capture is not None:
-            if kwargs.get("output_router_logits") or getattr(output, "aux_loss", None) is not None:
+            if other is not None:
+                self.group.fail(f"the output also holds {other}, through which a loss can pass the log-probs by")
+            elif kwargs.get("output_router_logits") or getattr(output, "aux_loss", None) is not None:
                 self.group.fail("the loss has a part (the routers' auxiliary loss) that passes the log-probs by")
             else:
                 self._survey(self._capture, found)
@@ -146,6 +153,10 @@ class WatchedForward:
         if self.read:
             self.group.fail("two backward passes went through one forward")
             return
+        if self._readout.root._version != self._version:  # noqa: SLF001  (as above)
+            self.group.started = self.read = True
+            self.group.passed.broken = "the model's output was changed in place after the forward"
+            return
         with torch.no_grad():
             found = self._readout.read(grad)
         if not self.group.started:
@@ -186,3 +197,14 @@ class WatchedForward:
         self._readout = None
         if self._capture is not None:
             self._capture.close()
+
+
+def _other_ways(output: Any) -> str | None:
+    """A part of the output, besides the log-probs and what is made of them, by which a gradient can enter the model."""
+    for name, value in output.items() if isinstance(output, Mapping) else ():
+        if name in _KNOWN:
+            continue
+        parts = value if isinstance(value, (tuple, list)) else (value,)
+        if any(isinstance(part, Tensor) and part.requires_grad for part in parts):
+            return str(name)
+    return None

@@ -68,6 +68,7 @@ class Piggyback:
             clock=self.clock,
         )
         self._model = model
+        self._trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         self._handles: list[RemovableHandle] = []
         self._running: WatchedForward | None = None
         self._groups: list[WatchedBackward] = []
@@ -105,22 +106,34 @@ class Piggyback:
         try:
             self._enter(args, kwargs)
         except Exception as error:  # noqa: BLE001  (an error here would end the trainer's forward)
-            group = WatchedBackward(self._watching)
-            group.passed.broken, group.started = f"gradent's own {type(error).__name__}: {error}", True
-            self._groups.append(group)
+            self._break(f"gradent's own {type(error).__name__}: {error}")
+
+    def _break(self, why: str) -> None:
+        """Keep that a forward cannot be watched, and why."""
+        group = WatchedBackward(self._watching)
+        group.passed.broken, group.started = why, True
+        self._groups.append(group)
 
     def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         input_ids = kwargs.get("input_ids")
         if input_ids is None:
             input_ids = next((arg for arg in args if isinstance(arg, Tensor)), None)
+        for group in self._groups:
+            if group.started:  # its backward is over: its graph need not wait for `take`
+                group.finish()
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
+            self._break("the model was called without input_ids [N, L]")
+            return
+        if {id(p) for p in self._model.parameters() if p.requires_grad} != self._trainable:
+            self._break("other parameters are trainable than when the watching began; arm again")
             return
         mask = kwargs.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
             mask = torch.ones_like(input_ids)
         if not self._groups or self._groups[-1].started:
             self._groups.append(WatchedBackward(self._watching))
-        forward = WatchedForward(self._groups[-1], input_ids.detach(), mask.detach())
+        # Copies: a loop may well change its batch in place before the backward.
+        forward = WatchedForward(self._groups[-1], input_ids.detach().clone(), mask.detach().clone())
         forward.enter()
         self._running = forward
 

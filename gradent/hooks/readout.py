@@ -11,7 +11,7 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +34,7 @@ class Coefficients:
         marks: the tokens that the log-prob is over, bool `[N, L]`.
         tokens: each token's own coefficient, of which `c` is the mean, float64 `[N, L]`.
         spread: largest deviation of a token's coefficient from its row's, relative to `|c|`.
+        given: whether the marks came with the batch (labels, or the head's mask), and were not told by the gradient.
         constant: whether rounding explains the spread; if not, the trainer's gradient is not `c ∇log π(y|x)`.
     """
 
@@ -43,6 +44,7 @@ class Coefficients:
     tokens: Tensor
     spread: float
     constant: bool
+    given: bool = True
 
 
 class Readout(Protocol):
@@ -96,7 +98,8 @@ class LogitsReadout:
         """See `Readout.read`."""
         rows = [self._row(index, grad[index]) for index in range(len(grad))]
         c, logp, marks, tokens, off = (torch.stack(column) for column in zip(*rows, strict=True))
-        return _coefficients(c, logp, marks, tokens, off, self.root.dtype)
+        found = _coefficients(c, logp, marks, tokens, off, self.root.dtype)
+        return replace(found, given=self.labels is not None)
 
     def _row(self, index: int, grad: Tensor) -> tuple[Tensor, ...]:
         ids = self.input_ids[index]
@@ -118,9 +121,11 @@ class LogitsReadout:
         weight = -torch.expm1(logps) * used
         each = torch.where(weight > 0, g_y - g_v * (z_y - z_v).clamp_max(80).exp(), 0.0)
         c = (each * weight).sum() / weight.sum().clamp_min(1e-300)
-        # v has its share of the softmax and nothing besides, and no other position is moved: else the loss has a part
-        # that is no log-prob of these tokens (a z-loss, an entropy bonus, a term over the prompt).
-        off = torch.cat([((each - c) * weight).abs(), ((g_v + c * p_v) * used).abs(), (g_y.abs() + g_v.abs())[~used]])
+        # v has its share of the softmax and nothing besides, and so have all others; no other position is moved: else
+        # the loss has a part that is no log-prob of these tokens (a z-loss, an entropy bonus, a term over the prompt).
+        size = torch.linalg.vector_norm(grad, 1, -1, dtype=torch.promote_types(grad.dtype, torch.float32)).double()
+        others = size - 2 * c.abs() * weight  # of c(onehot - p) the absolute values sum to 2|c|(1 - p_y), or to nothing
+        off = torch.cat([((each - c) * weight).abs(), ((g_v + c * p_v) * used).abs(), others.abs()])
         off = off.amax() if count else c.abs()
         marks, tokens = (pad(part, (len(ids) - count, 0)) for part in (used, each * used))
         return c, (logps * used).sum(), marks, tokens, off

@@ -61,8 +61,8 @@ class EntanglementCallback(TrainerCallback):
             run: a `PairBatch`, or rows in one of TRL's preference formats (a dataset, a list of dicts). Logged as
             `gradent/probe/...`, with equal weights for the cases.
         probe_every: steps between two looks at the probe; by default `every`.
-        realised: measure how much chosen and rejected really moved in each measured step, by one more forward after the
-            optimizer's step, beside the prediction.
+        realised: measure how much chosen and rejected really moved in each measured step, beside the prediction: by one
+            more forward on either side of the optimizer's step, without dropout.
         tokens_every: also measure, every so many steps, the token matrix of the step's most entangled pair (0: never).
             It costs about a forward and a backward a token of the two responses. Kept in the record (`record.tokens`),
             and shown as a heat map in a running wandb run.
@@ -128,6 +128,7 @@ class EntanglementCallback(TrainerCallback):
         self._stream: PairStream | None = None
         self._pending: Recording | None = None
         self._tokens: TokenMap | None = None
+        self._before: tuple[torch.Tensor, torch.Tensor] | None = None
         self._measuring = False
         self._window: list[StepRecord] = []
         self._scalars: dict[str, float] = {}
@@ -167,7 +168,7 @@ class EntanglementCallback(TrainerCallback):
     ) -> None:
         """Arm before a step that is to be measured."""
         step = state.global_step + 1
-        self._pending = self._tokens = None
+        self._pending = self._tokens = self._before = None
         self._measuring = step == 1 or step % self.every == 0 or self._tokens_due(step)
         if self._recorder is None or not self._measuring or self.errors >= LIMIT:
             return
@@ -199,8 +200,16 @@ class EntanglementCallback(TrainerCallback):
         scale = max(1, batches) / (float(scaler.get_scale()) if scaler is not None else 1.0)
         self._pending = self._recorder.harvest(scale=scale)
         self._recorder.disarm()
+        if self.realised and self._pending is not None:
+            self._before = self._log_probs(kwargs["model"], self._pending)
         if self._tokens_due(state.global_step + 1) and self._pending is not None and is_first():
             self._tokens = map_tokens(kwargs["model"], self._pending, self._budget)
+
+    def _log_probs(self, model: nn.Module, one: Recording) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if is_sharded(model):
+            self._tell_once("realised is not measured: a sharded model (FSDP) allows no pass of gradent's own.")
+            return None
+        return None if one.batch is None or not len(one.gram) else sequence_logps(model, one.batch)
 
     def _tokens_due(self, step: int) -> bool:
         return self.tokens_every > 0 and (step == 1 or step % self.tokens_every == 0)
@@ -221,10 +230,9 @@ class EntanglementCallback(TrainerCallback):
         pending, self._pending, self._measuring = self._pending, None, False
         moved = None
         try:
-            if self.realised and is_sharded(model):
-                self._tell_once("realised is not measured: a sharded model (FSDP) allows no pass of gradent's own.")
-            elif self.realised and pending is not None:
-                moved = _realised(model, pending)
+            after = None if self._before is None or pending is None else self._log_probs(model, pending)
+            if after is not None and self._before is not None:
+                moved = after[0] - self._before[0], after[1] - self._before[1]
         finally:  # the other ranks wait here, whatever happened on this one
             gathered = gather((pending, moved))
         found = [(one, change) for one, change in gathered if one is not None]
@@ -305,15 +313,6 @@ def _implied(args: TrainingArguments) -> Pairing:
         return "either"
     # TPO's third block, a likelihood of its own, is left out of the batch where it has no weight.
     return "thirds" if "TPOConfig" in names and getattr(args, "tpo_alpha", 1.0) != 0 else "halves"
-
-
-@torch.no_grad()
-def _realised(model: nn.Module, one: Recording) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Changes of both log-probs since the step's own forward, float64 `[k]` each."""
-    if one.batch is None or not len(one.gram):
-        return None
-    chosen, rejected = sequence_logps(model, one.batch)
-    return chosen - one.gram.chosen_logp, rejected - one.gram.rejected_logp
 
 
 def _on_cpu(one: Recording) -> Recording:

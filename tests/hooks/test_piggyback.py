@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -47,13 +49,18 @@ def watch(model: nn.Module, step: Callable[[], Tensor], **options: object) -> li
     step().backward()
     passed = watcher.take()
     watcher.disarm()
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in bare(model))  # noqa: SLF001
+    assert own_hooks(model) == []
     return passed
 
 
-def bare(model: nn.Module) -> list[nn.Module]:
-    """Modules on which nobody but gradent could have put a hook."""
-    return [module for module in model.modules() if not isinstance(module, nn.Embedding)]
+def own_hooks(model: nn.Module) -> list[object]:
+    """gradent's hooks on the model; transformers has some of its own."""
+    hooks = [
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())  # noqa: SLF001
+    ]
+    return [hook for hook in hooks if getattr(hook, "__module__", "").startswith("gradent")]
 
 
 def error(passed: Passed, true: Truth) -> float:
@@ -253,7 +260,27 @@ def entropy_of_the_fused_head(model: nn.Module, batch: PairBatch) -> Tensor:
     return dpo(*output.log_probs.sum(1).chunk(2)) + 0.01 * output.entropy.mean()
 
 
+def with_logits(change: Callable[[Tensor], Tensor], **options: bool) -> Callable[[nn.Module, PairBatch], Tensor]:
+    """DPO on logits that something is done to, or beside other outputs."""
+
+    def step(model: nn.Module, batch: PairBatch) -> Tensor:
+        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
+        logps = change(output.logits)[:, :-1].log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+        loss = dpo(*(logps * batch.completion_mask[:, 1:]).sum(1).chunk(2))
+        return loss + (0.1 * output.hidden_states[-1].square().mean() if options else 0.0)
+
+    return step
+
+
+def rare_token_penalised(model: nn.Module, batch: PairBatch) -> Tensor:
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+    return dpo(*(logps * batch.completion_mask[:, 1:]).sum(1).chunk(2)) + 0.01 * logits[:, :-1, 95].square().mean()
+
+
 REFUSED = {
+    "hidden states": (lambda: build("llama"), with_logits(lambda x: x, output_hidden_states=True), "hidden_states"),
+    "rare token": (lambda: build("llama"), rare_token_penalised, "weighs the tokens"),
     "z-loss": (lambda: build("llama"), extra("z-loss"), "weighs the tokens"),
     "entropy bonus": (lambda: build("llama"), extra("entropy"), "weighs the tokens"),
     "label smoothing": (lambda: build("llama"), extra("label smoothing"), "weighs the tokens"),
@@ -356,3 +383,60 @@ def test_an_auxiliary_loss_is_noticed() -> None:
     watcher.disarm()
     assert "auxiliary loss" in (passed.problem or "")
     assert passed.broken is None
+
+
+def test_logits_changed_in_place_are_not_read() -> None:
+    model, batch = prepare(build("llama")), ragged()
+    (passed,) = watch(model, lambda: with_logits(lambda logits: logits.div_(0.7))(model, batch))
+    assert "changed in place" in (passed.broken or "")
+
+
+def test_two_batches_below_one_backward_are_not_taken_for_two_sides() -> None:
+    model, batch = prepare(build("llama")), ragged()
+    (passed,) = watch(model, lambda: through_logits(model, batch) + through_logits(model, batch))
+    assert "two forwards" in (passed.broken or "")
+
+
+def test_parameters_that_become_trainable_are_noticed() -> None:
+    model, batch = prepare(build("llama")), ragged()
+    model.lm_head.weight.requires_grad_(False)
+    watcher = Piggyback(model, trainable(model), budget=2**24)
+    watcher.arm()
+    model.lm_head.weight.requires_grad_(True)
+    through_logits(model, batch).backward()
+    (passed,) = watcher.take()
+    watcher.disarm()
+    assert "other parameters are trainable" in (passed.broken or "")
+
+
+def test_a_batch_that_the_loop_changes_afterwards() -> None:
+    model, batch = prepare(lora_everywhere("llama")), ragged()
+    ids = batch.input_ids.clone()
+
+    def step() -> Tensor:
+        logits = model(input_ids=ids, attention_mask=batch.attention_mask).logits
+        ids[:, 0] = 1
+        logps = logits[:, :-1].log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+        return dpo(*(logps * batch.completion_mask[:, 1:]).sum(1).chunk(2))
+
+    model.get_input_embeddings().weight.requires_grad_(False)
+    (passed,) = watch(model, step)
+    for row, (kept, _) in enumerate(passed.rows):
+        assert torch.equal(kept, batch.row(row)[0])
+
+
+def test_graphs_of_earlier_steps_are_let_go_of() -> None:
+    model, batch = prepare(build("llama")), ragged()
+    watcher = Piggyback(model, trainable(model), budget=2**24)
+    watcher.arm()
+    roots = []
+    for _ in range(3):
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        roots.append(weakref.ref(logits))
+        logps = logits[:, :-1].log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+        dpo(*(logps * batch.completion_mask[:, 1:]).sum(1).chunk(2)).backward()
+        del logits, logps
+    gc.collect()
+    assert [root() is None for root in roots] == [True, True, False]
+    assert [one.problem for one in watcher.take()] == [None] * 3
+    watcher.disarm()

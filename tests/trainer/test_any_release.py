@@ -62,3 +62,15 @@ def test_dpo(tiny_llama, tiny_tokenizer, tmp_path, checkpointing, accumulation):
     torch.testing.assert_close(first.verdict.d_l, first.verdict.d_w, rtol=1e-4, atol=0)
     logged = [entry for entry in watched.state.log_history if "gradent/cosine" in entry]
     assert [entry["step"] for entry in logged] == [1, 2, 3]
+
+
+def test_what_did_not_move_is_not_said_to_have_moved(tiny_llama, tiny_tokenizer, tmp_path):
+    """With a learning rate of zero nothing moves, whatever noise dropout puts on the training forward."""
+    tiny_llama.config.attention_dropout = 0.3
+    for layer in tiny_llama.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    callback = EntanglementCallback(every=1, realised=True, on_error="raise")
+    train(tiny_llama, tiny_tokenizer, tmp_path, [callback], learning_rate=0.0, disable_dropout=False)
+    for record in callback.records:
+        assert record.chosen_realised.abs().max() == 0
+        assert record.rejected_realised.abs().max() == 0
