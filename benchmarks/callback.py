@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from benchmarks.results import append
+from benchmarks.append import append
 from gradent import EntanglementCallback
 
 TOKENS, PAIRS = 256, 2

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from gradent.audit.table import preview, print_summary, printable
 from gradent.errors import GradentWarning, InputError
-from gradent.record import CASE_NAMES, Summary, write_pairs, write_summary
+from gradent.record import CASE_NAMES, Summary, make_directory, write_pairs, write_summary
 
 if TYPE_CHECKING:
     from gradent.audit.data import AuditPair
@@ -117,7 +117,7 @@ def audit(
     if not isinstance(objective, losses.Loss):
         raise InputError(f"loss is a {type(loss).__name__}; accepted: a name that losses.get knows, or a Loss.")
     check_scan_settings(batch_size=batch_size, engine=engine, memory_budget=memory_budget)
-    directory = _make_directory(out)
+    directory = make_directory(out, _FILES)
     notes: list[str] = []
     tell = _teller(notes, quiet)
     ready = prepare(
@@ -151,23 +151,6 @@ def audit(
     if not quiet:
         print_summary(result.summary, Console())
     return result
-
-
-def _make_directory(out: str | os.PathLike[str]) -> Path:
-    """Before any work: an hour of measuring must not end in a directory that cannot be written."""
-    directory = Path(out)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be made a directory ({error.strerror}). Choose another --out.") from error
-    if not os.access(directory, os.W_OK):
-        raise InputError(f"{out}: this directory cannot be written to. Choose another --out.")
-    for name in _FILES:
-        if (directory / name).is_dir():
-            raise InputError(
-                f"{directory / name}: is a directory, and the audit writes a file there. Choose another --out."
-            )
-    return directory
 
 
 def _teller(notes: list[str], quiet: bool) -> Callable[[str], None]:

@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -21,7 +20,7 @@ from rich.text import Text
 
 from gradent.demo.settings import EMBEDDED, PRETRAINED, DemoSettings
 from gradent.errors import InputError
-from gradent.record import PAIR_COLUMNS, write_demo, write_pairs
+from gradent.record import PAIR_COLUMNS, make_directory, write_demo, write_pairs
 from gradent.report import write_demo_report
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def run_demo(*, out: str | os.PathLike[str], model: str | None = None, steps: in
             tokenizer cannot do the task.
     """
     started = time.monotonic()
-    directory = _make_directory(out)
+    directory = make_directory(out, ("pairs.parquet", "demo.json", "report.html"))
     settings = _choose_settings(model, steps, seed)
     _require_packages()
     from gradent.demo.findings import judge  # noqa: PLC0415
@@ -167,17 +166,6 @@ def _require_packages() -> None:
     found = version("trl")
     if int(found.split(".")[0]) < 1:  # its trainers lay their batches out differently
         raise InputError(f'The demo needs TRL 1.0 or newer, and {found} is installed: pip install --upgrade "trl>=1".')
-
-
-def _make_directory(out: str | os.PathLike[str]) -> Path:
-    directory = Path(out)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be made a directory ({error.strerror}). Choose another --out.") from error
-    if not os.access(directory, os.W_OK):
-        raise InputError(f"{out}: this directory cannot be written to. Choose another --out.")
-    return directory
 
 
 @contextmanager

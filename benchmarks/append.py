@@ -16,7 +16,7 @@ import transformers
 
 __all__ = ["append"]
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parent / "results"
 
 
 def append(name: str, figures: Mapping[str, Any]) -> Path:
@@ -29,7 +29,8 @@ def append(name: str, figures: Mapping[str, Any]) -> Path:
     Returns:
         The file.
     """
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=HERE)
+    asked = ["git", "-C", str(RESULTS), "rev-parse", "--short", "HEAD"]
+    git = subprocess.run(asked, capture_output=True, text=True, check=False)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     row = {
         "date": datetime.date.today().isoformat(),
@@ -40,7 +41,7 @@ def append(name: str, figures: Mapping[str, Any]) -> Path:
         "transformers": transformers.__version__,
         **{key: f"{value:.5g}" if isinstance(value, float) else value for key, value in figures.items()},
     }
-    path = HERE / f"{name}.csv"
+    path = RESULTS / f"{name}.csv"
     fresh = not path.exists()
     with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(row))
