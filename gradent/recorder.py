@@ -67,6 +67,7 @@ def attach(
     memory_budget: int | str | None = None,
     metric: torch.optim.Optimizer | None = None,
     compiled: nn.Module | None = None,
+    trusted: bool = False,
 ) -> Recorder:
     """Watch the model that a training loop runs, from `with` to the end of the block (or between `arm` and `disarm`).
 
@@ -82,6 +83,8 @@ def attach(
         metric: None for the Euclidean inner product, or the Adam(W) optimizer whose geometry is to be used.
         compiled: what `torch.compile` made of the model, if that is what the loop calls: coefficients are read off it,
             and the entries are measured on the model itself. Given as `model`, such a wrapper is recognised.
+        trusted: the loss is known to see log-probs alone, whatever else the model is asked for (older releases of TRL
+            ask for hidden states and leave them). Otherwise such an output sends "auto" to a pass of its own.
 
     Returns:
         The recorder, which is a context manager.
@@ -106,6 +109,7 @@ def attach(
         memory_budget=memory_budget,
         metric=metric,
         compiled=compiled,
+        trusted=trusted,
     )
 
 
@@ -122,11 +126,13 @@ class Recorder:
         memory_budget: int | str | None,
         metric: torch.optim.Optimizer | None,
         compiled: nn.Module | None,
+        trusted: bool,
     ) -> None:
         self.metric = metric
         self._model = plain(model)
         self._watched = model if compiled is None else compiled
         self._compiled = self._watched is not self._model
+        self._trusted = trusted
         self._mode: Mode = mode
         self._pairing: Pairing = pairing
         self._by_module = by_module
@@ -167,6 +173,7 @@ class Recorder:
             pairing=self._pairing,
             weight=None if self.metric is None else metric_roots(self.metric, self._parameters),
             entries=self._mode != "measure" and not self._compiled,
+            trusted=self._trusted,
         )
         self._piggyback.arm()
 

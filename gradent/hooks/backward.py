@@ -69,6 +69,7 @@ class Watching:
         pairing: which rows of a forward are chosen, which rejected.
         weight: parameter number -> square root of the metric's diagonal, or None.
         entries: capture uses too; without, only coefficients are read.
+        trusted: the loss sees log-probs alone, whatever else the model is asked for.
         clock: the time spent on watching.
     """
 
@@ -80,6 +81,7 @@ class Watching:
     pairing: Pairing
     weight: Callable[[int], Tensor] | None
     entries: bool
+    trusted: bool
     clock: Clock
 
 

@@ -39,6 +39,7 @@ class Piggyback:
         pairing: which rows of a forward are chosen, which rejected.
         weight: parameter number -> square root of the metric's diagonal, or None.
         entries: capture uses too; without, only coefficients are read.
+        trusted: the loss sees log-probs alone, whatever else the model is asked for.
 
     Attributes:
         clock: the time spent on watching.
@@ -53,6 +54,7 @@ class Piggyback:
         pairing: Pairing = "halves",
         weight: Callable[[int], Tensor] | None = None,
         entries: bool = True,
+        trusted: bool = False,
     ) -> None:
         tensors = list(parameters.values())
         self.clock = Clock()
@@ -65,6 +67,7 @@ class Piggyback:
             pairing=pairing,
             weight=weight,
             entries=entries,
+            trusted=trusted,
             clock=self.clock,
         )
         self._model = model

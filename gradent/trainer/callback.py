@@ -156,6 +156,7 @@ class EntanglementCallback(TrainerCallback):
             by_module=True,
             memory_budget=self._budget,
             compiled=None if trainer is None else trainer.model_wrapped,
+            trusted=type(args).__module__.startswith("trl."),
         )
         if self._out is not None and is_first():
             self._stream = PairStream(self._out / "pairs.jsonl")
