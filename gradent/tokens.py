@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gradent.errors import UncoveredParameterError
 from gradent.hooks.batching import group_rows
 from gradent.hooks.cross import CrossLedger
-from gradent.hooks.driver import measure_pairs, rows_share
-from gradent.hooks.engine import MicroBatch, run
+from gradent.hooks.driver import announce_single_rows, measure_pairs, rows_share
+from gradent.hooks.engine import MicroBatch, NeedsSingleRows, run
 from gradent.kernels.plan import DEFAULT_BUDGET, parse_budget
+from gradent.kernels.reference import spans
 from gradent.model import check_ids, input_device, observed, plain, trainable
 from gradent.pairs import PairBatch
 
@@ -82,7 +82,6 @@ def measure_tokens(
     Raises:
         InputError: token ids outside the model's vocabulary.
         ModelError: nothing trainable, not a causal language model, or no logits.
-        UncoveredParameterError: a parameter cannot be measured within `memory_budget`.
         NonFiniteError: a nan or inf in the logits.
         MemoryBudgetError: the budget is malformed.
 
@@ -100,8 +99,8 @@ def measure_tokens(
             rows = [batch.row(row) for row in (pair, len(batch) + pair)]
             check_ids(model, torch.cat([ids for ids, _ in rows]))
             rows = [(ids.to(device), marks.to(device)) for ids, marks in rows]
-            # Finds out, once a model, whether rows can share a forward.
-            measure_pairs(model, parameters, rows, budget=budget, weight=None, dropout=False)
+            if rows_share(model, parameters) is None:  # found out, once a model, by measuring a pair of it
+                measure_pairs(model, parameters, rows, budget=budget, weight=None, dropout=False)
             grams.append(_measure_pair(model, parameters, rows, pair, budget, by_module=by_module))
     return grams
 
@@ -122,29 +121,15 @@ def _measure_pair(
     squares = [torch.zeros(size, dtype=torch.float64) for size in sizes]
     device = rows[0][0].device
     limit = TOKENS.get(device.type, TOKENS["cuda"]) // max(len(ids) for ids, _ in rows)
-    blocks = [_spans(size, max(1, limit // 2)) for size in sizes]
+    blocks = [spans(size, max(1, limit // 2)) for size in sizes]
     for top in blocks[0]:
         for left in blocks[1]:
             tokens = [*prefixes[0][top], *prefixes[1][left]]
-            groups = [[row] for row in range(len(tokens))]
-            if rows_share(model, parameters):
-                groups = group_rows([len(ids) for ids, _ in tokens], device)
-            micro = MicroBatch(tokens, groups, [pair] * len(tokens))
-            ledger = CrossLedger(len(tokens), budget=budget or DEFAULT_BUDGET)
-            outcome = run(
-                model,
-                list(parameters.values()),
-                micro,
-                budget=budget or DEFAULT_BUDGET,
-                explicit_budget=None,
-                ledger=ledger,
-            )
-            if outcome.uncovered:
-                raise UncoveredParameterError(f"cannot be measured: {outcome.uncovered}")
+            entries = _cross(model, parameters, tokens, pair, budget or DEFAULT_BUDGET)
             split = top.stop - top.start
             for side, part in zip(squares, (top, left), strict=True):
                 side[part] = 0.0
-            for number, matrix in outcome.entries.items():
+            for number, matrix in entries.items():
                 modules[names[number].rpartition(".")[0]][top, left] += matrix[:split, split:]
                 diagonal = matrix.diagonal()
                 squares[0][top] += diagonal[:split]
@@ -159,6 +144,26 @@ def _measure_pair(
     )
 
 
+def _cross(
+    model: nn.Module, parameters: Mapping[str, Tensor], tokens: Sequence[Row], pair: int, budget: int
+) -> dict[int, Tensor]:
+    """Parameter number -> inner products of all tokens with all, `[n, n]` float64."""
+    single = [[row] for row in range(len(tokens))]
+    grouped = group_rows([len(ids) for ids, _ in tokens], tokens[0][0].device)
+
+    def measured(groups: Sequence[Sequence[int]]) -> dict[int, Tensor]:
+        micro = MicroBatch(tokens, groups, [pair] * len(tokens))
+        ledger = CrossLedger(len(tokens), budget=budget)
+        tensors = list(parameters.values())
+        return run(model, tensors, micro, budget=budget, explicit_budget=None, ledger=ledger).entries
+
+    try:
+        return measured(grouped if rows_share(model, parameters) else single)
+    except NeedsSingleRows as need:  # the model changed since it was tried
+        announce_single_rows(need, list(parameters))
+        return measured(single)
+
+
 def _prefixes(ids: Tensor, marks: Tensor) -> list[Row]:
     """For every marked token the row that ends with it, in which it alone is marked."""
     prefixes = []
@@ -167,7 +172,3 @@ def _prefixes(ids: Tensor, marks: Tensor) -> list[Row]:
         alone[position] = True
         prefixes.append((ids[: position + 1], alone))
     return prefixes
-
-
-def _spans(count: int, step: int) -> list[slice]:
-    return [slice(start, min(count, start + step)) for start in range(0, count, step)]

@@ -15,7 +15,7 @@ from gradent.hooks.engine import MicroBatch, NeedsSingleRows, Outcome, run
 from gradent.kernels.plan import DEFAULT_BUDGET
 from gradent.model import check_causal, observed
 
-__all__ = ["measure_pairs", "rows_share"]
+__all__ = ["announce_single_rows", "measure_pairs", "rows_share"]
 
 Row = tuple[Tensor, Tensor]
 
@@ -87,22 +87,22 @@ def measure_pairs(
                 continue
             except NeedsSingleRows as need:  # the model changed since it was tried (another attention, say)
                 known[key] = False
-                _announce(_reason(need, list(parameters)))
+                announce_single_rows(need, list(parameters))
         outcomes += [([pair], run_one(alone(pair))) for pair in pairs]
     return outcomes
 
 
-def rows_share(model: nn.Module, parameters: Mapping[str, Tensor]) -> bool:
+def rows_share(model: nn.Module, parameters: Mapping[str, Tensor]) -> bool | None:
     """Whether rows of the model can share a forward, as `measure_pairs` found out.
 
     Args:
-        model: a model that has been measured.
+        model: the model.
         parameters: its trainable parameters by name.
 
     Returns:
-        The answer.
+        The answer; None for a model that has not been measured yet.
     """
-    return _KNOWN[model][tuple(parameters)]
+    return _KNOWN.get(model, {}).get(tuple(parameters))
 
 
 def _rows_can_share(
@@ -118,7 +118,7 @@ def _rows_can_share(
         length = max(len(ids) for ids, _ in pair.rows) + 3
         both = run_one(MicroBatch(pair.rows, [[0, 1]], pair.pairs, least_length=length))
     except NeedsSingleRows as need:
-        _announce(_reason(need, names))
+        announce_single_rows(need, names)
         return False
     totals = [torch.stack([entry.cpu()[0] for entry in outcome.entries.values()]).sum(0) for outcome in (single, both)]
     norms = totals[0][:2].clamp_min(1e-300).sqrt()
@@ -130,10 +130,16 @@ def _rows_can_share(
     return error <= limit
 
 
-def _reason(need: NeedsSingleRows, names: Sequence[str]) -> str:
+def announce_single_rows(need: NeedsSingleRows, names: Sequence[str]) -> None:
+    """Say that rows go through the model one by one, and because of which parameters.
+
+    Args:
+        need: what a batched forward raised.
+        names: the trainable parameters' names.
+    """
     listed = ", ".join(names[number] for number in sorted(need.params)[:4])
     more = f" and {len(need.params) - 4} more" if len(need.params) > 4 else ""
-    return f"no rule can tell the rows of a batched forward apart where it uses {listed}{more}"
+    _announce(f"no rule can tell the rows of a batched forward apart where it uses {listed}{more}")
 
 
 def _announce(reason: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradent.kernels.plan import Plan, choose
 
-__all__ = ["accumulator", "batch_pays", "reduce_batch", "reduce_dense", "reduce_flat"]
+__all__ = ["accumulator", "batch_pays", "reduce_batch", "reduce_dense", "reduce_flat", "spans"]
 
 RUN = 16384
 
@@ -140,8 +140,8 @@ def _outer(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, plan: Plan, weigh
     rows, cols = u_w.shape[1], v_w.shape[1]
     buffer = torch.empty(2 * plan.tile[0] * plan.tile[1], dtype=accumulator(u_w.dtype), device=v_w.device)
     entries = torch.zeros(3, dtype=torch.float64, device=v_w.device)
-    for top in _spans(rows, plan.tile[0]):
-        for left in _spans(cols, plan.tile[1]):
+    for top in spans(rows, plan.tile[0]):
+        for left in spans(cols, plan.tile[1]):
             height, width = top.stop - top.start, left.stop - left.start
             part = buffer[: 2 * height * width].view(2, height, width)
             _product(u_w[:, top], v_w[:, left], plan.depth, part[0])
@@ -157,8 +157,8 @@ def _gram(u: Tensor, v: Tensor, x: Tensor, y: Tensor, plan: Plan) -> Tensor:
     buffer = torch.empty(2 * plan.tile[0] * plan.tile[1], dtype=accumulator(u.dtype), device=u.device)
     total = torch.zeros((), dtype=torch.float64, device=u.device)
     same = u is x and v is y and plan.tile[0] == plan.tile[1]
-    for top in _spans(u.shape[0], plan.tile[0]):
-        for left in _spans(x.shape[0], plan.tile[1]):
+    for top in spans(u.shape[0], plan.tile[0]):
+        for left in spans(x.shape[0], plan.tile[1]):
             if same and left.start > top.start:
                 continue  # its mirror image counts twice
             height, width = top.stop - top.start, left.stop - left.start
@@ -176,11 +176,12 @@ def _product(left: Tensor, right: Tensor, depth: int, out: Tensor) -> None:
         torch.mm(left.T, right, out=out)
         return
     out.zero_()
-    for span in _spans(left.shape[0], depth):
+    for span in spans(left.shape[0], depth):
         out.addmm_(left[span].to(out.dtype).T, right[span].to(out.dtype))
 
 
-def _spans(count: int, step: int) -> list[slice]:
+def spans(count: int, step: int) -> list[slice]:
+    """`range(count)` in slices of `step`, the last one what is left."""
     return [slice(start, min(count, start + step)) for start in range(0, count, step)]
 
 
