@@ -138,8 +138,6 @@ def test_imports_run_one_way(part):
 
 @pytest.mark.parametrize("part", sorted(BARRED))
 def test_barred_imports(part):
-    if part not in PARTS:
-        pytest.skip(f"gradent.{part} is not in the tree yet")
     reached, queue = set(), [part]
     while queue:
         now = queue.pop()
