@@ -173,6 +173,7 @@ def test_a_run_of_wandb(
     trainer = make_trainer("dpo", llama(), tiny_tokenizer, tmp_path / "run", [callback], report_to="wandb")
     trainer.train()
     wandb.finish()
+    wandb.teardown()  # waits for the service, which may still be writing the file
     rows = history(tmp_path)
     written = [row for row in rows if "train/loss" in row]
     assert [row["train/global_step"] for row in written] == [1, 2]
