@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gradent.errors import GradentWarning
+from gradent.errors import GradentWarning, NonFiniteError
 from gradent.hooks.cross import CrossLedger
 from gradent.hooks.forms import Dense, Explicit, Rows
+from gradent.hooks.strand import NoLockstep
+from gradent.hooks.token_ledger import TokenLedger
 from gradent.measure import measure
 from gradent.pairs import PairBatch
+from gradent.token_gram import TokenGram
 from gradent.tokens import measure_tokens
-from tests.adapters import build_adapted
+from tests.adapters import ADAPTERS, build_adapted
 from tests.batches import left_padded, ragged, square
-from tests.odd_models import build_odd
+from tests.odd_models import ODD, build_odd
 from tests.truth import call, untouched
-from tests.zoo import build
+from tests.zoo import MEASURABLE, build
 
 MODELS = {
     "gpt2": (lambda: build("gpt2"), 1e-9),
@@ -76,13 +81,41 @@ def test_every_entry(name):
         assert gram.cosine.abs().max() <= 1 + 1e-6
 
 
-def test_a_matrix_in_blocks(monkeypatch):
-    model, batch = build("gpt2"), square()
+@pytest.mark.parametrize("budget", [512, "64KiB"])
+@pytest.mark.parametrize("name", ["gpt2", "llama, biases, tied", "LoRA"])
+def test_a_matrix_in_blocks(name, budget):
+    model, batch = MODELS[name][0](), square()
     (whole, *_) = measure_tokens(model, batch)
+    (blocks, *_) = measure_tokens(model, batch, memory_budget=budget)
+    assert_same(blocks, whole)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "LoRA"])
+def test_token_by_token(monkeypatch, name):
+    """The way for models whose tokens cannot share a backward gives the same, in blocks too, and is announced."""
+    model, batch = MODELS[name][0](), square()
+    (whole, *_) = measure_tokens(model, batch)
+    other = MODELS[name][0]()
+
+    def refuse(*args, **kwargs):
+        raise NoLockstep("it is a test")
+
+    monkeypatch.setattr("gradent.tokens.Lockstep", refuse)
     monkeypatch.setattr("gradent.tokens.TOKENS", {"cpu": 12, "cuda": 12})
-    (blocks, *_) = measure_tokens(model, batch, memory_budget=512)
-    for name in ("inner", "chosen_sq", "rejected_sq"):
-        torch.testing.assert_close(getattr(blocks, name), getattr(whole, name), rtol=1e-9, atol=1e-12)
+    with pytest.warns(GradentWarning, match="one by one .* it is a test"):
+        (single, *_) = measure_tokens(other, batch, memory_budget=512)
+    assert_same(single, whole)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GradentWarning)  # said once a model
+        measure_tokens(other, ragged(1))
+
+
+def assert_same(one: TokenGram, other: TokenGram) -> None:
+    """Two measurements of one pair, in models with float32 islands too."""
+    scale = (other.chosen_sq[:, None] * other.rejected_sq[None]).sqrt()
+    assert ((one.inner - other.inner).abs() / scale).max() <= 1e-6
+    for name in ("chosen_sq", "rejected_sq"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-6, atol=0)
 
 
 def test_a_positions_gradient_is_something_else():
@@ -121,10 +154,74 @@ def test_forms_of_every_kind(budget):
     torch.testing.assert_close(ledger.entries[0], dense.flatten(1) @ dense.flatten(1).T)
 
 
-def test_a_model_that_changed_since_it_was_tried(monkeypatch):
-    model, batch = build("mixtral"), ragged(1)
-    (want,) = measure_tokens(model, batch)
-    monkeypatch.setattr("gradent.tokens.rows_share", lambda model, parameters: True)
-    with pytest.warns(GradentWarning, match="one row a forward"):
+def test_a_model_that_changed_since_it_was_tried():
+    model, batch = build("gpt2"), ragged(1)
+    measure_tokens(model, batch)
+    hook = model.transformer.h[0].register_forward_hook(lambda module, args, out: _hooked(out))
+    try:
+        with pytest.warns(GradentWarning, match="registers hooks on tensors"):
+            (got,) = measure_tokens(model, batch)
+        chosen, rejected = truth_of(model, batch, 0)
+    finally:
+        hook.remove()
+    scale = chosen.norm(dim=1)[:, None] * rejected.norm(dim=1)[None]
+    assert ((got.inner - chosen @ rejected.T).abs() / scale).max() <= 1e-9
+
+
+def _hooked(out):
+    hidden = out[0] if isinstance(out, tuple) else out
+    if hidden.requires_grad:
+        hidden.register_hook(lambda grad: 2 * grad)
+    return out
+
+
+def test_a_matrix_that_does_not_add_up_is_not_returned(monkeypatch):
+    model, batch = build("gpt2"), ragged(1)
+    (want,) = measure_tokens(build("gpt2"), batch)
+    honest = TokenLedger.finish
+
+    def crooked(self: TokenLedger, param: int) -> None:
+        honest(self, param)
+        self.entries[param].inner.mul_(1.01)
+
+    monkeypatch.setattr(TokenLedger, "finish", crooked)
+    with pytest.warns(GradentWarning, match="differs from the pair's inner product"):
         (got,) = measure_tokens(model, batch)
-    assert torch.equal(got.inner, want.inner)
+    assert_same(got, want)
+
+
+def test_a_non_finite_token_is_named():
+    model, batch = build("gpt2"), ragged(2)
+    with torch.no_grad():
+        model.transformer.wte.weight[batch.row(3)[0][-1]] = float("nan")
+    with pytest.raises(NonFiniteError, match="pair"):
+        measure_tokens(model, batch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MEASURABLE)
+def test_every_family_in_step(name):
+    check_in_step(build(name))
+
+
+def check_in_step(model: nn.Module) -> None:
+    """It is not measured token by token, and every entry is right."""
+    batch = ragged(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GradentWarning)
+        (gram,) = measure_tokens(model, batch)
+    chosen, rejected = truth_of(model, batch, 0)
+    scale = chosen.norm(dim=1)[:, None] * rejected.norm(dim=1)[None]
+    assert ((gram.inner - chosen @ rejected.T).abs() / scale).max() <= 1e-6
+    torch.testing.assert_close(gram.chosen_sq, chosen.square().sum(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(gram.rejected_sq, rejected.square().sum(1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_adapter_in_step(name):
+    check_in_step(build_adapted(name))
+
+
+@pytest.mark.parametrize("name", sorted(set(ODD) - {"sparse embedding"}))  # sparse gradients have no flat truth
+def test_every_odd_model(name):
+    check_in_step(build_odd(name))

@@ -92,6 +92,7 @@ class Capture(TorchFunctionMode):
     Attributes:
         parameters: the trainable parameters.
         taps: what was recorded, in forward order.
+        meets_hooks: whether the model's own code registered a hook on a tensor.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Capture(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.taps: list[Tap] = []
+        self.meets_hooks = False
         self._layout = layout
         self._deliver = deliver
         self._late = late
@@ -127,6 +129,8 @@ class Capture(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.register_hook:
+            self.meets_hooks = True
         if self._blind or not torch.is_grad_enabled():
             return func(*args, **kwargs)
         seen = self._guarded(self._before, func, args, kwargs)

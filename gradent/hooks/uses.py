@@ -224,6 +224,33 @@ class SumUse(_WholeSlot):
             else:  # learned positions, added to every row of the batch
                 yield row, (), Rows(self.view.ids.reshape(-1), summed.reshape(-1, self.view.shape[1]))
 
+    def token_sums(self, cotangents: Tensor, budget: int) -> Tensor:
+        """The gradients of many cotangents of one row.
+
+        Args:
+            cotangents: `[m, *shape of the output]`.
+            budget: bytes of scratch.
+
+        Returns:
+            `[m, *shape of the view]`, wide; of learned positions, the values of the rows that `view.ids` names.
+        """
+        wide = accumulator(cotangents.dtype)
+        factor = None if self.factor is None else self.factor().to(wide)
+        dims = cotangents.dim() - 1
+        shape = (1,) * (dims - len(self.shape)) + tuple(self.shape)[max(0, len(self.shape) - dims) :]
+        axes = [axis + 1 for axis, size in enumerate(shape) if size == 1]
+        step = max(1, budget // max(1, 2 * wide.itemsize * cotangents.shape[1:].numel()))
+        parts = []
+        for start in range(0, len(cotangents), step):
+            part = cotangents[start : start + step].to(wide)
+            if factor is not None:
+                part = part * factor
+            parts.append(part.sum(axes) if axes else part)
+        if self.view.ids is not None:
+            return torch.cat(parts).reshape(len(cotangents), -1, self.view.shape[1])
+        grads = torch.cat(parts).reshape(len(cotangents), *self.view.shape)
+        return grads if self.view.gain is None else grads * self.view.gain
+
     def _sum(self, b: Tensor, factor: Tensor | None, budget: int) -> Tensor:
         """`Σ b · factor` of one row over the axes along which the parameter was broadcast, in steps."""
         wide = accumulator(b.dtype)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from gradent.recorder import Recording
-from gradent.tokens import TokenGram, measure_tokens
+from gradent.token_gram import TokenGram
+from gradent.tokens import measure_tokens
 
 __all__ = ["TokenMap", "map_tokens"]
 
@@ -40,5 +41,5 @@ def map_tokens(model: nn.Module, one: Recording, budget: int | str | None) -> To
     if one.batch is None or not len(cosine) or float(cosine.max()) < -1.5:
         return None
     pair = int(cosine.argmax())
-    (gram,) = measure_tokens(model, one.batch.select([pair]), memory_budget=budget)
+    (gram,) = measure_tokens(model, one.batch.select([pair]), memory_budget=budget, progress=False)
     return TokenMap(pair=pair, gram=gram)

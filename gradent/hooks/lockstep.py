@@ -1,0 +1,360 @@
+"""Every token of a pair in one backward pass a row, the passes of all rows in step, each layer reduced as it arrives.
+
+A row and shorter prefixes of it are strands: a token's cotangent is zero behind it, so early tokens take a short row.
+All strands run the same piece of the backward pass before any runs the next, so that a parameter's cotangents are there
+for all tokens at once, are reduced, and go. Nothing of size tokens × parameters exists.
+
+Letters: n_w and n_l tokens of chosen and rejected, m lanes of a strand, M positions of its row.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from gradent.hooks.cuts import byte_size, cut_order
+from gradent.hooks.strand import Arrival, Lanes, Strand
+from gradent.hooks.token_ledger import Flat, Lone, Odd, Shared, TokenLedger
+from gradent.hooks.uses import LookupUse, MatrixUse, SumUse
+from gradent.kernels.reference import accumulator, spans
+from gradent.kernels.tokens import Block, Entries
+
+__all__ = ["Lockstep", "split_row"]
+
+STRANDS = 4
+"""Prefixes of a row, at most: each saves its tokens the positions behind them, and costs a forward."""
+
+SHARE = 16
+"""Tokens of a strand, at least: below, its forward costs more than it saves."""
+
+
+def split_row(side: int, ids: Tensor, marks: Tensor, *, whole: bool) -> list[Lanes]:
+    """The strands of a row.
+
+    Args:
+        side: 0 for chosen, 1 for rejected.
+        ids: int64 `[T]`.
+        marks: bool `[T]`, the tokens to measure.
+        whole: take the row as it is, for models that see its length.
+
+    Returns:
+        One or more, which together hold every marked token once.
+    """
+    places = marks.nonzero()[:, 0].tolist()
+    count = 1 if whole else max(1, min(STRANDS, len(places) // SHARE))
+    size = -(-len(places) // count)
+    strands = []
+    for span in spans(len(places), size):
+        mine = places[span]
+        end = len(ids) if whole else mine[-1] + 1
+        strands.append(Lanes(side, list(range(len(places)))[span], ids[:end], mine))
+    return strands
+
+
+class Lockstep:
+    """A pair's strands.
+
+    Args:
+        model: the model, in the mode in which it is to be measured.
+        parameters: its trainable parameters; their numbers are their places here.
+        lanes: the strands' rows and tokens.
+        budget: bytes that cotangents, what is held of them, and tiles may take together.
+        pair: the pair's number, as an error names it.
+
+    Raises:
+        NonFiniteError: a log-prob is nan or infinite.
+        NoLockstep: the model does not allow it.
+    """
+
+    def __init__(
+        self, model: nn.Module, parameters: Sequence[Tensor], lanes: Sequence[Lanes], *, budget: int, pair: int
+    ) -> None:
+        self._parameters, self._budget = parameters, budget
+        self._strands: list[Strand] = []
+        try:
+            for one in lanes:
+                self._strands.append(Strand(model, parameters, one, pair))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of every graph."""
+        for strand in self._strands:
+            strand.close()
+        self._strands.clear()
+
+    def block_size(self) -> int:
+        """Tokens of chosen and rejected together that fit the budget."""
+        held = 0
+        for strand in self._strands:
+            sizes = _held(strand)
+            cuts = cut_order(strand.order, strand.head, sizes, 0)
+            held = max(held, *(sum(sizes[start:stop]) for start, stop in pairwise(cuts)))
+        flow = max(strand.lane_bytes for strand in self._strands)
+        leaves = {number for strand in self._strands for number in strand.order.leaves}
+        explicit = sum(self._parameters[n].numel() * accumulator(self._parameters[n].dtype).itemsize for n in leaves)
+        return max(2, self._budget // (2 * (2 * flow + held + explicit)))
+
+    def run(
+        self,
+        chosen: range,
+        rejected: range,
+        *,
+        check: bool = False,
+        advance: Callable[[float], None] | None = None,
+    ) -> dict[int, Entries]:
+        """Measure the chosen tokens of one range against the rejected tokens of another.
+
+        Args:
+            chosen: numbers of chosen tokens.
+            rejected: numbers of rejected tokens.
+            check: make sure that the heads keep positions apart.
+            advance: told the share of the work that has been done, in steps that add to 1.
+
+        Returns:
+            Parameter number -> entries; one that no token depends on is absent.
+
+        Raises:
+            NoLockstep: `check` failed.
+        """
+        run = _Run(self._strands, self._parameters, (chosen, rejected), self._budget)
+        run.start(check=check)
+        cuts = run.cut()
+        pieces = max(len(one) for one in cuts) - 1
+        for piece in range(pieces):
+            run.piece(piece, cuts)
+            if advance is not None:
+                advance(1 / pieces)
+        return run.ledger.entries
+
+
+def _held(strand: Strand) -> list[int]:
+    """Bytes that each node of a strand's backward pass makes one hold of a lane."""
+    places = {node: place for place, node in enumerate(strand.order.nodes)}
+    held = [0] * len(strand.order.nodes)
+    for tap in strand.taps:
+        place = places.get(tap.node)
+        if place is None:
+            continue
+        use, size = tap.use, byte_size(GradientEdge(tap.node, 0))
+        if isinstance(use, MatrixUse) and not use.transposed:
+            wide = accumulator(use.inputs.dtype).itemsize
+            size = min(size, use.view.shape[0] * use.view.shape[1] * wide)
+        elif isinstance(use, SumUse) and use.view.ids is None:
+            size = 8
+        held[place] += size
+    return held
+
+
+class _Run:
+    """One block of the matrix."""
+
+    def __init__(
+        self, strands: Sequence[Strand], parameters: Sequence[Tensor], block: tuple[range, range], budget: int
+    ) -> None:
+        self._parameters, self._budget = parameters, budget
+        self._lanes: dict[Strand, list[int]] = {}
+        for strand in strands:
+            mine = block[strand.lanes.side]
+            lanes = [lane for lane, token in enumerate(strand.lanes.tokens) if token in mine]
+            if lanes:
+                self._lanes[strand] = lanes
+        self._first = [side.start for side in block]
+        self._tiles = max(1024, budget // 4)
+        self._longest = max(strand.layout.length for strand in strands)
+        self.ledger = TokenLedger((len(block[0]), len(block[1])), budget=self._tiles)
+        self._waiting: dict[int, set[tuple[Strand, object]]] = defaultdict(set)
+        self._buffers: dict[tuple[Strand, object], Tensor] = {}
+        for strand in self._lanes:
+            for tap in strand.taps:
+                self._waiting[tap.use.view.param].add((strand, tap))
+            for number in strand.order.leaves:
+                self._waiting[number].add((strand, number))
+
+    def _tokens(self, strand: Strand, lanes: slice | None = None) -> list[int]:
+        """Numbers of a strand's running tokens within the block."""
+        mine = self._lanes[strand] if lanes is None else self._lanes[strand][lanes]
+        return [strand.lanes.tokens[lane] - self._first[strand.lanes.side] for lane in mine]
+
+    def start(self, *, check: bool) -> None:
+        """Through the heads."""
+        for strand, lanes in self._lanes.items():
+            for arrival in strand.start(lanes, check=check):
+                self._behind_head(strand, arrival)
+            for tap in strand.head_taps():
+                self._waiting[tap.use.view.param].discard((strand, tap))
+        for param, waiting in list(self._waiting.items()):
+            if not waiting:
+                self._finish(param)
+            elif all(self._looks_up(key) for _, key in waiting):
+                ids = [key.use.ids.reshape(-1) for _, key in waiting]  # type: ignore[attr-defined]
+                self.ledger.shrink(param, torch.cat(ids))
+
+    @staticmethod
+    def _looks_up(key: object) -> bool:
+        return isinstance(getattr(key, "use", None), LookupUse)
+
+    def cut(self) -> list[list[int]]:
+        """Where each strand's pass is cut: alike, where the passes are alike."""
+        longest = max(self._lanes, key=lambda strand: strand.layout.length)
+        names = longest.order.names
+        lanes = sum(map(len, self._lanes.values()))
+        limit = self._budget // 4
+        held = [size * lanes for size in _held(longest)]
+        common = cut_order(longest.order, longest.head, held, limit)
+        cuts = []
+        for strand in self._lanes:
+            if strand.head == longest.head and strand.order.names == names:
+                cuts.append(common)
+            else:
+                mine = [size * lanes for size in _held(strand)]
+                cuts.append(cut_order(strand.order, strand.head, mine, limit))
+        return cuts
+
+    def piece(self, number: int, cuts: Sequence[Sequence[int]]) -> None:
+        """Run one piece of every strand, and reduce what is complete then."""
+        for (strand, lanes), places in zip(self._lanes.items(), cuts, strict=True):
+            if number + 1 >= len(places):
+                continue
+            start, stop = places[number], places[number + 1]
+            step = self._step(strand, len(lanes))
+            for event in strand.advance(start, stop, step):
+                if isinstance(event, Arrival):
+                    self._take(strand, event)
+                else:
+                    self._take_leaf(strand, *event)
+            done = set(strand.order.nodes[start:stop])
+            for tap in strand.taps:
+                if tap.node in done:
+                    self._close(strand, tap)
+            for param, last in ((param, max(found)) for param, found in strand.order.leaves.items()):
+                if last < stop and (strand, param) in self._waiting[param]:
+                    self._close(strand, param)
+        for param, waiting in list(self._waiting.items()):
+            if not waiting:
+                self._finish(param)
+
+    def _step(self, strand: Strand, lanes: int) -> int:
+        """Lanes that are taken at once: their temporaries are some times their largest gradient."""
+        fit = max(1, self._budget // 4 // (8 * strand.widest))
+        return -(-lanes // -(-lanes // fit))
+
+    def _finish(self, param: int) -> None:
+        del self._waiting[param]
+        self.ledger.finish(param)
+
+    def _behind_head(self, strand: Strand, arrival: Arrival) -> None:
+        """A use that each lane reaches at its own position: a gradient of rank one."""
+        use, cotangent = arrival.tap.use, arrival.cotangents
+        lanes, tokens, side = self._lanes[strand], self._tokens(strand), strand.lanes.side
+        param, slot = use.view.param, use.view.slot
+        places = torch.tensor([strand.lanes.places[lane] - 1 for lane in lanes], device=cotangent.device)
+        positions = cotangent.shape[1] if cotangent.dim() == 3 else cotangent.shape[0]
+        rows = places + (positions - strand.layout.length)
+        if isinstance(use, MatrixUse) and not use.transposed:
+            u, v = (factor[0] for factor in use.factors(cotangent, strand.layout))
+            if len(u) == len(v) == positions:
+                self.ledger.add(param, slot, Lone(side, tokens, u[rows], v[rows]))
+                return
+        flat = cotangent.reshape(positions, -1)
+        for token, row in zip(tokens, rows.tolist(), strict=True):
+            alone = torch.zeros_like(flat)
+            alone[row] = flat[row]
+            if isinstance(use, SumUse) and use.view.ids is None:
+                grad = use.token_sums(alone.view(1, *cotangent.shape), self._tiles)
+                self.ledger.add(param, slot, Flat(side, [token], grad))
+                continue
+            for _, where, form in use.forms(alone.view_as(cotangent), strand.layout, self._tiles):
+                self.ledger.add(param, where, Odd(side, [token], form))
+
+    def _take(self, strand: Strand, arrival: Arrival) -> None:
+        """Keep what has arrived at a use, in the smaller of its forms."""
+        tap, b = arrival.tap, arrival.cotangents
+        use = tap.use
+        if isinstance(use, MatrixUse):
+            made = _matrix_values(use, b, formed=self._formed(use))
+        elif isinstance(use, LookupUse):
+            made = b.reshape(len(b), -1, use.view.shape[1])
+        elif isinstance(use, SumUse):
+            made = use.token_sums(b, self._tiles)
+        else:
+            for token, one in zip(self._tokens(strand, arrival.lanes), b, strict=True):
+                for _, slot, form in use.forms(one, strand.layout, self._tiles):
+                    self.ledger.add(use.view.param, slot, Odd(strand.lanes.side, [token], form))
+            return
+        self._keep(strand, tap, arrival.lanes, made)
+
+    def _take_leaf(self, strand: Strand, number: int, lanes: slice, grads: Tensor) -> None:
+        key = (strand, number)
+        grads = grads.to(accumulator(grads.dtype))
+        if key in self._buffers:
+            self._buffers[key][lanes] += grads
+        else:
+            self._keep(strand, number, lanes, grads)
+
+    def _keep(self, strand: Strand, key: object, lanes: slice, values: Tensor) -> None:
+        count = len(self._lanes[strand])
+        if len(values) == count:
+            self._buffers[strand, key] = values
+            return
+        if (strand, key) not in self._buffers:
+            self._buffers[strand, key] = values.new_zeros(count, *values.shape[1:])
+        self._buffers[strand, key][lanes] = values
+
+    def _formed(self, use: MatrixUse) -> bool:
+        """Whether a use's gradients are smaller than its cotangents: LoRA's second matrix, short weights."""
+        return use.inputs.shape[-2 if use.transposed else -1] < self._longest
+
+    def _close(self, strand: Strand, key: object) -> None:
+        """A use's piece has run for all lanes: what was kept goes to the ledger."""
+        values = self._buffers.pop((strand, key), None)
+        side, tokens = strand.lanes.side, self._tokens(strand)
+        if isinstance(key, int):
+            self._waiting[key].discard((strand, key))
+            if values is not None:
+                self.ledger.add(key, (), Flat(side, tokens, values))
+            return
+        use = key.use  # type: ignore[attr-defined]
+        view = use.view
+        self._waiting[view.param].discard((strand, key))
+        if values is None:  # no lane reached it, or it was taken form by form
+            return
+        if isinstance(use, MatrixUse):
+            if self._formed(use):
+                self.ledger.add(view.param, view.slot, Flat(side, tokens, values))
+                return
+            a = _inputs(use, values.dtype)
+            self.ledger.add(view.param, view.slot, Shared(Block(side, tokens, values, a), not use.swapped))
+        elif isinstance(use, LookupUse) or view.ids is not None:
+            ids = use.row_ids(0, strand.layout) if isinstance(use, LookupUse) else view.ids.reshape(-1)
+            padding = use.padding_idx if isinstance(use, LookupUse) else None
+            if padding is not None:
+                values, ids = values[:, ids != padding], ids[ids != padding]
+            slot = view.slot if isinstance(use, LookupUse) else ()
+            self.ledger.add(view.param, slot, Shared(Block(side, tokens, values, ids), b_on_rows=False))
+        else:
+            self.ledger.add(view.param, view.slot, Flat(side, tokens, values))
+
+
+def _inputs(use: MatrixUse, dtype: torch.dtype) -> Tensor:
+    inputs = use.inputs.mT if use.transposed else use.inputs
+    if inputs.dtype != dtype:  # autocast: the product was taken of the input cast down
+        inputs = inputs.to(dtype)
+    return inputs.reshape(-1, inputs.shape[-1])
+
+
+def _matrix_values(use: MatrixUse, b: Tensor, *, formed: bool) -> Tensor:
+    """Cotangents `[m, M, X]`, or gradients `[m, O, I]`."""
+    b = b.mT if use.transposed else b
+    b = b.reshape(len(b), -1, b.shape[-1])
+    if not formed:
+        return b
+    wide = accumulator(b.dtype)
+    grads = torch.matmul(b.mT.to(wide), _inputs(use, b.dtype).to(wide))  # [m, X, Y]
+    return grads.mT if use.swapped else grads

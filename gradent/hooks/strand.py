@@ -1,0 +1,314 @@
+"""One row's pass at the token level: a forward, and a backward that carries every token's cotangent at once.
+
+`log π(y^a)` is read at one position of the logits. Through the head each token's cotangent stays at its own position,
+so one plain backward brings all of them to the head's input. From there on each token has a cotangent of its own (a
+*lane*), and lanes go through the rest of the graph by `torch.vmap`, piece by piece.
+
+Letters: m lanes, L tokens of the row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from gradent.hooks.capture import Capture, Tap
+from gradent.hooks.cuts import Order, byte_size, find_order
+from gradent.hooks.graph import Survey
+from gradent.hooks.logprob import check_logps
+from gradent.hooks.uses import Layout
+from gradent.kernels.reference import accumulator, spans
+from gradent.model import forward_logits
+
+__all__ = ["Arrival", "Lanes", "NoLockstep", "Strand"]
+
+
+class NoLockstep(Exception):
+    """Internal: why a model's tokens cannot share a backward pass."""
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Tokens that share a row.
+
+    Attributes:
+        side: 0 for chosen, 1 for rejected.
+        tokens: their numbers on that side, increasing.
+        ids: the row up to the last of them, int64 `[L]`.
+        places: where each is in the row, at least 1.
+    """
+
+    side: int
+    tokens: Sequence[int]
+    ids: Tensor
+    places: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Cotangents at a use.
+
+    Attributes:
+        tap: the recorded use.
+        lanes: which lanes these are.
+        cotangents: `[m, *shape of the use's output]`; of a use behind the head `[*shape]`, every lane at its position.
+    """
+
+    tap: Tap
+    lanes: slice
+    cotangents: Tensor
+
+
+class Strand:
+    """The pass of one row.
+
+    Args:
+        model: the model, in the mode in which it is to be measured.
+        parameters: its trainable parameters; their numbers are their places here.
+        lanes: the row and its tokens.
+        pair: the pair's number, as an error names it.
+
+    Attributes:
+        lanes: as given.
+        layout: one row of L tokens.
+        taps: recorded uses that the log-probs depend on.
+        explicit: numbers of parameters with a use that no rule recorded.
+        order: the backward pass.
+        head: place in it from which on lanes are apart; 0 where they are from the logits on.
+        widest: bytes of the largest gradient of one lane.
+
+    Raises:
+        NonFiniteError: a log-prob is nan or infinite.
+        NoLockstep: the model hangs hooks on its tensors, which a pass in pieces would run twice.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Sequence[Tensor], lanes: Lanes, pair: int) -> None:
+        self.lanes, self.layout = lanes, Layout(1, len(lanes.ids))
+        self._parameters = parameters
+        self._capture = Capture(parameters, self.layout, self._arrive)
+        self._running: frozenset[Node] = frozenset()
+        self._arrived: list[tuple[Tap, Tensor, int | None]] = []
+        self._cotangents: list[Tensor | None] = []
+        self._chosen_lanes: list[int] = []
+        try:
+            with torch.enable_grad(), self._capture:
+                logits = forward_logits(model, lanes.ids[None])
+            if self._capture.meets_hooks:
+                raise NoLockstep("it registers hooks on tensors in its forward pass")
+            self._root = get_gradient_edge(logits)
+            self._shares = self._share(logits.detach(), pair)
+            self._logits = logits.detach()
+            found = self._capture.survey(logits)
+            self.explicit = self._find_explicit(found)
+            if self.explicit:  # what lies below some of their uses is different without them
+                found = self._capture.survey(logits, self.explicit)
+            self.taps = [
+                tap
+                for tap in self._capture.taps
+                if tap.node in found.reached and tap.use.view.param not in self.explicit
+            ]
+            claimed = frozenset(edge for tap in self.taps for edge in tap.edges)
+            self.order: Order = find_order(
+                self._root, claimed, frozenset(tap.node for tap in self.taps), self._capture.leaves
+            )
+            self.head = self._find_head(logits.shape[-1])
+            edges = {(edge.node, edge.output_nr): edge for some in self.order.pending[self.head :] for edge in some}
+            self.widest = max(map(byte_size, edges.values()), default=1)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the graph."""
+        self._capture.close()
+        self._cotangents.clear()
+        self._arrived.clear()
+
+    def _share(self, logits: Tensor, pair: int) -> Tensor:
+        """`∂ log π(y^a) / ∂ logits` at its position, `[m, V]`, wide."""
+        places = torch.tensor(self.lanes.places, device=logits.device)
+        scores = logits[0, places - 1].to(accumulator(logits.dtype))
+        logps = scores.log_softmax(-1)
+        lanes = torch.arange(len(places), device=logits.device)
+        mine = logps[lanes, self.lanes.ids[places]]
+        check_logps(mine.sum()[None], [pair], [self.lanes.side == 0])
+        share = logps.exp_().neg_()
+        share[lanes, self.lanes.ids[places]] += 1
+        return share
+
+    def _find_explicit(self, found: Survey) -> frozenset[int]:
+        depths: dict[int, set[int]] = {}
+        for tap in self._capture.taps:
+            depths.setdefault(tap.use.view.param, set()).add(tap.use.depth)
+        # A fused weight that is used both whole and expert by expert has overlapping slots.
+        return found.missed | {number for number, sizes in depths.items() if len(sizes) > 1}
+
+    def _find_head(self, vocabulary: int) -> int:
+        """The first place at which all that is under way is narrower than the vocabulary, position by position."""
+        taps = {tap.node for tap in self.taps}
+        length = self.layout.length
+        for place in range(1, len(self.order.nodes)):
+            node = self.order.nodes[place - 1]
+            if node in taps and _positions(GradientEdge(node, 0)) is None:
+                return 0
+            if any(place - 1 in places for places in self.order.leaves.values()):
+                return 0
+            edges = self.order.pending[place]
+            if len(edges) != 1:
+                continue
+            positions = _positions(edges[0])
+            meta = edges[0].node._input_metadata[edges[0].output_nr]  # noqa: SLF001  (torch has no public name for it)
+            if positions is not None and positions >= length and 2 * meta.shape[-1] <= vocabulary:
+                return place
+        return 0
+
+    @property
+    def lane_bytes(self) -> int:
+        """Bytes of what is under way of one lane, at the most."""
+        return max(self.order.costs[self.head :], default=0)
+
+    def head_taps(self) -> list[Tap]:
+        """Uses behind the head, which lanes reach at their own positions alone."""
+        above = set(self.order.nodes[: self.head])
+        return [tap for tap in self.taps if tap.node in above]
+
+    def start(self, lanes: Sequence[int], *, check: bool = False) -> list[Arrival]:
+        """Bring the cotangents of some lanes through the head.
+
+        Args:
+            lanes: which, by their places in `lanes.tokens`.
+            check: whether to make sure that the head keeps positions apart.
+
+        Returns:
+            What arrived behind the head.
+
+        Raises:
+            NoLockstep: it does not.
+        """
+        self._chosen_lanes = list(lanes)
+        places = torch.tensor([self.lanes.places[lane] - 1 for lane in lanes], device=self._shares.device)
+        shares = self._shares[self._chosen_lanes].to(self._logits.dtype)
+        if self.head == 0:
+            cotangents = self._logits.new_zeros(len(places), *self._logits.shape)
+            cotangents[torch.arange(len(places)), 0, places] = shares
+            self._cotangents = [cotangents]
+            return []
+        total = torch.zeros_like(self._logits)
+        total[0, places] = shares
+        self._running = frozenset(self.order.nodes[: self.head])
+        edge = self.order.pending[self.head][0]
+        inputs = [edge, *(GradientEdge(tap.node, 0) for tap in self.head_taps())]
+        grad = torch.autograd.grad([self._root], inputs, [total], retain_graph=True, allow_unused=True)[0]
+        arrived = [Arrival(tap, slice(0, len(places)), cotangent) for tap, cotangent, _ in self._take()]
+        assert grad is not None
+        flat = grad if grad.dim() == 2 else grad[0]
+        rows = places + (flat.shape[0] - self.layout.length)
+        if check:
+            self._check_head(total, places, flat, rows, edge)
+        cotangents = flat.new_zeros(len(places), *flat.shape)
+        numbers = torch.arange(len(places), device=flat.device)
+        cotangents[numbers, rows] = flat[rows]
+        self._cotangents = [cotangents.view(len(places), *grad.shape)]
+        return arrived
+
+    def _check_head(self, total: Tensor, places: Tensor, flat: Tensor, rows: Tensor, edge: GradientEdge) -> None:
+        """Whether one token alone arrives at its own position, as it does among the others."""
+        middle = len(places) // 2
+        one = torch.zeros_like(total)
+        one[0, places[middle]] = total[0, places[middle]]
+        self._running = frozenset()
+        (alone,) = torch.autograd.grad([self._root], [edge], [one], retain_graph=True)
+        want = torch.zeros_like(flat)
+        want[rows[middle]] = flat[rows[middle]]
+        wide = accumulator(flat.dtype)
+        error = (alone.view_as(want).to(wide) - want.to(wide)).abs().max()
+        limit = 1e-10 if flat.dtype == torch.float64 else 1e-5 if flat.dtype == torch.float32 else 1e-2
+        if float(error) > limit * max(float(want.abs().max()), 1e-30):
+            raise NoLockstep(
+                "a token's gradient spreads over other positions between its logits and their head's input"
+            )
+
+    def advance(self, start: int, stop: int, step: int) -> Iterator[Arrival | tuple[int, slice, Tensor]]:
+        """Run one piece of the pass.
+
+        Args:
+            start: its first node's place.
+            stop: the place after its last.
+            step: lanes that are taken at once.
+
+        Yields:
+            Arrivals at recorded uses, and `(parameter number, lanes, gradients [m, *shape])` of the others.
+        """
+        pairs = zip(self.order.pending[start], self._cotangents, strict=True)
+        given = [(edge, grads) for edge, grads in pairs if grads is not None]
+        after = self.order.pending[stop]
+        lanes = len(self._chosen_lanes)
+        nodes = self.order.nodes[start:stop]
+        self._running = frozenset(nodes)
+        leaves = [
+            number for number, places in self.order.leaves.items() if any(start <= place < stop for place in places)
+        ]
+        sinks = [GradientEdge(node, 0) for node in nodes if node in self.order.sinks]
+        inputs: list[Any] = [*after, *(self._parameters[number] for number in leaves), *sinks]
+        moved: list[Tensor | None] = [None] * len(after)
+        for span in spans(lanes, step) if given and inputs else []:
+            grads = _pull([edge for edge, _ in given], inputs, [grads[span] for _, grads in given])
+            for number, grad in enumerate(grads[: len(after)]):
+                moved[number] = _placed(moved[number], lanes, span, grad)
+            for number, grad in zip(leaves, grads[len(after) :], strict=False):
+                if grad is not None:
+                    yield number, span, grad
+            width = len(range(lanes)[span])
+            for tap, cotangent, batch in self._take():
+                whole = cotangent.expand(width, *cotangent.shape) if batch is None else cotangent.movedim(batch, 0)
+                yield Arrival(tap, span, whole)
+        self._cotangents = moved
+
+    def _take(self) -> list[tuple[Tap, Tensor, int | None]]:
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    def _arrive(self, tap: Tap, cotangent: Tensor) -> None:
+        if tap.node not in self._running:  # at the edge of a piece: it will arrive again, complete
+            return
+        functorch = torch._C._functorch  # noqa: SLF001  (torch has no public name for what a lane of vmap is)
+        if functorch.is_batchedtensor(cotangent):
+            self._arrived.append((tap, functorch.get_unwrapped(cotangent), functorch.maybe_get_bdim(cotangent)))
+        else:
+            self._arrived.append((tap, cotangent, None))
+
+
+def _placed(whole: Tensor | None, lanes: int, span: slice, part: Tensor | None) -> Tensor | None:
+    """`whole[span] = part`, made where it is not there yet."""
+    if part is None or len(part) == lanes:
+        return whole if part is None else part
+    if whole is None:
+        whole = part.new_zeros(lanes, *part.shape[1:])
+    whole[span] = part
+    return whole
+
+
+def _pull(outputs: list[GradientEdge], inputs: list[Any], cotangents: list[Tensor]) -> list[Tensor | None]:
+    """`autograd.grad` for every lane at once."""
+    there: list[bool] = []
+
+    def pull(*grads: Tensor) -> tuple[Tensor, ...]:
+        found = torch.autograd.grad(outputs, inputs, grads, retain_graph=True, allow_unused=True)
+        there[:] = [grad is not None for grad in found]
+        return (*(grad for grad in found if grad is not None), grads[0].new_zeros(()))
+
+    got = iter(torch.vmap(pull)(*cotangents))
+    return [next(got) if present else None for present in there]
+
+
+def _positions(edge: GradientEdge) -> int | None:
+    """Positions of a gradient `[1, L, d]` or `[L, d]`; None where it is of another shape."""
+    shape = edge.node._input_metadata[edge.output_nr].shape  # noqa: SLF001  (torch has no public name for it)
+    if len(shape) == 3 and shape[0] == 1:
+        return int(shape[1])
+    return int(shape[0]) if len(shape) == 2 else None

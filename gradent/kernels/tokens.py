@@ -1,0 +1,294 @@
+"""Inner products between tokens' gradients of one weight, in two exact contractions and in tiles.
+
+Letters: m tokens of a block, M positions of its row, X the width of their cotangents b, Y the width of the operand a
+that they share; a token's gradient is `G = Σ_p b_p a_pᵀ`, `[X, Y]`. n_w and n_l are all tokens of chosen and rejected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradent.kernels.reference import RUN, accumulator, spans
+
+__all__ = [
+    "Block",
+    "Entries",
+    "flat_entries",
+    "lone_entries",
+    "prefix_families",
+    "products",
+    "shared_entries",
+    "tied_entries",
+]
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tokens of one side whose cotangents share an operand.
+
+    Attributes:
+        side: 0 for chosen, 1 for rejected.
+        tokens: their numbers on that side.
+        b: cotangents `[m, M, X]`.
+        a: the shared operand `[M, Y]`, or int64 ids `[M]`, which stand for rows of the identity.
+    """
+
+    side: int
+    tokens: Sequence[int]
+    b: Tensor
+    a: Tensor
+
+
+class Entries:
+    """Inner products of all tokens of chosen with all of rejected, and squares, float64, on the CPU."""
+
+    def __init__(self, sizes: tuple[int, int]) -> None:
+        self.inner = torch.zeros(*sizes, dtype=torch.float64)
+        self.squares = tuple(torch.zeros(size, dtype=torch.float64) for size in sizes)
+
+    def add_inner(self, chosen: Sequence[int], rejected: Sequence[int], values: Tensor) -> None:
+        """Add `[len(chosen), len(rejected)]` values."""
+        self.inner[torch.tensor(chosen)[:, None], torch.tensor(rejected)[None]] += values.double().cpu()
+
+    def add_squares(self, side: int, tokens: Sequence[int], values: Tensor) -> None:
+        """Add `[len(tokens)]` values."""
+        self.squares[side][torch.tensor(tokens)] += values.double().cpu()
+
+    def __iadd__(self, other: Entries) -> Entries:
+        self.inner += other.inner
+        for mine, theirs in zip(self.squares, other.squares, strict=True):
+            mine += theirs
+        return self
+
+
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """`left rightᵀ` of `[m, K]` and `[n, K]`, float64 `[m, n]`, in runs of products as long as float32 bears."""
+    gram = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
+    for span in spans(left.shape[1], RUN):
+        gram += (left[:, span] @ right[:, span].T).double()
+    return gram
+
+
+def flat_entries(blocks: Sequence[tuple[int, Sequence[int], Tensor]], sizes: tuple[int, int], budget: int) -> Entries:
+    """Entries of gradients that are there as such.
+
+    Args:
+        blocks: `(side, tokens, gradients [m, K])`.
+        sizes: `(n_w, n_l)`.
+        budget: bytes that widened tiles may take.
+
+    Returns:
+        The entries.
+    """
+    entries = Entries(sizes)
+    if not blocks:
+        return entries
+    wide = accumulator(blocks[0][2].dtype)
+    step = max(1, budget // (wide.itemsize * sum(len(tokens) for _, tokens, _ in blocks)))
+    for span in spans(blocks[0][2].shape[1], step):
+        _add_tile(entries, [(side, tokens, grads[:, span].to(wide)) for side, tokens, grads in blocks])
+    return entries
+
+
+def _add_tile(entries: Entries, tile: Sequence[tuple[int, Sequence[int], Tensor]]) -> None:
+    for side, tokens, grads in tile:
+        entries.add_squares(side, tokens, _square(grads))
+    for left in tile:
+        for right in tile:
+            if left[0] == 0 and right[0] == 1:
+                entries.add_inner(left[1], right[1], products(left[2], right[2]))
+
+
+def _square(values: Tensor) -> Tensor:
+    """`‖row‖²` of `[m, K]`, float64 `[m]`."""
+    total = torch.zeros(len(values), dtype=torch.float64, device=values.device)
+    for span in spans(values.shape[1], RUN):
+        total += values[:, span].square().sum(1).double()
+    return total
+
+
+def shared_entries(blocks: Sequence[Block], sizes: tuple[int, int], budget: int) -> Entries:
+    """Entries of gradients given by factors, along the cheaper way.
+
+    *gram*: `⟨G_i, G_j⟩ = ⟨b_i, (a a'ᵀ) b_j⟩`; *outer*: gradients are formed, tile by tile. The choice goes by flops.
+
+    Args:
+        blocks: of one weight, at most one for each token.
+        sizes: `(n_w, n_l)`.
+        budget: bytes that tiles may take.
+
+    Returns:
+        The entries.
+    """
+    entries = Entries(sizes)
+    if not blocks:
+        return entries
+    lookup = blocks[0].a.dtype == torch.int64
+    if lookup or _gram_flops(blocks) <= _outer_flops(blocks):
+        _gram(blocks, entries, budget)
+    else:
+        _outer(blocks, entries, budget)
+    return entries
+
+
+def _gram_flops(blocks: Sequence[Block]) -> int:
+    total = 0
+    for left in blocks:
+        m, positions, x = left.b.shape
+        total += 2 * positions * positions * (left.a.shape[1] + m * x)
+        if left.side == 0:
+            for right in blocks:
+                if right.side == 1:
+                    n, others, _ = right.b.shape
+                    total += 2 * positions * (others * (left.a.shape[1] + n * x) + m * n * x)
+    return total
+
+
+def _outer_flops(blocks: Sequence[Block]) -> int:
+    size = blocks[0].b.shape[2] * blocks[0].a.shape[1]
+    counts = [sum(len(block.tokens) for block in blocks if block.side == side) for side in (0, 1)]
+    return 2 * size * (sum(block.b.shape[0] * block.b.shape[1] for block in blocks) + counts[0] * counts[1])
+
+
+def _kernel(left: Block, right: Block, dtype: torch.dtype) -> Tensor:
+    """`a a'ᵀ`, `[M, M']`."""
+    if left.a.dtype == torch.int64:
+        return (left.a[:, None] == right.a[None]).to(dtype)
+    return left.a.to(dtype) @ right.a.to(dtype).T
+
+
+def _gram(blocks: Sequence[Block], entries: Entries, budget: int) -> None:
+    wide = accumulator(blocks[0].b.dtype)
+    families = prefix_families([block for block in blocks if block.side == 0])
+    for right in blocks:
+        own = _kernel(right, right, wide)
+        others = [(family, _kernel(family[0], right, wide)) for family in families if right.side == 1]
+        longest = max([right.b.shape[1], *(kernel.shape[0] for _, kernel in others)])
+        most = max(len(block.tokens) * block.b.shape[1] for block in blocks)
+        step = max(1, budget // (wide.itemsize * max(1, 3 * len(right.tokens) * longest + most)))
+        for span in spans(right.b.shape[2], step):
+            there = right.b[:, :, span].to(wide)
+            moved = torch.matmul(own, there)  # [n, M, step]
+            entries.add_squares(right.side, right.tokens, (moved * there).flatten(1).sum(1))
+            for family, kernel in others:
+                moved = torch.matmul(kernel, there)
+                for left in family:
+                    here = left.b[:, :, span].to(wide).flatten(1)
+                    reached = moved[:, : left.b.shape[1]].flatten(1)
+                    entries.add_inner(left.tokens, right.tokens, products(here, reached))
+
+
+def prefix_families(blocks: Sequence[Block]) -> list[list[Block]]:
+    """Blocks whose shared operands are prefixes of one another.
+
+    Args:
+        blocks: of one side.
+
+    Returns:
+        Families, the longest block first in each; operands agree to rounding, ids exactly.
+    """
+    families: list[list[Block]] = []
+    for block in sorted(blocks, key=lambda one: -one.b.shape[1]):
+        home = next((family for family in families if _is_prefix(block.a, family[0].a)), None)
+        if home is None:
+            families.append([block])
+        else:
+            home.append(block)
+    return families
+
+
+def _is_prefix(short: Tensor, long: Tensor) -> bool:
+    start = long[: len(short)]
+    if short.shape != start.shape or short.dtype != start.dtype:
+        return False
+    if short.dtype == torch.int64:
+        return torch.equal(short, start)
+    if not short.numel():
+        return True
+    limit = 64 * torch.finfo(short.dtype).eps * float(long.abs().max())
+    return float((short - start).abs().max()) <= limit
+
+
+def _outer(blocks: Sequence[Block], entries: Entries, budget: int) -> None:
+    wide = accumulator(blocks[0].b.dtype)
+    rows, columns = blocks[0].b.shape[2], blocks[0].a.shape[1]
+    room = max(1, budget // (2 * wide.itemsize * sum(len(block.tokens) for block in blocks)))
+    width = min(columns, room)
+    height = max(1, min(rows, room // width))
+    for top in spans(rows, height):
+        for left in spans(columns, width):
+            _add_tile(entries, [(block.side, block.tokens, _formed(block, top, left, wide)) for block in blocks])
+
+
+def _formed(block: Block, top: slice, left: slice, dtype: torch.dtype) -> Tensor:
+    """A tile of every token's gradient, `[m, rows·columns]`."""
+    b = block.b[:, :, top].to(dtype)
+    return (b.mT.reshape(-1, b.shape[1]) @ block.a[:, left].to(dtype)).view(len(b), -1)
+
+
+def lone_entries(
+    blocks: Sequence[tuple[int, Sequence[int], Tensor, Tensor]], sizes: tuple[int, int], budget: int
+) -> Entries:
+    """Entries of gradients of rank one, `G_i = u_i v_iᵀ`: `(u_i·u_j)(v_i·v_j)`.
+
+    Args:
+        blocks: `(side, tokens, u [m, O], v [m, I])`.
+        sizes: `(n_w, n_l)`.
+        budget: bytes that widened tiles may take.
+
+    Returns:
+        The entries.
+    """
+    first = flat_entries([(side, tokens, u) for side, tokens, u, _ in blocks], sizes, budget)
+    second = flat_entries([(side, tokens, v) for side, tokens, _, v in blocks], sizes, budget)
+    first.inner *= second.inner
+    for mine, theirs in zip(first.squares, second.squares, strict=True):
+        mine *= theirs
+    return first
+
+
+def tied_entries(
+    lone: Sequence[tuple[int, Sequence[int], Tensor, Tensor]],
+    looked: Sequence[Block],
+    ids: Tensor,
+    sizes: tuple[int, int],
+    budget: int,
+) -> Entries:
+    """What a head and an embedding that are one weight add to the entries of either: the products of the two.
+
+    Args:
+        lone: the head's `(side, tokens, u [m, n ids], v [m, I])`, u on the rows `ids` of the weight alone.
+        looked: the embedding's blocks, with ids.
+        ids: int64, sorted, every id that is looked up.
+        sizes: `(n_w, n_l)`.
+        budget: bytes that tiles may take.
+
+    Returns:
+        The entries to add.
+    """
+    entries = Entries(sizes)
+    for side, tokens, u, v in lone:
+        wide = accumulator(u.dtype)
+        for block in looked:
+            near = u.to(wide)[:, torch.searchsorted(ids, block.a)]  # [m, M]
+            step = max(1, budget // (2 * wide.itemsize * max(1, block.b.shape[1] * max(len(tokens), block.b.shape[2]))))
+            for span in spans(len(block.tokens), step):
+                others = list(block.tokens[span])
+                weights = block.b[span].to(wide) @ v.to(wide).T  # [n, M, m]
+                values = torch.einsum("npm,mp->mn", weights, near)
+                if side != block.side:
+                    if side == 0:
+                        entries.add_inner(tokens, others, values)
+                    else:
+                        entries.add_inner(others, tokens, values.T)
+                    continue
+                place = {token: number for number, token in enumerate(tokens)}
+                both = [(place[token], number, token) for number, token in enumerate(others) if token in place]
+                if both:
+                    mine, theirs, names = zip(*both, strict=True)
+                    entries.add_squares(side, names, 2 * values[list(mine), list(theirs)])
+    return entries
