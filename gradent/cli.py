@@ -1,4 +1,4 @@
-"""The command line: `gradent demo`, `gradent audit`.
+"""The command line: `gradent demo`, `gradent audit`, `gradent tokens`.
 
 Each command imports what it needs when it runs, so that `--help` and `--version` answer at once.
 """
@@ -103,7 +103,7 @@ def audit(
             rich_help_panel=_DATA,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Directory for pairs.parquet and summary.json.", rich_help_panel=_RUN)],
+    out: Annotated[Path, typer.Option(help="Directory for pairs.parquet, summary.json, ...", rich_help_panel=_RUN)],
     loss: Annotated[
         str,
         typer.Option(
@@ -168,6 +168,13 @@ def audit(
     by_module: Annotated[
         bool, typer.Option("--by-module", help="Also show which modules the cosine comes from.", rich_help_panel=_RUN)
     ] = False,
+    token_pairs: Annotated[
+        int | None,
+        typer.Option(
+            help="Also measure the tokens of that many pairs, spread over all cosines, and show which entangle.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
 ) -> None:
     """Measure every preference pair: will the loss raise chosen and lower rejected, or drag both the same way?"""
     with _readable_errors():
@@ -182,12 +189,73 @@ def audit(
         hyper: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         result = run_audit(
             model, data, loss=losses.get(loss, **hyper), out=out, adapter=adapter, reference=reference, split=split,
-            max_length=max_length, max_pairs=max_pairs, batch_size=batch_size, memory_budget=memory_budget,
-            engine=engine, by_module=by_module, dtype=dtype, device=device, skip_bad_rows=skip_bad_rows,
-            add_eos=not no_add_eos, trust_remote_code=trust_remote_code, seed=seed,
+            max_length=max_length, max_pairs=max_pairs, token_pairs=token_pairs, batch_size=batch_size,
+            memory_budget=memory_budget, engine=engine, by_module=by_module, dtype=dtype, device=device,
+            skip_bad_rows=skip_bad_rows, add_eos=not no_add_eos, trust_remote_code=trust_remote_code, seed=seed,
+        )  # fmt: skip
+        paths = [path for path in (result.pairs_path, result.tokens_path, result.summary_path) if path is not None]
+        Console(highlight=False).print(
+            Text(f"\nWrote {', '.join(map(str, paths[:-1]))} and {paths[-1]} ({result.summary['seconds']:.1f} s)."),
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def tokens(
+    model: Annotated[str, typer.Argument(help="Directory or hub id of a causal LM, or of a PEFT adapter.")],
+    data: Annotated[str, typer.Option(help="Preference pairs, as `gradent audit` reads them.", rich_help_panel=_DATA)],
+    pair: Annotated[int, typer.Option(help="Row of the data, counted from 0.", rich_help_panel=_DATA)],
+    out: Annotated[
+        Path, typer.Option(help="Directory for tokens.json, tokens.png and tokens.html.", rich_help_panel=_RUN)
+    ],
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="PEFT adapter on MODEL; its parameters are then what is measured.", rich_help_panel=_MODEL),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32, float64, bfloat16, float16 or auto.", rich_help_panel=_MODEL)
+    ] = "float32",
+    device: Annotated[
+        str | None, typer.Option(help="[default: cuda where there is one, else cpu]", rich_help_panel=_MODEL)
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.", rich_help_panel=_MODEL)
+    ] = False,
+    split: Annotated[str, typer.Option(help="Split of a dataset.", rich_help_panel=_DATA)] = "train",
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens of prompt + response. [default: 1024, or what the model can take]", rich_help_panel=_DATA
+        ),
+    ] = None,
+    no_add_eos: Annotated[
+        bool,
+        typer.Option(
+            "--no-add-eos", help="Append no EOS to plain strings (TRL's DPOTrainer does).", rich_help_panel=_DATA
+        ),
+    ] = False,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Scratch of the reductions, e.g. 512MiB.", rich_help_panel=_RUN)
+    ] = None,
+    by_module: Annotated[
+        bool, typer.Option("--by-module", help="Also show which modules entangle the pair.", rich_help_panel=_RUN)
+    ] = False,
+) -> None:
+    """Look at one pair, token by token: which tokens pull chosen and rejected along, and which hold them apart?"""
+    with _readable_errors():
+        from gradent.audit.tokens import audit_tokens  # noqa: PLC0415
+
+        _quieten_others()
+        result = audit_tokens(
+            model, data, pair=pair, out=out, adapter=adapter, split=split, max_length=max_length,
+            memory_budget=memory_budget, by_module=by_module, dtype=dtype, device=device, add_eos=not no_add_eos,
+            trust_remote_code=trust_remote_code,
         )  # fmt: skip
         Console(highlight=False).print(
-            Text(f"\nWrote {result.pairs_path} and {result.summary_path} ({result.summary['seconds']:.1f} s)."),
+            Text(
+                f"\nWrote {result.page_path}, {result.picture_path} and {result.record_path} "
+                f"({result.record['seconds']:.1f} s)."
+            ),
             soft_wrap=True,
         )
 

@@ -17,17 +17,22 @@ from gradent.record import (
     NULLABLE,
     PAIR_COLUMNS,
     SCHEMA_VERSION,
+    TOKEN_COLUMNS,
     Summary,
     pair_schema,
     read_pairs,
     read_summary,
+    read_tokens,
+    token_schema,
     write_pairs,
     write_summary,
+    write_tokens,
 )
 from gradent.version import __version__
 
-SAMPLES = {"string": ["my-model", "ü"], "int64": [0, 2**62], "float64": [0.1, -1e300]}
+SAMPLES = {"string": ["my-model", "ü"], "int64": [0, 2**62], "float64": [0.1, -1e300], "bool_": [True, False]}
 COLUMNS: dict[str, list[Any]] = {name: SAMPLES[kind] for name, kind in PAIR_COLUMNS.items()}
+TOKENS: dict[str, list[Any]] = {name: SAMPLES[kind] for name, kind in TOKEN_COLUMNS.items()}
 
 HEAD = ("schema", "schema_version", "gradent_version")
 SUMMARY: dict[str, Any] = {
@@ -56,6 +61,58 @@ def test_any_reader_of_parquet_sees_the_version(tmp_path) -> None:
     metadata = pq.read_schema(tmp_path / "pairs.parquet").metadata
     assert metadata[b"gradent.schema_version"] == str(SCHEMA_VERSION).encode()
     assert metadata[b"gradent.version"] == __version__.encode()
+
+
+def test_tokens_come_back(tmp_path) -> None:
+    columns = {**TOKENS, "aligned_inner": [0.5, None], "facing_inner": [None, -0.5]}
+    write_tokens(tmp_path / "new" / "tokens.parquet", columns)
+    table = read_tokens(tmp_path / "new" / "tokens.parquet")
+    assert table.to_pydict() == columns
+    assert table.schema.equals(token_schema(), check_metadata=True)
+    assert table.schema.metadata[b"gradent.schema_version"] == str(SCHEMA_VERSION).encode()
+    assert table.column_names == list(TOKEN_COLUMNS)
+
+
+HOSTILE = [
+    ("\ud83d", "?"),  # half of a surrogate pair
+    ("a\udcffb\ud800", "a?b?"),
+    ("", ""),
+    ("\x00", "\x00"),
+    ("\x1b[2J\n\r\t", "\x1b[2J\n\r\t"),
+    ("\u202e[red]", "\u202e[red]"),
+    ("\ufffd", "\ufffd"),
+    ("😀", "😀"),
+]
+
+
+def test_tokens_of_any_text_come_back(tmp_path) -> None:
+    columns = {name: [each[0]] * len(HOSTILE) for name, each in TOKENS.items()}
+    write_tokens(tmp_path / "tokens.parquet", {**columns, "token": [text for text, _ in HOSTILE]})
+    assert read_tokens(tmp_path / "tokens.parquet").to_pydict()["token"] == [text for _, text in HOSTILE]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sq": [None, 1.0]}, "write_tokens: column sq holds 1 nulls"),
+        ({"identical": ["yes", "no"]}, "write_tokens: .*schema of tokens.parquet"),
+        ({"token": [b"\xe2", b"\x82"]}, "write_tokens: .*schema of tokens.parquet"),
+        ({"kind": [1, 2]}, r"write_tokens: missing columns \[\], unknown columns \['kind'\]"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_not_written(changes, message, tmp_path) -> None:
+    with pytest.raises(InputError, match=message):
+        write_tokens(tmp_path / "tokens.parquet", {**TOKENS, **changes})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pairs_are_no_tokens_and_tokens_no_pairs(tmp_path) -> None:
+    write_pairs(tmp_path / "pairs.parquet", COLUMNS)
+    write_tokens(tmp_path / "tokens.parquet", TOKENS)
+    with pytest.raises(DataFileError, match=r"not one of gradent's records of tokens \(its schema is 'pairs'\)"):
+        read_tokens(tmp_path / "pairs.parquet")
+    with pytest.raises(DataFileError, match=r"not one of gradent's records of pairs \(its schema is 'tokens'\)"):
+        read_pairs(tmp_path / "tokens.parquet")
 
 
 BAD_COLUMNS = {

@@ -117,11 +117,11 @@ def prepare_pairs(
     pairs.sort(key=lambda pair: pair.row)
     skipped.sort(key=lambda bad: bad.row)
     if skipped and not (skip_bad_rows and pairs):
-        raise DataFileError(_describe_bad(skipped, anything_left=bool(pairs)))
+        raise DataFileError(_describe_bad(skipped, rows=len(rows), anything_left=bool(pairs)))
     return PairSet(pairs=pairs, skipped=skipped)
 
 
-def _describe_bad(skipped: Sequence[SkippedRow], *, anything_left: bool) -> str:
+def _describe_bad(skipped: Sequence[SkippedRow], *, rows: int, anything_left: bool) -> str:
     lines = [skipped[0].reason]
     others = skipped[1 : 1 + _LISTED]
     if others:
@@ -132,6 +132,8 @@ def _describe_bad(skipped: Sequence[SkippedRow], *, anything_left: bool) -> str:
         lines.append(
             "Correct the data, or pass --skip-bad-rows to go on without such rows (they are counted and listed)."
         )
+    elif rows == 1:
+        lines.append("No usable row is left: correct this one, or choose another.")
     else:
         lines.append("No usable row is left: correct the data.")
     return "\n".join(lines)

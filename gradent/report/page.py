@@ -1,7 +1,8 @@
-"""What every report is made of: facts, tables and line charts, and one template that makes a page of them.
+"""What every report is made of: facts, tables, figures and coloured text, and one template that makes a page of them.
 
 The page is one file that loads nothing: plotly.js, data and style are inside, and its content security policy forbids
-the rest. All text goes through jinja2's escaping; figures are JSON without `<`, `>` and `&`.
+the rest. All text goes through jinja2's escaping, and control characters are written out; figures are JSON without
+`<`, `>` and `&`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from gradent.errors import InputError
+from gradent.report.figure import Chart, HeatMap, Line, chart_figure, heat_figure
+from gradent.token_text import readable
 
-__all__ = ["Cell", "Chart", "Line", "Page", "Section", "Table", "render_page", "write_page"]
+__all__ = [
+    "Cell",
+    "Chart",
+    "HeatMap",
+    "Line",
+    "Page",
+    "Quote",
+    "Section",
+    "Table",
+    "Word",
+    "Words",
+    "render_page",
+    "write_page",
+]
 
 
 @dataclass(frozen=True)
@@ -29,39 +45,68 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells or plain strings under a header."""
+    """Rows of cells or plain strings under a header; with a text in `folded`, hidden behind it until asked for."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell | str]]
+    folded: str = ""
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of a chart: x and y of equal length, and the half width of a band around y; nan leaves a gap."""
+class Quote:
+    """A text as it stands, with its line ends, under a heading."""
 
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    band: Sequence[float] = ()
+    title: str
+    text: str
 
 
 @dataclass(frozen=True)
-class Chart:
-    """Lines over a common x axis; `zero` draws the line y = 0."""
+class Word:
+    """A piece of coloured text.
 
-    x_label: str
-    y_label: str
-    lines: Sequence[Line]
-    zero: bool = False
+    Attributes:
+        text: as it reads.
+        value: above 0, below 0, or nan for neither; it gives the colour.
+        note: the value and whatever else there is to say, in words; shown when the piece is pointed at or stepped to.
+        strong: whether it is set in bold.
+    """
+
+    text: str
+    value: float
+    note: str
+    strong: bool = False
+
+
+@dataclass(frozen=True)
+class Words:
+    """Texts whose pieces are coloured by their values, all on one scale.
+
+    Depth goes with the square root of a value, so that small ones are seen beside large ones. Pieces below 0 are also
+    underlined by dots, those above 0 by a line.
+
+    Attributes:
+        texts: a title and its pieces, each.
+        below: what a value below 0 means, in a word or two.
+        above: what a value above 0 means.
+        bad_above: whether it is the values above 0 that are red.
+    """
+
+    texts: Sequence[tuple[str, Sequence[Word]]]
+    below: str
+    above: str
+    bad_above: bool = False
+
+
+Part = Table | Chart | HeatMap | Quote | Words
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence or two, and tables or charts in order."""
+    """A heading, a sentence or two, and parts in order."""
 
     title: str
     text: str
-    parts: Sequence[Table | Chart]
+    parts: Sequence[Part]
 
 
 @dataclass(frozen=True)
@@ -103,7 +148,9 @@ def render_page(page: Page) -> str:
             f"Reports need jinja2 and plotly, and {error.name} is not installed. Install the extra: "
             'pip install "gradent[audit]".'
         ) from error
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_shown
+    )
     template = environment.from_string((Path(__file__).parent / "page.html.j2").read_text("utf-8"))
     sections: list[dict[str, Any]] = [
         {
@@ -113,8 +160,9 @@ def render_page(page: Page) -> str:
         }
         for section in page.sections
     ]
-    charts = any(part["figure"] for section in sections for part in section["parts"])
-    return template.render(page=page, sections=sections, plotlyjs=get_plotlyjs() if charts else "")
+    kinds = {part["kind"] for section in sections for part in section["parts"]}
+    plotlyjs = get_plotlyjs() if "figure" in kinds else ""
+    return template.render(page=page, sections=sections, plotlyjs=plotlyjs, words="words" in kinds)
 
 
 def write_page(path: str | os.PathLike[str], page: Page) -> Path:
@@ -138,40 +186,47 @@ def write_page(path: str | os.PathLike[str], page: Page) -> Path:
     return target
 
 
-def _to_part(part: Table | Chart) -> dict[str, Any]:
-    """A table with every cell a `Cell`, or a chart's figure as JSON that is safe inside a script element."""
+def _to_part(part: Part) -> dict[str, Any]:
+    """What the template reads: the part's kind and its contents, a figure as JSON."""
     if isinstance(part, Chart):
-        text = json.dumps(_to_figure(part), ensure_ascii=True, allow_nan=False)
-        safe = text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-        return {"figure": safe, "label": f"{part.y_label} over {part.x_label}", "header": (), "rows": ()}
+        return {"kind": "figure", "figure": _json(chart_figure(part)), "label": f"{part.y_label} over {part.x_label}"}
+    if isinstance(part, HeatMap):
+        label = f"{part.name}: {part.y_label} by {part.x_label}"
+        size = {"rows": len(part.rows), "columns": len(part.columns)}
+        return {"kind": "figure", "figure": _json(heat_figure(part)), "label": label, **size}
+    if isinstance(part, Quote):
+        return {"kind": "quote", "title": part.title, "text": part.text}
+    if isinstance(part, Words):
+        return {"kind": "words", **_to_words(part)}
     rows = [[cell if isinstance(cell, Cell) else Cell((cell,)) for cell in row] for row in part.rows]
-    return {"figure": "", "label": "", "header": part.header, "rows": rows}
+    return {"kind": "table", "header": part.header, "rows": rows, "folded": part.folded}
 
 
-def _to_figure(chart: Chart) -> dict[str, Any]:
-    """Traces and layout for plotly.js; colours of text and grid are set in the page, which knows light from dark."""
-    traces: list[dict[str, Any]] = []
-    for number, line in enumerate(chart.lines):
-        x = list(map(float, line.x))
-        if len(line.band):
-            upper = [y + half for y, half in zip(line.y, line.band, strict=True)]
-            lower = [y - half for y, half in zip(line.y, line.band, strict=True)]
-            band = {"x": x + x[::-1], "y": _gaps(upper + lower[::-1]), "fill": "toself", "hoverinfo": "skip"}
-            traces.append({**band, "line": {"width": 0}, "mode": "lines", "showlegend": False, "meta": number})
-        name = _plain(line.name)
-        shown = "%{y:.3f}<extra>" + name + "</extra>"
-        traces.append(
-            {"x": x, "y": _gaps(line.y), "name": name, "mode": "lines+markers", "hovertemplate": shown, "meta": number}
-        )
-    y_axis = {"title": {"text": _plain(chart.y_label), "standoff": 12}, "zeroline": chart.zero, "automargin": True}
-    layout = {"xaxis": {"title": {"text": _plain(chart.x_label)}, "zeroline": False}, "yaxis": y_axis}
-    return {"data": traces, "layout": layout}
+def _shown(value: Any) -> Any:
+    """What the template is about to print: a text that changes its reading direction would change its neighbours'."""
+    return readable(value) if type(value) is str else value
 
 
-def _plain(text: str) -> str:
-    """plotly reads some tags and entities in its labels: with these letters replaced there is none to read."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+def _to_words(words: Words) -> dict[str, Any]:
+    sizes = [abs(word.value) for _, pieces in words.texts for word in pieces if math.isfinite(word.value)]
+    limit = max(sizes, default=0.0)
+
+    def depth(value: float) -> str:
+        return f"{math.sqrt(abs(value) / limit):.2f}" if limit and math.isfinite(value) else "0"
+
+    def mood(value: float) -> str:
+        if not (math.isfinite(value) and value):
+            return ""
+        return ("above" if value > 0 else "below") + (" red" if (value > 0) == words.bad_above else " blue")
+
+    texts = [
+        (title, [{"word": word, "depth": depth(word.value), "mood": mood(word.value)} for word in pieces])
+        for title, pieces in words.texts
+    ]
+    return {"texts": texts, "ends": [(words.below, mood(-1.0)), (words.above, mood(1.0))] if limit else []}
 
 
-def _gaps(values: Sequence[float]) -> list[float | None]:
-    return [float(value) if math.isfinite(value) else None for value in values]
+def _json(figure: dict[str, Any]) -> str:
+    """JSON that is safe inside a script element."""
+    text = json.dumps(figure, ensure_ascii=True, allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -9,7 +9,20 @@ from html.parser import HTMLParser
 import pytest
 
 from gradent.errors import InputError
-from gradent.report.page import Cell, Chart, Line, Page, Section, Table, render_page, write_page
+from gradent.report.page import (
+    Cell,
+    Chart,
+    HeatMap,
+    Line,
+    Page,
+    Quote,
+    Section,
+    Table,
+    Word,
+    Words,
+    render_page,
+    write_page,
+)
 
 EVIL = "<script>alert(1)</script>&\"'</td>{{ 7*7 }}"
 
@@ -61,6 +74,19 @@ def test_text_is_escaped(evil_page):
     assert shown.tags.count("script") == 3  # the figure, plotly.js, the drawing
     assert shown.text.count(EVIL) >= 9
     assert "<script>alert" not in evil_page
+
+
+def test_control_characters_are_written_out():
+    hidden = "a\u202eb\x00c\x1b[2J\u2066d\n e"
+    table = Table((hidden,), [[hidden]])
+    chart = Chart(hidden, hidden, [Line(hidden, [0], [1.0])])
+    words = Words([(hidden, [Word(hidden, 1.0, hidden)])], hidden, hidden)
+    parts = [table, chart, words, Quote(hidden, hidden), HeatMap(hidden, hidden, [hidden], [hidden], [[0.0]], hidden)]
+    html = render_page(Page(hidden, hidden, [(hidden, hidden)], [Section(hidden, hidden, parts)], hidden))
+    own = re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL)
+    assert not set("\u202e\x00\x1b\u2066") & set(own)
+    assert read(html).text.count("a\\u202eb\\x00c\\x1b[2J\\u2066d\n e") >= 12
+    assert not any(set("\u202e\x00") & set(json.dumps(figure, ensure_ascii=False)) for figure in figures(html))
 
 
 def test_labels_of_charts_hold_no_markup(evil_page):

@@ -1,0 +1,207 @@
+"""Files of records: each appears whole or not at all, and its schema version is checked when it is read.
+
+This file imports neither torch nor, until a parquet file is touched, pyarrow.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from gradent.errors import DataFileError, InputError
+from gradent.version import __version__
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "TableKind",
+    "check_version",
+    "first_line",
+    "read_table",
+    "table_schema",
+    "write_table",
+    "write_whole",
+]
+
+SCHEMA_VERSION = 1
+"""Version of all records. It grows when a column or key changes meaning or goes; a reader refuses what is newer."""
+
+_SCHEMA_KEY = b"gradent.schema"
+_VERSION_KEY = b"gradent.schema_version"
+_WRITER_KEY = b"gradent.version"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableKind:
+    """A kind of parquet file that gradent writes.
+
+    Attributes:
+        name: its schema's name; the file is usually `{name}.parquet`.
+        columns: columns in order, each with its Arrow type as pyarrow names it.
+        nullable: columns that may hold null.
+    """
+
+    name: str
+    columns: Mapping[str, str]
+    nullable: frozenset[str]
+
+
+def table_schema(kind: TableKind) -> pa.Schema:
+    """The Arrow schema of a kind of table, with the schema version in its metadata.
+
+    Args:
+        kind: the kind.
+
+    Returns:
+        Its columns in order; only those that may be missing are nullable.
+    """
+    pyarrow, _ = _import_pyarrow()
+    fields = [
+        pyarrow.field(name, getattr(pyarrow, arrow)(), nullable=name in kind.nullable)
+        for name, arrow in kind.columns.items()
+    ]
+    version = {_VERSION_KEY: str(SCHEMA_VERSION).encode(), _WRITER_KEY: __version__.encode()}
+    return pyarrow.schema(fields, metadata={_SCHEMA_KEY: kind.name.encode(), **version})
+
+
+def write_table(path: str | os.PathLike[str], kind: TableKind, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Write a table in one piece: the file appears complete, or the one that was there stays.
+
+    Args:
+        path: the file to write; its directory is made where needed.
+        kind: the kind of table.
+        columns: one sequence per column of `kind`, all of one length; None where a nullable value is missing. A lone
+            surrogate in a text has no UTF-8 and is written as "?".
+
+    Raises:
+        InputError: a column is missing, unknown, of another length, or holds what its type cannot.
+    """
+    pyarrow, parquet = _import_pyarrow()
+    writer = f"write_{kind.name}"
+    if set(columns) != set(kind.columns):
+        missing, unknown = sorted(set(kind.columns) - set(columns)), sorted(set(columns) - set(kind.columns))
+        raise InputError(f"{writer}: missing columns {missing}, unknown columns {unknown}; it takes {[*kind.columns]}.")
+    try:
+        values = {name: [_encodable(value) for value in columns[name]] for name in kind.columns}
+        table = pyarrow.table(values, schema=table_schema(kind))
+        table.validate(full=True)
+    except (pyarrow.ArrowException, TypeError) as error:
+        raise InputError(f"{writer}: the columns do not fit the schema of {kind.name}.parquet: {error}") from error
+    for name in set(kind.columns) - kind.nullable:
+        if table[name].null_count:
+            raise InputError(f"{writer}: column {name} holds {table[name].null_count} nulls; it may hold none.")
+    write_whole(Path(path), lambda handle: parquet.write_table(table, handle))
+
+
+def read_table(path: str | os.PathLike[str], kind: TableKind) -> pa.Table:
+    """Read a table that gradent wrote.
+
+    Args:
+        path: the file.
+        kind: the kind of table that it is to hold.
+
+    Returns:
+        The table, with the columns of `kind`.
+
+    Raises:
+        DataFileError: the file is missing, not parquet, not of this kind, of a newer schema, or lacks a column.
+    """
+    pyarrow, parquet = _import_pyarrow()
+    try:
+        table = parquet.read_table(path, partitioning=None)
+    except FileNotFoundError as error:
+        raise DataFileError(f"{path}: there is no such file. `gradent audit ... --out DIR` writes it.") from error
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataFileError(f"{path}: not a readable parquet file ({first_line(error)}).") from error
+    metadata = table.schema.metadata or {}
+    found = metadata.get(_SCHEMA_KEY, b"").decode(errors="replace")
+    if found != kind.name:
+        raise DataFileError(
+            f"{path}: a parquet file, but not one of gradent's records of {kind.name} (its schema is {found!r})."
+        )
+    check_version(path, metadata.get(_VERSION_KEY, b"").decode(errors="replace"))
+    wrong = [name for name, arrow in kind.columns.items() if not _has_column(table, name, arrow)]
+    if wrong:
+        raise DataFileError(f"{path}: columns missing or of another type: {', '.join(wrong)}. Run the audit again.")
+    return table
+
+
+def check_version(path: str | os.PathLike[str], text: str) -> None:
+    """Refuse a record whose schema this gradent does not know.
+
+    Args:
+        path: the record's file.
+        text: the schema version that it states.
+
+    Raises:
+        DataFileError: no whole number, or newer than `SCHEMA_VERSION`.
+    """
+    if not text.isdecimal():
+        raise DataFileError(f"{path}: its schema version is {text!r}; a whole number is expected.")
+    if int(text) > SCHEMA_VERSION:
+        raise DataFileError(
+            f"{path}: written with schema version {text}; this gradent ({__version__}) reads up to {SCHEMA_VERSION}. "
+            "Upgrade gradent, or run the audit again with this one."
+        )
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write beside `path`, flush to disk, then rename over it: no reader ever sees half a file.
+
+    Args:
+        path: the file; its directory is made where needed.
+        write: called with the open binary file.
+
+    Raises:
+        InputError: the file cannot be written there.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as handle:
+            write(handle)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write there ({error.strerror}). Choose another --out directory.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, on one line.
+
+    Args:
+        error: the error.
+
+    Returns:
+        The first line of its message, or its type where it has none.
+    """
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _encodable(value: Any) -> Any:
+    return value.encode("utf-8", errors="replace").decode() if isinstance(value, str) else value
+
+
+def _has_column(table: pa.Table, name: str, kind: str) -> bool:
+    pyarrow, _ = _import_pyarrow()
+    return name in table.column_names and bool(table.schema.field(name).type == getattr(pyarrow, kind)())
+
+
+def _import_pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow  # noqa: PLC0415
+        import pyarrow.parquet  # noqa: PLC0415
+    except ImportError as error:
+        raise InputError(
+            "Records are parquet files, which pyarrow reads and writes, and it is not installed. Install the extra: "
+            'pip install "gradent[audit]".'
+        ) from error
+    return pyarrow, pyarrow.parquet
