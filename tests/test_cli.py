@@ -116,6 +116,7 @@ BAD: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "no such engine": (lambda here: None, ["--engine", "fast"], "engine is 'fast'.*--engine"),
     "no batch": (lambda here: None, ["--batch-size", "0"], "batch_size is 0.*--batch-size"),
     "no pairs": (lambda here: None, ["--max-pairs", "0"], "max_pairs is 0.*--max-pairs"),
+    "no pairs of tokens": (lambda here: None, ["--token-pairs", "0"], "token_pairs is 0.*--token-pairs"),
     "no length": (lambda here: None, ["--max-length", "4096"], "my-model has 128 positions.*--max-length 128"),
     "no budget": (lambda here: None, ["--memory-budget", "1"], "needs .* bytes"),
 }
@@ -185,7 +186,7 @@ def test_every_option_reaches_the_audit(here) -> None:
     result = audit(
         "--loss", "dpop", "--beta", "0.3", "--lam", "2", "--adapter", "adapter", "--reference", "my-model", "--dtype",
         "float64", "--device", "cpu", "--max-length", "64", "--max-pairs", "3", "--seed", "5", "--no-add-eos",
-        "--batch-size", "2", "--memory-budget", "64MiB", "--engine", "func", "--by-module",
+        "--batch-size", "2", "--memory-budget", "64MiB", "--engine", "func", "--by-module", "--token-pairs", "2",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     summary = read_summary("out/summary.json")
@@ -195,10 +196,20 @@ def test_every_option_reaches_the_audit(here) -> None:
     asked = {
         "max_length": 64, "max_pairs": 3, "seed": 5, "add_eos": False, "batch_size": 2, "memory_budget": "64MiB",
         "engine": "func", "dtype": "float64", "device": "cpu", "skip_bad_rows": False, "split": "train",
+        "token_pairs": 2,
     }  # fmt: skip
     assert summary["settings"] == asked
     assert summary["modules"] and summary["data"]["measured"] == 3
+    assert summary["tokens"] and summary["tokens"]["pairs"] == 2
     assert f"{summary['cosine']['p50']:+.3f}" in result.stdout
+    assert "Which tokens entangle: 2 pairs" in result.stdout
+    assert "Wrote out/pairs.parquet, out/tokens.parquet and out/summary.json" in result.stdout
+
+
+def test_without_tokens_there_is_no_word_of_them(here) -> None:
+    result = audit()
+    assert "oken" not in result.stdout
+    assert "Wrote out/pairs.parquet and out/summary.json" in result.stdout
 
 
 @pytest.mark.parametrize("kind", KINDS)

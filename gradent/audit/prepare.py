@@ -11,7 +11,7 @@ import torch
 
 from gradent.audit.data import AuditPair, PairSet, prepare_pairs
 from gradent.audit.load import check_vocabulary, load_config, load_model, load_tokenizer
-from gradent.audit.rows import read_rows
+from gradent.audit.rows import Row, read_rows
 from gradent.audit.scan import Reference, adapter_off, itself, other_model
 from gradent.audit.source import ModelSource, read_step, resolve_source
 from gradent.errors import InputError
@@ -33,6 +33,7 @@ class Prepared:
     Attributes:
         model: the causal LM, with what is to be measured trainable.
         source: where it came from.
+        tokenizer: the model's.
         step: the trainer's step at which it was saved; 0 if it does not say.
         pairs: usable pairs and skipped rows.
         rows: rows of the data, usable or not.
@@ -45,6 +46,7 @@ class Prepared:
 
     model: Any
     source: ModelSource
+    tokenizer: PreTrainedTokenizerBase
     step: int
     pairs: PairSet
     rows: int
@@ -72,6 +74,7 @@ def prepare(
     add_eos: bool,
     trust_remote_code: bool,
     seed: int,
+    only: int | None = None,
 ) -> Prepared:
     """Load and check everything, the cheap things first: a bad row is reported before a large model is read.
 
@@ -91,6 +94,7 @@ def prepare(
         add_eos: as in `audit`.
         trust_remote_code: as in `audit`.
         seed: as in `audit`.
+        only: prepare this row alone, counted from 0; None for all.
 
     Returns:
         What `scan_pairs` needs.
@@ -105,12 +109,13 @@ def prepare(
     limit = _choose_max_length(getattr(config, "max_position_embeddings", None), max_length, source.base, tell)
     add_eos = add_eos and _has_eos(tokenizer, tell)
     rows = read_rows(data, split)
+    asked = rows if only is None else [_pick_row(rows, only, data)]
     pairs = prepare_pairs(
-        rows, tokenizer, max_length=limit, add_eos=add_eos, skip_bad_rows=skip_bad_rows, max_pairs=max_pairs, seed=seed
+        asked, tokenizer, max_length=limit, add_eos=add_eos, skip_bad_rows=skip_bad_rows, max_pairs=max_pairs, seed=seed
     )
     used = _largest_id(pairs.pairs)
     check_vocabulary(tokenizer, config.vocab_size, source.base, used)
-    _tell_about_pairs(pairs, len(rows), limit, seed, tell)
+    _tell_about_pairs(pairs, len(asked), limit, seed, tell)
     policy = load_model(source, **options)
     refer: Reference | None = None
     kind = "none"
@@ -123,6 +128,7 @@ def prepare(
     return Prepared(
         model=policy,
         source=source,
+        tokenizer=tokenizer,
         step=read_step(source),
         pairs=pairs,
         rows=len(rows),
@@ -132,6 +138,15 @@ def prepare(
         add_eos=add_eos,
         device=place,
     )
+
+
+def _pick_row(rows: Sequence[Row], number: int, data: str | os.PathLike[str]) -> Row:
+    if not 0 <= number < len(rows):
+        raise InputError(
+            f"{os.fspath(data)}: there is no row {number}. It has {len(rows)} rows, counted from 0; accepted is 0 "
+            f"to {len(rows) - 1} (command line: --pair)."
+        )
+    return rows[number]
 
 
 def _choose_max_length(positions: int | None, asked: int | None, source: str, tell: Tell) -> int:

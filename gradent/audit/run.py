@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
 
-from gradent.audit.table import preview, print_summary, printable
-from gradent.errors import GradentWarning, InputError
-from gradent.record import CASE_NAMES, Summary, make_directory, write_pairs, write_summary
+from gradent.audit.progress import pair_progress
+from gradent.audit.table import preview, print_summary
+from gradent.audit.tell import teller, warnings_told
+from gradent.errors import InputError
+from gradent.record import CASE_NAMES, Summary, make_directory, write_pairs, write_summary, write_tokens
 
 if TYPE_CHECKING:
     from gradent.audit.data import AuditPair
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["AuditResult", "audit"]
 
 _SHOWN = 5  # most entangled pairs in the summary
-_FILES = ("pairs.parquet", "summary.json")
+_FILES = ("pairs.parquet", "summary.json", "tokens.parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +41,13 @@ class AuditResult:
         summary: the contents of `summary.json`.
         pairs_path: `pairs.parquet`; `gradent.record.read_pairs` reads it.
         summary_path: `summary.json`.
+        tokens_path: `tokens.parquet`, which `gradent.record.read_tokens` reads; None where no tokens were measured.
     """
 
     summary: Summary
     pairs_path: Path
     summary_path: Path
+    tokens_path: Path | None = None
 
 
 def audit(
@@ -61,6 +61,7 @@ def audit(
     split: str = "train",
     max_length: int | None = None,
     max_pairs: int | None = None,
+    token_pairs: int | None = None,
     batch_size: int = 8,
     memory_budget: int | str | None = None,
     engine: str = "hooks",
@@ -79,7 +80,7 @@ def audit(
         model: directory or hub id of a causal LM (all its parameters are measured), or of a PEFT adapter.
         data: .jsonl, .json or .parquet file, dataset directory, or hub id, in one of TRL's preference formats.
         loss: a name that `losses.get` knows, with its default hyperparameters, or a `Loss`.
-        out: directory for the two files, made where needed; those of an earlier audit there are replaced.
+        out: directory for the files, made where needed; those of an earlier audit there are replaced or removed.
         adapter: PEFT adapter on top of `model`; its parameters are then what is measured.
         reference: directory or hub id of the reference model, for losses with a reference. Without it the base under
             the adapter is the reference, as in TRL; without an adapter the model is its own, as at the first step.
@@ -87,6 +88,9 @@ def audit(
         max_length: most tokens of prompt + response; the rest of the response is cut, as in TRL. Default: 1024, or
             the model's number of positions if that is smaller.
         max_pairs: measure that many pairs only, drawn at random with `seed`.
+        token_pairs: also measure the token matrices of that many pairs (all, if there are no more) and write
+            `tokens.parquet`. They stand for the data: the middles of so many equal slices of the measured pairs sorted
+            by cosine, with no chance in it. `measure_tokens` does it, whatever the `engine`. None for no tokens.
         batch_size: most pairs a batch; pairs of like length share one.
         memory_budget: bounds the scratch of the reductions, as in `measure` (bytes, or "512MiB").
         engine: "hooks" or "func", as in `measure`.
@@ -101,7 +105,7 @@ def audit(
         quiet: print nothing.
 
     Returns:
-        The summary and the paths of both files.
+        The summary and the paths of the files.
 
     Raises:
         InputError: `loss` is neither a name nor a `Loss`.
@@ -110,6 +114,8 @@ def audit(
     from gradent import losses  # noqa: PLC0415
     from gradent.audit.prepare import prepare  # noqa: PLC0415
     from gradent.audit.scan import check_scan_settings, scan_pairs  # noqa: PLC0415
+    from gradent.audit.token_scan import check_token_pairs  # noqa: PLC0415
+    from gradent.audit.token_summary import summarize_tokens  # noqa: PLC0415
     from gradent.verdict import verdict  # noqa: PLC0415
 
     started = time.monotonic()
@@ -117,9 +123,10 @@ def audit(
     if not isinstance(objective, losses.Loss):
         raise InputError(f"loss is a {type(loss).__name__}; accepted: a name that losses.get knows, or a Loss.")
     check_scan_settings(batch_size=batch_size, engine=engine, memory_budget=memory_budget)
+    check_token_pairs(token_pairs)
     directory = make_directory(out, _FILES)
     notes: list[str] = []
-    tell = _teller(notes, quiet)
+    tell = teller(notes, quiet)
     ready = prepare(
         os.fspath(model), data, tell=tell, needs_reference=objective.needs_reference,
         adapter=None if adapter is None else os.fspath(adapter),
@@ -127,80 +134,53 @@ def audit(
         max_length=max_length, max_pairs=max_pairs, dtype=dtype, device=device, skip_bad_rows=skip_bad_rows,
         add_eos=add_eos, trust_remote_code=trust_remote_code, seed=seed,
     )  # fmt: skip
-    with _warnings_told(tell), _progress(ready.pairs.pairs, quiet) as advance:
+    pairs = ready.pairs.pairs
+    with warnings_told(tell), pair_progress("measuring", len(pairs), _cost(pairs), quiet=quiet) as advance:
         scan = scan_pairs(
-            ready.model, ready.pairs.pairs, reference=ready.reference, batch_size=batch_size, engine=engine,
+            ready.model, pairs, reference=ready.reference, batch_size=batch_size, engine=engine,
             by_module=by_module, memory_budget=memory_budget, advance=advance,
         )  # fmt: skip
     judged = verdict(scan.gram, objective, scan.ref_chosen_logp, scan.ref_rejected_logp)
     settings = {
-        "max_length": ready.max_length, "max_pairs": max_pairs, "batch_size": batch_size, "engine": engine,
-        "memory_budget": memory_budget, "add_eos": ready.add_eos, "skip_bad_rows": skip_bad_rows, "seed": seed,
-        "dtype": dtype, "device": device, "split": split,
+        "max_length": ready.max_length, "max_pairs": max_pairs, "token_pairs": token_pairs, "batch_size": batch_size,
+        "engine": engine, "memory_budget": memory_budget, "add_eos": ready.add_eos, "skip_bad_rows": skip_bad_rows,
+        "seed": seed, "dtype": dtype, "device": device, "split": split,
     }  # fmt: skip
-    columns = _to_columns(ready, scan, judged)
+    columns, tokens = _to_columns(ready, scan, judged), None
+    if token_pairs is not None:
+        with warnings_told(tell):
+            tokens = _measure_tokens(ready, columns, token_pairs, memory_budget, quiet)
     summary = {
         **_describe(ready, scan, os.fspath(data), None if reference is None else os.fspath(reference)),
-        **_figures(columns, ready.pairs.pairs, scan),
+        **_figures(columns, pairs, scan),
+        "tokens": None if tokens is None else summarize_tokens(tokens, columns),
         "loss": _describe_loss(objective),
         "settings": settings,
         "notes": notes,
         "seconds": round(time.monotonic() - started, 3),
     }
-    result = _write(directory, columns, summary)
+    result = _write(directory, columns, tokens, summary)
     if not quiet:
         print_summary(result.summary, Console())
     return result
 
 
-def _teller(notes: list[str], quiet: bool) -> Callable[[str], None]:
-    console = Console(stderr=True, quiet=quiet)
-
-    def tell(note: str) -> None:
-        notes.append(note)
-        console.print(Text(f"note: {printable(note)}"), soft_wrap=True)
-
-    return tell
+def _cost(pairs: Sequence[AuditPair]) -> int:
+    """Tokens of all rows, which is what `scan_pairs` reports as done."""
+    return sum(2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
 
 
-@contextmanager
-def _warnings_told(tell: Callable[[str], None]) -> Iterator[None]:
-    """What gradent warns of belongs to the record; other warnings go their way."""
-    with warnings.catch_warnings():
-        shown = warnings.showwarning
+def _measure_tokens(
+    ready: Prepared, columns: dict[str, list[Any]], count: int, memory_budget: int | str | None, quiet: bool
+) -> dict[str, list[Any]]:
+    """The columns of `tokens.parquet`, for `count` of the pairs that `columns` holds."""
+    from gradent.audit.token_scan import choose_pairs, scan_tokens, token_cost  # noqa: PLC0415
 
-        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-            if issubclass(category, GradentWarning):
-                tell(str(message))
-            else:
-                shown(message, category, *place, **more)
-
-        warnings.simplefilter("always", GradentWarning)
-        warnings.showwarning = show
-        yield
-
-
-@contextmanager
-def _progress(pairs: Sequence[AuditPair], quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar over tokens, since a pair's cost goes with its length, with the pairs counted beside it."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("measuring"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[done]}/{task.fields[pairs]} pairs"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    tokens = sum(2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("", total=tokens, done=0, pairs=len(pairs))
-
-        def advance(count: int, batch_tokens: int) -> None:
-            progress.update(task, advance=batch_tokens, done=progress.tasks[task].fields["done"] + count)
-
-        yield advance
+    pairs = [ready.pairs.pairs[position] for position in choose_pairs(columns["cosine"], count)]
+    with pair_progress("tokens", len(pairs), sum(map(token_cost, pairs)), quiet=quiet) as advance:
+        tokens = scan_tokens(ready.model, ready.tokenizer, pairs, memory_budget=memory_budget, advance=advance)
+    rows = len(tokens["pair"])
+    return {"checkpoint": [ready.source.name] * rows, "step": [ready.step] * rows, **tokens}
 
 
 def _to_columns(ready: Prepared, scan: Scan, judged: Verdict) -> dict[str, list[Any]]:
@@ -271,8 +251,18 @@ def _figures(columns: dict[str, list[Any]], pairs: Sequence[AuditPair], scan: Sc
     }
 
 
-def _write(directory: Path, columns: dict[str, list[Any]], summary: dict[str, Any]) -> AuditResult:
-    pairs_path, summary_path = (directory / name for name in _FILES)
-    summary_path.unlink(missing_ok=True)  # an earlier audit's summary must not stand beside this one's pairs
+def _write(
+    directory: Path, columns: dict[str, list[Any]], tokens: dict[str, list[Any]] | None, summary: dict[str, Any]
+) -> AuditResult:
+    pairs_path, summary_path, tokens_path = (directory / name for name in _FILES)
+    for path in (summary_path, tokens_path):
+        path.unlink(missing_ok=True)  # an earlier audit's must not stand beside this one's pairs
     write_pairs(pairs_path, columns)
-    return AuditResult(summary=write_summary(summary_path, summary), pairs_path=pairs_path, summary_path=summary_path)
+    if tokens is not None:
+        write_tokens(tokens_path, tokens)
+    return AuditResult(
+        summary=write_summary(summary_path, summary),
+        pairs_path=pairs_path,
+        summary_path=summary_path,
+        tokens_path=None if tokens is None else tokens_path,
+    )

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradent.record import Summary
+from gradent.token_text import visible
 
 __all__ = ["preview", "print_summary", "printable"]
 
@@ -25,6 +26,8 @@ _ARROWS = {
 _REFERENCES = {"none": "none", "self": "the model itself", "adapter_off": "its base without the adapter", "model": ""}
 _CONTEXT = 12  # characters that two responses share and that are shown before they part
 _MODULES_SHOWN = 12
+_TOKENS_SHOWN = 5
+_TOKEN_WIDTH = 24  # characters of a token
 _MODULE_FIGURES = 42  # columns of the module table that are not the module's name
 
 
@@ -97,6 +100,8 @@ def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
     if summary["modules"]:
         yield Text("\nWhere the cosine comes from: parts of it and of the squared norms, means over the pairs")
         yield _module_table(summary["modules"], width)
+    if summary["tokens"]:
+        yield from _render_tokens(summary["tokens"])
 
 
 def _cosine_table(cosine: dict[str, Any]) -> Table:
@@ -165,6 +170,44 @@ def _module_table(modules: dict[str, dict[str, float]], width: int) -> Table:
         )
     if len(ranked) > _MODULES_SHOWN:
         table.caption = f"{len(ranked) - _MODULES_SHOWN} more modules are in summary.json."
+    return table
+
+
+def _render_tokens(tokens: dict[str, Any]) -> Iterator[RenderableType]:
+    yield Text(f"\nWhich tokens entangle: {tokens['pairs']} pairs, spread over all cosines")
+    yield _part_table(tokens)
+    aligned, facing = tokens["aligned"], tokens["facing"]
+    lines = [
+        f"Of {aligned['count']} identical tokens and their matches, {_percent(aligned['share'])} have a positive inner "
+        f"product; of {facing['count']} differing tokens that face each other, {_percent(facing['share'])} a negative "
+        "one."
+    ]
+    if tokens["undefined"]:
+        lines.append(f"{tokens['undefined']} of the pairs have no cosine and no part in these means.")
+    yield Padding(Text("\n".join(lines)), (0, 0, 0, 1), expand=False)
+    if tokens["entangling"] or tokens["disentangling"]:
+        least = tokens["least_count"]
+        often = f" (those that occur {least} times or more)" if least > 1 else ""
+        yield Text(f"\nTokens by what they add to the cosines{often}")
+        yield _token_table(tokens)
+
+
+def _part_table(tokens: dict[str, Any]) -> Table:
+    table = _new_table("", "mean cosine", "tokens", text=1)
+    counts = {"identical": tokens["identical_tokens"], "differing": tokens["tokens"] - tokens["identical_tokens"]}
+    for kind, count in counts.items():
+        table.add_row(f"from {kind} tokens", _signed(tokens["cosine"][kind]), str(count))
+    table.add_row("together", _signed(tokens["cosine"]["mean"]), str(tokens["tokens"]))
+    return table
+
+
+def _token_table(tokens: dict[str, Any]) -> Table:
+    table = _new_table("", "token", "sum", "mean", "times", text=2)
+    for kind in ("entangling", "disentangling"):
+        for number, row in enumerate(tokens[kind][:_TOKENS_SHOWN]):
+            text = Text(printable(visible(row["token"], _TOKEN_WIDTH)))
+            head = "" if number else kind
+            table.add_row(head, text, _signed(row["sum"]), f"{row['mean']:+.4f}", str(row["count"]))
     return table
 
 

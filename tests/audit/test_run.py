@@ -14,13 +14,13 @@ import torch
 from peft import PeftModel, TrainableTokensConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from gradent import PairBatch, audit, losses, measure, verdict
+from gradent import PairBatch, audit, losses, measure, measure_tokens, verdict
 from gradent.audit import run as module
-from gradent.audit import scan
+from gradent.audit import scan, token_scan
 from gradent.audit.run import AuditResult
 from gradent.errors import GradentWarning, InputError, NonFiniteError
 from gradent.measure import sequence_logps
-from gradent.record import CASE_NAMES, PAIR_COLUMNS, read_pairs, read_summary
+from gradent.record import CASE_NAMES, PAIR_COLUMNS, read_pairs, read_summary, read_tokens
 from tests.audit.made import FORMATS, PAIRS, save_lora, write_jsonl
 
 
@@ -219,6 +219,104 @@ def test_a_failure_leaves_an_earlier_audit_alone(local_model, monkeypatch) -> No
     assert (result.pairs_path.read_bytes(), result.summary_path.read_bytes()) == before
 
 
+def test_without_tokens_the_records_are_as_ever(local_model) -> None:
+    plain, with_tokens = run(local_model), run(local_model, token_pairs=2, out=local_model.parent / "with")
+    assert plain.tokens_path is None
+    assert plain.summary["tokens"] is None and plain.summary["settings"]["token_pairs"] is None
+    assert columns_of(plain) == columns_of(with_tokens)
+    differ = {name for name, value in plain.summary.items() if value != dict(with_tokens.summary)[name]}
+    assert differ == {"tokens", "settings", "seconds"}
+    assert not (plain.pairs_path.parent / "tokens.parquet").exists()
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("float64", 1e-9)])
+def test_tokens_add_up_to_their_pairs(dtype, limit, local_model, tmp_path, tiny_gpt2, tiny_tokenizer) -> None:
+    if dtype == "float64":  # GPT-2 alone is float64 throughout
+        local_model = tmp_path / "gpt2"
+        tiny_gpt2.save_pretrained(local_model)
+        tiny_tokenizer.save_pretrained(local_model)
+    result = run(local_model, token_pairs=99, dtype=dtype)
+    columns = columns_of(result)
+    assert result.tokens_path is not None
+    tokens = read_tokens(result.tokens_path).to_pydict()
+    assert list(dict.fromkeys(tokens["pair"])) == columns["pair"]
+    assert set(tokens["checkpoint"]) == {str(local_model)} and set(tokens["step"]) == {0}
+    norms = [(w * loser) ** 0.5 for w, loser in zip(columns["chosen_sq"], columns["rejected_sq"], strict=True)]
+    for place, pair in enumerate(columns["pair"]):
+        for side in ("chosen", "rejected"):
+            rows = [
+                row for row, at in enumerate(zip(tokens["pair"], tokens["side"], strict=True)) if at == (pair, side)
+            ]
+            assert len(rows) == columns[f"{side}_len"][place]
+            error = sum(tokens["entanglement"][row] for row in rows) - columns["inner"][place]
+            assert abs(error) <= limit * norms[place]
+    figures = result.summary["tokens"]
+    assert figures is not None and figures["pairs"] == len(PAIRS)
+    cosine = figures["cosine"]
+    assert cosine["mean"] == pytest.approx(cosine["identical"] + cosine["differing"], abs=1e-12)
+    assert cosine["mean"] == pytest.approx(sum(columns["cosine"]) / len(PAIRS), abs=limit)
+    assert figures["sum"]["inner"] == pytest.approx(sum(columns["inner"]), abs=limit * sum(norms))
+    assert read_summary(result.summary_path)["tokens"] == json.loads(json.dumps(figures))
+
+
+def test_tokens_are_measured_on_pairs_spread_over_the_cosines(local_model, tiny_llama, tiny_tokenizer) -> None:
+    result = run(local_model, token_pairs=2)
+    columns = columns_of(result)
+    assert result.tokens_path is not None
+    tokens = read_tokens(result.tokens_path).to_pydict()
+    order = sorted(range(len(PAIRS)), key=columns["cosine"].__getitem__)
+    assert len(order) == 7
+    pairs = sorted([order[1], order[5]])  # the quantiles 1/4 and 3/4
+    assert list(dict.fromkeys(tokens["pair"])) == pairs
+    batch = by_hand(tiny_tokenizer).select(pairs)
+    expected = [
+        value
+        for gram in measure_tokens(tiny_llama, batch, progress=False)
+        for value in (*gram.chosen_entanglement.tolist(), *gram.rejected_entanglement.tolist())
+    ]
+    assert tokens["entanglement"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_tokens_of_an_earlier_audit_do_not_stand_beside_new_pairs(local_model, monkeypatch) -> None:
+    first = run(local_model, token_pairs=3)
+    folder = first.pairs_path.parent
+    assert sorted(path.name for path in folder.iterdir()) == ["pairs.parquet", "summary.json", "tokens.parquet"]
+    run(local_model)
+    assert sorted(path.name for path in folder.iterdir()) == ["pairs.parquet", "summary.json"]
+    run(local_model, token_pairs=1)
+
+    def fail(*_, **__):
+        raise InputError("no space")
+
+    monkeypatch.setattr(module, "write_tokens", fail)
+    with pytest.raises(InputError, match=r"no space"):
+        run(local_model, token_pairs=2)
+    assert [path.name for path in folder.iterdir()] == ["pairs.parquet"]
+
+
+def test_a_failure_at_the_tokens_leaves_an_earlier_audit_alone(local_model, monkeypatch) -> None:
+    result = run(local_model, token_pairs=1)
+    before = {path: path.read_bytes() for path in result.pairs_path.parent.iterdir()}
+
+    def fail(*_, **__):
+        raise NonFiniteError("no")
+
+    monkeypatch.setattr(token_scan, "measure_tokens", fail)
+    with pytest.raises(NonFiniteError, match=r"pairs.jsonl:\d+: no"):
+        run(local_model, PAIRS[:3], token_pairs=1)
+    assert {path: path.read_bytes() for path in result.pairs_path.parent.iterdir()} == before
+
+
+def test_tokens_of_an_adapter(local_model, tmp_path) -> None:
+    adapter = save_lora(tmp_path / "adapter", local_model)
+    result = run(local_model, adapter=adapter, token_pairs=2)
+    assert result.tokens_path is not None
+    tokens, columns = read_tokens(result.tokens_path).to_pydict(), columns_of(result)
+    for pair in set(tokens["pair"]):
+        both = sum(value for at, value in zip(tokens["pair"], tokens["entanglement"], strict=True) if at == pair)
+        assert both / 2 == pytest.approx(columns["inner"][columns["pair"].index(pair)], rel=1e-4)
+
+
 def test_quiet_is_quiet_and_otherwise_the_tables_are_printed(local_model, capsys) -> None:
     run(local_model)
     assert capsys.readouterr().out == ""
@@ -249,6 +347,7 @@ def test_what_gradent_warns_of_is_on_record_and_other_warnings_go_their_way(loca
         ({"batch_size": 0}, "batch_size is 0"),
         ({"engine": "fast"}, "engine is 'fast'"),
         ({"memory_budget": "lots"}, "memory_budget='lots'"),
+        ({"token_pairs": 0}, "token_pairs is 0; it must be at least 1"),
     ],
 )
 def test_settings_are_checked_before_anything_is_read(options, message, tmp_path) -> None:

@@ -29,6 +29,7 @@ def summary(**given: Any) -> dict[str, Any]:
             {"pair": 41, "cosine": 0.5, "case": "both_down", "chosen": "a good " * 20, "rejected": "a bad " * 20}
         ],
         "modules": None,
+        "tokens": None,
         **given,
     }
 
@@ -109,6 +110,63 @@ def test_escape_sequences_do_not_reach_the_terminal() -> None:
     assert "\x1b" not in text and "\x07" not in text
     assert "\x1b" not in preview(escape, "") and "\x07" not in preview(escape, "")
     assert printable(f"a\n{escape}\u202eb") == "a\n�]0;owned��[2J�b"
+
+
+TOKENS: dict[str, Any] = {
+    "pairs": 20, "undefined": 0, "tokens": 300, "identical_tokens": 120,
+    "cosine": {"mean": 0.31, "identical": 0.25, "differing": 0.06},
+    "aligned": {"count": 60, "positive": 57, "share": 0.95}, "facing": {"count": 8, "negative": 6, "share": 0.75},
+    "least_count": 2,
+    "entangling": [
+        {"token": f" t{number}", "count": 9, "identical": 1, "sum": 1.5, "mean": 1 / 6} for number in range(7)
+    ],
+    "disentangling": [{"token": "\n", "count": 2, "identical": 0, "sum": -0.5, "mean": -0.25}],
+}  # fmt: skip
+
+
+def test_tokens() -> None:
+    assert "Which tokens" not in printed(summary())
+    text = printed(summary(tokens=TOKENS))
+    assert cells(text, "from identical") == ["from", "identical", "tokens", "+0.250", "120"]
+    assert cells(text, "from differing") == ["from", "differing", "tokens", "+0.060", "180"]
+    assert cells(text, "together") == ["together", "+0.310", "300"]
+    said = " ".join(text.split())
+    assert "20 pairs, spread over all cosines" in said
+    assert "Of 60 identical tokens and their matches, 95.0% have a positive inner product" in said
+    assert "of 8 differing tokens that face each other, 75.0% a negative one." in said
+    assert "that occur 2 times or more" in said
+    assert cells(text, "entangling") == ["entangling", "␣t0", "+1.500", "+0.1667", "9"]
+    assert cells(text, "disentangling") == ["disentangling", "⏎", "-0.500", "-0.2500", "2"]
+    assert [f"␣t{number} " in text for number in range(7)] == [True] * 5 + [False] * 2
+
+
+def test_tokens_of_which_there_is_little_to_say() -> None:
+    nothing = {
+        **TOKENS, "undefined": 20, "cosine": dict.fromkeys(TOKENS["cosine"]), "least_count": 1, "entangling": [],
+        "aligned": {"count": 0, "positive": 0, "share": None}, "disentangling": [],
+    }  # fmt: skip
+    text = " ".join(printed(summary(tokens=nothing)).split())
+    assert "20 of the pairs have no cosine" in text
+    assert "Of 0 identical tokens and their matches, - have" in text
+    assert "Tokens by what" not in text
+    assert "nan" not in text and "None" not in text
+    assert "that occur" not in printed(summary(tokens={**TOKENS, "least_count": 1}))
+
+
+HOSTILE_TOKENS = ["[red]a[/red]", "[/]", ":smile:", "\\[c]", "\x1b[31mx", "\u202ex", "\ud83d", "", "x" * 99]
+
+
+@pytest.mark.parametrize("token", HOSTILE_TOKENS)
+def test_tokens_are_shown_as_they_are_on_one_line(token) -> None:
+    rows = [{**TOKENS["entangling"][0], "token": token}, {**TOKENS["entangling"][0], "token": "next"}]
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=True, color_system="truecolor")
+    print_summary(summary(tokens={**TOKENS, "entangling": rows}), console)  # type: ignore[arg-type]
+    text = out.getvalue()
+    assert "\x1b[31m" not in text and "\u202e" not in text and "\ud83d" not in text
+    (line,) = [line for line in text.splitlines() if "entangling  " in line and "dis" not in line]
+    assert line.split()[-1] == "9" and len(line) <= 80
+    assert token not in HOSTILE_TOKENS[:4] or token in line
 
 
 def test_a_loss_that_moves_nothing() -> None:

@@ -1,0 +1,233 @@
+"""Tokens of some pairs: which pairs, rows that are those of `measure_tokens`, and failures that name the row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gradent import PairBatch, measure, measure_tokens
+from gradent.audit import token_scan as module
+from gradent.audit.data import AuditPair
+from gradent.audit.token_scan import (
+    check_token_pairs,
+    choose_pairs,
+    face_tokens,
+    scan_tokens,
+    token_cost,
+    token_rows,
+)
+from gradent.errors import GradentError, InputError, NonFiniteError
+from gradent.record import TOKEN_COLUMNS
+from gradent.token_gram import TokenGram, match_tokens
+
+
+def pair(row: int, prompt: list[int], chosen: list[int], rejected: list[int]) -> AuditPair:
+    return AuditPair(
+        row=row,
+        where=f"pairs.jsonl:{row + 1}",
+        prompt_ids=prompt,
+        chosen_ids=chosen,
+        rejected_ids=rejected,
+        chosen_text="",
+        rejected_text="",
+    )
+
+
+PAIRS = [
+    pair(7, [1, 30, 31], [40, 41], [42]),
+    pair(1, [1, 60, 61, 62], [63, 64, 65, 2], [63, 66, 67, 2]),
+    pair(4, [1, 80, 81], [85, 86, 87, 88], [85, 88, 90]),
+]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "count", "chosen"),
+    [
+        (10, 1, [5]),
+        (10, 2, [2, 7]),
+        (9, 3, [1, 4, 7]),
+        (10, 5, [1, 3, 5, 7, 9]),
+        (10, 10, list(range(10))),
+        (10, 99, list(range(10))),
+        (1, 1, [0]),
+        (1, 4, [0]),
+    ],
+)
+def test_chosen_pairs_are_quantiles_of_the_cosine(pairs, count, chosen) -> None:
+    cosines = [number / 10 - 0.5 for number in range(pairs)]
+    assert choose_pairs(cosines, count) == chosen
+    assert choose_pairs(cosines[::-1], count) == sorted(pairs - 1 - place for place in chosen)
+
+
+@pytest.mark.parametrize("count", range(1, 40))
+def test_chosen_pairs_are_as_many_as_asked_and_as_the_data_is(count) -> None:
+    draw = torch.Generator().manual_seed(count)
+    cosines = torch.rand(37, generator=draw).pow(3).tolist()
+    chosen = choose_pairs(cosines, count)
+    assert chosen == sorted(set(chosen)) == choose_pairs(list(cosines), count)
+    assert len(chosen) == min(count, 37)
+    ranks = sorted(sorted(cosines).index(cosines[place]) for place in chosen)
+    slices = [37 * number / len(ranks) for number in range(len(ranks) + 1)]
+    assert all(low - 1 < rank < high for low, rank, high in zip(slices, ranks, slices[1:], strict=False))
+
+
+def test_pairs_without_a_cosine_have_their_share() -> None:
+    assert choose_pairs([None, 0.5, None, -0.5], 2) == [1, 2]  # the order is 3, 1, 0, 2
+    assert choose_pairs([None, None], 1) == [1]
+    assert choose_pairs([0.5, 0.5, 0.5, 0.5], 2) == [1, 3]
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_number_of_pairs_that_is_none(count) -> None:
+    with pytest.raises(InputError, match=rf"token_pairs is {count}; .*--token-pairs"):
+        check_token_pairs(count)
+    check_token_pairs(1)
+    check_token_pairs(None)
+
+
+FACING: dict[str, tuple[str, str, list[tuple[int, int]]]] = {
+    "all differ": ("abc", "xyz", [(0, 0), (1, 1), (2, 2)]),
+    "all differ, one longer": ("abc", "x", [(0, 0)]),
+    "all equal": ("abc", "abc", []),
+    "one replaced in the middle": ("abc", "axc", [(1, 1)]),
+    "one replaced at each end": ("abc", "xby", [(0, 0), (2, 2)]),
+    "an insertion": ("abc", "abxc", []),
+    "an insertion at the start": ("abc", "xabc", []),
+    "a continuation": ("ab", "abxy", []),
+    "after an insertion": ("abcdq", "axbcdp", [(4, 5)]),
+    "gaps of other lengths": ("abc1q", "ax1pr", [(1, 1), (4, 3)]),
+    "nothing on one side": ("", "abc", []),
+    "nothing at all": ("", "", []),
+}
+
+
+@pytest.mark.parametrize("what", FACING)
+def test_which_tokens_face_each_other(what) -> None:
+    texts = [list(map(ord, text)) for text in FACING[what][:2]]
+    matched = match_tokens(*texts)
+    faced = face_tokens(matched, len(texts[0]), len(texts[1]))
+    assert faced == FACING[what][2]
+    assert not {a for a, _ in faced} & {a for a, _ in matched}
+    assert not {b for _, b in faced} & {b for _, b in matched}
+
+
+def named(tokens: dict[str, list[Any]], row: int, side: str) -> dict[str, list[Any]]:
+    """The rows of one side of one pair."""
+    keep = [at == (row, side) for at in zip(tokens["pair"], tokens["side"], strict=True)]
+    return {name: [value for value, kept in zip(values, keep, strict=True) if kept] for name, values in tokens.items()}
+
+
+def assert_near(found: list[Any], expected: Tensor, scale: float = 1.0) -> None:
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-9, atol=1e-12 * scale)
+
+
+def test_rows_are_those_of_measure_tokens(tiny_gpt2, tiny_tokenizer) -> None:
+    tokens = scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS)
+    assert set(tokens) == set(TOKEN_COLUMNS) - {"checkpoint", "step"}
+    assert list(dict.fromkeys(tokens["pair"])) == [7, 1, 4]  # as given, not as measured
+    for each in PAIRS:
+        batch = PairBatch.from_tokens([(each.prompt_ids, each.chosen_ids, each.rejected_ids)])
+        (gram,) = measure_tokens(tiny_gpt2, batch)
+        whole = measure(tiny_gpt2, batch)
+        sides = {
+            "chosen": (each.chosen_ids, gram.chosen_sq, gram.inner),
+            "rejected": (each.rejected_ids, gram.rejected_sq, gram.inner.T),
+        }
+        for number, (side, (ids, sq, inner)) in enumerate(sides.items()):
+            rows = named(tokens, each.row, side)
+            assert rows["token_id"] == ids
+            assert rows["position"] == list(range(len(ids)))
+            assert_near(rows["sq"], sq)
+            assert_near(rows["entanglement"], inner.sum(1))
+            assert abs(sum(rows["entanglement"]) - float(whole.inner)) <= 1e-9 * float(
+                (whole.chosen_sq * whole.rejected_sq).sqrt()
+            )
+            matched = {at[number]: at[1 - number] for at in gram.alignment}
+            faced = {at[number]: at[1 - number] for at in face_tokens(gram.alignment, *gram.inner.shape)}
+            assert rows["identical"] == [place in matched for place in range(len(ids))]
+            for column, others in (("aligned_inner", matched), ("facing_inner", faced)):
+                assert [place for place, entry in enumerate(rows[column]) if entry is not None] == sorted(others)
+                for place, other in others.items():
+                    assert rows[column][place] == pytest.approx(float(inner[place, other]), rel=1e-9, abs=1e-15)
+
+
+def test_rows_of_a_matrix_with_known_entries() -> None:
+    gram = TokenGram(
+        inner=torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]], dtype=torch.float64),
+        chosen_sq=torch.tensor([3.0, 5.0], dtype=torch.float64),
+        rejected_sq=torch.tensor([7.0, 9.0, 11.0], dtype=torch.float64),
+        chosen_ids=torch.tensor([50, 51]),
+        rejected_ids=torch.tensor([60, 61, 51]),
+    )
+    assert token_rows(3, gram, (["a", "b"], ["x", "y", "b"])) == {
+        "pair": [3] * 5,
+        "side": ["chosen"] * 2 + ["rejected"] * 3,
+        "position": [0, 1, 0, 1, 2],
+        "token_id": [50, 51, 60, 61, 51],
+        "token": ["a", "b", "x", "y", "b"],
+        "identical": [False, True, False, False, True],
+        "sq": [3.0, 5.0, 7.0, 9.0, 11.0],
+        "entanglement": [7.0, 56.0, 9.0, 18.0, 36.0],
+        "aligned_inner": [None, 32.0, None, None, 32.0],
+        "facing_inner": [1.0, None, 1.0, None, None],
+    }
+
+
+def test_texts_are_those_of_the_tokenizer(tiny_gpt2, tiny_tokenizer) -> None:
+    def ids(text: str) -> list[int]:
+        return tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    tokens = scan_tokens(tiny_gpt2, tiny_tokenizer, [pair(0, [1], ids("a b"), [*ids("é"), 2])])
+    assert tokens["token"] == ["a", " ", "b", "\\xc3", "\\xa9", "<eos>"]
+
+
+def test_the_longest_pair_comes_first_and_the_bar_adds_up(tiny_gpt2, tiny_tokenizer) -> None:
+    told: list[tuple[int, int]] = []
+    scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS, advance=lambda *done: told.append(done))
+    assert [done for done, _ in told] == [1, 1, 1]
+    costs = [cost for _, cost in told]
+    assert costs == sorted(map(token_cost, PAIRS), reverse=True)
+    assert token_cost(PAIRS[0]) == (4 + 5) + 4
+
+
+def test_the_memory_budget_is_passed_on(tiny_gpt2, tiny_tokenizer, monkeypatch) -> None:
+    seen = []
+
+    def spy(model, batch, **options):
+        seen.append(options["memory_budget"])
+        return measure_tokens(model, batch, **options)
+
+    monkeypatch.setattr(module, "measure_tokens", spy)
+    scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[:1], memory_budget="64MiB")
+    assert seen == ["64MiB"]
+
+
+def test_what_is_not_finite_names_the_row(tiny_gpt2, tiny_tokenizer) -> None:
+    with torch.no_grad():
+        tiny_gpt2.get_input_embeddings().weight[80] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"^pairs.jsonl:5: "):
+        scan_tokens(tiny_gpt2, tiny_tokenizer, [PAIRS[2]])
+
+
+@pytest.mark.parametrize("name", ["inner", "chosen_sq", "rejected_sq"])
+def test_an_entry_that_is_not_finite_names_the_row(name, tiny_gpt2, tiny_tokenizer, monkeypatch) -> None:
+    def overflow(*arguments, **options):
+        grams = measure_tokens(*arguments, **options)
+        getattr(grams[0], name)[0] = torch.inf
+        return grams
+
+    monkeypatch.setattr(module, "measure_tokens", overflow)
+    with pytest.raises(NonFiniteError, match=r"^pairs.jsonl:8: .*--dtype float32.*--token-pairs"):
+        scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[:1])
+
+
+def test_a_device_out_of_memory_says_on_which_pair(tiny_gpt2, tiny_tokenizer, monkeypatch) -> None:
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(module, "measure_tokens", fail)
+    with pytest.raises(GradentError, match=r"^pairs.jsonl:2: .*out of memory.*8 tokens.*--memory-budget"):
+        scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS)
