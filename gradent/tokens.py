@@ -25,7 +25,7 @@ from gradent.hooks.batching import group_rows
 from gradent.hooks.cross import CrossLedger
 from gradent.hooks.driver import announce_single_rows, measure_pairs, rows_share
 from gradent.hooks.engine import MicroBatch, NeedsSingleRows, run
-from gradent.hooks.lockstep import Lockstep, split_row
+from gradent.hooks.lockstep import Lockstep
 from gradent.hooks.strand import NoLockstep
 from gradent.kernels.plan import parse_budget
 from gradent.kernels.reference import spans
@@ -74,9 +74,10 @@ def measure_tokens(
         model: a causal language model, as in `measure`.
         batch: B preference pairs.
         by_module: also return each module's share.
-        memory_budget: bytes, or a string such as "512MiB" (the default), that everything may take which is there for
-            each token: cotangents, what is held of them, tiles. Activations of the forward passes come on top. A pair
-            that needs more is measured in blocks of the matrix, each with a backward pass of its own.
+        memory_budget: bytes, or a string such as "512MiB" (the default), that may be taken beyond the activations of
+            one forward pass of each row: by each token's cotangents, by what is held of them, by tiles. A pair that
+            needs more is measured in blocks of the matrix, each with a backward pass of its own; two tokens are the
+            least that is taken at once.
         progress: show a bar on a terminal where it takes more than a few seconds.
 
     Returns:
@@ -184,8 +185,7 @@ def _in_step(
 ) -> dict[int, Entries]:
     sizes = (int(rows[0][1].sum()), int(rows[1][1].sum()))
     whole = not all(ignores_padding(model, ids) for ids, _ in rows)
-    lanes = [lane for side, row in enumerate(rows) for lane in split_row(side, *row, whole=whole)]
-    lockstep = Lockstep(model, list(parameters.values()), lanes, budget=budget, pair=pair)
+    lockstep = Lockstep(model, list(parameters.values()), rows, whole=whole, budget=budget, pair=pair)
     try:
         room = lockstep.block_size()
         blocks = [[range(size)] for size in sizes]

@@ -24,7 +24,7 @@ from gradent.hooks.uses import LookupUse, MatrixUse, SumUse
 from gradent.kernels.reference import accumulator, spans
 from gradent.kernels.tokens import Block, Entries
 
-__all__ = ["Lockstep", "split_row"]
+__all__ = ["Lockstep"]
 
 STRANDS = 4
 """Prefixes of a row, at most: each saves its tokens the positions behind them, and costs a forward."""
@@ -33,37 +33,16 @@ SHARE = 16
 """Tokens of a strand, at least: below, its forward costs more than it saves."""
 
 
-def split_row(side: int, ids: Tensor, marks: Tensor, *, whole: bool) -> list[Lanes]:
-    """The strands of a row.
-
-    Args:
-        side: 0 for chosen, 1 for rejected.
-        ids: int64 `[T]`.
-        marks: bool `[T]`, the tokens to measure.
-        whole: take the row as it is, for models that see its length.
-
-    Returns:
-        One or more, which together hold every marked token once.
-    """
-    places = marks.nonzero()[:, 0].tolist()
-    count = 1 if whole else max(1, min(STRANDS, len(places) // SHARE))
-    size = -(-len(places) // count)
-    strands = []
-    for span in spans(len(places), size):
-        mine = places[span]
-        end = len(ids) if whole else mine[-1] + 1
-        strands.append(Lanes(side, list(range(len(places)))[span], ids[:end], mine))
-    return strands
-
-
 class Lockstep:
     """A pair's strands.
 
     Args:
         model: the model, in the mode in which it is to be measured.
         parameters: its trainable parameters; their numbers are their places here.
-        lanes: the strands' rows and tokens.
-        budget: bytes that cotangents, what is held of them, and tiles may take together.
+        rows: chosen and rejected, `(ids int64 [T], marks bool [T])`.
+        whole: take rows as they are, for models that see their length.
+        budget: bytes that shorter strands, cotangents, what is held of them, and tiles may take together. The
+            activations of the two rows come on top.
         pair: the pair's number, as an error names it.
 
     Raises:
@@ -72,34 +51,47 @@ class Lockstep:
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Sequence[Tensor], lanes: Sequence[Lanes], *, budget: int, pair: int
+        self,
+        model: nn.Module,
+        parameters: Sequence[Tensor],
+        rows: Sequence[tuple[Tensor, Tensor]],
+        *,
+        whole: bool,
+        budget: int,
+        pair: int,
     ) -> None:
         self._parameters, self._budget = parameters, budget
-        self._strands: list[Strand] = []
+        self._strands: list[tuple[Strand, range]] = []  # with the lanes that each is to run
         try:
-            for one in lanes:
-                self._strands.append(Strand(model, parameters, one, pair))
+            for side, (ids, marks) in enumerate(rows):
+                places = marks.nonzero()[:, 0].tolist()
+                strand = Strand(model, parameters, Lanes(side, range(len(places)), ids, places), pair)
+                parts = [range(len(places))] if whole else _split(strand, budget // 8)
+                self._strands.append((strand, parts[-1]))
+                for mine in parts[:-1]:
+                    lanes = Lanes(side, mine, ids[: places[mine[-1]] + 1], places[mine.start : mine.stop])
+                    self._strands.append((Strand(model, parameters, lanes, pair), range(len(mine))))
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """Let go of every graph."""
-        for strand in self._strands:
+        for strand, _ in self._strands:
             strand.close()
         self._strands.clear()
 
     def block_size(self) -> int:
         """Tokens of chosen and rejected together that fit the budget."""
-        held = 0
-        for strand in self._strands:
+        held = flow = 0
+        for strand, _ in self._strands:
             sizes = _held(strand)
             cuts = cut_order(strand.order, strand.head, sizes, 0)
             held = max(held, *(sum(sizes[start:stop]) for start, stop in pairwise(cuts)))
-        flow = max(strand.lane_bytes for strand in self._strands)
-        leaves = {number for strand in self._strands for number in strand.order.leaves}
+            flow = max(flow, *(strand.order.costs[cut] for cut in cuts))
+        leaves = {number for strand, _ in self._strands for number in strand.order.leaves}
         explicit = sum(self._parameters[n].numel() * accumulator(self._parameters[n].dtype).itemsize for n in leaves)
-        return max(2, self._budget // (2 * (2 * flow + held + explicit)))
+        return max(2, self._budget // (4 * (2 * flow + held + explicit)))
 
     def run(
         self,
@@ -134,6 +126,17 @@ class Lockstep:
         return run.ledger.entries
 
 
+def _split(strand: Strand, room: int) -> list[range]:
+    """Tokens of a row by strand, in order: as many shorter strands as pay and have room for their activations."""
+    count = len(strand.lanes.places)
+    for strands in range(max(1, min(STRANDS, count // SHARE)), 1, -1):
+        parts = [range(part.start, part.stop) for part in spans(count, -(-count // strands))]
+        longer = [strand.lanes.places[part[-1]] + 1 for part in parts[:-1]]
+        if strand.footprint * sum(longer) <= room * strand.layout.length:
+            return parts
+    return [range(count)]
+
+
 def _held(strand: Strand) -> list[int]:
     """Bytes that each node of a strand's backward pass makes one hold of a lane."""
     places = {node: place for place, node in enumerate(strand.order.nodes)}
@@ -156,18 +159,22 @@ class _Run:
     """One block of the matrix."""
 
     def __init__(
-        self, strands: Sequence[Strand], parameters: Sequence[Tensor], block: tuple[range, range], budget: int
+        self,
+        strands: Sequence[tuple[Strand, range]],
+        parameters: Sequence[Tensor],
+        block: tuple[range, range],
+        budget: int,
     ) -> None:
         self._parameters, self._budget = parameters, budget
         self._lanes: dict[Strand, list[int]] = {}
-        for strand in strands:
+        for strand, own in strands:
             mine = block[strand.lanes.side]
-            lanes = [lane for lane, token in enumerate(strand.lanes.tokens) if token in mine]
+            lanes = [lane for lane in own if strand.lanes.tokens[lane] in mine]
             if lanes:
                 self._lanes[strand] = lanes
         self._first = [side.start for side in block]
-        self._tiles = max(1024, budget // 4)
-        self._longest = max(strand.layout.length for strand in strands)
+        self._tiles = max(1024, budget // 8)
+        self._longest = max(strand.layout.length for strand, _ in strands)
         self.ledger = TokenLedger((len(block[0]), len(block[1])), budget=self._tiles)
         self._waiting: dict[int, set[tuple[Strand, object]]] = defaultdict(set)
         self._buffers: dict[tuple[Strand, object], Tensor] = {}

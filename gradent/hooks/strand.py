@@ -81,6 +81,7 @@ class Strand:
         order: the backward pass.
         head: place in it from which on lanes are apart; 0 where they are from the logits on.
         widest: bytes of the largest gradient of one lane.
+        footprint: bytes of all of its gradients, which is about what the forward pass keeps.
 
     Raises:
         NonFiniteError: a log-prob is nan or infinite.
@@ -118,7 +119,8 @@ class Strand:
             )
             self.head = self._find_head(logits.shape[-1])
             edges = {(edge.node, edge.output_nr): edge for some in self.order.pending[self.head :] for edge in some}
-            self.widest = max(map(byte_size, edges.values()), default=1)
+            sizes = [byte_size(edge) for edge in edges.values()]
+            self.widest, self.footprint = max(sizes, default=1), sum(sizes)
         except BaseException:
             self.close()
             raise
@@ -166,11 +168,6 @@ class Strand:
             if positions is not None and positions >= length and 2 * meta.shape[-1] <= vocabulary:
                 return place
         return 0
-
-    @property
-    def lane_bytes(self) -> int:
-        """Bytes of what is under way of one lane, at the most."""
-        return max(self.order.costs[self.head :], default=0)
 
     def head_taps(self) -> list[Tap]:
         """Uses behind the head, which lanes reach at their own positions alone."""
