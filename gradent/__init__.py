@@ -14,12 +14,14 @@ from gradent.version import __version__
 if TYPE_CHECKING:
     from gradent import losses
     from gradent.audit import audit
+    from gradent.effects import token_effects
     from gradent.errors import GradentError, GradentWarning
     from gradent.gram import PairGram
     from gradent.measure import measure
     from gradent.pairs import PairBatch
     from gradent.recorder import attach
-    from gradent.tokens import TokenGram, measure_tokens
+    from gradent.token_gram import TokenGram
+    from gradent.tokens import measure_tokens
     from gradent.trainer import EntanglementCallback
     from gradent.verdict import Verdict, verdict
 
@@ -37,6 +39,7 @@ __all__ = [
     "losses",
     "measure",
     "measure_tokens",
+    "token_effects",
     "verdict",
 ]
 
@@ -48,13 +51,14 @@ _HOME = {
     "GradentWarning": "gradent.errors",
     "PairBatch": "gradent.pairs",
     "PairGram": "gradent.gram",
-    "TokenGram": "gradent.tokens",
+    "TokenGram": "gradent.token_gram",
     "Verdict": "gradent.verdict",
     "attach": "gradent.recorder",
     "audit": "gradent.audit",
     "losses": "gradent.losses",
     "measure": "gradent.measure",
     "measure_tokens": "gradent.tokens",
+    "token_effects": "gradent.effects",
     "verdict": "gradent.verdict",
 }
 

@@ -121,6 +121,34 @@ class PairBatch:
         """Completion tokens of each rejected response, int64 `[B]`."""
         return self.completion_mask[len(self) :].sum(1)
 
+    def split_tokens(self, values: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """One value a completion token, as `token_effects` returns them, cut into rows.
+
+        Args:
+            values: any dtype, `[T]`, T the marked tokens of all rows, in the order of
+                `input_ids[completion_mask.bool()]`: the chosen rows of all pairs, then the rejected ones.
+
+        Returns:
+            `(chosen [T_w], rejected [T_l])` of each pair, views of `values`.
+
+        Raises:
+            InputError: `values` is not one value a marked token.
+
+        Example:
+            >>> batch = PairBatch.from_tokens([([1, 2], [3], [4, 5])])
+            >>> batch.split_tokens(torch.tensor([0.5, 0.1, 0.2]))
+            [(tensor([0.5000]), tensor([0.1000, 0.2000]))]
+        """
+        lengths = [*self.chosen_len.tolist(), *self.rejected_len.tolist()]
+        if values.shape != (sum(lengths),):
+            raise InputError(
+                f"PairBatch.split_tokens: values has shape {list(values.shape)}; this batch of {len(self)} pairs has "
+                f"{sum(lengths)} completion tokens, so accepted is [{sum(lengths)}]. Give the values of this very "
+                "batch, one a token, padding and prompts left out."
+            )
+        rows = torch.split(values, lengths)
+        return list(zip(rows[: len(self)], rows[len(self) :], strict=True))
+
     def select(self, pairs: Sequence[int]) -> PairBatch:
         """The batch of the given pairs, in the given order, trimmed to its longest row.
 

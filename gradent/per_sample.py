@@ -18,7 +18,7 @@ from gradent.hooks.logprob import check_logps
 from gradent.kernels.plan import DEFAULT_BUDGET
 from gradent.model import check_causal, forward_logits, ignores_padding, observed
 
-__all__ = ["per_sample_pairs"]
+__all__ = ["parameters_kept", "per_sample_pairs"]
 
 Row = tuple[Tensor, Tensor]
 Way = Callable[[nn.Module, Mapping[str, Tensor], Sequence[Row]], tuple[dict[str, Sequence[Tensor]], Tensor]]
@@ -66,7 +66,7 @@ def per_sample_pairs(
     outcomes = []
     for pair in range(half):
         two = [rows[pair], rows[half + pair]]
-        with _parameters_kept(model):
+        with parameters_kept(model):
             grads, logps = _first_that_runs(ways, model, parameters, two)
         check_logps(logps, [pair, pair], [True, False])
         ledger = Ledger(1, budget=DEFAULT_BUDGET, weight=weight)
@@ -162,8 +162,15 @@ def _counts_tokens(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _parameters_kept(model: nn.Module) -> Iterator[None]:
-    """Put every parameter back where it was: `functional_call` mixes up those that several modules share."""
+def parameters_kept(model: nn.Module) -> Iterator[None]:
+    """Put every parameter back where it was: `functional_call` mixes up those that several modules share.
+
+    Args:
+        model: the model.
+
+    Yields:
+        Nothing.
+    """
     kept = [(module, dict(module._parameters)) for module in model.modules()]  # noqa: SLF001
     try:
         yield

@@ -26,14 +26,16 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("audit",),
     ("report",),
     ("recorder",),
-    ("measure", "tokens"),
+    ("measure", "tokens", "effects"),
     ("verdict", "theory", "per_sample"),
     ("stream",),
     ("losses", "pairs", "record"),
     ("hooks",),
-    ("metric", "model"),
+    ("metric", "model", "directions", "forward_mode"),
     ("kernels", "layers"),
-    ("gram",),
+    ("gram", "token_gram"),
+    ("token_figure",),
+    ("files", "token_text"),
     ("errors",),
     ("version",),
 )
@@ -63,6 +65,7 @@ PUBLIC = {
     "losses",
     "measure",
     "measure_tokens",
+    "token_effects",
     "verdict",
 }
 

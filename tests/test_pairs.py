@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gradent import PairBatch
 from gradent.errors import InputError, PairError
+from tests.batches import left_padded
 
 
 def test_layout_of_from_tokens() -> None:
@@ -25,6 +26,16 @@ def test_select_keeps_pairs_together() -> None:
     expected = PairBatch.from_tokens([pairs[2], pairs[0]])
     assert torch.equal(picked.input_ids, expected.input_ids)
     assert torch.equal(picked.completion_mask, expected.completion_mask)
+
+
+def test_values_of_tokens_are_split_by_row() -> None:
+    batch = left_padded(PairBatch.from_tokens([([1, 2], [3], [4, 5, 6]), ([7], [8, 9], [8])]))
+    values = batch.input_ids[batch.completion_mask.bool()]
+    split = [(chosen.tolist(), rejected.tolist()) for chosen, rejected in batch.split_tokens(values)]
+    assert split == [([3], [4, 5, 6]), ([8, 9], [8])]
+    for wrong in (values[:-1], values[None], torch.zeros(())):
+        with pytest.raises(InputError, match=r"values has shape \[.*this batch of 2 pairs has 7.*accepted is \[7\]"):
+            batch.split_tokens(wrong)
 
 
 def test_text_is_tokenized_as_trl_does(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

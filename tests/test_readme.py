@@ -50,7 +50,8 @@ def test_gradent_commands_run(command, local_model):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     out = folder / command[command.index("--out") + 1]
-    assert {"pairs.parquet", "summary.json"} <= {path.name for path in out.iterdir()}
+    written = {"audit": {"pairs.parquet", "summary.json"}, "tokens": {"tokens.html", "tokens.png", "tokens.json"}}
+    assert written[command[1]] <= {path.name for path in out.iterdir()}
 
 
 def test_make_targets_exist():
