@@ -12,6 +12,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch.autograd.graph import GradientEdge, Node
 
@@ -38,7 +39,7 @@ class Order:
     leaves: dict[int, list[int]]
     sinks: frozenset[Node]
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """The kinds of the nodes: equal for two passes of the same code over rows of other lengths."""
         return [node.name() for node in self.nodes]

@@ -15,9 +15,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
 
-from gradent.hooks.cuts import byte_size, cut_order
+from gradent.hooks.capture import Tap
+from gradent.hooks.cuts import cut_order
 from gradent.hooks.strand import Arrival, Lanes, Strand
 from gradent.hooks.token_ledger import Flat, Lone, Odd, Shared, TokenLedger
 from gradent.hooks.uses import LookupUse, MatrixUse, SumUse
@@ -85,7 +85,7 @@ class Lockstep:
         """Tokens of chosen and rejected together that fit the budget."""
         held = flow = 0
         for strand, _ in self._strands:
-            sizes = _held(strand)
+            sizes = strand.held
             cuts = cut_order(strand.order, strand.head, sizes, 0)
             held = max(held, *(sum(sizes[start:stop]) for start, stop in pairwise(cuts)))
             flow = max(flow, *(strand.order.costs[cut] for cut in cuts))
@@ -137,22 +137,8 @@ def _split(strand: Strand, room: int) -> list[range]:
     return [range(count)]
 
 
-def _held(strand: Strand) -> list[int]:
-    """Bytes that each node of a strand's backward pass makes one hold of a lane."""
-    places = {node: place for place, node in enumerate(strand.order.nodes)}
-    held = [0] * len(strand.order.nodes)
-    for tap in strand.taps:
-        place = places.get(tap.node)
-        if place is None:
-            continue
-        use, size = tap.use, byte_size(GradientEdge(tap.node, 0))
-        if isinstance(use, MatrixUse) and not use.transposed:
-            wide = accumulator(use.inputs.dtype).itemsize
-            size = min(size, use.view.shape[0] * use.view.shape[1] * wide)
-        elif isinstance(use, SumUse) and use.view.ids is None:
-            size = 8
-        held[place] += size
-    return held
+_Waits = tuple[Strand, Tap | int]
+"""A strand's use, or the number of a parameter that no rule recorded there."""
 
 
 class _Run:
@@ -176,8 +162,8 @@ class _Run:
         self._tiles = max(1024, budget // 8)
         self._longest = max(strand.layout.length for strand, _ in strands)
         self.ledger = TokenLedger((len(block[0]), len(block[1])), budget=self._tiles)
-        self._waiting: dict[int, set[tuple[Strand, object]]] = defaultdict(set)
-        self._buffers: dict[tuple[Strand, object], Tensor] = {}
+        self._waiting: dict[int, set[_Waits]] = defaultdict(set)
+        self._buffers: dict[_Waits, Tensor] = {}
         for strand in self._lanes:
             for tap in strand.taps:
                 self._waiting[tap.use.view.param].add((strand, tap))
@@ -199,13 +185,10 @@ class _Run:
         for param, waiting in list(self._waiting.items()):
             if not waiting:
                 self._finish(param)
-            elif all(self._looks_up(key) for _, key in waiting):
-                ids = [key.use.ids.reshape(-1) for _, key in waiting]  # type: ignore[attr-defined]
-                self.ledger.shrink(param, torch.cat(ids))
-
-    @staticmethod
-    def _looks_up(key: object) -> bool:
-        return isinstance(getattr(key, "use", None), LookupUse)
+                continue
+            lookups = [key.use for _, key in waiting if isinstance(key, Tap) and isinstance(key.use, LookupUse)]
+            if len(lookups) == len(waiting):
+                self.ledger.shrink(param, torch.cat([use.ids.reshape(-1) for use in lookups]))
 
     def cut(self) -> list[list[int]]:
         """Where each strand's pass is cut: alike, where the passes are alike."""
@@ -213,16 +196,15 @@ class _Run:
         names = longest.order.names
         lanes = sum(map(len, self._lanes.values()))
         limit = self._budget // 4
-        held = [size * lanes for size in _held(longest)]
-        common = cut_order(longest.order, longest.head, held, limit)
-        cuts = []
-        for strand in self._lanes:
-            if strand.head == longest.head and strand.order.names == names:
-                cuts.append(common)
-            else:
-                mine = [size * lanes for size in _held(strand)]
-                cuts.append(cut_order(strand.order, strand.head, mine, limit))
-        return cuts
+
+        def cut(strand: Strand) -> list[int]:
+            return cut_order(strand.order, strand.head, [size * lanes for size in strand.held], limit)
+
+        common = cut(longest)
+        return [
+            common if strand.head == longest.head and strand.order.names == names else cut(strand)
+            for strand in self._lanes
+        ]
 
     def piece(self, number: int, cuts: Sequence[Sequence[int]]) -> None:
         """Run one piece of every strand, and reduce what is complete then."""
@@ -240,8 +222,8 @@ class _Run:
             for tap in strand.taps:
                 if tap.node in done:
                     self._close(strand, tap)
-            for param, last in ((param, max(found)) for param, found in strand.order.leaves.items()):
-                if last < stop and (strand, param) in self._waiting[param]:
+            for param, found in strand.order.leaves.items():
+                if start <= max(found) < stop:
                     self._close(strand, param)
         for param, waiting in list(self._waiting.items()):
             if not waiting:
@@ -285,7 +267,11 @@ class _Run:
         tap, b = arrival.tap, arrival.cotangents
         use = tap.use
         if isinstance(use, MatrixUse):
-            made = _matrix_values(use, b, formed=self._formed(use))
+            a, made = use.token_factors(b)
+            if self._formed(use):
+                wide = accumulator(made.dtype)
+                grads = torch.matmul(made.mT.to(wide), a.to(wide))  # [m, X, Y]
+                made = grads.mT if use.swapped else grads
         elif isinstance(use, LookupUse):
             made = b.reshape(len(b), -1, use.view.shape[1])
         elif isinstance(use, SumUse):
@@ -305,7 +291,7 @@ class _Run:
         else:
             self._keep(strand, number, lanes, grads)
 
-    def _keep(self, strand: Strand, key: object, lanes: slice, values: Tensor) -> None:
+    def _keep(self, strand: Strand, key: Tap | int, lanes: slice, values: Tensor) -> None:
         count = len(self._lanes[strand])
         if len(values) == count:
             self._buffers[strand, key] = values
@@ -318,7 +304,7 @@ class _Run:
         """Whether a use's gradients are smaller than its cotangents: LoRA's second matrix, short weights."""
         return use.inputs.shape[-2 if use.transposed else -1] < self._longest
 
-    def _close(self, strand: Strand, key: object) -> None:
+    def _close(self, strand: Strand, key: Tap | int) -> None:
         """A use's piece has run for all lanes: what was kept goes to the ledger."""
         values = self._buffers.pop((strand, key), None)
         side, tokens = strand.lanes.side, self._tokens(strand)
@@ -327,8 +313,7 @@ class _Run:
             if values is not None:
                 self.ledger.add(key, (), Flat(side, tokens, values))
             return
-        use = key.use  # type: ignore[attr-defined]
-        view = use.view
+        use, view = key.use, key.use.view
         self._waiting[view.param].discard((strand, key))
         if values is None:  # no lane reached it, or it was taken form by form
             return
@@ -336,32 +321,17 @@ class _Run:
             if self._formed(use):
                 self.ledger.add(view.param, view.slot, Flat(side, tokens, values))
                 return
-            a = _inputs(use, values.dtype)
-            self.ledger.add(view.param, view.slot, Shared(Block(side, tokens, values, a), not use.swapped))
-        elif isinstance(use, LookupUse) or view.ids is not None:
-            ids = use.row_ids(0, strand.layout) if isinstance(use, LookupUse) else view.ids.reshape(-1)
-            padding = use.padding_idx if isinstance(use, LookupUse) else None
-            if padding is not None:
-                values, ids = values[:, ids != padding], ids[ids != padding]
-            slot = view.slot if isinstance(use, LookupUse) else ()
-            self.ledger.add(view.param, slot, Shared(Block(side, tokens, values, ids), b_on_rows=False))
+            a, _ = use.oriented(values)
+            block = Block(side, tokens, values, a.reshape(-1, a.shape[-1]))
+            self.ledger.add(view.param, view.slot, Shared(block, not use.swapped))
+        elif isinstance(use, LookupUse):
+            ids = use.row_ids(0, strand.layout)
+            if use.padding_idx is not None:
+                real = ids != use.padding_idx
+                values, ids = values[:, real], ids[real]
+            self.ledger.add(view.param, view.slot, Shared(Block(side, tokens, values, ids), b_on_rows=False))
+        elif view.ids is not None:
+            block = Block(side, tokens, values, view.ids.reshape(-1))
+            self.ledger.add(view.param, (), Shared(block, b_on_rows=False))
         else:
             self.ledger.add(view.param, view.slot, Flat(side, tokens, values))
-
-
-def _inputs(use: MatrixUse, dtype: torch.dtype) -> Tensor:
-    inputs = use.inputs.mT if use.transposed else use.inputs
-    if inputs.dtype != dtype:  # autocast: the product was taken of the input cast down
-        inputs = inputs.to(dtype)
-    return inputs.reshape(-1, inputs.shape[-1])
-
-
-def _matrix_values(use: MatrixUse, b: Tensor, *, formed: bool) -> Tensor:
-    """Cotangents `[m, M, X]`, or gradients `[m, O, I]`."""
-    b = b.mT if use.transposed else b
-    b = b.reshape(len(b), -1, b.shape[-1])
-    if not formed:
-        return b
-    wide = accumulator(b.dtype)
-    grads = torch.matmul(b.mT.to(wide), _inputs(use, b.dtype).to(wide))  # [m, X, Y]
-    return grads.mT if use.swapped else grads

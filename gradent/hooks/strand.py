@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from gradent.hooks.capture import Capture, Tap
 from gradent.hooks.cuts import Order, byte_size, find_order
 from gradent.hooks.graph import Survey
 from gradent.hooks.logprob import check_logps
-from gradent.hooks.uses import Layout
+from gradent.hooks.uses import Layout, MatrixUse, SumUse
 from gradent.kernels.reference import accumulator, spans
 from gradent.model import forward_logits
 
@@ -168,6 +169,21 @@ class Strand:
             if positions is not None and positions >= length and 2 * meta.shape[-1] <= vocabulary:
                 return place
         return 0
+
+    @cached_property
+    def held(self) -> list[int]:
+        """Bytes that each node of the backward pass makes one hold of a lane."""
+        places = {node: place for place, node in enumerate(self.order.nodes)}
+        held = [0] * len(self.order.nodes)
+        for tap in self.taps:
+            use, size = tap.use, byte_size(GradientEdge(tap.node, 0))
+            if isinstance(use, MatrixUse) and not use.transposed:
+                wide = accumulator(use.inputs.dtype).itemsize
+                size = min(size, use.view.shape[0] * use.view.shape[1] * wide)
+            elif isinstance(use, SumUse) and use.view.ids is None:
+                size = 8
+            held[places[tap.node]] += size
+        return held
 
     def head_taps(self) -> list[Tap]:
         """Uses behind the head, which lanes reach at their own positions alone."""

@@ -120,6 +120,22 @@ class MatrixUse(_WholeSlot):
         """See `Use.hollow`."""
         return replace(self, inputs=self.inputs.new_empty(0))
 
+    def oriented(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Input and output with their features on the last axis, in the output's dtype.
+
+        Args:
+            outputs: of the operator's output shape, further axes in front allowed.
+
+        Returns:
+            `(inputs [..., I], outputs [..., O])`.
+        """
+        inputs = self.inputs
+        if self.transposed:
+            inputs, outputs = inputs.mT, outputs.mT
+        if inputs.dtype != outputs.dtype:  # autocast: the product was taken of the input cast down
+            inputs = inputs.to(outputs.dtype)
+        return inputs, outputs
+
     def factors(self, cotangent: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
         """The factors of every row's gradient, `u [R, M, rows of the slot]` and `v [R, M, its columns]`.
 
@@ -130,13 +146,21 @@ class MatrixUse(_WholeSlot):
         Returns:
             `(u, v)`, with `G_r = Σ_m u_{r,m} v_{r,m}ᵀ`.
         """
-        inputs, outputs = self.inputs, cotangent
-        if self.transposed:
-            inputs, outputs = inputs.mT, outputs.mT
-        if inputs.dtype != outputs.dtype:  # autocast: the product was taken of the input cast down
-            inputs = inputs.to(outputs.dtype)
+        inputs, outputs = self.oriented(cotangent)
         a, b = layout.split(inputs, 1), layout.split(outputs, 1)
         return (a, b) if self.swapped else (b, a)
+
+    def token_factors(self, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of the gradients of many cotangents of one row.
+
+        Args:
+            cotangents: `[m, *shape of the output]`.
+
+        Returns:
+            `(a [M, I], b [m, M, O])`: the operand that all share, and each one's own factor.
+        """
+        inputs, outputs = self.oriented(cotangents)
+        return inputs.reshape(-1, inputs.shape[-1]), outputs.reshape(len(outputs), -1, outputs.shape[-1])
 
     def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
         """See `Use.forms`."""
