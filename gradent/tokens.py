@@ -16,6 +16,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,13 @@ from torch import Tensor, nn
 from gradent.errors import GradentWarning
 from gradent.hooks.batching import group_rows
 from gradent.hooks.cross import CrossLedger
-from gradent.hooks.driver import announce_single_rows, measure_pairs, rows_share
+from gradent.hooks.driver import (
+    AGREEMENT,
+    AGREEMENT_NARROW,
+    announce_single_rows,
+    measure_pairs,
+    rows_share,
+)
 from gradent.hooks.engine import MicroBatch, NeedsSingleRows, run
 from gradent.hooks.lockstep import Lockstep
 from gradent.hooks.strand import NoLockstep
@@ -48,12 +56,37 @@ PATIENCE = 3.0
 # Models whose tokens cannot share a backward pass, with the reason, and those for which it was tried and agreed.
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], str]] = weakref.WeakKeyDictionary()
 
-# Scaled difference between the matrix's sum and the pair's inner product beyond which the two are not the same.
-_AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-4}
-_AGREEMENT_NARROW = 0.2
-
 Row = tuple[Tensor, Tensor]
 Advance = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One pair's measurement: the model, what of it is trainable, both rows, and the pair's number in the batch."""
+
+    model: nn.Module
+    parameters: Mapping[str, Tensor]
+    rows: Sequence[Row]
+    number: int
+    budget: int
+    advance: Advance
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Completion tokens of chosen and rejected."""
+        chosen, rejected = (int(marks.sum()) for _, marks in self.rows)
+        return chosen, rejected
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The trainable parameters by their numbers."""
+        return list(self.parameters.values())
+
+    def blocks(self, room: int) -> list[tuple[slice, slice]]:
+        """The matrix in blocks of at most `room` tokens: all of it, or `room // 2` of either side."""
+        sizes = self.sizes
+        steps = sizes if sum(sizes) <= room else (max(1, room // 2),) * 2
+        return list(product(spans(sizes[0], steps[0]), spans(sizes[1], steps[1])))
 
 
 def measure_tokens(
@@ -103,23 +136,21 @@ def measure_tokens(
             rows = [batch.row(row) for row in (pair, len(batch) + pair)]
             check_ids(model, torch.cat([ids for ids, _ in rows]))
             rows = [(ids.to(device), marks.to(device)) for ids, marks in rows]
-            entries = _measure_pair(model, parameters, rows, pair, budget, advance)
-            grams.append(_to_gram(rows, list(parameters), entries, by_module=by_module))
+            one = _Pair(model, parameters, rows, pair, budget, advance)
+            grams.append(_to_gram(one, _measure_pair(one), by_module=by_module))
     return grams
 
 
-def _measure_pair(
-    model: nn.Module,
-    parameters: Mapping[str, Tensor],
-    rows: Sequence[Row],
-    pair: int,
-    budget: int,
-    advance: Advance,
-) -> dict[int, Entries]:
-    known, key = _KNOWN.setdefault(model, {}), tuple(parameters)
-    if key not in known:
-        check_causal(model, rows[0][0])
-        reason, entries = _try_in_step(model, parameters, rows, pair, budget, advance, first=True)
+def _measure_pair(pair: _Pair) -> dict[int, Entries]:
+    known, key = _KNOWN.setdefault(pair.model, {}), tuple(pair.parameters)
+    first = key not in known
+    if first or not known[key]:
+        if first:
+            check_causal(pair.model, pair.rows[0][0])
+        reason, entries = _try_in_step(pair, first=first)
+        if not first and reason:  # the model changed since it was tried: try it as a new one
+            del known[key]
+            return _measure_pair(pair)
         if reason:
             warnings.warn(
                 f"gradent measures this model's tokens one by one (as exact, but about a forward and a backward a "
@@ -128,37 +159,22 @@ def _measure_pair(
                 stacklevel=4,
             )
         known[key] = reason
-        if entries is not None:
+        if not reason:
             return entries
-    elif not known[key]:
-        reason, entries = _try_in_step(model, parameters, rows, pair, budget, advance, first=False)
-        if entries is not None:
-            return entries
-        del known[key]  # the model changed since it was tried: try it as a new one
-        return _measure_pair(model, parameters, rows, pair, budget, advance)
-    return _one_by_one(model, parameters, rows, pair, budget, advance)
+    return _one_by_one(pair)
 
 
-def _try_in_step(
-    model: nn.Module,
-    parameters: Mapping[str, Tensor],
-    rows: Sequence[Row],
-    pair: int,
-    budget: int,
-    advance: Advance,
-    *,
-    first: bool,
-) -> tuple[str, dict[int, Entries] | None]:
+def _try_in_step(pair: _Pair, *, first: bool) -> tuple[str, dict[int, Entries]]:
     """Why it cannot be done, or the entries. The first pair of a model is also measured as a whole, and must agree."""
     told = 0.0
 
     def tell(share: float) -> None:
         nonlocal told
         told += share
-        advance(share)
+        pair.advance(share)
 
     try:
-        entries = _in_step(model, parameters, rows, pair, budget, tell, check=first)
+        entries = _in_step(replace(pair, advance=tell), check=first)
     except NoLockstep as no:
         reason = str(no)
     except torch.OutOfMemoryError:
@@ -166,78 +182,56 @@ def _try_in_step(
     except RuntimeError as error:  # a backward that vmap cannot take
         reason = f"its backward pass cannot be run for many tokens at once ({' '.join(str(error).split())[:200]})"
     else:
-        reason = _disagreement(model, parameters, rows, entries, budget) if first else ""
+        reason = _disagreement(pair, entries) if first else ""
         if not reason:
             return "", entries
-    advance(-told)
-    return reason, None
+    pair.advance(-told)
+    return reason, {}
 
 
-def _in_step(
-    model: nn.Module,
-    parameters: Mapping[str, Tensor],
-    rows: Sequence[Row],
-    pair: int,
-    budget: int,
-    advance: Advance,
-    *,
-    check: bool,
-) -> dict[int, Entries]:
-    sizes = (int(rows[0][1].sum()), int(rows[1][1].sum()))
-    whole = not all(ignores_padding(model, ids) for ids, _ in rows)
-    lockstep = Lockstep(model, list(parameters.values()), rows, whole=whole, budget=budget, pair=pair)
+def _in_step(pair: _Pair, *, check: bool) -> dict[int, Entries]:
+    whole = not all(ignores_padding(pair.model, ids) for ids, _ in pair.rows)
+    lockstep = Lockstep(pair.model, pair.tensors, pair.rows, whole=whole, budget=pair.budget, pair=pair.number)
     try:
-        room = lockstep.block_size()
-        blocks = [[range(size)] for size in sizes]
-        if room < sum(sizes):
-            blocks = [[range(part.start, part.stop) for part in spans(size, max(1, room // 2))] for size in sizes]
         total: dict[int, Entries] = {}
-        share = 1 / (len(blocks[0]) * len(blocks[1]))
-        for chosen in blocks[0]:
-            for rejected in blocks[1]:
-                found = lockstep.run(chosen, rejected, check=check, advance=lambda part: advance(part * share))
-                for number, part in found.items():
-                    mine = total.setdefault(number, Entries(sizes))
-                    mine.inner[chosen.start : chosen.stop, rejected.start : rejected.stop] = part.inner
-                    mine.squares[0][chosen.start : chosen.stop] = part.squares[0]
-                    mine.squares[1][rejected.start : rejected.stop] = part.squares[1]
+        blocks = pair.blocks(lockstep.block_size())
+        for block in blocks:
+            chosen, rejected = (range(part.start, part.stop) for part in block)
+            found = lockstep.run(chosen, rejected, check=check, advance=lambda part: pair.advance(part / len(blocks)))
+            for number, part in found.items():
+                total.setdefault(number, Entries(pair.sizes)).put(block, part.inner, part.squares)
         return total
     finally:
         lockstep.close()
 
 
-def _disagreement(
-    model: nn.Module, parameters: Mapping[str, Tensor], rows: Sequence[Row], entries: Mapping[int, Entries], budget: int
-) -> str:
+def _disagreement(pair: _Pair, entries: Mapping[int, Entries]) -> str:
     """What is wrong with the sum of a matrix, which is the pair's inner product; empty where nothing is."""
-    micro = MicroBatch(rows, [[0], [1]], [0])
-    outcome = run(model, list(parameters.values()), micro, budget=budget, explicit_budget=None)
+    micro = MicroBatch(pair.rows, [[0], [1]], [pair.number])
+    outcome = run(pair.model, pair.tensors, micro, budget=pair.budget, explicit_budget=None)
     chosen_sq, rejected_sq, inner = torch.stack([entry.cpu()[0] for entry in outcome.entries.values()]).sum(0)
     total = sum(float(part.inner.sum()) for part in entries.values())
     error = abs(total - float(inner)) / max(float(chosen_sq * rejected_sq) ** 0.5, 1e-300)
-    limit = max(_AGREEMENT.get(parameter.dtype, _AGREEMENT_NARROW) for parameter in model.parameters())
-    return (
-        ""
-        if error <= limit
-        else f"the sum over its tokens differs from the pair's inner product by {error:.1e} (scaled)"
-    )
+    limit = max(AGREEMENT.get(parameter.dtype, AGREEMENT_NARROW) for parameter in pair.model.parameters())
+    if error <= limit:
+        return ""
+    return f"the sum over its tokens differs from the pair's inner product by {error:.1e} (scaled)"
 
 
-def _to_gram(
-    rows: Sequence[Row], names: Sequence[str], entries: Mapping[int, Entries], *, by_module: bool
-) -> TokenGram:
-    sizes = (int(rows[0][1].sum()), int(rows[1][1].sum()))
-    modules: dict[str, Tensor] = {name.rpartition(".")[0]: torch.zeros(*sizes, dtype=torch.float64) for name in names}
-    total = Entries(sizes)
+def _to_gram(pair: _Pair, entries: Mapping[int, Entries], *, by_module: bool) -> TokenGram:
+    homes = [name.rpartition(".")[0] for name in pair.parameters]
+    modules: dict[str, Tensor] = {home: torch.zeros(*pair.sizes, dtype=torch.float64) for home in homes}
+    total = Entries(pair.sizes)
     for number, part in sorted(entries.items()):
-        modules[names[number].rpartition(".")[0]] += part.inner
+        modules[homes[number]] += part.inner
         total += part
+    chosen_ids, rejected_ids = (ids[marks].cpu() for ids, marks in pair.rows)
     return TokenGram(
         inner=total.inner,
         chosen_sq=total.squares[0],
         rejected_sq=total.squares[1],
-        chosen_ids=rows[0][0][rows[0][1]].cpu(),
-        rejected_ids=rows[1][0][rows[1][1]].cpu(),
+        chosen_ids=chosen_ids,
+        rejected_ids=rejected_ids,
         modules=modules if by_module else None,
     )
 
@@ -283,52 +277,39 @@ def _bar(pairs: int, *, shown: bool) -> Iterator[Advance]:
             bar.stop()
 
 
-def _one_by_one(
-    model: nn.Module,
-    parameters: Mapping[str, Tensor],
-    rows: Sequence[Row],
-    pair: int,
-    budget: int,
-    advance: Advance,
-) -> dict[int, Entries]:
+def _one_by_one(pair: _Pair) -> dict[int, Entries]:
     """Each token as a row of its own."""
-    prefixes = [_prefixes(*row) for row in rows]
-    sizes = (len(prefixes[0]), len(prefixes[1]))
-    if rows_share(model, parameters) is None:  # found out, once a model, by measuring a pair of it
-        measure_pairs(model, parameters, rows, budget=budget, weight=None, dropout=False)
-    limit = TOKENS.get(rows[0][0].device.type, TOKENS["cuda"]) // max(len(ids) for ids, _ in rows)
-    blocks = [spans(size, max(1, limit // 2)) for size in sizes]
+    chosen, rejected = (_prefixes(*row) for row in pair.rows)
+    if rows_share(pair.model, pair.parameters) is None:  # found out, once a model, by measuring a pair of it
+        measure_pairs(pair.model, pair.parameters, pair.rows, budget=pair.budget, weight=None, dropout=False)
+    room = TOKENS.get(pair.rows[0][0].device.type, TOKENS["cuda"]) // max(len(ids) for ids, _ in pair.rows)
+    blocks = pair.blocks(room)
     total: dict[int, Entries] = {}
-    for top in blocks[0]:
-        for left in blocks[1]:
-            tokens = [*prefixes[0][top], *prefixes[1][left]]
-            split = top.stop - top.start
-            for number, matrix in _cross(model, parameters, tokens, pair, budget).items():
-                mine, diagonal = total.setdefault(number, Entries(sizes)), matrix.diagonal()
-                mine.inner[top, left] = matrix[:split, split:]
-                mine.squares[0][top] = diagonal[:split]
-                mine.squares[1][left] = diagonal[split:]
-            advance(1 / (len(blocks[0]) * len(blocks[1])))
+    for block in blocks:
+        top, left = block
+        split = top.stop - top.start
+        for number, matrix in _cross(pair, [*chosen[top], *rejected[left]]).items():
+            diagonal = matrix.diagonal()
+            squares = diagonal[:split], diagonal[split:]
+            total.setdefault(number, Entries(pair.sizes)).put(block, matrix[:split, split:], squares)
+        pair.advance(1 / len(blocks))
     return total
 
 
-def _cross(
-    model: nn.Module, parameters: Mapping[str, Tensor], tokens: Sequence[Row], pair: int, budget: int
-) -> dict[int, Tensor]:
+def _cross(pair: _Pair, tokens: Sequence[Row]) -> dict[int, Tensor]:
     """Parameter number -> inner products of all tokens with all, `[n, n]` float64."""
     single = [[row] for row in range(len(tokens))]
     grouped = group_rows([len(ids) for ids, _ in tokens], tokens[0][0].device)
 
     def measured(groups: Sequence[Sequence[int]]) -> dict[int, Tensor]:
-        micro = MicroBatch(tokens, groups, [pair] * len(tokens))
-        ledger = CrossLedger(len(tokens), budget=budget)
-        tensors = list(parameters.values())
-        return run(model, tensors, micro, budget=budget, explicit_budget=None, ledger=ledger).entries
+        micro = MicroBatch(tokens, groups, [pair.number] * len(tokens))
+        ledger = CrossLedger(len(tokens), budget=pair.budget)
+        return run(pair.model, pair.tensors, micro, budget=pair.budget, explicit_budget=None, ledger=ledger).entries
 
     try:
-        return measured(grouped if rows_share(model, parameters) else single)
+        return measured(grouped if rows_share(pair.model, pair.parameters) else single)
     except NeedsSingleRows as need:  # the model changed since it was tried
-        announce_single_rows(need, list(parameters))
+        announce_single_rows(need, list(pair.parameters))
         return measured(single)
 
 

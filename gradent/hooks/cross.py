@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gradent.hooks.forms import Dense, Explicit, Form, Rows
 from gradent.hooks.ledger import Ledger, merge_forms
-from gradent.kernels.reference import RUN, accumulator
+from gradent.kernels.reference import accumulator
+from gradent.kernels.tokens import products
 
 __all__ = ["CrossLedger"]
 
@@ -76,7 +77,7 @@ class CrossLedger(Ledger):
             for left in range(0, width, columns):
                 span = slice(top, min(height, top + lines)), slice(left, min(width, left + columns))
                 tile = torch.stack([_tile(forms, *span, wide) for forms in rows])
-                gram += _multiplied(tile)
+                gram += products(tile, tile)
         return gram
 
 
@@ -118,12 +119,3 @@ def _tile(forms: Sequence[Form], top: slice, left: slice, dtype: torch.dtype) ->
         total = part if total is None else total + part
     assert total is not None
     return total.reshape(-1)
-
-
-def _multiplied(tile: Tensor) -> Tensor:
-    """`tile tileᵀ`, float64 `[n, n]`, in runs of products as long as float32 bears."""
-    gram = torch.zeros(len(tile), len(tile), dtype=torch.float64, device=tile.device)
-    for start in range(0, tile.shape[1], RUN):
-        part = tile[:, start : start + RUN]
-        gram += (part @ part.T).double()
-    return gram

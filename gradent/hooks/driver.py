@@ -15,7 +15,7 @@ from gradent.hooks.engine import MicroBatch, NeedsSingleRows, Outcome, run
 from gradent.kernels.plan import DEFAULT_BUDGET
 from gradent.model import check_causal, observed
 
-__all__ = ["announce_single_rows", "measure_pairs", "rows_share"]
+__all__ = ["AGREEMENT", "AGREEMENT_NARROW", "announce_single_rows", "measure_pairs", "rows_share"]
 
 Row = tuple[Tensor, Tensor]
 
@@ -24,8 +24,8 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], bool]] = weak
 
 # Scaled difference beyond which a batched forward and single rows are not the same measurement. Rounding alone stays
 # far below; rows mistaken for one another are wrong in the first digit.
-_AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-4}
-_AGREEMENT_NARROW = 0.2
+AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-4}
+AGREEMENT_NARROW = 0.2
 
 
 def measure_pairs(
@@ -124,7 +124,7 @@ def _rows_can_share(
     norms = totals[0][:2].clamp_min(1e-300).sqrt()
     error = float(((totals[0] - totals[1]).abs() / torch.stack((*norms.square(), norms.prod()))).max())
     narrow = torch.is_autocast_enabled(pair.rows[0][0].device.type)
-    limit = max(_AGREEMENT_NARROW if narrow else _AGREEMENT.get(p.dtype, _AGREEMENT_NARROW) for p in model.parameters())
+    limit = max(AGREEMENT_NARROW if narrow else AGREEMENT.get(p.dtype, AGREEMENT_NARROW) for p in model.parameters())
     if error > limit:
         _announce(f"a batched forward of two rows differs from two forwards of one row by {error:.1e} (scaled)")
     return error <= limit

@@ -58,6 +58,12 @@ class Entries:
         """Add `[len(tokens)]` values."""
         self.squares[side][torch.tensor(tokens)] += values.double().cpu()
 
+    def put(self, block: tuple[slice, slice], inner: Tensor, squares: Sequence[Tensor]) -> None:
+        """Set a block: `inner` of its chosen and rejected tokens, and `squares` of each side's."""
+        self.inner[block] = inner
+        for mine, part, values in zip(self.squares, block, squares, strict=True):
+            mine[part] = values
+
     def __iadd__(self, other: Entries) -> Entries:
         self.inner += other.inner
         for mine, theirs in zip(self.squares, other.squares, strict=True):
