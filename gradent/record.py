@@ -35,7 +35,6 @@ __all__ = [
     "DemoRecord",
     "Summary",
     "TokenRecord",
-    "make_directory",
     "pair_schema",
     "read_demo",
     "read_pairs",
@@ -188,34 +187,6 @@ class TokenRecord(TypedDict):
     for."""
     notes: list[str]
     seconds: float
-
-
-def make_directory(out: str | os.PathLike[str], files: Sequence[str] = ()) -> Path:
-    """The directory that files will go to, made and looked at before any work that would be lost without it.
-
-    Args:
-        out: the directory.
-        files: names of the files that will be written there.
-
-    Returns:
-        Its path.
-
-    Raises:
-        InputError: it cannot be made or written to, or a directory stands where a file is to go.
-    """
-    directory = Path(out)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be made a directory ({error.strerror}). Choose another --out.") from error
-    if not os.access(directory, os.W_OK):
-        raise InputError(f"{out}: this directory cannot be written to. Choose another --out.")
-    for name in files:
-        if (directory / name).is_dir():
-            raise InputError(
-                f"{directory / name}: is a directory, where a file is to be written. Choose another --out."
-            )
-    return directory
 
 
 def pair_schema() -> pa.Schema:

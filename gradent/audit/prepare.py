@@ -56,6 +56,20 @@ class Prepared:
     add_eos: bool
     device: str
 
+    def describe_model(self) -> dict[str, Any]:
+        """What a record says of the model: checkpoint, base, adapter, step, parameter counts, dtype and device."""
+        parameters = list(self.model.parameters())
+        return {
+            "checkpoint": self.source.name,
+            "base": self.source.base,
+            "adapter": self.source.adapter,
+            "step": self.step,
+            "trainable_parameters": sum(each.numel() for each in parameters if each.requires_grad),
+            "parameters": sum(each.numel() for each in parameters),
+            "dtype": str(parameters[0].dtype).removeprefix("torch."),
+            "device": self.device,
+        }
+
 
 def prepare(
     model: str,

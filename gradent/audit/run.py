@@ -18,7 +18,8 @@ from gradent.audit.progress import pair_progress
 from gradent.audit.table import preview, print_summary
 from gradent.audit.tell import teller, warnings_told
 from gradent.errors import InputError
-from gradent.record import CASE_NAMES, Summary, make_directory, write_pairs, write_summary, write_tokens
+from gradent.files import make_directory
+from gradent.record import CASE_NAMES, Summary, write_pairs, write_summary, write_tokens
 
 if TYPE_CHECKING:
     from gradent.audit.data import AuditPair
@@ -200,19 +201,8 @@ def _to_columns(ready: Prepared, scan: Scan, judged: Verdict) -> dict[str, list[
 
 
 def _describe(ready: Prepared, scan: Scan, data: str, reference: str | None) -> dict[str, Any]:
-    parameters = list(ready.model.parameters())
     return {
-        "model": {
-            "checkpoint": ready.source.name,
-            "base": ready.source.base,
-            "adapter": ready.source.adapter,
-            "step": ready.step,
-            "trainable_parameters": sum(each.numel() for each in parameters if each.requires_grad),
-            "parameters": sum(each.numel() for each in parameters),
-            "coverage": scan.gram.coverage,
-            "dtype": str(parameters[0].dtype).removeprefix("torch."),
-            "device": ready.device,
-        },
+        "model": {**ready.describe_model(), "coverage": scan.gram.coverage},
         "reference": {"kind": ready.reference_kind, "source": reference},
         "data": {
             "source": data,

@@ -5,10 +5,12 @@ Letters: T_w and T_l completion tokens of chosen and rejected; a a chosen token,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gradent.audit.data import AuditPair
 from gradent.errors import GradentError, InputError, NonFiniteError
@@ -18,7 +20,16 @@ from gradent.token_gram import TokenGram, match_tokens
 from gradent.token_text import token_texts
 from gradent.tokens import measure_tokens
 
-__all__ = ["check_token_pairs", "choose_pairs", "face_tokens", "scan_tokens", "token_cost", "token_rows"]
+__all__ = [
+    "check_token_pairs",
+    "choose_pairs",
+    "face_tokens",
+    "named_errors",
+    "refuse_non_finite",
+    "scan_tokens",
+    "token_cost",
+    "token_rows",
+]
 
 Matches = Sequence[tuple[int, int]]
 
@@ -172,19 +183,52 @@ def scan_tokens(
 
 def _measure(model: Any, pair: AuditPair, memory_budget: int | str | None) -> TokenGram:
     batch = PairBatch.from_tokens([(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)])
-    try:
+    with named_errors(pair, "token matrix", ", --dtype bfloat16, or leave --token-pairs out"):
         (gram,) = measure_tokens(model, batch, memory_budget=memory_budget, progress=False)
+    refuse_non_finite(pair, (gram.inner.flatten(), gram.chosen_sq, gram.rejected_sq), "leave --token-pairs out")
+    return gram
+
+
+@contextmanager
+def named_errors(pair: AuditPair, what: str, remedies: str) -> Iterator[None]:
+    """Say at which row the measurement of a pair's tokens failed.
+
+    Args:
+        pair: the pair.
+        what: what of it was measured.
+        remedies: what else to try where memory ran out, after the usual.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        NonFiniteError: as inside, with the row.
+        GradentError: the device ran out of memory.
+    """
+    try:
+        yield
     except NonFiniteError as error:
         raise NonFiniteError(f"{pair.where}: {error}") from error
     except torch.OutOfMemoryError as error:
         raise GradentError(
-            f"{pair.where}: the device ran out of memory on this pair's token matrix ({pair.longest} tokens in its "
-            "longer row). Try a smaller --memory-budget or --max-length, --dtype bfloat16, or leave --token-pairs out."
+            f"{pair.where}: the device ran out of memory on this pair's {what} ({pair.longest} tokens in its longer "
+            f"row). Try a smaller --memory-budget or --max-length{remedies}."
         ) from error
-    parts = (gram.inner.flatten(), gram.chosen_sq, gram.rejected_sq)
-    if not bool(torch.cat(parts).isfinite().all()):
+
+
+def refuse_non_finite(pair: AuditPair, parts: Sequence[Tensor], remedy: str) -> None:
+    """Refuse figures of a pair's tokens that are nan or inf.
+
+    Args:
+        pair: the pair.
+        parts: its figures, each `[n]`.
+        remedy: what to do if a wider dtype does not help.
+
+    Raises:
+        NonFiniteError: with the row.
+    """
+    if not bool(torch.cat(list(parts)).isfinite().all()):
         raise NonFiniteError(
             f"{pair.where}: the gradient of one of its tokens is nan or inf. Try --dtype float32 (or float64), or "
-            "leave --token-pairs out."
+            f"{remedy}."
         )
-    return gram

@@ -18,8 +18,8 @@ from rich.text import Text
 
 from gradent.audit.table import printable
 from gradent.audit.tell import teller, warnings_told
-from gradent.errors import GradentError, NonFiniteError
-from gradent.record import TokenRecord, make_directory, write_token_record
+from gradent.files import make_directory
+from gradent.record import TokenRecord, write_token_record
 from gradent.report.token_rows import TokenRow, rank_tokens, signed, token_rows
 from gradent.report.tokens import write_token_report
 from gradent.token_text import token_texts, visible
@@ -117,13 +117,8 @@ def audit_tokens(
         trust_remote_code=trust_remote_code, seed=0,
     )  # fmt: skip
     (row,) = ready.pairs.pairs
-    with (
-        warnings_told(tell),
-        Console(stderr=True, quiet=quiet).status(
-            f"measuring {len(row.chosen_ids)} chosen and {len(row.rejected_ids)} rejected tokens"
-        ),
-    ):
-        measured = _measure(ready.model, row, memory_budget, by_module)
+    with warnings_told(tell):
+        measured = _measure(ready.model, row, memory_budget, by_module, quiet)
     settings = {
         "max_length": ready.max_length, "add_eos": ready.add_eos, "memory_budget": memory_budget,
         "by_module": by_module, "dtype": dtype, "device": device,
@@ -141,47 +136,25 @@ def audit_tokens(
     return result
 
 
-def _measure(model: Any, pair: AuditPair, memory_budget: int | str | None, by_module: bool) -> _Measured:
-    import torch  # noqa: PLC0415
-
+def _measure(model: Any, pair: AuditPair, memory_budget: int | str | None, by_module: bool, quiet: bool) -> _Measured:
+    from gradent.audit.token_scan import named_errors, refuse_non_finite  # noqa: PLC0415
     from gradent.effects import token_effects  # noqa: PLC0415
     from gradent.measure import measure  # noqa: PLC0415
     from gradent.pairs import PairBatch  # noqa: PLC0415
     from gradent.tokens import measure_tokens  # noqa: PLC0415
 
     batch = PairBatch.from_tokens([(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)])
-    try:
+    with named_errors(pair, "tokens", ", or --dtype bfloat16"):
         whole = measure(model, batch, by_module=by_module, memory_budget=memory_budget)
-        (gram,) = measure_tokens(model, batch, memory_budget=memory_budget)
+        (gram,) = measure_tokens(model, batch, memory_budget=memory_budget, progress=not quiet)
         (effects,) = batch.split_tokens(token_effects(model, batch, toward="margin"))
-    except NonFiniteError as error:
-        raise NonFiniteError(f"{pair.where}: {error}") from error
-    except torch.OutOfMemoryError as error:
-        raise GradentError(
-            f"{pair.where}: the device ran out of memory on this pair's tokens ({pair.longest} tokens in its longer "
-            "row). Try a smaller --memory-budget or --max-length, or --dtype bfloat16."
-        ) from error
-    if not bool(torch.cat([gram.inner.flatten(), gram.chosen_sq, gram.rejected_sq, *effects]).isfinite().all()):
-        raise NonFiniteError(
-            f"{pair.where}: the gradient of one of its tokens is nan or inf. Try --dtype float32 (or float64), or "
-            "another --pair."
-        )
+    refuse_non_finite(pair, (gram.inner.flatten(), gram.chosen_sq, gram.rejected_sq, *effects), "another --pair")
     return _Measured(whole=whole, gram=gram, effects=effects)
 
 
 def _describe(ready: Prepared, pair: AuditPair, data: str, split: str) -> dict[str, Any]:
-    parameters = list(ready.model.parameters())
     return {
-        "model": {
-            "checkpoint": ready.source.name,
-            "base": ready.source.base,
-            "adapter": ready.source.adapter,
-            "step": ready.step,
-            "trainable_parameters": sum(each.numel() for each in parameters if each.requires_grad),
-            "parameters": sum(each.numel() for each in parameters),
-            "dtype": str(parameters[0].dtype).removeprefix("torch."),
-            "device": ready.device,
-        },
+        "model": ready.describe_model(),
         "data": {
             "source": data,
             "split": split,

@@ -20,7 +20,8 @@ from rich.text import Text
 
 from gradent.demo.settings import EMBEDDED, PRETRAINED, DemoSettings
 from gradent.errors import InputError
-from gradent.record import PAIR_COLUMNS, make_directory, write_demo, write_pairs
+from gradent.files import make_directory
+from gradent.record import PAIR_COLUMNS, write_demo, write_pairs
 from gradent.report import write_demo_report
 
 if TYPE_CHECKING:
