@@ -92,10 +92,38 @@ _MODEL = "Model"
 _DATA = "Data"
 _RUN = "Measuring"
 
+# Options that several commands take.
+_Model = Annotated[str, typer.Argument(help="Directory or hub id of a causal LM, or of a PEFT adapter.")]
+_Adapter = Annotated[
+    str | None,
+    typer.Option(help="PEFT adapter on MODEL; its parameters are then what is measured.", rich_help_panel=_MODEL),
+]
+_DType = Annotated[str, typer.Option(help="float32, float64, bfloat16, float16 or auto.", rich_help_panel=_MODEL)]
+_Device = Annotated[
+    str | None, typer.Option(help="[default: cuda where there is one, else cpu]", rich_help_panel=_MODEL)
+]
+_TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.", rich_help_panel=_MODEL)
+]
+_Split = Annotated[str, typer.Option(help="Split of a dataset.", rich_help_panel=_DATA)]
+_MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        help="Most tokens of prompt + response. [default: 1024, or what the model can take]", rich_help_panel=_DATA
+    ),
+]
+_NoAddEos = Annotated[
+    bool,
+    typer.Option("--no-add-eos", help="Append no EOS to plain strings (TRL's DPOTrainer does).", rich_help_panel=_DATA),
+]
+_MemoryBudget = Annotated[
+    str | None, typer.Option(help="Scratch of the reductions, e.g. 512MiB.", rich_help_panel=_RUN)
+]
+
 
 @app.command()
 def audit(
-    model: Annotated[str, typer.Argument(help="Directory or hub id of a causal LM, or of a PEFT adapter.")],
+    model: _Model,
     data: Annotated[
         str,
         typer.Option(
@@ -119,10 +147,7 @@ def audit(
     lambda_w: Annotated[float | None, typer.Option(rich_help_panel=_LOSS)] = None,
     lambda_l: Annotated[float | None, typer.Option(rich_help_panel=_LOSS)] = None,
     z_ref: Annotated[float | None, typer.Option(rich_help_panel=_LOSS)] = None,
-    adapter: Annotated[
-        str | None,
-        typer.Option(help="PEFT adapter on MODEL; its parameters are then what is measured.", rich_help_panel=_MODEL),
-    ] = None,
+    adapter: _Adapter = None,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -130,22 +155,11 @@ def audit(
             rich_help_panel=_MODEL,
         ),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32, float64, bfloat16, float16 or auto.", rich_help_panel=_MODEL)
-    ] = "float32",
-    device: Annotated[
-        str | None, typer.Option(help="[default: cuda where there is one, else cpu]", rich_help_panel=_MODEL)
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.", rich_help_panel=_MODEL)
-    ] = False,
-    split: Annotated[str, typer.Option(help="Split of a dataset.", rich_help_panel=_DATA)] = "train",
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Most tokens of prompt + response. [default: 1024, or what the model can take]", rich_help_panel=_DATA
-        ),
-    ] = None,
+    dtype: _DType = "float32",
+    device: _Device = None,
+    trust_remote_code: _TrustRemoteCode = False,
+    split: _Split = "train",
+    max_length: _MaxLength = None,
     max_pairs: Annotated[
         int | None, typer.Option(help="Measure that many pairs, drawn with --seed.", rich_help_panel=_DATA)
     ] = None,
@@ -154,16 +168,9 @@ def audit(
         bool,
         typer.Option("--skip-bad-rows", help="Go on without unusable rows; they are listed.", rich_help_panel=_DATA),
     ] = False,
-    no_add_eos: Annotated[
-        bool,
-        typer.Option(
-            "--no-add-eos", help="Append no EOS to plain strings (TRL's DPOTrainer does).", rich_help_panel=_DATA
-        ),
-    ] = False,
+    no_add_eos: _NoAddEos = False,
     batch_size: Annotated[int, typer.Option(help="Most pairs a batch.", rich_help_panel=_RUN)] = 8,
-    memory_budget: Annotated[
-        str | None, typer.Option(help="Scratch of the reductions, e.g. 512MiB.", rich_help_panel=_RUN)
-    ] = None,
+    memory_budget: _MemoryBudget = None,
     engine: Annotated[str, typer.Option(help="hooks or func.", rich_help_panel=_RUN)] = "hooks",
     by_module: Annotated[
         bool, typer.Option("--by-module", help="Also show which modules the cosine comes from.", rich_help_panel=_RUN)
@@ -202,41 +209,20 @@ def audit(
 
 @app.command()
 def tokens(
-    model: Annotated[str, typer.Argument(help="Directory or hub id of a causal LM, or of a PEFT adapter.")],
+    model: _Model,
     data: Annotated[str, typer.Option(help="Preference pairs, as `gradent audit` reads them.", rich_help_panel=_DATA)],
     pair: Annotated[int, typer.Option(help="Row of the data, counted from 0.", rich_help_panel=_DATA)],
     out: Annotated[
         Path, typer.Option(help="Directory for tokens.json, tokens.png and tokens.html.", rich_help_panel=_RUN)
     ],
-    adapter: Annotated[
-        str | None,
-        typer.Option(help="PEFT adapter on MODEL; its parameters are then what is measured.", rich_help_panel=_MODEL),
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32, float64, bfloat16, float16 or auto.", rich_help_panel=_MODEL)
-    ] = "float32",
-    device: Annotated[
-        str | None, typer.Option(help="[default: cuda where there is one, else cpu]", rich_help_panel=_MODEL)
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code from the model's repository.", rich_help_panel=_MODEL)
-    ] = False,
-    split: Annotated[str, typer.Option(help="Split of a dataset.", rich_help_panel=_DATA)] = "train",
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Most tokens of prompt + response. [default: 1024, or what the model can take]", rich_help_panel=_DATA
-        ),
-    ] = None,
-    no_add_eos: Annotated[
-        bool,
-        typer.Option(
-            "--no-add-eos", help="Append no EOS to plain strings (TRL's DPOTrainer does).", rich_help_panel=_DATA
-        ),
-    ] = False,
-    memory_budget: Annotated[
-        str | None, typer.Option(help="Scratch of the reductions, e.g. 512MiB.", rich_help_panel=_RUN)
-    ] = None,
+    adapter: _Adapter = None,
+    dtype: _DType = "float32",
+    device: _Device = None,
+    trust_remote_code: _TrustRemoteCode = False,
+    split: _Split = "train",
+    max_length: _MaxLength = None,
+    no_add_eos: _NoAddEos = False,
+    memory_budget: _MemoryBudget = None,
     by_module: Annotated[
         bool, typer.Option("--by-module", help="Also show which modules entangle the pair.", rich_help_panel=_RUN)
     ] = False,
