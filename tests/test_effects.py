@@ -27,7 +27,7 @@ from tests.adapters import build_adapted
 from tests.batches import left_padded, ragged
 from tests.odd_models import build_odd
 from tests.odd_skeleton import WIDTH, Skeleton, normal
-from tests.truth import TOLERANCE, call, untouched
+from tests.truth import TOLERANCE, token_gradients, untouched
 from tests.zoo import MEASURABLE, build
 from tests.zoo_tables import TWINS
 
@@ -62,25 +62,6 @@ MODELS = {
     "nn.MultiheadAttention": (lambda: build_odd("nn.MultiheadAttention"), 1e-9),
     "custom autograd function": (lambda: build_odd("custom autograd function"), 1e-9),
 }
-
-
-def token_gradients(model: nn.Module, ids: Tensor, marks: Tensor) -> Tensor:
-    """`∇ log π(y^a | x, y^{<a})` of every marked token, `[T, P]` float64, one backward a token."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    logits = call(model, ids[None])[0, -len(ids) :].double()
-    rows = []
-    for position in marks.nonzero()[:, 0].tolist():
-        logp = logits[position - 1].log_softmax(-1)[ids[position]]
-        grads = torch.autograd.grad(logp, parameters, allow_unused=True, retain_graph=True)
-        rows.append(
-            torch.cat(
-                [
-                    torch.zeros(p.numel(), dtype=torch.float64) if g is None else g.double().flatten()
-                    for p, g in zip(parameters, grads, strict=True)
-                ]
-            )
-        )
-    return torch.stack(rows)
 
 
 def by_backward(model: nn.Module, batch: PairBatch, toward: str | Tensor) -> tuple[Tensor, Tensor]:

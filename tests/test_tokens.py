@@ -20,7 +20,7 @@ from gradent.tokens import measure_tokens
 from tests.adapters import ADAPTERS, build_adapted
 from tests.batches import left_padded, ragged, square
 from tests.odd_models import ODD, build_odd
-from tests.truth import call, untouched
+from tests.truth import token_gradients, untouched
 from tests.zoo import MEASURABLE, build
 
 MODELS = {
@@ -34,25 +34,6 @@ MODELS = {
     "custom autograd function": (lambda: build_odd("custom autograd function"), 1e-9),
     "einsum projections": (lambda: build_odd("einsum projections"), 1e-9),
 }
-
-
-def token_gradients(model: nn.Module, ids: Tensor, marks: Tensor) -> Tensor:
-    """`∇ log π(y^a | x, y^{<a})` of every marked token, `[T, P]` float64, one backward a token."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rows = []
-    for position in marks.nonzero()[:, 0].tolist():
-        logits = call(model, ids[None])[0, -len(ids) :]
-        logp = logits[position - 1].double().log_softmax(-1)[ids[position]]
-        grads = torch.autograd.grad(logp, parameters, allow_unused=True)
-        rows.append(
-            torch.cat(
-                [
-                    torch.zeros(p.numel(), dtype=torch.float64) if g is None else g.double().flatten()
-                    for p, g in zip(parameters, grads, strict=True)
-                ]
-            )
-        )
-    return torch.stack(rows)
 
 
 def truth_of(model: nn.Module, batch: PairBatch, pair: int) -> tuple[Tensor, Tensor]:

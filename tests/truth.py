@@ -92,6 +92,25 @@ def truth(model: nn.Module, batch: PairBatch, *, dtype: torch.dtype | None = Non
     )
 
 
+def token_gradients(model: nn.Module, ids: Tensor, marks: Tensor) -> Tensor:
+    """`∇ log π(y^a | x, y^{<a})` of every marked token, `[T, P]` float64, one backward a token."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    logits = call(model, ids[None])[0, -len(ids) :].double()
+    rows = []
+    for position in marks.nonzero()[:, 0].tolist():
+        logp = logits[position - 1].log_softmax(-1)[ids[position]]
+        grads = torch.autograd.grad(logp, parameters, allow_unused=True, retain_graph=True)
+        rows.append(
+            torch.cat(
+                [
+                    torch.zeros(p.numel(), dtype=torch.float64) if g is None else g.double().flatten()
+                    for p, g in zip(parameters, grads, strict=True)
+                ]
+            )
+        )
+    return torch.stack(rows)
+
+
 def scaled_error(gram: PairGram | Truth, true: Truth) -> float:
     """Largest difference over entries and pairs, each divided by the true `‖g_i‖‖g_j‖`.
 

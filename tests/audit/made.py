@@ -12,6 +12,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from gradent.audit.data import AuditPair
+
 PAIRS = [
     {"prompt": "The film was", "chosen": " a quiet joy.", "rejected": " a loud bore."},
     {"prompt": "The soup was", "chosen": " warm and worth the wait.", "rejected": " cold."},
@@ -21,6 +23,19 @@ PAIRS = [
     {"prompt": "x", "chosen": "y", "rejected": "z"},
     {"prompt": "Häuser", "chosen": " — größer", "rejected": " 屋"},
 ]
+
+
+def tokenized(row: int, prompt: list[int], chosen: list[int], rejected: list[int]) -> AuditPair:
+    """A pair of a data file, without its texts."""
+    return AuditPair(
+        row=row,
+        where=f"pairs.jsonl:{row + 1}",
+        prompt_ids=prompt,
+        chosen_ids=chosen,
+        rejected_ids=rejected,
+        chosen_text="",
+        rejected_text="",
+    )
 
 
 def said(text: str, role: str = "assistant") -> list[dict[str, str]]:

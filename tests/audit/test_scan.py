@@ -10,32 +10,19 @@ from transformers import LlamaForCausalLM
 
 from gradent import PairBatch, measure
 from gradent.audit import scan as module
-from gradent.audit.data import AuditPair
 from gradent.audit.scan import adapter_off, check_scan_settings, itself, other_model, plan_batches, scan_pairs
 from gradent.errors import GradentError, InputError, NonFiniteError, NothingTrainableError
-from tests.audit.made import logp
+from tests.audit.made import logp, tokenized
 
 ENTRIES = ("chosen_sq", "rejected_sq", "inner", "chosen_logp", "rejected_logp", "chosen_len", "rejected_len")
 
 
-def pair(row: int, prompt: list[int], chosen: list[int], rejected: list[int]) -> AuditPair:
-    return AuditPair(
-        row=row,
-        where=f"pairs.jsonl:{row + 1}",
-        prompt_ids=prompt,
-        chosen_ids=chosen,
-        rejected_ids=rejected,
-        chosen_text="",
-        rejected_text="",
-    )
-
-
 PAIRS = [
-    pair(0, [1, 30, 31], [40, 41], [42]),
-    pair(1, [1], [50], [51, 52, 53, 54, 55, 56, 57, 58, 59]),
-    pair(2, [1, 60, 61, 62], [63, 64, 65], [63, 64, 66]),
-    pair(3, [1, 70], [71], [72]),
-    pair(5, [1, 80, 81, 82, 83, 84], [85, 86, 87, 88], [89, 90]),
+    tokenized(0, [1, 30, 31], [40, 41], [42]),
+    tokenized(1, [1], [50], [51, 52, 53, 54, 55, 56, 57, 58, 59]),
+    tokenized(2, [1, 60, 61, 62], [63, 64, 65], [63, 64, 66]),
+    tokenized(3, [1, 70], [71], [72]),
+    tokenized(5, [1, 80, 81, 82, 83, 84], [85, 86, 87, 88], [89, 90]),
 ]
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from gradent import PairBatch, measure, measure_tokens
 from gradent.audit import token_scan as module
-from gradent.audit.data import AuditPair
 from gradent.audit.token_scan import (
     check_token_pairs,
     choose_pairs,
@@ -22,24 +21,12 @@ from gradent.audit.token_scan import (
 from gradent.errors import GradentError, InputError, NonFiniteError
 from gradent.record import TOKEN_COLUMNS
 from gradent.token_gram import TokenGram, match_tokens
-
-
-def pair(row: int, prompt: list[int], chosen: list[int], rejected: list[int]) -> AuditPair:
-    return AuditPair(
-        row=row,
-        where=f"pairs.jsonl:{row + 1}",
-        prompt_ids=prompt,
-        chosen_ids=chosen,
-        rejected_ids=rejected,
-        chosen_text="",
-        rejected_text="",
-    )
-
+from tests.audit.made import tokenized
 
 PAIRS = [
-    pair(7, [1, 30, 31], [40, 41], [42]),
-    pair(1, [1, 60, 61, 62], [63, 64, 65, 2], [63, 66, 67, 2]),
-    pair(4, [1, 80, 81], [85, 86, 87, 88], [85, 88, 90]),
+    tokenized(7, [1, 30, 31], [40, 41], [42]),
+    tokenized(1, [1, 60, 61, 62], [63, 64, 65, 2], [63, 66, 67, 2]),
+    tokenized(4, [1, 80, 81], [85, 86, 87, 88], [85, 88, 90]),
 ]
 
 
@@ -180,7 +167,7 @@ def test_texts_are_those_of_the_tokenizer(tiny_gpt2, tiny_tokenizer) -> None:
     def ids(text: str) -> list[int]:
         return tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    tokens = scan_tokens(tiny_gpt2, tiny_tokenizer, [pair(0, [1], ids("a b"), [*ids("é"), 2])])
+    tokens = scan_tokens(tiny_gpt2, tiny_tokenizer, [tokenized(0, [1], ids("a b"), [*ids("é"), 2])])
     assert tokens["token"] == ["a", " ", "b", "\\xc3", "\\xa9", "<eos>"]
 
 
