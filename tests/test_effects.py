@@ -22,6 +22,7 @@ from gradent.errors import (
 )
 from gradent.measure import measure
 from gradent.pairs import PairBatch
+from gradent.token_tangents import _TOGETHER
 from gradent.tokens import measure_tokens
 from tests.adapters import build_adapted
 from tests.batches import left_padded, ragged
@@ -244,3 +245,35 @@ def test_models_that_cannot_be_measured():
 class Both(Skeleton):
     def block(self, x: Tensor) -> Tensor:
         return x.mean(1, keepdim=True)
+
+
+class Mingling(Skeleton):
+    """Rows of a batch see one another."""
+
+    def block(self, x: Tensor) -> Tensor:
+        return x.mean(0, keepdim=True).expand_as(x).tanh()
+
+
+class Sizing(Skeleton):
+    """A row sees its padded length."""
+
+    def block(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / x.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "shared"),
+    [
+        (lambda: build("gpt2"), True),
+        (lambda: build("llama"), True),
+        (lambda: Mingling().double(), False),
+        (lambda: Sizing().double(), False),
+    ],
+    ids=["gpt2", "llama", "mingling", "sizing"],
+)
+def test_rows_share_a_forward_where_they_can(make, shared):
+    torch.manual_seed(0)
+    model, batch = make(), left_padded(ragged())
+    assert len(batch) > 1
+    assert scaled_error(quietly(model, batch), model, batch, "rejected") <= 1e-6
+    assert set(_TOGETHER[model].values()) == {shared}

@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("recorder",),
     ("measure", "tokens", "effects"),
+    ("token_tangents",),
     ("verdict", "theory", "per_sample"),
     ("stream",),
     ("losses", "pairs", "record"),
