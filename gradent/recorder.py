@@ -27,11 +27,12 @@ from gradent.model import is_sharded, plain, trainable
 from gradent.pairs import PairBatch
 from gradent.verdict import Verdict
 
-__all__ = ["Mode", "Recorder", "Recording", "attach", "join_recordings"]
+__all__ = ["Mode", "Recorder", "Recording", "WeightGrad", "attach", "join_recordings"]
 
 logger = logging.getLogger("gradent")
 
 Mode = Literal["auto", "piggyback", "measure"]
+WeightGrad = Literal["shared"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ def attach(
     metric: torch.optim.Optimizer | None = None,
     compiled: nn.Module | None = None,
     trusted: bool = False,
+    weight_grad: WeightGrad | None = None,
 ) -> Recorder:
     """Watch the model that a training loop runs, from `with` to the end of the block (or between `arm` and `disarm`).
 
@@ -85,12 +87,16 @@ def attach(
             and the entries are measured on the model itself. Given as `model`, such a wrapper is recognised.
         trusted: the loss is known to see log-probs alone, whatever else the model is asked for (older releases of TRL
             ask for hidden states and leave them). Otherwise such an output sends "auto" to a pass of its own.
+        weight_grad: None leaves the loop's backward alone. "shared" forms every row's product of a matrix's gradient
+            once, for the entries and for the loop's own gradient, which spares the products of a measured step but sums
+            that gradient in another order: the run is no longer the same to the bit. For parameters that are trained in
+            full; the weight of a tied or fused head is measured as without.
 
     Returns:
         The recorder, which is a context manager.
 
     Raises:
-        InputError: an unknown mode or pairing.
+        InputError: an unknown mode, pairing or weight_grad.
 
     Example:
         >>> with attach(model) as recorder:  # doctest: +SKIP
@@ -98,7 +104,11 @@ def attach(
         ...     print(recorder.harvest().gram.cosine)
         ...     optimizer.step()
     """
-    for name, value, accepted in (("mode", mode, get_args(Mode)), ("pairing", pairing, get_args(Pairing))):
+    for name, value, accepted in (
+        ("mode", mode, get_args(Mode)),
+        ("pairing", pairing, get_args(Pairing)),
+        ("weight_grad", weight_grad, (None, *get_args(WeightGrad))),
+    ):
         if value not in accepted:
             raise InputError(f"attach: {name}={value!r} is unknown; accepted are {', '.join(map(repr, accepted))}.")
     return Recorder(
@@ -110,6 +120,7 @@ def attach(
         metric=metric,
         compiled=compiled,
         trusted=trusted,
+        weight_grad=weight_grad,
     )
 
 
@@ -127,12 +138,14 @@ class Recorder:
         metric: torch.optim.Optimizer | None,
         compiled: nn.Module | None,
         trusted: bool,
+        weight_grad: WeightGrad | None,
     ) -> None:
         self.metric = metric
         self._model = plain(model)
         self._watched = model if compiled is None else compiled
         self._compiled = self._watched is not self._model
         self._trusted = trusted
+        self._share = weight_grad is not None
         self._mode: Mode = mode
         self._pairing: Pairing = pairing
         self._by_module = by_module
@@ -174,6 +187,7 @@ class Recorder:
             weight=None if self.metric is None else metric_roots(self.metric, self._parameters),
             entries=self._mode != "measure" and not self._compiled,
             trusted=self._trusted,
+            share=self._share,
         )
         self._piggyback.arm()
 
@@ -254,6 +268,13 @@ class Recorder:
                 self._compare(gram, passed, active)
             else:
                 gram = self._read(passed).select(active)
+            if self._share and active and not passed.shared:
+                self._say(
+                    "gradent: weight_grad='shared' found no weight gradient to share here, and the products are formed "
+                    "twice. It takes matrices used once a forward, chosen and rejected in one forward, a loss whose "
+                    "entries can be read off its backward, and no FSDP, torch.compile, reentrant checkpointing or "
+                    "offloaded activations."
+                )
             rows = len(passed.c) + passed.unpaired if self._pairing == "signs" else pairs
             c = passed.c * rows
             judged = Verdict.from_weights(gram, -c[:pairs][active], c[pairs:][active])

@@ -41,6 +41,7 @@ class Passed:
         entries: parameter number -> `[k, 3]` float64, in the order of the backward pass; complete if `problem` is None.
         problem: why there are no entries, or None.
         broken: why not even the coefficients can be used, or None.
+        shared: parameters whose gradient the trainer's backward took from the measurement.
     """
 
     rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -54,6 +55,7 @@ class Passed:
     entries: dict[int, Tensor] = field(default_factory=dict)
     problem: str | None = None
     broken: str | None = None
+    shared: int = 0
 
 
 @dataclass(kw_only=True, eq=False)
@@ -70,6 +72,7 @@ class Watching:
         weight: parameter number -> square root of the metric's diagonal, or None.
         entries: capture uses too; without, only coefficients are read.
         trusted: the loss sees log-probs alone, whatever else the model is asked for.
+        share: give the trainer's backward the weight gradients that the measured products add up to.
         clock: the time spent on watching.
     """
 
@@ -82,6 +85,7 @@ class Watching:
     weight: Callable[[int], Tensor] | None
     entries: bool
     trusted: bool
+    share: bool
     clock: Clock
 
 
@@ -203,7 +207,7 @@ class WatchedBackward:
 
     def _settle(self, collector: Collector) -> None:
         collector.ledger.close()
-        self.passed.entries = collector.ledger.entries
+        self.passed.entries, self.passed.shared = collector.ledger.entries, collector.shared
         parameters = self.owner.parameters
         # What got a gradient from a hidden region, where no use of it was seen.
         missed = {

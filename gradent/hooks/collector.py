@@ -15,6 +15,7 @@ from torch import Tensor
 from gradent.hooks.capture import Tap
 from gradent.hooks.forms import scaled, scaled_rows
 from gradent.hooks.ledger import Ledger
+from gradent.hooks.share import give, is_shared
 from gradent.hooks.uses import Layout, LookupUse, MatrixUse
 
 __all__ = ["Collector", "Place"]
@@ -34,12 +35,16 @@ class Collector:
     Args:
         ledger: takes the forms.
         budget: bytes that forming a product may take.
+
+    Attributes:
+        shared: parameters whose gradient was handed to the backward that brought the cotangents.
     """
 
     def __init__(self, ledger: Ledger, budget: int) -> None:
         self.ledger = ledger
         self._budget = budget
         self._waiting: dict[int, dict[Tap, Place]] = defaultdict(dict)
+        self.shared = 0
 
     def expect(self, tap: Tap, place: Place) -> None:
         """Wait for a use's cotangent before its parameter is reduced.
@@ -67,7 +72,9 @@ class Collector:
         param = tap.use.view.param
         waiting = self._waiting[param]
         waiting.pop(tap, None)
-        if not waiting and self._at_once(tap, cotangent, place, factors):
+        if not waiting and (
+            self._share(tap, cotangent, place, factors) or self._at_once(tap, cotangent, place, factors)
+        ):
             return
         for index, slot, form in tap.use.forms(cotangent, place.layout, self._budget):
             row, factor = place.rows[index], 1.0 if factors is None else factors[index]
@@ -77,6 +84,19 @@ class Collector:
             self.ledger.finish(param)
         elif all(isinstance(other.use, LookupUse) for other in waiting) and not isinstance(tap.use, LookupUse):
             self.ledger.shrink(param, lambda row: self._lookups(param, row))
+
+    def _share(self, tap: Tap, cotangent: Tensor, place: Place, factors: Sequence[float] | None) -> bool:
+        """Reduce a parameter whose only use this is, and hand its gradient to that use; whether that was done."""
+        use = tap.use
+        if factors is None or not is_shared(tap.node) or not isinstance(use, MatrixUse) or use.view.slot:
+            return False
+        u, v = use.factors(cotangent, place.layout)
+        grad = self.ledger.share(use.view.param, u, v, place.rows, factors)
+        if grad is None:
+            return False
+        give(tap.node, cotangent, grad)
+        self.shared += 1
+        return True
 
     def _at_once(self, tap: Tap, cotangent: Tensor, place: Place, factors: Sequence[float] | None) -> bool:
         """Reduce a parameter whose only use this is, all rows together; whether that was done."""

@@ -16,6 +16,7 @@ from gradent.hooks.fused_head import FusedHeadUse, find_fused_head
 from gradent.hooks.readout import FusedReadout, Readout, RewardReadout, find_readout
 from gradent.hooks.regions import in_backward
 from gradent.hooks.sharding import output_embeddings
+from gradent.hooks.share import Sharing
 from gradent.hooks.uses import Layout
 from gradent.hooks.views import View
 
@@ -39,6 +40,7 @@ class WatchedForward:
         self._handles: list[RemovableHandle] = []
         self._reentered: nn.Module | None = None
         self._capture: Capture | None = None
+        self._sharing = Sharing(group.owner.parameters) if group.owner.share and not group.owner.sharded else None
         if group.owner.entries:
             self._adopt_whole_parameters()
             self._capture = Capture(
@@ -68,6 +70,8 @@ class WatchedForward:
 
     def enter(self) -> None:
         """The forward begins."""
+        if self._sharing is not None:  # under the capture, which sees a call as the model makes it
+            self._sharing.start()
         if self._capture is not None:
             self._capture.start()
 
@@ -75,6 +79,8 @@ class WatchedForward:
         """The forward is over, well or not."""
         if self._capture is not None:
             self._capture.stop()
+        if self._sharing is not None:
+            self._sharing.stop()
 
     def see(self, output: Any, kwargs: Mapping[str, Any]) -> None:
         """Look at the output: where the coefficients will be read, and whether every use was seen."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gradent.hooks.forms import Deferred, Dense, Explicit, Form, Rows, Solid
 from gradent.kernels.reference import accumulator, batch_pays, reduce_batch, reduce_dense, reduce_flat
+from gradent.kernels.shared import reduce_shared
 
 __all__ = ["Ledger", "merge_forms"]
 
@@ -81,6 +82,26 @@ class Ledger:
             return False
         self.entries[param] = entries
         return True
+
+    def share(self, param: int, u: Tensor, v: Tensor, places: Sequence[int], factors: Sequence[float]) -> Tensor | None:
+        """Reduce a parameter of which one product's gradients are all there is, and add those gradients up.
+
+        Args:
+            param: the parameter's number.
+            u: `[R, T, O]`, the rows of one forward.
+            v: `[R, T, I]`.
+            places: each row's number among the 2k, or -1.
+            factors: what each row is multiplied by before it is measured.
+
+        Returns:
+            The sum of all rows' products `[O, I]`; None where not every pair's rows are here, and nothing was done.
+        """
+        if self._forms.get(param) or sum(place >= 0 for place in places) != 2 * self._pairs:
+            return None
+        self.entries[param], total = reduce_shared(
+            u, v, places, factors, pairs=self._pairs, budget=self._budget, weight=self._root(param, ())
+        )
+        return total
 
     def fits(self, u: Tensor, v: Tensor) -> bool:
         """Whether all rows' products are worth forming at once; arguments as for `whole`."""

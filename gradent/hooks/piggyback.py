@@ -40,6 +40,7 @@ class Piggyback:
         weight: parameter number -> square root of the metric's diagonal, or None.
         entries: capture uses too; without, only coefficients are read.
         trusted: the loss sees log-probs alone, whatever else the model is asked for.
+        share: give the trainer's backward the weight gradients that the measured products add up to (`share.py`).
 
     Attributes:
         clock: the time spent on watching.
@@ -55,6 +56,7 @@ class Piggyback:
         weight: Callable[[int], Tensor] | None = None,
         entries: bool = True,
         trusted: bool = False,
+        share: bool = False,
     ) -> None:
         tensors = list(parameters.values())
         self.clock = Clock()
@@ -68,6 +70,7 @@ class Piggyback:
             weight=weight,
             entries=entries,
             trusted=trusted,
+            share=share and entries,
             clock=self.clock,
         )
         self._model = model

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["current_region", "in_backward"]
+__all__ = ["current_region", "in_backward", "packs_tensors"]
 
 _MODULE = "torch.utils.checkpoint"
 
@@ -22,6 +22,11 @@ _MODULE = "torch.utils.checkpoint"
 def in_backward() -> bool:
     """Whether this thread runs a part of a backward pass."""
     return torch._C._current_graph_task_id() != -1  # noqa: SLF001  (torch has no public name for it)
+
+
+def packs_tensors() -> bool:
+    """Whether something packs what the graph saves: checkpointing, offloading."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # noqa: SLF001  (as above)
 
 
 def current_region() -> Any:

@@ -23,7 +23,7 @@ from gradent.kernels.plan import parse_budget
 from gradent.measure import sequence_logps
 from gradent.model import is_sharded
 from gradent.pairs import PairBatch
-from gradent.recorder import Mode, Recorder, Recording, attach, join_recordings
+from gradent.recorder import Mode, Recorder, Recording, WeightGrad, attach, join_recordings
 from gradent.report.wandb_panels import Panels
 from gradent.report.words import DEFAULT_ALERT, Alert, Speaker
 from gradent.stream import PairStream
@@ -47,7 +47,7 @@ class EntanglementCallback(TrainerCallback):
 
     `DPOTrainer(..., callbacks=[EntanglementCallback(every=10)])` is the whole integration; so it is for TRL's KTO, CPO,
     ORPO, TPO and reward trainers, and for a `transformers.Trainer` whose batches hold chosen rows, then rejected rows.
-    The run is the same to the bit with and without it.
+    The run is the same to the bit with and without it (unless `weight_grad="shared"` is asked for).
 
     Args:
         every: measure the first step and every `every`-th one.
@@ -69,6 +69,9 @@ class EntanglementCallback(TrainerCallback):
         out: directory for `pairs.jsonl`, the pairs of every measured step, appended as they come.
         alert: when to say a verdict in words in the log; None for never.
         panels: send heat maps, tables and the like to a running wandb run.
+        weight_grad: None, or "shared": a measured step's own weight gradients come out of the measured products, which
+            then cost no matrix product of their own, but are summed in another order (not the same to the bit); see
+            `gradent.attach`.
         on_error: "warn" logs gradent's own errors and leaves the run alone, "raise" raises them.
 
     Attributes:
@@ -94,6 +97,7 @@ class EntanglementCallback(TrainerCallback):
         out: str | os.PathLike[str] | None = None,
         alert: Alert | None = DEFAULT_ALERT,
         panels: bool = True,
+        weight_grad: WeightGrad | None = None,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
         for name, number in (("every", every), ("probe_every", probe_every)):
@@ -107,6 +111,7 @@ class EntanglementCallback(TrainerCallback):
             "mode": (mode, get_args(Mode)),
             "pairing": (pairing, (None, *get_args(Pairing))),
             "metric": (metric, (None, "adam")),
+            "weight_grad": (weight_grad, (None, *get_args(WeightGrad))),
             "on_error": (on_error, ("warn", "raise")),
         }
         for name, (value, choices) in accepted.items():
@@ -120,6 +125,7 @@ class EntanglementCallback(TrainerCallback):
         self.errors = 0
         self.told: set[str] = set()
         self._mode, self._pairing, self._metric, self._budget = mode, pairing, metric, memory_budget
+        self._weight_grad = weight_grad
         self._probe = None if probe_data is None else Probe(probe_data, every=probe_every or every)
         self._out = None if out is None else Path(out)
         self._speaker = None if alert is None else Speaker(alert)
@@ -157,6 +163,7 @@ class EntanglementCallback(TrainerCallback):
             memory_budget=self._budget,
             compiled=None if trainer is None else trainer.model_wrapped,
             trusted=type(args).__module__.startswith("trl."),
+            weight_grad=self._weight_grad,
         )
         if self._out is not None and is_first():
             self._stream = PairStream(self._out / "pairs.jsonl")
