@@ -17,8 +17,8 @@ from gradent.kernels.reference import accumulator, reduce_flat, spans
 
 __all__ = ["reduce_shared"]
 
-TILE = 2**20
-"""Bytes of one pair's two tiles at most, so that they are still in the cache when they are read again."""
+TILE = 2**22
+"""Bytes of one pair's two tiles at most: near enough to the caches, and long enough for a product to run at speed."""
 
 
 def reduce_shared(
