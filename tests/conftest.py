@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 import platform
+import tempfile
 from pathlib import Path
 
 # Before anything imports transformers or wandb: both read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# What is measured of this machine stays out of the user's cache, and is measured once for all of a session's processes.
+os.environ.setdefault("GRADENT_CACHE", tempfile.mkdtemp(prefix="gradent-tests-"))
+
+import torch
+
+if not torch.cuda.is_available():  # before anything imports triton: it reads this once
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 import tokenizers
-import torch
 import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

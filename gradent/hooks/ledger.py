@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from gradent.hooks.forms import Deferred, Dense, Explicit, Form, Rows, Solid
-from gradent.kernels.reference import accumulator, batch_pays, reduce_batch, reduce_dense, reduce_flat
+from gradent.kernels.dispatch import pairs_pay, reduce_pair, reduce_pairs
+from gradent.kernels.reference import accumulator, reduce_flat
 from gradent.kernels.shared import reduce_shared
 
 __all__ = ["Ledger", "merge_forms"]
@@ -77,7 +78,7 @@ class Ledger:
         if self._forms.get(param) or len(u) != 2 * self._pairs or not self.fits(u, v):
             return False
         try:
-            entries = reduce_batch(u, v, weight=self._root(param, ()))
+            entries = reduce_pairs(u, v, budget=self._budget, weight=self._root(param, ()))
         except torch.OutOfMemoryError:
             return False
         self.entries[param] = entries
@@ -105,7 +106,7 @@ class Ledger:
 
     def fits(self, u: Tensor, v: Tensor) -> bool:
         """Whether all rows' products are worth forming at once; arguments as for `whole`."""
-        return batch_pays(u, v, budget=self._budget)
+        return pairs_pay(u, v, budget=self._budget)
 
     def finish(self, param: int) -> None:
         """Reduce a parameter, all of whose uses have been added; rows without a form have a zero gradient there.
@@ -191,7 +192,7 @@ class Ledger:
         kinds = {type(form) for side in sides for form in side}
         if kinds == {Dense}:
             (u_w, v_w), (u_l, v_l) = _pair_of_dense(*sides)
-            return reduce_dense(u_w, v_w, u_l, v_l, budget=self._budget, weight=root)
+            return reduce_pair(u_w, v_w, u_l, v_l, budget=self._budget, weight=root)
         if kinds == {Rows}:
             return self._rows(_first(sides[0], Rows), _first(sides[1], Rows), root)
         if kinds == {Explicit}:

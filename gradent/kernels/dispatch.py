@@ -1,0 +1,252 @@
+"""Which code reduces: Triton's kernels on a GPU, plain torch elsewhere. The one place that decides.
+
+On a CUDA device the kernels of `gradent.kernels.fused` are used where Triton is installed and, once a device and
+process, their self-check succeeds; if either fails, one `GradentWarning` says so, and plain torch does it. float64,
+operands of two dtypes on the two sides of a pair, and a budget below the kernels' scratch are torch's business anyway.
+On a CPU nothing of this is loaded.
+
+The environment variable `GRADENT_KERNELS` forces a path: `torch`, or `triton`, without a self-check (on a CPU that
+takes Triton's interpreter, `TRITON_INTERPRET=1`, and is meant for tests).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gradent.errors import GradentWarning, InputError
+from gradent.kernels.plan import choose
+from gradent.kernels.reference import batch_pays, reduce_batch, reduce_dense
+
+if TYPE_CHECKING:
+    from gradent.kernels.fused.operands import Spans
+
+__all__ = ["VARIABLE", "pairs_pay", "path", "reduce_pair", "reduce_pairs"]
+
+VARIABLE = "GRADENT_KERNELS"
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+MISSING = "Triton is not installed"
+
+_verdicts: dict[torch.device, str] = {}
+"""Device -> why the kernels are not used on it, "" where they are."""
+
+
+def path(device: torch.device | str, dtype: torch.dtype) -> str:
+    """What reduces operands of a dtype on a device.
+
+    The first question about a CUDA device imports Triton and runs the self-check, which compiles (seconds, or less
+    where Triton's cache has the kernels).
+
+    Args:
+        device: where the operands are.
+        dtype: theirs.
+
+    Returns:
+        "triton", or "torch" and why, as `torch (float64 operands)`.
+
+    Raises:
+        InputError: `GRADENT_KERNELS` has another value than `torch` or `triton`, or asks for kernels that this process
+            cannot run.
+    """
+    device = torch.device(device)
+    forced = os.environ.get(VARIABLE, "")
+    if forced not in ("", "torch", "triton"):
+        raise InputError(
+            f"{VARIABLE}={forced!r}: accepted are 'torch' and 'triton'; leave it unset to let gradent choose."
+        )
+    if forced == "torch":
+        return f"torch ({VARIABLE}=torch)"
+    if dtype not in NARROW:
+        return f"torch ({str(dtype).removeprefix('torch.')} operands)"
+    if device.type != "cuda" and not forced:
+        return f"torch (operands on the {device.type})"
+    reason = _forced(device) if forced else _verdict(device)
+    return f"torch ({reason})" if reason else "triton"
+
+
+def reduce_pair(
+    u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, *, budget: int, weight: Tensor | None = None
+) -> Tensor:
+    """Gram entries of `G_w = u_wᵀ v_w` and `G_l = u_lᵀ v_l`, neither of which is ever held whole.
+
+    Args:
+        u_w: `[T_w, O]`, any float dtype.
+        v_w: `[T_w, I]`.
+        u_l: `[T_l, O]`.
+        v_l: `[T_l, I]`.
+        budget: bytes that tiles, or the kernels' sums of tiles, may take.
+        weight: `[O, I]` or None; square root of the metric's diagonal, which multiplies every entry of G.
+
+    Returns:
+        `[3]` float64, on the operands' device.
+
+    Raises:
+        MemoryBudgetError: not even one row of a tile fits.
+    """
+    if _kernels(u_w, v_w, u_l, v_l):
+        from gradent.kernels.fused.operands import Spans  # noqa: PLC0415  (imports Triton)
+
+        launch = _launch(u_w, v_w, u_l, v_l, Spans.of_pair(len(u_w), len(u_l)), budget, weight)
+        entries = None if launch is None else launch()
+        if entries is not None:
+            return entries[0]
+    return reduce_dense(u_w, v_w, u_l, v_l, budget=budget, weight=weight)
+
+
+def reduce_pairs(
+    u: Tensor, v: Tensor, *, budget: int, lengths: Tensor | None = None, weight: Tensor | None = None
+) -> Tensor:
+    """Gram entries of k pairs at once; worth it where `pairs_pay`.
+
+    Args:
+        u: `[2k, T, O]`, rows 0..k-1 chosen and k..2k-1 rejected, any float dtype.
+        v: `[2k, T, I]`.
+        budget: as for `reduce_pair`.
+        lengths: int64 `[2k]`, the tokens of each right-padded row, whose padding is then not looked at; None where
+            padding is zero in u or v.
+        weight: as for `reduce_pair`.
+
+    Returns:
+        `[k, 3]` float64.
+
+    Raises:
+        MemoryBudgetError: not even one row of a tile fits.
+    """
+    pairs, tokens = len(u) // 2, u.shape[1]
+    launch = _launch_pairs(u, v, budget, lengths, weight)
+    entries = None if launch is None else launch()
+    if entries is not None:
+        return entries
+    if lengths is None and batch_pays(u, v, budget=budget):
+        return reduce_batch(u, v, weight=weight)
+    ends = [tokens] * len(u) if lengths is None else lengths.tolist()
+    cut = [(u[row, :end], v[row, :end]) for row, end in enumerate(ends)]
+    return torch.stack(
+        [reduce_pair(*cut[pair], *cut[pair + pairs], budget=budget, weight=weight) for pair in range(pairs)]
+    )
+
+
+def pairs_pay(u: Tensor, v: Tensor, *, budget: int) -> bool:
+    """Whether `reduce_pairs` is the way: always with kernels that fit the budget, in torch where `batch_pays`.
+
+    Args:
+        u: `[2k, T, O]`.
+        v: `[2k, T, I]`.
+        budget: bytes of scratch.
+
+    Returns:
+        The answer; nothing is copied for it.
+    """
+    return _launch_pairs(u, v, budget, None, None) is not None or batch_pays(u, v, budget=budget)
+
+
+def _launch_pairs(
+    u: Tensor, v: Tensor, budget: int, lengths: Tensor | None, weight: Tensor | None
+) -> Callable[[], Tensor | None] | None:
+    """As `_launch`, for rows of one tensor; None too where their tokens are not evenly spaced in memory."""
+    if len(u) == 0 or not _kernels(u, v, u, v) or not (_even(u) and _even(v)):
+        return None
+    from gradent.kernels.fused.operands import Spans  # noqa: PLC0415  (imports Triton)
+
+    half = len(u) // 2
+    u_w, v_w, u_l, v_l = (side.flatten(0, 1) for side in (u[:half], v[:half], u[half:], v[half:]))
+    return _launch(u_w, v_w, u_l, v_l, Spans.padded(half, u.shape[1], lengths), budget, weight)
+
+
+def _launch(
+    u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, spans: Spans, budget: int, weight: Tensor | None
+) -> Callable[[], Tensor | None] | None:
+    """The kernel's launch, which gives `[k, 3]` (None if it turns out to be impossible); None if over the budget."""
+    import triton  # noqa: PLC0415  (an optional package)
+
+    from gradent.kernels.fused import gram, outer  # noqa: PLC0415  (imports Triton)
+
+    factors = (u_w, v_w, u_l, v_l, spans)
+    longest = (int(max(side.tolist(), default=0)) for side in (spans.chosen_length, spans.rejected_length))
+    sizes = (*longest, u_w.shape[1], v_w.shape[1])
+    form = choose(*sizes, itemsize=4, budget=budget, weighted=weight is not None).form
+    if (gram.gram_scratch(*factors) if form == "gram" else outer.outer_scratch(*factors)) > budget:
+        return None
+
+    def launch() -> Tensor | None:
+        try:
+            return gram.gram_entries(*factors) if form == "gram" else outer.outer_entries(*factors, weight)
+        except triton.TritonError as error:  # a device too small for these tiles
+            if os.environ.get(VARIABLE):
+                raise
+            _give_up(u_w.device, f"{type(error).__name__}: {error}")
+            return None
+
+    return launch
+
+
+def _kernels(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor) -> bool:
+    """Whether the kernels take these operands."""
+    if u_w.dtype != u_l.dtype or v_w.dtype != v_l.dtype:
+        return False
+    return path(u_w.device, u_w.dtype) == "triton" and path(v_w.device, v_w.dtype) == "triton"
+
+
+def _even(rows: Tensor) -> bool:
+    """Whether `[2k, T, ...]` is a view of `[2k T, ...]`."""
+    return rows.shape[1] > 0 and rows.stride(0) == rows.shape[1] * rows.stride(1)
+
+
+def _forced(device: torch.device) -> str:
+    """No reason against kernels, "", where `GRADENT_KERNELS=triton` can be followed; an error elsewhere."""
+    if importlib.util.find_spec("triton") is None:
+        raise InputError(f"{VARIABLE}=triton, but Triton is not installed: pip install 'gradent[cuda]'.")
+    from gradent.kernels.fused.tiles import INTERPRETED  # noqa: PLC0415  (imports Triton)
+
+    if device.type != "cuda" and not INTERPRETED:
+        raise InputError(
+            f"{VARIABLE}=triton, but the operands are on the {device.type}, where only Triton's interpreter runs: set "
+            f"TRITON_INTERPRET=1 before Python starts, or unset {VARIABLE}."
+        )
+    return ""
+
+
+def _verdict(device: torch.device) -> str:
+    """Why a CUDA device does without the kernels, "" if it does not; found out and announced once."""
+    if device == torch.device(device.type):  # without a number
+        device = torch.device(device.type, torch.cuda.current_device())
+    if device not in _verdicts:
+        reason = _examine(device)
+        if reason:
+            _give_up(device, reason)
+        else:
+            _verdicts[device] = ""
+    return _verdicts[device]
+
+
+def _examine(device: torch.device) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return MISSING
+    try:
+        from gradent.kernels.fused.check import self_check  # noqa: PLC0415  (imports Triton)
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    wrong = self_check(device)
+    return f"the kernels' self-check failed: {wrong}" if wrong else ""
+
+
+def _give_up(device: torch.device, reason: str) -> None:
+    _verdicts[device] = reason
+    remedy = (
+        "pip install 'gradent[cuda]'"
+        if reason == MISSING
+        else "pip install --upgrade 'gradent[cuda]', or report it with this message"
+    )
+    warnings.warn(
+        f"Gradients on {device} are reduced in plain torch, not by gradent's kernels: {reason}. Results are the same, "
+        f"later. What to do: {remedy}; {VARIABLE}=torch keeps torch without this warning.",
+        GradentWarning,
+        stacklevel=2,
+    )

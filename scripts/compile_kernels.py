@@ -1,0 +1,180 @@
+"""Write benchmarks/results/sm90.csv: what every configuration of every kernel takes of an H100, compiled without one.
+
+    python -m scripts.compile_kernels [--kernel outer] [--dtype bfloat16] [--target FILE]
+
+Each is compiled ahead of time for sm_90, then assembled once more with `ptxas -v`, whose own figures these are:
+registers a thread, bytes spilled to local memory (stores and loads). Shared memory is what Triton reserves. Ends with
+an error if anything spills or takes more shared memory than a block may have. Takes about five minutes on one core.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
+
+import torch
+import triton
+import typer
+from rich.console import Console
+from rich.progress import track
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from gradent.kernels.fused.gram import gram_kernel
+from gradent.kernels.fused.outer import outer_kernel
+from gradent.kernels.fused.tiles import Config, gram_configs, outer_configs
+
+TARGET = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "sm90.csv"
+ARCH = 90
+SHARED = 227 * 1024
+"""Shared memory that a block may have on sm_90, in bytes."""
+
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.bfloat16),
+]
+# What a launch learns of its arguments: sizes and row strides of real layers are multiples of 16 elements.
+ALIGNED = ("O", "I", "uw_t", "vw_t", "ul_t", "vl_t", "weight_o")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel as it is launched on contiguous operands.
+
+    Attributes:
+        kernel: "gram", "outer" or "outer+gradient".
+        u: dtype of u.
+        v: dtype of v.
+        weighted: with a metric.
+        config: the sizes.
+    """
+
+    kernel: str
+    u: torch.dtype
+    v: torch.dtype
+    weighted: bool
+    config: Config
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Argument name -> value known when compiling."""
+        wide = self.u != self.v
+        known: dict[str, Any] = {"uw_o": 1, "vw_i": 1, "ul_o": 1, "vl_i": 1, "DEPTH": self.config.depth, "FAR": False}
+        if self.kernel == "gram":
+            return {**known, "B": self.config.rows, "WIDE": False}
+        store = self.kernel != "outer"
+        known |= {"BO": self.config.rows, "BI": self.config.cols, "WEIGHTED": self.weighted, "STORE": store}
+        known |= {"weight_i": 1} if self.weighted else {"weight": None, "weight_o": 0, "weight_i": 0}
+        return {**known, "WIDE": wide, **({} if store else {"coefficients": None, "gradient": None})}
+
+
+def cases() -> Iterator[Case]:
+    """Every configuration that a launcher may choose."""
+    for u, v in DTYPES:
+        wide = u if u == v else torch.float32
+        yield from (Case("gram", u, v, False, config) for config in gram_configs(wide))
+        for store, name in ((False, "outer"), (True, "outer+gradient")):
+            for config in outer_configs(wide, store=store):
+                yield from (Case(name, u, v, weighted, config) for weighted in (False, True))
+
+
+def compile_case(case: Case) -> Any:
+    """The kernel compiled for sm_90, by this process's Triton.
+
+    Args:
+        case: which.
+
+    Returns:
+        Triton's compiled kernel, with its `asm` and `metadata`.
+    """
+    kernel = gram_kernel if case.kernel == "gram" else outer_kernel
+    types = {"u_w": case.u, "u_l": case.u, "v_w": case.v, "v_l": case.v}
+    pointers = {name: POINTERS[dtype] for name, dtype in types.items()}
+    pointers |= {"weight": "*fp32", "coefficients": "*fp32", "gradient": POINTERS[case.u], "partials": "*fp32"}
+    pointers["spans"] = "*i64"
+    known = case.constants
+    signature = {name: "constexpr" if name in known else pointers.get(name, "i32") for name in kernel.arg_names}
+    hints = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(kernel.arg_names)
+        if name not in known and (name in pointers or name in ALIGNED)
+    }
+    options = {"num_warps": case.config.warps, "num_stages": case.config.stages, "enable_fp_fusion": True}
+    source = ASTSource(kernel, signature, known, hints)
+    return triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """What a compiled kernel takes.
+
+    Args:
+        compiled: from `compile_case`.
+
+    Returns:
+        `registers` a thread, `spilled` bytes of local memory stored and loaded, `shared` bytes a block.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(compiled.asm["ptx"], encoding="utf-8")
+        asked = [get_ptxas(ARCH).path, "-v", f"--gpu-name=sm_{ARCH}a", str(source), "-o", str(source) + ".cubin"]
+        said = subprocess.run(asked, capture_output=True, text=True, check=True).stderr
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    registers = re.search(r"Used (\d+) registers", said)
+    assert spills and registers, said
+    return {
+        "registers": int(registers[1]),
+        "spilled": int(spills[1]) + int(spills[2]),
+        "shared": compiled.metadata.shared,
+    }
+
+
+def line(case: Case) -> dict[str, Any]:
+    """A line of the CSV."""
+    return {
+        "triton": triton.__version__,
+        "arch": f"sm_{ARCH}",
+        "kernel": case.kernel,
+        "u": str(case.u).removeprefix("torch."),
+        "v": str(case.v).removeprefix("torch."),
+        "weighted": case.weighted,
+        **vars(case.config),
+        **resources(compile_case(case)),
+    }
+
+
+def main(
+    kernel: Annotated[str, typer.Option(help="gram, outer or outer+gradient; all by default.")] = "",
+    dtype: Annotated[str, typer.Option(help="Of u: float32, bfloat16 or float16; all by default.")] = "",
+    target: Annotated[Path, typer.Option(help="The CSV.")] = TARGET,
+    last: Annotated[bool, typer.Option(help="Only the last configuration of those: the largest tile.")] = False,
+) -> None:
+    """Compile, write the table, and fail if a configuration spills or is too large."""
+    chosen = [case for case in cases() if kernel in ("", case.kernel) and str(case.u).endswith(dtype)]
+    lines = [line(case) for case in track(chosen[-1:] if last else chosen, "Compiling")]
+    with open(target, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(lines[0]))
+        writer.writeheader()
+        writer.writerows(lines)
+    wrong = [row for row in lines if row["spilled"] or row["shared"] > SHARED]
+    console = Console()
+    for row in wrong:
+        console.print(f"[red]spills, or is too large:[/] {row}")
+    console.print(f"{len(lines)} configurations, {len(wrong)} of them unfit; {target}")
+    raise typer.Exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

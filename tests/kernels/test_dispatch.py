@@ -1,0 +1,204 @@
+"""Who reduces: plain torch on a CPU, the kernels where they are asked for, and a fallback that is announced once."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
+
+from gradent import measure
+from gradent.errors import GradentWarning, InputError
+from gradent.hooks.forms import Dense
+from gradent.hooks.ledger import Ledger
+from gradent.kernels import dispatch
+from gradent.kernels.reference import reduce_batch, reduce_dense
+from tests.batches import ragged
+from tests.truth import TOLERANCE, assert_exact, truth
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+if HAS_TRITON:
+    from triton.runtime.errors import OutOfResources
+
+    from gradent.kernels.fused import check, gram, outer
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No variable, and no verdict from before."""
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "_verdicts", {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", GradentWarning)
+        yield
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+
+
+def rows(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(4, 9, 7, generator=generator).to(dtype)
+    return u, torch.randn(4, 9, 5, generator=generator).to(dtype)
+
+
+def whole(u: Tensor, v: Tensor) -> Tensor:
+    grads = u.double().mT @ v.double()
+    products = torch.einsum("aoi,boi->ab", grads, grads)
+    half = len(u) // 2
+    return torch.stack(
+        [torch.stack([products[k, k], products[k + half, k + half], products[k, k + half]]) for k in range(half)]
+    )
+
+
+def test_the_path_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dispatch.path("cpu", torch.float32) == "torch (operands on the cpu)"
+    assert dispatch.path(CUDA, torch.float64) == "torch (float64 operands)"
+    monkeypatch.setenv(dispatch.VARIABLE, "torch")
+    assert dispatch.path(CUDA, torch.float32) == "torch (GRADENT_KERNELS=torch)"
+    monkeypatch.setenv(dispatch.VARIABLE, "fast")
+    with pytest.raises(InputError, match="accepted are 'torch' and 'triton'"):
+        dispatch.path(CPU, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_cpu_has_the_reference_bit_by_bit(dtype: torch.dtype) -> None:
+    u, v = rows(dtype)
+    assert torch.equal(dispatch.reduce_pairs(u, v, budget=2**20), reduce_batch(u, v))
+    pair = (u[0], v[0], u[2, :3], v[2, :3])
+    assert torch.equal(dispatch.reduce_pair(*pair, budget=300), reduce_dense(*pair, budget=300))
+
+
+@needs_triton
+def test_a_self_check_that_succeeds_is_silent_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(check, "self_check", lambda device: asked.append(device) or "")
+    assert [dispatch.path(CUDA, dtype) for dtype in (torch.float32, torch.bfloat16)] == ["triton", "triton"]
+    assert asked == [CUDA]
+
+
+@needs_triton
+def test_a_self_check_that_fails_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "self_check", lambda device: "gram_entries is off by 1.0e+00.")
+    with pytest.warns(
+        GradentWarning, match=r"cuda:0 .*off by 1\.0e\+00.*pip install --upgrade 'gradent\[cuda\]'"
+    ) as seen:
+        assert "self-check failed" in dispatch.path(CUDA, torch.float32)
+    assert len(seen) == 1
+    assert dispatch.path(CUDA, torch.bfloat16).startswith("torch (the kernels' self-check failed")
+
+
+def test_missing_triton_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    with pytest.warns(GradentWarning, match=r"Triton is not installed.*pip install 'gradent\[cuda\]'") as seen:
+        assert dispatch.path(CUDA, torch.float32) == "torch (Triton is not installed)"
+    assert len(seen) == 1
+    assert dispatch.path(CUDA, torch.float32) == "torch (Triton is not installed)"
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    with pytest.raises(InputError, match="Triton is not installed"):
+        dispatch.path(CUDA, torch.float32)
+
+
+@needs_triton
+def test_the_self_check_passes_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "DTYPES", check.DTYPES[3:])
+    assert check.self_check("cpu") == ""
+    right = check.outer_entries
+    monkeypatch.setattr(check, "outer_entries", lambda *given, **how: torch.zeros_like(right(*given, **how)))
+    assert check.self_check("cpu").startswith("outer_entries is off by 1.0e+00 on torch.float32 and torch.bfloat16")
+    monkeypatch.setattr(check, "outer_entries", lambda *given, **how: right(*given, **how) * float("nan"))
+    assert check.self_check("cpu").startswith("outer_entries is off by inf")
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", [RuntimeError, OSError, torch.OutOfMemoryError, KeyError])
+def test_what_the_self_check_catches(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
+    def fail(*given: object, **how: object) -> Tensor:
+        raise kind("no compiler")
+
+    monkeypatch.setattr(check, "gram_entries", fail)
+    if kind in (RuntimeError, OSError):
+        assert check.self_check("cpu") == f"{kind.__name__}: no compiler"
+    else:
+        with pytest.raises(kind):
+            check.self_check("cpu")
+
+
+@needs_triton
+@pytest.mark.parametrize("lengths", [None, [9, 4, 1, 9]])
+@pytest.mark.parametrize("budget", [64, 2**20])
+def test_pairs_by_kernels_and_what_they_leave(kernels: None, budget: int, lengths: list[int] | None) -> None:
+    u, v = rows()
+    ends = [9] * 4 if lengths is None else lengths
+    for row, end in enumerate(ends):
+        u[row, end:] = 0
+    given = None if lengths is None else torch.tensor(lengths)
+    assert dispatch.path(CPU, torch.float32) == "triton"
+    assert dispatch.pairs_pay(u, v, budget=budget) == (budget > 64)
+    for x, y in ((u, v), (u[:, :, :6], v), (u[:, :7], v[:, :7])):  # the last is no view of [2k T, ...]
+        kept = None if given is None else given.clamp(max=x.shape[1])
+        got = dispatch.reduce_pairs(x, y, budget=budget, lengths=kept)
+        torch.testing.assert_close(got, whole(x, y), rtol=2e-6, atol=1e-6)
+
+
+@needs_triton
+def test_a_kernel_that_cannot_be_launched_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: object) -> Tensor:
+        raise OutOfResources(98304, 65536, "shared memory")
+
+    u, v = rows()
+    monkeypatch.setattr(outer, "outer_entries", fail)
+    monkeypatch.setattr(dispatch, "path", lambda device, dtype: "triton")
+    with pytest.warns(GradentWarning, match=r"shared memory, Required: 98304"):
+        got = dispatch.reduce_pairs(u, v, budget=2**20)
+    assert torch.equal(got, reduce_batch(u, v))
+    assert "OutOfResources" in dispatch._verdicts[CPU]  # noqa: SLF001
+
+
+@needs_triton
+def test_the_ledger_tries_again_where_memory_runs_out(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    u, v = rows()
+    right, tries = outer.outer_entries, []
+
+    def fail(*given: Tensor) -> Tensor:
+        tries.append(1)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("full")
+        return right(*given)
+
+    monkeypatch.setattr(outer, "outer_entries", fail)
+    ledger = Ledger(1, budget=2**20)
+    ledger.add(0, 0, (), Dense(u[0], v[0]))
+    ledger.add(0, 1, (), Dense(u[1], v[1]))
+    ledger.finish(0)
+    assert len(tries) == 2
+    torch.testing.assert_close(ledger.entries[0], whole(u[:2], v[:2]), rtol=2e-6, atol=1e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize("budget", ["8KiB", None])
+def test_a_whole_measurement_by_kernels(
+    tiny_llama: LlamaForCausalLM, kernels: None, monkeypatch: pytest.MonkeyPatch, budget: str | None
+) -> None:
+    launched: list[str] = []
+    for module, name in ((gram, "gram_entries"), (outer, "outer_entries")):
+        right = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *g, right=right, name=name: launched.append(name) or right(*g))
+    batch = ragged()
+    gram_entries = measure(tiny_llama, batch, by_module=True, memory_budget=budget)
+    assert_exact(gram_entries, truth(tiny_llama, batch, dtype=torch.float64), batch, TOLERANCE["float32"])
+    assert len(launched) >= 14, "every matrix of both layers"
+
+
+@needs_triton
+def test_float64_stays_with_the_reference(tiny_gpt2: GPT2LMHeadModel, kernels: None) -> None:
+    assert_exact(measure(tiny_gpt2, ragged(), by_module=True), truth(tiny_gpt2, ragged()), ragged())

@@ -1,0 +1,147 @@
+"""The gram kernel in Triton's interpreter, against gradients held whole in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from gradent.errors import InputError
+from gradent.kernels.fused import gram
+from gradent.kernels.fused.gram import gram_entries, gram_scratch
+from gradent.kernels.fused.operands import Spans, blank
+from gradent.kernels.fused.tiles import gram_configs, pick_gram
+from tests.kernels.operands import DTYPES, draw, scaled, strided
+
+SMALL = gram_configs(torch.float32)[0]
+SHAPES = [
+    ([1], [1], 1, 1),
+    ([3], [17], 63, 129),
+    ([129], [63], 17, 3),
+    ([63], [1], 129, 17),
+    ([17, 0, 63, 0, 1], [3, 17, 0, 0, 40], 17, 63),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape: tuple[list[int], list[int], int, int]) -> None:
+    given = draw(*shape)
+    got = gram_entries(*given.factors, given.spans, poison=True)
+    assert got.dtype == torch.float64 and got.shape == (len(given.spans), 3)
+    assert scaled(got, given.entries()) <= given.limit()
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_dtypes(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    given = draw([17, 0, 40], [3, 33, 5], 63, 129, dtypes)
+    assert scaled(gram_entries(*given.factors, given.spans, poison=True), given.entries()) <= given.limit()
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 33, 64, 65, 80, 97])
+def test_every_tile_of_a_triangle_once(tokens: int) -> None:
+    """One to seven tiles a side: even and odd counts fold in two ways."""
+    given = draw([tokens], [tokens // 2], 3, 5)
+    got = gram_entries(*given.factors, given.spans, config=SMALL, poison=True)
+    assert scaled(got, given.entries()) <= given.limit()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_configuration(dtype: torch.dtype) -> None:
+    given = draw([35, 3], [17, 0], 19, 45, (dtype, dtype))
+    for config in gram_configs(dtype):
+        got = gram_entries(*given.factors, given.spans, config=config, poison=True)
+        assert scaled(got, given.entries()) <= given.limit(), config
+
+
+def test_any_strides() -> None:
+    given = draw([17, 5], [3, 20], 63, 33)
+    got = gram_entries(*(strided(factor) for factor in given.factors), given.spans)
+    assert torch.equal(got, gram_entries(*given.factors, given.spans))
+
+
+def test_strides_that_no_tile_spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offsets of 64 bits within a tile give what those of 32 do."""
+    given = draw([17, 5], [3, 20], 35, 33)
+    near = gram_entries(*given.factors, given.spans)
+    monkeypatch.setattr(gram, "REACH", 1)
+    assert torch.equal(gram_entries(*given.factors, given.spans), near)
+
+
+def test_packed_rows() -> None:
+    given, lengths = draw([17, 0, 5], [3, 20, 1], 19, 33), ([17, 0, 5], [3, 20, 1])
+    packed = [factor[~factor[:, 0].isnan()] for factor in given.factors]
+    got = gram_entries(*packed, Spans.packed(*lengths))
+    assert torch.equal(got, gram_entries(*given.factors, given.spans))
+
+
+def test_sums_of_one_sign() -> None:
+    given = draw([70], [33], 129, 63, shift=3.0)
+    assert scaled(gram_entries(*given.factors, given.spans), given.entries()) <= given.limit()
+
+
+def test_the_same_bits_every_time() -> None:
+    given = draw([50, 3], [33, 20], 19, 33)
+    first = gram_entries(*given.factors, given.spans)
+    assert torch.equal(gram_entries(*given.factors, given.spans, poison=True), first)
+
+
+def test_pairs_do_not_depend_on_their_company() -> None:
+    given = draw([17, 40, 5], [3, 20, 1], 19, 33)
+    together = gram_entries(*given.factors, given.spans, config=SMALL)
+    middle = Spans(*(part[1:2] for part in vars(given.spans).values()))
+    alone = gram_entries(*given.factors, middle, config=SMALL)
+    torch.testing.assert_close(alone[0], together[1], rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("lengths", [([], []), ([0], [0]), ([0, 0], [0, 0])], ids=str)
+def test_nothing_to_do(lengths: tuple[list[int], list[int]]) -> None:
+    empty = [torch.zeros(0, width) for width in (5, 7, 5, 7)]
+    assert torch.equal(gram_entries(*empty, Spans.packed(*lengths)), torch.zeros(len(lengths[0]), 3).double())
+
+
+def test_scratch_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, made = draw([50, 3], [33, 20], 19, 33), []
+    monkeypatch.setattr(gram, "blank", lambda *shape, **how: made.append(blank(*shape, **how)) or made[-1])
+    gram_entries(*given.factors, given.spans)
+    said = gram_scratch(*given.factors, given.spans)
+    assert said == made[0].nbytes + given.spans.table(torch.device("cpu")).nbytes
+
+
+def test_the_test_can_fail() -> None:
+    given = draw([17, 5], [3, 20], 63, 33)
+    right, (u_w, v_w, u_l, v_l) = given.entries(), given.factors
+    assert scaled(torch.zeros_like(right), right) > 0.1
+    assert scaled(right * float("nan"), right) == float("inf")
+    assert scaled(gram_entries(u_w, v_w, u_l, v_l, Spans.padded(2, 21, torch.tensor([16, 5, 3, 20]))), right) > 1e-3
+    swapped = Spans(*(vars(given.spans)[name] for name in ("rejected_start", "rejected_length") * 2))
+    assert scaled(gram_entries(u_l, v_l, u_l, v_l, swapped), right) > 0.1
+    longer = Spans.padded(2, 21, torch.tensor([18, 5, 3, 20]))
+    assert scaled(gram_entries(u_w, v_w, u_l, v_l, longer), right) == float("inf"), "the padding is poisoned"
+
+
+def test_what_is_refused() -> None:
+    given = draw([3], [5], 7, 9)
+    u_w, v_w, u_l, v_l = given.factors
+    with pytest.raises(InputError, match=r"take float32.*float64"):
+        gram_entries(*(factor.double() for factor in given.factors), given.spans)
+    with pytest.raises(InputError, match="one dtype"):
+        gram_entries(u_w.half(), v_w, u_l, v_l, given.spans)
+    with pytest.raises(InputError, match="same O"):
+        gram_entries(u_w[:, 1:], v_w, u_l, v_l, given.spans)
+    with pytest.raises(InputError, match="row for every token"):
+        gram_entries(u_w[1:], v_w, u_l, v_l, given.spans)
+    with pytest.raises(InputError, match="ends behind the last of 6 rows"):
+        gram_entries(*given.factors, Spans.of_pair(7, 5))
+    with pytest.raises(InputError, match="none of them negative"):
+        Spans.of_pair(-1, 5)
+    with pytest.raises(InputError, match="none above 4"):
+        Spans.padded(1, 4, torch.tensor([5, 1]))
+
+
+def test_tiles_shrink_where_a_device_would_idle() -> None:
+    assert pick_gram(torch.bfloat16, 4096, 1).rows == 128
+    assert pick_gram(torch.bfloat16, 512, 1).rows == 64
+    assert pick_gram(torch.bfloat16, 512, 16).rows == 128
+    assert pick_gram(torch.float32, 8192, 16).rows == 64
+    assert pick_gram(torch.bfloat16, 1, 1).rows == 16
