@@ -8,11 +8,13 @@ Letters: k pairs, R rows, T tokens, O and I the two sides of a weight `[O, I]`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from gradent.kernels.dispatch import path
 from gradent.kernels.reference import accumulator, reduce_flat, spans
 
 __all__ = ["reduce_shared"]
@@ -33,9 +35,9 @@ def reduce_shared(
 ) -> tuple[Tensor, Tensor]:
     """Entries of every pair, and the sum of all rows' products.
 
-    A row's product is multiplied by its factor before anything is squared (a loss's weight on a row can be so small
-    that squares would vanish), and divided by it again on its way into the sum, which is therefore right whatever the
-    factors are.
+    A row's product is multiplied by a power of two near its factor before anything is squared (a loss's weight on a row
+    can be so small that squares would vanish), and divided by it again on its way into the sum, which is therefore
+    right whatever the factors are.
 
     Args:
         u: `[R, T, O]`, any float dtype.
@@ -43,17 +45,17 @@ def reduce_shared(
         places: R numbers: where a row belongs among the 2k, 0..k-1 chosen and k..2k-1 rejected; -1 for nowhere.
         factors: R numbers; a row of factor 0 counts as zero in the entries, and once in the sum.
         pairs: k.
-        budget: bytes that the tiles may take; the sum comes on top.
+        budget: bytes that the tiles may take; the sum comes on top (with kernels, a scaled copy of u instead of tiles).
         weight: `[O, I]` or None; multiplies a product's entries before they are squared, not the sum.
 
     Returns:
         `(entries [k, 3] float64, sum [O, I])`, the sum in the accumulator's dtype.
     """
+    if all(path(each.device, each.dtype) == "triton" for each in (u, v)):
+        return _by_kernel(u, v, places, factors, pairs, weight)
     wide = accumulator(u.dtype)
     (_, _, rows), cols = u.shape, v.shape[2]
-    at = {place: row for row, place in enumerate(places) if place >= 0}
-    couples = [(at.get(pair), at.get(pair + pairs)) for pair in range(pairs)]
-    loose = [(row, None) for row, place in enumerate(places) if place < 0]
+    powers, couples = _powers(factors), _couples(places, pairs)
     room = min(budget, TILE) // (2 * wide.itemsize)
     width = min(cols, max(1, room))
     height = max(1, min(rows, room // width))
@@ -64,21 +66,58 @@ def reduce_shared(
         for left in spans(cols, width):
             goal = total[top, left]
             tile = buffer[: 2 * goal.numel()].view(2, *goal.shape)
-            for number, couple in enumerate([*couples, *loose]):
-                live = False
+            for number, couple in enumerate(couples):
                 for side, row in zip(tile, couple, strict=True):
-                    factor = 0.0 if row is None else factors[row]
-                    if row is not None:
-                        scale = factor or 1.0
-                        left_part, right_part = u[row, :, top].to(wide).T, v[row, :, left].to(wide)
-                        torch.addmm(side, left_part, right_part, beta=0, alpha=scale, out=side)
-                        goal.add_(side, alpha=1 / scale)
-                    if factor:
-                        live = True
-                    else:
-                        side.zero_()
-                if number < pairs and live:
+                    if row is None:
+                        continue
+                    here, there = u[row, :, top].to(wide).T, v[row, :, left].to(wide)
+                    torch.addmm(side, here, there, beta=0, alpha=powers[row], out=side)
+                    goal.add_(side, alpha=1 / powers[row])
+                if number < pairs:
                     if weight is not None:
                         tile *= weight[top, left]
                     entries[number] += reduce_flat(tile.view(2, -1))
-    return entries, total
+    return entries * _rest(factors, powers, couples[:pairs]).to(entries.device), total
+
+
+def _couples(places: Sequence[int], pairs: int) -> list[tuple[int | None, int | None]]:
+    """The rows of each pair, and then each row that is in none."""
+    at = {place: row for row, place in enumerate(places) if place >= 0}
+    loose: list[tuple[int | None, int | None]] = [(row, None) for row, place in enumerate(places) if place < 0]
+    return [*((at.get(pair), at.get(pair + pairs)) for pair in range(pairs)), *loose]
+
+
+def _powers(factors: Sequence[float]) -> list[float]:
+    """Powers of two near the factors, within what float32 can divide by."""
+    return [2.0 ** min(120, max(-120, math.frexp(factor)[1])) if factor else 1.0 for factor in factors]
+
+
+def _rest(
+    factors: Sequence[float], powers: Sequence[float], couples: Sequence[tuple[int | None, int | None]]
+) -> Tensor:
+    """What is left of the factors in each pair's entries, float64 `[k, 3]`."""
+    left = torch.tensor([*(f / power for f, power in zip(factors, powers, strict=True)), 0.0], dtype=torch.float64)
+    chosen, rejected = (left[[-1 if pair[side] is None else pair[side] for pair in couples]] for side in (0, 1))
+    return torch.stack([chosen**2, rejected**2, chosen * rejected], 1)
+
+
+def _by_kernel(
+    u: Tensor, v: Tensor, places: Sequence[int], factors: Sequence[float], pairs: int, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same by the kernel that stores the sum. Rows are scaled by powers of two, which rounds nothing."""
+    from gradent.kernels.fused.operands import Spans  # noqa: PLC0415  (imports Triton)
+    from gradent.kernels.fused.outer import outer_with_gradient  # noqa: PLC0415  (imports Triton)
+
+    count, tokens, _ = u.shape
+    powers, couples = _powers(factors), _couples(places, pairs)
+    if u.dtype == torch.float16:  # whose range is too small for it
+        u = u.float()
+    scaled = (u * torch.tensor(powers, dtype=u.dtype, device=u.device)[:, None, None]).flatten(0, 1)
+    others = v.flatten(0, 1)
+    sides = [[count if pair[side] is None else pair[side] for pair in couples] for side in (0, 1)]
+    rows = [torch.tensor(side, dtype=torch.int64) for side in sides]
+    spans = [part for side in rows for part in (side.clamp(max=count - 1) * tokens, (side < count) * tokens)]
+    shares = torch.tensor([*(1 / power for power in powers), 0.0])
+    coefficients = torch.stack([shares[side] for side in rows], 1)
+    entries, total = outer_with_gradient(scaled, others, scaled, others, Spans(*spans), coefficients, weight)
+    return entries[:pairs] * _rest(factors, powers, couples[:pairs]).to(entries.device), total
