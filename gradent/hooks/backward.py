@@ -102,6 +102,7 @@ class WatchedBackward:
         self.hidden = False
         self._finished = False
         self.grads: list[int] = []
+        self._rests = torch.zeros(0, dtype=torch.float64)
 
     def guarded(self, function: Callable[..., None], *args: Any) -> None:
         """Run a part of the watching; its errors become the pass's problem, and never the trainer's."""
@@ -156,7 +157,7 @@ class WatchedBackward:
             first.place = Place(first.place.layout, rows)
             pairs = len(order) // 2
             passed.unpaired = rows.count(-1)
-        passed.c, passed.logps = (torch.zeros(2 * pairs, dtype=torch.float64) for _ in range(2))
+        passed.c, passed.logps, self._rests = (torch.zeros(2 * pairs, dtype=torch.float64) for _ in range(3))
         passed.rows = [(torch.zeros(0), torch.zeros(0))] * (2 * pairs)
         passed.tokens = [torch.zeros(0)] * (2 * pairs)
         self.collector = Collector(Ledger(pairs, budget=owner.budget, weight=owner.weight), owner.budget)
@@ -185,6 +186,12 @@ class WatchedBackward:
                 self.passed.tokens[position] = found.tokens[row][keep.cpu()]
                 self.passed.c[position], self.passed.logps[position] = found.c[row], found.logp[row]
 
+    def note_rests(self, forward: WatchedForward, rests: Sequence[float]) -> None:
+        """Keep what is left of each row's factor: entries are measured with powers of two, which round nothing."""
+        for row, position in enumerate(forward.place.rows):
+            if 0 <= position < len(self._rests):
+                self._rests[position] = rests[row]
+
     def finish(self) -> None:
         """The backward is over: settle what it told, once, and let go of its graph."""
         if self._finished:
@@ -207,7 +214,12 @@ class WatchedBackward:
 
     def _settle(self, collector: Collector) -> None:
         collector.ledger.close()
-        self.passed.entries, self.passed.shared = collector.ledger.entries, collector.shared
+        chosen, rejected = self._rests.chunk(2)
+        rests = torch.stack([chosen**2, rejected**2, chosen * rejected], 1)
+        self.passed.entries = {
+            number: entry * rests.to(entry.device) for number, entry in collector.ledger.entries.items()
+        }
+        self.passed.shared = collector.shared
         parameters = self.owner.parameters
         # What got a gradient from a hidden region, where no use of it was seen.
         missed = {

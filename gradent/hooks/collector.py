@@ -62,7 +62,8 @@ class Collector:
             tap: the recorded use.
             cotangent: the gradient at its output.
             place: the rows of its forward.
-            factors: what each of the forward's rows is multiplied by; a row of factor 0 is left out. None for 1.
+            factors: what each of the forward's rows is multiplied by, powers of two; a row of factor 0 is left out.
+                None for 1.
         """
         with torch.no_grad():
             self._take(tap, cotangent, place, factors)

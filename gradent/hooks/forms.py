@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradent.kernels.reference import accumulator
 
-__all__ = ["Deferred", "Dense", "Explicit", "Form", "Rows", "Solid", "scaled", "scaled_rows"]
+__all__ = ["Deferred", "Dense", "Explicit", "Form", "Rows", "Solid", "scaled", "scaled_rows", "split_factor"]
 
 
 @dataclass(frozen=True)
@@ -52,55 +52,79 @@ Solid = Dense | Rows | Explicit
 Form = Solid | Deferred
 
 
-def scaled(form: Form, factor: float) -> Form:
-    """`factor` times the gradient that a form stands for, in the accumulator's dtype.
+def split_factor(factor: float) -> tuple[float, float]:
+    """A factor as a power of two, by which any dtype can be multiplied without rounding, and what is left.
+
+    Args:
+        factor: finite.
+
+    Returns:
+        `(power, rest)`, `power · rest` the factor, and the rest's size between 1/2 and 1; `(0, 0)` of 0.
+    """
+    rest, exponent = math.frexp(factor)
+    return (2.0**exponent, rest) if factor else (0.0, 0.0)
+
+
+def scaled(form: Form, power: float) -> Form:
+    """`power` times the gradient that a form stands for. bfloat16 factors stay as they are, others become wide.
 
     Args:
         form: any form.
-        factor: not zero, finite.
+        power: a power of two.
 
     Returns:
         The scaled form; of a `Dense`, the smaller operand is copied, or both where one could leave float32's range.
     """
     if isinstance(form, Deferred):
         make = form.make
-        return Deferred(lambda: _scaled_dense(make(), factor))
+        return Deferred(lambda: _scaled_dense(make(), power))
     if isinstance(form, Dense):
-        return _scaled_dense(form, factor)
+        return _scaled_dense(form, power)
     if isinstance(form, Rows):
-        return Rows(form.ids, form.values.to(accumulator(form.values.dtype)) * factor)
-    return Explicit(form.grad.to(accumulator(form.grad.dtype)) * factor)
+        return Rows(form.ids, form.values.to(accumulator(form.values.dtype)) * power)
+    return Explicit(form.grad.to(accumulator(form.grad.dtype)) * power)
 
 
-def scaled_rows(u: Tensor, v: Tensor, factors: Sequence[float]) -> tuple[Tensor, Tensor]:
+def scaled_rows(u: Tensor, v: Tensor, powers: Sequence[float]) -> tuple[Tensor, Tensor]:
     """`scaled` for the factors of all rows at once.
 
     Args:
         u: `[R, T, O]`.
         v: `[R, T, I]`.
-        factors: of each row; 0 makes a row's gradient zero.
+        powers: of each row, a power of two; 0 makes a row's gradient zero.
 
     Returns:
         `(u, v)`, of which one is a copy, or both.
     """
-    wide = accumulator(u.dtype)
-    sizes = torch.tensor(factors, dtype=torch.float64)
-    if not all(1e-9 < abs(factor) < 1e9 for factor in factors if factor):
-        roots = sizes.abs().sqrt()
-        return _times(u, sizes.sign() * roots, wide), _times(v, roots, wide)
-    return (_times(u, sizes, wide), v) if u.shape[2] <= v.shape[2] else (u, _times(v, sizes, wide))
+    if not all(map(_moderate, filter(None, powers))):
+        roots = [_roots(power) if power else (0.0, 0.0) for power in powers]
+        return _times(u, [root for root, _ in roots]), _times(v, [root for _, root in roots])
+    return (_times(u, powers), v) if u.shape[2] <= v.shape[2] else (u, _times(v, powers))
 
 
-def _times(rows: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
-    return rows.to(dtype) * factors.to(rows.device, dtype)[:, None, None]
+def _times(rows: Tensor, powers: Sequence[float]) -> Tensor:
+    dtype = _exact(rows.dtype)
+    return rows.to(dtype) * torch.tensor(powers, dtype=torch.float64).to(rows.device, dtype)[:, None, None]
 
 
-def _scaled_dense(form: Dense, factor: float) -> Dense:
-    u, v = form.u, form.v
-    wide = accumulator(u.dtype)
-    if not 1e-9 < abs(factor) < 1e9:
-        root = math.sqrt(abs(factor))
-        return Dense(u.to(wide) * math.copysign(root, factor), v.to(wide) * root)
-    if u.numel() <= v.numel():
-        return Dense(u.to(wide) * factor, v)
-    return Dense(u, v.to(wide) * factor)
+def _scaled_dense(form: Dense, power: float) -> Dense:
+    u, v = form.u.to(_exact(form.u.dtype)), form.v.to(_exact(form.v.dtype))
+    if not _moderate(power):
+        one, other = _roots(power)
+        return Dense(u * one, v * other)
+    return Dense(u * power, form.v) if u.numel() <= v.numel() else Dense(form.u, v * power)
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a factor is multiplied: bfloat16 has float32's range, float16 has not."""
+    return dtype if dtype == torch.bfloat16 else accumulator(dtype)
+
+
+def _moderate(power: float) -> bool:
+    return 1e-9 < power < 1e9
+
+
+def _roots(power: float) -> tuple[float, float]:
+    """Two powers of two whose product is `power`, none of them near the ends of float32's range."""
+    exponent = math.frexp(power)[1] - 1
+    return 2.0 ** (exponent // 2), 2.0 ** (exponent - exponent // 2)

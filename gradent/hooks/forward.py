@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from gradent.hooks.backward import WatchedBackward
 from gradent.hooks.capture import Capture, Tap
 from gradent.hooks.collector import Place
+from gradent.hooks.forms import split_factor
 from gradent.hooks.fused_head import FusedHeadUse, find_fused_head
 from gradent.hooks.readout import FusedReadout, Readout, RewardReadout, find_readout
 from gradent.hooks.regions import in_backward
@@ -35,7 +36,7 @@ class WatchedForward:
         self.read = False
         self._readout: Readout | None = None
         self._version = 0
-        self._inverse: list[float] = []
+        self._powers: list[float] = []
         self._queue: list[tuple[Tap, Tensor]] = []
         self._handles: list[RemovableHandle] = []
         self._reentered: nn.Module | None = None
@@ -169,7 +170,9 @@ class WatchedForward:
             self.group.start(self, found)
         self.read = True
         self.group.take(self, found, reward=isinstance(self._readout, RewardReadout))
-        self._inverse = [1 / c if c else 0.0 for c in found.c.tolist()]
+        inverse = [split_factor(1 / c if c else 0.0) for c in found.c.tolist()]
+        self._powers = [power for power, _ in inverse]
+        self.group.note_rests(self, [rest for _, rest in inverse])
         queue, self._queue = self._queue, []
         for tap, cotangent in queue:
             self._arrive(tap, cotangent)
@@ -184,7 +187,7 @@ class WatchedForward:
     def _collect(self, tap: Tap, cotangent: Tensor) -> None:
         if self.group.passed.problem is not None or self.group.passed.broken is not None:
             return
-        if not self._inverse:
+        if not self._powers:
             self._queue.append((tap, cotangent))
             return
         collector, param = self.group.collector, tap.use.view.param
@@ -192,7 +195,7 @@ class WatchedForward:
         if param in collector.ledger.entries:
             self.group.fail(f"{self.group.owner.names[param]} is used in more than one reentrant checkpoint")
             return
-        collector.arrive(tap, cotangent, self.place, self._inverse)
+        collector.arrive(tap, cotangent, self.place, self._powers)
 
     def close(self) -> None:
         """Let go of the graph and take off every hook."""
