@@ -15,12 +15,14 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gradent.errors import GradentWarning, InputError
+from gradent.kernels.crossover import price
 from gradent.kernels.plan import choose
 from gradent.kernels.reference import batch_pays, reduce_batch, reduce_dense
 
@@ -171,7 +173,8 @@ def _launch(
     factors = (u_w, v_w, u_l, v_l, spans)
     longest = (int(max(side.tolist(), default=0)) for side in (spans.chosen_length, spans.rejected_length))
     sizes = (*longest, u_w.shape[1], v_w.shape[1])
-    form = choose(*sizes, itemsize=4, budget=budget, weighted=weight is not None).form
+    dear = partial(price, u_w.device, u_w.dtype, path="triton")
+    form = choose(*sizes, itemsize=4, budget=budget, weighted=weight is not None, price=dear).form
     if (gram.gram_scratch(*factors) if form == "gram" else outer.outer_scratch(*factors)) > budget:
         return None
 

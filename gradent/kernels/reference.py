@@ -9,12 +9,23 @@ Letters: T tokens, O and I the two sides of a weight, K entries of a flattened t
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from gradent.kernels.plan import Plan, choose
+from gradent.kernels.crossover import price
+from gradent.kernels.plan import Plan, batch_scratch, choose
 
-__all__ = ["accumulator", "batch_pays", "reduce_batch", "reduce_dense", "reduce_flat", "spans"]
+__all__ = [
+    "accumulator",
+    "batch_pays",
+    "reduce_batch",
+    "reduce_dense",
+    "reduce_flat",
+    "reduce_planned",
+    "spans",
+]
 
 RUN = 16384
 
@@ -62,12 +73,14 @@ def batch_pays(u: Tensor, v: Tensor, *, budget: int) -> bool:
     """
     wide = accumulator(u.dtype)
     (count, length, rows), cols = u.shape, v.shape[2]
-    # Twice the products (they are paired by a copy), and operands that must be widened.
-    size = count * wide.itemsize * (2 * rows * cols + length * (rows * (u.dtype != wide) + cols * (v.dtype != wide)))
+    widen = (u.dtype != wide, v.dtype != wide)
+    size = batch_scratch(count, length, rows, cols, itemsize=wide.itemsize, widen=widen)
     limit = min(budget, SMALL) if u.device.type == "cpu" else budget
     if count == 0 or size > limit:
         return False
-    return choose(length, length, rows, cols, itemsize=wide.itemsize, budget=budget).form == "outer"
+    dearer = partial(price, u.device, u.dtype, path="torch")
+    plan = choose(length, length, rows, cols, itemsize=wide.itemsize, budget=budget, price=dearer)
+    return plan.form == "outer"
 
 
 def reduce_batch(u: Tensor, v: Tensor, *, weight: Tensor | None = None) -> Tensor:
@@ -129,7 +142,15 @@ def reduce_dense(
         budget=budget,
         widen=u_w.dtype != wide or v_w.dtype != wide,
         weighted=weight is not None,
+        price=partial(price, u_w.device, u_w.dtype, path="torch"),
     )
+    return reduce_planned(u_w, v_w, u_l, v_l, plan, weight)
+
+
+def reduce_planned(
+    u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, plan: Plan, weight: Tensor | None = None
+) -> Tensor:
+    """`reduce_dense` along a given plan; `weight` goes with the outer form alone."""
     if plan.form == "outer":
         return _outer(u_w, v_w, u_l, v_l, plan, weight)
     pairs = ((u_w, v_w, u_w, v_w), (u_l, v_l, u_l, v_l), (u_w, v_w, u_l, v_l))

@@ -1,0 +1,244 @@
+"""Where gram and outer really cross on this device: the price of a gram flop, in outer flops, measured at first use.
+
+The cost model counts flops, and takes one for as dear as another. How nearly that is so hangs on the processor, the
+threads, the dtype and the code that reduces, so it is measured: both forms of one pair, at the size at which the model
+has them equal. The price is rounded to a power of √2 between 1/4 and 4, so that noise rarely changes it. It is kept in
+the process and in `crossover.json` of the user's cache directory: `GRADENT_CACHE`, else `$XDG_CACHE_HOME/gradent`, else
+`~/.cache/gradent`. On a machine that is busy with other work nothing can be measured: the model's 1 then holds for the
+process. Only speed hangs on any of this: both forms are exact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from gradent.errors import InputError
+from gradent.files import write_whole
+from gradent.kernels.plan import DEPTH, LEAST_PRICE, MOST_PRICE, Plan
+
+__all__ = ["cache_file", "device_name", "is_measured", "price"]
+
+SIDE = {"cpu": 512, "cuda": 2048}
+"""O and I of the measured weight: beyond the smallest caches, and 5 MB (55 MB on a GPU) of operands and tiles."""
+
+ROUNDS = 15
+SECONDS = 0.2
+"""Most time for a measurement; a slow machine makes fewer rounds, at least two."""
+
+CALM = 1.25
+"""Most that the median may take, as a multiple of the fastest round, for a measurement to count."""
+
+SHARE = 0.8
+"""Least part of the time, times threads, in which a CPU was this process's own, for a measurement to count."""
+
+STEPS = 2
+"""Steps of the price's grid in a factor of 2."""
+
+VERSION = 1
+"""Of the cache file; it grows when a price changes meaning."""
+
+_known: dict[str, float] = {}
+_unsure: set[str] = set()
+_lock = threading.Lock()
+
+
+def price(device: torch.device | str, dtype: torch.dtype, *, path: str | None = None) -> float:
+    """How many times dearer a gram flop is than an outer flop on a device.
+
+    Measured where nothing is known yet, in less than 0.3 s, with the functions that reduce: those of
+    `gradent.kernels.reference`, or Triton's kernels where `gradent.kernels.dispatch.path` names them for the device.
+    Flops are those of three full blocks, whatever a kernel saves by symmetry: what it saves is then in its price. No
+    random number is drawn, no graph is made, and no rounding mode of the caller's is changed.
+
+    Nothing is measured under a `TorchDispatchMode` (which would count or fake the operators) or while a CUDA graph is
+    captured: what is not known by then counts as 1.0, once.
+
+    Args:
+        device: where operands are.
+        dtype: theirs.
+        path: "torch" or "triton"; None for the one in use.
+
+    Returns:
+        A power of √2 from 1/4 to 4; 1.0 where memory or a busy machine did not allow to measure.
+    """
+    place = torch.device(device)
+    path = _path(place, dtype) if path is None else path
+    key = _key(place, dtype, path)
+    if key in _known:
+        return _known[key]
+    with _lock:
+        if key not in _known:
+            found = _read().get(key)
+            if found is None:
+                if is_in_torch_dispatch_mode() or _capturing(place):
+                    return 1.0
+                try:
+                    ratio, calm = _measure(place, dtype, path)
+                except torch.OutOfMemoryError:
+                    ratio, calm = 1.0, False
+                found = _round(ratio) if calm else 1.0
+                if calm:
+                    _write(key, found)
+                else:
+                    _unsure.add(key)
+            _known[key] = found
+    return _known[key]
+
+
+def is_measured(device: torch.device | str, dtype: torch.dtype) -> bool:
+    """Whether what is known of the path in use on a device is a measurement, and not the 1 of a busy machine."""
+    place = torch.device(device)
+    key = _key(place, dtype, _path(place, dtype))
+    return key in _known and key not in _unsure
+
+
+def cache_file() -> Path:
+    """Where prices are kept between processes; the file need not be there."""
+    given = os.environ.get("GRADENT_CACHE")
+    if given:
+        return Path(given) / "crossover.json"
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path("~/.cache").expanduser()) / "gradent" / "crossover.json"
+
+
+def device_name(device: torch.device) -> str:
+    """What a device calls itself: the processor's or the GPU's model."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+_names: dict[torch.device, str] = {}
+
+
+def _path(device: torch.device, dtype: torch.dtype) -> str:
+    from gradent.kernels import dispatch  # noqa: PLC0415  (it stands on the reductions, which stand on this file)
+
+    return dispatch.path(device, dtype).split()[0]
+
+
+def _key(device: torch.device, dtype: torch.dtype, path: str) -> str:
+    if device not in _names:
+        _names[device] = device_name(device)
+    kind = str(dtype).removeprefix("torch.")
+    return f"{_names[device]}, {kind}, {torch.get_num_threads()} threads, torch {torch.__version__}, {path}"
+
+
+def _round(ratio: float) -> float:
+    """The nearest power of √2 between the least and the most price."""
+    return float(min(MOST_PRICE, max(LEAST_PRICE, 2 ** (round(STEPS * math.log2(ratio)) / STEPS))))
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@torch.no_grad()
+def _measure(device: torch.device, dtype: torch.dtype, path: str) -> tuple[float, bool]:
+    """Seconds a flop of gram over seconds a flop of outer, of the fastest rounds; and whether nothing disturbed it."""
+    side = SIDE.get(device.type, SIDE["cuda"])
+    length = side // 3  # ⅔h, where three full blocks of gram take as many flops as outer
+    with torch.autocast(device.type, enabled=False):
+        forms = _forms(path, _operands(length, side, device, dtype))
+        seconds: tuple[list[float], list[float]] = ([], [])
+        for form in forms:
+            form()
+        began, used = time.perf_counter(), time.process_time()
+        while len(seconds[0]) < ROUNDS and (len(seconds[0]) < 2 or time.perf_counter() - began < SECONDS):
+            for form, taken in zip(forms, seconds, strict=True):
+                taken.append(_timed(form, device))
+        share = (time.process_time() - used) / (time.perf_counter() - began) / torch.get_num_threads()
+    gram, outer = (min(taken) for taken in seconds)
+    calm = (device.type != "cpu" or share >= SHARE) and all(
+        statistics.median(taken) <= CALM * min(taken) for taken in seconds
+    )
+    return (gram / (6 * length**2 * 2 * side)) / (outer / (4 * length * side**2)), calm
+
+
+def _operands(length: int, side: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """u and v of both sides, `[length, side]`: fixed numbers between -1 and 1, none of them special."""
+    count = torch.arange(length * side, device=device)
+    return [(count * step % 127 - 63).div(64).to(dtype).view(length, side) for step in (3, 5, 11, 13)]
+
+
+def _forms(path: str, operands: list[Tensor]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Gram and outer as they are run on that path."""
+    u_w, v_w, u_l, v_l = operands
+    length, side = u_w.shape
+    if path == "triton":
+        from gradent.kernels.fused.gram import gram_entries  # noqa: PLC0415  (imports Triton)
+        from gradent.kernels.fused.operands import Spans  # noqa: PLC0415
+        from gradent.kernels.fused.outer import outer_entries  # noqa: PLC0415
+
+        spans = Spans.of_pair(length, length)
+        return lambda: gram_entries(u_w, v_w, u_l, v_l, spans), lambda: outer_entries(u_w, v_w, u_l, v_l, spans)
+    from gradent.kernels.reference import reduce_planned  # noqa: PLC0415  (it asks here for the price)
+
+    narrow = u_w.dtype not in (torch.float32, torch.float64)
+    gram = Plan(form="gram", tile=(length, length), depth=DEPTH if narrow else side, flops=0, scratch=0)
+    outer = Plan(form="outer", tile=(side, side), depth=DEPTH if narrow else length, flops=0, scratch=0)
+    return (
+        lambda: reduce_planned(u_w, v_w, u_l, v_l, gram),
+        lambda: reduce_planned(u_w, v_w, u_l, v_l, outer),
+    )
+
+
+def _timed(function: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that a call takes, until the device has done it."""
+    repeats = 1
+    if device.type == "cuda":  # long enough for the queue to be full
+        torch.cuda.synchronize(device)
+        repeats = 8
+    began = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - began) / repeats
+
+
+def _read() -> dict[str, float]:
+    """The prices in the cache file; none where it is missing, unreadable or not of this version."""
+    try:
+        content = json.loads(cache_file().read_bytes())
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home directory
+        return {}
+    if (
+        not isinstance(content, dict)
+        or content.get("version") != VERSION
+        or not isinstance(content.get("prices"), dict)
+    ):
+        return {}
+    return {key: value for key, value in content["prices"].items() if _is_price(value)}
+
+
+def _is_price(value: object) -> bool:
+    return isinstance(value, float) and LEAST_PRICE <= value <= MOST_PRICE and value == _round(value)
+
+
+def _write(key: str, value: float) -> None:
+    """Add a price to the cache file; where it cannot be written, the process alone remembers it."""
+    with contextlib.suppress(InputError, OSError, RuntimeError):
+        prices = {**_read(), key: value}
+        content = json.dumps({"version": VERSION, "prices": prices}, indent=2).encode()
+        write_whole(cache_file(), lambda handle: handle.write(content))
