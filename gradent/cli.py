@@ -1,4 +1,4 @@
-"""The command line: `gradent demo`, `gradent audit`, `gradent tokens`.
+"""The command line: `gradent demo`, `gradent audit`, `gradent tokens`, `gradent plan`, `gradent doctor`.
 
 Each command imports what it needs when it runs, so that `--help` and `--version` answer at once.
 """
@@ -244,6 +244,42 @@ def tokens(
             ),
             soft_wrap=True,
         )
+
+
+@app.command()
+def plan(
+    model: _Model,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a row: prompt and response.")] = 1024,
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of a batch.")] = 1,
+    adapter: _Adapter = None,
+    dtype: _DType = "float32",
+    device: _Device = None,
+    trust_remote_code: _TrustRemoteCode = False,
+    memory_budget: _MemoryBudget = None,
+) -> None:
+    """See beforehand how each layer would be measured, and what that costs; the model's weights are not read."""
+    with _readable_errors():
+        from gradent.audit.plan_table import show_plan  # noqa: PLC0415
+
+        _quieten_others()
+        show_plan(
+            model, tokens=tokens, pairs=pairs, adapter=adapter, memory_budget=memory_budget, dtype=dtype, device=device,
+            trust_remote_code=trust_remote_code, console=Console(highlight=False),
+        )  # fmt: skip
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for a bug report.")] = False,
+) -> None:
+    """Check this installation: versions, devices, how gradients are reduced, and two models against plain autograd."""
+    with _readable_errors():
+        from gradent.doctor import examine, print_report  # noqa: PLC0415
+
+        _quieten_others()
+        report = examine()
+        print_report(report, Console(highlight=False), as_json=as_json)
+    raise typer.Exit(0 if report["passed"] else 1)
 
 
 def _quieten_others() -> None:

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trainer",),
     ("audit",),
     ("report",),
-    ("recorder",),
+    ("recorder", "doctor"),
     ("measure", "tokens", "effects"),
     ("token_tangents",),
     ("verdict", "theory", "per_sample"),

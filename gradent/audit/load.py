@@ -21,15 +21,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DTYPES",
+    "LOAD_ERRORS",
+    "check_device",
+    "check_dtype",
     "check_vocabulary",
     "load_config",
     "load_model",
     "load_tokenizer",
+    "not_causal",
+    "read_adapter",
 ]
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
-# What from_pretrained raises for files that are missing, damaged, of another shape, or need another package.
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError)
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError)
+"""What from_pretrained raises for files that are missing, damaged, of another shape, or need another package."""
 
 
 def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
@@ -50,7 +55,7 @@ def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(f"{base}: the model cannot be loaded ({brief(error)}).{hint(base)}") from error
     if config.is_encoder_decoder:
         raise NotCausalError(
@@ -80,7 +85,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
         place = source.adapter
     try:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(
             f"{place}: its tokenizer cannot be loaded ({brief(error)}). Save the tokenizer into the model's directory "
             "with tokenizer.save_pretrained."
@@ -112,9 +117,8 @@ def load_model(
         NotCausalError: an encoder, an encoder-decoder, or a model whose later tokens change earlier predictions.
         ModelError: files missing, damaged or pickled only, weights missing, or an adapter that does not fit.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)} (command line: --dtype).")
-    place = _check_device(device)
+    check_dtype(dtype)
+    place = check_device(device)
     model = _load_base(source.base, dtype, trust_remote_code)
     if source.adapter is not None:
         model = _load_adapter(model, source.adapter, source.base, trainable)
@@ -178,12 +182,9 @@ def _load_base(base: str, dtype: str, trust_remote_code: bool) -> Any:
             ignore_mismatched_sizes=True,  # they are in the report, and refused below
             output_loading_info=True,
         )
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         if "Unrecognized configuration class" in str(error):
-            raise NotCausalError(
-                f"{base}: transformers knows no causal LM for {type(config).__name__} (an encoder-only model?). "
-                "gradent measures decoder-only models (Llama, Qwen, GPT-2, Mistral, ...)."
-            ) from error
+            raise not_causal(base, config) from error
         raise ModelError(f"{base}: the model cannot be loaded ({brief(error)}).{hint(base)}") from error
     model, report = loaded
     other = {key: f"{key} (saved {list(saved)}, needed {list(own)})" for key, saved, own in report["mismatched_keys"]}
@@ -198,20 +199,15 @@ def _load_base(base: str, dtype: str, trust_remote_code: bool) -> Any:
 
 
 def _load_adapter(model: Any, adapter: str, base: str, trainable: bool) -> Any:
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict  # noqa: PLC0415
+    from peft import PeftModel, get_peft_model_state_dict  # noqa: PLC0415
     from safetensors import safe_open  # noqa: PLC0415
 
     try:
-        config = PeftConfig.from_pretrained(adapter)
-        if trainable and config.is_prompt_learning:
-            raise ModelError(
-                f"{adapter}: {config.peft_type.value} adapters are saved without what trains them, and PEFT does not "
-                "load them for training. In Python, call gradent.measure on the model while it trains."
-            )
+        read_adapter(adapter, trainable=trainable)
         model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
         with safe_open(Path(adapter) / "adapter_model.safetensors", framework="pt") as file:
             saved = set(file.keys())
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         raise ModelError(
             f"{adapter}: the adapter cannot be put on {base} ({brief(error)}). Is it an adapter for this base?"
         ) from error
@@ -225,7 +221,63 @@ def _load_adapter(model: Any, adapter: str, base: str, trainable: bool) -> Any:
     return model
 
 
-def _check_device(device: str) -> torch.device:
+def read_adapter(adapter: str, *, trainable: bool = True) -> Any:
+    """The configuration of a PEFT adapter.
+
+    Args:
+        adapter: its directory.
+        trainable: refuse an adapter whose parameters cannot be trained again.
+
+    Returns:
+        A PEFT configuration.
+
+    Raises:
+        ModelError: a prompt-learning adapter, with `trainable`.
+    """
+    from peft import PeftConfig  # noqa: PLC0415
+
+    config = PeftConfig.from_pretrained(adapter)
+    if trainable and config.is_prompt_learning:
+        raise ModelError(
+            f"{adapter}: {config.peft_type.value} adapters are saved without what trains them, and PEFT does not "
+            "load them for training. In Python, call gradent.measure on the model while it trains."
+        )
+    return config
+
+
+def not_causal(base: str, config: Any) -> NotCausalError:
+    """What to say of a configuration for which transformers has no causal LM."""
+    return NotCausalError(
+        f"{base}: transformers knows no causal LM for {type(config).__name__} (an encoder-only model?). "
+        "gradent measures decoder-only models (Llama, Qwen, GPT-2, Mistral, ...)."
+    )
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a dtype that is none of `DTYPES`.
+
+    Args:
+        dtype: what the user gave.
+
+    Raises:
+        InputError: another one.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)} (command line: --dtype).")
+
+
+def check_device(device: str) -> torch.device:
+    """A torch device that can be used here.
+
+    Args:
+        device: its name.
+
+    Returns:
+        The device.
+
+    Raises:
+        InputError: it is unknown, or not there.
+    """
     try:
         place = torch.device(device)
         torch.empty(1, device=place).cpu()  # what cannot be read back, such as "meta", is of no use

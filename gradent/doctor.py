@@ -1,0 +1,254 @@
+"""`gradent doctor`: what a bug report needs, and whether this installation measures truly.
+
+Nothing personal is in it: no host, no user, no environment, and of paths the cache file's alone, below `~`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from gradent.files import first_line
+from gradent.kernels import crossover, dispatch
+from gradent.measure import measure
+from gradent.pairs import PairBatch
+from gradent.version import __version__
+
+__all__ = ["Check", "Report", "examine", "print_report", "scaled_error"]
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "triton", "wandb")
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+LIMITS = {torch.float64: 1e-12, torch.float32: 5e-6}
+"""Scaled errors that pass. In float32 plain autograd itself is off by up to 2.5e-6 on these models."""
+
+PAIR = ([3, 17, 4, 9], [11, 5, 30, 8, 2, 21], [11, 6, 1])
+"""Token ids of the self-check's pair: prompt, chosen, rejected."""
+
+
+class Check(TypedDict):
+    """One model of the self-check.
+
+    Attributes:
+        model: what it is.
+        error: largest difference of `chosen_sq`, `rejected_sq` and `inner` from plain autograd in float64, divided by
+            `‖g_i‖‖g_j‖`; None where there is none.
+        limit: the most that passes.
+        passed: whether it does.
+        failure: what went wrong instead, if anything.
+    """
+
+    model: str
+    error: float | None
+    limit: float
+    passed: bool
+    failure: str | None
+
+
+class Report(TypedDict):
+    """What `gradent doctor` finds.
+
+    Attributes:
+        versions: package -> version, or "not installed".
+        system: operating system and machine.
+        threads: of torch.
+        devices: each with `device`, `name` and `memory` in bytes (0 where the system does not say).
+        kernels: each with `device`, `dtype`, `path` (what reduces there, and why), `price` of a gram flop in outer
+            flops, and `measured`: whether it is a measurement rather than the cost model's 1.
+        cache: where prices are kept.
+        checks: the self-check.
+        passed: whether all of them passed.
+    """
+
+    versions: dict[str, str]
+    system: str
+    threads: int
+    devices: list[dict[str, Any]]
+    kernels: list[dict[str, Any]]
+    cache: str
+    checks: list[Check]
+    passed: bool
+
+
+def examine() -> Report:
+    """Look at the installation, and measure a pair on two tiny models made on the spot.
+
+    Returns:
+        The report; a failed check is in it, not raised.
+    """
+    places = [torch.device("cpu")] + [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    checks = [
+        _check("GPT-2, float64", _gpt2, torch.float64, LIMITS[torch.float64], places[-1]),
+        _check("Llama with LoRA, float32", _llama, torch.float32, LIMITS[torch.float32], places[-1]),
+    ]
+    return Report(
+        versions={"python": platform.python_version(), "gradent": __version__}
+        | {package: _version(package) for package in PACKAGES},
+        system=f"{platform.system()} {platform.machine()}",
+        threads=torch.get_num_threads(),
+        devices=[
+            {"device": str(place), "name": crossover.device_name(place), "memory": _memory(place)} for place in places
+        ],
+        kernels=[_kernels(place, dtype) for place in places for dtype in DTYPES],
+        cache=_below_home(crossover.cache_file()),
+        checks=checks,
+        passed=all(check["passed"] for check in checks),
+    )
+
+
+def print_report(report: Report, console: Console, *, as_json: bool = False) -> None:
+    """Print a report.
+
+    Args:
+        report: of `examine`.
+        console: where to.
+        as_json: as one JSON object.
+    """
+    if as_json:
+        console.print(Text(json.dumps(report, indent=2, ensure_ascii=False)), soft_wrap=True)
+        return
+    facts = Table.grid(padding=(0, 2))
+    for package, version in report["versions"].items():
+        facts.add_row(package, version)
+    facts.add_row("system", f"{report['system']}, {report['threads']} threads of torch")
+    for device in report["devices"]:
+        memory = f", {device['memory'] / 2**30:.0f} GiB" if device["memory"] else ""
+        facts.add_row(device["device"], f"{device['name']}{memory}")
+    for kernels in report["kernels"]:
+        source = "measured" if kernels["measured"] else "not measured: the machine was too busy, or short of memory"
+        facts.add_row(
+            f"{kernels['device']} {kernels['dtype']}",
+            f"reduced by {kernels['path']}; a gram flop costs {kernels['price']:.2g} outer flops ({source})",
+        )
+    facts.add_row("cache", Text(report["cache"], overflow="fold"))
+    console.print(facts)
+    console.print()
+    for check in report["checks"]:
+        verdict = Text("pass", "bold green") if check["passed"] else Text("FAIL", "bold red")
+        found = check["failure"] or f"scaled error {check['error']:.1e}, limit {check['limit']:.0e}"
+        console.print(verdict, Text(f"{check['model']}: measure against plain autograd: {found}"))
+    if not report["passed"]:
+        console.print(
+            Text(
+                "\nWhat this installation measures is not to be trusted. Please report it with the output of "
+                "`gradent doctor --json`; GRADENT_KERNELS=torch rules the GPU's kernels out."
+            )
+        )
+
+
+def scaled_error(gram: Any, truth: Tensor) -> float:
+    """Distance of a pair's entries from the truth.
+
+    Args:
+        gram: `PairGram` of one pair.
+        truth: float64 `[3]`: `(‖g_w‖², ‖g_l‖², ⟨g_w, g_l⟩)`.
+
+    Returns:
+        The largest difference, each divided by `‖g_i‖‖g_j‖`.
+    """
+    chosen, rejected = truth[:2].sqrt()
+    scale = torch.stack([chosen**2, rejected**2, chosen * rejected])
+    got = torch.stack([gram.chosen_sq[0], gram.rejected_sq[0], gram.inner[0]])
+    return float(((got - truth).abs() / scale).max())
+
+
+def _check(name: str, build: Callable[[], nn.Module], dtype: torch.dtype, limit: float, place: torch.device) -> Check:
+    """One pair on one model, in `dtype`, against plain autograd in float64."""
+    check = Check(model=f"{name}, on {place}", error=None, limit=limit, passed=False, failure=None)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = build().eval()
+        batch = PairBatch.from_tokens([PAIR])
+        gram = measure(model.to(place, dtype), batch)
+        found = scaled_error(gram, _truth(model.to("cpu", torch.float64), batch))
+        if math.isfinite(found):
+            check["error"], check["passed"] = found, found <= limit
+        else:
+            check["failure"] = f"what was measured is not finite: {gram.chosen_sq}, {gram.rejected_sq}, {gram.inner}"
+    except Exception as error:  # noqa: BLE001  (whatever goes wrong is what the report is for)
+        check["failure"] = f"{type(error).__name__}: {first_line(error)}"
+    return check
+
+
+def _truth(model: nn.Module, batch: PairBatch) -> Tensor:
+    """Gram entries by one backward a row, gradients flattened: nothing of gradent's own."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = []
+    for row in range(2):
+        ids, marks = batch.row(row)
+        scores = model(input_ids=ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+        logp = scores.gather(1, ids[1:, None])[:, 0][marks[1:]].sum()
+        gradients.append(torch.cat([part.flatten() for part in torch.autograd.grad(logp, parameters)]))
+    chosen, rejected = gradients
+    return torch.stack([chosen @ chosen, rejected @ rejected, chosen @ rejected])
+
+
+def _gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2))
+
+
+def _llama() -> nn.Module:
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
+
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+    )
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    adapted: nn.Module = get_peft_model(LlamaForCausalLM(config), lora)
+    return adapted
+
+
+def _kernels(place: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    price = crossover.price(place, dtype)
+    return {
+        "device": str(place),
+        "dtype": str(dtype).removeprefix("torch."),
+        "path": dispatch.path(place, dtype),
+        "price": price,
+        "measured": crossover.is_measured(place, dtype),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _memory(place: torch.device) -> int:
+    if place.type == "cuda":
+        return int(torch.cuda.get_device_properties(place).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not every system says
+        return 0
+
+
+def _below_home(path: Path) -> str:
+    """A path without the user's name, where it lies in the home directory."""
+    try:
+        return str(Path("~") / path.absolute().relative_to(Path.home()))
+    except (ValueError, RuntimeError):
+        return str(path)

@@ -1,0 +1,112 @@
+"""From uses to lines of a table: nothing is left out, kinds of layers are grouped, and costs are the plan's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from gradent.audit.plan import Setting, plan_lines, sum_lines
+from gradent.audit.shell import Used
+from gradent.errors import MemoryBudgetError
+from gradent.kernels.plan import batch_scratch, choose
+
+SETTING = Setting(tokens=512, budget=2**28, batch_budget=2**22)
+
+
+def used(parameter: str, kind: str = "matrix", shape: tuple[int, ...] = (4096, 4096), **fields: object) -> Used:
+    return Used(parameter=parameter, kind=kind, shape=shape, **fields)  # type: ignore[arg-type]
+
+
+def layers(count: int, name: str = "mlp.up_proj.weight", **fields: object) -> list[Used]:
+    return [used(f"model.layers.{number}.{name}", **fields) for number in range(count)]
+
+
+def test_layers_that_differ_in_their_number_alone_are_one_line() -> None:
+    (line,) = plan_lines(layers(30), SETTING)
+    one = choose(512, 512, 4096, 4096, itemsize=4, budget=2**28)
+    assert (line.name, line.count) == ("model.layers.*.mlp.up_proj", 30)
+    assert (line.form, line.tile, line.flops, line.scratch) == ("gram", (512, 512), 30 * one.flops, one.scratch)
+    assert line.elements == 30 * 4096 * 4096
+
+
+def test_other_shapes_or_kinds_are_lines_of_their_own() -> None:
+    uses = layers(2) + layers(2, shape=(512, 4096)) + layers(2, kind="explicit")
+    assert [(line.count, line.shape, line.form) for line in plan_lines(uses, SETTING)] == [
+        (2, (4096, 4096), "gram"),
+        (2, (512, 4096), "outer"),
+        (2, (4096, 4096), "explicit"),
+    ]
+
+
+def test_every_kind_is_listed_and_every_number_counted_once() -> None:
+    uses = [
+        used("wte.weight", "lookup", (1000, 64)),
+        used("wte.weight", "matrix", (1000, 64)),
+        used("ln.weight", "sum", (64,)),
+        used("ln.bias", "sum", (64,)),
+        used("conv.weight", "explicit", (64, 1, 4)),
+        used("pooler.weight", "unused", (64, 64)),
+    ]
+    lines = plan_lines(uses, SETTING)
+    assert [(line.name, line.form) for line in lines] == [
+        ("wte", "lookup"),
+        ("wte", "outer"),
+        ("ln", "sum"),
+        ("ln.bias", "sum"),
+        ("conv", "explicit"),
+        ("pooler", "unused"),
+    ]
+    assert sum(line.elements for line in lines) == 1000 * 64 + 64 + 64 + 256 + 4096
+    assert all((line.flops > 0) == (line.form != "unused") for line in lines)
+    assert max(line.scratch for line in lines) <= SETTING.budget
+
+
+def test_lora_shows_its_rank() -> None:
+    uses = [
+        used("base_model.model.layers.0.q_proj.lora_A.default.weight", shape=(16, 4096)),
+        used("base_model.model.layers.0.q_proj.lora_B.default.weight", shape=(1024, 16)),
+    ]
+    lines = plan_lines(uses, SETTING)
+    assert [(line.name, line.rank, line.form) for line in lines] == [
+        ("layers.*.q_proj.lora_A", 16, "outer"),
+        ("layers.*.q_proj.lora_B", 16, "outer"),
+    ]
+
+
+def test_small_outer_products_of_a_batch_are_formed_at_once() -> None:
+    uses = [used("lora_A.weight", shape=(16, 4096))]
+    (alone,) = plan_lines(uses, SETTING)
+    (four,) = plan_lines(uses, replace(SETTING, pairs=8, together=4))
+    (many,) = plan_lines(uses, replace(SETTING, pairs=8, together=8))
+    assert (alone.rows, four.rows, many.rows) == (2, 8, 2)
+    assert four.scratch == batch_scratch(8, 512, 16, 4096, itemsize=4) <= SETTING.batch_budget
+    assert four.flops == many.flops == 8 * alone.flops
+
+
+def test_experts_share_the_tokens() -> None:
+    (line,) = plan_lines([used("experts", shape=(4096, 4096), slots=8, density=2.0)], SETTING)
+    one = choose(128, 128, 4096, 4096, itemsize=4, budget=2**28)
+    assert (line.tile, line.flops, line.elements) == ((128, 128), 8 * one.flops, 8 * 4096**2)
+    (few,) = plan_lines([used("experts", shape=(64, 64), slots=8, density=2.0)], replace(SETTING, tokens=3))
+    assert few.flops == 6 * choose(1, 1, 64, 64, itemsize=4, budget=2**28).flops, "two experts meet no token"
+
+
+def test_the_choice_follows_price_and_budget() -> None:
+    uses = layers(1)
+    assert plan_lines(uses, replace(SETTING, price=3.0))[0].form == "outer"
+    assert plan_lines(uses, replace(SETTING, price=lambda: 3.0))[0].form == "outer"
+    (small,) = plan_lines(uses, replace(SETTING, budget=2**16))
+    assert small.scratch <= 2**16 and small.tile < (512, 512)
+    with pytest.raises(MemoryBudgetError, match="needs 8 bytes"):
+        plan_lines(uses, replace(SETTING, budget=3))
+
+
+def test_totals() -> None:
+    lines = plan_lines(layers(2), SETTING)
+    elements = 2 * 4096**2
+    full = sum_lines(lines, SETTING, elements)
+    assert full.flops == sum(line.flops for line in lines)
+    assert full.pass_flops == 6 * elements * 2 * 512
+    assert full.scratch == lines[0].scratch
+    assert sum_lines(lines, replace(SETTING, pairs=3), 10 * elements).pass_flops == 3 * 42 * elements * 2 * 512

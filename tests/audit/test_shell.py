@@ -1,0 +1,109 @@
+"""What is seen of a model without weights is what a measurement of the model with weights meets."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from gradent.audit.shell import inspect_model
+from gradent.audit.source import resolve_source
+from gradent.errors import ModelError
+from gradent.hooks import ledger
+from gradent.hooks.forms import Deferred, Dense, Rows
+from gradent.measure import measure
+from gradent.pairs import PairBatch
+from tests.adapters import ADAPTERS, adapt
+from tests.audit.made import save_lora
+from tests.zoo import build
+
+TOKENS = 7
+PAIR = PairBatch.from_tokens([([3, 17, 4], [11, 5, 30, 8], [11, 6, 1, 9])])
+
+Seen = dict[str, dict[str, float]]
+
+
+def meets(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """Parameter -> kind of form -> rows of the chosen response's factors, as a real measurement hands them over."""
+    found: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    add = ledger.Ledger.add
+
+    def watched(self: Any, param: int, row: int, slot: Any, form: Any) -> None:
+        if row == 0:
+            form_ = form.make() if isinstance(form, Deferred) else form
+            if isinstance(form_, Dense):
+                found[param]["matrix"] += len(form_.u)
+            elif isinstance(form_, Rows):
+                found[param]["lookup"] += len(form_.ids)
+            else:
+                found[param]["explicit"] = 0
+        add(self, param, row, slot, form)
+
+    measure(model, PAIR)  # the first one also finds out whether rows may share a forward
+    monkeypatch.setattr(ledger.Ledger, "add", watched)
+    monkeypatch.setattr(ledger.Ledger, "whole", lambda *given: False)
+    monkeypatch.setattr(ledger.Ledger, "fits", lambda *given: False)
+    measure(model, PAIR)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return {names[number]: dict(kinds) for number, kinds in found.items()}
+
+
+def planned(model: Path, adapter: Path | None = None) -> Seen:
+    """The same of the shell."""
+    found: Seen = defaultdict(dict)
+    for use in inspect_model(resolve_source(str(model), adapter and str(adapter))).uses:
+        kind = "explicit" if use.kind == "sum" else use.kind
+        if kind != "unused":
+            found[use.parameter][kind] = 0 if kind == "explicit" else use.density * TOKENS
+    return dict(found)
+
+
+# Every form, ties, positions, fused experts, parameters without a rule.
+@pytest.mark.parametrize("family", ["gpt2", "gpt2, untied", "llama", "llama, biases, tied", "opt", "mixtral", "mamba"])
+def test_every_parameter_is_seen_as_it_is_measured(family, tmp_path, monkeypatch) -> None:
+    model = build(family, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    seen = meets(model, monkeypatch)
+    found = planned(tmp_path)
+    # A tied head's gradient is reduced ahead, and comes back as rows of the lookup.
+    for name, kinds in found.items():
+        for kind, rows in kinds.items():
+            assert kind in seen[name]
+            assert kind == "lookup" or seen[name][kind] == rows
+    assert found.keys() == seen.keys()
+
+
+@pytest.mark.parametrize("name", ["LoRA on Conv1D", "DoRA", "saved head", "LoRA, every bias", "IA3", "new tokens"])
+def test_adapters(name, tmp_path, monkeypatch) -> None:
+    base, config = ADAPTERS[name]
+    build(base, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    model = adapt(build(base, dtype=torch.float32), config())
+    model.save_pretrained(tmp_path / "adapter")
+    assert planned(tmp_path / "base", tmp_path / "adapter") == meets(model, monkeypatch)
+
+
+def test_every_number_is_counted(local_model) -> None:
+    shell = inspect_model(resolve_source(str(local_model)))
+    real = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(local_model).parameters())
+    assert shell.parameters == shell.trainable == sum(use.elements for use in shell.uses) == real
+    assert shell.dtype == torch.float32
+
+
+def test_the_global_state_stays(local_model, tmp_path) -> None:
+    save_lora(tmp_path / "adapter", local_model)
+    before = torch.random.get_rng_state()
+    shell = inspect_model(resolve_source(str(tmp_path / "adapter")))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.empty(1).device.type == "cpu" and type(torch.empty(1)) is torch.Tensor
+    assert shell.trainable < shell.parameters
+    assert {use.kind for use in shell.uses} == {"matrix"}
+
+
+def test_a_model_that_asks_for_values_is_refused(tmp_path) -> None:
+    build("xlm", dtype=torch.float32).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="without its weights"):
+        inspect_model(resolve_source(str(tmp_path)))

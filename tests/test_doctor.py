@@ -1,0 +1,113 @@
+"""`gradent doctor`: it tells the truth about this installation, tells nothing personal, and can fail."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import platform
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from typer.testing import CliRunner
+
+from gradent import doctor
+from gradent.cli import app
+from gradent.measure import measure
+from gradent.version import __version__
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("gradent.cli._quieten_others", lambda: None)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("HOME", str(tmp_path / "home-of-somebody"))
+    monkeypatch.setenv("GRADENT_CACHE", str(tmp_path / "home-of-somebody" / "cache"))
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["doctor", *arguments])
+
+
+def test_this_installation_is_sound() -> None:
+    result = run("--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["passed"] is True
+    assert report["versions"]["gradent"] == __version__
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["python"] == platform.python_version()
+    assert report["threads"] == torch.get_num_threads()
+    assert report["devices"][0]["device"] == "cpu"
+    assert {kernels["dtype"] for kernels in report["kernels"]} == {"float32", "bfloat16", "float64"}
+    assert all(0.25 <= kernels["price"] <= 4 and kernels["path"] for kernels in report["kernels"])
+    assert [(check["limit"], check["failure"]) for check in report["checks"]] == [(1e-12, None), (5e-6, None)]
+    assert all(0 <= check["error"] <= check["limit"] for check in report["checks"])
+
+
+def test_words() -> None:
+    result = run()
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("pass ") == 2 and "FAIL" not in result.stdout
+    assert "reduced by" in result.stdout and "transformers" in result.stdout
+
+
+def test_nothing_personal(monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a-secret")
+    told = run("--json").stdout + run().stdout
+    assert "~/cache/crossover.json" in told
+    for private in ("a-secret", "home-of-somebody", str(Path.cwd()), socket.gethostname()):
+        assert private not in told
+    assert getpass.getuser() not in json.loads(run("--json").stdout)["cache"]
+
+
+def test_a_wrong_measurement_fails(monkeypatch) -> None:
+    def wrong(*given: Any, **options: Any) -> Any:
+        gram = measure(*given, **options)
+        return replace(gram, inner=gram.inner * (1 + 1e-4))
+
+    monkeypatch.setattr(doctor, "measure", wrong)
+    result = run()
+    assert result.exit_code == 1
+    assert result.stdout.count("FAIL") == 2 and "gradent doctor --json" in result.stdout
+    report = run("--json")
+    assert report.exit_code == 1
+    assert [check["passed"] for check in json.loads(report.stdout)["checks"]] == [False, False]
+
+
+@pytest.mark.parametrize("value", [torch.nan, 0.0])
+def test_nan_and_zeros_fail(value, monkeypatch) -> None:
+    def wrong(*given: Any, **options: Any) -> Any:
+        gram = measure(*given, **options)
+        return replace(gram, **{name: getattr(gram, name) * value for name in ("chosen_sq", "rejected_sq", "inner")})
+
+    monkeypatch.setattr(doctor, "measure", wrong)
+    assert run().exit_code == 1
+    assert "NaN" not in run("--json").stdout, "which is no JSON"
+
+
+def test_a_measurement_that_breaks_is_reported(monkeypatch) -> None:
+    def broken(*given: Any, **options: Any) -> Any:
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setattr(doctor, "measure", broken)
+    result = run("--json")
+    assert result.exit_code == 1
+    checks = json.loads(result.stdout)["checks"]
+    assert [check["failure"] for check in checks] == ["RuntimeError: no kernel image"] * 2
+    assert [check["error"] for check in checks] == [None, None]
+
+
+def test_what_is_missing_is_said(monkeypatch) -> None:
+    monkeypatch.setattr(doctor, "PACKAGES", ("torch", "no-such-package"))
+    assert json.loads(run("--json").stdout)["versions"]["no-such-package"] == "not installed"
+
+
+def test_random_numbers_stay() -> None:
+    before = torch.random.get_rng_state()
+    doctor.examine()
+    assert torch.equal(torch.random.get_rng_state(), before)
