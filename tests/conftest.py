@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import platform
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,7 +14,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # What is measured of this machine stays out of the user's cache, and is measured once for all of a session's processes.
-os.environ.setdefault("GRADENT_CACHE", tempfile.mkdtemp(prefix="gradent-tests-"))
+if "GRADENT_CACHE" not in os.environ:
+    os.environ["GRADENT_CACHE"] = tempfile.mkdtemp(prefix="gradent-tests-")
+    atexit.register(shutil.rmtree, os.environ["GRADENT_CACHE"], ignore_errors=True)
 
 import torch
 
