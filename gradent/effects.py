@@ -9,7 +9,6 @@ Letters: B pairs, T completion tokens of a row, L tokens of a row, V vocabulary,
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -19,13 +18,11 @@ from torch import Tensor, nn
 from gradent.directions import OWN, check_toward, dot, given_vector, planned_step
 from gradent.errors import InputError, NonFiniteError
 from gradent.hooks.logprob import check_logps, sequence_logprobs
-from gradent.model import check_causal, check_ids, forward_logits, input_device, observed, plain, trainable
+from gradent.model import check_ids, forward_logits, input_device, observed, plain, require_causal, trainable
 from gradent.pairs import PairBatch
 from gradent.token_tangents import Claim, Differentiate, Direction, Row, backward
 
 __all__ = ["token_effects"]
-
-_CAUSAL: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def token_effects(
@@ -81,9 +78,7 @@ def token_effects(
     effects: list[Tensor] = [torch.empty(0)] * (2 * half)
     with torch.enable_grad(), observed(model):
         fixed = None if isinstance(toward, str) and toward in OWN else _fixed(toward, optimizer, parameters)
-        if model not in _CAUSAL:  # found out once a model
-            check_causal(model, rows[0][0])
-            _CAUSAL.add(model)
+        require_causal(model, rows[0][0])
         for pair in range(half):
             two = (rows[pair], rows[half + pair])
             if fixed is None:

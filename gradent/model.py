@@ -22,6 +22,7 @@ __all__ = [
     "is_sharded",
     "observed",
     "plain",
+    "require_causal",
     "trainable",
 ]
 
@@ -176,7 +177,7 @@ def check_causal(model: nn.Module, ids: Tensor) -> None:
     changed[-1] = others[-1] if len(others) else int(ids[-1] == 0)
     before, after = (forward_logits(model, row[None])[0, :-1].float() for row in (ids, changed))
     scale = float(before.std()) or 1.0
-    moved = float((before - after).abs().max()) / scale
+    moved = float((before - after).abs_().max()) / scale
     # A causal model moves them by rounding at most (experts see their tokens in other groups).
     wide = next(model.parameters()).dtype in (torch.float32, torch.float64)
     if moved > (1e-3 if wide else 0.05):
@@ -185,6 +186,28 @@ def check_causal(model: nn.Module, ids: Tensor) -> None:
             f"{moved:.2g} standard deviations. gradent needs log π(y|x) of a decoder-only language model; an encoder "
             "(BERT and kin) has none. If this is a decoder class of an encoder model, set config.is_decoder=True."
         )
+
+
+# Models that passed, with the names of what was trainable in them then: an adapter added since is looked at again.
+_CAUSAL: weakref.WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = weakref.WeakKeyDictionary()
+
+
+def require_causal(model: nn.Module, ids: Tensor, *, again: bool = False) -> None:
+    """`check_causal`, unless the model has passed it with the same parameters trainable.
+
+    Args:
+        model: the model, in eval mode.
+        ids: int64 `[T]`, T >= 2, a row of the batch.
+        again: look also at a model that has passed; for one that changed since.
+
+    Raises:
+        NotCausalError: changing the last token moves the logits before it.
+    """
+    names = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    passed = _CAUSAL.setdefault(model, set())
+    if again or names not in passed:
+        check_causal(model, ids)
+        passed.add(names)
 
 
 _OBSERVED: list[nn.Module] = []
@@ -214,7 +237,7 @@ def ignores_padding(model: nn.Module, ids: Tensor) -> bool:
         padded = nn.functional.pad(ids, (0, 3))
         short, long = (forward_logits(model, row[None])[0, : len(ids)].float() for row in (ids, padded))
         limit = 1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.05
-        _PADDING[model] = bool((short - long).abs().max() <= limit * short.std().clamp_min(1e-6))
+        _PADDING[model] = bool((short - long).abs_().max() <= limit * short.std().clamp_min(1e-6))
     return _PADDING[model]
 
 

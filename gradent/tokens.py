@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
@@ -25,20 +25,14 @@ from torch import Tensor, nn
 from gradent.errors import GradentWarning
 from gradent.hooks.batching import group_rows
 from gradent.hooks.cross import CrossLedger
-from gradent.hooks.driver import (
-    AGREEMENT,
-    AGREEMENT_NARROW,
-    announce_single_rows,
-    measure_pairs,
-    rows_share,
-)
+from gradent.hooks.driver import agreement, announce_single_rows, measure_pairs, rows_share
 from gradent.hooks.engine import MicroBatch, NeedsSingleRows, run
 from gradent.hooks.lockstep import Lockstep
 from gradent.hooks.strand import NoLockstep
 from gradent.kernels.plan import parse_budget
 from gradent.kernels.reference import spans
 from gradent.kernels.tokens import Entries
-from gradent.model import check_causal, check_ids, ignores_padding, input_device, observed, plain, trainable
+from gradent.model import check_ids, ignores_padding, input_device, observed, plain, require_causal, trainable
 from gradent.pairs import PairBatch
 from gradent.token_gram import TokenGram
 
@@ -62,10 +56,14 @@ Advance = Callable[[float], None]
 
 @dataclass(frozen=True)
 class _Pair:
-    """One pair's measurement: the model, what of it is trainable, both rows, and the pair's number in the batch."""
+    """One pair's measurement: the model, what of it is trainable, both rows, and the pair's number in the batch.
+
+    `homes` says to which module's entries each parameter's are added, by the parameters' numbers.
+    """
 
     model: nn.Module
     parameters: Mapping[str, Tensor]
+    homes: Sequence[str]
     rows: Sequence[Row]
     number: int
     budget: int
@@ -81,6 +79,17 @@ class _Pair:
     def tensors(self) -> list[Tensor]:
         """The trainable parameters by their numbers."""
         return list(self.parameters.values())
+
+    def by_home(self, found: Iterable[tuple[int, Entries]]) -> Iterable[tuple[str, Entries]]:
+        """Sum parameters' entries of a block by their homes."""
+        sums: dict[str, Entries] = {}
+        for number, part in found:
+            home = self.homes[number]
+            if home in sums:
+                sums[home] += part
+            else:
+                sums[home] = part
+        return sums.items()
 
     def blocks(self, room: int) -> list[tuple[slice, slice]]:
         """The matrix in blocks of at most `room` tokens: all of it, or `room // 2` of either side."""
@@ -110,7 +119,8 @@ def measure_tokens(
         memory_budget: bytes, or a string such as "512MiB" (the default), that may be taken beyond the activations of
             one forward pass of each row: by each token's cotangents, by what is held of them, by tiles. A pair that
             needs more is measured in blocks of the matrix, each with a backward pass of its own; two tokens are the
-            least that is taken at once.
+            least that is taken at once, and one row's gradient of the logits. The matrix itself is not counted, nor
+            its parts by module.
         progress: show a bar on a terminal where it takes more than a few seconds.
 
     Returns:
@@ -130,27 +140,28 @@ def measure_tokens(
     parameters = trainable(model)
     budget = parse_budget(memory_budget) or DEFAULT_BUDGET
     device = input_device(model)
+    homes = [name.rpartition(".")[0] if by_module else "" for name in parameters]
     grams = []
     with torch.enable_grad(), observed(model), _no_advice(), _bar(len(batch), shown=progress) as advance:
         for pair in range(len(batch)):
             rows = [batch.row(row) for row in (pair, len(batch) + pair)]
             check_ids(model, torch.cat([ids for ids, _ in rows]))
             rows = [(ids.to(device), marks.to(device)) for ids, marks in rows]
-            one = _Pair(model, parameters, rows, pair, budget, advance)
+            one = _Pair(model, parameters, homes, rows, pair, budget, advance)
             grams.append(_to_gram(one, _measure_pair(one), by_module=by_module))
     return grams
 
 
-def _measure_pair(pair: _Pair) -> dict[int, Entries]:
+def _measure_pair(pair: _Pair, *, again: bool = False) -> dict[str, Entries]:
     known, key = _KNOWN.setdefault(pair.model, {}), tuple(pair.parameters)
     first = key not in known
     if first or not known[key]:
         if first:
-            check_causal(pair.model, pair.rows[0][0])
+            require_causal(pair.model, pair.rows[0][0], again=again)
         reason, entries = _try_in_step(pair, first=first)
         if not first and reason:  # the model changed since it was tried: try it as a new one
             del known[key]
-            return _measure_pair(pair)
+            return _measure_pair(pair, again=True)
         if reason:
             warnings.warn(
                 f"gradent measures this model's tokens one by one (as exact, but about a forward and a backward a "
@@ -164,7 +175,7 @@ def _measure_pair(pair: _Pair) -> dict[int, Entries]:
     return _one_by_one(pair)
 
 
-def _try_in_step(pair: _Pair, *, first: bool) -> tuple[str, dict[int, Entries]]:
+def _try_in_step(pair: _Pair, *, first: bool) -> tuple[str, dict[str, Entries]]:
     """Why it cannot be done, or the entries. The first pair of a model is also measured as a whole, and must agree."""
     told = 0.0
 
@@ -189,41 +200,40 @@ def _try_in_step(pair: _Pair, *, first: bool) -> tuple[str, dict[int, Entries]]:
     return reason, {}
 
 
-def _in_step(pair: _Pair, *, check: bool) -> dict[int, Entries]:
+def _in_step(pair: _Pair, *, check: bool) -> dict[str, Entries]:
     whole = not all(ignores_padding(pair.model, ids) for ids, _ in pair.rows)
     lockstep = Lockstep(pair.model, pair.tensors, pair.rows, whole=whole, budget=pair.budget, pair=pair.number)
     try:
-        total: dict[int, Entries] = {}
+        total: dict[str, Entries] = {}
         blocks = pair.blocks(lockstep.block_size())
         for block in blocks:
             chosen, rejected = (range(part.start, part.stop) for part in block)
             found = lockstep.run(chosen, rejected, check=check, advance=lambda part: pair.advance(part / len(blocks)))
-            for number, part in found.items():
-                total.setdefault(number, Entries(pair.sizes)).put(block, part.inner, part.squares)
+            for home, part in pair.by_home(found):
+                total.setdefault(home, Entries(pair.sizes)).put(block, part.inner, part.squares)
         return total
     finally:
         lockstep.close()
 
 
-def _disagreement(pair: _Pair, entries: Mapping[int, Entries]) -> str:
+def _disagreement(pair: _Pair, entries: Mapping[str, Entries]) -> str:
     """What is wrong with the sum of a matrix, which is the pair's inner product; empty where nothing is."""
     micro = MicroBatch(pair.rows, [[0], [1]], [pair.number])
     outcome = run(pair.model, pair.tensors, micro, budget=pair.budget, explicit_budget=None)
     chosen_sq, rejected_sq, inner = torch.stack([entry.cpu()[0] for entry in outcome.entries.values()]).sum(0)
     total = sum(float(part.inner.sum()) for part in entries.values())
     error = abs(total - float(inner)) / max(float(chosen_sq * rejected_sq) ** 0.5, 1e-300)
-    limit = max(AGREEMENT.get(parameter.dtype, AGREEMENT_NARROW) for parameter in pair.model.parameters())
-    if error <= limit:
+    if error <= agreement(pair.model, pair.rows[0][0].device):
         return ""
     return f"the sum over its tokens differs from the pair's inner product by {error:.1e} (scaled)"
 
 
-def _to_gram(pair: _Pair, entries: Mapping[int, Entries], *, by_module: bool) -> TokenGram:
-    homes = [name.rpartition(".")[0] for name in pair.parameters]
-    modules: dict[str, Tensor] = {home: torch.zeros(*pair.sizes, dtype=torch.float64) for home in homes}
+def _to_gram(pair: _Pair, entries: Mapping[str, Entries], *, by_module: bool) -> TokenGram:
+    modules: dict[str, Tensor] = {}
     total = Entries(pair.sizes)
-    for number, part in sorted(entries.items()):
-        modules[homes[number]] += part.inner
+    for home in dict.fromkeys(pair.homes):
+        part = entries.get(home) or Entries(pair.sizes)
+        modules[home] = part.inner
         total += part
     chosen_ids, rejected_ids = (ids[marks].cpu() for ids, marks in pair.rows)
     return TokenGram(
@@ -277,21 +287,25 @@ def _bar(pairs: int, *, shown: bool) -> Iterator[Advance]:
             bar.stop()
 
 
-def _one_by_one(pair: _Pair) -> dict[int, Entries]:
+def _one_by_one(pair: _Pair) -> dict[str, Entries]:
     """Each token as a row of its own."""
     chosen, rejected = (_prefixes(*row) for row in pair.rows)
     if rows_share(pair.model, pair.parameters) is None:  # found out, once a model, by measuring a pair of it
         measure_pairs(pair.model, pair.parameters, pair.rows, budget=pair.budget, weight=None, dropout=False)
     room = TOKENS.get(pair.rows[0][0].device.type, TOKENS["cuda"]) // max(len(ids) for ids, _ in pair.rows)
     blocks = pair.blocks(room)
-    total: dict[int, Entries] = {}
+    total: dict[str, Entries] = {}
     for block in blocks:
         top, left = block
         split = top.stop - top.start
+        sums: dict[str, Tensor] = {}
         for number, matrix in _cross(pair, [*chosen[top], *rejected[left]]).items():
+            home = pair.homes[number]
+            sums[home] = sums[home] + matrix if home in sums else matrix
+        for home, matrix in sums.items():
             diagonal = matrix.diagonal()
             squares = diagonal[:split], diagonal[split:]
-            total.setdefault(number, Entries(pair.sizes)).put(block, matrix[:split, split:], squares)
+            total.setdefault(home, Entries(pair.sizes)).put(block, matrix[:split, split:], squares)
         pair.advance(1 / len(blocks))
     return total
 

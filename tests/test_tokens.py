@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import gradent.model
+from gradent.effects import token_effects
 from gradent.errors import GradentWarning, NonFiniteError
 from gradent.hooks.cross import CrossLedger
+from gradent.hooks.driver import agreement
 from gradent.hooks.forms import Dense, Explicit, Rows
 from gradent.hooks.strand import NoLockstep
 from gradent.hooks.token_ledger import TokenLedger
@@ -169,6 +172,36 @@ def test_a_matrix_that_does_not_add_up_is_not_returned(monkeypatch):
     with pytest.warns(GradentWarning, match="differs from the pair's inner product"):
         (got,) = measure_tokens(model, batch)
     assert_same(got, want)
+
+
+def test_causality_is_looked_at_once_a_model_by_whoever_comes_first(monkeypatch):
+    model, batch, looks = build("gpt2"), ragged(1), []
+    honest = gradent.model.check_causal
+    monkeypatch.setattr("gradent.model.check_causal", lambda *given: looks.append(honest(*given)))
+    for way in (measure_tokens, measure, token_effects, measure_tokens):
+        way(model, batch)
+    assert len(looks) == 1
+    model.transformer.wte.weight.requires_grad_(False)
+    measure_tokens(model, batch)
+    assert len(looks) == 2, "with others trainable, an adapter added say, it is looked at again"
+
+
+def test_agreement_is_what_the_arithmetic_bears():
+    cpu = torch.device("cpu")
+    assert [agreement(build("gpt2").to(dtype), cpu) for dtype in (torch.float64, torch.float32)] == [1e-6, 1e-4]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert agreement(build("gpt2").float(), cpu) == agreement(build("gpt2").bfloat16(), cpu) == 0.2
+
+
+def test_in_step_under_autocast():
+    """The model's sum over tokens differs from the pair's inner product by bfloat16's rounding: that is agreement."""
+    model, batch = build("llama").float(), ragged(1)
+    with warnings.catch_warnings(), torch.autocast("cpu", dtype=torch.bfloat16):
+        warnings.simplefilter("error", GradentWarning)
+        (gram,) = measure_tokens(model, batch)
+        whole = measure(model, batch)
+    norms = (whole.chosen_sq[0] * whole.rejected_sq[0]).sqrt()
+    assert (gram.inner.sum() - whole.inner[0]).abs() / norms <= 5e-3
 
 
 def test_a_non_finite_token_is_named():

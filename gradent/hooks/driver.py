@@ -13,9 +13,9 @@ from gradent.errors import GradentWarning
 from gradent.hooks.batching import group_rows, micro_batches
 from gradent.hooks.engine import MicroBatch, NeedsSingleRows, Outcome, run
 from gradent.kernels.plan import DEFAULT_BUDGET
-from gradent.model import check_causal, observed
+from gradent.model import observed, require_causal
 
-__all__ = ["AGREEMENT", "AGREEMENT_NARROW", "announce_single_rows", "measure_pairs", "rows_share"]
+__all__ = ["agreement", "announce_single_rows", "measure_pairs", "rows_share"]
 
 Row = tuple[Tensor, Tensor]
 
@@ -24,8 +24,8 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], bool]] = weak
 
 # Scaled difference beyond which a batched forward and single rows are not the same measurement. Rounding alone stays
 # far below; rows mistaken for one another are wrong in the first digit.
-AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-4}
-AGREEMENT_NARROW = 0.2
+_AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-4}
+_AGREEMENT_NARROW = 0.2
 
 
 def measure_pairs(
@@ -72,7 +72,7 @@ def measure_pairs(
     if key not in known:
         first = batches[0][0]
         with observed(model):  # in eval mode: dropout would make two looks at one pair differ
-            check_causal(model, rows[first][0])
+            require_causal(model, rows[first][0])
             outcome = run_one(alone(first))
             known[key] = _rows_can_share(model, list(parameters), alone(first), outcome, run_one)
         if not dropout and not known[key]:  # else it is measured again, so that every call gives the same bits
@@ -105,6 +105,21 @@ def rows_share(model: nn.Module, parameters: Mapping[str, Tensor]) -> bool | Non
     return _KNOWN.get(model, {}).get(tuple(parameters))
 
 
+def agreement(model: nn.Module, device: torch.device) -> float:
+    """Scaled difference that rounding alone may make between two ways of measuring one thing.
+
+    Args:
+        model: the model.
+        device: where it computes.
+
+    Returns:
+        The limit, by the narrowest arithmetic: autocast's, or that of the parameters.
+    """
+    if torch.is_autocast_enabled(device.type):
+        return _AGREEMENT_NARROW
+    return max(_AGREEMENT.get(parameter.dtype, _AGREEMENT_NARROW) for parameter in model.parameters())
+
+
 def _rows_can_share(
     model: nn.Module,
     names: Sequence[str],
@@ -123,8 +138,7 @@ def _rows_can_share(
     totals = [torch.stack([entry.cpu()[0] for entry in outcome.entries.values()]).sum(0) for outcome in (single, both)]
     norms = totals[0][:2].clamp_min(1e-300).sqrt()
     error = float(((totals[0] - totals[1]).abs() / torch.stack((*norms.square(), norms.prod()))).max())
-    narrow = torch.is_autocast_enabled(pair.rows[0][0].device.type)
-    limit = max(AGREEMENT_NARROW if narrow else AGREEMENT.get(p.dtype, AGREEMENT_NARROW) for p in model.parameters())
+    limit = agreement(model, pair.rows[0][0].device)
     if error > limit:
         _announce(f"a batched forward of two rows differs from two forwards of one row by {error:.1e} (scaled)")
     return error <= limit

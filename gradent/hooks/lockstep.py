@@ -10,15 +10,16 @@ Letters: n_w and n_l tokens of chosen and rejected, m lanes of a strand, M posit
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from gradent.hooks.capture import Tap
-from gradent.hooks.cuts import cut_order
-from gradent.hooks.strand import Arrival, Lanes, Strand
+from gradent.hooks.cuts import byte_size, cut_order
+from gradent.hooks.strand import Arrival, Lanes, Leaf, Strand
 from gradent.hooks.token_ledger import Flat, Lone, Odd, Shared, TokenLedger
 from gradent.hooks.uses import LookupUse, MatrixUse, SumUse
 from gradent.kernels.reference import accumulator, spans
@@ -61,16 +62,17 @@ class Lockstep:
         pair: int,
     ) -> None:
         self._parameters, self._budget = parameters, budget
+        tile = max(1024, budget // 8)
         self._strands: list[tuple[Strand, range]] = []  # with the lanes that each is to run
         try:
             for side, (ids, marks) in enumerate(rows):
                 places = marks.nonzero()[:, 0].tolist()
-                strand = Strand(model, parameters, Lanes(side, range(len(places)), ids, places), pair)
+                strand = Strand(model, parameters, Lanes(side, range(len(places)), ids, places), pair, tile=tile)
                 parts = [range(len(places))] if whole else _split(strand, budget // 8)
                 self._strands.append((strand, parts[-1]))
                 for mine in parts[:-1]:
                     lanes = Lanes(side, mine, ids[: places[mine[-1]] + 1], places[mine.start : mine.stop])
-                    self._strands.append((Strand(model, parameters, lanes, pair), range(len(mine))))
+                    self._strands.append((Strand(model, parameters, lanes, pair, tile=tile), range(len(mine))))
         except BaseException:
             self.close()
             raise
@@ -84,14 +86,21 @@ class Lockstep:
     def block_size(self) -> int:
         """Tokens of chosen and rejected together that fit the budget."""
         held = flow = 0
-        for strand, _ in self._strands:
+        strands = [strand for strand, _ in self._strands]
+        for strand in strands:
             sizes = strand.held
             cuts = cut_order(strand.order, strand.head, sizes, 0)
             held = max(held, *(sum(sizes[start:stop]) for start, stop in pairwise(cuts)))
             flow = max(flow, *(strand.order.costs[cut] for cut in cuts))
-        leaves = {number for strand, _ in self._strands for number in strand.order.leaves}
+        leaves = {number for strand in strands for number in strand.order.leaves}
         explicit = sum(self._parameters[n].numel() * accumulator(self._parameters[n].dtype).itemsize for n in leaves)
-        return max(2, self._budget // (4 * (2 * flow + held + explicit)))
+        lasting = max(strand.lasting for strand in strands)
+        room = self._budget // (4 * (2 * flow + held + explicit) + 2 * lasting)
+        # In the head, before the rest: a gradient of one strand's logits, and a row of it for each token of all.
+        logits = max(byte_size(strand.order.pending[0][0]) for strand in strands)
+        behind = max(strand.behind_head for strand in strands)
+        head = max(self._budget // 4, min(self._budget // 2, self._budget - logits)) // max(1, behind)
+        return max(2, min(room, head))
 
     def run(
         self,
@@ -100,7 +109,7 @@ class Lockstep:
         *,
         check: bool = False,
         advance: Callable[[float], None] | None = None,
-    ) -> dict[int, Entries]:
+    ) -> Iterator[tuple[int, Entries]]:
         """Measure the chosen tokens of one range against the rejected tokens of another.
 
         Args:
@@ -109,8 +118,8 @@ class Lockstep:
             check: make sure that the heads keep positions apart.
             advance: told the share of the work that has been done, in steps that add to 1.
 
-        Returns:
-            Parameter number -> entries; one that no token depends on is absent.
+        Yields:
+            `(parameter number, entries)`, each once; a parameter that no token depends on is absent.
 
         Raises:
             NoLockstep: `check` failed.
@@ -119,11 +128,12 @@ class Lockstep:
         run.start(check=check)
         cuts = run.cut()
         pieces = max(len(one) for one in cuts) - 1
+        yield from run.ledger.take()  # of the head
         for piece in range(pieces):
             run.piece(piece, cuts)
+            yield from run.ledger.take()
             if advance is not None:
                 advance(1 / pieces)
-        return run.ledger.entries
 
 
 def _split(strand: Strand, room: int) -> list[range]:
@@ -178,8 +188,9 @@ class _Run:
     def start(self, *, check: bool) -> None:
         """Through the heads."""
         for strand, lanes in self._lanes.items():
-            for arrival in strand.start(lanes, check=check):
-                self._behind_head(strand, arrival)
+            arrived = strand.start(lanes, check=check)
+            while arrived:  # each holds a gradient of the size of the logits
+                self._behind_head(strand, arrived.pop())
             for tap in strand.head_taps():
                 self._waiting[tap.use.view.param].discard((strand, tap))
         for param, waiting in list(self._waiting.items()):
@@ -213,11 +224,7 @@ class _Run:
                 continue
             start, stop = places[number], places[number + 1]
             step = self._step(strand, len(lanes))
-            for event in strand.advance(start, stop, step):
-                if isinstance(event, Arrival):
-                    self._take(strand, event)
-                else:
-                    self._take_leaf(strand, *event)
+            strand.advance(start, stop, step, partial(self._take, strand))
             done = set(strand.order.nodes[start:stop])
             for tap in strand.taps:
                 if tap.node in done:
@@ -262,15 +269,19 @@ class _Run:
             for _, where, form in use.forms(alone.view_as(cotangent), strand.layout, self._tiles):
                 self.ledger.add(param, where, Odd(side, [token], form))
 
-    def _take(self, strand: Strand, arrival: Arrival) -> None:
+    def _take(self, strand: Strand, arrival: Arrival | Leaf) -> None:
         """Keep what has arrived at a use, in the smaller of its forms."""
+        if isinstance(arrival, Leaf):
+            self._take_leaf(strand, arrival.number, arrival.lanes, arrival.grads)
+            return
         tap, b = arrival.tap, arrival.cotangents
         use = tap.use
         if isinstance(use, MatrixUse):
             a, made = use.token_factors(b)
             if self._formed(use):
                 wide = accumulator(made.dtype)
-                grads = torch.matmul(made.mT.to(wide), a.to(wide))  # [m, X, Y]
+                with torch.autocast(made.device.type, enabled=False):  # here in a backward pass, on a thread of its own
+                    grads = torch.matmul(made.mT.to(wide), a.to(wide))  # [m, X, Y]
                 made = grads.mT if use.swapped else grads
         elif isinstance(use, LookupUse):
             made = b.reshape(len(b), -1, use.view.shape[1])

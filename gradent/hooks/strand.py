@@ -9,7 +9,7 @@ Letters: m lanes, L tokens of the row, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,7 +26,7 @@ from gradent.hooks.uses import Layout, MatrixUse, SumUse
 from gradent.kernels.reference import accumulator, spans
 from gradent.model import forward_logits
 
-__all__ = ["Arrival", "Lanes", "NoLockstep", "Strand"]
+__all__ = ["Arrival", "Lanes", "Leaf", "NoLockstep", "Strand"]
 
 
 class NoLockstep(Exception):
@@ -65,6 +65,15 @@ class Arrival:
     cotangents: Tensor
 
 
+@dataclass(frozen=True)
+class Leaf:
+    """Gradients `[m, *shape]` of a parameter that no rule recorded, by its number, and which lanes these are."""
+
+    number: int
+    lanes: slice
+    grads: Tensor
+
+
 class Strand:
     """The pass of one row.
 
@@ -73,6 +82,7 @@ class Strand:
         parameters: its trainable parameters; their numbers are their places here.
         lanes: the row and its tokens.
         pair: the pair's number, as an error names it.
+        tile: bytes that tokens' distributions over the vocabulary may take at once; one is the least.
 
     Attributes:
         lanes: as given.
@@ -89,12 +99,14 @@ class Strand:
         NoLockstep: the model hangs hooks on its tensors, which a pass in pieces would run twice.
     """
 
-    def __init__(self, model: nn.Module, parameters: Sequence[Tensor], lanes: Lanes, pair: int) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: Sequence[Tensor], lanes: Lanes, pair: int, *, tile: int = 2**24
+    ) -> None:
         self.lanes, self.layout = lanes, Layout(1, len(lanes.ids))
-        self._parameters = parameters
+        self._parameters, self._tile = parameters, tile
         self._capture = Capture(parameters, self.layout, self._arrive)
         self._running: frozenset[Node] = frozenset()
-        self._arrived: list[tuple[Tap, Tensor, int | None]] = []
+        self._receive: Callable[[Tap, Tensor, int | None], None] = _nowhere
         self._cotangents: list[Tensor | None] = []
         self._chosen_lanes: list[int] = []
         try:
@@ -103,8 +115,8 @@ class Strand:
             if self._capture.meets_hooks:
                 raise NoLockstep("it registers hooks on tensors in its forward pass")
             self._root = get_gradient_edge(logits)
-            self._shares = self._share(logits.detach(), pair)
             self._logits = logits.detach()
+            self._check(pair)
             found = self._capture.survey(logits)
             self.explicit = self._find_explicit(found)
             if self.explicit:  # what lies below some of their uses is different without them
@@ -130,19 +142,27 @@ class Strand:
         """Let go of the graph."""
         self._capture.close()
         self._cotangents.clear()
-        self._arrived.clear()
+        self._receive = _nowhere
 
-    def _share(self, logits: Tensor, pair: int) -> Tensor:
-        """`∂ log π(y^a) / ∂ logits` at its position, `[m, V]`, wide."""
-        places = torch.tensor(self.lanes.places, device=logits.device)
-        scores = logits[0, places - 1].to(accumulator(logits.dtype))
-        logps = scores.log_softmax(-1)
-        lanes = torch.arange(len(places), device=logits.device)
-        mine = logps[lanes, self.lanes.ids[places]]
-        check_logps(mine.sum()[None], [pair], [self.lanes.side == 0])
-        share = logps.exp_().neg_()
-        share[lanes, self.lanes.ids[places]] += 1
-        return share
+    def _tiles(self, count: int) -> list[slice]:
+        """`range(count)` in steps of as many distributions as may be there at once; each is there three times."""
+        wide = accumulator(self._logits.dtype).itemsize
+        return spans(count, max(1, self._tile // (3 * wide * self._logits.shape[-1])))
+
+    def _check(self, pair: int) -> None:
+        """Refuse a log-prob that is not finite."""
+        places = torch.tensor(self.lanes.places, device=self._logits.device)
+        total = self._logits.new_zeros((), dtype=torch.float64)
+        for span in self._tiles(len(places)):
+            scores = self._logits[0, places[span] - 1].to(accumulator(self._logits.dtype))
+            total += scores.log_softmax(-1).gather(1, self.lanes.ids[places[span], None]).sum()
+        check_logps(total[None], [pair], [self.lanes.side == 0])
+
+    def _share(self, places: Tensor) -> Tensor:
+        """`∂ log π(y^a) / ∂ logits` at a, for the tokens behind some places: `[m, V]`, in the logits' dtype."""
+        share = self._logits[0, places].to(accumulator(self._logits.dtype)).softmax(-1).neg_()
+        share[torch.arange(len(places), device=places.device), self.lanes.ids[places + 1]] += 1
+        return share.to(self._logits.dtype)
 
     def _find_explicit(self, found: Survey) -> frozenset[int]:
         depths: dict[int, set[int]] = {}
@@ -176,14 +196,23 @@ class Strand:
         places = {node: place for place, node in enumerate(self.order.nodes)}
         held = [0] * len(self.order.nodes)
         for tap in self.taps:
-            use, size = tap.use, byte_size(GradientEdge(tap.node, 0))
-            if isinstance(use, MatrixUse) and not use.transposed:
-                wide = accumulator(use.inputs.dtype).itemsize
-                size = min(size, use.view.shape[0] * use.view.shape[1] * wide)
-            elif isinstance(use, SumUse) and use.view.ids is None:
-                size = 8
-            held[places[tap.node]] += size
+            held[places[tap.node]] += _held_at(tap)
         return held
+
+    @cached_property
+    def lasting(self) -> int:
+        """Bytes of a lane that are held beyond their piece: of weights that have several uses behind each other."""
+        uses: dict[int, list[int]] = {}
+        above = set(self.head_taps())
+        for tap in self.taps:
+            if tap not in above:
+                uses.setdefault(tap.use.view.param, []).append(_held_at(tap))
+        return sum(sum(sizes) for sizes in uses.values() if len(sizes) > 1)
+
+    @cached_property
+    def behind_head(self) -> int:
+        """Bytes of a lane that are held until the head is reduced: a row of each cotangent there."""
+        return sum(byte_size(GradientEdge(tap.node, 0)) for tap in self.head_taps()) // self.layout.length
 
     def head_taps(self) -> list[Tap]:
         """Uses behind the head, which lanes reach at their own positions alone."""
@@ -204,58 +233,46 @@ class Strand:
             NoLockstep: it does not.
         """
         self._chosen_lanes = list(lanes)
-        places = torch.tensor([self.lanes.places[lane] - 1 for lane in lanes], device=self._shares.device)
-        shares = self._shares[self._chosen_lanes].to(self._logits.dtype)
+        places = torch.tensor([self.lanes.places[lane] - 1 for lane in lanes], device=self._logits.device)
+        numbers = torch.arange(len(places), device=places.device)
         if self.head == 0:
             cotangents = self._logits.new_zeros(len(places), *self._logits.shape)
-            cotangents[torch.arange(len(places)), 0, places] = shares
+            for span in self._tiles(len(places)):
+                cotangents[numbers[span], 0, places[span]] = self._share(places[span])
             self._cotangents = [cotangents]
             return []
         total = torch.zeros_like(self._logits)
-        total[0, places] = shares
+        edge, middle = self.order.pending[self.head][0], len(places) // 2
+        alone: Tensor | None = None
+        if check:
+            total[0, places[middle]] = self._share(places[middle, None])[0]
+            (alone,) = torch.autograd.grad([self._root], [edge], [total], retain_graph=True)
+        for span in self._tiles(len(places)):
+            total[0, places[span]] = self._share(places[span])
         self._running = frozenset(self.order.nodes[: self.head])
-        edge = self.order.pending[self.head][0]
         inputs = [edge, *(GradientEdge(tap.node, 0) for tap in self.head_taps())]
+        arrived: list[Arrival] = []
+        self._receive = lambda tap, cotangent, _: arrived.append(Arrival(tap, slice(0, len(places)), cotangent))
         grad = torch.autograd.grad([self._root], inputs, [total], retain_graph=True, allow_unused=True)[0]
-        arrived = [Arrival(tap, slice(0, len(places)), cotangent) for tap, cotangent, _ in self._take()]
+        self._receive = _nowhere
         assert grad is not None
         flat = grad if grad.dim() == 2 else grad[0]
         rows = places + (flat.shape[0] - self.layout.length)
-        if check:
-            self._check_head(total, places, flat, rows, edge)
+        if alone is not None:
+            _check_head(alone.view_as(flat), flat, rows[middle])
         cotangents = flat.new_zeros(len(places), *flat.shape)
-        numbers = torch.arange(len(places), device=flat.device)
         cotangents[numbers, rows] = flat[rows]
         self._cotangents = [cotangents.view(len(places), *grad.shape)]
         return arrived
 
-    def _check_head(self, total: Tensor, places: Tensor, flat: Tensor, rows: Tensor, edge: GradientEdge) -> None:
-        """Whether one token alone arrives at its own position, as it does among the others."""
-        middle = len(places) // 2
-        one = torch.zeros_like(total)
-        one[0, places[middle]] = total[0, places[middle]]
-        self._running = frozenset()
-        (alone,) = torch.autograd.grad([self._root], [edge], [one], retain_graph=True)
-        want = torch.zeros_like(flat)
-        want[rows[middle]] = flat[rows[middle]]
-        wide = accumulator(flat.dtype)
-        error = (alone.view_as(want).to(wide) - want.to(wide)).abs().max()
-        limit = 1e-10 if flat.dtype == torch.float64 else 1e-5 if flat.dtype == torch.float32 else 1e-2
-        if float(error) > limit * max(float(want.abs().max()), 1e-30):
-            raise NoLockstep(
-                "a token's gradient spreads over other positions between its logits and their head's input"
-            )
-
-    def advance(self, start: int, stop: int, step: int) -> Iterator[Arrival | tuple[int, slice, Tensor]]:
+    def advance(self, start: int, stop: int, step: int, take: Callable[[Arrival | Leaf], None]) -> None:
         """Run one piece of the pass.
 
         Args:
             start: its first node's place.
             stop: the place after its last.
             step: lanes that are taken at once.
-
-        Yields:
-            Arrivals at recorded uses, and `(parameter number, lanes, gradients [m, *shape])` of the others.
+            take: told of what arrives, in the midst of the pass: what it does not keep is gone before the next arrives.
         """
         pairs = zip(self.order.pending[start], self._cotangents, strict=True)
         given = [(edge, grads) for edge, grads in pairs if grads is not None]
@@ -270,30 +287,59 @@ class Strand:
         inputs: list[Any] = [*after, *(self._parameters[number] for number in leaves), *sinks]
         moved: list[Tensor | None] = [None] * len(after)
         for span in spans(lanes, step) if given and inputs else []:
+            self._receive = _receiver(span, len(range(lanes)[span]), take)
             grads = _pull([edge for edge, _ in given], inputs, [grads[span] for _, grads in given])
             for number, grad in enumerate(grads[: len(after)]):
                 moved[number] = _placed(moved[number], lanes, span, grad)
             for number, grad in zip(leaves, grads[len(after) :], strict=False):
                 if grad is not None:
-                    yield number, span, grad
-            width = len(range(lanes)[span])
-            for tap, cotangent, batch in self._take():
-                whole = cotangent.expand(width, *cotangent.shape) if batch is None else cotangent.movedim(batch, 0)
-                yield Arrival(tap, span, whole)
+                    take(Leaf(number, span, grad))
+        self._receive = _nowhere
         self._cotangents = moved
-
-    def _take(self) -> list[tuple[Tap, Tensor, int | None]]:
-        arrived, self._arrived = self._arrived, []
-        return arrived
 
     def _arrive(self, tap: Tap, cotangent: Tensor) -> None:
         if tap.node not in self._running:  # at the edge of a piece: it will arrive again, complete
             return
         functorch = torch._C._functorch  # noqa: SLF001  (torch has no public name for what a lane of vmap is)
         if functorch.is_batchedtensor(cotangent):
-            self._arrived.append((tap, functorch.get_unwrapped(cotangent), functorch.maybe_get_bdim(cotangent)))
+            self._receive(tap, functorch.get_unwrapped(cotangent), functorch.maybe_get_bdim(cotangent))
         else:
-            self._arrived.append((tap, cotangent, None))
+            self._receive(tap, cotangent, None)
+
+
+def _held_at(tap: Tap) -> int:
+    """Bytes that a use makes one hold of a lane."""
+    use, size = tap.use, byte_size(GradientEdge(tap.node, 0))
+    if isinstance(use, MatrixUse) and not use.transposed:
+        return min(size, use.view.shape[0] * use.view.shape[1] * accumulator(use.inputs.dtype).itemsize)
+    return 8 if isinstance(use, SumUse) and use.view.ids is None else size
+
+
+def _check_head(alone: Tensor, together: Tensor, row: Tensor) -> None:
+    """Whether one token alone arrives at its own position, and there as it does among the others."""
+    want = torch.zeros_like(together)
+    want[row] = together[row]
+    wide = accumulator(together.dtype)
+    error = (alone.to(wide) - want.to(wide)).abs().max()
+    limit = 1e-10 if want.dtype == torch.float64 else 1e-5 if want.dtype == torch.float32 else 1e-2
+    if float(error) > limit * max(float(want.abs().max()), 1e-30):
+        raise NoLockstep("a token's gradient spreads over other positions between its logits and their head's input")
+
+
+def _nowhere(tap: Tap, cotangent: Tensor, batch: int | None) -> None:
+    """Where cotangents go while nothing is to be taken."""
+
+
+def _receiver(
+    span: slice, width: int, take: Callable[[Arrival | Leaf], None]
+) -> Callable[[Tap, Tensor, int | None], None]:
+    """Passes on what arrives for the lanes of a span; without a lanes' axis, it is the same for all."""
+
+    def receive(tap: Tap, cotangent: Tensor, batch: int | None) -> None:
+        whole = cotangent.expand(width, *cotangent.shape) if batch is None else cotangent.movedim(batch, 0)
+        take(Arrival(tap, span, whole))
+
+    return receive
 
 
 def _placed(whole: Tensor | None, lanes: int, span: slice, part: Tensor | None) -> Tensor | None:

@@ -107,7 +107,7 @@ class TokenLedger:
         budget: bytes that the tiles of a reduction may take.
 
     Attributes:
-        entries: parameter number -> its entries, in the order in which the parameters were completed.
+        entries: parameter number -> its entries, in the order in which the parameters were completed, until taken.
     """
 
     def __init__(self, sizes: tuple[int, int], *, budget: int) -> None:
@@ -116,6 +116,11 @@ class TokenLedger:
         self._budget = budget
         self._parts: dict[int, dict[Slot, list[Part]]] = defaultdict(lambda: defaultdict(list))
         self._ahead: dict[int, tuple[Entries, Tensor]] = {}
+
+    def take(self) -> list[tuple[int, Entries]]:
+        """The entries that are there by now, by parameter number; they are not kept."""
+        taken, self.entries = list(self.entries.items()), {}
+        return taken
 
     def add(self, param: int, slot: Slot, part: Part) -> None:
         """Add to what is known of a parameter.

@@ -125,7 +125,7 @@ def shared_entries(blocks: Sequence[Block], sizes: tuple[int, int], budget: int)
     Args:
         blocks: of one weight, at most one for each token.
         sizes: `(n_w, n_l)`.
-        budget: bytes that tiles may take.
+        budget: bytes that tiles may take; the `a a'ᵀ` of two rows, `[M, M']`, come on top.
 
     Returns:
         The entries.
@@ -175,17 +175,27 @@ def _gram(blocks: Sequence[Block], entries: Entries, budget: int) -> None:
         others = [(family, _kernel(family[0], right, wide)) for family in families if right.side == 1]
         longest = max([right.b.shape[1], *(kernel.shape[0] for _, kernel in others)])
         most = max(len(block.tokens) * block.b.shape[1] for block in blocks)
-        step = max(1, budget // (wide.itemsize * max(1, 3 * len(right.tokens) * longest + most)))
+        copies = 3 if right.b.dtype == wide else 4
+        step = max(1, budget // (wide.itemsize * max(1, copies * len(right.tokens) * longest + most)))
         for span in spans(right.b.shape[2], step):
-            there = right.b[:, :, span].to(wide)
-            moved = torch.matmul(own, there)  # [n, M, step]
-            entries.add_squares(right.side, right.tokens, (moved * there).flatten(1).sum(1))
-            for family, kernel in others:
-                moved = torch.matmul(kernel, there)
-                for left in family:
-                    here = left.b[:, :, span].to(wide).flatten(1)
-                    reached = moved[:, : left.b.shape[1]].flatten(1)
-                    entries.add_inner(left.tokens, right.tokens, products(here, reached))
+            _add_columns(entries, right, span, own, others)
+
+
+def _add_columns(
+    entries: Entries, right: Block, span: slice, own: Tensor, others: Sequence[tuple[list[Block], Tensor]]
+) -> None:
+    """What some columns of a block's cotangents add to its squares and to its products with the chosen tokens."""
+    wide = own.dtype
+    there = right.b[:, :, span].to(wide)
+    moved = torch.matmul(own, there)  # [n, M, step]
+    entries.add_squares(right.side, right.tokens, (moved * there).flatten(1).sum(1))
+    for family, kernel in others:
+        del moved
+        moved = torch.matmul(kernel, there)
+        for left in family:
+            here = left.b[:, :, span].to(wide).flatten(1)
+            entries.add_inner(left.tokens, right.tokens, products(here, moved[:, : left.b.shape[1]].flatten(1)))
+            del here
 
 
 def prefix_families(blocks: Sequence[Block]) -> list[list[Block]]:
@@ -222,9 +232,11 @@ def _is_prefix(short: Tensor, long: Tensor) -> bool:
 def _outer(blocks: Sequence[Block], entries: Entries, budget: int) -> None:
     wide = accumulator(blocks[0].b.dtype)
     rows, columns = blocks[0].b.shape[2], blocks[0].a.shape[1]
-    room = max(1, budget // (2 * wide.itemsize * sum(len(block.tokens) for block in blocks)))
-    width = min(columns, room)
-    height = max(1, min(rows, room // width))
+    tokens = sum(len(block.tokens) for block in blocks)
+    width = min(columns, max(1, budget // (2 * wide.itemsize * tokens)))
+    # Besides a row of the tile and its squares, the row's cotangents at all positions, widened and turned.
+    turned = max(block.b.shape[0] * block.b.shape[1] for block in blocks) * (1 if blocks[0].b.dtype == wide else 2)
+    height = max(1, min(rows, budget // (wide.itemsize * (2 * width * tokens + turned))))
     for top in spans(rows, height):
         for left in spans(columns, width):
             _add_tile(entries, [(block.side, block.tokens, _formed(block, top, left, wide)) for block in blocks])

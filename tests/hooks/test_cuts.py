@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from gradent.hooks.cuts import byte_size, cut_order, find_order
-from gradent.hooks.strand import Lanes, Strand
+from gradent.hooks.strand import Arrival, Lanes, Strand
 from gradent.model import trainable
 from tests.zoo import build
 
@@ -67,7 +67,9 @@ def test_a_pass_in_pieces(limit):
     for arrival in strand.start([0, 1, 2], check=True):
         assert arrival.tap in strand.head_taps()
     for start, stop in pairwise(cut_order(strand.order, strand.head, [1] * len(strand.order.nodes), limit)):
-        for arrival in strand.advance(start, stop, 2):
+        arrivals: list[Arrival] = []
+        strand.advance(start, stop, 2, arrivals.append)
+        for arrival in arrivals:
             number = strand.taps.index(arrival.tap)
             got.setdefault(number, torch.zeros(3, *arrival.cotangents.shape[1:], dtype=torch.float64))
             got[number][arrival.lanes] = arrival.cotangents
