@@ -19,6 +19,9 @@ __all__ = ["check_logps", "sequence_logprobs"]
 TILE = 64 * 2**20
 """Bytes of the float tile in which the softmax is formed, a few tokens at a time, unless told otherwise."""
 
+CACHED = 2 * 2**20
+"""The same on a CPU, where a tile that has left the caches is read from memory at every step."""
+
 # Nodes that do not keep their own result for the backward pass: the logits they return may be overwritten by their
 # gradient. Anything else (tanh of a soft cap, say) gets a tensor of its own.
 _FORGETFUL = {
@@ -48,6 +51,8 @@ def sequence_logprobs(logits: Tensor, input_ids: Tensor, completion_mask: Tensor
     Returns:
         float64 `[R]`, differentiable with respect to `logits`.
     """
+    if logits.device.type == "cpu":
+        tile = min(tile, CACHED)
     result: Tensor = _SequenceLogProbs.apply(logits, input_ids, completion_mask, tile)  # type: ignore[no-untyped-call]
     return result
 

@@ -29,6 +29,9 @@ __all__ = [
 
 RUN = 16384
 
+BLOCK = 128
+"""Runs whose sums are held at once."""
+
 SMALL = 4 * 2**20
 """Bytes of scratch up to which a CPU takes all rows of a batch at once: calls cost more than sums there. Beyond, one
 buffer that is used again for every pair stays in the caches."""
@@ -52,7 +55,8 @@ def reduce_flat(tile: Tensor) -> Tensor:
     entries = torch.zeros(2, 2, dtype=torch.float64, device=tile.device)
     if whole:
         runs = tile[:, :whole].reshape(2, -1, RUN).transpose(0, 1)
-        entries += (runs @ runs.mT).double().sum(0)
+        for span in spans(len(runs), BLOCK):  # a large tile has so many sums that they would count
+            entries += (runs[span] @ runs[span].mT).double().sum(0)
     rest = tile[:, whole:]
     entries += (rest @ rest.mT).double()
     return torch.stack((entries[0, 0], entries[1, 1], entries[0, 1]))

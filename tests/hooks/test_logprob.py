@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradent.errors import NonFiniteError
 from gradent.hooks.logprob import check_logps, sequence_logprobs
+from gradent.hooks.readout import LogitsReadout
 
 IDS = torch.tensor([[3, 1, 4, 1, 5], [2, 6, 5, 3, 5]])
 MARKS = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 1, 1]], dtype=torch.bool)
@@ -66,3 +67,16 @@ def test_logits_that_their_own_node_kept_are_left_alone() -> None:
 def test_non_finite_log_probs_are_refused_by_name(value: float) -> None:
     with pytest.raises(NonFiniteError, match=r"pair 9, rejected"):
         check_logps(torch.tensor([-1.0, value]), [9, 9], [True, False])
+
+
+@pytest.mark.parametrize("vocabulary", [8192, 152_064])
+def test_a_coefficient_is_read_off_a_large_vocabulary(vocabulary: int) -> None:
+    """float32 sums over the vocabulary must not pass for a loss that weighs tokens differently."""
+    source = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (2, 6), generator=source)
+    logits = torch.randn(2, 6, vocabulary, generator=source).requires_grad_()
+    logps = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0].sum(1)
+    (grad,) = torch.autograd.grad((torch.tensor([-0.3, 0.3]) * logps).sum(), logits)
+    found = LogitsReadout(logits, ids, torch.where(torch.arange(6) > 0, ids, -100)).read(grad)
+    assert found.constant and found.spread <= 2e-6
+    torch.testing.assert_close(found.c, torch.tensor([-0.3, 0.3]).double(), rtol=1e-5, atol=0)
