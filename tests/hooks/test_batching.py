@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradent.hooks.batching import TOKENS, WASTE, group_rows, micro_batches
+from gradent.hooks.batching import FORWARD, TOKENS, WASTE, group_rows, micro_batches
 
 CPU = torch.device("cpu")
 LENGTHS = [(5, 9), (300, 280), (40, 2), (7, 7), (1000, 30), (33, 36), (6, 8), (5, 5)]
@@ -26,8 +26,14 @@ def test_every_row_once_with_little_padding(lengths: list[int]) -> None:
     assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
     for group in groups:
         padded, real = max(lengths[row] for row in group) * len(group), sum(lengths[row] for row in group)
-        assert len(group) == 1 or (padded <= WASTE * real and padded <= TOKENS["cpu"])
+        assert len(group) == 1 or (padded <= WASTE * real and padded <= FORWARD["cpu"])
 
 
 def test_rows_of_one_length_share_a_forward() -> None:
     assert group_rows([7, 7, 7, 7], CPU) == [[0, 1, 2, 3]]
+
+
+def test_a_cpu_shares_forwards_between_short_rows_alone() -> None:
+    assert [len(group) for group in group_rows([64] * 16, CPU)] == [8, 8]
+    assert group_rows([300, 300], CPU) == [[0], [1]]
+    assert len(group_rows([300] * 16, torch.device("cuda"))) == 1
