@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
-from gradent.hooks.forms import Rows
+from gradent.hooks.forms import Dense, Rows
 from gradent.hooks.ledger import Ledger
 from gradent.kernels.reference import reduce_dense, reduce_flat
 from tests.live import LiveBytes
@@ -48,3 +51,38 @@ def test_lookups(budget: int) -> None:
     with LiveBytes() as live:
         ledger.finish(0)
     assert live.peak <= 2 * budget + SMALL, "the tile, and one side's columns in float32"
+
+
+def allocated(function: Callable[[], Any]) -> int:
+    """Most bytes that the CPU allocator had handed out at once during a call, within operators too."""
+    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+        function()
+    assert profiler.kineto_results is not None
+    now = most = 0
+    for event in sorted(profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [2**21, 2**26])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(8192, 1024, 16), (512, 4096, 1024), (64, 14336, 4096), (64, 14336, 16)])
+@pytest.mark.parametrize("pairs", [1, 4])
+def test_the_allocator_agrees(shape: tuple[int, int, int], dtype: torch.dtype, budget: int, pairs: int) -> None:
+    """A part of benchmarks/scratch.py: a ledger's reductions, by what the allocator itself says."""
+    tokens, rows, cols = shape
+    u, v = (torch.randn(2 * pairs, tokens, size).to(dtype) for size in (rows, cols))
+    reduce_dense(u[0], v[0], u[1], v[1], budget=budget)  # the crossover is timed once, with operands of its own
+    ledger = Ledger(pairs, budget=budget)
+    for row in range(2 * pairs):
+        ledger.add(0, row, (), Dense(u[row], v[row]))
+    assert 0 < allocated(lambda: ledger.finish(0)) <= budget + SMALL
+    assert allocated(lambda: ledger.whole(1, u, v)) <= budget + SMALL
+
+
+def test_the_allocators_count_can_fail() -> None:
+    a = torch.randn(1000, 1000)
+    assert allocated(lambda: (a + a) + (a + a)) >= 2 * 4 * 1000 * 1000
