@@ -110,30 +110,42 @@ class LogitsReadout:
         ids = self.input_ids[index]
         count = min(len(ids) - 1, self.root.shape[1] - 1)  # positions that predict a token of the row
         logits, grad = self.root.detach()[index, -count - 1 : -1], grad[-count - 1 : -1]
-        targets = ids[-count:, None]
-        best = logits.topk(2, -1).indices
-        other = torch.where(best[:, :1] == targets, best[:, 1:], best[:, :1])
+        size = _absolute_sums(grad)
+        given = None if self.labels is None else self.labels[index, -count:] != -100
+        # All there is to see lies between the first and the last position that matters; a prompt's do not.
+        start, stop = _ends(size != 0 if given is None else (size != 0) | given)
+        logits, grad, size, targets = (part[start:stop] for part in (logits, grad, size, ids[-count:, None]))
+        other = _best_other(logits, targets)
         z_y, z_v = (logits.gather(1, which)[:, 0].double() for which in (targets, other))
         g_y, g_v = (grad.gather(1, which)[:, 0].double() for which in (targets, other))
         normalizer = torch.logsumexp(logits if logits.dtype == torch.float64 else logits.float(), -1).double()
         logps, p_v = z_y - normalizer, (z_v - normalizer).exp()
-        moved = (g_y != 0) | (g_v != 0)
-        if self.labels is None:
-            used = _with_certain_tokens(moved, logps)
-        else:
-            used = self.labels[index, -count:] != -100
+        used = _with_certain_tokens((g_y != 0) | (g_v != 0), logps) if given is None else given[start:stop]
         # A token that is all but certain hardly moves; its gradient is rounding, and weighs as little as it matters.
         weight = -torch.expm1(logps) * used
         each = torch.where(weight > 0, g_y - g_v * (z_y - z_v).clamp_max(80).exp(), 0.0)
         c = (each * weight).sum() / weight.sum().clamp_min(1e-300)
         # v has its share of the softmax and nothing besides, and so have all others; no other position is moved: else
         # the loss has a part that is no log-prob of these tokens (a z-loss, an entropy bonus, a term over the prompt).
-        size = _absolute_sums(grad)
         others = size - 2 * c.abs() * weight  # of c(onehot - p) the absolute values sum to 2|c|(1 - p_y), or to nothing
-        off = torch.cat([((each - c) * weight).abs(), ((g_v + c * p_v) * used).abs(), others.abs()])
-        off = off.amax() if count else c.abs()
-        marks, tokens = (pad(part, (len(ids) - count, 0)) for part in (used, each * used))
-        return c, (logps * used).sum(), marks, tokens, off
+        off = torch.cat([((each - c) * weight).abs(), ((g_v + c * p_v) * used).abs(), others.abs(), c.abs()[None] * 0])
+        marks, tokens = (pad(part, (len(ids) - count + start, count - stop)) for part in (used, each * used))
+        return c, (logps * used).sum(), marks, tokens, off.amax()
+
+
+def _ends(live: Tensor) -> tuple[int, int]:
+    """The first place that is true, and the place after the last; (0, 0) where none is."""
+    where = live.nonzero()[:, 0].tolist()
+    return (where[0], where[-1] + 1) if where else (0, 0)
+
+
+def _best_other(logits: Tensor, targets: Tensor) -> Tensor:
+    """The likeliest token besides the target, int64 `[K, 1]`."""
+    best = logits.argmax(-1, keepdim=True)
+    same = (best == targets)[:, 0]
+    if bool(same.any()):
+        best[same] = logits[same].scatter(1, targets[same], float("-inf")).argmax(-1, keepdim=True)
+    return best
 
 
 def _absolute_sums(values: Tensor) -> Tensor:
