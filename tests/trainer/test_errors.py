@@ -142,7 +142,7 @@ def test_piggyback_only_and_a_loss_that_does_not_allow_it(
 
 
 @pytest.mark.parametrize("failures", [1, 2])
-@pytest.mark.parametrize("reduction", ["reduce_dense", "reduce_batch"])
+@pytest.mark.parametrize("reduction", ["reduce_pair", "reduce_pairs"])
 def test_memory_that_runs_out_once_costs_nothing(
     failures: int,
     reduction: str,
@@ -159,8 +159,8 @@ def test_memory_that_runs_out_once_costs_nothing(
         return out_of_memory() if len(budgets) <= failures else true(*args, **kwargs)
 
     monkeypatch.setattr(ledger, reduction, scarce)
-    if reduction == "reduce_dense":
-        monkeypatch.setattr(ledger, "batch_pays", lambda *args, **kwargs: False)
+    if reduction == "reduce_pair":
+        monkeypatch.setattr(ledger, "pairs_pay", lambda *args, **kwargs: False)
     model = llama()
     callback, seen = EntanglementCallback(every=1, memory_budget=2**20, alert=None), Gradients(model)
     with caplog.at_level(logging.WARNING, "gradent"):
@@ -168,7 +168,7 @@ def test_memory_that_runs_out_once_costs_nothing(
     (record,) = callback.records
     assert record.source == "piggyback" and not caplog.records
     assert_exact(record.gram, truth(seen.models[0], record.batch, dtype=torch.float64), record.batch, 1e-5)
-    if reduction == "reduce_dense":
+    if reduction == "reduce_pair":
         assert budgets[: failures + 1] == [2**20 >> number for number in range(failures + 1)]
 
 
@@ -188,7 +188,7 @@ def test_memory_that_stays_out_costs_the_step(
         return out_of_memory() if step[0] == 2 else slot(*args)
 
     monkeypatch.setattr(ledger.Ledger, "_slot", scarce)
-    monkeypatch.setattr(ledger, "batch_pays", lambda *args, **kwargs: False)
+    monkeypatch.setattr(ledger, "pairs_pay", lambda *args, **kwargs: False)
     measured: list[int] = []
     monkeypatch.setattr("gradent.recorder.measure", lambda *args, **kwargs: measured.append(1))
     callback = EntanglementCallback(every=1, alert=None)
