@@ -18,6 +18,7 @@ from typing_extensions import Self
 
 from gradent.errors import InputError, ModelError
 from gradent.gram import PairGram, sum_parameters
+from gradent.hooks.backward import mark_completions
 from gradent.hooks.pairing import Pairing
 from gradent.hooks.piggyback import Passed, Piggyback
 from gradent.kernels.plan import DEFAULT_BUDGET, parse_budget
@@ -252,7 +253,7 @@ class Recorder:
             self._say(f"gradent cannot read this step: {passed.broken}.")
             return None
         with self._piggyback.clock:
-            if not passed.constant and not _align(passed):
+            if not passed.constant and not mark_completions(passed):
                 self._say(
                     "gradent cannot read this step: the loss weighs prompts too, so responses cannot be told apart."
                 )
@@ -358,40 +359,6 @@ def _batch(passed: Passed, active: Sequence[int]) -> PairBatch | None:
     pairs = len(passed.rows) // 2
     rows = [*(passed.rows[pair] for pair in active), *(passed.rows[pairs + pair] for pair in active)]
     return PairBatch.from_rows([(ids, marks) for ids, marks in rows]) if rows else None
-
-
-def _align(passed: Passed) -> bool:
-    """In a pass whose loss weighs tokens differently, mark completions alone, with `c` the mean over them.
-
-    ORPO's term of likelihood is over the prompt too, on the chosen side alone. Prompts are shared, so a completion
-    starts where the later of the two rows starts to be weighed.
-
-    Args:
-        passed: the pass, which is changed.
-
-    Returns:
-        Whether that can be done: not where both rows are weighed from their first token on and begin alike, since
-        nothing then says where the prompt ends.
-    """
-    pairs = len(passed.rows) // 2
-    for pair in range(pairs):
-        numbers = (pair, pairs + pair)
-        sides = [passed.rows[number] for number in numbers]
-        if not all(bool(marks.any()) for _, marks in sides):
-            continue
-        starts = [int(marks.int().argmax()) for _, marks in sides]
-        start = max(starts)
-        if not passed.given and start == 1 and torch.equal(sides[0][0][:2], sides[1][0][:2]):
-            return False
-        if starts[0] != starts[1] and torch.equal(sides[0][0][:start], sides[1][0][:start]):
-            for number, (ids, marks) in zip(numbers, sides, strict=True):
-                kept = marks.clone()
-                kept[:start] = False
-                passed.rows[number] = (ids, kept)
-        for number in numbers:
-            marks = passed.rows[number][1].cpu()
-            passed.c[number] = passed.tokens[number][marks].mean() if bool(marks.any()) else 0.0
-    return True
 
 
 def join_recordings(recordings: Sequence[Recording], *, scale: float = 1.0) -> Recording:

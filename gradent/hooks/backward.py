@@ -22,7 +22,7 @@ from gradent.hooks.readout import Coefficients
 if TYPE_CHECKING:
     from gradent.hooks.forward import WatchedForward
 
-__all__ = ["Passed", "WatchedBackward", "Watching"]
+__all__ = ["Passed", "WatchedBackward", "Watching", "mark_completions"]
 
 
 @dataclass(eq=False)
@@ -254,3 +254,37 @@ def _sides(c: Tensor) -> bool:
 def _grad_version(parameter: Tensor) -> int:
     """A number that changes when a gradient is accumulated: -1 without a gradient, its version with one."""
     return -1 if parameter.grad is None else parameter.grad._version  # noqa: SLF001  (no public name for it)
+
+
+def mark_completions(passed: Passed) -> bool:
+    """In a pass whose loss weighs tokens differently, mark completions alone, with `c` the mean over them.
+
+    ORPO's term of likelihood is over the prompt too, on the chosen side alone. Prompts are shared, so a completion
+    starts where the later of the two rows starts to be weighed.
+
+    Args:
+        passed: the pass, which is changed.
+
+    Returns:
+        Whether that can be done: not where both rows are weighed from their first token on and begin alike, since
+        nothing then says where the prompt ends.
+    """
+    pairs = len(passed.rows) // 2
+    for pair in range(pairs):
+        numbers = (pair, pairs + pair)
+        sides = [passed.rows[number] for number in numbers]
+        if not all(bool(marks.any()) for _, marks in sides):
+            continue
+        starts = [int(marks.int().argmax()) for _, marks in sides]
+        start = max(starts)
+        if not passed.given and start == 1 and torch.equal(sides[0][0][:2], sides[1][0][:2]):
+            return False
+        if starts[0] != starts[1] and torch.equal(sides[0][0][:start], sides[1][0][:start]):
+            for number, (ids, marks) in zip(numbers, sides, strict=True):
+                kept = marks.clone()
+                kept[:start] = False
+                passed.rows[number] = (ids, kept)
+        for number in numbers:
+            marks = passed.rows[number][1].cpu()
+            passed.c[number] = passed.tokens[number][marks].mean() if bool(marks.any()) else 0.0
+    return True
