@@ -105,9 +105,9 @@ class Collector:
         if not isinstance(use, MatrixUse) or use.view.slot or list(place.rows) != list(range(place.layout.rows)):
             return False
         u, v = use.factors(cotangent, place.layout)
+        if not self.ledger.fits(u, v):  # before anything is copied
+            return False
         if factors is not None:
-            if not self.ledger.fits(u, v):  # before anything is copied
-                return False
             u, v = scaled_rows(u, v, factors)
         return self.ledger.whole(use.view.param, u, v)
 

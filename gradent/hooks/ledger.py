@@ -65,17 +65,17 @@ class Ledger:
         self._forms[param].setdefault(row, {}).setdefault(slot, []).append(form)
 
     def whole(self, param: int, u: Tensor, v: Tensor) -> bool:
-        """Reduce a parameter of which one product's gradients are all there is, all pairs at once where that pays.
+        """Reduce a parameter of which one product's gradients are all there is, all pairs at once.
 
         Args:
-            param: the parameter's number; no form of it has been added.
-            u: `[2k, T, O]`, rows 0..k-1 chosen and k..2k-1 rejected.
+            param: the parameter's number.
+            u: `[2k, T, O]`, rows 0..k-1 chosen and k..2k-1 rejected, for which `fits` is true.
             v: `[2k, T, I]`.
 
         Returns:
             Whether it is reduced; if not, its forms are to be added row by row.
         """
-        if self._forms.get(param) or len(u) != 2 * self._pairs or not self.fits(u, v):
+        if self._forms.get(param) or len(u) != 2 * self._pairs:
             return False
         try:
             entries = reduce_pairs(u, v, budget=self._budget, weight=self._root(param, ()))
