@@ -28,6 +28,7 @@ from tests.adapters import build_adapted
 from tests.batches import left_padded, ragged
 from tests.odd_models import build_odd
 from tests.odd_skeleton import WIDTH, Skeleton, normal
+from tests.token_models import TOKEN_MODELS
 from tests.truth import TOLERANCE, token_gradients, untouched
 from tests.zoo import MEASURABLE, build
 from tests.zoo_tables import TWINS
@@ -46,14 +47,8 @@ def checkpointed(reentrant: bool) -> nn.Module:
 
 
 MODELS = {
-    "gpt2": (lambda: build("gpt2"), 1e-9),
-    "llama": (lambda: build("llama"), 1e-6),
-    "llama, biases, tied": (lambda: build("llama, biases, tied"), 1e-6),
-    "mixtral": (lambda: build("mixtral"), 1e-6),
-    "mamba": (lambda: build("mamba"), 1e-6),
-    "LoRA": (lambda: build_adapted("rsLoRA"), 1e-6),
+    **TOKEN_MODELS,
     "LoRA on fused experts": (lambda: build_adapted("LoRA on fused experts"), 1e-6),
-    "DoRA": (lambda: build_adapted("DoRA"), 1e-6),
     "checkpointed, training": (lambda: checkpointed(False), 1e-6),
     "checkpointed, reentrant, training": (lambda: checkpointed(True), 1e-6),
     "checkpointed block": (lambda: build_odd("checkpointed block"), 1e-9),
@@ -61,7 +56,6 @@ MODELS = {
     "embedding scaled by frequency": (lambda: build_odd("embedding scaled by frequency"), 1e-9),
     "a part without gradient": (lambda: build_odd("a part without gradient"), 1e-9),
     "nn.MultiheadAttention": (lambda: build_odd("nn.MultiheadAttention"), 1e-9),
-    "custom autograd function": (lambda: build_odd("custom autograd function"), 1e-9),
 }
 
 

@@ -23,18 +23,12 @@ from gradent.tokens import measure_tokens
 from tests.adapters import ADAPTERS, build_adapted
 from tests.batches import left_padded, ragged, square
 from tests.odd_models import ODD, build_odd
+from tests.token_models import TOKEN_MODELS
 from tests.truth import token_gradients, untouched
 from tests.zoo import MEASURABLE, build
 
 MODELS = {
-    "gpt2": (lambda: build("gpt2"), 1e-9),
-    "llama": (lambda: build("llama"), 1e-6),
-    "llama, biases, tied": (lambda: build("llama, biases, tied"), 1e-6),
-    "mixtral": (lambda: build("mixtral"), 1e-6),
-    "mamba": (lambda: build("mamba"), 1e-6),
-    "LoRA": (lambda: build_adapted("rsLoRA"), 1e-6),
-    "DoRA": (lambda: build_adapted("DoRA"), 1e-6),
-    "custom autograd function": (lambda: build_odd("custom autograd function"), 1e-9),
+    **TOKEN_MODELS,
     "einsum projections": (lambda: build_odd("einsum projections"), 1e-9),
 }
 

@@ -6,7 +6,6 @@ import gc
 import weakref
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,59 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from trl.trainer.utils import add_fused_lm_head
 
-from gradent.hooks.piggyback import Passed, Piggyback
+from gradent.hooks.piggyback import Piggyback
 from gradent.model import trainable
 from gradent.pairs import PairBatch
 from tests.adapters import adapt, build_adapted, lora, lora_everywhere
-from tests.batches import left_padded, ragged
+from tests.batches import ragged
+from tests.hooks.watching import CHECKPOINTING, WAYS, error, prepare, set_up, watch
 from tests.odd_models import build_odd
-from tests.trainer_steps import dpo, labels_of, through_fused_head, through_logits, with_fused_head
-from tests.truth import TOLERANCE, Truth, scaled_error, truth
+from tests.trainer_steps import dpo, labels_of, through_logits
+from tests.truth import TOLERANCE, Truth, truth
 from tests.zoo import build
-
-WAYS = {"fused head": through_fused_head, "logits": through_logits}
-CHECKPOINTING = {"kept": None, "recomputed": False, "reentrant": True}
-FUSED = 1e-6  # TRL's fused head computes log-probs in float32, whatever the model's dtype
-
-
-def prepare(model: nn.Module, reentrant: bool | None = None) -> nn.Module:
-    """As a trainer has it: in training mode, without dropout, with or without gradient checkpointing."""
-    model.train()
-    for module in model.modules():
-        for name in ("p", "dropout", "attention_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    if reentrant is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-        model.enable_input_require_grads()
-    return model
-
-
-def watch(model: nn.Module, step: Callable[[], Tensor], **options: object) -> list[Passed]:
-    """What piggybacking says of `step().backward()`; the model is left without a hook."""
-    watcher = Piggyback(model, trainable(model), budget=2**24, **options)  # type: ignore[arg-type]
-    watcher.arm()
-    step().backward()
-    passed = watcher.take()
-    watcher.disarm()
-    assert own_hooks(model) == []
-    return passed
-
-
-def own_hooks(model: nn.Module) -> list[object]:
-    """gradent's hooks on the model; transformers has some of its own."""
-    hooks = [
-        hook
-        for module in model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())  # noqa: SLF001
-    ]
-    return [hook for hook in hooks if getattr(hook, "__module__", "").startswith("gradent")]
-
-
-def error(passed: Passed, true: Truth) -> float:
-    assert passed.broken is None and passed.problem is None, passed
-    chosen_sq, rejected_sq, inner = sum(passed.entries.values()).T
-    return scaled_error(SimpleNamespace(chosen_sq=chosen_sq, rejected_sq=rejected_sq, inner=inner), true)
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
@@ -74,15 +30,9 @@ def error(passed: Passed, true: Truth) -> float:
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "llama, biases, tied"])
 def test_entries_are_those_of_autograd(name: str, lora: bool, way: str, checkpointing: str) -> None:
-    batch = ragged() if name == "gpt2" else left_padded(ragged())
-    model = lora_everywhere(name) if lora else build(name)
-    true = truth(model, batch)
-    prepare(model, CHECKPOINTING[checkpointing])
-    if way == "fused head":
-        with_fused_head(model)
+    model, batch, true, limit = set_up(name, lora=lora, way=way, checkpointing=checkpointing)
     (passed,) = watch(model, lambda: WAYS[way](model, batch))
-    limit = TOLERANCE[true.arithmetic]
-    assert error(passed, true) <= (max(limit, FUSED) if way == "fused head" else limit)
+    assert error(passed, true) <= limit
     torch.testing.assert_close(passed.logps, torch.cat([true.chosen_logp, true.rejected_logp]), rtol=1e-6, atol=1e-5)
     c = coefficients(true, dpo)
     torch.testing.assert_close(passed.c, c, rtol=1e-5, atol=1e-9)

@@ -12,11 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from gradent.hooks.piggyback import Passed, Piggyback
 from gradent.model import trainable
-from tests.adapters import lora_everywhere
-from tests.batches import left_padded, ragged
-from tests.hooks.test_piggyback import CHECKPOINTING, WAYS, error, prepare, watch
+from tests.batches import ragged
+from tests.hooks.watching import CHECKPOINTING, WAYS, error, prepare, set_up, watch
 from tests.odd_skeleton import WIDTH, Skeleton, normal
-from tests.trainer_steps import through_logits, with_fused_head
+from tests.trainer_steps import through_logits
 from tests.truth import TOLERANCE, truth
 from tests.zoo import build
 
@@ -50,14 +49,8 @@ def both_ways(model: nn.Module, step: Step, **options: object) -> tuple[Passed, 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "llama, biases, tied"])
 def test_entries_and_gradients(name: str, lora: bool, way: str, checkpointing: str) -> None:
-    batch = ragged() if name == "gpt2" else left_padded(ragged())
-    model = lora_everywhere(name) if lora else build(name)
-    true = truth(model, batch)
-    prepare(model, CHECKPOINTING[checkpointing])
-    if way == "fused head":
-        with_fused_head(model)
+    model, batch, true, limit = set_up(name, lora=lora, way=way, checkpointing=checkpointing)
     passed, worst = both_ways(model, lambda: WAYS[way](model, batch))
-    limit = TOLERANCE[true.arithmetic] if way == "logits" else max(TOLERANCE[true.arithmetic], 1e-6)
     assert error(passed, true) <= limit
     assert worst <= (1e-12 if way == "logits" and name == "gpt2" else 1e-6)
     assert passed.shared or checkpointing == "reentrant"  # whose regions are made again in the backward
