@@ -103,8 +103,6 @@ def by_batch(case: Case) -> int | None:
         return None
     u, v = (torch.randn(shape).to(case.dtype) for shape in shapes)
     done: list[bool] = []
-    if not ledger.fits(u, v):
-        return None
     peak = taken(lambda: done.append(ledger.whole(0, u, v)))
     assert done == [True]
     return peak
