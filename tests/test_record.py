@@ -11,14 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gradent import record
 from gradent.errors import DataFileError, InputError
 from gradent.record import (
-    NULLABLE,
     PAIR_COLUMNS,
     SCHEMA_VERSION,
     TOKEN_COLUMNS,
     Summary,
+    documents,
     pair_schema,
     read_pairs,
     read_summary,
@@ -43,7 +42,7 @@ SUMMARY: dict[str, Any] = {
 
 
 def test_pairs_come_back(tmp_path) -> None:
-    columns = {**COLUMNS, **{name: [None, 0.25] for name in NULLABLE}}
+    columns = {**COLUMNS, **{name: [None, 0.25] for name in ("cosine", "ref_chosen_logp", "ref_rejected_logp")}}
     write_pairs(tmp_path / "new" / "pairs.parquet", columns)
     table = read_pairs(tmp_path / "new" / "pairs.parquet")
     assert table.to_pydict() == columns
@@ -260,7 +259,7 @@ def test_a_file_appears_whole_or_the_old_one_stays(step, tmp_path, monkeypatch) 
 
     with monkeypatch.context() as patch:
         if step == "write":
-            patch.setattr(record.json, "dumps", lambda *_, **__: Full())
+            patch.setattr(documents.json, "dumps", lambda *_, **__: Full())
         else:
             patch.setattr(os, step, full)
         with pytest.raises(InputError, match=r"cannot write there \(No space left on device\). Choose another --out"):

@@ -1,118 +1,62 @@
-"""What runs leave behind, versioned: `pairs.parquet` (a row a pair), `tokens.parquet` (a row a token) and JSON records.
-
-This file imports neither torch nor, until a parquet file is touched, pyarrow: a report reads records and nothing else.
-"""
+"""The JSON records that runs leave behind: an audit's summary, a demo's findings, the tokens of one pair."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 from gradent.errors import DataFileError, InputError
-from gradent.files import (
-    SCHEMA_VERSION,
-    TableKind,
-    check_version,
-    first_line,
-    read_table,
-    table_schema,
-    write_table,
-    write_whole,
-)
+from gradent.files import SCHEMA_VERSION, check_version, first_line, write_whole
 from gradent.version import __version__
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
 __all__ = [
-    "CASE_NAMES",
-    "PAIR_COLUMNS",
-    "SCHEMA_VERSION",
-    "TOKEN_COLUMNS",
     "DemoRecord",
     "Summary",
     "TokenRecord",
-    "pair_schema",
     "read_demo",
-    "read_pairs",
     "read_summary",
     "read_token_record",
-    "read_tokens",
-    "token_schema",
     "write_demo",
-    "write_pairs",
     "write_summary",
     "write_token_record",
-    "write_tokens",
 ]
 
-PAIR_COLUMNS: dict[str, str] = {
-    "checkpoint": "string",
-    "step": "int64",
-    "pair": "int64",
-    "chosen_sq": "float64",
-    "rejected_sq": "float64",
-    "inner": "float64",
-    "cosine": "float64",
-    "chosen_logp": "float64",
-    "rejected_logp": "float64",
-    "ref_chosen_logp": "float64",
-    "ref_rejected_logp": "float64",
-    "chosen_len": "int64",
-    "rejected_len": "int64",
-    "d_w": "float64",
-    "d_l": "float64",
-    "chosen_change": "float64",
-    "rejected_change": "float64",
-    "case": "int64",
-}
-"""Columns of `pairs.parquet` in order, each with its Arrow type. `pair` is the row of the data, counted from 0."""
-
-NULLABLE = frozenset({"cosine", "ref_chosen_logp", "ref_rejected_logp"})
-"""Columns that may hold null: no cosine where a gradient is zero, no reference where the loss needs none."""
-
-CASE_NAMES: dict[int, str] = {1: "ideal", 2: "both_down", 3: "both_up", 4: "reversed", 0: "inactive"}
-"""Meaning of the column `case`: Table 1 of the paper, `reversed` (chosen falls, rejected rises) and no gradient."""
-
-TOKEN_COLUMNS: dict[str, str] = {
-    "checkpoint": "string",
-    "step": "int64",
-    "pair": "int64",
-    "side": "string",
-    "position": "int64",
-    "token_id": "int64",
-    "token": "string",
-    "identical": "bool_",
-    "sq": "float64",
-    "entanglement": "float64",
-    "aligned_inner": "float64",
-    "facing_inner": "float64",
-}
-"""Columns of `tokens.parquet` in order, each with its Arrow type: a row a token of a response, prompts left out.
-
-`pair` is the row of the data, as in `pairs.parquet`; `side` is chosen or rejected; `position` counts from 0 at the
-response's first token; `token` is its text; `identical` says whether the alignment of the two responses matches it.
-`sq` is the squared norm of the token's gradient, `entanglement` its inner product with the gradient of the whole other
-response (over a side it sums to the pair's `inner`), `aligned_inner` that with the token it is matched with (null where
-differing), `facing_inner` that with the differing token it faces (null where identical, or where it faces none).
-"""
-
-_PAIR_TABLE = TableKind(name="pairs", columns=PAIR_COLUMNS, nullable=NULLABLE)
-_TOKEN_TABLE = TableKind(name="tokens", columns=TOKEN_COLUMNS, nullable=frozenset({"aligned_inner", "facing_inner"}))
 _SUMMARY_SCHEMA = "gradent.audit_summary"
 _DEMO_SCHEMA = "gradent.demo"
 _TOKEN_SCHEMA = "gradent.token_pair"
 
 
 class Summary(TypedDict):
-    """Keys of `summary.json`. Shares are fractions of 1, log-probs nats; a number that does not exist is null."""
+    """Keys of `summary.json`. Shares are fractions of 1, log-probs nats; a number that does not exist is null.
+
+    An audit measures one checkpoint or many. The keys from `model` to `tokens` speak of the last one measured, by step.
+    """
 
     schema: str
     schema_version: int
     gradent_version: str
+    complete: bool
+    """False where the audit was stopped before all was measured: the record is then a partial one."""
+    run: dict[str, Any] | None
+    """directory, kind (full or adapter), base, found (steps of all checkpoints there) and asked (steps of those to
+    measure); null for a single model that is no run."""
+    left_out: list[dict[str, Any]]
+    """checkpoint, step and reason of each checkpoint that could not be measured."""
+    checkpoints: list[dict[str, Any]]
+    """Of each measured checkpoint, by step: name, step, pairs, and cosine, cases, weights, norms and logps as below."""
+    history: dict[str, Any] | None
+    """What the trainer logged: source (the file's name) and curves, `{key: [[step, value], ...]}`; null without it."""
+    dynamics: dict[str, Any] | None
+    """When both log-probs began to fall, and what the first-order theory explains; null for a single checkpoint."""
+    what_if: list[dict[str, Any]]
+    """Other losses and hyperparameters on the same gradients: a row each."""
+    recommendation: dict[str, Any] | None
+    """text, and the numbers that it rests on; null where nothing was measured."""
+    properties: list[dict[str, Any]]
+    """What goes with entanglement: a row a property of pairs."""
     model: dict[str, Any]
     """checkpoint, base, adapter, step, trainable_parameters, parameters, coverage, dtype and device as they were."""
     reference: dict[str, Any]
@@ -187,69 +131,6 @@ class TokenRecord(TypedDict):
     for."""
     notes: list[str]
     seconds: float
-
-
-def pair_schema() -> pa.Schema:
-    """The Arrow schema of `pairs.parquet`, with the schema version in its metadata.
-
-    Returns:
-        Columns as in `PAIR_COLUMNS`; only those that may be missing are nullable.
-    """
-    return table_schema(_PAIR_TABLE)
-
-
-def write_pairs(path: str | os.PathLike[str], columns: Mapping[str, Sequence[Any]]) -> None:
-    """Write `pairs.parquet` in one piece: the file appears complete, or the one that was there stays.
-
-    Args:
-        path: the file to write; its directory is made where needed.
-        columns: one sequence per name of `PAIR_COLUMNS`, all of one length; None where a nullable number is missing.
-    """
-    write_table(path, _PAIR_TABLE, columns)
-
-
-def read_pairs(path: str | os.PathLike[str]) -> pa.Table:
-    """Read a `pairs.parquet` that gradent wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The table, with the columns of `PAIR_COLUMNS`.
-    """
-    return read_table(path, _PAIR_TABLE)
-
-
-def token_schema() -> pa.Schema:
-    """The Arrow schema of `tokens.parquet`, with the schema version in its metadata.
-
-    Returns:
-        Columns as in `TOKEN_COLUMNS`; only those that may be missing are nullable.
-    """
-    return table_schema(_TOKEN_TABLE)
-
-
-def write_tokens(path: str | os.PathLike[str], columns: Mapping[str, Sequence[Any]]) -> None:
-    """Write `tokens.parquet` in one piece.
-
-    Args:
-        path: the file to write; its directory is made where needed.
-        columns: one sequence per name of `TOKEN_COLUMNS`, all of one length; None where a nullable number is missing. A
-            lone surrogate in a token's text has no UTF-8 and is written as "?".
-    """
-    write_table(path, _TOKEN_TABLE, columns)
-
-
-def read_tokens(path: str | os.PathLike[str]) -> pa.Table:
-    """Read a `tokens.parquet` that gradent wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The table, with the columns of `TOKEN_COLUMNS`.
-    """
-    return read_table(path, _TOKEN_TABLE)
 
 
 def write_summary(path: str | os.PathLike[str], summary: Mapping[str, Any]) -> Summary:

@@ -1,0 +1,62 @@
+"""What runs leave behind, versioned: parquet tables (`tables`) and JSON records (`documents`).
+
+Nothing here imports torch or, until a parquet file is touched, pyarrow: a report reads records and nothing else.
+"""
+
+from gradent.files import SCHEMA_VERSION
+from gradent.record.documents import (
+    DemoRecord,
+    Summary,
+    TokenRecord,
+    read_demo,
+    read_summary,
+    read_token_record,
+    write_demo,
+    write_summary,
+    write_token_record,
+)
+from gradent.record.tables import (
+    CASE_NAMES,
+    MODULE_COLUMNS,
+    PAIR_COLUMNS,
+    SAMPLE_COLUMNS,
+    TOKEN_COLUMNS,
+    pair_schema,
+    read_modules,
+    read_pairs,
+    read_sample,
+    read_tokens,
+    token_schema,
+    write_modules,
+    write_pairs,
+    write_sample,
+    write_tokens,
+)
+
+__all__ = [
+    "CASE_NAMES",
+    "MODULE_COLUMNS",
+    "PAIR_COLUMNS",
+    "SAMPLE_COLUMNS",
+    "SCHEMA_VERSION",
+    "TOKEN_COLUMNS",
+    "DemoRecord",
+    "Summary",
+    "TokenRecord",
+    "pair_schema",
+    "read_demo",
+    "read_modules",
+    "read_pairs",
+    "read_sample",
+    "read_summary",
+    "read_token_record",
+    "read_tokens",
+    "token_schema",
+    "write_demo",
+    "write_modules",
+    "write_pairs",
+    "write_sample",
+    "write_summary",
+    "write_token_record",
+    "write_tokens",
+]
