@@ -1,0 +1,145 @@
+"""Which losses a what-if asks about, and what they are called: the run's own, the paper's ten, and sweeps of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from numbers import Real
+from typing import Any
+
+from gradent.losses import LOSSES, Loss
+
+__all__ = ["SWEEPS", "Variant", "describe_setting", "label_loss", "list_variants", "read_hyperparameters"]
+
+NAMES = {
+    "dpo": "DPO",
+    "rdpo": "R-DPO",
+    "simpo": "SimPO",
+    "ipo": "IPO",
+    "rrhf": "RRHF",
+    "slic": "SLiC-HF",
+    "cpo": "CPO",
+    "dpop": "DPOP",
+    "kto": "KTO",
+    "sppo": "SPPO",
+}
+"""How the paper writes the losses of `LOSSES`; any other loss goes by its own name."""
+
+LETTERS = {
+    "beta": "β",
+    "lam": "λ",
+    "alpha": "α",
+    "gamma": "γ",
+    "delta": "δ",
+    "lambda_w": "λ_w",
+    "lambda_l": "λ_l",
+    "z_ref": "z",
+}
+"""How the paper writes the hyperparameters of the losses."""
+
+Setting = dict[str, Any]
+
+SWEEPS: tuple[tuple[str, str, tuple[Setting, ...]], ...] = (
+    ("dpo", "beta", tuple({"beta": value} for value in (0.01, 0.05, 0.1, 0.3, 0.5))),
+    ("rdpo", "alpha", tuple({"alpha": value} for value in (0.05, 0.1, 0.2, 0.5, 1.0))),
+    # SimPO's scripts give γ/β; here, as in the loss, γ stands inside the sigmoid: γ/β is 0.5, 0.55 and 0.3.
+    ("simpo", "beta", ({"beta": 2.0, "gamma": 1.0}, {"beta": 2.5, "gamma": 1.375}, {"beta": 10.0, "gamma": 3.0})),
+    ("ipo", "beta", tuple({"beta": value} for value in (0.01, 0.1, 0.5, 1.0))),
+    ("ipo", "length_normalized", ({"length_normalized": False}, {"length_normalized": True})),
+    ("rrhf", "lam", tuple({"lam": value} for value in (0.0, 0.01, 0.1, 0.5, 1.0))),
+    ("slic", "lam", tuple({"lam": value} for value in (0.0, 0.1, 0.5, 1.0))),
+    ("slic", "delta", tuple({"delta": value} for value in (0.1, 0.5, 1.0, 2.0))),
+    ("cpo", "lam", tuple({"lam": value} for value in (0.0, 0.01, 0.1, 0.5, 1.0))),
+    ("dpop", "lam", tuple({"lam": value} for value in (0.0, 0.5, 5.0, 50.0, 500.0))),
+    ("kto", "lambda_l", tuple({"lambda_l": value} for value in (0.5, 0.75, 1.0, 1.33, 2.0))),
+    ("sppo", "beta", tuple({"beta": value} for value in (0.001, 0.01, 0.1, 1.0))),
+    ("sppo", "reference_free", ({"reference_free": False}, {"reference_free": True})),
+)
+"""Loss, the hyperparameter that is varied, and the settings tried: values that papers and trainers use or search.
+
+λ starts at 0, where the loss has no term for the chosen response's own log-likelihood. What a setting does not name
+stays at the loss's default or, in a sweep of the run's own loss, as the run has it.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One loss to ask about.
+
+    Attributes:
+        group: "run" (the run's own loss), "paper" (one of the ten at the paper's Appendix C) or "sweep".
+        loss: the loss.
+        varied: the hyperparameter that the sweep varies; None outside sweeps.
+    """
+
+    group: str
+    loss: Loss
+    varied: str | None = None
+
+
+def list_variants(loss: Loss) -> Iterator[Variant]:
+    """All losses of a what-if, in the order of its rows.
+
+    Args:
+        loss: the run's own.
+
+    Yields:
+        The run's loss, the ten of `LOSSES` at their defaults, then the `SWEEPS`: of the run's own loss about the run's
+        own hyperparameters, of the others about their defaults.
+    """
+    yield Variant(group="run", loss=loss)
+    for kind in LOSSES.values():
+        yield Variant(group="paper", loss=kind())
+    for name, varied, settings in SWEEPS:
+        base = loss if type(loss) is LOSSES[name] else LOSSES[name]()
+        for setting in settings:
+            yield Variant(group="sweep", loss=replace(base, **setting), varied=varied)
+
+
+def read_hyperparameters(loss: Loss) -> Setting:
+    """The hyperparameters of a loss as JSON has them.
+
+    Args:
+        loss: any loss; one of `losses.from_callable` has none.
+
+    Returns:
+        Name to number, switch or text, in the order of the loss's fields.
+    """
+    values = {each.name: getattr(loss, each.name) for each in fields(loss) if each.init and each.name != "name"}
+    return {
+        name: value if isinstance(value, bool | int | str) else float(value)
+        for name, value in values.items()
+        if isinstance(value, str | Real)
+    }
+
+
+def label_loss(loss: Loss) -> str:
+    """A loss as tables and sentences name it.
+
+    Args:
+        loss: any loss.
+
+    Returns:
+        Such as "DPO (β=0.1)" or "IPO (β=0.1, length-normalized)"; a switch that is off is left out.
+    """
+    values = read_hyperparameters(loss)
+    shown = describe_setting({name: value for name, value in values.items() if value is not False})
+    return NAMES.get(loss.name, loss.name) + (f" ({shown})" if shown else "")
+
+
+def describe_setting(setting: Mapping[str, Any]) -> str:
+    """Hyperparameters in the paper's letters.
+
+    Args:
+        setting: name to value.
+
+    Returns:
+        Such as "β=2, γ=1", "length-normalized" or "not reference-free"; empty for none.
+    """
+    return ", ".join(_describe(name, value) for name, value in setting.items())
+
+
+def _describe(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return ("" if value else "not ") + name.replace("_", "-")
+    return f"{LETTERS.get(name, name)}={value if isinstance(value, str) else format(value, 'g')}"
