@@ -1,4 +1,4 @@
-"""The command line: `gradent demo`, `gradent audit`, `gradent tokens`, `gradent plan`, `gradent doctor`.
+"""The command line: `gradent demo`, `audit`, `report`, `compare`, `tokens`, `plan`, `doctor`.
 
 Each command imports what it needs when it runs, so that `--help` and `--version` answer at once.
 """
@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from gradent.errors import GradentError
+from gradent.errors import GradentError, InputError
 from gradent.version import __version__
 
 __all__ = ["app", "main"]
@@ -50,7 +50,7 @@ def _readable_errors() -> Iterator[None]:
         console.print(Text("error", "bold red"), Text(f"({type(error).__name__})\n  {lines}"), soft_wrap=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
-        console.print(Text("interrupted: nothing more was written"), soft_wrap=True)
+        console.print(Text(f"interrupted: {str(error) or 'nothing more was written'}"), soft_wrap=True)
         raise typer.Exit(130) from error
 
 
@@ -123,7 +123,13 @@ _MemoryBudget = Annotated[
 
 @app.command()
 def audit(
-    model: _Model,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Directory of a finished run (with checkpoint-* in it), or directory or hub id of a causal LM, or "
+            "of a PEFT adapter."
+        ),
+    ],
     data: Annotated[
         str,
         typer.Option(
@@ -131,7 +137,7 @@ def audit(
             rich_help_panel=_DATA,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Directory for pairs.parquet, summary.json, ...", rich_help_panel=_RUN)],
+    out: Annotated[Path, typer.Option(help="Directory for report.html, pairs.parquet, ...", rich_help_panel=_RUN)],
     loss: Annotated[
         str,
         typer.Option(
@@ -147,11 +153,26 @@ def audit(
     lambda_w: Annotated[float | None, typer.Option(rich_help_panel=_LOSS)] = None,
     lambda_l: Annotated[float | None, typer.Option(rich_help_panel=_LOSS)] = None,
     z_ref: Annotated[float | None, typer.Option(rich_help_panel=_LOSS)] = None,
+    checkpoints: Annotated[
+        str,
+        typer.Option(
+            help="Of a run: all, last, or steps such as 0,200,400; 0 is the model before training.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = "all",
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a run: the model that it started from, where its files do not say or have moved.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
     adapter: _Adapter = None,
     reference: Annotated[
         str | None,
         typer.Option(
-            help="Reference model. [default: the base under the adapter; without an adapter, MODEL itself]",
+            help="Reference model. [default: what the run started from, or the base under the adapter; for a single "
+            "model, MODEL itself]",
             rich_help_panel=_MODEL,
         ),
     ] = None,
@@ -161,8 +182,12 @@ def audit(
     split: _Split = "train",
     max_length: _MaxLength = None,
     max_pairs: Annotated[
-        int | None, typer.Option(help="Measure that many pairs, drawn with --seed.", rich_help_panel=_DATA)
-    ] = None,
+        str,
+        typer.Option(
+            help="Measure that many pairs, drawn with --seed from slices of like length, or all.",
+            rich_help_panel=_DATA,
+        ),
+    ] = "256",
     seed: Annotated[int, typer.Option(help="Seed of that draw.", rich_help_panel=_DATA)] = 0,
     skip_bad_rows: Annotated[
         bool,
@@ -173,8 +198,9 @@ def audit(
     memory_budget: _MemoryBudget = None,
     engine: Annotated[str, typer.Option(help="hooks or func.", rich_help_panel=_RUN)] = "hooks",
     by_module: Annotated[
-        bool, typer.Option("--by-module", help="Also show which modules the cosine comes from.", rich_help_panel=_RUN)
-    ] = False,
+        bool,
+        typer.Option("--by-module/--no-by-module", help="Which modules the cosine comes from.", rich_help_panel=_RUN),
+    ] = True,
     token_pairs: Annotated[
         int | None,
         typer.Option(
@@ -182,8 +208,18 @@ def audit(
             rich_help_panel=_RUN,
         ),
     ] = None,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write report.html and figures.", rich_help_panel=_RUN)
+    ] = True,
+    wandb: Annotated[
+        str | None, typer.Option(help="Stream the records to this wandb project.", rich_help_panel=_RUN)
+    ] = None,
 ) -> None:
-    """Measure every preference pair: will the loss raise chosen and lower rejected, or drag both the same way?"""
+    """Measure preference pairs: will the loss raise chosen and lower rejected, or drag both the same way?
+
+    Of a finished run, the same pairs are measured at every checkpoint. Stopped at any point, the same command goes on
+    where it was. Exit code 0: all was measured; 2: nothing could be; 3: some checkpoints are left out; 130: stopped.
+    """  # noqa: DOC501
     with _readable_errors():
         from gradent import losses  # noqa: PLC0415
         from gradent.audit import audit as run_audit  # noqa: PLC0415
@@ -195,16 +231,60 @@ def audit(
         }  # fmt: skip
         hyper: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         result = run_audit(
-            model, data, loss=losses.get(loss, **hyper), out=out, adapter=adapter, reference=reference, split=split,
-            max_length=max_length, max_pairs=max_pairs, token_pairs=token_pairs, batch_size=batch_size,
-            memory_budget=memory_budget, engine=engine, by_module=by_module, dtype=dtype, device=device,
-            skip_bad_rows=skip_bad_rows, add_eos=not no_add_eos, trust_remote_code=trust_remote_code, seed=seed,
+            model, data, loss=losses.get(loss, **hyper), out=out, checkpoints=checkpoints, base=base, adapter=adapter,
+            reference=reference, split=split, max_length=max_length, max_pairs=_count(max_pairs, "--max-pairs"),
+            token_pairs=token_pairs, batch_size=batch_size, memory_budget=memory_budget, engine=engine,
+            by_module=by_module, dtype=dtype, device=device, skip_bad_rows=skip_bad_rows, add_eos=not no_add_eos,
+            trust_remote_code=trust_remote_code, seed=seed, report=report, wandb=wandb,
         )  # fmt: skip
-        paths = [path for path in (result.pairs_path, result.tokens_path, result.summary_path) if path is not None]
-        Console(highlight=False).print(
-            Text(f"\nWrote {', '.join(map(str, paths[:-1]))} and {paths[-1]} ({result.summary['seconds']:.1f} s)."),
-            soft_wrap=True,
-        )
+        files = (
+            result.report_path, result.pairs_path, result.sample_path, result.modules_path, result.tokens_path,
+            result.summary_path,
+        )  # fmt: skip
+        paths = [str(path) for path in files if path is not None]
+        console = Console(highlight=False)
+        seconds = result.summary["seconds"]
+        console.print(Text(f"\nWrote {', '.join(paths[:-1])} and {paths[-1]} ({seconds:.1f} s)."), soft_wrap=True)
+    if result.summary["left_out"]:
+        raise typer.Exit(3)
+
+
+@app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="What `gradent audit`, `tokens` or `demo` wrote.")],
+) -> None:
+    """Make the pages and figures of a directory anew from its records; no model is needed."""
+    with _readable_errors():
+        from gradent.report import write_report  # noqa: PLC0415
+
+        written = write_report(directory)
+        Console(highlight=False).print(Text(f"Wrote {', '.join(map(str, written))}."), soft_wrap=True)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Directory of one audit.")],
+    second: Annotated[Path, typer.Argument(help="Directory of another.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("compare.html"),
+) -> None:
+    """Put two audits side by side: the same pairs, two runs, two losses or two models."""
+    with _readable_errors():
+        from gradent.report import print_comparison, write_comparison  # noqa: PLC0415
+
+        console = Console(highlight=False)
+        page = write_comparison(first, second, out)
+        print_comparison(first, second, console)
+        console.print(Text(f"\nWrote {page}."), soft_wrap=True)
+
+
+def _count(text: str, option: str) -> int | None:
+    """A number of pairs, or None for all of them."""
+    if text == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{option} is {text!r}; accepted: a whole number, or all.") from None
 
 
 @app.command()

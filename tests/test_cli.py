@@ -41,7 +41,12 @@ def gradent(*arguments: str) -> Result:
 
 
 def audit(*arguments: str, model: str = "my-model", data: str = "pairs.jsonl") -> Result:
-    return gradent("audit", model, "--data", data, "--out", "out", *arguments)
+    return gradent("audit", model, "--data", data, "--out", "out", "--no-report", *arguments)
+
+
+def records() -> list[str]:
+    """Names of what an audit wrote, but for its journal."""
+    return sorted(path.name for path in Path("out").glob("*") if path.name != "journal")
 
 
 def assert_refused(result: Result, message: str) -> None:
@@ -51,7 +56,7 @@ def assert_refused(result: Result, message: str) -> None:
     assert "Traceback" not in result.output
     assert re.search(r"^error \(\w+Error\)\n  ", result.stderr, flags=re.MULTILINE)
     assert re.search(message, result.stderr), result.stderr
-    assert not list(Path("out").glob("*"))
+    assert not records()
 
 
 def rows(*bad: Any) -> Callable[[Path], None]:
@@ -170,7 +175,7 @@ def test_an_interrupted_audit_writes_nothing(monkeypatch) -> None:
     result = audit()
     assert result.exit_code == 130
     assert "interrupted" in result.stderr
-    assert list(Path("out").iterdir()) == []
+    assert records() == []
 
 
 def test_errors_are_shown_as_they_are(monkeypatch) -> None:
@@ -187,6 +192,7 @@ def test_every_option_reaches_the_audit(here) -> None:
         "--loss", "dpop", "--beta", "0.3", "--lam", "2", "--adapter", "adapter", "--reference", "my-model", "--dtype",
         "float64", "--device", "cpu", "--max-length", "64", "--max-pairs", "3", "--seed", "5", "--no-add-eos",
         "--batch-size", "2", "--memory-budget", "64MiB", "--engine", "func", "--by-module", "--token-pairs", "2",
+        "--report",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     summary = read_summary("out/summary.json")
@@ -196,20 +202,23 @@ def test_every_option_reaches_the_audit(here) -> None:
     asked = {
         "max_length": 64, "max_pairs": 3, "seed": 5, "add_eos": False, "batch_size": 2, "memory_budget": "64MiB",
         "engine": "func", "dtype": "float64", "device": "cpu", "skip_bad_rows": False, "split": "train",
-        "token_pairs": 2,
+        "token_pairs": 2, "by_module": True, "checkpoints": "all",
     }  # fmt: skip
     assert summary["settings"] == asked
     assert summary["modules"] and summary["data"]["measured"] == 3
     assert summary["tokens"] and summary["tokens"]["pairs"] == 2
     assert f"{summary['cosine']['p50']:+.3f}" in result.stdout
     assert "Which tokens entangle: 2 pairs" in result.stdout
-    assert "Wrote out/pairs.parquet, out/tokens.parquet and out/summary.json" in result.stdout
+    assert (
+        "Wrote out/report.html, out/pairs.parquet, out/sample.parquet, out/modules.parquet, out/tokens.parquet and "
+        in result.stdout
+    )
 
 
 def test_without_tokens_there_is_no_word_of_them(here) -> None:
     result = audit()
-    assert "oken" not in result.stdout
-    assert "Wrote out/pairs.parquet and out/summary.json" in result.stdout
+    assert "Which tokens" not in result.stdout and "tokens.parquet" not in result.stdout
+    assert "Wrote out/pairs.parquet, out/sample.parquet, out/modules.parquet and out/summary.json" in result.stdout
 
 
 @pytest.mark.parametrize("kind", KINDS)

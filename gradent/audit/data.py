@@ -7,12 +7,12 @@ prompt as their common beginning. TRL's own helpers tell the formats apart and t
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from gradent.audit.rows import Row
+from gradent.audit.sample import draw_in_slices
 from gradent.errors import DataFileError, InputError, PairError
 from gradent.pairs import tokenize_pair
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["AuditPair", "PairSet", "SkippedRow", "prepare_pairs"]
+
+Parts = tuple[Any, Any, Any]
+"""Prompt, chosen and rejected of a row: all strings, or all lists of messages."""
 
 _LISTED = 5  # further bad rows that an error names
 
@@ -36,6 +39,7 @@ class AuditPair:
         rejected_ids: tokens of the rejected response.
         chosen_text: the chosen response as one string, for tables.
         rejected_text: the rejected response as one string, for tables.
+        prompt_text: the prompt as one string, for tables.
         truncated: responses (0, 1 or 2) that lost their end to `max_length`.
     """
 
@@ -46,6 +50,7 @@ class AuditPair:
     rejected_ids: list[int]
     chosen_text: str
     rejected_text: str
+    prompt_text: str = ""
     truncated: int = 0
 
     @property
@@ -89,7 +94,9 @@ def prepare_pairs(
         max_length: most tokens of prompt + response; a longer response loses its end, as in TRL.
         add_eos: append EOS to plain-string responses, as TRL's DPOTrainer does (chat templates end turns themselves).
         skip_bad_rows: leave out rows that cannot be used and list them, instead of raising.
-        max_pairs: measure that many usable rows, drawn at random with `seed`; None for all.
+        max_pairs: measure that many usable rows; None for all. They stand for the data: the rows, sorted by the
+            length of both responses in characters, are cut into that many slices of equal count, and each slice gives
+            one row, drawn with `seed`.
         seed: of that draw.
 
     Returns:
@@ -97,28 +104,48 @@ def prepare_pairs(
 
     Raises:
         DataFileError: a row is unusable (and `skip_bad_rows` is off), or all are; names file, line and the first few.
+            What a row says is checked for every row of the data, drawn or not.
         InputError: messages, but a tokenizer without a chat template; `max_pairs` below 1.
     """
     if max_pairs is not None and max_pairs < 1:
         raise InputError(f"max_pairs is {max_pairs}; it must be at least 1 (command line: --max-pairs).")
-    order = list(range(len(rows)))
-    if max_pairs is not None and max_pairs < len(rows):
-        random.Random(seed).shuffle(order)
+    readable, skipped = _read(rows)
     pairs: list[AuditPair] = []
-    skipped: list[SkippedRow] = []
-    for number in order:
-        if len(pairs) == max_pairs:
-            break
-        row = rows[number]
-        try:
-            pairs.append(_to_pair(row, tokenizer, max_length=max_length, add_eos=add_eos))
-        except (DataFileError, PairError) as error:
-            skipped.append(SkippedRow(row=row.index, where=row.where, reason=str(error)))
+    for candidates in draw_in_slices([_length(parts) for _, parts in readable], max_pairs, seed):
+        for number in candidates:  # the first that can be used
+            row, parts = readable[number]
+            try:
+                pairs.append(_to_pair(row, parts, tokenizer, max_length=max_length, add_eos=add_eos))
+                break
+            except (DataFileError, PairError) as error:
+                skipped.append(_skip(row, error))
     pairs.sort(key=lambda pair: pair.row)
     skipped.sort(key=lambda bad: bad.row)
     if skipped and not (skip_bad_rows and pairs):
         raise DataFileError(_describe_bad(skipped, rows=len(rows), anything_left=bool(pairs)))
     return PairSet(pairs=pairs, skipped=skipped)
+
+
+def _read(rows: Sequence[Row]) -> tuple[list[tuple[Row, Parts]], list[SkippedRow]]:
+    """The rows that hold a pair, each with its prompt, chosen and rejected; and the others."""
+    readable, skipped = [], []
+    for row in rows:
+        try:
+            if row.problem is not None:
+                raise DataFileError(f"{row.where}: {row.problem}")
+            readable.append((row, _split_row(row.where, row.values)))
+        except (DataFileError, PairError) as error:
+            skipped.append(_skip(row, error))
+    return readable, skipped
+
+
+def _skip(row: Row, error: Exception) -> SkippedRow:
+    return SkippedRow(row=row.index, where=row.where, reason=str(error))
+
+
+def _length(parts: Parts) -> int:
+    """Characters of both responses."""
+    return sum(len(_plain(response)) for response in parts[1:])
 
 
 def _describe_bad(skipped: Sequence[SkippedRow], *, rows: int, anything_left: bool) -> str:
@@ -139,10 +166,10 @@ def _describe_bad(skipped: Sequence[SkippedRow], *, rows: int, anything_left: bo
     return "\n".join(lines)
 
 
-def _to_pair(row: Row, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, add_eos: bool) -> AuditPair:
-    if row.problem is not None:
-        raise DataFileError(f"{row.where}: {row.problem}")
-    prompt, chosen, rejected = _split_row(row.where, row.values)
+def _to_pair(
+    row: Row, parts: Parts, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, add_eos: bool
+) -> AuditPair:
+    prompt, chosen, rejected = parts
     if not isinstance(chosen, str) and not tokenizer.chat_template:
         raise InputError(
             f"{row.where}: the row holds messages, but the tokenizer has no chat template to render them with. "
@@ -163,6 +190,7 @@ def _to_pair(row: Row, tokenizer: PreTrainedTokenizerBase, *, max_length: int | 
         rejected_ids=ids[2],
         chosen_text=_plain(chosen),
         rejected_text=_plain(rejected),
+        prompt_text=_plain(prompt),
         truncated=truncated,
     )
 
@@ -190,7 +218,7 @@ def _tokenize(
         raise DataFileError(f"{where}: the tokenizer's chat template refuses the messages ({error}).") from error
 
 
-def _split_row(where: str, values: Any) -> tuple[Any, Any, Any]:
+def _split_row(where: str, values: Any) -> Parts:
     """Prompt, chosen and rejected of one row, all strings or all messages."""
     if not isinstance(values, Mapping):
         raise DataFileError(f"{where}: the row is a {type(values).__name__}; an object with keys is expected.")
@@ -216,7 +244,7 @@ def _split_row(where: str, values: Any) -> tuple[Any, Any, Any]:
     return _take_prompt(where, values, kinds["chosen"])
 
 
-def _take_prompt(where: str, values: Mapping[str, Any], kind: str) -> tuple[Any, Any, Any]:
+def _take_prompt(where: str, values: Mapping[str, Any], kind: str) -> Parts:
     from trl.data_utils import maybe_extract_prompt  # noqa: PLC0415
 
     if "prompt" in values:
@@ -263,7 +291,7 @@ def _describe(value: Any) -> str:
 
 
 def _plain(response: Any) -> str:
-    """A response as one string: itself, or the contents of its messages."""
+    """A prompt or response as one string: itself, or the contents of its messages."""
     if isinstance(response, str):
         return response
     return "\n".join(str(message["content"]) for message in response)

@@ -1,4 +1,4 @@
-"""Everything an audit needs before the first pair is measured: tokenizer, pairs, model, reference, each checked."""
+"""Everything an audit needs before the first pair is measured: tokenizer, pairs and model, each checked."""
 
 from __future__ import annotations
 
@@ -12,18 +12,46 @@ import torch
 from gradent.audit.data import AuditPair, PairSet, prepare_pairs
 from gradent.audit.load import check_vocabulary, load_config, load_model, load_tokenizer
 from gradent.audit.rows import Row, read_rows
-from gradent.audit.scan import Reference, adapter_off, itself, other_model
 from gradent.audit.source import ModelSource, read_step, resolve_source
 from gradent.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Prepared", "prepare"]
+__all__ = [
+    "Material",
+    "Prepared",
+    "choose_device",
+    "describe_model",
+    "open_model",
+    "prepare",
+    "read_material",
+]
 
 _DEFAULT_MAX_LENGTH = 1024  # TRL's DPOConfig
 
 Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """The pairs to measure, as the models see them.
+
+    Attributes:
+        tokenizer: the model's.
+        pairs: usable pairs and skipped rows.
+        rows: rows of the data, usable or not.
+        max_length: the limit that was applied.
+        add_eos: whether EOS was appended to plain-string responses.
+        used: the largest token id, and the row that uses it.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    pairs: PairSet
+    rows: int
+    max_length: int
+    add_eos: bool
+    used: tuple[int, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,90 +61,96 @@ class Prepared:
     Attributes:
         model: the causal LM, with what is to be measured trainable.
         source: where it came from.
-        tokenizer: the model's.
+        material: the pairs.
         step: the trainer's step at which it was saved; 0 if it does not say.
-        pairs: usable pairs and skipped rows.
-        rows: rows of the data, usable or not.
-        reference: where the reference's log-probs come from; None to go without.
-        reference_kind: "none", "self", "adapter_off" or "model".
-        max_length: the limit that was applied.
-        add_eos: whether EOS was appended to plain-string responses.
         device: where the model is.
     """
 
     model: Any
     source: ModelSource
-    tokenizer: PreTrainedTokenizerBase
+    material: Material
     step: int
-    pairs: PairSet
-    rows: int
-    reference: Reference | None
-    reference_kind: str
-    max_length: int
-    add_eos: bool
     device: str
 
     def describe_model(self) -> dict[str, Any]:
         """What a record says of the model: checkpoint, base, adapter, step, parameter counts, dtype and device."""
-        parameters = list(self.model.parameters())
-        return {
-            "checkpoint": self.source.name,
-            "base": self.source.base,
-            "adapter": self.source.adapter,
-            "step": self.step,
-            "trainable_parameters": sum(each.numel() for each in parameters if each.requires_grad),
-            "parameters": sum(each.numel() for each in parameters),
-            "dtype": str(parameters[0].dtype).removeprefix("torch."),
-            "device": self.device,
-        }
+        return describe_model(self.model, self.source, self.step, self.device)
 
 
-def prepare(
-    model: str,
+def describe_model(model: Any, source: ModelSource, step: int, device: str) -> dict[str, Any]:
+    """What a record says of a model.
+
+    Args:
+        model: the model.
+        source: where it came from.
+        step: the trainer's step at which it was saved.
+        device: where it is.
+
+    Returns:
+        checkpoint, base, adapter, step, parameter counts, dtype and device.
+    """
+    parameters = list(model.parameters())
+    return {
+        "checkpoint": source.name,
+        "base": source.base,
+        "adapter": source.adapter,
+        "step": step,
+        "trainable_parameters": sum(each.numel() for each in parameters if each.requires_grad),
+        "parameters": sum(each.numel() for each in parameters),
+        "dtype": str(parameters[0].dtype).removeprefix("torch."),
+        "device": device,
+    }
+
+
+def choose_device(device: str | None, local: int = 0) -> str:
+    """Where models go.
+
+    Args:
+        device: what the user asked for.
+        local: rank on this machine, of several processes.
+
+    Returns:
+        That, or the first GPU (of several processes, the rank's own), or the CPU.
+    """
+    if device is not None:
+        return device
+    if not torch.cuda.is_available():
+        return "cpu"
+    return "cuda" if local == 0 else f"cuda:{local}"
+
+
+def read_material(
+    source: ModelSource,
     data: str | os.PathLike[str],
     *,
     tell: Tell,
-    needs_reference: bool,
-    adapter: str | None,
-    reference: str | None,
     split: str,
     max_length: int | None,
     max_pairs: int | None,
-    dtype: str,
-    device: str | None,
     skip_bad_rows: bool,
     add_eos: bool,
     trust_remote_code: bool,
     seed: int,
     only: int | None = None,
-) -> Prepared:
-    """Load and check everything, the cheap things first: a bad row is reported before a large model is read.
+) -> Material:
+    """Read, check and tokenize the pairs, before a model is loaded for them.
 
     Args:
-        model: as in `audit`, and so are the others but these:
-        data: as in `audit`.
+        source: of the model whose tokenizer and number of positions count.
+        data: as in `audit`, and so are the others but these:
         tell: announces a choice that was made for the user.
-        needs_reference: whether the loss needs a reference.
-        adapter: as in `audit`.
-        reference: as in `audit`.
         split: as in `audit`.
         max_length: as in `audit`.
         max_pairs: as in `audit`.
-        dtype: as in `audit`.
-        device: as in `audit`.
         skip_bad_rows: as in `audit`.
         add_eos: as in `audit`.
         trust_remote_code: as in `audit`.
         seed: as in `audit`.
-        only: prepare this row alone, counted from 0; None for all.
+        only: this row alone, counted from 0; None for all.
 
     Returns:
-        What `scan_pairs` needs.
+        The pairs.
     """
-    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options: dict[str, Any] = {"dtype": dtype, "device": place, "trust_remote_code": trust_remote_code}
-    source = resolve_source(model, adapter)
-    reference_source = None if reference is None else resolve_source(reference)
     config = load_config(source.base, trust_remote_code=trust_remote_code).get_text_config()
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     check_vocabulary(tokenizer, config.vocab_size, source.base)
@@ -130,28 +164,71 @@ def prepare(
     used = _largest_id(pairs.pairs)
     check_vocabulary(tokenizer, config.vocab_size, source.base, used)
     _tell_about_pairs(pairs, len(asked), limit, seed, tell)
-    policy = load_model(source, **options)
-    refer: Reference | None = None
-    kind = "none"
-    if reference_source is not None:
-        other = load_model(reference_source, trainable=False, **options)
-        check_vocabulary(tokenizer, other.config.get_text_config().vocab_size, reference_source.base, used)
-        kind, refer = "model", other_model(other)
-    elif needs_reference:
-        kind, refer = _choose_reference(policy, source, tell)
-    return Prepared(
-        model=policy,
-        source=source,
-        tokenizer=tokenizer,
-        step=read_step(source),
-        pairs=pairs,
-        rows=len(rows),
-        reference=refer,
-        reference_kind=kind,
-        max_length=limit,
-        add_eos=add_eos,
-        device=place,
-    )
+    return Material(tokenizer=tokenizer, pairs=pairs, rows=len(rows), max_length=limit, add_eos=add_eos, used=used)
+
+
+def open_model(
+    source: ModelSource,
+    material: Material,
+    *,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    trainable: bool = True,
+) -> Any:
+    """Load a model that is to see these pairs.
+
+    Args:
+        source: of the model.
+        material: the pairs.
+        dtype: as in `audit`.
+        device: a torch device.
+        trust_remote_code: as in `audit`.
+        trainable: False for a reference.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: it lacks a row in its embedding for a token of the pairs; and what `load_model` raises.
+    """
+    model = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, trainable=trainable)
+    rows = model.config.get_text_config().vocab_size
+    check_vocabulary(material.tokenizer, rows, source.base, material.used)
+    return model
+
+
+def prepare(
+    model: str,
+    data: str | os.PathLike[str],
+    *,
+    tell: Tell,
+    adapter: str | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    **rows: Any,
+) -> Prepared:
+    """Load and check everything, the cheap things first: a bad row is reported before a large model is read.
+
+    Args:
+        model: as in `audit`, and so are the others but these:
+        data: as in `audit`.
+        tell: announces a choice that was made for the user.
+        adapter: as in `audit`.
+        dtype: as in `audit`.
+        device: as in `audit`.
+        trust_remote_code: as in `audit`.
+        **rows: the rest of what `read_material` takes.
+
+    Returns:
+        The model and its pairs.
+    """
+    source = resolve_source(model, adapter)
+    material = read_material(source, data, tell=tell, trust_remote_code=trust_remote_code, **rows)
+    place = choose_device(device)
+    policy = open_model(source, material, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
+    return Prepared(model=policy, source=source, material=material, step=read_step(source), device=place)
 
 
 def _pick_row(rows: Sequence[Row], number: int, data: str | os.PathLike[str]) -> Row:
@@ -192,26 +269,12 @@ def _largest_id(pairs: Sequence[AuditPair]) -> tuple[int, str]:
 
 def _tell_about_pairs(pairs: PairSet, rows: int, limit: int, seed: int, tell: Tell) -> None:
     if len(pairs.pairs) + len(pairs.skipped) < rows:
-        tell(f"{len(pairs.pairs)} of {rows} rows are measured, drawn at random with seed {seed}.")
+        tell(
+            f"{len(pairs.pairs)} of {rows} rows are measured, one of each of so many slices of like length, drawn with "
+            f"seed {seed} (--max-pairs all for all)."
+        )
     if pairs.skipped:
         tell(f"{len(pairs.skipped)} rows were skipped:\n" + "\n".join(f"  {bad.reason}" for bad in pairs.skipped))
     cut = sum(pair.truncated for pair in pairs.pairs)
     if cut:
         tell(f"{cut} of {2 * len(pairs.pairs)} responses were cut at max_length {limit}, as TRL cuts them.")
-
-
-def _choose_reference(policy: Any, source: ModelSource, tell: Tell) -> tuple[str, Reference]:
-    if source.adapter is not None:
-        tell(f"The reference is the base {source.base} without the adapter, as in TRL (--reference for another).")
-        bias = getattr(policy.active_peft_config, "bias", "none")
-        if bias != "none":
-            tell(
-                f"The adapter trains biases of the base (bias={bias!r}), and they stay as trained where it is switched "
-                f"off, in TRL as well. For the base as it was, pass --reference {source.base}."
-            )
-        return "adapter_off", adapter_off(policy)
-    tell(
-        "The model is its own reference, as at the first step of training: the loss sees log-ratios of 0. If it has "
-        "been trained on preferences already, pass the model it started from with --reference."
-    )
-    return "self", itself

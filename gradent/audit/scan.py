@@ -1,8 +1,12 @@
-"""One model over all pairs: batches by length, the Gram entries and reference log-probs of each, back in row order."""
+"""One model over batches of pairs of like length: the Gram entries and the reference's log-probs of each.
+
+What a batch gives is plain numbers, so that it can be written down as it comes; `join_blocks` puts batches together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -17,18 +21,25 @@ from gradent.measure import measure, sequence_logps
 from gradent.pairs import PairBatch
 
 __all__ = [
+    "Block",
     "Reference",
     "Scan",
     "adapter_off",
     "check_scan_settings",
     "itself",
+    "join_blocks",
     "other_model",
     "plan_batches",
-    "scan_pairs",
+    "scan_batches",
+    "scan_reference",
 ]
 
 Reference = Callable[[PairBatch, PairGram], tuple[Tensor, Tensor]]
 """From a batch and its measurement to `(ref_chosen_logp, ref_rejected_logp)`, float64 `[B]` each."""
+
+Block = dict[str, Any]
+"""What one batch gave, as JSON: `positions` of its pairs and, a number each, the entries of `PairGram` and the
+reference's log-probs (absent without a reference); `modules` as in `Scan`; `coverage`."""
 
 _ENTRIES = ("chosen_sq", "rejected_sq", "inner", "chosen_logp", "rejected_logp", "chosen_len", "rejected_len")
 _REFERENCES = ("ref_chosen_logp", "ref_rejected_logp")
@@ -36,16 +47,18 @@ _REFERENCES = ("ref_chosen_logp", "ref_rejected_logp")
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """What one pass over P pairs measured.
+    """What batches of P pairs measured.
 
     Attributes:
-        gram: entries of all P pairs, in the pairs' order, without `modules`.
+        positions: of the P pairs among all pairs, increasing.
+        gram: entries of the P pairs, in that order, without `modules`.
         ref_chosen_logp: the reference's log-probs, float64 `[P]`, or None without a reference.
         ref_rejected_logp: likewise.
         modules: `{module: [inner_m / (‖g_w‖‖g_l‖), chosen_sq_m / ‖g_w‖², rejected_sq_m / ‖g_l‖²]}`, float64 `[3]`, each
             summed over the pairs whose cosine is defined; empty unless asked for.
     """
 
+    positions: list[int]
     gram: PairGram
     ref_chosen_logp: Tensor | None = None
     ref_rejected_logp: Tensor | None = None
@@ -126,50 +139,91 @@ def plan_batches(pairs: Sequence[AuditPair], batch_size: int) -> list[list[int]]
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def scan_pairs(
+def scan_batches(
     model: Any,
     pairs: Sequence[AuditPair],
+    batches: Sequence[Sequence[int]],
     *,
     reference: Reference | None = None,
-    batch_size: int = 8,
     engine: str = "hooks",
     by_module: bool = False,
     memory_budget: int | str | None = None,
-    advance: Callable[[int, int], None] = lambda pairs, tokens: None,
-) -> Scan:
-    """Measure every pair.
+) -> Iterator[Block]:
+    """Measure batch after batch.
 
     Args:
         model: a causal LM; its trainable parameters are what is measured.
-        pairs: P pairs, at least one.
+        pairs: all pairs.
+        batches: positions in `pairs`, batch by batch.
         reference: where the reference's log-probs come from; None to go without.
-        batch_size: most pairs a batch, at least 1.
         engine: as in `measure`.
-        by_module: sum each module's part as well.
+        by_module: each module's part as well.
         memory_budget: as in `measure`.
-        advance: called after each batch with its numbers of pairs and tokens.
 
-    Returns:
-        The `Scan` of the P pairs, in their order.
+    Yields:
+        What each batch gave.
 
     Raises:
         GradentError: what `measure` raises; a nan or an inf, or a device out of memory, with the row.
     """
-    batches = plan_batches(pairs, batch_size)
-    columns: dict[str, list[Tensor]] = {name: [] for name in (*_ENTRIES, *_REFERENCES)}
-    modules: dict[str, Tensor] = {}
     for positions in batches:
         chunk = [pairs[position] for position in positions]
-        batch = PairBatch.from_tokens([(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in chunk])
-        gram, references = _measure_batch(model, batch, chunk, reference, engine, by_module, memory_budget)
-        for name in _ENTRIES:
-            columns[name].append(getattr(gram, name))
-        for name, values in zip(_REFERENCES, references, strict=False):
-            columns[name].append(values)
-        _add_modules(modules, gram)
-        advance(len(chunk), int(batch.attention_mask.sum()))
-    back = torch.tensor([position for positions in batches for position in positions]).argsort()
-    whole = {name: torch.cat(parts)[back] for name, parts in columns.items() if parts}
+        gram, references = _measure_batch(model, _to_batch(chunk), chunk, reference, engine, by_module, memory_budget)
+        yield {
+            "positions": list(positions),
+            **{name: getattr(gram, name).tolist() for name in _ENTRIES},
+            **{name: values.tolist() for name, values in zip(_REFERENCES, references, strict=False)},
+            "modules": _module_sums(gram),
+            "coverage": gram.coverage,
+        }
+
+
+def scan_reference(model: Any, pairs: Sequence[AuditPair], batches: Sequence[Sequence[int]]) -> Iterator[Block]:
+    """The log-probs of a reference model alone, batch after batch.
+
+    Args:
+        model: the reference model.
+        pairs: all pairs.
+        batches: positions in `pairs`, batch by batch.
+
+    Yields:
+        `ref_chosen_logp` and `ref_rejected_logp` of each batch.
+
+    Raises:
+        GradentError: a nan or an inf, or a device out of memory, with the row.
+    """
+    for positions in batches:
+        chunk = [pairs[position] for position in positions]
+        with _memory_told(chunk):
+            references = sequence_logps(model, _to_batch(chunk))
+        _check_reference(chunk, references)
+        yield {name: values.tolist() for name, values in zip(_REFERENCES, references, strict=True)}
+
+
+def join_blocks(blocks: Sequence[Mapping[str, Any]]) -> Scan:
+    """Put what batches gave together, whatever order they come in.
+
+    Args:
+        blocks: at least one, as `scan_batches` yields them; sums over modules are taken in the order given.
+
+    Returns:
+        The `Scan` of their pairs.
+    """
+    positions = torch.tensor([position for block in blocks for position in block["positions"]])
+    order = positions.argsort()
+    integers = {"chosen_len", "rejected_len"}
+    whole: dict[str, Tensor] = {}
+    for name in (*_ENTRIES, *_REFERENCES):
+        if name in blocks[0]:
+            kind = torch.int64 if name in integers else torch.float64
+            whole[name] = torch.tensor([value for block in blocks for value in block[name]], dtype=kind)[order]
+    modules: dict[str, Tensor] = {}
+    for block in blocks:
+        for name, sums in block["modules"].items():
+            modules[name] = modules.get(name, torch.zeros(3, dtype=torch.float64)) + torch.tensor(
+                sums, dtype=torch.float64
+            )
+    coverage = min(float(block["coverage"]) for block in blocks)
     gram = PairGram(
         chosen_sq=whole["chosen_sq"],
         rejected_sq=whole["rejected_sq"],
@@ -178,9 +232,14 @@ def scan_pairs(
         rejected_logp=whole["rejected_logp"],
         chosen_len=whole["chosen_len"],
         rejected_len=whole["rejected_len"],
+        coverage=coverage,
     )
     refs = {name: whole.get(name) for name in _REFERENCES}
-    return Scan(gram=gram, modules=modules, **refs)
+    return Scan(positions=positions[order].tolist(), gram=gram, modules=modules, **refs)
+
+
+def _to_batch(chunk: Sequence[AuditPair]) -> PairBatch:
+    return PairBatch.from_tokens([(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in chunk])
 
 
 def _measure_batch(
@@ -194,33 +253,46 @@ def _measure_batch(
 ) -> tuple[PairGram, tuple[Tensor, ...]]:
     try:
         kind = cast(Literal["hooks", "func"], engine)  # `measure` refuses any other
-        gram = measure(model, batch, engine=kind, by_module=by_module, memory_budget=memory_budget)
-        references = () if reference is None else reference(batch, gram)
+        with _memory_told(chunk):
+            gram = measure(model, batch, engine=kind, by_module=by_module, memory_budget=memory_budget)
+            references = () if reference is None else reference(batch, gram)
     except NonFiniteError as error:
         if len(chunk) > 1:  # one by one, to tell which
             for number, pair in enumerate(chunk):
                 _measure_batch(model, batch.select([number]), [pair], reference, engine, by_module, memory_budget)
         raise NonFiniteError(f"{', '.join(pair.where for pair in chunk)}: {error}") from error
+    _check_reference(chunk, references)  # `measure` has refused what is not finite in its own numbers
+    return gram, references
+
+
+@contextmanager
+def _memory_told(chunk: Sequence[AuditPair]) -> Iterator[None]:
+    try:
+        yield
     except torch.OutOfMemoryError as error:
         raise GradentError(
             f"The device ran out of memory on a batch of {len(chunk)} pairs of up to {chunk[0].longest} tokens (the "
             f"longest at {chunk[0].where}). Try a smaller --batch-size, --memory-budget or --max-length, or --dtype "
             "bfloat16."
         ) from error
-    # `measure` has refused what is not finite in its own numbers.
-    finite = torch.stack((gram.inner, *references)).isfinite().all(0)
+
+
+def _check_reference(chunk: Sequence[AuditPair], references: Sequence[Tensor]) -> None:
+    if not references:
+        return
+    finite = torch.stack(list(references)).isfinite().all(0)
     if not bool(finite.all()):
         where = chunk[int(finite.int().argmin())].where
         raise NonFiniteError(
             f"{where}: a log-prob of this pair under the reference is nan or inf. Try --dtype float32 (or float64); if "
             "it stays, the reference's weights are damaged, or the row must be left out."
         )
-    return gram, references
 
 
-def _add_modules(modules: dict[str, Tensor], gram: PairGram) -> None:
+def _module_sums(gram: PairGram) -> dict[str, list[float]]:
     defined = (gram.chosen_sq > 0) & (gram.rejected_sq > 0)
     scales = torch.stack([(gram.chosen_sq * gram.rejected_sq).sqrt(), gram.chosen_sq, gram.rejected_sq])[:, defined]
+    sums = {}
     for name, (chosen_sq, rejected_sq, inner) in (gram.modules or {}).items():
-        parts = torch.stack([inner, chosen_sq, rejected_sq])[:, defined] / scales
-        modules[name] = modules.get(name, torch.zeros(3, dtype=torch.float64)) + parts.sum(1)
+        sums[name] = (torch.stack([inner, chosen_sq, rejected_sq])[:, defined] / scales).sum(1).tolist()
+    return sums

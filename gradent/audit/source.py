@@ -9,7 +9,7 @@ from typing import Any
 
 from gradent.errors import InputError, ModelError
 
-__all__ = ["ModelSource", "brief", "hint", "read_step", "resolve_source", "some"]
+__all__ = ["ModelSource", "brief", "hint", "read_adapter_file", "read_step", "resolve_source", "some"]
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "*token*", "*.jinja", "vocab*", "merges.txt"]
@@ -68,7 +68,7 @@ def resolve_source(model: str, adapter: str | None = None) -> ModelSource:
 
 
 def _base_of(name: str, adapter: str) -> str:
-    base = _read_json(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
+    base = read_adapter_file(adapter).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ModelError(
             f"{name}: its adapter_config.json names no base model. Run: gradent audit BASE --adapter {name}"
@@ -79,6 +79,18 @@ def _base_of(name: str, adapter: str) -> str:
             f"Run: gradent audit BASE --adapter {name}"
         )
     return base
+
+
+def read_adapter_file(adapter: str) -> dict[str, Any]:
+    """What an adapter's adapter_config.json says.
+
+    Args:
+        adapter: its directory.
+
+    Returns:
+        The JSON object.
+    """
+    return _read_json(Path(adapter) / "adapter_config.json")
 
 
 def read_step(source: ModelSource) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
@@ -75,8 +75,9 @@ def printable(text: str) -> str:
 def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
     model, loss, data = summary["model"], summary["loss"], summary["data"]
     hyper = ", ".join(f"{name}={value}" for name, value in loss.items() if name != "name")
+    run = summary["run"]
     facts = {
-        "model": model["checkpoint"],
+        **({"model": model["checkpoint"]} if run is None else {"run": run["directory"]}),
         "data": f"{data['source']}, {data['measured']} pairs",
         "loss": loss["name"] + (f" ({hyper})" if hyper else ""),
         "reference": _REFERENCES[summary["reference"]["kind"]] or summary["reference"]["source"],
@@ -84,7 +85,13 @@ def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
     yield Text("")
     for name, fact in facts.items():
         yield Text(f"{name:<9}  {printable(fact)}", "bold", overflow="fold")
-    yield Text("\nCosine of the gradients of log π(chosen) and log π(rejected)")
+    if run is not None:
+        yield Text("\nCheckpoint by checkpoint, over the same pairs: median cosine, cases, mean log-probs in nats")
+        yield _checkpoint_table(summary["checkpoints"])
+    for each in summary["left_out"]:
+        yield Text(f"left out: {printable(each['checkpoint'])}: {printable(each['reason'])}", "red")
+    where = "" if run is None else printable(f" at step {model['step']} ({model['checkpoint']})")
+    yield Text(f"\nCosine of the gradients of log π(chosen) and log π(rejected){where}")
     yield _cosine_table(summary["cosine"])
     yield Text(f"\nWhat one small gradient step of {loss['name']} on a pair does to that pair (first order)")
     yield _case_table(summary["cases"])
@@ -102,6 +109,17 @@ def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
         yield _module_table(summary["modules"], width)
     if summary["tokens"]:
         yield from _render_tokens(summary["tokens"])
+    if summary["recommendation"]:
+        yield Text(f"\n{printable(summary['recommendation']['text'])}", "bold")
+
+
+def _checkpoint_table(checkpoints: Sequence[dict[str, Any]]) -> Table:
+    table = _new_table("step", "pairs", "cosine", "ideal", "both down", "both up", "reversed", "chosen", "rejected")
+    for each in checkpoints:
+        cases = [_percent(each["cases"][name]["share"]) for name in ("ideal", "both_down", "both_up", "reversed")]
+        logps = [_number(each["logps"][name]) for name in ("chosen_logp", "rejected_logp")]
+        table.add_row(str(each["step"]), str(each["pairs"]), _signed(each["cosine"]["p50"]), *cases, *logps)
+    return table
 
 
 def _cosine_table(cosine: dict[str, Any]) -> Table:

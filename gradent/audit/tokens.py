@@ -111,16 +111,15 @@ def audit_tokens(
     notes: list[str] = []
     tell = teller(notes, quiet)
     ready = prepare(
-        os.fspath(model), data, tell=tell, needs_reference=False, only=pair,
-        adapter=None if adapter is None else os.fspath(adapter), reference=None, split=split, max_length=max_length,
-        max_pairs=None, dtype=dtype, device=device, skip_bad_rows=False, add_eos=add_eos,
-        trust_remote_code=trust_remote_code, seed=0,
+        os.fspath(model), data, tell=tell, only=pair, adapter=None if adapter is None else os.fspath(adapter),
+        split=split, max_length=max_length, max_pairs=None, dtype=dtype, device=device, skip_bad_rows=False,
+        add_eos=add_eos, trust_remote_code=trust_remote_code, seed=0,
     )  # fmt: skip
-    (row,) = ready.pairs.pairs
+    (row,) = ready.material.pairs.pairs
     with warnings_told(tell):
         measured = _measure(ready.model, row, memory_budget, by_module, quiet)
     settings = {
-        "max_length": ready.max_length, "add_eos": ready.add_eos, "memory_budget": memory_budget,
+        "max_length": ready.material.max_length, "add_eos": ready.material.add_eos, "memory_budget": memory_budget,
         "by_module": by_module, "dtype": dtype, "device": device,
     }  # fmt: skip
     content = {
@@ -159,7 +158,7 @@ def _describe(ready: Prepared, pair: AuditPair, data: str, split: str) -> dict[s
             "source": data,
             "split": split,
             "row": pair.row,
-            "rows": ready.rows,
+            "rows": ready.material.rows,
             "where": pair.where,
             "truncated": pair.truncated,
         },
@@ -175,7 +174,7 @@ def _figures(ready: Prepared, pair: AuditPair, measured: _Measured) -> dict[str,
     responses = {
         side: {
             "ids": ids,
-            "tokens": token_texts(ready.tokenizer, ids),
+            "tokens": token_texts(ready.material.tokenizer, ids),
             "squares": squares.tolist(),
             "effects": effects.tolist(),
             "logp": float(logp),
@@ -185,7 +184,7 @@ def _figures(ready: Prepared, pair: AuditPair, measured: _Measured) -> dict[str,
     }
     parts = None if whole.modules is None else whole.modules.items()
     return {
-        "prompt": {"ids": pair.prompt_ids, "text": str(ready.tokenizer.decode(pair.prompt_ids))},
+        "prompt": {"ids": pair.prompt_ids, "text": str(ready.material.tokenizer.decode(pair.prompt_ids))},
         **responses,
         "inner": gram.inner.tolist(),
         "alignment": [list(each) for each in gram.alignment],

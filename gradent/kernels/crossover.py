@@ -18,7 +18,7 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from gradent.errors import InputError
 from gradent.files import write_whole
 from gradent.kernels.plan import DEPTH, LEAST_PRICE, MOST_PRICE, Plan
 
-__all__ = ["cache_file", "device_name", "is_measured", "price"]
+__all__ = ["adopt", "cache_file", "device_name", "is_measured", "known", "price"]
 
 SIDE = {"cpu": 512, "cuda": 2048}
 """O and I of the measured weight: beyond the smallest caches, and 5 MB (55 MB on a GPU) of operands and tiles."""
@@ -104,6 +104,27 @@ def is_measured(device: torch.device | str, dtype: torch.dtype) -> bool:
     place = torch.device(device)
     key = _key(place, dtype, _path(place, dtype))
     return key in _known and key not in _unsure
+
+
+def known() -> dict[str, float]:
+    """The prices that this process goes by so far, each under its device, dtype, threads and path."""
+    return dict(_known)
+
+
+def adopt(prices: Mapping[str, float]) -> None:
+    """Go by prices that another process, or an earlier one, went by: the same form then reduces the same layer.
+
+    Args:
+        prices: what `known` returned there.
+
+    Raises:
+        InputError: one of them is no price.
+    """
+    wrong = {key: value for key, value in prices.items() if not _is_price(value)}
+    if wrong:
+        raise InputError(f"{wrong}: no prices; each is a power of √2 from {LEAST_PRICE} to {MOST_PRICE}.")
+    with _lock:
+        _known.update(prices)
 
 
 def cache_file() -> Path:

@@ -15,7 +15,7 @@ from peft import PeftModel, TrainableTokensConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from gradent import PairBatch, audit, losses, measure, measure_tokens, verdict
-from gradent.audit import run as module
+from gradent.audit import conduct as module
 from gradent.audit import scan, token_scan
 from gradent.audit.run import AuditResult
 from gradent.errors import GradentWarning, InputError, NonFiniteError
@@ -26,7 +26,12 @@ from tests.audit.made import FORMATS, PAIRS, save_lora, write_jsonl
 
 def run(model: Path, rows: list[Any] = PAIRS, **options: Any) -> AuditResult:
     data = write_jsonl(model.parent / "pairs.jsonl", rows)
-    return audit(model, data, **{"out": model.parent / "out", "quiet": True, **options})
+    return audit(model, data, **{"out": model.parent / "out", "quiet": True, "report": False, **options})
+
+
+def written(folder: Path) -> list[str]:
+    """Names of the records there, in order."""
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
 
 
 def by_hand(tokenizer, rows: list[Any] = PAIRS) -> PairBatch:
@@ -174,7 +179,7 @@ def test_an_earlier_audit_is_replaced(local_model) -> None:
         == 2
         < len(first["pair"])
     )
-    assert sorted(path.name for path in second.pairs_path.parent.iterdir()) == ["pairs.parquet", "summary.json"]
+    assert written(second.pairs_path.parent) == ["modules.parquet", "pairs.parquet", "sample.parquet", "summary.json"]
 
 
 def test_pairs_do_not_stand_beside_the_summary_of_an_earlier_audit(local_model, monkeypatch) -> None:
@@ -215,7 +220,7 @@ def test_a_failure_leaves_an_earlier_audit_alone(local_model, monkeypatch) -> No
 
     monkeypatch.setattr(scan, "measure", fail)
     with pytest.raises(NonFiniteError):
-        run(local_model)
+        run(local_model, PAIRS[:3])  # what has been measured before is not measured again
     assert (result.pairs_path.read_bytes(), result.summary_path.read_bytes()) == before
 
 
@@ -280,9 +285,10 @@ def test_tokens_are_measured_on_pairs_spread_over_the_cosines(local_model, tiny_
 def test_tokens_of_an_earlier_audit_do_not_stand_beside_new_pairs(local_model, monkeypatch) -> None:
     first = run(local_model, token_pairs=3)
     folder = first.pairs_path.parent
-    assert sorted(path.name for path in folder.iterdir()) == ["pairs.parquet", "summary.json", "tokens.parquet"]
+    others = ["modules.parquet", "pairs.parquet", "sample.parquet", "summary.json"]
+    assert written(folder) == [*others, "tokens.parquet"]
     run(local_model)
-    assert sorted(path.name for path in folder.iterdir()) == ["pairs.parquet", "summary.json"]
+    assert written(folder) == others
     run(local_model, token_pairs=1)
 
     def fail(*_, **__):
@@ -291,12 +297,13 @@ def test_tokens_of_an_earlier_audit_do_not_stand_beside_new_pairs(local_model, m
     monkeypatch.setattr(module, "write_tokens", fail)
     with pytest.raises(InputError, match=r"no space"):
         run(local_model, token_pairs=2)
-    assert [path.name for path in folder.iterdir()] == ["pairs.parquet"]
+    assert written(folder) == others[:3]
 
 
 def test_a_failure_at_the_tokens_leaves_an_earlier_audit_alone(local_model, monkeypatch) -> None:
     result = run(local_model, token_pairs=1)
-    before = {path: path.read_bytes() for path in result.pairs_path.parent.iterdir()}
+    folder = result.pairs_path.parent
+    before = {name: (folder / name).read_bytes() for name in written(folder)}
 
     def fail(*_, **__):
         raise NonFiniteError("no")
@@ -304,7 +311,7 @@ def test_a_failure_at_the_tokens_leaves_an_earlier_audit_alone(local_model, monk
     monkeypatch.setattr(token_scan, "measure_tokens", fail)
     with pytest.raises(NonFiniteError, match=r"pairs.jsonl:\d+: no"):
         run(local_model, PAIRS[:3], token_pairs=1)
-    assert {path: path.read_bytes() for path in result.pairs_path.parent.iterdir()} == before
+    assert {name: (folder / name).read_bytes() for name in written(folder)} == before
 
 
 def test_tokens_of_an_adapter(local_model, tmp_path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -10,7 +12,17 @@ from transformers import LlamaForCausalLM
 
 from gradent import PairBatch, measure
 from gradent.audit import scan as module
-from gradent.audit.scan import adapter_off, check_scan_settings, itself, other_model, plan_batches, scan_pairs
+from gradent.audit.scan import (
+    Scan,
+    adapter_off,
+    check_scan_settings,
+    itself,
+    join_blocks,
+    other_model,
+    plan_batches,
+    scan_batches,
+    scan_reference,
+)
 from gradent.errors import GradentError, InputError, NonFiniteError, NothingTrainableError
 from tests.audit.made import logp, tokenized
 
@@ -24,6 +36,12 @@ PAIRS = [
     tokenized(3, [1, 70], [71], [72]),
     tokenized(5, [1, 80, 81, 82, 83, 84], [85, 86, 87, 88], [89, 90]),
 ]
+
+
+def scan_pairs(model: torch.nn.Module, pairs=PAIRS, *, batch_size: int = 8, **options) -> Scan:
+    """One pass over all pairs; what each batch gave goes through JSON, as in an audit's journal."""
+    blocks = scan_batches(model, pairs, plan_batches(pairs, batch_size), **options)
+    return join_blocks([json.loads(json.dumps(block)) for block in blocks])
 
 
 def whole_batch() -> PairBatch:
@@ -124,11 +142,31 @@ def test_batches_hold_pairs_of_like_length_longest_first() -> None:
     assert sorted(position for positions in batches for position in positions) == list(range(len(PAIRS)))
 
 
-def test_progress_counts_every_pair_and_every_token(tiny_gpt2) -> None:
-    told: list[tuple[int, int]] = []
-    scan_pairs(tiny_gpt2, PAIRS, batch_size=2, advance=lambda pairs, tokens: told.append((pairs, tokens)))
-    assert sum(pairs for pairs, _ in told) == len(PAIRS)
-    assert sum(tokens for _, tokens in told) == int(whole_batch().attention_mask.sum())
+def test_batches_can_be_joined_in_any_order_and_in_part(tiny_gpt2) -> None:
+    blocks = list(scan_batches(tiny_gpt2, PAIRS, plan_batches(PAIRS, 2), by_module=True))
+    whole = join_blocks(blocks)
+    assert whole.positions == list(range(len(PAIRS)))
+    assert join_blocks(blocks[::-1]).gram.inner.tolist() == whole.gram.inner.tolist()
+    part = join_blocks(blocks[1:])
+    assert part.positions == sorted(position for block in blocks[1:] for position in block["positions"])
+    assert part.gram.inner.tolist() == whole.gram.inner[part.positions].tolist()
+    assert part.gram.chosen_len.dtype == torch.int64
+
+
+def test_the_reference_alone(tiny_llama) -> None:
+    batches = plan_batches(PAIRS, 2)
+    blocks = list(scan_reference(tiny_llama.double(), PAIRS, batches))
+    found = {position: at for block, positions in zip(blocks, batches, strict=True) for position, *at in zip(
+        positions, block["ref_chosen_logp"], block["ref_rejected_logp"], strict=True
+    )}  # fmt: skip
+    expected = torch.stack(plain(tiny_llama), dim=1)
+    torch.testing.assert_close(
+        torch.tensor([found[position] for position in range(len(PAIRS))], dtype=torch.float64),
+        expected, rtol=1e-6, atol=0,
+    )  # fmt: skip
+    spoil(tiny_llama, 64)
+    with pytest.raises(NonFiniteError, match=r"^pairs.jsonl:3: .*reference"):
+        list(scan_reference(tiny_llama, PAIRS, batches))
 
 
 def spoil(model: torch.nn.Module, token: int) -> None:

@@ -21,7 +21,11 @@ def summary(**given: Any) -> dict[str, Any]:
     values |= {"case": [1, 2, 0], "cosine": [0.5, -0.5, None], "inner": [0.5, 1.0, 0.0]}
     return {
         **summarize_columns(values),
-        "model": {"checkpoint": "my-model"},
+        "run": None,
+        "checkpoints": [],
+        "left_out": [],
+        "recommendation": None,
+        "model": {"checkpoint": "my-model", "step": 40},
         "reference": {"kind": "self", "source": None},
         "data": {"source": "pairs.jsonl", "measured": 3},
         "loss": {"name": "dpo", "beta": 0.1},
@@ -199,3 +203,15 @@ def test_weights_without_a_ratio_are_told() -> None:
 )
 def test_previews(text, other, shown) -> None:
     assert preview(text, other, 40) == shown
+
+
+def test_a_run_is_shown_checkpoint_by_checkpoint() -> None:
+    given = summary(run={"directory": "my-run"}, recommendation={"text": "Try another loss."})
+    rows = [{"name": f"checkpoint-{step}", "step": step, "pairs": 3, **given} for step in (20, 40)]
+    rows[0]["logps"] = {**given["logps"], "chosen_logp": -12.5}
+    left = [{"checkpoint": "checkpoint-30", "step": 30, "reason": "half of it\x1b[2J is missing"}]
+    text = printed({**given, "checkpoints": rows, "left_out": left}, width=120)
+    assert "my-run" in text and "my-model" in text and "at step 40" in text
+    assert cells(text, "20")[:4] == ["20", "3", "+0.000", "33.3%"] and "-12.5" in cells(text, "20")
+    assert "left out: checkpoint-30: half of it" in text and "\x1b" not in text
+    assert text.rstrip().endswith("Try another loss.")

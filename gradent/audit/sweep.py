@@ -1,0 +1,192 @@
+"""Checkpoint after checkpoint, batch after batch, each finding into the journal: what is there is not done again."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gradent.audit.journal import Journal
+from gradent.audit.prepare import Material, describe_model, open_model
+from gradent.audit.ranks import Ranks
+from gradent.audit.scan import Reference, adapter_off, itself, scan_batches, scan_reference
+from gradent.audit.targets import ReferenceChoice, Target
+from gradent.audit.token_scan import choose_pairs, scan_tokens, token_cost
+from gradent.errors import GradentError
+from gradent.kernels import crossover
+
+__all__ = ["Sweep"]
+
+Advance = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """One audit's measuring: every rank makes one, and each measures its share of the batches.
+
+    Attributes:
+        targets: what to measure, by step.
+        reference: where the reference's log-probs come from.
+        material: the pairs.
+        batches: positions of pairs, batch by batch.
+        journal: of this rank.
+        ranks: which process this is.
+        device: where models go.
+        dtype: as in `audit`, and so are the rest.
+        engine: see there.
+        by_module: see there.
+        memory_budget: see there.
+        trust_remote_code: see there.
+        several: whether a target that fails is left out, so that the others are still measured.
+        tell: says what is left out.
+    """
+
+    targets: Sequence[Target]
+    reference: ReferenceChoice
+    material: Material
+    batches: Sequence[Sequence[int]]
+    journal: Journal
+    ranks: Ranks
+    device: str
+    dtype: str
+    engine: str
+    by_module: bool
+    memory_budget: int | str | None
+    trust_remote_code: bool
+    several: bool
+    tell: Callable[[str], None]
+
+    def agree_on_prices(self) -> None:
+        """Settle which form reduces which layer: it hangs on a measured price, and last bits hang on the form.
+
+        All ranks, and an audit that goes on where another was killed, go by the price that was measured first.
+        """
+        kinds = {torch.float32} if self.dtype == "auto" else {torch.float32, getattr(torch, self.dtype)}
+        if self.ranks.first and self.journal.find("prices", "") is None:
+            for kind in sorted(kinds, key=str):
+                crossover.price(self.device, kind)
+            self.journal.append("prices", "", 0, crossover.known())
+        self.ranks.wait()
+        self.journal.refresh()
+        crossover.adopt(self.journal.find("prices", "") or {})
+
+    def measure_reference(self, advance: Advance) -> None:
+        """The log-probs of a reference that is a model of its own, once for all targets.
+
+        Args:
+            advance: called with the pairs and tokens that are done.
+        """
+        source = self.reference.source
+        if source is None:
+            return
+        left = self._left("reference", self.reference.identity, advance)
+        if not left:
+            return
+        model = self._open(source, trainable=False)
+        blocks = scan_reference(model, self.material.pairs.pairs, [self.batches[number] for number in left])
+        for number, block in zip(left, blocks, strict=True):
+            self.journal.append("reference", self.reference.identity, number, block)
+            advance(*self._cost(number))
+
+    def measure_targets(self, advance: Advance) -> dict[str, str]:
+        """The Gram entries of every pair on every target.
+
+        Args:
+            advance: called with the pairs and tokens that are done.
+
+        Returns:
+            Why a target is left out, by its name; of this rank's own failures.
+
+        Raises:
+            GradentError: what went wrong, where there is a single target.
+        """
+        failures: dict[str, str] = {}
+        for target in self.targets:
+            if target.problem is not None:
+                failures[target.name] = target.problem
+                continue
+            try:
+                self._measure_target(target, advance)
+            except GradentError as error:
+                if not self.several:
+                    raise
+                failures[target.name] = str(error)
+        return failures
+
+    def measure_tokens(self, target: Target, cosines: Sequence[float | None], count: int, advance: Advance) -> None:
+        """The token matrices of some pairs on one target.
+
+        Args:
+            target: the model.
+            cosines: of all pairs on it, which choose the pairs.
+            count: how many pairs.
+            advance: called with 1 and what the pair cost.
+        """
+        pairs = [self.material.pairs.pairs[position] for position in choose_pairs(cosines, count)]
+        own = [pairs[number] for number in self.ranks.share(len(pairs))]
+        done = [pair for pair in own if self.journal.find("tokens", target.identity, pair.row) is not None]
+        for pair in done:
+            advance(1, token_cost(pair))
+        left = [pair for pair in own if pair not in done]
+        if not left or target.source is None:
+            return
+        model = self._open(target.source)
+        for pair in sorted(left, key=token_cost, reverse=True):  # what cannot be done fails at once
+            columns = scan_tokens(model, self.material.tokenizer, [pair], memory_budget=self.memory_budget)
+            self.journal.append("tokens", target.identity, pair.row, columns)
+            advance(1, token_cost(pair))
+
+    def _measure_target(self, target: Target, advance: Advance) -> None:
+        left = self._left("batch", target.identity, advance)
+        if target.source is None or not left:
+            return
+        model = self._open(target.source)
+        if self.journal.find("model", target.identity) is None:
+            described = describe_model(model, target.source, target.step, self.device)
+            self.journal.append("model", target.identity, 0, described)
+        blocks = scan_batches(
+            model, self.material.pairs.pairs, [self.batches[number] for number in left],
+            reference=self._in_place(model), engine=self.engine, by_module=self.by_module,
+            memory_budget=self.memory_budget,
+        )  # fmt: skip
+        for number, block in zip(left, blocks, strict=True):
+            self.journal.append("batch", target.identity, number, block)
+            advance(*self._cost(number))
+
+    def _in_place(self, model: Any) -> Reference | None:
+        """A reference that is the model under measurement, in one way or another."""
+        if self.reference.source is not None:
+            return None
+        return {"self": itself, "adapter_off": adapter_off(model)}.get(self.reference.kind)
+
+    def _open(self, source: Any, *, trainable: bool = True) -> Any:
+        gc.collect()  # the model before this one goes first
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return open_model(
+            source, self.material, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code,
+            trainable=trainable,
+        )  # fmt: skip
+
+    def _left(self, kind: str, identity: str, advance: Advance) -> list[int]:
+        """This rank's batches that the journal has not."""
+        left = []
+        for number in self.ranks.share(len(self.batches)):
+            if self.journal.find(kind, identity, number) is None:
+                left.append(number)
+            else:
+                advance(*self._cost(number))
+        return left
+
+    def _cost(self, number: int) -> tuple[int, int]:
+        """Pairs and tokens of a batch."""
+        pairs = [self.material.pairs.pairs[position] for position in self.batches[number]]
+        return len(pairs), sum(map(pair_cost, pairs))
+
+
+def pair_cost(pair: Any) -> int:
+    """Tokens of both rows of a pair."""
+    return 2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)

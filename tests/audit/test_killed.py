@@ -1,0 +1,80 @@
+"""kill -9 at any moment: started again, an audit ends with the records of one that nobody disturbed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.audit.trained import Trained, train_run
+
+KILLS = 10
+FILES = ("pairs.parquet", "sample.parquet", "modules.parquet", "tokens.parquet")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Trained:
+    return train_run(tmp_path_factory.mktemp("killed"), lora=True, data_rows=24)
+
+
+def go(run: str, pairs: str, out: str) -> None:
+    """The audit, in a process of its own."""
+    import torch  # noqa: PLC0415
+
+    from gradent import audit  # noqa: PLC0415
+
+    torch.set_num_threads(1)
+    audit(run, pairs, out=out, batch_size=1, token_pairs=4, report=False, quiet=True)
+
+
+def start(trained: Trained, out: Path) -> Any:
+    """The audit under way; what it imports is loaded beforehand, so that kills fall into its work."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.audit.trained", "gradent.audit.conduct", "pyarrow.parquet"])
+    process = context.Process(target=go, args=(str(trained.run), str(trained.pairs), str(out)))
+    process.start()
+    return process
+
+
+def records(out: Path) -> dict[str, Any]:
+    summary = json.loads((out / "summary.json").read_text())
+    return {**{name: (out / name).read_bytes() for name in FILES}, "summary": {**summary, "seconds": 0}}
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments(trained, tmp_path) -> None:
+    start(trained, tmp_path / "warm").join()  # the first one starts the server that the others are forked from
+    began = time.monotonic()
+    undisturbed = start(trained, tmp_path / "whole")
+    undisturbed.join()
+    assert undisturbed.exitcode == 0
+    seconds = time.monotonic() - began
+    chance, lines, killed = random.Random(0), [0], 0
+    for _ in range(5 * KILLS):
+        process = start(trained, tmp_path / "out")
+        process.join(chance.uniform(0.1, 0.6) * seconds)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+        process.join()
+        lines.append(sum(path.read_bytes().count(b"\n") for path in (tmp_path / "out").glob("journal/*.jsonl")))
+        if killed == KILLS:
+            break
+        if process.exitcode == 0:  # it got through between two kills: the rest begin anew
+            assert records(tmp_path / "out") == records(tmp_path / "whole")
+            for path in (tmp_path / "out").glob("journal/*.jsonl"):
+                path.unlink()
+            lines.append(0)
+    assert killed == KILLS
+    assert len(set(lines)) > 3, lines  # the kills fell into the work, and it went on in between
+    last = start(trained, tmp_path / "out")
+    last.join()
+    assert last.exitcode == 0
+    assert records(tmp_path / "out") == records(tmp_path / "whole")
