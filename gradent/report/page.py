@@ -16,17 +16,27 @@ from pathlib import Path
 from typing import Any
 
 from gradent.errors import InputError
-from gradent.report.figure import Chart, HeatMap, Line, chart_figure, heat_figure
+from gradent.report.figure import Bars, Chart, HeatMap, Line, Series
+from gradent.report.figure_text import describe_figure, tabulate_figure
+from gradent.report.parts import BigNumber, Cell, Fold, Notice, Numbers, Part, Quote, Table, Word, Words
+from gradent.report.plotly_figure import bars_figure, chart_figure, heat_figure
 from gradent.token_text import readable
 
 __all__ = [
+    "Bars",
+    "BigNumber",
     "Cell",
     "Chart",
+    "Fold",
     "HeatMap",
     "Line",
+    "Notice",
+    "Numbers",
     "Page",
+    "Part",
     "Quote",
     "Section",
+    "Series",
     "Table",
     "Word",
     "Words",
@@ -34,79 +44,18 @@ __all__ = [
     "write_page",
 ]
 
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a table: lines of text, and a mood (`good`, `bad` or none) that colours it."""
-
-    lines: tuple[str, ...]
-    mood: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells or plain strings under a header; with a text in `folded`, hidden behind it until asked for."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[Cell | str]]
-    folded: str = ""
-
-
-@dataclass(frozen=True)
-class Quote:
-    """A text as it stands, with its line ends, under a heading."""
-
-    title: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Word:
-    """A piece of coloured text.
-
-    Attributes:
-        text: as it reads.
-        value: above 0, below 0, or nan for neither; it gives the colour.
-        note: the value and whatever else there is to say, in words; shown when the piece is pointed at or stepped to.
-        strong: whether it is set in bold.
-    """
-
-    text: str
-    value: float
-    note: str
-    strong: bool = False
-
-
-@dataclass(frozen=True)
-class Words:
-    """Texts whose pieces are coloured by their values, all on one scale.
-
-    Depth goes with the square root of a value, so that small ones are seen beside large ones. Pieces below 0 are also
-    underlined by dots, those above 0 by a line.
-
-    Attributes:
-        texts: a title and its pieces, each.
-        below: what a value below 0 means, in a word or two.
-        above: what a value above 0 means.
-        bad_above: whether it is the values above 0 that are red.
-    """
-
-    texts: Sequence[tuple[str, Sequence[Word]]]
-    below: str
-    above: str
-    bad_above: bool = False
-
-
-Part = Table | Chart | HeatMap | Quote | Words
+_CONTENTS = 5  # sections from which on a page lists them
+_BAR, _BARS_ROOM = 2.1, 9.0  # heights in rem: of a lying bar, and of what stands around all bars
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence or two, and parts in order."""
+    """A heading, a sentence or two, and parts in order; `serves` says what a reader can decide by it."""
 
     title: str
     text: str
     parts: Sequence[Part]
+    serves: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,6 +68,7 @@ class Page:
         facts: name and value of what a reader must know of the run.
         sections: in order.
         foot: a closing line.
+        notices: what must be seen before anything else.
     """
 
     title: str
@@ -126,6 +76,7 @@ class Page:
     facts: Sequence[tuple[str, str]] = ()
     sections: Sequence[Section] = field(default_factory=tuple)
     foot: str = ""
+    notices: Sequence[Notice] = ()
 
 
 def render_page(page: Page) -> str:
@@ -156,13 +107,19 @@ def render_page(page: Page) -> str:
         {
             "title": section.title,
             "text": section.text,
+            "serves": section.serves,
             "parts": [_to_part(part) for part in section.parts],
         }
         for section in page.sections
     ]
     kinds = {part["kind"] for section in sections for part in section["parts"]}
-    plotlyjs = get_plotlyjs() if "figure" in kinds else ""
-    return template.render(page=page, sections=sections, plotlyjs=plotlyjs, words="words" in kinds)
+    return template.render(
+        page=page,
+        sections=sections,
+        contents=len(sections) >= _CONTENTS,
+        plotlyjs=get_plotlyjs() if "figure" in kinds else "",
+        words="words" in kinds,
+    )
 
 
 def write_page(path: str | os.PathLike[str], page: Page) -> Path:
@@ -187,19 +144,66 @@ def write_page(path: str | os.PathLike[str], page: Page) -> Path:
 
 
 def _to_part(part: Part) -> dict[str, Any]:
-    """What the template reads: the part's kind and its contents, a figure as JSON."""
-    if isinstance(part, Chart):
-        return {"kind": "figure", "figure": _json(chart_figure(part)), "label": f"{part.y_label} over {part.x_label}"}
-    if isinstance(part, HeatMap):
-        label = f"{part.name}: {part.y_label} by {part.x_label}"
-        size = {"rows": len(part.rows), "columns": len(part.columns)}
-        return {"kind": "figure", "figure": _json(heat_figure(part)), "label": label, **size}
+    """What the template reads: the part's kind and its contents."""
+    if isinstance(part, Chart | HeatMap | Bars):
+        return _to_figure(part)
     if isinstance(part, Quote):
         return {"kind": "quote", "title": part.title, "text": part.text}
     if isinstance(part, Words):
         return {"kind": "words", **_to_words(part)}
-    rows = [[cell if isinstance(cell, Cell) else Cell((cell,)) for cell in row] for row in part.rows]
-    return {"kind": "table", "header": part.header, "rows": rows, "folded": part.folded}
+    if isinstance(part, Numbers):
+        return {"kind": "numbers", "numbers": part.numbers}
+    if isinstance(part, Notice):
+        return {"kind": "notice", "notice": part}
+    if isinstance(part, Fold):
+        return {"kind": "fold", "title": part.title, "parts": [_to_part(each) for each in part.parts]}
+    return _to_table(part)
+
+
+def _to_figure(part: Chart | HeatMap | Bars) -> dict[str, Any]:
+    """A figure as JSON, with its title, what it shows in words, and its numbers as a table (None where too many)."""
+    table = tabulate_figure(part)
+    size: dict[str, Any] = {"height": ""}
+    if isinstance(part, HeatMap):
+        size, figure = {"rows": len(part.rows), "columns": len(part.columns)}, heat_figure(part)
+    elif isinstance(part, Bars):
+        figure = bars_figure(part)
+        size["height"] = "" if part.upright else f"{_BARS_ROOM + _BAR * len(part.names):.1f}rem"
+    else:
+        figure = chart_figure(part)
+    return {
+        "kind": "figure",
+        "figure": _json(figure),
+        "title": part.title,
+        "label": describe_figure(part),
+        "table": None if table is None else _to_table(table),
+        **size,
+    }
+
+
+def _to_table(table: Table) -> dict[str, Any]:
+    first = len(table.header) if table.figures_from is None else table.figures_from
+    rows = [
+        [_to_cell(cell, column >= first, column == 0 and table.figures_from is not None) for column, cell in each]
+        for each in (enumerate(row) for row in table.rows)
+    ]
+    header = [(name, "num" if column >= first else "") for column, name in enumerate(table.header)]
+    label = table.caption or table.folded or ", ".join(name for name in table.header if name)
+    return {
+        "kind": "table",
+        "header": header,
+        "rows": rows,
+        "folded": table.folded,
+        "caption": table.caption,
+        "label": label,
+        "measured": table.figures_from is not None,
+    }
+
+
+def _to_cell(cell: Cell | str, figure: bool, names: bool) -> dict[str, Any]:
+    whole = cell if isinstance(cell, Cell) else Cell((cell,))
+    classes = " ".join(each for each in (whole.mood, "num" if figure else "") if each)
+    return {"lines": whole.lines, "classes": classes, "names": names}
 
 
 def _shown(value: Any) -> Any:

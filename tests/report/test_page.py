@@ -40,9 +40,8 @@ class Reader(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         values = dict(attrs)
-        self.loads += [
-            values[name] for name in ("src", "href", "data", "action", "poster", "srcset") if values.get(name)
-        ]
+        named = [values.get(name) or "" for name in ("src", "href", "data", "action", "poster", "srcset")]
+        self.loads += [each for each in named if each and not (tag == "a" and each.startswith("#"))]
         if values.get("http-equiv") == "Content-Security-Policy":
             self.policy = values["content"]
 
@@ -119,6 +118,7 @@ def test_nothing_is_loaded_from_outside(evil_page):
 def test_the_check_of_loads_can_fail():
     assert read('<script src="https://example.org/x.js"></script>').loads == ["https://example.org/x.js"]
     assert read('<link rel="stylesheet" href="x.css">').loads == ["x.css"]
+    assert read('<a href="#main"></a><a href="x#main"></a><img src="#y">').loads == ["x#main", "#y"]
 
 
 def test_a_page_without_charts_carries_no_plotly():
