@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from gradent import audit
+from tests.audit.trained import train_run
 from tests.truth import TOLERANCE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,20 +44,40 @@ def test_python_snippets_run_as_one_program(local_model, monkeypatch, capsys):
     assert "tensor(" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Path:
+    """Where `my-run` lies."""
+    folder = tmp_path_factory.mktemp("trained")
+    train_run(folder, lora=True, data_rows=12).run.rename(folder / "my-run")
+    return folder
+
+
+WRITTEN = {
+    "audit": {"report.html", "pairs.parquet", "sample.parquet", "modules.parquet", "summary.json", "figures"},
+    "tokens": {"tokens.html", "tokens.png", "tokens.json"},
+}
+
+
 @pytest.mark.parametrize("command", commands("gradent"), ids=" ".join)
-def test_gradent_commands_run(command, local_model):
+def test_gradent_commands_run(command, local_model, finished_run):
     folder = local_model.parent
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    (folder / "my-run").symlink_to(finished_run / "my-run")
+    if "my-run" in command:
+        shutil.copy(finished_run / "pairs.jsonl", folder / "pairs.jsonl")
+    for earlier in {"my-audit", "other-audit"} & set(command if command[1] in {"report", "compare"} else ()):
+        audit(folder / "my-model", folder / "pairs.jsonl", out=folder / earlier, report=False, quiet=True)
     done = subprocess.run(
         [sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    written = {"audit": {"pairs.parquet", "summary.json"}, "tokens": {"tokens.html", "tokens.png", "tokens.json"}}
-    if "--out" not in command:
+    if command[1] in {"report", "compare"}:
+        assert (folder / {"report": "my-audit/report.html", "compare": "compare.html"}[command[1]]).is_file()
+    elif "--out" not in command:
         assert command[1] in {"plan", "doctor"} and done.stdout
-        return
-    out = folder / command[command.index("--out") + 1]
-    assert written[command[1]] <= {path.name for path in out.iterdir()}
+    else:
+        out = folder / command[command.index("--out") + 1]
+        assert WRITTEN[command[1]] <= {path.name for path in out.iterdir()}
 
 
 def test_make_targets_exist():
