@@ -117,7 +117,7 @@ def _checkpoint_table(checkpoints: Sequence[dict[str, Any]]) -> Table:
     table = _new_table("step", "pairs", "cosine", "ideal", "both down", "both up", "reversed", "chosen", "rejected")
     for each in checkpoints:
         cases = [_percent(each["cases"][name]["share"]) for name in ("ideal", "both_down", "both_up", "reversed")]
-        logps = [_number(each["logps"][name]) for name in ("chosen_logp", "rejected_logp")]
+        logps = [_nats(each["logps"][name]) for name in ("chosen_logp", "rejected_logp")]
         table.add_row(str(each["step"]), str(each["pairs"]), _signed(each["cosine"]["p50"]), *cases, *logps)
     return table
 
@@ -238,6 +238,10 @@ def _new_table(*names: str, text: int = 0) -> Table:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
+
+
+def _nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _signed(value: float | None) -> str:
