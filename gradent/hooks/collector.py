@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from gradent.hooks.capture import Tap
-from gradent.hooks.forms import scaled, scaled_rows
+from gradent.hooks.forms import Explicit, scaled, scaled_rows
 from gradent.hooks.ledger import Ledger
 from gradent.hooks.share import give, is_shared
 from gradent.hooks.uses import Layout, LookupUse, MatrixUse
+from gradent.kernels.reference import products
 
 __all__ = ["Collector", "Place"]
 
@@ -77,14 +78,27 @@ class Collector:
             self._share(tap, cotangent, place, factors) or self._at_once(tap, cotangent, place, factors)
         ):
             return
-        for index, slot, form in tap.use.forms(cotangent, place.layout, self._budget):
-            row, factor = place.rows[index], 1.0 if factors is None else factors[index]
-            if row >= 0 and factor:
-                self.ledger.add(param, row, slot, form if factors is None else scaled(form, factor))
+        self._add(tap, cotangent, place, factors)
         if not waiting:
             self.ledger.finish(param)
         elif all(isinstance(other.use, LookupUse) for other in waiting) and not isinstance(tap.use, LookupUse):
             self.ledger.shrink(param, lambda row: self._lookups(param, row))
+
+    def _add(self, tap: Tap, cotangent: Tensor, place: Place, factors: Sequence[float] | None) -> None:
+        """Add every row's gradient: formed already where that is the smaller thing to hold."""
+        param = tap.use.view.param
+        if isinstance(tap.use, MatrixUse) and all(isinstance(other.use, MatrixUse) for other in self._waiting[param]):
+            u, v = tap.use.factors(cotangent, place.layout)
+            if self.ledger.folds(param, u, v):
+                u, v = (u, v) if factors is None else scaled_rows(u, v, factors)
+                for index, grad in enumerate(products(u, v)):
+                    if place.rows[index] >= 0 and (factors is None or factors[index]):
+                        self.ledger.add(param, place.rows[index], tap.use.view.slot, Explicit(grad))
+                return
+        for index, slot, form in tap.use.forms(cotangent, place.layout, self._budget):
+            row, factor = place.rows[index], 1.0 if factors is None else factors[index]
+            if row >= 0 and factor:
+                self.ledger.add(param, row, slot, form if factors is None else scaled(form, factor))
 
     def _share(self, tap: Tap, cotangent: Tensor, place: Place, factors: Sequence[float] | None) -> bool:
         """Reduce a parameter whose only use this is, and hand its gradient to that use; whether that was done."""

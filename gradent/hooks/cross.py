@@ -44,6 +44,10 @@ class CrossLedger(Ledger):
         """Never; see `whole`."""
         return False
 
+    def folds(self, param: int, u: Tensor, v: Tensor) -> bool:
+        """Never; see `whole`."""
+        return False
+
     def shrink(self, param: int, lookups: Callable[[int], Tensor]) -> None:
         """Nothing is reduced ahead: a tied head waits for the embedding."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gradent.hooks.forms import Deferred, Dense, Explicit, Form, Rows, Solid
 from gradent.kernels.dispatch import pairs_pay, reduce_pair, reduce_pairs
-from gradent.kernels.reference import accumulator, reduce_flat
+from gradent.kernels.reference import accumulator, product_pays, reduce_flat, reduce_tiles, tiles_pay
 from gradent.kernels.shared import reduce_shared
 
 __all__ = ["Ledger", "merge_forms"]
@@ -75,7 +75,7 @@ class Ledger:
         Returns:
             Whether it is reduced; if not, its forms are to be added row by row.
         """
-        if self._forms.get(param) or len(u) != 2 * self._pairs:
+        if self._forms.get(param):
             return False
         try:
             entries = reduce_pairs(u, v, budget=self._budget, weight=self._root(param, ()))
@@ -105,8 +105,23 @@ class Ledger:
         return total
 
     def fits(self, u: Tensor, v: Tensor) -> bool:
-        """Whether all rows' products are worth forming at once; arguments as for `whole`."""
-        return pairs_pay(u, v, budget=self._budget)
+        """Whether all rows' products are here, and worth forming at once; arguments as for `whole`."""
+        return len(u) == 2 * self._pairs and pairs_pay(u, v, budget=self._budget)
+
+    def folds(self, param: int, u: Tensor, v: Tensor) -> bool:
+        """Whether a matrix product's gradients are to be formed as they arrive, and added as such.
+
+        Args:
+            param: the parameter's number.
+            u: `[R, T, O]`, the rows of one forward.
+            v: `[R, T, I]`.
+
+        Returns:
+            The answer; no where the parameter holds factors already.
+        """
+        held = [form for row in self._forms[param].values() for forms in row.values() for form in forms]
+        unmixed = all(isinstance(form, Explicit) for form in held)
+        return unmixed and product_pays(u, v, count=2 * self._pairs, budget=self._budget)
 
     def finish(self, param: int) -> None:
         """Reduce a parameter, all of whose uses have been added; rows without a form have a zero gradient there.
@@ -115,6 +130,34 @@ class Ledger:
             param: the parameter's number.
         """
         held = self._forms.pop(param, {})
+        entries = self._together(param, held)
+        if entries is None:
+            entries = self._pair_by_pair(param, held)
+        if param in self._ahead:
+            entries += self._ahead.pop(param)
+        self.entries[param] = entries
+
+    def _together(self, param: int, held: dict[int, dict[Slot, list[Form]]]) -> Tensor | None:
+        """Entries of a parameter whose rows hold small explicit gradients of one slot, `[k, 3]`; None of any other."""
+        slots = {slot for row in held.values() for slot in row}
+        if len(slots) != 1:
+            return None
+        (slot,) = slots
+        forms = [(row, form) for row, of_row in held.items() for form in of_row[slot]]
+        grads = [(row, form.grad) for row, form in forms if isinstance(form, Explicit)]
+        if len(grads) < len(forms) or not tiles_pay(grads[0][1], count=2 * self._pairs, budget=self._budget):
+            return None
+        some = grads[0][1]
+        try:
+            tiles = some.new_zeros(2 * self._pairs, *some.shape, dtype=accumulator(some.dtype))
+            for row, grad in grads:
+                tiles[row].add_(grad)
+            root = self._root(param, slot)
+            return reduce_tiles(tiles if root is None else tiles.mul_(root))
+        except torch.OutOfMemoryError:
+            return None
+
+    def _pair_by_pair(self, param: int, held: dict[int, dict[Slot, list[Form]]]) -> Tensor:
         totals: list[Tensor | None] = []
         for pair in range(self._pairs):
             chosen, rejected = held.get(pair, {}), held.get(pair + self._pairs, {})
@@ -124,10 +167,7 @@ class Ledger:
             ]
             totals.append(torch.stack(sums).sum(0) if sums else None)
         some = next((total for total in totals if total is not None), torch.zeros(3, dtype=torch.float64))
-        entries = torch.stack([torch.zeros_like(some) if total is None else total for total in totals])
-        if param in self._ahead:
-            entries += self._ahead.pop(param)
-        self.entries[param] = entries
+        return torch.stack([torch.zeros_like(some) if total is None else total for total in totals])
 
     def shrink(self, param: int, lookups: Callable[[int], Tensor]) -> None:
         """Reduce a tied weight's dense forms now, and keep only the rows of them that its lookups will touch.

@@ -60,45 +60,54 @@ def sequence_logprobs(logits: Tensor, input_ids: Tensor, completion_mask: Tensor
 class _SequenceLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, input_ids: Tensor, completion_mask: Tensor, tile: int) -> Tensor:
-        rows, positions = completion_mask[:, 1:].nonzero(as_tuple=True)
-        targets = input_ids[rows, positions + 1]
-        wide = accumulator(logits.dtype)
-        normalizer = torch.empty(len(rows), dtype=wide, device=logits.device)
+        wide, marks, targets = accumulator(logits.dtype), completion_mask[:, 1:], input_ids[:, 1:]
+        ctx.spans = _spans(marks, logits.shape[-1] * wide.itemsize, tile)
+        normalizer = torch.zeros(marks.shape, dtype=wide, device=logits.device)
         total = torch.zeros(logits.shape[0], dtype=torch.float64, device=logits.device)
-        for span in _spans(len(rows), logits.shape[-1] * wide.itemsize, tile):
-            scores = logits[rows[span], positions[span]].to(wide)
-            normalizer[span] = scores.logsumexp(-1)
-            chosen = scores.gather(1, targets[span, None])[:, 0] - normalizer[span]
-            total.index_add_(0, rows[span], chosen.double())
+        for row, span, _ in ctx.spans:
+            scores = logits[row, span].to(wide)
+            normalizer[row, span] = scores.logsumexp(-1)
+            chosen = scores.gather(1, targets[row, span, None])[:, 0] - normalizer[row, span]
+            total[row] += chosen.where(marks[row, span], 0).double().sum()
         is_view = logits._is_view()  # noqa: SLF001  (torch has no public name for it)
         reuse = not is_view and logits.grad_fn is not None and logits.grad_fn.name() in _FORGETFUL
-        ctx.save_for_backward(logits, rows, positions, targets, normalizer)
-        ctx.reuse, ctx.tile = reuse, tile
+        ctx.save_for_backward(logits, targets, marks, normalizer)
+        ctx.reuse = reuse
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None, None]:
-        logits, rows, positions, targets, normalizer = ctx.saved_tensors
-        scale = grads[0]
+        logits, targets, marks, normalizer = ctx.saved_tensors
         # detach() shares the version counter: should a node below keep the logits after all, autograd says so.
         grad = logits.detach() if ctx.reuse else torch.zeros_like(logits)
-        for span in _spans(len(rows), logits.shape[-1] * normalizer.element_size(), ctx.tile):
-            row, position = rows[span], positions[span]
-            share = (logits[row, position].to(normalizer.dtype) - normalizer[span, None]).exp_().neg_()
-            share[torch.arange(len(row), device=row.device), targets[span]] += 1
-            share *= scale[row, None].to(share.dtype)
-            grad[row, position] = share.to(grad.dtype)
-        if ctx.reuse:
-            marked = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)
-            marked[rows, positions] = True
-            for row in range(len(marked)):
-                grad[row].masked_fill_(~marked[row, :, None], 0)
+        scales = (grads[0][:, None] * marks).to(normalizer.dtype)
+        done = [0] * len(grad)
+        for row, span, whole in ctx.spans:
+            scale, goal = scales[row, span, None], grad[row, span]
+            share = goal if goal.dtype == normalizer.dtype else torch.empty_like(goal, dtype=normalizer.dtype)
+            torch.sub(logits[row, span], normalizer[row, span, None], out=share)
+            share.exp_().mul_(-scale).scatter_add_(1, targets[row, span, None], scale)
+            if not whole:
+                share.masked_fill_(~marks[row, span, None], 0)
+            if share is not goal:
+                goal.copy_(share)
+            grad[row, done[row] : span.start] = 0
+            done[row] = span.stop
+        for row, start in enumerate(done):
+            grad[row, start:] = 0
         return grad, None, None, None
 
 
-def _spans(count: int, width: int, tile: int) -> list[slice]:
+def _spans(marks: Tensor, width: int, tile: int) -> list[tuple[int, slice, bool]]:
+    """`(row, positions, whether all are marked)`: every row from its first to its last mark, a tile each."""
     step = max(1, tile // width)
-    return [slice(start, start + step) for start in range(0, count, step)]
+    spans = []
+    for row, marked in enumerate(marks.tolist()):
+        places = [place for place, mark in enumerate(marked) if mark]
+        for start in range(places[0], places[-1] + 1, step) if places else ():
+            span = slice(start, min(places[-1] + 1, start + step))
+            spans.append((row, span, all(marked[span])))
+    return spans
 
 
 def check_logps(logps: Tensor, pairs: Sequence[int], chosen: Sequence[bool]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -235,18 +235,21 @@ class SumUse(_WholeSlot):
 
     def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
         """See `Use.forms`."""
-        factor = None if self.factor is None else self.factor()
-        for row in range(layout.rows):
-            take: Any = ...
-            if layout.rows > 1:
-                flat = cotangent.shape[0] != layout.rows
-                take = slice(row * layout.length, (row + 1) * layout.length) if flat else row
-            summed = self._sum(cotangent[take], None if factor is None else factor[take], budget)
+        factor = None if self.factor is None else self._by_row(self.factor(), layout)
+        for row, summed in enumerate(self._sums(self._by_row(cotangent, layout), factor, budget)):
             if self.view.ids is None:
                 grad = summed.reshape(self.view.shape)
                 yield row, self.view.slot, Explicit(grad if self.view.gain is None else grad * self.view.gain)
             else:  # learned positions, added to every row of the batch
                 yield row, (), Rows(self.view.ids.reshape(-1), summed.reshape(-1, self.view.shape[1]))
+
+    def _by_row(self, tensor: Tensor, layout: Layout) -> Tensor:
+        """A tensor of the output's shape as `[R, *shape of a row]`."""
+        if layout.rows == 1:
+            return tensor[None]
+        if tensor.shape[0] == layout.rows:
+            return tensor
+        return tensor.reshape(layout.rows, layout.length, *tensor.shape[1:])
 
     def token_sums(self, cotangents: Tensor, budget: int) -> Tensor:
         """The gradients of many cotangents of one row.
@@ -275,19 +278,20 @@ class SumUse(_WholeSlot):
         grads = torch.cat(parts).reshape(len(cotangents), *self.view.shape)
         return grads if self.view.gain is None else grads * self.view.gain
 
-    def _sum(self, b: Tensor, factor: Tensor | None, budget: int) -> Tensor:
-        """`Σ b · factor` of one row over the axes along which the parameter was broadcast, in steps."""
+    def _sums(self, b: Tensor, factor: Tensor | None, budget: int) -> Tensor:
+        """`Σ b · factor` of every row `[R, ...]` over the axes along which the parameter was broadcast, in steps."""
         wide = accumulator(b.dtype)
-        shape = (1,) * (b.dim() - len(self.shape)) + tuple(self.shape)[max(0, len(self.shape) - b.dim()) :]
-        axes = [axis for axis, size in enumerate(shape) if size == 1]
-        count = max(1, b.shape[0])  # of no token (an expert without any), the sum is zero
+        dims = b.dim() - 1
+        shape = (1,) * (dims - len(self.shape)) + tuple(self.shape)[max(0, len(self.shape) - dims) :]
+        axes = [axis + 1 for axis, size in enumerate(shape) if size == 1]
+        count = max(1, b.shape[1])  # of no token (an expert without any), the sum is zero
         step = count
-        if 0 in axes:
-            step = max(1, budget // max(1, 2 * wide.itemsize * b.shape[1:].numel()))
+        if 1 in axes:
+            step = max(1, budget // max(1, 2 * wide.itemsize * len(b) * b.shape[2:].numel()))
         total: Tensor | float = 0.0
         for start in range(0, count, step):
-            part = b[start : start + step].to(wide)
+            part = b[:, start : start + step].to(wide)
             if factor is not None:
-                part = part * factor[start : start + step].to(wide)
+                part = part * factor[:, start : start + step].to(wide)
             total = total + (part.sum(axes, keepdim=True) if axes else part)
         return torch.as_tensor(total)

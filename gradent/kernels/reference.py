@@ -20,11 +20,15 @@ from gradent.kernels.plan import Plan, batch_scratch, choose
 __all__ = [
     "accumulator",
     "batch_pays",
+    "product_pays",
+    "products",
     "reduce_batch",
     "reduce_dense",
     "reduce_flat",
     "reduce_planned",
+    "reduce_tiles",
     "spans",
+    "tiles_pay",
 ]
 
 RUN = 16384
@@ -77,14 +81,71 @@ def batch_pays(u: Tensor, v: Tensor, *, budget: int) -> bool:
     """
     wide = accumulator(u.dtype)
     (count, length, rows), cols = u.shape, v.shape[2]
-    widen = (u.dtype != wide, v.dtype != wide)
-    size = batch_scratch(count, length, rows, cols, itemsize=wide.itemsize, widen=widen)
-    limit = min(budget, SMALL) if u.device.type == "cpu" else budget
-    if count == 0 or size > limit:
+    if count == 0 or not _holds(u, v, count, budget):
         return False
     dearer = partial(price, u.device, u.dtype, path="torch")
     plan = choose(length, length, rows, cols, itemsize=wide.itemsize, budget=budget, price=dearer)
     return plan.form == "outer"
+
+
+def product_pays(u: Tensor, v: Tensor, *, count: int, budget: int) -> bool:
+    """Whether rows' products are best formed as they come: they are smaller than their factors, and few.
+
+    Smaller than its factors, a product is the cheaper form as well, and it is all that has to be kept of them.
+
+    Args:
+        u: `[R, T, O]`.
+        v: `[R, T, I]`.
+        count: rows whose products are held until they are reduced.
+        budget: bytes of scratch.
+
+    Returns:
+        The answer.
+    """
+    (_, length, rows), cols = u.shape, v.shape[2]
+    factors = length * (rows * u.element_size() + cols * v.element_size())
+    return rows * cols * accumulator(u.dtype).itemsize <= factors and _holds(u, v, count, budget)
+
+
+def tiles_pay(grad: Tensor, *, count: int, budget: int) -> bool:
+    """Whether `reduce_tiles` is the way for gradients that were formed already: copies of all of them are small.
+
+    Args:
+        grad: one of them.
+        count: how many there are.
+        budget: bytes of scratch.
+
+    Returns:
+        The answer.
+    """
+    size = batch_scratch(count, 0, grad.numel(), 1, itemsize=accumulator(grad.dtype).itemsize)
+    return size <= _room(grad.device, budget)
+
+
+def _holds(u: Tensor, v: Tensor, count: int, budget: int) -> bool:
+    """Whether the products of `count` rows, and what it takes to form and reduce them, are small."""
+    wide = accumulator(u.dtype)
+    widen = (u.dtype != wide, v.dtype != wide)
+    size = batch_scratch(count, u.shape[1], u.shape[2], v.shape[2], itemsize=wide.itemsize, widen=widen)
+    return size <= _room(u.device, budget)
+
+
+def _room(device: torch.device, budget: int) -> int:
+    return min(budget, SMALL) if device.type == "cpu" else budget
+
+
+def products(u: Tensor, v: Tensor) -> Tensor:
+    """The gradient of every row.
+
+    Args:
+        u: `[R, T, O]`.
+        v: `[R, T, I]`.
+
+    Returns:
+        `uᵀ v` of each row, `[R, O, I]`, in the accumulator's dtype.
+    """
+    wide = accumulator(u.dtype)
+    return torch.bmm(u.to(wide).mT, v.to(wide))
 
 
 def reduce_batch(u: Tensor, v: Tensor, *, weight: Tensor | None = None) -> Tensor:
@@ -98,15 +159,22 @@ def reduce_batch(u: Tensor, v: Tensor, *, weight: Tensor | None = None) -> Tenso
     Returns:
         `[k, 3]` float64.
     """
-    wide = accumulator(u.dtype)
-    products = torch.bmm(u.to(wide).mT, v.to(wide))
+    grads = products(u, v)
     if weight is not None:
-        products *= weight
-    return _gram_entries(products.view(2, len(u) // 2, -1).transpose(0, 1))
+        grads *= weight
+    return reduce_tiles(grads)
 
 
-def _gram_entries(tiles: Tensor) -> Tensor:
-    """`reduce_flat` of k tiles `[k, 2, K]`, float64 `[k, 3]`."""
+def reduce_tiles(grads: Tensor) -> Tensor:
+    """Gram entries of k pairs of gradients.
+
+    Args:
+        grads: `[2k, ...]`, rows 0..k-1 chosen and k..2k-1 rejected, float32 or float64.
+
+    Returns:
+        `[k, 3]` float64.
+    """
+    tiles = grads.reshape(2, len(grads) // 2, -1).transpose(0, 1)
     whole = tiles.shape[2] // RUN * RUN
     grams = torch.zeros(len(tiles), 2, 2, dtype=torch.float64, device=tiles.device)
     if whole:

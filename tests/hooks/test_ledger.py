@@ -76,6 +76,30 @@ def test_uses_add_before_the_product(kind: str, budget: int, weighted: bool) -> 
 
 
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("budget", [200, 2**20])
+def test_gradients_formed_already_are_reduced_together(budget: int, weighted: bool) -> None:
+    weight = torch.rand(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) if weighted else None
+    ledger = Ledger(3, budget=budget, weight=None if weight is None else lambda param: weight.sqrt())
+    rows: list[list[Form]] = [[explicit(1)], [explicit(2), explicit(3)], [], [explicit(4)], [], []]
+    for row, forms in enumerate(rows):
+        for form in forms:
+            ledger.add(0, row, (), form)
+    ledger.finish(0)
+    for pair in range(3):
+        expected = truth(rows[pair], rows[pair + 3], weight)
+        torch.testing.assert_close(ledger.entries[0][pair], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_products_are_formed_as_they_arrive_where_that_is_less_to_hold() -> None:
+    ledger = Ledger(1, budget=2**20)
+    long, short = draw(1, 50, 16, seed=1), draw(1, 50, 4, seed=2)
+    assert ledger.folds(0, long, short) and not ledger.folds(0, long[:, :3], short[:, :3])
+    assert not Ledger(1, budget=1024).folds(0, long, short), "the products of both rows, and a copy, take 2 KiB"
+    ledger.add(0, 0, (), Dense(long[0, :3], short[0, :3]))
+    assert not ledger.folds(0, long, short), "forms of two kinds are dear to reduce"
+
+
+@pytest.mark.parametrize("weighted", [False, True])
 def test_a_tied_head_reduced_ahead_of_its_embedding(weighted: bool) -> None:
     weight = torch.rand(SHAPE, dtype=torch.float64) if weighted else None
     head, embedding = [dense(1), dense(3)], [lookup(5), lookup(7)]

@@ -63,6 +63,22 @@ def test_logits_that_their_own_node_kept_are_left_alone() -> None:
     assert torch.equal(logits, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("tile", [1, 2**20])
+def test_tokens_between_the_marked_ones_do_not_count(tile: int, dtype: torch.dtype) -> None:
+    hidden, weight = head(dtype)
+    marks = MARKS.clone()
+    marks[1] = torch.tensor([0, 1, 0, 1, 0])
+    logits = hidden @ weight
+    with torch.no_grad():
+        logits[1, 1] = float("nan")  # the prediction of a token that is not marked
+    logps = sequence_logprobs(logits, IDS, marks, tile=tile)
+    (grad,) = torch.autograd.grad(logps.sum(), logits)
+    assert logps.isfinite().all() and grad.isfinite().all()
+    predicts = marks.roll(-1, 1)
+    assert not grad[~predicts].any() and grad[predicts].any(-1).all()
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_non_finite_log_probs_are_refused_by_name(value: float) -> None:
     with pytest.raises(NonFiniteError, match=r"pair 9, rejected"):
