@@ -12,6 +12,8 @@ lines in benchmarks/results/audit.csv:
   rounds. Both are first compared: the error is scaled by `‖g_w‖‖g_l‖`.
 - **scale**: `gradent audit` as a user runs it (no report), in a process of its own, on 64 to 4,096 pairs of the same
   distribution: seconds beyond those of the smallest run, pairs a second, and the most memory that the process held.
+
+One thread; seconds are the process's own (`time.process_time`), so that other work on the machine counts little.
 """
 
 from __future__ import annotations
@@ -55,9 +57,9 @@ import json, resource, sys, time
 import gradent.audit.conduct
 from gradent import audit
 model, data, pairs, out = sys.argv[1:]
-began = time.perf_counter()
+began = time.process_time()
 audit(model, data, out=out, max_pairs=int(pairs), loss="simpo", skip_bad_rows=True, report=False, quiet=True)
-seconds = time.perf_counter() - began
+seconds = time.process_time() - began
 print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
 """
 
@@ -142,12 +144,12 @@ def compare(place: str, data: str, kind: str, max_length: int, count: int, round
     batches = plan_batches(drawn, BATCH)
     seconds: dict[str, list[float]] = {"script": [], "scan": []}
     for _ in range(rounds + 1):  # the first is for warming up
-        began = time.perf_counter()
+        began = time.process_time()
         apart = by_script(model, drawn)
-        seconds["script"].append(time.perf_counter() - began)
-        began = time.perf_counter()
+        seconds["script"].append(time.process_time() - began)
+        began = time.process_time()
         gram = join_blocks(list(scan_batches(model, drawn, batches))).gram
-        seconds["scan"].append(time.perf_counter() - began)
+        seconds["scan"].append(time.process_time() - began)
     scale = (apart[:, 0] * apart[:, 1]).sqrt()
     ratios = [script / scan for script, scan in zip(seconds["script"][1:], seconds["scan"][1:], strict=True)]
     middle = {name: statistics.median(each[1:]) for name, each in seconds.items()}
