@@ -125,6 +125,7 @@ def conduct(setting: Setting, loss: Loss, directory: Path, *, report: bool, wand
         try:
             failures = _measure(setting, loss, plan, sweep, quiet)
         except KeyboardInterrupt as interrupt:
+            sweep.journal.refresh()
             if not (ranks.first and _collect(loss, plan, sweep, {})):
                 raise
             parts = _summarize(setting, loss, plan, sweep, {}, notes, complete=False)
@@ -132,6 +133,8 @@ def conduct(setting: Setting, loss: Loss, directory: Path, *, report: bool, wand
             raise KeyboardInterrupt(
                 f"{directory} holds a partial record. The same command goes on from where this one was stopped."
             ) from interrupt
+        finally:
+            sweep.journal.close()
         if ranks.first:
             parts = _summarize(setting, loss, plan, sweep, failures, notes, complete=True)
             _write(directory, parts, started, report=report)
