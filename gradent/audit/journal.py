@@ -18,11 +18,15 @@ from gradent.errors import DataFileError, InputError
 from gradent.files import SCHEMA_VERSION, check_version
 from gradent.version import __version__
 
-__all__ = ["Journal", "Key", "digest"]
+__all__ = ["Journal", "JournalError", "Key", "digest"]
 
 _SCHEMA = "gradent.audit_journal"
 Key = tuple[str, str, int]
 """Kind of finding, what it is about, and a number: a batch, say."""
+
+
+class JournalError(InputError):
+    """Findings cannot be written down: the audit must stop, whatever else could still be measured."""
 
 
 def digest(content: Any) -> str:
@@ -108,13 +112,13 @@ class Journal:
             content: JSON, without nan and inf.
 
         Raises:
-            InputError: the disk is full, or gone.
+            JournalError: the disk is full, or gone.
         """
         entry = {"kind": kind, "of": of, "number": number, "content": dict(content)}
         try:
             self._write(entry)
         except OSError as error:
-            raise InputError(
+            raise JournalError(
                 f"{self.path}: cannot be written ({error.strerror}). What was measured before is kept: make room and "
                 "run the same command again."
             ) from error
@@ -126,10 +130,15 @@ class Journal:
 
     def _write(self, entry: Mapping[str, Any]) -> None:
         line = (json.dumps(entry, allow_nan=False) + "\n").encode()
-        written = os.write(self._file, line)
-        while written < len(line):
-            written += os.write(self._file, line[written:])
-        os.fsync(self._file)
+        size = os.fstat(self._file).st_size
+        try:
+            written = os.write(self._file, line)
+            while written < len(line):
+                written += os.write(self._file, line[written:])
+            os.fsync(self._file)
+        except BaseException:
+            os.ftruncate(self._file, size)  # half a line would spoil the next
+            raise
 
 
 def _drop_cut_line(file: int) -> int:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from gradent.audit.source import ModelSource, brief, hint, some
 from gradent.errors import InputError, ModelError, NotCausalError
@@ -33,8 +32,9 @@ __all__ = [
 ]
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError)
-"""What from_pretrained raises for files that are missing, damaged, of another shape, or need another package."""
+LOAD_ERRORS = (Exception,)
+"""What from_pretrained raises for files that are missing, damaged, of another shape, or need another package: there is
+no end to it, since a damaged config reaches any line of a model's code. Each is told with the file's place."""
 
 
 def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
@@ -57,6 +57,12 @@ def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
         raise ModelError(f"{base}: the model cannot be loaded ({brief(error)}).{hint(base)}") from error
+    kernel = getattr(config, "_attn_implementation", None)
+    if isinstance(kernel, str) and "/" in kernel and not trust_remote_code:
+        raise ModelError(
+            f"{base}: its config asks for attention code from a repository ({kernel!r}), which gradent does not fetch. "
+            "Remove attn_implementation from its config.json, or pass --trust-remote-code if you trust it."
+        )
     if config.is_encoder_decoder:
         raise NotCausalError(
             f"{base}: {type(config).__name__} is an encoder-decoder model; gradent measures causal LMs (decoder-only: "
@@ -207,6 +213,8 @@ def _load_adapter(model: Any, adapter: str, base: str, trainable: bool) -> Any:
         model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
         with safe_open(Path(adapter) / "adapter_model.safetensors", framework="pt") as file:
             saved = set(file.keys())
+    except ModelError:
+        raise
     except LOAD_ERRORS as error:
         raise ModelError(
             f"{adapter}: the adapter cannot be put on {base} ({brief(error)}). Is it an adapter for this base?"

@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 def measured_onset(points: Sequence[tuple[int, Mapping[int, Floats]]]) -> int | None:
     """The first step from which on both mean log-probs stay below their start.
 
-    Below means: by more than one standard error of the mean change, over the pairs measured both there and at the
+    Below means: by more than two standard errors of the mean change, over the pairs measured both there and at the
     start (the changes are paired, so what pairs differ in does not blur them).
 
     Args:
@@ -38,7 +38,7 @@ def measured_onset(points: Sequence[tuple[int, Mapping[int, Floats]]]) -> int | 
             break
         change = np.array([logps[pair] - points[0][1][pair] for pair in shared])
         error = change.std(axis=0, ddof=1) / math.sqrt(len(shared))
-        if not (change.mean(axis=0) + error < 0).all():
+        if not (change.mean(axis=0) + 2 * error < 0).all():
             break
         onset = step
     return onset

@@ -13,7 +13,7 @@ from gradent.audit.data import AuditPair, PairSet, prepare_pairs
 from gradent.audit.load import check_vocabulary, load_config, load_model, load_tokenizer
 from gradent.audit.rows import Row, read_rows
 from gradent.audit.source import ModelSource, read_step, resolve_source
-from gradent.errors import InputError
+from gradent.errors import InputError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,7 +120,7 @@ def choose_device(device: str | None, local: int = 0) -> str:
 
 
 def read_material(
-    source: ModelSource,
+    sources: ModelSource | Sequence[ModelSource],
     data: str | os.PathLike[str],
     *,
     tell: Tell,
@@ -136,7 +136,8 @@ def read_material(
     """Read, check and tokenize the pairs, before a model is loaded for them.
 
     Args:
-        source: of the model whose tokenizer and number of positions count.
+        sources: of the model whose tokenizer and number of positions count; of several, the first of which both can be
+            read.
         data: as in `audit`, and so are the others but these:
         tell: announces a choice that was made for the user.
         split: as in `audit`.
@@ -151,9 +152,8 @@ def read_material(
     Returns:
         The pairs.
     """
-    config = load_config(source.base, trust_remote_code=trust_remote_code).get_text_config()
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    check_vocabulary(tokenizer, config.vocab_size, source.base)
+    several = [sources] if isinstance(sources, ModelSource) else sources
+    source, config, tokenizer = _first_readable(several, trust_remote_code)
     limit = _choose_max_length(getattr(config, "max_position_embeddings", None), max_length, source.base, tell)
     add_eos = add_eos and _has_eos(tokenizer, tell)
     rows = read_rows(data, split)
@@ -165,6 +165,23 @@ def read_material(
     check_vocabulary(tokenizer, config.vocab_size, source.base, used)
     _tell_about_pairs(pairs, len(asked), limit, seed, tell)
     return Material(tokenizer=tokenizer, pairs=pairs, rows=len(rows), max_length=limit, add_eos=add_eos, used=used)
+
+
+def _first_readable(
+    sources: Sequence[ModelSource], trust_remote_code: bool
+) -> tuple[ModelSource, Any, PreTrainedTokenizerBase]:
+    """The first model whose configuration and tokenizer can be read and go together, with both."""
+    first: ModelError | None = None
+    for source in sources:
+        try:
+            config = load_config(source.base, trust_remote_code=trust_remote_code).get_text_config()
+            tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+            check_vocabulary(tokenizer, config.vocab_size, source.base)
+        except ModelError as error:
+            first = first or error
+        else:
+            return source, config, tokenizer
+    raise first or InputError("no model to read a tokenizer from.")
 
 
 def open_model(

@@ -96,19 +96,21 @@ def only_audit(directory: Path, ranks: Ranks) -> Iterator[None]:
     Raises:
         InputError: another audit is at work there.
     """
-    if not ranks.first:
-        yield
-        return
-    lock = FileLock(directory / _LOCK)
-    try:
-        (directory / _LOCK).parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InputError(
-            f"{directory}: another audit is writing there now. Wait for it to end, stop it, or choose another --out."
-        ) from error
-    except OSError as error:
-        raise InputError(f"{directory / _LOCK}: cannot be locked ({error.strerror}). Choose another --out.") from error
+    lock, refused = FileLock(directory / _LOCK), list[str]()
+    if ranks.first:
+        try:
+            (directory / _LOCK).parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            refused.append(
+                f"{directory}: another audit is writing there now. Wait for it to end, stop it, or choose another "
+                "--out."
+            )
+        except OSError as error:
+            refused.append(f"{directory / _LOCK}: cannot be locked ({error.strerror}). Choose another --out.")
+    refused = ranks.gather(refused)  # no rank opens a journal that the first may not have
+    if refused:
+        raise InputError(refused[0])
     try:
         yield
     finally:

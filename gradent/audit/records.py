@@ -76,14 +76,7 @@ def collect(
     """
     found = []
     for target in targets:
-        blocks = []
-        for number in range(len(batches)):
-            block = journal.find("batch", target.identity, number)
-            if block is not None and reference.source is not None:
-                apart = journal.find("reference", reference.identity, number)
-                block = None if apart is None else {**block, **apart}
-            if block is not None:
-                blocks.append(block)
+        blocks = _blocks(target, reference, len(batches), journal, needed=loss.needs_reference)
         if blocks:
             scan = join_blocks(blocks)
             model = {**(journal.find("model", target.identity) or {}), "coverage": scan.gram.coverage}
@@ -93,6 +86,27 @@ def collect(
                 Measured(target=target, scan=scan, model=model, columns=columns, whole=len(blocks) == len(batches))
             )
     return found
+
+
+def _blocks(
+    target: Target, reference: ReferenceChoice, count: int, journal: Journal, *, needed: bool
+) -> list[dict[str, Any]]:
+    """What a target's batches gave, with the reference's log-probs of each, or of none."""
+    blocks, bare = [], reference.kind == "none"
+    for number in range(count):
+        block = journal.find("batch", target.identity, number)
+        if block is None:
+            continue
+        if reference.source is not None:
+            apart = journal.find("reference", reference.identity, number)
+            if apart is None and needed:
+                continue
+            bare = bare or apart is None
+            block = {**block, **(apart or {})}
+        blocks.append(block)
+    if bare:
+        blocks = [{name: values for name, values in each.items() if not name.startswith("ref_")} for each in blocks]
+    return blocks
 
 
 def _columns(target: Target, scan: Scan, judged: Verdict, pairs: Sequence[AuditPair]) -> Columns:
@@ -173,7 +187,7 @@ def token_columns(target: Target, pairs: Sequence[AuditPair], journal: Journal) 
 
     Args:
         target: the model whose tokens were measured.
-        pairs: all pairs.
+        pairs: those that were chosen for it.
         journal: of the audit.
 
     Returns:

@@ -5,7 +5,9 @@ What needs torch is imported by the call, so that importing this module (and wit
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +139,15 @@ def audit(
         raise InputError(f"loss is a {type(loss).__name__}; accepted: a name that losses.get knows, or a Loss.")
     check_scan_settings(batch_size=batch_size, engine=engine, memory_budget=memory_budget)
     check_token_pairs(token_pairs)
+    if wandb is not None:
+        check_wandb(wandb)
+    inside = Path(out).resolve().parent == Path(model).resolve()
+    if inside and re.fullmatch(r"checkpoint-\d+", Path(out).name):
+        raise InputError(
+            f"{out}: is named like a checkpoint of the run, and would be taken for one. Choose another --out."
+        )
+    if (Path(out) / "demo.json").exists():
+        raise InputError(f"{out}: holds the records of `gradent demo`, under the same names. Choose another --out.")
     directory = make_directory(out, _FILES)
     setting = Setting(
         model=os.fspath(model), data=os.fspath(data), checkpoints=checkpoints, base=_text(base),
@@ -156,6 +167,21 @@ def audit(
         tokens_path=there["tokens.parquet"] if summary["tokens"] is not None else None,
         report_path=there["report.html"] if report else None,
     )
+
+
+def check_wandb(project: str) -> None:
+    """Refuse what could not be streamed to, before anything is measured for it.
+
+    Args:
+        project: the wandb project.
+
+    Raises:
+        InputError: no name, or wandb is not installed.
+    """
+    if not project.strip():
+        raise InputError("wandb is an empty name; accepted is that of a project (command line: --wandb PROJECT).")
+    if importlib.util.find_spec("wandb") is None:
+        raise InputError("wandb is not installed: pip install wandb, or leave --wandb out.")
 
 
 def _text(name: str | os.PathLike[str] | None) -> str | None:

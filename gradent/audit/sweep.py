@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from gradent.audit.journal import Journal
+from gradent.audit.journal import Journal, JournalError
 from gradent.audit.prepare import Material, describe_model, open_model
 from gradent.audit.ranks import Ranks
 from gradent.audit.scan import Reference, adapter_off, itself, scan_batches, scan_reference
@@ -41,7 +41,9 @@ class Sweep:
         memory_budget: see there.
         trust_remote_code: see there.
         several: whether a target that fails is left out, so that the others are still measured.
-        tell: says what is left out.
+        tell: takes notes.
+        failures: why a target is left out, by its name; filled on the way, with this rank's own failures.
+        token_failures: why tokens were not measured.
     """
 
     targets: Sequence[Target]
@@ -58,6 +60,8 @@ class Sweep:
     trust_remote_code: bool
     several: bool
     tell: Callable[[str], None]
+    failures: dict[str, str] = field(default_factory=dict)
+    token_failures: list[str] = field(default_factory=list)
 
     def agree_on_prices(self) -> None:
         """Settle which form reduces which layer: it hangs on a measured price, and last bits hang on the form.
@@ -91,30 +95,28 @@ class Sweep:
             self.journal.append("reference", self.reference.identity, number, block)
             advance(*self._cost(number))
 
-    def measure_targets(self, advance: Advance) -> dict[str, str]:
+    def measure_targets(self, advance: Advance) -> None:
         """The Gram entries of every pair on every target.
 
         Args:
             advance: called with the pairs and tokens that are done.
 
-        Returns:
-            Why a target is left out, by its name; of this rank's own failures.
-
         Raises:
+            JournalError: nothing more can be written down.
             GradentError: what went wrong, where there is a single target.
         """
-        failures: dict[str, str] = {}
         for target in self.targets:
             if target.problem is not None:
-                failures[target.name] = target.problem
+                self.failures[target.name] = target.problem
                 continue
             try:
                 self._measure_target(target, advance)
+            except JournalError:
+                raise
             except GradentError as error:
                 if not self.several:
                     raise
-                failures[target.name] = str(error)
-        return failures
+                self.failures[target.name] = str(error)
 
     def measure_tokens(self, target: Target, cosines: Sequence[float | None], count: int, advance: Advance) -> None:
         """The token matrices of some pairs on one target.
@@ -158,9 +160,10 @@ class Sweep:
 
     def _in_place(self, model: Any) -> Reference | None:
         """A reference that is the model under measurement, in one way or another."""
-        if self.reference.source is not None:
-            return None
-        return {"self": itself, "adapter_off": adapter_off(model)}.get(self.reference.kind)
+        if self.reference.kind == "adapter_off" and self.reference.source is None:
+            return adapter_off(model)
+        # It costs nothing, and is there if another loss asks for it.
+        return None if self.several else itself
 
     def _open(self, source: Any, *, trainable: bool = True) -> Any:
         gc.collect()  # the model before this one goes first

@@ -54,7 +54,7 @@ class ReferenceChoice:
     @property
     def identity(self) -> str:
         """Changes where the reference's files change."""
-        return digest([self.kind, None if self.source is None else [_files(self.source.base)]])
+        return digest(None if self.source is None else [_files(self.source.base), _files(self.source.adapter)])
 
 
 def find_targets(
@@ -175,5 +175,5 @@ def _files(name: str | None) -> list[tuple[str, int, int]] | str | None:
     """Name, size and time of the files that make a model; a hub id stands for itself."""
     if name is None or not Path(name).is_dir():
         return name
-    files = [*Path(name).glob("*.safetensors"), *Path(name).glob("*config.json")]
+    files = [path for kind in ("*.safetensors", "*.index.json", "*config.json") for path in Path(name).glob(kind)]
     return sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)

@@ -187,9 +187,9 @@ def test_measured_onset(falls: list[tuple[float, float]], onset: int | None) -> 
     assert found["start"] is None
 
 
-def test_less_than_one_standard_error_is_no_fall() -> None:
+def test_less_than_two_standard_errors_are_no_fall() -> None:
     start = {pair: np.array([0.0, 0.0]) for pair in range(16)}
-    for mean, onset in ((-0.254, None), (-0.262, 5)):  # changes of mean ± 1: a standard error of √(16/15)/4 = 0.258
+    for mean, onset in ((-0.512, None), (-0.520, 5)):  # changes of mean ± 1: a standard error of √(16/15)/4 = 0.258
         later = {pair: np.array([mean + (-1) ** pair, -9.0]) for pair in range(16)}
         assert measured_onset([(0, start), (5, later)]) == onset
     one = {0: np.array([0.0, 0.0])}

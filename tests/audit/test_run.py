@@ -15,7 +15,7 @@ from peft import PeftModel, TrainableTokensConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from gradent import PairBatch, audit, losses, measure, measure_tokens, verdict
-from gradent.audit import conduct as module
+from gradent.audit import account as module
 from gradent.audit import scan, token_scan
 from gradent.audit.run import AuditResult
 from gradent.errors import GradentWarning, InputError, NonFiniteError
