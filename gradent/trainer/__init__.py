@@ -1,6 +1,23 @@
-"""Inside a Hugging Face trainer: the callback that measures, logs and keeps what it measured."""
+"""Inside a Hugging Face trainer: the callback that measures, logs and keeps what it measured; and a trainer.
+
+`PairwiseNormalizedDPOTrainer`, the first design of the paper's Section 5, needs TRL, which is imported when it is asked
+for.
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from gradent.trainer.callback import EntanglementCallback
 from gradent.trainer.step import StepRecord
 
-__all__ = ["EntanglementCallback", "StepRecord"]
+if TYPE_CHECKING:
+    from gradent.trainer.pairwise import PairwiseNormalizedDPOConfig, PairwiseNormalizedDPOTrainer
+
+__all__ = ["EntanglementCallback", "PairwiseNormalizedDPOConfig", "PairwiseNormalizedDPOTrainer", "StepRecord"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in {"PairwiseNormalizedDPOConfig", "PairwiseNormalizedDPOTrainer"}:
+        from gradent.trainer import pairwise  # noqa: PLC0415  (imports TRL)
+
+        return getattr(pairwise, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

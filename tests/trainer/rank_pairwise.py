@@ -1,0 +1,54 @@
+"""One rank of a pairwise normalized run under DDP: run by test_pairwise.py through torchrun; writes its weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from gradent.trainer.pairwise import PairwiseNormalizedDPOConfig, PairwiseNormalizedDPOTrainer
+from tests.trainer.rank_ddp import pairs, tokenizer
+from tests.trainer.runs import llama, with_lora
+
+STEPS = 3
+
+
+def main(out: Path, kind: str, batch: int) -> None:
+    torch.set_num_threads(1)
+    model = llama(vocab_size=97)
+    reference = deepcopy(model) if kind == "full" else None
+    model = model if kind == "full" else with_lora(model)
+    start = torch.cat([parameter.detach().flatten().clone() for parameter in model.parameters()])
+    trainer = PairwiseNormalizedDPOTrainer(
+        model=model,
+        ref_model=reference,
+        args=PairwiseNormalizedDPOConfig(
+            output_dir=str(out / "run"), max_steps=STEPS, per_device_train_batch_size=batch, logging_steps=1,
+            report_to="none", use_cpu=True, bf16=False, learning_rate=0.02, optim="sgd", max_grad_norm=0.0,
+            lr_scheduler_type="constant", save_strategy="no", disable_tqdm=True,
+        ),
+        train_dataset=pairs(),
+        processing_class=tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    named = {name: parameter for name, parameter in model.named_parameters() if ".ref." not in name}
+    moved = torch.cat([parameter.detach().flatten() for parameter in named.values()]) - start
+    logs = [
+        {key: value for key, value in entry.items() if key.startswith(("pairwise/", "loss"))}
+        for entry in trainer.state.log_history
+    ]
+    seen = {"moved": moved.tolist(), "logs": [entry for entry in logs if entry]}
+    (out / f"{trainer.args.process_index}.json").write_text(json.dumps(seen))
+    if dist.is_initialized():
+        dist.barrier()
+    # gloo's destructor can wait for ever for a peer that has gone: leave without it.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
