@@ -363,6 +363,7 @@ def test_theorem_3_signs_and_the_effect_of_a_longer_suffix(seed):
 
 def test_separate_rows_would_not_be_entangled():
     """Why (14) needs one row a position: with a row a prefix, chosen rises after m, by its own gradient's square."""
+    torch.manual_seed(0)  # SeparateRows draws its rows; by chance a token's residual can be as small as the bound below
     chosen, rejected, m = DIFFER["middle"]
     rows = [PROMPT + chosen, PROMPT + rejected]
     prefixes = sorted({tuple(row[:end]) for row in rows for end in range(1, len(row) + 1)})
