@@ -1,7 +1,7 @@
-"""Inside a Hugging Face trainer: the callback that measures, logs and keeps what it measured; and a trainer.
+"""Inside a Hugging Face trainer: the callback that measures, logs and keeps what it measured; and two trainers.
 
-`PairwiseNormalizedDPOTrainer`, the first design of the paper's Section 5, needs TRL, which is imported when it is asked
-for.
+`PairwiseNormalizedDPOTrainer` and `TokenMaskedDPOTrainer`, the designs of the paper's Section 5, need TRL, which is
+imported when one is asked for.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,9 +10,17 @@ from gradent.trainer.callback import EntanglementCallback
 from gradent.trainer.step import StepRecord
 
 if TYPE_CHECKING:
+    from gradent.trainer.masked import TokenMaskedDPOConfig, TokenMaskedDPOTrainer
     from gradent.trainer.pairwise import PairwiseNormalizedDPOConfig, PairwiseNormalizedDPOTrainer
 
-__all__ = ["EntanglementCallback", "PairwiseNormalizedDPOConfig", "PairwiseNormalizedDPOTrainer", "StepRecord"]
+__all__ = [
+    "EntanglementCallback",
+    "PairwiseNormalizedDPOConfig",
+    "PairwiseNormalizedDPOTrainer",
+    "StepRecord",
+    "TokenMaskedDPOConfig",
+    "TokenMaskedDPOTrainer",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,4 +28,8 @@ def __getattr__(name: str) -> Any:
         from gradent.trainer import pairwise  # noqa: PLC0415  (imports TRL)
 
         return getattr(pairwise, name)
+    if name in {"TokenMaskedDPOConfig", "TokenMaskedDPOTrainer"}:
+        from gradent.trainer import masked  # noqa: PLC0415  (imports TRL)
+
+        return getattr(masked, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
