@@ -5,7 +5,8 @@ Letters: N rows of a forward, k pairs, rows 0..k-1 chosen and k..2k-1 rejected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from gradent.hooks.readout import Coefficients
 if TYPE_CHECKING:
     from gradent.hooks.forward import WatchedForward
 
-__all__ = ["Passed", "WatchedBackward", "Watching", "mark_completions"]
+__all__ = ["Passed", "WatchedBackward", "Watching", "addressed_to", "mark_completions"]
 
 
 @dataclass(eq=False)
@@ -56,6 +57,27 @@ class Passed:
     problem: str | None = None
     broken: str | None = None
     shared: int = 0
+
+
+_addressed: list[WatchedBackward | None] = []
+"""Whom a backward that runs now is for, innermost last; not context-local, since autograd has threads of its own."""
+
+
+@contextmanager
+def addressed_to(group: WatchedBackward | None) -> Iterator[None]:
+    """A backward of gradent's own on a trainer's graph: nobody else who watches that graph takes it for the trainer's.
+
+    Args:
+        group: who alone sees it; None for nobody.
+
+    Yields:
+        Nothing.
+    """
+    _addressed.append(group)
+    try:
+        yield
+    finally:
+        _addressed.pop()
 
 
 @dataclass(kw_only=True, eq=False)
@@ -106,6 +128,8 @@ class WatchedBackward:
 
     def guarded(self, function: Callable[..., None], *args: Any) -> None:
         """Run a part of the watching; its errors become the pass's problem, and never the trainer's."""
+        if _addressed and self is not _addressed[-1]:
+            return
         try:
             with self.owner.clock:
                 function(*args)

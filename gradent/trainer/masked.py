@@ -27,7 +27,8 @@ from gradent.losses.token_masked import sparsity
 from gradent.trainer.mask_export import mask_batches, write_mask_table
 from gradent.trainer.mask_head import HeadUpdate, MaskHead, load_head, reduce_gradients, save_head
 from gradent.trainer.mask_policy import LogProbs, MaskedPolicy, TokenMasks, read_masks
-from gradent.trainer.masked_config import TokenMaskedDPOConfig, require_trl
+from gradent.trainer.masked_config import TokenMaskedDPOConfig
+from gradent.trainer.requirements import require_config, require_trl, require_whole
 
 __all__ = ["TokenMaskedDPOConfig", "TokenMaskedDPOTrainer"]
 
@@ -52,26 +53,20 @@ class TokenMaskedDPOTrainer(DPOTrainer):
     """
 
     def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
-        require_trl()
+        require_trl("token masking")
         if args is None:
             args = TokenMaskedDPOConfig()
-        if not isinstance(args, TokenMaskedDPOConfig):
-            raise InputError(f"args is a {type(args).__name__}; accepted is a TokenMaskedDPOConfig.")
+        require_config(args, TokenMaskedDPOConfig)
         if (kwargs.get("optimizers") or (None, None))[1] is not None:
             raise InputError(
                 "optimizers=(..., scheduler): the head's parameters join the optimizer when training starts, too late "
                 "for a scheduler that is made of it. Pass (optimizer, None), and set lr_scheduler_type in the config."
             )
-        self._masking = args
+        self._masking: TokenMaskedDPOConfig = args
         super().__init__(model, ref_model, args, **kwargs)
-        kind = str(self.accelerator.distributed_type).rpartition(".")[2]
-        if kind not in ("NO", "MULTI_CPU", "MULTI_GPU") or self.accelerator.parallelism_config is not None:
-            raise InputError(
-                f"the run is distributed as {kind}; token masking needs whole rows and parameters on each rank: "
-                "accepted are one process, or several under DDP without tensor, context or sequence parallelism."
-            )
-        if self._is_vision_dataset:
-            raise InputError("the data holds images, for which token masking is not made; accepted is text alone.")
+        require_whole(
+            self, "token masking needs whole rows and parameters", images="for which token masking is not made"
+        )
         width = self._causal_model().get_output_embeddings().weight.shape[-1]
         head = MaskHead(width, hidden=args.mask_hidden, start=args.start_score, seed=args.seed)
         self.mask_head = head.to(self.accelerator.device).requires_grad_(not args.mask_freeze)

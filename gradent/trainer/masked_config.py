@@ -7,14 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-import trl
-import trl.trainer.utils
 from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.dpo_trainer import DPOTrainer
 
 from gradent.errors import InputError
+from gradent.trainer.requirements import refuse_options, require_trl
 
-__all__ = ["Anneal", "TokenMaskedDPOConfig", "require_trl"]
+__all__ = ["Anneal", "TokenMaskedDPOConfig"]
 
 Anneal = Literal["linear", "exponential", "none"]
 
@@ -92,7 +90,7 @@ class TokenMaskedDPOConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
-        require_trl()
+        require_trl("token masking")
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.mask_anneal not in get_args(Anneal):
             accepted = ", ".join(map(repr, get_args(Anneal)))
@@ -103,10 +101,7 @@ class TokenMaskedDPOConfig(DPOConfig):
                 f"mask_freeze=True with mask_eta={self.mask_eta!r}: masks that stay 1 cannot become sparse. Set "
                 "mask_eta=0, or leave mask_freeze out."
             )
-        for name, why in _REFUSED.items():
-            value = getattr(self, name, None)
-            if value not in (None, False, "", [], {}) and not (name == "fsdp_config" and not self.fsdp):
-                raise InputError(f"{name}={value!r}: token masking cannot work with it, since {why}. Leave it out.")
+        refuse_options(self, _REFUSED, "token masking cannot work")
         for name in self.loss_type:
             if name not in _LOSSES:
                 why = _REFUSED_LOSSES.get(name, "it is not known here")
@@ -161,15 +156,3 @@ class TokenMaskedDPOConfig(DPOConfig):
         if self.mask_anneal == "exponential":
             return float(self.mask_k_start * (self.mask_k_end / self.mask_k_start) ** part)
         return self.mask_k_start + part * (self.mask_k_end - self.mask_k_start)
-
-
-def require_trl() -> None:
-    """Raise where TRL's DPOTrainer is not built as token masking needs it."""
-    lacking = [name for name in ("_compute_loss", "compute_ref_log_probs") if not hasattr(DPOTrainer, name)]
-    if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
-        lacking.append("the fused head that returns log_probs")
-    if lacking:
-        raise InputError(
-            f"TRL {trl.__version__} is installed, whose DPOTrainer lacks {', '.join(lacking)}; token masking needs TRL "
-            "1.15 or newer. pip install 'trl>=1.15'."
-        )

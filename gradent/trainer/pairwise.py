@@ -38,7 +38,8 @@ from gradent.errors import InputError, ModelError, NonFiniteError
 from gradent.hooks.readout import FusedReadout
 from gradent.kernels.plan import parse_budget
 from gradent.model import trainable
-from gradent.trainer.pairwise_config import PairwiseNormalizedDPOConfig, require_trl
+from gradent.trainer.pairwise_config import PairwiseNormalizedDPOConfig
+from gradent.trainer.requirements import require_config, require_trl, require_whole
 from gradent.trainer.row_norms import RowNorms, WatchedModel
 
 __all__ = ["PairwiseNormalizedDPOConfig", "PairwiseNormalizedDPOTrainer", "pair_weights"]
@@ -64,25 +65,18 @@ class PairwiseNormalizedDPOTrainer(DPOTrainer):
     """
 
     def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
-        require_trl()
+        require_trl("pairwise normalization")
         if args is None:
             args = PairwiseNormalizedDPOConfig()
-        if not isinstance(args, PairwiseNormalizedDPOConfig):
-            raise InputError(f"args is a {type(args).__name__}; accepted is a PairwiseNormalizedDPOConfig.")
+        require_config(args, PairwiseNormalizedDPOConfig)
         self._announced: set[str] = set()
-        self._pairwise = args
+        self._pairwise: PairwiseNormalizedDPOConfig = args
         self._preference = args.make_loss()
         super().__init__(model, ref_model, args, **kwargs)
-        kind = str(self.accelerator.distributed_type).rpartition(".")[2]
-        if kind not in ("NO", "MULTI_CPU", "MULTI_GPU") or self.accelerator.parallelism_config is not None:
-            raise InputError(
-                f"the run is distributed as {kind}; pairwise normalization needs every parameter whole on each rank: "
-                "accepted are one process, or several under DDP without tensor, context or sequence parallelism."
-            )
-        if self._is_vision_dataset:
-            raise InputError(
-                "the data holds images, whose patches cannot be told apart by response; accepted is text alone."
-            )
+        require_whole(
+            self, "pairwise normalization needs every parameter whole",
+            images="whose patches cannot be told apart by response",
+        )  # fmt: skip
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

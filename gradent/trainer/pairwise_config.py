@@ -7,16 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-import trl
-import trl.trainer.utils
 from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.dpo_trainer import DPOTrainer
 
 from gradent import losses
 from gradent.errors import InputError
 from gradent.kernels.plan import parse_budget
+from gradent.trainer.requirements import refuse_options, require_trl
 
-__all__ = ["PairwiseNormalizedDPOConfig", "Scale", "require_trl"]
+__all__ = ["PairwiseNormalizedDPOConfig", "Scale"]
 
 Scale = Literal["loss", "weight", "constant"]
 
@@ -70,7 +68,7 @@ class PairwiseNormalizedDPOConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
-        require_trl()
+        require_trl("pairwise normalization")
         super().__post_init__()  # type: ignore[no-untyped-call]
         if self.scale not in get_args(Scale):
             raise InputError(f"scale={self.scale!r} is unknown; accepted are {', '.join(map(repr, get_args(Scale)))}.")
@@ -98,12 +96,7 @@ class PairwiseNormalizedDPOConfig(DPOConfig):
         return losses.get(self.preference_loss, **(self.preference_loss_kwargs or {}))
 
     def _check_options(self) -> None:
-        for name, why in _REFUSED.items():
-            value = getattr(self, name, None)
-            if value not in (None, False, "", [], {}) and not (name == "fsdp_config" and not self.fsdp):
-                raise InputError(
-                    f"{name}={value!r}: pairwise normalization cannot be exact with it, since {why}. Leave it out."
-                )
+        refuse_options(self, _REFUSED, "pairwise normalization cannot be exact")
         for name in ("activation_checkpointing", "gradient_checkpointing"):  # the new name, the old one
             kwargs = getattr(self, f"{name}_kwargs", None)
             if getattr(self, name, None) and isinstance(kwargs, Mapping) and kwargs.get("use_reentrant"):
@@ -121,15 +114,3 @@ class PairwiseNormalizedDPOConfig(DPOConfig):
         for name, why in _ONE_SIDED.items():
             if name in self.loss_type and (name == "apo_down" or set(self.loss_type) == {name}):
                 raise InputError(f"loss_type={self.loss_type!r}: no pairwise normalized form of {name}, since {why}.")
-
-
-def require_trl() -> None:
-    """Raise where TRL's DPOTrainer is not built as this trainer needs it."""
-    lacking = [name for name in ("_compute_loss", "compute_ref_log_probs") if not hasattr(DPOTrainer, name)]
-    if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
-        lacking.append("the fused head that returns log_probs")
-    if lacking:
-        raise InputError(
-            f"TRL {trl.__version__} is installed, whose DPOTrainer lacks {', '.join(lacking)}; pairwise normalization "
-            "needs TRL 1.15 or newer. pip install 'trl>=1.15'."
-        )

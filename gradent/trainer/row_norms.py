@@ -10,8 +10,7 @@ Letters: N = 2B rows of the forward, rows 0..B-1 chosen and B..2B-1 rejected; K 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from gradent.errors import GradentWarning, InputError, ModelError, NonFiniteError
-from gradent.hooks.backward import WatchedBackward, Watching
+from gradent.hooks.backward import WatchedBackward, Watching, addressed_to
 from gradent.hooks.clock import Clock
 from gradent.hooks.forward import WatchedForward
 from gradent.hooks.graph import Edge, survey
@@ -155,7 +154,7 @@ class WatchedModel:
         device = self.root.device.type
         with torch.autocast(device, enabled=False):  # as the trainer's backward, which runs outside of autocast
             if group.passed.problem is None:
-                with _unheard(group):
+                with addressed_to(group):
                     self._differentiate(_bottoms(self.root, group))
                 group.finish()
             passed = group.passed
@@ -166,7 +165,7 @@ class WatchedModel:
                 entries = sum((entry.cpu() for entry in passed.entries.values()), some)
             else:
                 _announce(passed.problem or str(passed.broken), announced)
-                with _unheard(None):
+                with addressed_to(None):
                     entries = self._row_by_row()
         chosen_sq, rejected_sq, inner = entries.unbind(1)
         bad = ~entries.isfinite().all(1)
@@ -213,22 +212,6 @@ def _bottoms(root: Tensor, group: WatchedBackward) -> list[GradientEdge]:
     uses = frozenset(tap.node for _, tap in group.expected)
     assert root.grad_fn is not None
     return survey(root.grad_fn, claimed, uses, {}, opaque=True).bottoms
-
-
-@contextmanager
-def _unheard(ours: WatchedBackward | None) -> Iterator[None]:
-    """Nobody else who watches this graph (an `EntanglementCallback`) takes what runs now for the trainer's backward."""
-    original = WatchedBackward.guarded
-
-    def guarded(self: WatchedBackward, function: Any, *args: Any) -> None:
-        if self is ours:
-            original(self, function, *args)
-
-    WatchedBackward.guarded = guarded  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        WatchedBackward.guarded = original  # type: ignore[method-assign]
 
 
 def _announce(reason: str, announced: set[str]) -> None:
