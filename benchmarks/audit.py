@@ -155,7 +155,7 @@ def compare(place: str, data: str, kind: str, max_length: int, count: int, round
     middle = {name: statistics.median(each[1:]) for name, each in seconds.items()}
     return {
         "pairs": len(drawn),
-        "tokens": sum(2 * len(each.prompt_ids) + len(each.chosen_ids) + len(each.rejected_ids) for each in drawn),
+        "tokens": sum(each.tokens for each in drawn),
         "error": float(((gram.inner - apart[:, 2]) / scale).abs().max()),
         "seconds": middle["scan"],
         "pairs_per_second": len(drawn) / middle["scan"],

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gradent.audit.checkpoints import Run
-from gradent.audit.data import AuditPair
 from gradent.audit.dynamics import dynamics
 from gradent.audit.history import read_history
 from gradent.audit.prepare import Material
@@ -27,12 +26,11 @@ from gradent.audit.records import (
 )
 from gradent.audit.sweep import Sweep
 from gradent.audit.targets import ReferenceChoice, Target
-from gradent.audit.token_scan import choose_pairs
 from gradent.audit.token_summary import summarize_tokens
 from gradent.audit.what_if import recommend, what_if
 from gradent.errors import GradentError, ModelError
 from gradent.losses import Loss
-from gradent.record import write_modules, write_pairs, write_sample, write_summary, write_tokens
+from gradent.record import AUDIT_FILES, write_modules, write_pairs, write_sample, write_summary, write_tokens
 
 __all__ = ["Plan", "Records", "Setting", "summarize", "write_records"]
 
@@ -73,18 +71,17 @@ class Plan:
     material: Material
     batches: list[list[int]]
 
-    def collect(self, loss: Loss, sweep: Sweep, failures: Mapping[str, str]) -> list[Measured]:
+    def collect(self, loss: Loss, sweep: Sweep) -> list[Measured]:
         """What the journal holds of each target that did not fail.
 
         Args:
             loss: judges the pairs.
-            sweep: whose journal it is.
-            failures: names of the targets that did.
+            sweep: whose journal it is, and which knows what failed.
 
         Returns:
             One each for those of which something was measured.
         """
-        targets = [target for target in self.targets if target.name not in failures]
+        targets = [target for target in self.targets if target.name not in sweep.failures]
         return collect(targets, self.reference, self.batches, self.material.pairs.pairs, sweep.journal, loss)
 
 
@@ -104,7 +101,6 @@ def summarize(
     loss: Loss,
     plan: Plan,
     sweep: Sweep,
-    failures: dict[str, str],
     notes: list[str],
     *,
     complete: bool,
@@ -116,7 +112,6 @@ def summarize(
         loss: judges the pairs.
         plan: what there was to measure.
         sweep: what measured it.
-        failures: why targets are left out, by name.
         notes: what the user was told before.
         complete: whether it came to its end.
 
@@ -126,26 +121,27 @@ def summarize(
     Raises:
         ModelError: nothing was measured.
     """
-    failures = {target.name: target.problem for target in plan.targets if target.problem is not None} | failures
-    measured = plan.collect(loss, sweep, failures)
+    measured = plan.collect(loss, sweep)
     if not measured:
-        listed = "".join(f"\n  {name}: {reason}" for name, reason in failures.items())
+        listed = "".join(f"\n  {name}: {reason}" for name, reason in sweep.failures.items())
         raise ModelError(f"{setting.model}: no checkpoint could be measured.{listed}")
     # Batches hold the longest pairs first, so that what is half measured does not stand for the data.
     judged = [each for each in measured if each.whole] or measured
     pairs, last = plan.material.pairs.pairs, judged[-1]
-    columns, sample = pair_columns(measured), sample_columns(pairs)
-    tokens = _read_tokens(setting.token_pairs, pairs, last, sweep)
-    rows = what_if(pair_columns(judged), loss)
+    whole, sample = pair_columns(judged), sample_columns(pairs)
+    tokens = None
+    if setting.token_pairs is not None:  # the journal may hold those of other calls
+        tokens = token_columns(last.target, last.spread(pairs, setting.token_pairs), sweep.journal)
+    rows = what_if(whole, loss)
     history = _read_history(plan.run, notes)
     kept = [each["text"] for each in sweep.journal.all("note")]
     summary = {
         "complete": complete,
         "run": _describe_run(plan),
         "left_out": [
-            {"checkpoint": target.name, "step": target.step, "reason": failures[target.name]}
+            {"checkpoint": target.name, "step": target.step, "reason": sweep.failures[target.name]}
             for target in plan.targets
-            if target.name in failures
+            if target.name in sweep.failures
         ]
         + [
             {"checkpoint": last.target.name, "step": last.target.step, "reason": f"Its tokens alone: {reason}"}
@@ -153,7 +149,7 @@ def summarize(
         ],
         "checkpoints": describe_checkpoints(measured),
         "history": history,
-        "dynamics": dynamics(_with_start(pair_columns(judged), plan), {} if history is None else history["curves"]),
+        "dynamics": dynamics(_with_start(whole, plan), {} if history is None else history["curves"]),
         "what_if": rows,
         "recommendation": recommend(rows),
         "properties": summarize_properties(last.columns, sample),
@@ -167,19 +163,9 @@ def summarize(
     }
     modules = module_columns(measured)
     return Records(
-        pairs=columns, sample=sample, modules=modules if modules["module"] else None,
+        pairs=pair_columns(measured), sample=sample, modules=modules if modules["module"] else None,
         tokens=tokens if summary["tokens"] is not None else None, summary=summary,
     )  # fmt: skip
-
-
-def _read_tokens(
-    count: int | None, pairs: Sequence[AuditPair], last: Measured, sweep: Sweep
-) -> dict[str, list[Any]] | None:
-    """The tokens that are asked for; the journal may hold those of other calls."""
-    if count is None:
-        return None
-    chosen = [last.scan.positions[place] for place in choose_pairs(last.columns["cosine"], count)]
-    return token_columns(last.target, [pairs[position] for position in chosen], sweep.journal)
 
 
 def _with_start(columns: dict[str, list[Any]], plan: Plan) -> dict[str, list[Any]]:
@@ -247,8 +233,7 @@ def write_records(directory: Path, records: Records, started: float, *, report: 
         started: of the clock, for the seconds that it took.
         report: also write the page and the pictures.
     """
-    names = ("summary.json", "report.html", "sample.parquet", "modules.parquet", "tokens.parquet")
-    earlier = [directory / name for name in names]
+    earlier = [directory / name for name in AUDIT_FILES if name != "pairs.parquet"]
     for path in [*earlier, *(each for kind in ("png", "svg") for each in directory.glob(f"figures/*.{kind}"))]:
         path.unlink(missing_ok=True)  # an earlier audit's must not stand beside this one's pairs
     write_pairs(directory / "pairs.parquet", records.pairs)

@@ -16,13 +16,12 @@ from gradent.audit.load import check_device, check_dtype
 from gradent.audit.prepare import choose_device, read_material
 from gradent.audit.progress import pair_progress
 from gradent.audit.ranks import Ranks, join, only_audit
-from gradent.audit.records import Measured
 from gradent.audit.scan import plan_batches
-from gradent.audit.sweep import Sweep, pair_cost
+from gradent.audit.sweep import Sweep
 from gradent.audit.table import print_summary
-from gradent.audit.targets import choose_reference, find_targets
+from gradent.audit.targets import Target, choose_reference, find_targets
 from gradent.audit.tell import teller, warnings_told
-from gradent.audit.token_scan import choose_pairs, token_cost
+from gradent.audit.token_scan import token_cost
 from gradent.errors import GradentError, ModelError
 from gradent.losses import Loss
 from gradent.record import Summary, read_summary
@@ -62,12 +61,12 @@ def conduct(setting: Setting, loss: Loss, directory: Path, *, report: bool, wand
     with only_audit(directory, ranks):
         sweep = _make_sweep(setting, plan, directory, ranks, tell)
         try:
-            failures = _measure(setting, loss, plan, sweep, quiet)
+            _measure(setting, loss, plan, sweep, quiet)
         except KeyboardInterrupt as interrupt:
             sweep.journal.refresh()
-            if not (ranks.first and plan.collect(loss, sweep, sweep.failures)):
+            if not (ranks.first and plan.collect(loss, sweep)):
                 raise
-            parts = summarize(setting, loss, plan, sweep, sweep.failures, notes, complete=False)
+            parts = summarize(setting, loss, plan, sweep, notes, complete=False)
             write_records(directory, parts, started, report=report)
             raise KeyboardInterrupt(
                 f"{directory} holds a partial record. The same command goes on from where this one was stopped."
@@ -75,7 +74,7 @@ def conduct(setting: Setting, loss: Loss, directory: Path, *, report: bool, wand
         finally:
             sweep.journal.close()
         if ranks.first:
-            parts = summarize(setting, loss, plan, sweep, failures, notes, complete=True)
+            parts = summarize(setting, loss, plan, sweep, notes, complete=True)
             write_records(directory, parts, started, report=report)
         ranks.wait()
     summary = read_summary(directory / "summary.json")
@@ -130,28 +129,29 @@ def _make_sweep(setting: Setting, plan: Plan, directory: Path, ranks: Ranks, tel
         ranks=ranks, device=device, dtype=setting.dtype, engine=setting.engine, by_module=setting.by_module,
         memory_budget=setting.memory_budget, trust_remote_code=setting.trust_remote_code,
         several=plan.run is not None, tell=tell_and_keep,
+        failures={target.name: target.problem for target in plan.targets if target.problem is not None},
     )  # fmt: skip
 
 
-def _measure(setting: Setting, loss: Loss, plan: Plan, sweep: Sweep, quiet: bool) -> dict[str, str]:
-    """Measure what the journal has not; why targets are left out, by name."""
+def _measure(setting: Setting, loss: Loss, plan: Plan, sweep: Sweep, quiet: bool) -> None:
+    """Measure what the journal has not."""
     pairs = plan.material.pairs.pairs
-    cost = sum(map(pair_cost, pairs))
-    targets = [target for target in plan.targets if target.problem is None]
+    cost = sum(pair.tokens for pair in pairs)
+    sound = len(plan.targets) - len(sweep.failures)
     sweep.agree_on_prices()
     with warnings_told(sweep.tell):
         if plan.reference.source is not None:
             with pair_progress("reference", len(pairs), cost, quiet=quiet) as advance:
                 _measure_reference(loss, sweep, advance)
-        with pair_progress("measuring", len(targets) * len(pairs), len(targets) * cost, quiet=quiet) as advance:
+        with pair_progress("measuring", sound * len(pairs), sound * cost, quiet=quiet) as advance:
             sweep.measure_targets(advance)
         shared = sweep.ranks.gather([sweep.failures])
         sweep.failures.update({name: reason for each in shared for name, reason in each.items()})
         sweep.journal.refresh()
-        measured = plan.collect(loss, sweep, sweep.failures)
+        measured = plan.collect(loss, sweep) if setting.token_pairs is not None else []
         if measured and setting.token_pairs is not None:
-            _measure_tokens(setting.token_pairs, pairs, measured[-1], sweep, quiet)
-    return sweep.failures
+            last = measured[-1]
+            _measure_tokens(last.target, last.spread(pairs, setting.token_pairs), sweep, quiet)
 
 
 def _measure_reference(loss: Loss, sweep: Sweep, advance: Callable[[int, int], None]) -> None:
@@ -169,14 +169,12 @@ def _measure_reference(loss: Loss, sweep: Sweep, advance: Callable[[int, int], N
         sweep.tell(f"The reference cannot be measured, so no loss that needs one is judged. {remedy}\n{error}")
 
 
-def _measure_tokens(count: int, pairs: Sequence[AuditPair], last: Measured, sweep: Sweep, quiet: bool) -> None:
+def _measure_tokens(target: Target, pairs: Sequence[AuditPair], sweep: Sweep, quiet: bool) -> None:
     """The tokens of the last target; of a run, what fails here leaves the rest of the record whole."""
-    cosines = last.columns["cosine"]
-    chosen = [pairs[position] for position in choose_pairs(cosines, count)]
     failed = list[str]()
-    with pair_progress("tokens", len(chosen), sum(map(token_cost, chosen)), quiet=quiet) as advance:
+    with pair_progress("tokens", len(pairs), sum(map(token_cost, pairs)), quiet=quiet) as advance:
         try:
-            sweep.measure_tokens(last.target, cosines, count, advance)
+            sweep.measure_tokens(target, pairs, advance)
         except JournalError:
             raise
         except GradentError as error:

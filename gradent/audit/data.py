@@ -54,6 +54,11 @@ class AuditPair:
     truncated: int = 0
 
     @property
+    def tokens(self) -> int:
+        """Tokens of both rows, prompts included: what measuring the pair costs."""
+        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longer of the two rows, prompt included."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))

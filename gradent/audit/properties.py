@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rapidfuzz.distance import Levenshtein
+from rapidfuzz.distance import Levenshtein, Postfix, Prefix
 
 __all__ = ["FEWEST", "pair_properties", "rank_correlation", "summarize_properties"]
 
@@ -44,8 +44,8 @@ def pair_properties(chosen_ids: Sequence[int], rejected_ids: Sequence[int]) -> d
         of insertions, deletions and replacements of tokens that make one response the other (Levenshtein).
     """
     chosen, rejected = list(chosen_ids), list(rejected_ids)
-    prefix = _count_shared(chosen, rejected)
-    suffix = _count_shared(chosen[prefix:][::-1], rejected[prefix:][::-1])
+    prefix = Prefix.similarity(chosen, rejected)
+    suffix = Postfix.similarity(chosen[prefix:], rejected[prefix:])
     return {
         "shared_prefix": prefix,
         "shared_suffix": suffix,
@@ -175,15 +175,6 @@ def _ranks(values: Floats) -> Floats:
     """Ranks from 1, ties at their average."""
     _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
     return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[which], dtype=np.float64)
-
-
-def _count_shared(first: Sequence[int], second: Sequence[int]) -> int:
-    count = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
 
 
 def _take(columns: Columns, names: Sequence[str], rows: Sequence[int]) -> dict[str, Floats]:

@@ -13,6 +13,7 @@ from gradent.audit.scan import Scan, join_blocks
 from gradent.audit.summary import most_entangled, summarize_columns, summarize_modules
 from gradent.audit.table import preview
 from gradent.audit.targets import ReferenceChoice, Target
+from gradent.audit.token_scan import choose_pairs
 from gradent.losses import Loss
 from gradent.record import CASE_NAMES, MODULE_COLUMNS, PAIR_COLUMNS, SAMPLE_COLUMNS, TOKEN_COLUMNS
 from gradent.verdict import Verdict, verdict
@@ -51,6 +52,18 @@ class Measured:
     model: dict[str, Any]
     columns: Columns
     whole: bool
+
+    def spread(self, pairs: Sequence[AuditPair], count: int) -> list[AuditPair]:
+        """Pairs that stand for those measured here, by their cosines.
+
+        Args:
+            pairs: all pairs.
+            count: how many; all where there are no more.
+
+        Returns:
+            Those pairs, as `choose_pairs` picks them.
+        """
+        return [pairs[self.scan.positions[place]] for place in choose_pairs(self.columns["cosine"], count)]
 
 
 def collect(

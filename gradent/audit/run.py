@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING
 
 from gradent.errors import InputError
 from gradent.files import make_directory
-from gradent.record import Summary
+from gradent.record import AUDIT_FILES, Summary
 
 if TYPE_CHECKING:
     from gradent.losses import Loss
 
 __all__ = ["AuditResult", "audit"]
-
-_FILES = ("pairs.parquet", "summary.json", "sample.parquet", "modules.parquet", "tokens.parquet", "report.html")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +138,7 @@ def audit(
     check_scan_settings(batch_size=batch_size, engine=engine, memory_budget=memory_budget)
     check_token_pairs(token_pairs)
     if wandb is not None:
-        check_wandb(wandb)
+        _check_wandb(wandb)
     inside = Path(out).resolve().parent == Path(model).resolve()
     if inside and re.fullmatch(r"checkpoint-\d+", Path(out).name):
         raise InputError(
@@ -148,7 +146,7 @@ def audit(
         )
     if (Path(out) / "demo.json").exists():
         raise InputError(f"{out}: holds the records of `gradent demo`, under the same names. Choose another --out.")
-    directory = make_directory(out, _FILES)
+    directory = make_directory(out, AUDIT_FILES)
     setting = Setting(
         model=os.fspath(model), data=os.fspath(data), checkpoints=checkpoints, base=_text(base),
         adapter=_text(adapter), reference=_text(reference), split=split, max_length=max_length, max_pairs=max_pairs,
@@ -157,7 +155,7 @@ def audit(
         trust_remote_code=trust_remote_code, seed=seed,
     )  # fmt: skip
     summary = conduct(setting, objective, directory, report=report, wandb=wandb, quiet=quiet)
-    there = {name: directory / name for name in _FILES}
+    there = {name: directory / name for name in AUDIT_FILES}
     return AuditResult(
         summary=summary,
         pairs_path=there["pairs.parquet"],
@@ -169,7 +167,7 @@ def audit(
     )
 
 
-def check_wandb(project: str) -> None:
+def _check_wandb(project: str) -> None:
     """Refuse what could not be streamed to, before anything is measured for it.
 
     Args:

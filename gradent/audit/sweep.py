@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from gradent.audit.data import AuditPair
 from gradent.audit.journal import Journal, JournalError
 from gradent.audit.prepare import Material, describe_model, open_model
 from gradent.audit.ranks import Ranks
 from gradent.audit.scan import Reference, adapter_off, itself, scan_batches, scan_reference
 from gradent.audit.targets import ReferenceChoice, Target
-from gradent.audit.token_scan import choose_pairs, scan_tokens, token_cost
+from gradent.audit.token_scan import scan_tokens, token_cost
 from gradent.errors import GradentError
 from gradent.kernels import crossover
 
@@ -42,7 +43,7 @@ class Sweep:
         trust_remote_code: see there.
         several: whether a target that fails is left out, so that the others are still measured.
         tell: takes notes.
-        failures: why a target is left out, by its name; filled on the way, with this rank's own failures.
+        failures: why a target is left out, by its name: at first those with a problem, then what fails on the way.
         token_failures: why tokens were not measured.
     """
 
@@ -60,7 +61,7 @@ class Sweep:
     trust_remote_code: bool
     several: bool
     tell: Callable[[str], None]
-    failures: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, str]
     token_failures: list[str] = field(default_factory=list)
 
     def agree_on_prices(self) -> None:
@@ -106,8 +107,7 @@ class Sweep:
             GradentError: what went wrong, where there is a single target.
         """
         for target in self.targets:
-            if target.problem is not None:
-                self.failures[target.name] = target.problem
+            if target.name in self.failures:
                 continue
             try:
                 self._measure_target(target, advance)
@@ -118,16 +118,14 @@ class Sweep:
                     raise
                 self.failures[target.name] = str(error)
 
-    def measure_tokens(self, target: Target, cosines: Sequence[float | None], count: int, advance: Advance) -> None:
+    def measure_tokens(self, target: Target, pairs: Sequence[AuditPair], advance: Advance) -> None:
         """The token matrices of some pairs on one target.
 
         Args:
             target: the model.
-            cosines: of all pairs on it, which choose the pairs.
-            count: how many pairs.
+            pairs: those pairs.
             advance: called with 1 and what the pair cost.
         """
-        pairs = [self.material.pairs.pairs[position] for position in choose_pairs(cosines, count)]
         own = [pairs[number] for number in self.ranks.share(len(pairs))]
         done = [pair for pair in own if self.journal.find("tokens", target.identity, pair.row) is not None]
         for pair in done:
@@ -187,9 +185,4 @@ class Sweep:
     def _cost(self, number: int) -> tuple[int, int]:
         """Pairs and tokens of a batch."""
         pairs = [self.material.pairs.pairs[position] for position in self.batches[number]]
-        return len(pairs), sum(map(pair_cost, pairs))
-
-
-def pair_cost(pair: Any) -> int:
-    """Tokens of both rows of a pair."""
-    return 2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+        return len(pairs), sum(pair.tokens for pair in pairs)

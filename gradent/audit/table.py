@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradent.record import Summary
+from gradent.report.numbers import fixed, percent
 from gradent.token_text import visible
 
 __all__ = ["preview", "print_summary", "printable"]
@@ -116,18 +117,16 @@ def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
 def _checkpoint_table(checkpoints: Sequence[dict[str, Any]]) -> Table:
     table = _new_table("step", "pairs", "cosine", "ideal", "both down", "both up", "reversed", "chosen", "rejected")
     for each in checkpoints:
-        cases = [_percent(each["cases"][name]["share"]) for name in ("ideal", "both_down", "both_up", "reversed")]
+        cases = [percent(each["cases"][name]["share"]) for name in ("ideal", "both_down", "both_up", "reversed")]
         logps = [_nats(each["logps"][name]) for name in ("chosen_logp", "rejected_logp")]
-        table.add_row(str(each["step"]), str(each["pairs"]), _signed(each["cosine"]["p50"]), *cases, *logps)
+        table.add_row(str(each["step"]), str(each["pairs"]), fixed(each["cosine"]["p50"]), *cases, *logps)
     return table
 
 
 def _cosine_table(cosine: dict[str, Any]) -> Table:
     names = {"min": "min", "p5": "5%", "p25": "25%", "p50": "median", "p75": "75%", "p95": "95%", "max": "max"}
     table = _new_table(*names.values(), "mean", "positive")
-    table.add_row(
-        *(_signed(cosine[name]) for name in names), _signed(cosine["mean"]), _percent(cosine["share_positive"])
-    )
+    table.add_row(*(fixed(cosine[name]) for name in names), fixed(cosine["mean"]), percent(cosine["share_positive"]))
     if cosine["undefined"]:
         table.caption = f"{cosine['undefined']} pairs have no cosine: one of their gradients is exactly zero."
     return table
@@ -137,7 +136,7 @@ def _case_table(cases: dict[str, dict[str, Any]]) -> Table:
     table = _new_table("case", "chosen", "rejected", "pairs", "share", text=3)
     for name, (chosen, rejected) in _ARROWS.items():
         counted = cases[name]
-        table.add_row(name.replace("_", " "), chosen, rejected, str(counted["count"]), _percent(counted["share"]))
+        table.add_row(name.replace("_", " "), chosen, rejected, str(counted["count"]), percent(counted["share"]))
     return table
 
 
@@ -145,8 +144,8 @@ def _weight_lines(weights: dict[str, Any]) -> list[str]:
     if not weights["active"]:
         return ["The loss moves none of the pairs: all its weights d_w and d_l are zero."]
     lines = [
-        f"Of {weights['active']} pairs that the loss moves, chosen rises in {_percent(weights['share_chosen_rises'])} "
-        f"and rejected falls in {_percent(weights['share_rejected_falls'])}.",
+        f"Of {weights['active']} pairs that the loss moves, chosen rises in {percent(weights['share_chosen_rises'])} "
+        f"and rejected falls in {percent(weights['share_rejected_falls'])}.",
         f"Median d_w {_number(weights['d_w'])}, d_l {_number(weights['d_l'])}, d_w/d_l {_number(weights['ratio'])}.",
     ]
     if weights["bound_pairs"]:
@@ -166,7 +165,7 @@ def _pair_table(pairs: list[dict[str, Any]]) -> Table:
     table.add_column("")
     for pair in pairs:
         chosen, rejected = (Text(pair[side], no_wrap=True, overflow="ellipsis") for side in ("chosen", "rejected"))
-        table.add_row(str(pair["pair"]), _signed(pair["cosine"]), pair["case"].replace("_", " "), "chosen", chosen)
+        table.add_row(str(pair["pair"]), fixed(pair["cosine"]), pair["case"].replace("_", " "), "chosen", chosen)
         table.add_row("", "", "", "rejected", rejected)
     return table
 
@@ -178,13 +177,13 @@ def _module_table(modules: dict[str, dict[str, float]], width: int) -> Table:
     room = max(20, width - _MODULE_FIGURES)
     for full, part in ranked[:_MODULES_SHOWN]:
         name = full.removesuffix(".default")  # what PEFT calls the only adapter
-        share = _percent(part["cosine_part"] / whole) if whole else "-"
+        share = percent(part["cosine_part"] / whole) if whole else "-"
         table.add_row(
             Text(name if len(name) <= room else "…" + name[1 - room :]),  # a name's end tells more than its beginning
-            _signed(part["cosine_part"]),
+            fixed(part["cosine_part"]),
             share,
-            _percent(part["chosen_share"]),
-            _percent(part["rejected_share"]),
+            percent(part["chosen_share"]),
+            percent(part["rejected_share"]),
         )
     if len(ranked) > _MODULES_SHOWN:
         table.caption = f"{len(ranked) - _MODULES_SHOWN} more modules are in summary.json."
@@ -196,8 +195,8 @@ def _render_tokens(tokens: dict[str, Any]) -> Iterator[RenderableType]:
     yield _part_table(tokens)
     aligned, facing = tokens["aligned"], tokens["facing"]
     lines = [
-        f"Of {aligned['count']} identical tokens and their matches, {_percent(aligned['share'])} have a positive inner "
-        f"product; of {facing['count']} differing tokens that face each other, {_percent(facing['share'])} a negative "
+        f"Of {aligned['count']} identical tokens and their matches, {percent(aligned['share'])} have a positive inner "
+        f"product; of {facing['count']} differing tokens that face each other, {percent(facing['share'])} a negative "
         "one."
     ]
     if tokens["undefined"]:
@@ -214,8 +213,8 @@ def _part_table(tokens: dict[str, Any]) -> Table:
     table = _new_table("", "mean cosine", "tokens", text=1)
     counts = {"identical": tokens["identical_tokens"], "differing": tokens["tokens"] - tokens["identical_tokens"]}
     for kind, count in counts.items():
-        table.add_row(f"from {kind} tokens", _signed(tokens["cosine"][kind]), str(count))
-    table.add_row("together", _signed(tokens["cosine"]["mean"]), str(tokens["tokens"]))
+        table.add_row(f"from {kind} tokens", fixed(tokens["cosine"][kind]), str(count))
+    table.add_row("together", fixed(tokens["cosine"]["mean"]), str(tokens["tokens"]))
     return table
 
 
@@ -225,7 +224,7 @@ def _token_table(tokens: dict[str, Any]) -> Table:
         for number, row in enumerate(tokens[kind][:_TOKENS_SHOWN]):
             text = Text(printable(visible(row["token"], _TOKEN_WIDTH)))
             head = "" if number else kind
-            table.add_row(head, text, _signed(row["sum"]), f"{row['mean']:+.4f}", str(row["count"]))
+            table.add_row(head, text, fixed(row["sum"]), f"{row['mean']:+.4f}", str(row["count"]))
     return table
 
 
@@ -242,11 +241,3 @@ def _number(value: float | None) -> str:
 
 def _nats(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
-
-
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.3f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}%"

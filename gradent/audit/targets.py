@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from gradent.audit.checkpoints import Checkpoint, Run, choose, find_run, is_run
 from gradent.audit.journal import digest
@@ -30,11 +32,10 @@ class Target:
     source: ModelSource | None
     problem: str | None = None
 
-    @property
+    @cached_property
     def identity(self) -> str:
-        """Changes where the target's files change."""
-        source = self.source
-        return digest([self.name, self.step, None if source is None else [_files(source.base), _files(source.adapter)]])
+        """Changes where the target's files change; as they were when it was first asked for."""
+        return digest([self.name, self.step, _model_files(self.source)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +52,10 @@ class ReferenceChoice:
     source: ModelSource | None = None
     given: str | None = None
 
-    @property
+    @cached_property
     def identity(self) -> str:
-        """Changes where the reference's files change."""
-        return digest(None if self.source is None else [_files(self.source.base), _files(self.source.adapter)])
+        """Changes where the reference's files change; as they were when it was first asked for."""
+        return digest(_model_files(self.source))
 
 
 def find_targets(
@@ -169,6 +170,10 @@ def _to_target(checkpoint: Checkpoint, run: Run) -> Target:
     elif problem is None:
         source = ModelSource(base=checkpoint.path, adapter=None, name=checkpoint.name)
     return Target(name=checkpoint.name, step=checkpoint.step, source=source, problem=problem)
+
+
+def _model_files(source: ModelSource | None) -> list[Any] | None:
+    return None if source is None else [_files(source.base), _files(source.adapter)]
 
 
 def _files(name: str | None) -> list[tuple[str, int, int]] | str | None:

@@ -5,6 +5,7 @@ Nothing here imports torch or, until a parquet file is touched, pyarrow: a repor
 
 from gradent.files import SCHEMA_VERSION
 from gradent.record.documents import (
+    AUDIT_FILES,
     DemoRecord,
     Summary,
     TokenRecord,
@@ -34,6 +35,7 @@ from gradent.record.tables import (
 )
 
 __all__ = [
+    "AUDIT_FILES",
     "CASE_NAMES",
     "MODULE_COLUMNS",
     "PAIR_COLUMNS",

@@ -13,6 +13,7 @@ from gradent.files import SCHEMA_VERSION, check_version, first_line, write_whole
 from gradent.version import __version__
 
 __all__ = [
+    "AUDIT_FILES",
     "DemoRecord",
     "Summary",
     "TokenRecord",
@@ -27,6 +28,17 @@ __all__ = [
 _SUMMARY_SCHEMA = "gradent.audit_summary"
 _DEMO_SCHEMA = "gradent.demo"
 _TOKEN_SCHEMA = "gradent.token_pair"
+
+
+AUDIT_FILES = (
+    "summary.json",
+    "pairs.parquet",
+    "sample.parquet",
+    "modules.parquet",
+    "tokens.parquet",
+    "report.html",
+)
+"""What an audit leaves in its directory, beside `figures/` and its journal; the last three are not always there."""
 
 
 class Summary(TypedDict):
@@ -50,7 +62,8 @@ class Summary(TypedDict):
     history: dict[str, Any] | None
     """What the trainer logged: source (the file's name) and curves, `{key: [[step, value], ...]}`; null without it."""
     dynamics: dict[str, Any] | None
-    """When both log-probs began to fall, and what the first-order theory explains; null for a single checkpoint."""
+    """When both log-probs began to fall, and what the first-order theory explains; null for a single checkpoint whose
+    trainer logged no curve of log-probs that is long enough."""
     what_if: list[dict[str, Any]]
     """Other losses and hyperparameters on the same gradients: a row each."""
     recommendation: dict[str, Any] | None
