@@ -45,11 +45,13 @@ class TableKind:
         name: its schema's name; the file is usually `{name}.parquet`.
         columns: columns in order, each with its Arrow type as pyarrow names it.
         nullable: columns that may hold null.
+        writer: what writes the file, as a user calls it.
     """
 
     name: str
     columns: Mapping[str, str]
     nullable: frozenset[str]
+    writer: str = "gradent audit ... --out DIR"
 
 
 def make_directory(out: str | os.PathLike[str], files: Sequence[str] = ()) -> Path:
@@ -144,7 +146,7 @@ def read_table(path: str | os.PathLike[str], kind: TableKind) -> pa.Table:
     try:
         table = parquet.read_table(path, partitioning=None)
     except FileNotFoundError as error:
-        raise DataFileError(f"{path}: there is no such file. `gradent audit ... --out DIR` writes it.") from error
+        raise DataFileError(f"{path}: there is no such file. `{kind.writer}` writes it.") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise DataFileError(f"{path}: not a readable parquet file ({first_line(error)}).") from error
     metadata = table.schema.metadata or {}

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from gradent.gram import ModuleGram
+if TYPE_CHECKING:  # names are read without torch, in reports too
+    from gradent.gram import ModuleGram
 
-__all__ = ["group_layers", "layer_of"]
+__all__ = ["group_layers", "layer_of", "unwrapped"]
 
 _WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
+
+
+def unwrapped(module: str) -> str:
+    """A module's name without the wrappers in front of it (PEFT, DDP, torch.compile).
+
+    Args:
+        module: its dotted name.
+
+    Returns:
+        The name in the model itself.
+    """
+    name = module
+    while any(name.startswith(wrapper) for wrapper in _WRAPPERS):
+        name = next(name.removeprefix(wrapper) for wrapper in _WRAPPERS if name.startswith(wrapper))
+    return name
 
 
 def layer_of(module: str) -> str:
@@ -21,9 +38,7 @@ def layer_of(module: str) -> str:
         The name up to its first number; without a number, the module's own name up to what an adapter adds below it.
         Wrappers in front (PEFT, DDP, torch.compile) are left out.
     """
-    name = module
-    while any(name.startswith(wrapper) for wrapper in _WRAPPERS):
-        name = next(name.removeprefix(wrapper) for wrapper in _WRAPPERS if name.startswith(wrapper))
+    name = unwrapped(module)
     parts = name.split(".")
     for position, part in enumerate(parts):
         if part.isdigit():

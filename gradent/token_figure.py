@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-__all__ = ["TokenPicture", "draw_tokens", "write_figure"]
+__all__ = ["TokenPicture", "draw_tokens", "new_figure", "write_figure"]
 
 Floats = NDArray[np.float64]
 
@@ -120,6 +120,31 @@ def draw_tokens(picture: TokenPicture) -> Figure:
     Returns:
         The figure, at most about 17 inches a side whatever the number of tokens; labels shrink, then every other one
         (and so on) is left out.
+    """
+    figure = new_figure(_DPI)
+    fonts, letters = _fonts()
+    labels = [_labels(texts, letters) for texts in (picture.chosen, picture.rejected)]
+    plan = _plan(picture, labels, letters)
+    figure.set_size_inches(plan.width, plan.height)
+    text = {"fontfamily": fonts, "parse_math": False, "usetex": False, "color": "black"}
+    _write_lines(figure, plan, text)
+    heat = figure.add_axes(plan.box(plan.left, plan.bottom, plan.across, plan.up), label="cosine")
+    cosines = _paint(heat, picture.cosine, 1.0)
+    _outline(heat, picture.alignment, min(plan.across / len(picture.rejected), plan.up / len(picture.chosen)))
+    strips = _draw_strips(figure, plan, picture, labels, text)
+    _draw_bars(figure, plan, (cosines, strips), text)
+    return figure
+
+
+def new_figure(dpi: int, **options: Any) -> Figure:
+    """An empty white figure on a canvas of its own: pyplot and its backend are not touched.
+
+    Args:
+        dpi: dots to an inch.
+        options: further ones of matplotlib's `Figure`.
+
+    Returns:
+        The figure.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -132,18 +157,8 @@ def draw_tokens(picture: TokenPicture) -> Figure:
             f"Pictures need matplotlib, and {error.name} is not installed. Install the extra: "
             'pip install "gradent[audit]".'
         ) from error
-    fonts, letters = _fonts()
-    labels = [_labels(texts, letters) for texts in (picture.chosen, picture.rejected)]
-    plan = _plan(picture, labels, letters)
-    figure = Figure(figsize=(plan.width, plan.height), dpi=_DPI, facecolor="white")
+    figure = Figure(dpi=dpi, facecolor="white", **options)
     FigureCanvasAgg(figure)
-    text = {"fontfamily": fonts, "parse_math": False, "usetex": False, "color": "black"}
-    _write_lines(figure, plan, text)
-    heat = figure.add_axes(plan.box(plan.left, plan.bottom, plan.across, plan.up), label="cosine")
-    cosines = _paint(heat, picture.cosine, 1.0)
-    _outline(heat, picture.alignment, min(plan.across / len(picture.rejected), plan.up / len(picture.chosen)))
-    strips = _draw_strips(figure, plan, picture, labels, text)
-    _draw_bars(figure, plan, (cosines, strips), text)
     return figure
 
 

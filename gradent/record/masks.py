@@ -30,7 +30,9 @@ first token; `token` is its text. `score` is `u`, `mask` its soft mask `σ(k(u -
 `kept` says whether `u >= r`. Where masks are frozen, `mask` is 1 and `kept` true whatever the score.
 """
 
-_MASK_TABLE = TableKind(name="masks", columns=MASK_COLUMNS, nullable=frozenset())
+_MASK_TABLE = TableKind(
+    name="masks", columns=MASK_COLUMNS, nullable=frozenset(), writer="TokenMaskedDPOTrainer.export_masks"
+)
 
 
 def mask_schema() -> pa.Schema:

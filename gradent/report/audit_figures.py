@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradent.errors import InputError
 from gradent.files import make_directory, write_whole
 from gradent.report.audit_losses import describe_row, shown_rows
 from gradent.report.audit_read import AuditRecords, read_audit
 from gradent.report.audit_steps import STEP, has_curve, logp_lines
-from gradent.report.cases import CASES, share_of
+from gradent.report.cases import CASE_COLOURS, CASES, share_of
+from gradent.token_figure import new_figure
 from gradent.token_text import visible
 
 if TYPE_CHECKING:
@@ -26,10 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["write_audit_figures"]
 
-_COLOURS = {
-    "chosen": "#1f6fb4", "rejected": "#c77400", "ideal": "#2a9d8f", "both_down": "#e76f51", "both_up": "#e9c46a",
-    "reversed": "#9b2226", "inactive": "#adb5bd",
-}  # fmt: skip
+_COLOURS = {"chosen": "#1f6fb4", "rejected": "#c77400", **CASE_COLOURS}
 _DARK = {"ideal", "reversed"}  # colours on which white is read
 _WIDTH, _HEIGHT, _BAR, _DPI = 6.4, 3.6, 0.3, 200  # inches, and dots to one
 _LABEL = 34  # characters of a loss's name
@@ -80,16 +77,7 @@ def _render(figure: Figure, form: str, options: dict[str, Any]) -> bytes:
 
 
 def _new_figure(height: float) -> tuple[Figure, Axes]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise InputError(
-            f"Pictures need matplotlib, and {error.name} is not installed. Install the extra: "
-            'pip install "gradent[audit]".'
-        ) from error
-    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(_DPI, figsize=(_WIDTH, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_facecolor("white")
     for side in ("top", "right"):

@@ -10,33 +10,19 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from gradent.layers import layer_of, unwrapped
 from gradent.report.audit_read import AuditRecords
 from gradent.report.numbers import fixed, percent
 from gradent.report.page import HeatMap, Section, Table
 
-__all__ = ["kind_of", "layer_of", "layer_section"]
+__all__ = ["kind_of", "layer_section"]
 
-_WRAPPER = re.compile(r"^(?:base_model\.model\.|module\.|_orig_mod\.)+")
 _ADAPTER = re.compile(r"\.(?:lora_\w+|base_layer|modules_to_save)(?:\..*)?$")
 _MOST_COLUMNS = 60
 _KINDS = 15
 _MODULES = 40
 _LONGEST = 32  # characters of a layer's name in the heat map; its end tells more than its beginning
 _SLACK = 1e-9
-
-
-def layer_of(module: str) -> str:
-    """The layer of a module.
-
-    Args:
-        module: its dotted name.
-
-    Returns:
-        The name up to its first number; without a number, the whole, less wrappers and what an adapter adds.
-    """
-    parts = _bare(module).split(".")
-    numbered = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
-    return ".".join(parts if numbered is None else parts[: numbered + 1])
 
 
 def kind_of(module: str) -> str:
@@ -78,7 +64,7 @@ def layer_section(records: AuditRecords) -> Section:
     columns = _columns(rows)
     last = [row for row in rows if row[0] == columns[-1][0]]
     parts: list[HeatMap | Table] = []
-    layers = _sums((layer_of(name), figures) for _, _, name, figures in last)
+    layers = _sums((layer_of(_bare(name)), figures) for _, _, name, figures in last)
     if len(layers) > 1:
         parts.append(_heat_map(rows, columns, list(layers)))
     kinds = _sums((kind_of(name), figures) for _, _, name, figures in last)
@@ -97,7 +83,7 @@ def layer_section(records: AuditRecords) -> Section:
 
 
 def _bare(module: str) -> str:
-    return _ADAPTER.sub("", _WRAPPER.sub("", module))
+    return _ADAPTER.sub("", unwrapped(module))
 
 
 def _rows(records: AuditRecords) -> list[tuple[int, str, str, tuple[float, float, float]]]:
@@ -145,7 +131,7 @@ def _sums(parts: Iterable[tuple[str, tuple[float, float, float]]]) -> dict[str, 
 def _heat_map(
     rows: Sequence[tuple[int, str, str, Any]], columns: Sequence[tuple[int, str]], layers: Sequence[str]
 ) -> HeatMap:
-    cells = _sums((f"{place} {layer_of(name)}", figures) for place, _, name, figures in rows)
+    cells = _sums((f"{place} {layer_of(_bare(name))}", figures) for place, _, name, figures in rows)
     values = [[cells.get(f"{place} {layer}", (math.nan,))[0] for place, _ in columns] for layer in layers]
     limit = max((abs(value) for row in values for value in row if math.isfinite(value)), default=0.0)
     return HeatMap(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gradent.errors import GradentError, InputError
-from gradent.record import CASE_NAMES
+from gradent.record import AUDIT_FILES, CASE_NAMES
 from gradent.report.audit_losses import describe_row
 from gradent.report.audit_pairs import ranked_pairs
 from gradent.report.audit_read import AuditRecords, Measured, read_audit
@@ -22,7 +22,6 @@ __all__ = ["stream_audit"]
 _STEP = "gradent/step"
 _PAIRS = 50  # of the table of pairs
 _LONGEST = 2000  # characters of a text in it
-_FILES = ("summary.json", "pairs.parquet", "sample.parquet", "modules.parquet", "tokens.parquet", "report.html")
 _MEANS = {
     "gradent/chosen_logp": "chosen_logp",
     "gradent/rejected_logp": "rejected_logp",
@@ -150,7 +149,7 @@ def _pair_table(wandb: Any, records: AuditRecords) -> Any:
 def _artifact(wandb: Any, run: Any, records: AuditRecords) -> Any:
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"audit-{run.id}")
     artifact = wandb.Artifact(name, type="gradent-audit", metadata={"complete": records.summary["complete"]})
-    for file in _FILES:
+    for file in AUDIT_FILES:
         if (records.directory / file).is_file():
             artifact.add_file(str(records.directory / file))
     for path in sorted((records.directory / "figures").glob("*.*")):

@@ -7,7 +7,7 @@ from typing import Any
 
 from gradent.report.figure import Series
 
-__all__ = ["CASES", "CASES_EXPLAINED", "case_series", "share_of"]
+__all__ = ["CASES", "CASES_EXPLAINED", "CASE_COLOURS", "case_series", "share_of"]
 
 CASES: dict[str, str] = {
     "ideal": "case 1: ideal",
@@ -17,6 +17,15 @@ CASES: dict[str, str] = {
     "inactive": "inactive",
 }
 """Name of a case in the records to its name for readers. The colours of a page go by the records' names."""
+
+CASE_COLOURS: dict[str, str] = {
+    "ideal": "#2a9d8f",
+    "both_down": "#e76f51",
+    "both_up": "#e9c46a",
+    "reversed": "#9b2226",
+    "inactive": "#adb5bd",
+}
+"""Of the cases, where a picture does not get its colours from the page."""
 
 CASES_EXPLAINED = (
     "Case 1 (ideal): chosen rises, rejected falls. Case 2 (both down): both log-probs fall. Case 3 (both up): both "

@@ -8,19 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradent.errors import GradentError, InputError
+from gradent.report.cases import CASE_COLOURS
 from gradent.report.window import TokenHeatMap, Window
 
 __all__ = ["Panels", "wandb_dashboard"]
 
 logger = logging.getLogger("gradent")
 
-_CASES = {
-    "ideal": "#2a9d8f",
-    "both_down": "#e76f51",
-    "both_up": "#e9c46a",
-    "reversed": "#9b2226",
-    "inactive": "#adb5bd",
-}
 _POINTS = 2000
 
 
@@ -103,7 +97,7 @@ def _stacked(go: Any, steps: list[int], cases: list[dict[str, float]]) -> Any:
             x=steps, y=[shares.get(name, 0.0) for shares in cases], name=name.replace("_", " "), stackgroup="cases",
             line={"width": 0.5, "color": color},
         )
-        for name, color in _CASES.items()
+        for name, color in CASE_COLOURS.items()
     ]  # fmt: skip
     figure = go.Figure(traces)
     figure.update_layout(xaxis_title="step", yaxis_title="share of pairs", yaxis_range=[0, 1], title="Cases")
@@ -156,7 +150,7 @@ def wandb_dashboard(entity: str, project: str, *, name: str = "gradent") -> str:
     lines = {
         "Cosine": ["gradent/cosine", "gradent/probe/cosine"],
         "Norms": ["gradent/chosen_norm", "gradent/rejected_norm"],
-        "Cases": [f"gradent/case/{case}" for case in _CASES if case != "inactive"],
+        "Cases": [f"gradent/case/{case}" for case in CASE_COLOURS if case != "inactive"],
         "Predicted changes": ["gradent/chosen_change", "gradent/rejected_change"],
         "Realised changes": ["gradent/chosen_realised", "gradent/rejected_realised"],
         "Weights d_w/d_l": ["gradent/weight_ratio"],
