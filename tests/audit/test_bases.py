@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
 
 from gradent.audit.checkpoints import choose, find_run
 from gradent.errors import InputError
 from tests.audit.runs import make_adapter, make_full, make_run, problem, write_json
-
-
-@pytest.fixture
-def run(tmp_path) -> Path:
-    return make_run(tmp_path / "run")
-
-
-@pytest.fixture
-def base(tmp_path) -> Path:
-    return make_full(tmp_path / "base")
-
-
-@pytest.fixture
-def adapters(tmp_path, base) -> Path:
-    return make_run(tmp_path / "run", base=base)
 
 
 def test_an_explicit_base_wins(adapters, base, tmp_path) -> None:

@@ -15,7 +15,7 @@ from gradent.audit.checkpoints import Checkpoint, choose, find_run, is_run
 from gradent.audit.load import load_model
 from gradent.audit.source import resolve_source
 from gradent.errors import InputError, ModelError
-from tests.audit.runs import TENSORS, make_adapter, make_full, make_run, problem, write_json, write_state
+from tests.audit.runs import TENSORS, make_adapter, make_run, problem, write_json, write_state
 from tests.audit.trained import Trained, train_run
 
 
@@ -27,21 +27,6 @@ def full_run(tmp_path_factory) -> Trained:
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory) -> Trained:
     return train_run(tmp_path_factory.mktemp("lora"), lora=True, steps=4, save_steps=2, save_model=True)
-
-
-@pytest.fixture
-def run(tmp_path) -> Path:
-    return make_run(tmp_path / "run")
-
-
-@pytest.fixture
-def base(tmp_path) -> Path:
-    return make_full(tmp_path / "base")
-
-
-@pytest.fixture
-def adapters(tmp_path, base) -> Path:
-    return make_run(tmp_path / "run", base=base)
 
 
 # Real runs

@@ -20,16 +20,6 @@ from tests.audit.runs import TENSORS, make_full, make_run, problem, write_json
 INDEX = "model.safetensors.index.json"
 
 
-@pytest.fixture
-def run(tmp_path) -> Path:
-    return make_run(tmp_path / "run")
-
-
-@pytest.fixture
-def base(tmp_path) -> Path:
-    return make_full(tmp_path / "base")
-
-
 def with_header(header: bytes, data: bytes = b"") -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from gradent.errors import DataFileError
+from gradent.layers import layer_of
 from gradent.record import (
     PAIR_COLUMNS,
     read_modules,
@@ -25,7 +26,7 @@ from gradent.record import (
     write_token_record,
 )
 from gradent.report import write_audit_report, write_report
-from gradent.report.audit_layers import kind_of, layer_of
+from gradent.report.audit_layers import kind_of
 from gradent.report.audit_read import read_audit
 from gradent.report.audit_steps import thin_out
 from tests.report.audit_records import EVIL, HOSTILE, without_numbers, write_audit

@@ -8,6 +8,7 @@ import os
 import sys
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,15 @@ def pairs() -> Dataset:
     return Dataset.from_list(rows)
 
 
+def leave(out: Path, rank: int, seen: dict[str, Any]) -> None:
+    """Write what a rank saw, and end its process."""
+    (out / f"{rank}.json").write_text(json.dumps(seen))
+    if dist.is_initialized():
+        dist.barrier()
+    # gloo's destructor can wait for ever for a peer that has gone: leave without it.
+    os._exit(0)
+
+
 def main(out: Path, watched: bool, batch: int) -> None:
     torch.set_num_threads(1)
     model = build("llama", dtype=torch.float32)
@@ -65,11 +75,7 @@ def main(out: Path, watched: bool, batch: int) -> None:
         "sources": [record.source for record in callback.records],
         "logs": [entry for entry in logs if entry],
     }
-    (out / f"{trainer.args.process_index}.json").write_text(json.dumps(seen))
-    if dist.is_initialized():
-        dist.barrier()
-    # gloo's destructor can wait for ever for a peer that has gone: leave without it.
-    os._exit(0)
+    leave(out, trainer.args.process_index, seen)
 
 
 if __name__ == "__main__":
