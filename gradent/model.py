@@ -23,9 +23,11 @@ __all__ = [
     "observed",
     "plain",
     "require_causal",
+    "takes_keep",
     "trainable",
 ]
 
+_KEEP = "logits_to_keep"
 _PADDING_WARNING = "warn_if_padding_and_no_attention_mask"
 
 
@@ -94,7 +96,20 @@ def _embedding(model: nn.Module) -> Tensor | None:
     return weight if isinstance(weight, Tensor) else None
 
 
-def forward_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+def takes_keep(model: nn.Module) -> bool:
+    """Whether the model says that it can form the logits of the last positions alone (`logits_to_keep`).
+
+    Args:
+        model: a causal language model; of a PEFT model, the one inside is asked.
+
+    Returns:
+        Whether its forward names that argument.
+    """
+    unwrap = getattr(model, "get_base_model", None)
+    return _KEEP in inspect.signature((unwrap() if callable(unwrap) else model).forward).parameters
+
+
+def forward_logits(model: nn.Module, input_ids: Tensor, *, keep: int = 0) -> Tensor:
     """Logits of one forward, without a key-value cache and without an attention mask.
 
     Rows are right-padded, where a causal model does not look, so a mask has nothing to say; the masks that some models
@@ -104,9 +119,10 @@ def forward_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
         model: a causal language model: a transformers or PEFT model, or any module whose forward takes `input_ids`
             and returns logits `[R, L, V]`, bare, first in a tuple, or as `.logits`.
         input_ids: int64 `[R, L]`, padded on the right if at all.
+        keep: positions, counted from the last, whose logits are wanted; 0 for all. Only for a model that `takes_keep`.
 
     Returns:
-        `[R, L, V]`, in the model's dtype.
+        `[R, L, V]`, in the model's dtype; with `keep`, `[R, keep, V]`, or all from a model that does not heed it.
 
     Raises:
         ModelError: the model returned no logits, or of another shape; or it is an encoder-decoder.
@@ -118,7 +134,11 @@ def forward_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
         )
     accepted = inspect.signature(model.forward).parameters
     anything = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in accepted.values())
-    kwargs = {"use_cache": False} if "use_cache" in accepted or (anything and config is not None) else {}
+    kwargs: dict[str, int] = (
+        {"use_cache": False} if "use_cache" in accepted or (anything and config is not None) else {}
+    )
+    if keep:
+        kwargs[_KEEP] = keep
     if anything or "input_ids" in accepted:
         output = model(input_ids=input_ids, **kwargs)
     else:
@@ -127,6 +147,8 @@ def forward_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
     if logits is None:
         logits = output[0] if isinstance(output, tuple) and output else output
     rows, length = input_ids.shape
+    if keep and isinstance(logits, Tensor) and logits.shape[:2] == (rows, keep):
+        return logits
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[0] != rows or logits.shape[1] < length:
         received = list(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
         raise ModelError(

@@ -5,22 +5,32 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from gradent.errors import GradentWarning
+from gradent.errors import GradentWarning, ModelError
 from gradent.hooks.batching import group_rows, micro_batches
 from gradent.hooks.engine import MicroBatch, NeedsSingleRows, Outcome, run
 from gradent.kernels.plan import DEFAULT_BUDGET
-from gradent.model import observed, require_causal
+from gradent.model import observed, require_causal, takes_keep
 
 __all__ = ["agreement", "announce_single_rows", "measure_pairs", "rows_share"]
 
 Row = tuple[Tensor, Tensor]
 
-# What was found out about a model, so that it is found out once: trainable names -> whether rows can share a forward.
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], bool]] = weakref.WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class _Batching:
+    """How a model's rows are measured: in shared forwards or not, and with the logits of responses alone or of all."""
+
+    shared: bool
+    trim: bool = False
+
+
+# What was found out about a model, so that it is found out once, by the names of what is trainable in it.
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], _Batching]] = weakref.WeakKeyDictionary()
 
 # Scaled difference beyond which a batched forward and single rows are not the same measurement. Rounding alone stays
 # far below; rows mistaken for one another are wrong in the first digit.
@@ -39,8 +49,9 @@ def measure_pairs(
 ) -> list[tuple[list[int], Outcome]]:
     """Measure every pair.
 
-    The first pair that a model is measured on is measured twice: one row a forward (which needs no assumption about the
-    model), and in one padded forward. Only where the two agree are rows batched from then on.
+    The first pair that a model is measured on is measured twice: one row a forward, all its logits formed (which needs
+    no assumption about the model), and in one padded forward, prompts' logits left out if the model offers that. Only
+    where the two agree are rows batched from then on.
 
     Args:
         model: the model, in the mode in which it is to be measured.
@@ -74,19 +85,19 @@ def measure_pairs(
         with observed(model):  # in eval mode: dropout would make two looks at one pair differ
             require_causal(model, rows[first][0])
             outcome = run_one(alone(first))
-            known[key] = _rows_can_share(model, list(parameters), alone(first), outcome, run_one)
-        if not dropout and not known[key]:  # else it is measured again, so that every call gives the same bits
+            known[key] = _find_batching(model, list(parameters), alone(first), outcome, run_one)
+        if not dropout and not known[key].shared:  # else it is measured again, so that every call gives the same bits
             outcomes.append(([first], outcome))
             batches[0].remove(first)
     for pairs in filter(None, batches):
-        if known[key]:
+        if known[key].shared:
             batch_rows = [*(rows[pair] for pair in pairs), *(rows[half + pair] for pair in pairs)]
             groups = group_rows([len(ids) for ids, _ in batch_rows], device)
             try:
-                outcomes.append((pairs, run_one(MicroBatch(batch_rows, groups, pairs))))
+                outcomes.append((pairs, run_one(MicroBatch(batch_rows, groups, pairs, trim=known[key].trim))))
                 continue
             except NeedsSingleRows as need:  # the model changed since it was tried (another attention, say)
-                known[key] = False
+                known[key] = _Batching(shared=False)
                 announce_single_rows(need, list(parameters))
         outcomes += [([pair], run_one(alone(pair))) for pair in pairs]
     return outcomes
@@ -102,7 +113,8 @@ def rows_share(model: nn.Module, parameters: Mapping[str, Tensor]) -> bool | Non
     Returns:
         The answer; None for a model that has not been measured yet.
     """
-    return _KNOWN.get(model, {}).get(tuple(parameters))
+    found = _KNOWN.get(model, {}).get(tuple(parameters))
+    return None if found is None else found.shared
 
 
 def agreement(model: nn.Module, device: torch.device) -> float:
@@ -120,28 +132,48 @@ def agreement(model: nn.Module, device: torch.device) -> float:
     return max(_AGREEMENT.get(parameter.dtype, _AGREEMENT_NARROW) for parameter in model.parameters())
 
 
-def _rows_can_share(
+def _find_batching(
     model: nn.Module,
     names: Sequence[str],
     pair: MicroBatch,
     single: Outcome,
     run_one: Callable[[MicroBatch], Outcome],
-) -> bool:
-    """Whether one padded forward of two rows agrees with two forwards of one row; announced where it does not."""
+) -> _Batching:
+    """Which padded forwards of two rows agree with two forwards of one row; announced where none does."""
     # Padded until its length differs from its number of rows: one axis cannot pass for the other.
+    both = MicroBatch(pair.rows, [[0, 1]], pair.pairs, least_length=max(len(ids) for ids, _ in pair.rows) + 3)
+    limit = agreement(model, pair.rows[0][0].device)
+    if takes_keep(model):
+        try:
+            if _difference(single, run_one(replace(both, trim=True))) <= limit:
+                return _Batching(shared=True, trim=True)
+            reason = "they lead to other gradients"
+        except NeedsSingleRows:
+            reason = "no rule can tell the rows of a batched forward apart"
+        except (ModelError, TypeError, ValueError, IndexError, RuntimeError) as raised:
+            reason = f"{type(raised).__name__}: {raised}"
     try:
-        length = max(len(ids) for ids, _ in pair.rows) + 3
-        both = run_one(MicroBatch(pair.rows, [[0, 1]], pair.pairs, least_length=length))
+        error = _difference(single, run_one(both))
     except NeedsSingleRows as need:
         announce_single_rows(need, names)
-        return False
-    totals = [torch.stack([entry.cpu()[0] for entry in outcome.entries.values()]).sum(0) for outcome in (single, both)]
-    norms = totals[0][:2].clamp_min(1e-300).sqrt()
-    error = float(((totals[0] - totals[1]).abs() / torch.stack((*norms.square(), norms.prod()))).max())
-    limit = agreement(model, pair.rows[0][0].device)
+        return _Batching(shared=False)
     if error > limit:
         _announce(f"a batched forward of two rows differs from two forwards of one row by {error:.1e} (scaled)")
-    return error <= limit
+    elif error <= limit and takes_keep(model):
+        warnings.warn(
+            f"gradent has {type(model).__name__} form the logits of prompts too (as exact, but slower): with "
+            f"logits_to_keep, {reason}.",
+            GradentWarning,
+            stacklevel=4,
+        )
+    return _Batching(shared=error <= limit)
+
+
+def _difference(single: Outcome, both: Outcome) -> float:
+    """How far two outcomes of one pair lie apart, scaled by its norms."""
+    totals = [torch.stack([entry.cpu()[0] for entry in outcome.entries.values()]).sum(0) for outcome in (single, both)]
+    norms = totals[0][:2].clamp_min(1e-300).sqrt()
+    return float(((totals[0] - totals[1]).abs() / torch.stack((*norms.square(), norms.prod()))).max())
 
 
 def announce_single_rows(need: NeedsSingleRows, names: Sequence[str]) -> None:

@@ -35,12 +35,15 @@ class MicroBatch:
         groups: rows of each forward; a group of several rows is right-padded.
         pairs: the k pairs' numbers, as an error names them.
         least_length: pad every group to at least this many tokens.
+        trim: ask the model for the logits of responses alone, from where the first one of a group begins. Only for a
+            model that `takes_keep`.
     """
 
     rows: Sequence[tuple[Tensor, Tensor]]
     groups: Sequence[Sequence[int]]
     pairs: Sequence[int]
     least_length: int = 0
+    trim: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,12 +147,14 @@ class _Run:
             length = max(length, self.micro.least_length)
         ids, marks = (torch.stack([_pad(part, length) for part in parts]) for parts in zip(*rows, strict=True))
         layout = Layout(len(rows), length)
+        keep = length + 1 - max(1, min(int(row.nonzero()[0]) for _, row in rows)) if self.micro.trim else 0
         capture = Capture(self.parameters if watch else [], layout, lambda tap, b: self._deliver(one, tap, b))
         self._captures.append(capture)
         with torch.enable_grad(), capture:
-            logits = forward_logits(self.model, ids)
+            logits = forward_logits(self.model, ids, keep=keep)
+        kept = logits.shape[1]
         with torch.enable_grad():
-            logps = sequence_logprobs(logits, ids, marks, tile=min(TILE, self.budget))
+            logps = sequence_logprobs(logits, ids[:, -kept:], marks[:, -kept:], tile=min(TILE, self.budget))
         half = len(self.micro.rows) // 2
         check_logps(logps, [self.micro.pairs[row % half] for row in group], [row < half for row in group])
         one = _Pass(Place(layout, group), capture, logps)

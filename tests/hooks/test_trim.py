@@ -1,0 +1,110 @@
+"""Logits of responses alone, where the model offers it; of everything where what it offers is not that."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
+
+from gradent import GradentWarning, PairBatch, measure
+from tests.batches import ragged
+from tests.truth import assert_exact, truth
+
+
+def late_answers() -> PairBatch:
+    """Two pairs of 20 prompt tokens and 3 response tokens, which share a forward."""
+    prompt = list(range(30, 50))
+    return PairBatch.from_tokens([(prompt, [5, 61, 9], [17, 33, 70]), (prompt[::-1], [12, 88, 4], [23, 42, 8])])
+
+
+@contextmanager
+def head_inputs(model: nn.Module) -> Iterator[list[int]]:
+    """Positions of every call of the head."""
+    seen: list[int] = []
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    yield seen
+    handle.remove()
+
+
+def test_the_head_sees_responses_alone(tiny_gpt2: GPT2LMHeadModel) -> None:
+    batch = late_answers()
+    true = truth(tiny_gpt2, batch)
+    measure(tiny_gpt2, batch)  # finds out how this model is to be measured
+    with head_inputs(tiny_gpt2) as seen:
+        assert_exact(measure(tiny_gpt2, batch, by_module=True), true, batch)
+    assert set(seen) == {4}  # the prompt's last token, and the response
+
+
+def test_behind_an_adapter_too(tiny_llama: LlamaForCausalLM) -> None:
+    model = get_peft_model(tiny_llama, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).eval()
+    batch = late_answers()
+    true = truth(model, batch)
+    measure(model, batch)
+    with head_inputs(model) as seen:
+        assert_exact(measure(model, batch), true, batch)
+    assert set(seen) == {4}
+
+
+def _shifted(out: Tensor, keep: int) -> Tensor:
+    """The logits of other positions than were asked for."""
+    return out[:, :keep] if keep else out
+
+
+def _heedless(out: Tensor, keep: int) -> Tensor:
+    return out
+
+
+def _short(out: Tensor, keep: int) -> Tensor:
+    """One position too few."""
+    return out[:, 1 - keep :] if keep else out
+
+
+def _broken(out: Tensor, keep: int) -> Tensor:
+    if keep:
+        raise RuntimeError("logits_to_keep is not for you")
+    return out
+
+
+class Odd(nn.Module):
+    """A model with a `logits_to_keep` of its own understanding."""
+
+    def __init__(self, inner: GPT2LMHeadModel, cut: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.cut = inner, cut
+
+    def forward(self, input_ids: Tensor, logits_to_keep: int = 0) -> Any:
+        return self.cut(self.inner(input_ids=input_ids).logits, logits_to_keep)
+
+
+@pytest.mark.parametrize(
+    ("cut", "said"),
+    [(_shifted, "other gradients"), (_short, "ModelError"), (_broken, "not for you"), (_heedless, None)],
+)
+def test_what_a_model_understands_otherwise_is_left_alone(
+    tiny_gpt2: GPT2LMHeadModel, cut: Callable[[Tensor, int], Tensor], said: str | None
+) -> None:
+    model, batch = Odd(tiny_gpt2, cut).eval(), late_answers()
+    true = truth(model, batch)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", GradentWarning)
+        for _ in range(2):
+            assert_exact(measure(model, batch), true, batch)
+    told = [str(each.message) for each in caught if issubclass(each.category, GradentWarning)]
+    assert len(told) == (said is not None)  # once a model
+    assert said is None or (said in told[0] and "Odd" in told[0] and "logits_to_keep" in told[0])
+
+
+def test_rows_whose_prompts_differ(tiny_gpt2: GPT2LMHeadModel) -> None:
+    batch = ragged()
+    true = truth(tiny_gpt2, batch)
+    for _ in range(2):
+        assert_exact(measure(tiny_gpt2, batch), true, batch)
+    assert torch.equal(measure(tiny_gpt2, batch).inner, measure(tiny_gpt2, batch).inner)
