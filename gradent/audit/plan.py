@@ -23,7 +23,8 @@ class Setting:
     """What a plan is made for.
 
     Attributes:
-        tokens: T, of the chosen and of the rejected row, prompt included.
+        tokens: T, of the chosen and of the rejected row, prompt included. The head's products are counted over all T,
+            as of a row without a prompt; a model that forms no logits of prompts needs fewer.
         pairs: pairs in all.
         together: k.
         itemsize: bytes of an accumulating element.

@@ -22,7 +22,8 @@ from tests.audit.made import save_lora
 from tests.zoo import build
 
 TOKENS = 7
-PAIR = PairBatch.from_tokens([([3, 17, 4], [11, 5, 30, 8], [11, 6, 1, 9])])
+# A prompt of one token: with a longer one, the head would meet fewer rows than the plan, which knows no prompt, counts.
+PAIR = PairBatch.from_tokens([([3], [17, 4, 11, 5, 30, 8], [17, 4, 11, 6, 1, 9])])
 
 Seen = dict[str, dict[str, float]]
 
