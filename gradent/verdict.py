@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -158,6 +158,9 @@ def verdict(
             f"verdict: loss is {loss!r}, a {type(loss).__name__}; accepted is a Loss: losses.get('dpo', beta=0.1), or "
             "losses.from_callable(fn)."
         )
+    norms = {}
+    if loss.needs_norms:
+        norms = {"chosen_norm": gram.chosen_sq.double().sqrt(), "rejected_norm": gram.rejected_sq.double().sqrt()}
     d_w, d_l = loss.weights(
         chosen_logp=gram.chosen_logp,
         rejected_logp=gram.rejected_logp,
@@ -165,8 +168,30 @@ def verdict(
         ref_rejected_logp=ref_rejected_logp,
         chosen_len=gram.chosen_len,
         rejected_len=gram.rejected_len,
+        **norms,
     )
-    return Verdict.from_weights(gram, d_w, d_l)
+    judged = Verdict.from_weights(gram, d_w, d_l)
+    return _balanced(judged) if loss.needs_norms else judged
+
+
+def _balanced(judged: Verdict) -> Verdict:
+    """The verdict for weights that bring both gradients to one length, with signs that are no rounding's.
+
+    With `d_w‖g_w‖ = d_l‖g_l‖`, chosen changes by `d_w‖g_w‖²(1 - cos)` and rejected by `-d_l‖g_l‖²(1 - cos)`; a measured
+    cosine beyond 1 by rounding counts as 1, and that of a zero gradient as 0.
+    """  # noqa: DOC201
+    chosen_sq, rejected_sq, inner = (
+        getattr(judged.gram, name).to("cpu", torch.float64) for name in ("chosen_sq", "rejected_sq", "inner")
+    )
+    scale = chosen_sq.sqrt() * rejected_sq.sqrt()
+    left = 1 - torch.where(scale > 0, inner / scale, 0.0).clamp(-1, 1)
+    chosen_change, rejected_change = judged.d_w * chosen_sq * left, -judged.d_l * rejected_sq * left
+    return replace(
+        judged,
+        chosen_change=chosen_change,
+        rejected_change=rejected_change,
+        case=_cases(judged.d_w, judged.d_l, chosen_change >= 0, rejected_change <= 0),
+    )
 
 
 def _cases(d_w: Tensor, d_l: Tensor, rises: Tensor, falls: Tensor) -> Tensor:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
 from gradent.errors import InputError
 from gradent.losses.base import Loss
 from gradent.losses.custom import from_callable
+from gradent.losses.designs import Design, PairwiseNormalized, TokenMasked
 from gradent.losses.table import CPO, DPO, DPOP, IPO, KTO, RDPO, RRHF, SPPO, SimPO, SLiC
 
-__all__ = ["LOSSES", "Loss", "available", "from_callable", "get"]
+__all__ = ["DESIGNS", "LOSSES", "Loss", "available", "from_callable", "get"]
 
 LOSSES: dict[str, type[Loss]] = {
     "dpo": DPO,
@@ -28,9 +29,12 @@ LOSSES: dict[str, type[Loss]] = {
 }
 """Name to class, in the order of the paper's Table 2."""
 
+DESIGNS: dict[str, type[Design]] = {"pairwise_normalized": PairwiseNormalized, "token_masked": TokenMasked}
+"""Name to class of the designs of the paper's Section 5, each on a loss of `LOSSES`."""
+
 
 def available() -> list[str]:
-    """The names that `get` knows, in the order of the paper's Table 2.
+    """The losses that `get` knows, in the order of the paper's Table 2; it knows the two of `DESIGNS` as well.
 
     Returns:
         Ten names.
@@ -42,10 +46,12 @@ def get(name: str, **hyper: Any) -> Loss:
     """The loss of that name with these hyperparameters.
 
     Args:
-        name: one of `available()`.
+        name: one of `available()`, or of `DESIGNS`.
         **hyper: the loss's hyperparameters (`beta`, `lam`, `alpha`, `gamma`, `delta`, `lambda_w`, `lambda_l`,
             `z_ref`, `length_normalized`, `reference_free`; each loss takes some of them). What is not given has the
-            default of the paper's Appendix C, or TRL's; see the loss's class.
+            default of the paper's Appendix C, or TRL's; see the loss's class. A design takes `base`, a name
+            (by default "dpo") with that loss's hyperparameters beside it, or a `Loss`; "pairwise_normalized" also
+            `scale` and `C`.
 
     Returns:
         A frozen `Loss`.
@@ -56,20 +62,49 @@ def get(name: str, **hyper: Any) -> Loss:
     Example:
         >>> get("dpo", beta=0.1)
         DPO(name='dpo', beta=0.1)
+        >>> get("token_masked", beta=0.2)
+        TokenMasked(name='token_masked', base=DPO(name='dpo', beta=0.2))
     """
+    if isinstance(name, str) and name in DESIGNS:
+        return _get_design(name, hyper)
     if not isinstance(name, str) or name not in LOSSES:
+        known = [*LOSSES, *DESIGNS]
         raise InputError(
-            f"losses.get: unknown loss {name!r}{_suggest(name, LOSSES)} Accepted: {', '.join(LOSSES)}; "
+            f"losses.get: unknown loss {name!r}{_suggest(name, known)} Accepted: {', '.join(known)}; "
             "for any other loss use losses.from_callable."
         )
     accepted = {each.name: each.default for each in fields(LOSSES[name]) if each.init}
+    _refuse_unknown(name, hyper, accepted)
+    return LOSSES[name](**hyper)
+
+
+def _get_design(name: str, hyper: dict[str, Any]) -> Loss:
+    base = hyper.get("base", "dpo")
+    own = {each.name: each.default for each in fields(DESIGNS[name]) if each.init and each.name != "base"}
+    mine = {key: value for key, value in hyper.items() if key in own}
+    rest = {key: value for key, value in hyper.items() if key not in own and key != "base"}
+    if isinstance(base, str):
+        if base not in LOSSES:
+            raise InputError(
+                f"losses.get: {name} has base {base!r}{_suggest(base, LOSSES)} Accepted: {', '.join(LOSSES)}, or a "
+                "Loss."
+            )
+        theirs = {each.name: each.default for each in fields(LOSSES[base]) if each.init}
+        _refuse_unknown(f"{name} on {base}", rest, {**own, **theirs})
+        base = LOSSES[base](**rest)
+    else:
+        _refuse_unknown(f"{name} on a base that is given whole", rest, own)
+    return DESIGNS[name](base=base, **mine)
+
+
+def _refuse_unknown(name: str, hyper: Iterable[str], accepted: Mapping[str, Any]) -> None:
     for parameter in hyper:
         if parameter not in accepted:
+            shown = ", ".join(f"{key}={value!r}" for key, value in accepted.items()) or "none"
             raise InputError(
                 f"losses.get: {name} has no hyperparameter {parameter!r}{_suggest(parameter, accepted)} "
-                f"Accepted, with defaults: {', '.join(f'{key}={value!r}' for key, value in accepted.items())}."
+                f"Accepted, with defaults: {shown}."
             )
-    return LOSSES[name](**hyper)
 
 
 def _suggest(received: object, accepted: Iterable[str]) -> str:

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from gradent.errors import InputError, NonFiniteError
 
-__all__ = ["ARGUMENTS", "LENGTHS", "REFERENCE", "Loss", "PairTerms", "describe_pairs"]
+__all__ = ["ARGUMENTS", "LENGTHS", "NORMS", "REFERENCE", "Loss", "PairTerms", "describe_pairs"]
 
 LOGPS = ("chosen_logp", "rejected_logp")
 REFERENCE = ("ref_chosen_logp", "ref_rejected_logp")
 LENGTHS = ("chosen_len", "rejected_len")
 ARGUMENTS = LOGPS + REFERENCE + LENGTHS
 """The keyword arguments of `Loss.weights` and `Loss.value`."""
+NORMS = ("chosen_norm", "rejected_norm")
+"""Further ones of `Loss.weights`, for a loss that `needs_norms`."""
 
 Rule = tuple[Callable[[float], bool], str]
 POSITIVE: Rule = (lambda value: value > 0, "a finite number > 0")
@@ -41,6 +43,7 @@ HYPERPARAMETERS: dict[str, Rule] = {
     "lambda_w": NOT_NEGATIVE,
     "lambda_l": NOT_NEGATIVE,
     "z_ref": ANY_NUMBER,
+    "C": POSITIVE,
 }
 """What each numeric hyperparameter may be. The two switches (bool) are not listed: they are True or False."""
 
@@ -126,6 +129,11 @@ class Loss(ABC):
         """Whether `chosen_len` and `rejected_len` are required."""
         return any(argument in LENGTHS for argument in self._uses())
 
+    @property
+    def needs_norms(self) -> bool:
+        """Whether `weights` requires `chosen_norm` and `rejected_norm`: a rule for steps, as Section 5.1's, does."""
+        return False
+
     def weights(
         self,
         *,
@@ -135,6 +143,8 @@ class Loss(ABC):
         ref_rejected_logp: Tensor | None = None,
         chosen_len: Tensor | None = None,
         rejected_len: Tensor | None = None,
+        chosen_norm: Tensor | None = None,
+        rejected_norm: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`d_w = -∂ℓ/∂log π(y_w|x)` and `d_l = +∂ℓ/∂log π(y_l|x)` of each pair, from closed forms.
 
@@ -145,6 +155,8 @@ class Loss(ABC):
             ref_rejected_logp: the reference's `log π_ref(y_l|x)`, `[B]`; ignored likewise.
             chosen_len: completion tokens of chosen, at least 1, `[B]`; ignored by losses that use no length.
             rejected_len: completion tokens of rejected, `[B]`; ignored likewise.
+            chosen_norm: `‖∇log π(y_w|x)‖`, `[B]`; ignored by losses whose `needs_norms` is False.
+            rejected_norm: `‖∇log π(y_l|x)‖`, `[B]`; ignored likewise.
 
         Returns:
             `(d_w, d_l)`, float64 `[B]`, without gradient history, on the device of `chosen_logp`.
@@ -154,7 +166,8 @@ class Loss(ABC):
             NonFiniteError: a nan or an inf in an argument that the loss uses, or in a weight.
         """
         given = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, chosen_len, rejected_len)
-        terms = self._read(dict(zip(ARGUMENTS, given, strict=True)))
+        named = dict(zip(ARGUMENTS, given, strict=True)) | dict(zip(NORMS, (chosen_norm, rejected_norm), strict=True))
+        terms = self._read(named, also=NORMS if self.needs_norms else ())
         with torch.no_grad():
             d_w, d_l = self._weights(terms)
         for which, values in (("d_w", d_w), ("d_l", d_l)):
@@ -205,17 +218,21 @@ class Loss(ABC):
     @abstractmethod
     def _value(self, terms: PairTerms) -> Tensor: ...
 
-    def _read(self, given: Mapping[str, Any]) -> PairTerms:
-        required = (*LOGPS, *self._uses())
+    def _read(self, given: Mapping[str, Any], also: Sequence[str] = ()) -> PairTerms:
+        required = (*LOGPS, *self._uses(), *also)
         missing = [argument for argument in required if given[argument] is None]
         if missing:
+            norms = (
+                ", *_norm the lengths of their gradients: the roots of a gram's chosen_sq, rejected_sq" if also else ""
+            )
             raise InputError(
                 f"{self.name}: missing {', '.join(missing)}. This loss needs {', '.join(required)}, each of shape [B] "
-                "(ref_* are the log-probs of the same completions under the reference model, *_len their tokens)."
+                "(ref_* are the log-probs of the same completions under the reference model, *_len their tokens"
+                f"{norms})."
             )
         terms: dict[str, Tensor] = {}
         for argument in self._reads():
-            if given[argument] is not None:
+            if given.get(argument) is not None:
                 terms[argument] = self._read_one(argument, given[argument], terms.get("chosen_logp"))
         return PairTerms(terms)
 
@@ -239,6 +256,8 @@ class Loss(ABC):
                 f"{self.name}: {argument} is under 1 for {describe_pairs(tensor < 1)}; a completion has at least one "
                 "token."
             )
+        if argument in NORMS and bool((tensor < 0).any()):
+            raise InputError(f"{self.name}: {argument} is below 0 for {describe_pairs(tensor < 0)}; it is a norm.")
         return tensor
 
 

@@ -37,12 +37,13 @@ from gradent import losses
 from gradent.errors import InputError, ModelError, NonFiniteError
 from gradent.hooks.readout import FusedReadout
 from gradent.kernels.plan import parse_budget
+from gradent.losses.designs import normalized_weights
 from gradent.model import trainable
 from gradent.trainer.pairwise_config import PairwiseNormalizedDPOConfig
 from gradent.trainer.requirements import require_config, require_trl, require_whole
 from gradent.trainer.row_norms import RowNorms, WatchedModel
 
-__all__ = ["PairwiseNormalizedDPOConfig", "PairwiseNormalizedDPOTrainer", "pair_weights"]
+__all__ = ["PairwiseNormalizedDPOConfig", "PairwiseNormalizedDPOTrainer"]
 
 
 class PairwiseNormalizedDPOTrainer(DPOTrainer):
@@ -116,7 +117,9 @@ class PairwiseNormalizedDPOTrainer(DPOTrainer):
         finally:
             self.precompute_ref_logps = precomputed
             watched.close()
-        c_w, c_l, scales = pair_weights(norms, d_w, d_l, scale=self._pairwise.scale, factor=self._pairwise.C)
+        c_w, c_l, scales = normalized_weights(
+            norms.chosen, norms.rejected, d_w, d_l, scale=self._pairwise.scale, factor=self._pairwise.C
+        )
         self._log_pairwise(norms, scales)
         rows = torch.cat([-c_w, c_l]) / len(c_w)
         tokens = rows.to(watched.root.device)[:, None] * watched.mask
@@ -183,33 +186,6 @@ class PairwiseNormalizedDPOTrainer(DPOTrainer):
         for name, (total, count) in zip(columns, gathered.tolist(), strict=True):
             if count:
                 self._metrics["train"][f"pairwise/{name}"].append(total / count)
-
-
-def pair_weights(
-    norms: RowNorms, d_w: Tensor, d_l: Tensor, *, scale: str, factor: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The weights of `g_w` and `-g_l` in a pair's step: `C_i/‖g_w‖` and `C_i/‖g_l‖`.
-
-    Args:
-        norms: of B pairs.
-        d_w: the loss's weight of `g_w`, float64 `[B]`.
-        d_l: its weight of `-g_l`, float64 `[B]`.
-        scale: as in `PairwiseNormalizedDPOConfig`.
-        factor: `C`.
-
-    Returns:
-        `(of g_w, of -g_l, C_i)`, float64 `[B]` each. A gradient of norm zero has weight 0; with `scale="loss"`, what
-        is left of the pair is the loss's own step.
-    """
-    n_w, n_l = norms.chosen, norms.rejected
-    if scale == "loss":
-        sides = ((n_w > 0).double() + (n_l > 0).double()).clamp_min(1)  # ‖v‖² = 2(1 - cos), or 1 where one is zero
-        scales = (d_w * n_w + d_l * n_l) / sides
-    else:
-        scales = (d_w + d_l) / 2 if scale == "weight" else torch.ones_like(n_w)
-    scales = factor * scales
-    c_w, c_l = (torch.where(n > 0, scales / n, 0.0) for n in (n_w, n_l))
-    return c_w, c_l, scales
 
 
 class _Reweighted(torch.autograd.Function):

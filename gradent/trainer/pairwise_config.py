@@ -16,7 +16,7 @@ from gradent.trainer.requirements import refuse_options, require_trl
 
 __all__ = ["PairwiseNormalizedDPOConfig", "Scale"]
 
-Scale = Literal["loss", "weight", "constant"]
+Scale = Literal["loss", "weight", "constant"]  # losses.designs.SCALES
 
 _REFUSED = {
     "ld_alpha": "it weighs the tokens of a response differently, so that what it trains is no gradient of log π(y|x)",
@@ -93,6 +93,11 @@ class PairwiseNormalizedDPOConfig(DPOConfig):
             return None
         if isinstance(self.preference_loss_kwargs, str):
             raise InputError("preference_loss_kwargs is text; accepted is a dict (or JSON on a command line).")
+        if self.preference_loss in losses.DESIGNS:
+            raise InputError(
+                f"preference_loss={self.preference_loss!r} is a design on another loss; accepted are "
+                f"{', '.join(losses.LOSSES)}."
+            )
         return losses.get(self.preference_loss, **(self.preference_loss_kwargs or {}))
 
     def _check_options(self) -> None:

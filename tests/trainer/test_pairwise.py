@@ -16,8 +16,7 @@ from transformers import GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, Pre
 from trl import DPOConfig, DPOTrainer
 
 from gradent import GradentWarning
-from gradent.trainer.pairwise import PairwiseNormalizedDPOConfig, PairwiseNormalizedDPOTrainer, pair_weights
-from gradent.trainer.row_norms import RowNorms
+from gradent.trainer.pairwise import PairwiseNormalizedDPOConfig, PairwiseNormalizedDPOTrainer
 from tests.trainer.runs import data_for, llama, weights_of, with_lora
 from tests.truth import call
 
@@ -285,19 +284,6 @@ def test_experts_one_backward_a_response(tiny_tokenizer: PreTrainedTokenizerFast
     parts = [routed[plain, 1.0] - routed[plain, 0.0] for plain in (False, True)]
     assert float(parts[1].norm()) > 0
     assert error(*parts) <= 1e-3
-
-
-def test_weights_of_a_pair() -> None:
-    norms = RowNorms(
-        *(torch.tensor(values, dtype=torch.float64) for values in ([2.0, 0.0, 0.0], [8.0, 4.0, 0.0], [0.0] * 3))
-    )
-    d_w, d_l = torch.full((3,), 0.5, dtype=torch.float64), torch.full((3,), 0.25, dtype=torch.float64)
-    c_w, c_l, scales = pair_weights(norms, d_w, d_l, scale="loss", factor=1.0)
-    assert scales.tolist() == [1.5, 1.0, 0.0]
-    assert c_w.tolist() == [0.75, 0.0, 0.0]
-    assert c_l.tolist() == [0.1875, 0.25, 0.0]  # beside a response without a gradient: the loss's own weight
-    c_w, c_l, scales = pair_weights(norms, d_w, d_l, scale="weight", factor=2.0)
-    assert (scales[0], c_w[0], c_l[0]) == (0.75, 0.375, 0.09375)
 
 
 def test_a_response_without_a_gradient(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
