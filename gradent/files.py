@@ -137,10 +137,11 @@ def read_table(path: str | os.PathLike[str], kind: TableKind) -> pa.Table:
         kind: the kind of table that it is to hold.
 
     Returns:
-        The table, with the columns of `kind`.
+        The table, with the columns of `kind`. One that may hold nulls and is not there, in a record of before it was
+        added, holds nothing but nulls.
 
     Raises:
-        DataFileError: the file is missing, not parquet, not of this kind, of a newer schema, or lacks a column.
+        DataFileError: the file is missing, not parquet, not of this kind, of a newer schema, or lacks another column.
     """
     pyarrow, parquet = _import_pyarrow()
     try:
@@ -156,6 +157,8 @@ def read_table(path: str | os.PathLike[str], kind: TableKind) -> pa.Table:
             f"{path}: a parquet file, but not one of gradent's records of {kind.name} (its schema is {found!r})."
         )
     check_version(path, metadata.get(_VERSION_KEY, b"").decode(errors="replace"))
+    for name in sorted(kind.nullable - set(table.column_names)):  # of before there was such a column
+        table = table.append_column(name, pyarrow.nulls(len(table), getattr(pyarrow, kind.columns[name])()))
     wrong = [name for name, arrow in kind.columns.items() if not _has_column(table, name, arrow)]
     if wrong:
         raise DataFileError(f"{path}: columns missing or of another type: {', '.join(wrong)}. Run the audit again.")

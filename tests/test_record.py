@@ -72,6 +72,17 @@ def test_tokens_come_back(tmp_path) -> None:
     assert table.column_names == list(TOKEN_COLUMNS)
 
 
+def test_tokens_of_before_a_column_was_added_are_read(tmp_path) -> None:
+    write_tokens(tmp_path / "tokens.parquet", TOKENS)
+    table = pq.read_table(tmp_path / "tokens.parquet")
+    pq.write_table(table.drop_columns(["own_inner"]), tmp_path / "old.parquet")
+    read = read_tokens(tmp_path / "old.parquet")
+    assert read.to_pydict() == {**TOKENS, "own_inner": [None, None]}
+    pq.write_table(table.drop_columns(["sq"]), tmp_path / "broken.parquet")
+    with pytest.raises(DataFileError, match="columns missing or of another type: sq"):
+        read_tokens(tmp_path / "broken.parquet")
+
+
 HOSTILE = [
     ("\ud83d", "?"),  # half of a surrogate pair
     ("a\udcffb\ud800", "a?b?"),

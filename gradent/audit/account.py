@@ -132,7 +132,7 @@ def summarize(
     tokens = None
     if setting.token_pairs is not None:  # the journal may hold those of other calls
         tokens = token_columns(last.target, last.spread(pairs, setting.token_pairs), sweep.journal)
-    rows = what_if(whole, loss)
+    rows = what_if(whole, loss, tokens)
     history = _read_history(plan.run, notes)
     kept = [each["text"] for each in sweep.journal.all("note")]
     summary = {

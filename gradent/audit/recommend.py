@@ -55,7 +55,7 @@ def recommend(rows: Sequence[Row]) -> dict[str, Any] | None:
     paper = [row for row in rows if row["group"] == "paper" and row["loss"] != run["loss"]]
     judged = [row for row in paper if row["cases"]]
     same = [row for row in rows if row["group"] in {"paper", "sweep"} and row["loss"] == run["loss"] and row["cases"]]
-    best, own, design = _best(judged), _best(same), next(row for row in rows if row["group"] == "design")
+    best, own, design = _best(judged), _best(same), next(row for row in rows if _is_normalized(row))
     facts: dict[str, Any] = {
         "pairs": run["pairs"],
         "lever": _find_lever(run, best, own),
@@ -81,6 +81,10 @@ def standard_errors(gained: int, lost: int) -> float:
         `(gained - lost - 1)/√(gained + lost)`; 0 where nothing is gained.
     """
     return (gained - lost - 1) / math.sqrt(gained + lost) if gained > lost else 0.0
+
+
+def _is_normalized(row: Row) -> bool:
+    return bool(row["group"] == "design" and row["loss"] == "pairwise_normalized")
 
 
 def _best(rows: Sequence[Row]) -> Row | None:

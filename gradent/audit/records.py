@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from gradent.audit.data import AuditPair
@@ -14,6 +14,7 @@ from gradent.audit.summary import most_entangled, summarize_columns, summarize_m
 from gradent.audit.table import preview
 from gradent.audit.targets import ReferenceChoice, Target
 from gradent.audit.token_scan import choose_pairs
+from gradent.audit.variants import read_hyperparameters
 from gradent.losses import Loss
 from gradent.record import CASE_NAMES, MODULE_COLUMNS, PAIR_COLUMNS, SAMPLE_COLUMNS, TOKEN_COLUMNS
 from gradent.verdict import Verdict, verdict
@@ -213,6 +214,7 @@ def token_columns(target: Target, pairs: Sequence[AuditPair], journal: Journal) 
             whole = {
                 "checkpoint": [target.name] * len(block["pair"]),
                 "step": [target.step] * len(block["pair"]),
+                "own_inner": [None] * len(block["pair"]),  # of a journal that was begun before there was one
                 **block,
             }
             for name in TOKEN_COLUMNS:
@@ -279,8 +281,7 @@ def describe_loss(loss: Loss) -> dict[str, Any]:
     Returns:
         Its name and its hyperparameters.
     """
-    values = {each.name: getattr(loss, each.name) for each in fields(loss)}
-    return {name: value for name, value in values.items() if isinstance(value, str | int | float)}
+    return {"name": loss.name, **read_hyperparameters(loss)}
 
 
 def _defined(measured: Measured) -> int:

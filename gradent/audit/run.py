@@ -135,6 +135,11 @@ def audit(
     objective = losses.get(loss) if isinstance(loss, str) else loss
     if not isinstance(objective, losses.Loss):
         raise InputError(f"loss is a {type(loss).__name__}; accepted: a name that losses.get knows, or a Loss.")
+    if objective.name == "token_masked":
+        raise InputError(
+            "loss is token_masked, and an audit measures whole responses, not kept tokens. Audit with the loss under "
+            "it (dpo); --token-pairs N then adds a what-if row that keeps the differing tokens alone."
+        )
     check_scan_settings(batch_size=batch_size, engine=engine, memory_budget=memory_budget)
     check_token_pairs(token_pairs)
     if wandb is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradent.audit.data import AuditPair
+from gradent.effects import token_effects
 from gradent.errors import GradentError, InputError, NonFiniteError
 from gradent.pairs import PairBatch
 from gradent.record import TOKEN_COLUMNS
@@ -96,12 +97,15 @@ def face_tokens(matched: Matches, chosen_len: int, rejected_len: int) -> list[tu
     ]
 
 
-def token_rows(pair: int, gram: TokenGram, texts: tuple[Sequence[str], Sequence[str]]) -> dict[str, list[Any]]:
+def token_rows(
+    pair: int, gram: TokenGram, own: tuple[Tensor, Tensor], texts: tuple[Sequence[str], Sequence[str]]
+) -> dict[str, list[Any]]:
     """The rows of one pair, chosen tokens first.
 
     Args:
         pair: its row in the data.
         gram: its token matrix.
+        own: inner products of the chosen tokens with `g_w`, `[T_w]`, and of the rejected ones with `g_l`, `[T_l]`.
         texts: of the chosen tokens, and of the rejected ones.
 
     Returns:
@@ -126,6 +130,7 @@ def token_rows(pair: int, gram: TokenGram, texts: tuple[Sequence[str], Sequence[
         columns["entanglement"] += entanglements[side].tolist()
         columns["aligned_inner"] += [aligned.get(place) for place in range(count)]
         columns["facing_inner"] += [facing.get(place) for place in range(count)]
+        columns["own_inner"] += own[side].tolist()
     return columns
 
 
@@ -173,20 +178,24 @@ def scan_tokens(
     measured: dict[int, dict[str, list[Any]]] = {}
     for position in sorted(range(len(pairs)), key=lambda position: -token_cost(pairs[position])):
         pair = pairs[position]
-        gram = _measure(model, pair, memory_budget)
+        gram, own = _measure(model, pair, memory_budget)
         texts = token_texts(tokenizer, pair.chosen_ids), token_texts(tokenizer, pair.rejected_ids)
-        measured[position] = token_rows(pair.row, gram, texts)
+        measured[position] = token_rows(pair.row, gram, own, texts)
         advance(1, token_cost(pair))
     blocks = [measured[position] for position in range(len(pairs))]
     return {name: [value for block in blocks for value in block[name]] for name in blocks[0]}
 
 
-def _measure(model: Any, pair: AuditPair, memory_budget: int | str | None) -> TokenGram:
+def _measure(model: Any, pair: AuditPair, memory_budget: int | str | None) -> tuple[TokenGram, tuple[Tensor, Tensor]]:
+    """The token matrix, and each token's inner product with the gradient of its own response."""
     batch = PairBatch.from_tokens([(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)])
     with named_errors(pair, "token matrix", ", --dtype bfloat16, or leave --token-pairs out"):
         (gram,) = measure_tokens(model, batch, memory_budget=memory_budget, progress=False)
-    refuse_non_finite(pair, (gram.inner.flatten(), gram.chosen_sq, gram.rejected_sq), "leave --token-pairs out")
-    return gram
+        ((chosen, _),) = batch.split_tokens(token_effects(model, batch, toward="chosen"))
+        ((_, rejected),) = batch.split_tokens(token_effects(model, batch, toward="rejected"))
+    found = (gram.inner.flatten(), gram.chosen_sq, gram.rejected_sq, chosen, rejected)
+    refuse_non_finite(pair, found, "leave --token-pairs out")
+    return gram, (chosen, rejected)
 
 
 @contextmanager

@@ -22,6 +22,8 @@ NAMES = {
     "dpop": "DPOP",
     "kto": "KTO",
     "sppo": "SPPO",
+    "pairwise_normalized": "Pairwise normalized",
+    "token_masked": "Token-masked",
 }
 """How the paper writes the losses of `LOSSES`; any other loss goes by its own name."""
 
@@ -103,14 +105,19 @@ def read_hyperparameters(loss: Loss) -> Setting:
         loss: any loss; one of `losses.from_callable` has none.
 
     Returns:
-        Name to number, switch or text, in the order of the loss's fields.
+        Name to number, switch or text, in the order of the loss's fields. Of a design, `base` is the name of the loss
+        under it, whose own hyperparameters stand beside it, as `losses.get` takes them.
     """
-    values = {each.name: getattr(loss, each.name) for each in fields(loss) if each.init and each.name != "name"}
-    return {
-        name: value if isinstance(value, bool | int | str) else float(value)
-        for name, value in values.items()
-        if isinstance(value, str | Real)
-    }
+    found: Setting = {}
+    for each in fields(loss):
+        value = getattr(loss, each.name)
+        if not each.init or each.name == "name":
+            continue
+        if isinstance(value, Loss):
+            found |= {each.name: value.name, **read_hyperparameters(value)}
+        elif isinstance(value, str | Real):
+            found[each.name] = value if isinstance(value, bool | int | str) else float(value)
+    return found
 
 
 def label_loss(loss: Loss) -> str:
@@ -120,8 +127,15 @@ def label_loss(loss: Loss) -> str:
         loss: any loss.
 
     Returns:
-        Such as "DPO (β=0.1)" or "IPO (β=0.1, length-normalized)"; a switch that is off is left out.
+        Such as "DPO (β=0.1)", "IPO (β=0.1, length-normalized)" (a switch that is off is left out) or, of a design,
+        "Pairwise normalized DPO (β=0.1), scale=constant".
     """
+    base = getattr(loss, "base", None)
+    if isinstance(base, Loss):
+        own = {each.name: getattr(loss, each.name) for each in fields(loss) if each.init and each.name != "base"}
+        default = type(loss)()
+        changed = describe_setting({key: value for key, value in own.items() if value != getattr(default, key)})
+        return f"{NAMES[loss.name]} {label_loss(base)}" + (f", {changed}" if changed else "")
     values = read_hyperparameters(loss)
     shown = describe_setting({name: value for name, value in values.items() if value is not False})
     return NAMES.get(loss.name, loss.name) + (f" ({shown})" if shown else "")

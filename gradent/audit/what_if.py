@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradent import losses
+from gradent.audit.mask_row import mask_row
 from gradent.audit.recommend import recommend
 from gradent.audit.summary import summarize_columns
 from gradent.audit.variants import label_loss, list_variants, read_hyperparameters
@@ -24,7 +26,7 @@ from gradent.gram import PairGram
 from gradent.losses import Loss
 from gradent.verdict import CASES, Verdict, verdict
 
-__all__ = ["normalize_pairwise", "recommend", "what_if"]
+__all__ = ["recommend", "what_if"]
 
 Columns = Mapping[str, Sequence[Any]]
 
@@ -34,24 +36,27 @@ _JUDGED = ("d_w", "d_l", "chosen_change", "rejected_change", "case")
 _WEIGHTS = ("ratio", "needs_at_least", "needs_at_most", "share_chosen_rises", "share_rejected_falls")
 _FIGURES = ("cases", *_WEIGHTS, "within", "against_run")
 _IDEAL = 1
+_NORMALIZED = losses.get("pairwise_normalized", scale="constant")
 
 NO_REFERENCE = "it needs a reference's log-probs, and none were measured: name the model that the run began with."
 
 
-def what_if(columns: Columns, loss: Loss) -> list[dict[str, Any]]:
+def what_if(columns: Columns, loss: Loss, tokens: Columns | None = None) -> list[dict[str, Any]]:
     """Other losses and hyperparameters on the gradients of the last step in `columns`.
 
-    Source: the paper's Condition 2 and Table 1, Table 2's losses, and Section 5.1.
+    Source: the paper's Condition 2 and Table 1, Table 2's losses, and Section 5.
 
     Args:
         columns: the columns of `record.PAIR_COLUMNS`, with the rows of all checkpoints.
         loss: the run's own. One of `losses.from_callable` is called once a step, with all pairs as one batch.
+        tokens: the columns of `record.TOKEN_COLUMNS`, of some of the last step's pairs; None without any.
 
     Returns:
         A row a loss; none without a pair. Shares are fractions of 1, a number that does not exist is None.
         `group` is "run" (the loss given), "paper" (the ten losses at their defaults, Appendix C), "sweep" (one
-        hyperparameter `varied`) or "design" (Section 5.1's pairwise normalization); `loss`, `label`, `hyperparameters`
-        name it. `reason` says why there are no numbers, else None. `pairs` is P.
+        hyperparameter `varied`) or "design" (Section 5's pairwise normalization, and its token masking, of the pairs of
+        `tokens` alone); `loss`, `label`, `hyperparameters` name it. `reason` says why there are no numbers, else None.
+        `pairs` is P.
         `cases`: the share of the P pairs in each case. `ratio`: median d_w/d_l over the active pairs with positive
         weights. Of these the bound pairs, with a positive inner product, give `needs_at_least` and `needs_at_most`
         (medians of what (9) and (10) ask of the ratio) and `within`, the share that meets its own two.
@@ -77,43 +82,14 @@ def what_if(columns: Columns, loss: Loss) -> list[dict[str, Any]]:
             "varied": variant.varied,
         }
         rows.append({**head, **_row(each, checkpoints, run)})
-    head = {
-        "loss": "pairwise_normalized",
-        "label": "Pairwise normalization",
-        "group": "design",
-        "hyperparameters": {},
-        "varied": None,
-    }
-    normalized = [normalize_pairwise(checkpoint.gram) for checkpoint in checkpoints]
-    return [*rows, {**head, **_row(normalized, checkpoints, run)}]
+    normalized = [_judge(_NORMALIZED, checkpoint) for checkpoint in checkpoints]
+    rows.append({**_design("pairwise_normalized", "Pairwise normalization"), **_row(normalized, checkpoints, run)})
+    masked = _design("token_masked", "Token masking (differing tokens kept)")
+    return [*rows, {**masked, **mask_row(tokens, checkpoints[-1].step, checkpoints[-1].columns["pair"], run)}]
 
 
-def normalize_pairwise(gram: PairGram) -> Verdict:
-    """Section 5.1's pairwise normalized gradient descent: `d_w = C/‖g_w‖`, `d_l = C/‖g_l‖`, here with C = 1.
-
-    Chosen changes by `C‖g_w‖(1 - cosine)` and rejected by `-C‖g_l‖(1 - cosine)`. By Cauchy-Schwarz the first is never
-    negative and the second never positive, so every pair is in case 1, whatever C > 0 is; but the more a pair is
-    entangled, the smaller both are, and at a cosine of 1 nothing moves. A measured cosine beyond 1 by rounding counts
-    as 1.
-
-    Args:
-        gram: the Gram entries of B pairs.
-
-    Returns:
-        The verdict. A pair with a zero gradient cannot be normalized: its weights are 0 and it is inactive.
-    """
-    chosen, rejected = gram.chosen_sq.sqrt(), gram.rejected_sq.sqrt()
-    both = (chosen > 0) & (rejected > 0)
-    zero = torch.zeros_like(chosen)
-    left = torch.where(both, 1 - (gram.inner / chosen / rejected).clamp(-1, 1), zero)
-    return Verdict(
-        d_w=torch.where(both, 1 / chosen, zero),
-        d_l=torch.where(both, 1 / rejected, zero),
-        chosen_change=chosen * left,
-        rejected_change=-rejected * left,
-        case=both.long() * _IDEAL,
-        gram=gram,
-    )
+def _design(loss: str, label: str) -> dict[str, Any]:
+    return {"loss": loss, "label": label, "group": "design", "hyperparameters": {}, "varied": None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,6 +74,7 @@ TOKEN_COLUMNS: dict[str, str] = {
     "entanglement": "float64",
     "aligned_inner": "float64",
     "facing_inner": "float64",
+    "own_inner": "float64",
 }
 """Columns of `tokens.parquet` in order, each with its Arrow type: a row a token of a response, prompts left out.
 
@@ -82,6 +83,8 @@ response's first token; `token` is its text; `identical` says whether the alignm
 `sq` is the squared norm of the token's gradient, `entanglement` its inner product with the gradient of the whole other
 response (over a side it sums to the pair's `inner`), `aligned_inner` that with the token it is matched with (null where
 differing), `facing_inner` that with the differing token it faces (null where identical, or where it faces none).
+`own_inner` is its inner product with the gradient of its own whole response (over a side it sums to the response's
+squared norm; null in records of before it was measured).
 """
 
 MODULE_COLUMNS: dict[str, str] = {
@@ -122,7 +125,9 @@ the other; `truncated` is how many of the two responses lost their end.
 """
 
 _PAIR_TABLE = TableKind(name="pairs", columns=PAIR_COLUMNS, nullable=NULLABLE)
-_TOKEN_TABLE = TableKind(name="tokens", columns=TOKEN_COLUMNS, nullable=frozenset({"aligned_inner", "facing_inner"}))
+_TOKEN_TABLE = TableKind(
+    name="tokens", columns=TOKEN_COLUMNS, nullable=frozenset({"aligned_inner", "facing_inner", "own_inner"})
+)
 _MODULE_TABLE = TableKind(name="modules", columns=MODULE_COLUMNS, nullable=frozenset())
 _SAMPLE_TABLE = TableKind(name="sample", columns=SAMPLE_COLUMNS, nullable=frozenset())
 

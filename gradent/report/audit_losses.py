@@ -9,7 +9,7 @@ from gradent.report.audit_read import AuditRecords
 from gradent.report.audit_steps import STEP
 from gradent.report.cases import CASES, case_series, share_of
 from gradent.report.figure import Bars, Chart, Line
-from gradent.report.numbers import NOTHING, number, percent
+from gradent.report.numbers import NOTHING, number, percent, plural
 from gradent.report.page import Cell, Section, Table
 
 __all__ = ["describe_row", "loss_bars", "loss_section", "loss_table", "shown_rows"]
@@ -108,8 +108,13 @@ def describe_row(row: Mapping[str, Any]) -> str:
 
 def _row(row: Mapping[str, Any]) -> list[Cell | str]:
     lines = [describe_row(row)]
-    if row.get("group") == "design":
-        lines.append("by construction (Section 5.1 of the paper)")
+    if row.get("group") == "design" and row.get("cases"):
+        masked = row.get("loss") == "token_masked"
+        pairs = plural(int(row.get("pairs") or 0), "pair")
+        about = (
+            f"tokens of {pairs} (Section 5.2 of the paper)" if masked else "by construction (Section 5.1 of the paper)"
+        )
+        lines.append(about)
     if row.get("reason"):
         lines.append(str(row["reason"]))
     within = row.get("within")

@@ -230,7 +230,10 @@ def test_without_tokens_the_records_are_as_ever(local_model) -> None:
     assert plain.summary["tokens"] is None and plain.summary["settings"]["token_pairs"] is None
     assert columns_of(plain) == columns_of(with_tokens)
     differ = {name for name, value in plain.summary.items() if value != dict(with_tokens.summary)[name]}
-    assert differ == {"tokens", "settings", "seconds"}
+    assert differ == {"tokens", "settings", "seconds", "what_if"}
+    rows = [result.summary["what_if"] for result in (plain, with_tokens)]
+    assert [row["loss"] for row, other in zip(*rows, strict=True) if row != other] == ["token_masked"]
+    assert rows[0][-1]["reason"] and rows[1][-1]["pairs"] == 2
     assert not (plain.pairs_path.parent / "tokens.parquet").exists()
 
 

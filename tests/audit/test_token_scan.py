@@ -111,6 +111,19 @@ def assert_near(found: list[Any], expected: Tensor, scale: float = 1.0) -> None:
     torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-9, atol=1e-12 * scale)
 
 
+def own_inner(model: torch.nn.Module, prompt: list[int], response: list[int]) -> Tensor:
+    """`⟨∇log π(y^a), ∇log π(y)⟩` of every token of a response, by plain autograd."""
+    logps = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    picked = logps.gather(1, torch.tensor(response)[:, None])[:, 0]
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    rows = []
+    for logp in picked:
+        grads = torch.autograd.grad(logp, weights, retain_graph=True, allow_unused=True)
+        rows.append(torch.cat([grad.flatten() for grad in grads if grad is not None]))
+    each = torch.stack(rows).double()
+    return each @ each.sum(0)
+
+
 def test_rows_are_those_of_measure_tokens(tiny_gpt2, tiny_tokenizer) -> None:
     tokens = scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS)
     assert set(tokens) == set(TOKEN_COLUMNS) - {"checkpoint", "step"}
@@ -128,6 +141,7 @@ def test_rows_are_those_of_measure_tokens(tiny_gpt2, tiny_tokenizer) -> None:
             assert rows["token_id"] == ids
             assert rows["position"] == list(range(len(ids)))
             assert_near(rows["sq"], sq)
+            assert_near(rows["own_inner"], own_inner(tiny_gpt2, each.prompt_ids, ids))
             assert_near(rows["entanglement"], inner.sum(1))
             assert abs(sum(rows["entanglement"]) - float(whole.inner)) <= 1e-9 * float(
                 (whole.chosen_sq * whole.rejected_sq).sqrt()
@@ -149,7 +163,8 @@ def test_rows_of_a_matrix_with_known_entries() -> None:
         chosen_ids=torch.tensor([50, 51]),
         rejected_ids=torch.tensor([60, 61, 51]),
     )
-    assert token_rows(3, gram, (["a", "b"], ["x", "y", "b"])) == {
+    own = torch.tensor([0.5, 0.25], dtype=torch.float64), torch.tensor([6.0, 7.0, 8.0], dtype=torch.float64)
+    assert token_rows(3, gram, own, (["a", "b"], ["x", "y", "b"])) == {
         "pair": [3] * 5,
         "side": ["chosen"] * 2 + ["rejected"] * 3,
         "position": [0, 1, 0, 1, 2],
@@ -160,6 +175,7 @@ def test_rows_of_a_matrix_with_known_entries() -> None:
         "entanglement": [7.0, 56.0, 9.0, 18.0, 36.0],
         "aligned_inner": [None, 32.0, None, None, 32.0],
         "facing_inner": [1.0, None, 1.0, None, None],
+        "own_inner": [0.5, 0.25, 6.0, 7.0, 8.0],
     }
 
 

@@ -36,7 +36,8 @@ def columns(made: dict[int, TokenGram]) -> tuple[dict[str, list[Any]], dict[str,
     blocks = []
     for pair, gram in made.items():
         chosen, rejected = ([f"t{number}" for number in ids.tolist()] for ids in (gram.chosen_ids, gram.rejected_ids))
-        blocks.append(token_rows(pair, gram, (chosen, rejected)))
+        own = gram.chosen_sq, gram.rejected_sq  # any numbers: no summary reads them
+        blocks.append(token_rows(pair, gram, own, (chosen, rejected)))
     tokens = {name: [value for block in blocks for value in block[name]] for name in blocks[0]}
     pairs = {
         "pair": [*sorted(made), 11],

@@ -43,8 +43,10 @@ def test_rows_and_their_groups() -> None:
     assert all(set(row) == KEYS for row in rows)
     assert [row["group"] for row in rows[:11]] == ["run"] + ["paper"] * 10
     assert [row["loss"] for row in rows[1:11]] == list(LOSSES)
-    assert [row["group"] for row in rows[11:-1]] == ["sweep"] * sum(len(settings) for _, _, settings in SWEEPS)
-    assert rows[-1]["group"] == "design"
+    assert [row["group"] for row in rows[11:-2]] == ["sweep"] * sum(len(settings) for _, _, settings in SWEEPS)
+    assert [(row["group"], row["loss"]) for row in rows[-2:]] == [
+        ("design", "pairwise_normalized"), ("design", "token_masked"),
+    ]  # fmt: skip
     assert {name for name, _, _ in SWEEPS} == set(LOSSES)
     assert all((row["varied"] is None) == (row["group"] != "sweep") for row in rows)
     assert all(row["varied"] in row["hyperparameters"] for row in rows if row["group"] == "sweep")
@@ -108,7 +110,7 @@ def test_the_sweep_of_the_runs_loss_keeps_its_other_hyperparameters() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_pairwise_normalization_is_ideal_by_construction(seed: int) -> None:
     chosen, rejected = drawn(50, seed, shared=4.0, spread=1.5)
-    row = what_if(columns_of(chosen, rejected), losses.get("dpo"))[-1]
+    row = find(what_if(columns_of(chosen, rejected), losses.get("dpo")), "design", "pairwise_normalized")
     assert row["cases"]["ideal"] == row["within"] == row["share_chosen_rises"] == row["share_rejected_falls"] == 1.0
     norms = [np.linalg.norm(each, axis=1) for each in (chosen, rejected)]
     assert row["ratio"] == pytest.approx(np.median(norms[1] / norms[0]))
@@ -122,11 +124,11 @@ def test_pairwise_normalization_at_a_cosine_of_one_and_a_rounding_beyond() -> No
     gram = gram_of(columns)
     naive = gram.chosen_sq / gram.chosen_sq.sqrt() - gram.inner / gram.rejected_sq.sqrt()
     assert (naive < 0).all()
-    row = what_if(columns, losses.get("dpo"))[-1]
+    row = find(what_if(columns, losses.get("dpo")), "design", "pairwise_normalized")
     assert row["cases"]["ideal"] == row["share_chosen_rises"] == row["share_rejected_falls"] == 1.0
 
 
-def test_zero_gradients_stand_aside_in_the_design() -> None:
+def test_zero_gradients_do_not_move_in_the_design() -> None:
     chosen, rejected = drawn(4, 1)
     chosen[0] = 0.0
     rejected[1] = 0.0
@@ -134,15 +136,19 @@ def test_zero_gradients_stand_aside_in_the_design() -> None:
     columns = columns_of(chosen, rejected)
     assert columns["cosine"][:3] == [None] * 3
     rows = what_if(columns, losses.get("dpo"))
-    assert rows[-1]["cases"] == {"ideal": 0.25, "both_down": 0.0, "both_up": 0.0, "reversed": 0.0, "inactive": 0.75}
+    row = find(rows, "design", "pairwise_normalized")
+    # As in the trainer: the response without a gradient has weight 0 and stays, the other one goes its own way.
+    assert row["cases"] == {"ideal": 0.75, "both_down": 0.0, "both_up": 0.0, "reversed": 0.0, "inactive": 0.25}
     assert has_no_nan(rows)
-    assert recommend(rows)["design_ideal"] == 0.25  # type: ignore[index]
+    assert recommend(rows)["design_ideal"] == 0.75  # type: ignore[index]
 
 
 def test_without_a_reference_there_are_reasons_instead_of_numbers() -> None:
     columns = columns_of(*drawn(12, 2), reference=False)
     rows = what_if(columns, losses.get("dpo"))
     for row in rows:
+        if row["loss"] == "token_masked":
+            continue
         needs = row["loss"] in {"dpo", "rdpo", "ipo", "dpop", "kto"} or (
             row["loss"] == "sppo" and not row["hyperparameters"]["reference_free"]
         )

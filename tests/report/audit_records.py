@@ -176,6 +176,7 @@ def token_columns(
                     "token": text, "identical": identical, "sq": float(draw.lognormal()),
                     "entanglement": float(block["inner"][place] * parts[position] / parts.sum()),
                     "aligned_inner": inner if identical else None, "facing_inner": None if identical else inner,
+                    "own_inner": float(draw.normal()),
                 })  # fmt: skip
     return {name: [row[name] for row in rows] for name in rows[0]}
 
@@ -279,7 +280,7 @@ def what_if(blocks: Blocks, steps: Sequence[int], shares: Sequence[float], evil:
     names += ["SLiC-HF (λ=0.1, δ=1)", "CPO (β=0.1, λ=0.5)", "DPOP (β=0.1, λ=50)", "KTO (β=0.1)", "SPPO (β=0.001)"]
     judged = [("run", names[0]), *(("paper", name) for name in names)]
     judged += [("sweep", f"DPO (β={beta})") for beta in (0.01, 0.05, 0.3, 0.5)]
-    judged += [("design", "Pairwise normalization")]
+    judged += [("design", "Pairwise normalization"), ("design", "Token masking")]
     rows = []
     for number, (group, label) in enumerate(judged):
         ideal = 1.0 if group == "design" else shares[-1] if group == "run" else 0.2 + 0.04 * number

@@ -172,7 +172,7 @@ def test_other_losses_as_bars_and_table(tmp_path) -> None:
     html = page(tmp_path)
     body = html[html.index('id="s6"') :].split('id="s7"')[0]
     bars = [trace for trace in traces(html, "case 1") if trace.get("type") == "bar"]
-    assert len(bars[0]["x"]) == 11  # the run's, nine of ten in the paper (one has no numbers), the design
+    assert len(bars[0]["x"]) == 12  # the run's, nine of ten in the paper (one has no numbers), the designs
     assert bars[0]["customdata"][0] == "DPO (β=0.1), this run's" and bars[0]["x"][-1] == 1.0
     assert "log-probs, and none were measured." in body
     assert "4 more settings: hyperparameters varied one at a time</summary>" in body
