@@ -141,7 +141,8 @@ def audit(
     loss: Annotated[
         str,
         typer.Option(
-            help="dpo, rdpo, simpo, ipo, rrhf, slic, cpo, dpop, kto or sppo; what is not set below has its default.",
+            help="dpo, rdpo, simpo, ipo, rrhf, slic, cpo, dpop, kto, sppo, or pairwise_normalized (of dpo); what is "
+            "not set below has its default.",
             rich_help_panel=_LOSS,
         ),
     ] = "dpo",
@@ -306,6 +307,14 @@ def tokens(
     by_module: Annotated[
         bool, typer.Option("--by-module", help="Also show which modules entangle the pair.", rich_help_panel=_RUN)
     ] = False,
+    masks: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also show which tokens a masked loss keeps: masks.parquet of TokenMaskedDPOTrainer.export_masks, of "
+            "the same data.",
+            rich_help_panel=_RUN,
+        ),
+    ] = None,
 ) -> None:
     """Look at one pair, token by token: which tokens pull chosen and rejected along, and which hold them apart?"""
     with _readable_errors():
@@ -314,8 +323,8 @@ def tokens(
         _quieten_others()
         result = audit_tokens(
             model, data, pair=pair, out=out, adapter=adapter, split=split, max_length=max_length,
-            memory_budget=memory_budget, by_module=by_module, dtype=dtype, device=device, add_eos=not no_add_eos,
-            trust_remote_code=trust_remote_code,
+            memory_budget=memory_budget, by_module=by_module, masks=masks, dtype=dtype, device=device,
+            add_eos=not no_add_eos, trust_remote_code=trust_remote_code,
         )  # fmt: skip
         Console(highlight=False).print(
             Text(

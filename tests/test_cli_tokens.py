@@ -59,6 +59,15 @@ def test_errors_are_readable(pair, message, here, monkeypatch) -> None:
     assert not list(Path("out").glob("*"))
 
 
+def test_masks_arrive(here, monkeypatch) -> None:
+    monkeypatch.setattr("gradent.cli._quieten_others", lambda: None)
+    result = tokens("--masks", "nowhere.parquet")
+    assert result.exit_code == 2
+    assert "nowhere.parquet: there is no such file. `TokenMaskedDPOTrainer.export_masks` writes it." in " ".join(
+        result.stderr.split()
+    )
+
+
 def test_usage() -> None:
     assert CliRunner().invoke(app, ["tokens", "--help"]).exit_code == 0
     assert CliRunner().invoke(app, ["tokens", "my-model", "--data", "pairs.jsonl", "--out", "out"]).exit_code == 2

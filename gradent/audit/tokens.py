@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gradent.audit.pair_masks import read_pair_masks
 from gradent.audit.table import printable
 from gradent.audit.tell import teller, warnings_told
 from gradent.files import make_directory
@@ -75,6 +76,7 @@ def audit_tokens(
     max_length: int | None = None,
     memory_budget: int | str | None = None,
     by_module: bool = False,
+    masks: str | os.PathLike[str] | None = None,
     dtype: str = "float32",
     device: str | None = None,
     add_eos: bool = True,
@@ -93,6 +95,8 @@ def audit_tokens(
         max_length: as in `audit`.
         memory_budget: as in `audit`.
         by_module: also sum up which modules the inner product comes from.
+        masks: a file that `TokenMaskedDPOTrainer.export_masks` wrote for the same data: the page then also shows which
+            of the pair's tokens the masked loss keeps.
         dtype: as in `audit`.
         device: as in `audit`.
         add_eos: as in `audit`.
@@ -116,6 +120,7 @@ def audit_tokens(
         add_eos=add_eos, trust_remote_code=trust_remote_code, seed=0,
     )  # fmt: skip
     (row,) = ready.material.pairs.pairs
+    kept = None if masks is None else read_pair_masks(masks, row.row, (row.chosen_ids, row.rejected_ids))
     with warnings_told(tell):
         measured = _measure(ready.model, row, memory_budget, by_module, quiet)
     settings = {
@@ -125,6 +130,7 @@ def audit_tokens(
     content = {
         **_describe(ready, row, os.fspath(data), split),
         **_figures(ready, row, measured),
+        "masks": kept,
         "settings": settings,
         "notes": notes,
         "seconds": round(time.monotonic() - started, 3),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -142,6 +142,9 @@ class TokenRecord(TypedDict):
     modules: dict[str, list[float]] | None
     """Each module's part of the chosen square, the rejected square and the inner product of the pair; null unless asked
     for."""
+    masks: dict[str, Any] | None
+    """Of a token-masked loss: source (the file's name), and of chosen and rejected each token's mask and whether it is
+    kept; null unless asked for."""
     notes: list[str]
     seconds: float
 
@@ -232,8 +235,13 @@ def read_token_record(path: str | os.PathLike[str]) -> TokenRecord:
         DataFileError: the file is missing, not such a record, of a newer schema, or its lists are not one number a
             token.
     """
-    record = cast(TokenRecord, _read_document(path, _TOKEN_SCHEMA, TokenRecord, "token records", "tokens"))
+    whole = _read_document(path, _TOKEN_SCHEMA, TokenRecord, "token records", "tokens", added=("masks",))
+    record = cast(TokenRecord, whole)
     for side in ("chosen", "rejected"):
+        masks = (record["masks"] or {}).get(side, {})
+        wrong = {name: len(values) for name, values in masks.items() if len(values) != len(record[side]["ids"])}
+        if wrong:
+            raise DataFileError(f"{path}: masks of {side} hold {wrong}; there must be one of each a token.")
         lengths = {name: len(record[side][name]) for name in ("ids", "tokens", "squares", "effects")}
         if len(set(lengths.values())) != 1:
             raise DataFileError(f"{path}: {side} holds {lengths}; there must be one of each a token.")
@@ -264,7 +272,10 @@ def _write_document(
     return whole
 
 
-def _read_document(path: str | os.PathLike[str], schema: str, kind: type, noun: str, command: str) -> dict[str, Any]:
+def _read_document(
+    path: str | os.PathLike[str], schema: str, kind: type, noun: str, command: str, added: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The document. Keys that were `added` to its kind later may be missing, and are then None."""
     try:
         content = json.loads(Path(path).read_bytes())
     except FileNotFoundError as error:
@@ -274,6 +285,7 @@ def _read_document(path: str | os.PathLike[str], schema: str, kind: type, noun: 
     if not isinstance(content, dict) or content.get("schema") != schema:
         raise DataFileError(f"{path}: JSON, but not one of gradent's {noun} (its `schema` is not {schema!r}).")
     check_version(path, str(content.get("schema_version", "")))
+    content = {**dict.fromkeys(added), **content}
     missing = sorted(set(kind.__annotations__) - set(content))
     if missing:
         raise DataFileError(f"{path}: keys missing: {', '.join(missing)}. Run the {command} again.")

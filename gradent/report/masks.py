@@ -15,11 +15,13 @@ from gradent.report.page import BigNumber, Notice, Numbers, Page, Part, Section,
 from gradent.token_text import visible
 from gradent.version import __version__
 
-__all__ = ["write_mask_report"]
+__all__ = ["mask_words", "write_mask_report"]
 
 _SIDES = ("chosen", "rejected")
 _LISTED = 15  # tokens in each of the two tables
 _LABEL = 18  # characters of a token in a table
+
+_LEGEND = ("left out, mask below 1/2", "kept, mask above 1/2")
 
 _Row = dict[str, Any]
 
@@ -105,23 +107,40 @@ def _numbers(rows: Sequence[_Row]) -> Numbers:
     return Numbers(figures)
 
 
+def mask_words(responses: Sequence[tuple[str, Sequence[tuple[str, float, bool]]]]) -> Words:
+    """Responses, coloured by mask, kept tokens in bold.
+
+    Args:
+        responses: titles, each with `(text, soft mask, whether it is kept)` of every token.
+
+    Returns:
+        The part of a page.
+    """
+    return Words(
+        [(title, [_word(place, *token, note="") for place, token in enumerate(tokens)]) for title, tokens in responses],
+        *_LEGEND,
+    )
+
+
+def _word(place: int, text: str, mask: float, kept: bool, *, note: str) -> Word:
+    state = "kept" if kept else "left out"
+    return Word(
+        text=(text or visible("")).replace("\n", "⏎\n"),
+        value=mask - 0.5,
+        note=f"{place} · {visible(text, _LABEL)}: {state}, mask {number(mask)}{note}",
+        strong=kept,
+    )
+
+
 def _words(rows: Sequence[_Row]) -> Words:
     texts: dict[tuple[int, str], list[Word]] = {}
     order = {side: place for place, side in enumerate(_SIDES)}
     for row in sorted(rows, key=lambda row: (row["pair"], order.get(row["side"], len(order)), row["position"])):
-        state = "kept" if row["kept"] else "left out"
-        text = row["token"] or visible("")
-        texts.setdefault((row["pair"], row["side"]), []).append(
-            Word(
-                text=text.replace("\n", "⏎\n"),
-                value=row["mask"] - 0.5,
-                note=f"{row['position']} · {visible(row['token'], _LABEL)}: {state}, mask {number(row['mask'])}, score "
-                f"{number(row['score'])}",
-                strong=row["kept"],
-            )
-        )
+        note = f", score {number(row['score'])}"
+        word = _word(row["position"], row["token"], row["mask"], row["kept"], note=note)
+        texts.setdefault((row["pair"], row["side"]), []).append(word)
     titled = [(f"Pair {pair}, {side}", words) for (pair, side), words in texts.items()]
-    return Words(titled, "left out, mask below 1/2", "kept, mask above 1/2")
+    return Words(titled, *_LEGEND)
 
 
 def _ranking(rows: Sequence[_Row], *, kept: bool) -> Section:

@@ -13,12 +13,15 @@ from pathlib import Path
 import numpy as np
 
 from gradent.record import TokenRecord, read_token_record
+from gradent.report.masks import mask_words
+from gradent.report.numbers import percent
 from gradent.report.page import Cell, HeatMap, Page, Quote, Section, Table, Word, Words, write_page
 from gradent.report.token_rows import TokenRow, rank_tokens, signed, token_rows
 from gradent.token_text import visible
 
 __all__ = ["write_token_report"]
 
+_SIDES = ("chosen", "rejected")
 _RANKED = 10  # tokens in each of the two tables
 _MODULES = 15
 
@@ -55,6 +58,7 @@ def _to_page(record: TokenRecord) -> Page:
             "response these add up to ⟨g_w, g_l⟩.",
             [_words(rows, "entanglement", "disentangles", "entangles", bad_above=True)],
         ),
+        *([_mask_section(record)] if record["masks"] else []),
         Section(
             "Token by token",
             "Cosines of the gradients of chosen tokens (downwards) and rejected tokens (to the right). Outlined: the "
@@ -75,6 +79,31 @@ def _to_page(record: TokenRecord) -> Page:
         sections=sections,
         foot=f"gradent {record['gradent_version']}, schema version {record['schema_version']}. The numbers behind this "
         "page are in tokens.json beside it.",
+    )
+
+
+def _mask_section(record: TokenRecord) -> Section:
+    """Which tokens a masked loss keeps, and how that goes with what tells the responses apart."""
+    masks = record["masks"] or {}
+    shared = {side: {pair[number] for pair in record["alignment"]} for number, side in enumerate(_SIDES)}
+    kept = {True: [], False: []}  # type: dict[bool, list[bool]]
+    words = []
+    for side in _SIDES:
+        part = masks[side]
+        for place, each in enumerate(part["kept"]):
+            kept[place in shared[side]].append(each)
+        texts = record[side]["tokens"]  # type: ignore[literal-required]
+        words.append((f"{side.capitalize()} response", list(zip(texts, part["mask"], part["kept"], strict=True))))
+    shares = [
+        f"{sum(kept[same])} of {len(kept[same])} {name} tokens ({percent(sum(kept[same]) / len(kept[same]))})"
+        for same, name in ((False, "differing"), (True, "identical"))
+        if kept[same]
+    ]
+    return Section(
+        "Which tokens the masked loss keeps",
+        f"By {masks['source']}: {' and '.join(shares)}. Tokens in bold are kept; the deeper the colour, the farther a "
+        "mask is from 1/2.",
+        [mask_words(words)],
     )
 
 

@@ -15,6 +15,7 @@ from gradent.audit.tokens import TokenAudit, audit_tokens
 from gradent.effects import token_effects
 from gradent.errors import DataFileError, GradentError, InputError, MemoryBudgetError, NonFiniteError
 from gradent.record import read_token_record
+from gradent.record.masks import MASK_COLUMNS, read_masks, write_masks
 from gradent.report import write_token_report
 from gradent.token_text import token_texts
 from tests.audit.made import FORMATS, KINDS, PAIRS, save_lora, write_jsonl
@@ -202,3 +203,52 @@ def test_hostile_text_from_data_to_page(local_model, capsys) -> None:
     assert not set("\u202e\x00") & set(out)
     assert "<img" not in result.page_path.read_text("utf-8").partition("<script>")[0]
     assert json.loads(result.record_path.read_text("utf-8"))["prompt"]["text"].endswith(evil[-5:])
+
+
+def exported(path: Path, record: Any, pair: int, **changes: Any) -> Path:
+    """Masks of the tokens of a record, as a trainer exports them, and of one more pair."""
+    columns: dict[str, list[Any]] = {name: [] for name in MASK_COLUMNS}
+    for row in (pair, 90):
+        for side in ("chosen", "rejected"):
+            ids = record[side]["ids"]
+            columns["pair"] += [row] * len(ids)
+            columns["side"] += [side] * len(ids)
+            columns["position"] += range(len(ids))
+            columns["token_id"] += ids
+            columns["token"] += record[side]["tokens"]
+            columns["score"] += [0.5 - place for place in range(len(ids))]
+            columns["mask"] += [0.9 / (place + 1) for place in range(len(ids))]
+            columns["kept"] += [place == 0 for place in range(len(ids))]
+    write_masks(path, columns | changes)
+    return path
+
+
+def test_masks_of_the_pair_are_in_the_record_and_on_the_page(local_model) -> None:
+    plain = run(local_model).record
+    assert plain["masks"] is None
+    masks = exported(local_model.parent / "masks.parquet", plain, 1)
+    result = run(local_model, masks=masks)
+    found = result.record["masks"]
+    assert found["source"] == "masks.parquet"
+    assert found["rejected"]["kept"] == [True] + [False] * (len(plain["rejected"]["ids"]) - 1)
+    assert found["chosen"]["mask"][:2] == [0.9, 0.45]
+    assert "Which tokens the masked loss keeps" in result.page_path.read_text("utf-8")
+
+
+def test_masks_of_other_pairs_or_tokens_are_refused(local_model) -> None:
+    plain = run(local_model).record
+    place = local_model.parent / "masks.parquet"
+    exported(place, plain, 3)
+    with pytest.raises(InputError, match=r"masks.parquet: holds no masks of row 1 of the data"):
+        run(local_model, masks=place)
+    exported(place, plain, 1)
+    columns = read_masks(place).to_pydict()
+    columns["token_id"][2] += 1
+    write_masks(place, columns)
+    with pytest.raises(InputError, match=r"row 1, chosen, are of other tokens .*differ from token 2 on"):
+        run(local_model, masks=place)
+    exported(place, plain, 1)
+    with pytest.raises(InputError, match=r"row 1, chosen, are of other tokens .*no-add-eos"):
+        run(local_model, masks=place, add_eos=False)
+    with pytest.raises(DataFileError, match="no such file"):
+        run(local_model, masks=local_model.parent / "nothing.parquet")

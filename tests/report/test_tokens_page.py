@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import subprocess
@@ -259,4 +260,44 @@ def test_a_record_that_does_not_fit_together(spoil, message, tmp_path) -> None:
 
 def test_a_missing_record_is_named(tmp_path) -> None:
     with pytest.raises(DataFileError, match=r"tokens\.json: there is no such file. `gradent tokens"):
+        write_token_report(tmp_path)
+
+
+def with_masks(**changes: Any) -> dict[str, Any]:
+    def side(values: list[float]) -> dict[str, Any]:
+        return {"mask": values, "kept": [value >= 0.5 for value in values]}
+
+    masks = {
+        "source": "masks<b>.parquet", "chosen": side([0.1, 0.2, 0.3, 0.9, 0.4]),
+        "rejected": side([0.1, 0.2, 0.8, 0.7, 0.6, 0.5]), **changes,
+    }  # fmt: skip
+    return token_record(CHOSEN, REJECTED, masks=masks)
+
+
+def test_masks_are_shown_where_there_are_some(tmp_path: Path) -> None:
+    html = page(tmp_path, with_masks())
+    shown = blocks(html)
+    assert len(shown) == 6  # two responses three times
+    chosen, rejected = shown[4], shown[5]
+    assert [token["text"] for token in chosen] == CHOSEN and [token["text"] for token in rejected] == REJECTED
+    assert chosen[3]["title"] == "3 · ␣good: kept, mask 0.900"
+    assert rejected[0]["title"] == "0 · The: left out, mask 0.100"
+    # Differing: was, good | felt, long, Really; identical: The, film and . of both.
+    assert "4 of 5 differing tokens (80.0%) and 1 of 6 identical tokens (16.7%)" in read(html).text
+    assert "masks<b>.parquet" in read(html).text and "<b>" not in html
+    assert len(blocks(page(tmp_path, token_record(CHOSEN, REJECTED)))) == 4
+
+
+def test_a_record_of_before_there_were_masks_is_read(tmp_path: Path) -> None:
+    write_token_record(tmp_path / "tokens.json", token_record(CHOSEN, REJECTED))
+    whole = json.loads((tmp_path / "tokens.json").read_text("utf-8"))
+    del whole["masks"]
+    (tmp_path / "tokens.json").write_text(json.dumps(whole), "utf-8")
+    assert read_token_record(tmp_path / "tokens.json")["masks"] is None
+    assert len(blocks(write_token_report(tmp_path).read_text("utf-8"))) == 4
+
+
+def test_masks_of_another_length_are_refused(tmp_path: Path) -> None:
+    write_token_record(tmp_path / "tokens.json", with_masks(chosen={"mask": [0.5], "kept": [True]}))
+    with pytest.raises(DataFileError, match=r"masks of chosen hold \{'mask': 1, 'kept': 1\}"):
         write_token_report(tmp_path)

@@ -55,6 +55,7 @@ def token_record(chosen: Sequence[str], rejected: Sequence[str], **changes: Any)
             "differing_tokens": len(chosen) + len(rejected) - 2 * len(alignment),
         },
         "modules": None,
+        "masks": None,
         "notes": [],
         "seconds": 1.0,
         **changes,
