@@ -1,13 +1,14 @@
-"""What a cure costs: a step of PairwiseNormalizedDPOTrainer against a step of TRL's DPOTrainer.
+"""What a cure costs: a step of either of Section 5's trainers against a step of TRL's DPOTrainer.
 
     python -m benchmarks.cures
 
 One run each for LoRA (r=16 on every linear layer) and for full parameters, with and without gradient checkpointing: a
-Llama of 4 layers and width 256 with random weights, 4 pairs of 128 tokens a step, float32. Steps of the two trainers
-alternate on equal models and equal batches, so that both see the machine in the same mood; the ratio is of the medians.
+Llama of 4 layers and width 256 with random weights, 4 pairs of 128 tokens a step, float32. Steps of the trainers
+alternate on equal models and equal batches, so that all see the machine in the same mood; the ratio is of the medians.
 Time is the process's CPU time (`time.process_time`), not the wall's: the machine is shared, and with one thread the two
 are the same where nobody else is at work. Memory is the peak of the process's resident set in one step of each trainer,
-each in a process of its own, above what it holds before the step. Appends a line a run to benchmarks/results/cures.csv.
+each in a process of its own, above what it holds before the step. Appends a line a cure and run to
+benchmarks/results/cures.csv.
 """
 
 from __future__ import annotations
@@ -36,15 +37,21 @@ from trl import DPOConfig, DPOTrainer
 
 from benchmarks.append import append
 from benchmarks.callback import make_data, make_tokenizer
+from gradent.trainer.masked import TokenMaskedDPOConfig, TokenMaskedDPOTrainer
 from gradent.trainer.pairwise import PairwiseNormalizedDPOConfig, PairwiseNormalizedDPOTrainer
 
 TOKENS, PAIRS, WORDS = 128, 4, 4096
 BOUND = 2.0
 """Most that a step may cost, in steps of DPO."""
+TRAINERS: dict[str, tuple[Any, Any]] = {
+    "DPO": (DPOTrainer, DPOConfig),
+    "pairwise": (PairwiseNormalizedDPOTrainer, PairwiseNormalizedDPOConfig),
+    "masked": (TokenMaskedDPOTrainer, TokenMaskedDPOConfig),
+}
 
 
-def make(cured: bool, kind: str, checkpointing: bool, out: str) -> Any:
-    """A trainer over the same model and data, whichever it is."""
+def make(cure: str, kind: str, checkpointing: bool, out: str) -> Any:
+    """A trainer of `TRAINERS` over the same model and data, whichever it is."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -52,7 +59,7 @@ def make(cured: bool, kind: str, checkpointing: bool, out: str) -> Any:
             max_position_embeddings=512, pad_token_id=0, eos_token_id=1,
         )
     )  # fmt: skip
-    trainer, config = (PairwiseNormalizedDPOTrainer, PairwiseNormalizedDPOConfig) if cured else (DPOTrainer, DPOConfig)
+    trainer, config = TRAINERS[cure]
     return trainer(
         model=model,
         ref_model=copy.deepcopy(model) if kind == "full" else None,
@@ -87,10 +94,10 @@ class Steps:
         self.seconds.append(time.process_time() - since)
 
 
-def peak(cured: bool, kind: str, checkpointing: bool) -> float:
+def peak(cure: str, kind: str, checkpointing: bool) -> float:
     """MB that a step takes at most above what is held before it (weights, optimizer's state)."""
     with tempfile.TemporaryDirectory() as out:
-        steps = Steps(make(cured, kind, checkpointing, out))
+        steps = Steps(make(cure, kind, checkpointing, out))
         steps.take()
         me, highest, over = psutil.Process(), 0, threading.Event()
 
@@ -110,9 +117,10 @@ def peak(cured: bool, kind: str, checkpointing: bool) -> float:
     return (highest - before) / 2**20
 
 
-def peak_elsewhere(cured: bool, kind: str, checkpointing: bool) -> float:
+def peak_elsewhere(cure: str, kind: str, checkpointing: bool) -> float:
     """`peak` in a fresh process, whose allocator has seen nothing else."""
-    code = f"from benchmarks.cures import *; torch.set_num_threads(1); print(peak({cured}, {kind!r}, {checkpointing}))"
+    code = "from benchmarks.cures import *; torch.set_num_threads(1); "
+    code += f"print(peak({cure!r}, {kind!r}, {checkpointing}))"
     # Freed memory goes back at once, so that what one step took is not there for the next.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-W", "ignore", "-c", code]
@@ -126,27 +134,28 @@ def main(
 ) -> None:
     """Run all, print the ratios, append them to the results."""
     torch.set_num_threads(threads)
-    table = Table("run", "checkpointing", "DPO (s)", "pairwise (s)", "ratio", "bound", "DPO (MB)", "pairwise (MB)")
+    table = Table("cure", "run", "checkpointing", "DPO (s)", "cure (s)", "ratio", "bound", "DPO (MB)", "cure (MB)")
     for kind in ("LoRA", "full"):
         for checkpointing in (False, True):
             with tempfile.TemporaryDirectory() as out:
-                plain, cured = (Steps(make(which, kind, checkpointing, out)) for which in (False, True))
+                every = {name: Steps(make(name, kind, checkpointing, out)) for name in TRAINERS}
                 for _ in range(steps + 3):
-                    plain.take()
-                    cured.take()
-            medians = [statistics.median(one.seconds[3:]) for one in (plain, cured)]  # the first steps warm up
-            memory = [peak_elsewhere(which, kind, checkpointing) for which in (False, True)]
-            ratio = medians[1] / medians[0]
-            cells = [kind, str(checkpointing), *(f"{value:.3f}" for value in (*medians, ratio)), f"{BOUND}"]
-            table.add_row(*cells, *(f"{value:.0f}" for value in memory))
-            append(
-                "cures",
-                {
-                    "cure": "pairwise", "run": kind, "checkpointing": checkpointing, "steps": steps, "threads": threads,
-                    "tokens": TOKENS, "pairs": PAIRS, "dpo_s": medians[0], "cure_s": medians[1], "ratio": ratio,
-                    "dpo_mb": memory[0], "cure_mb": memory[1],
-                },
-            )  # fmt: skip
+                    for one in every.values():
+                        one.take()
+            medians = {name: statistics.median(one.seconds[3:]) for name, one in every.items()}  # the first warm up
+            memory = {name: peak_elsewhere(name, kind, checkpointing) for name in TRAINERS}
+            for cure in ("pairwise", "masked"):
+                ratio = medians[cure] / medians["DPO"]
+                seconds = [f"{value:.3f}" for value in (medians["DPO"], medians[cure], ratio, BOUND)]
+                table.add_row(cure, kind, str(checkpointing), *seconds, f"{memory['DPO']:.0f}", f"{memory[cure]:.0f}")
+                append(
+                    "cures",
+                    {
+                        "cure": cure, "run": kind, "checkpointing": checkpointing, "steps": steps, "threads": threads,
+                        "tokens": TOKENS, "pairs": PAIRS, "dpo_s": medians["DPO"], "cure_s": medians[cure],
+                        "ratio": ratio, "dpo_mb": memory["DPO"], "cure_mb": memory[cure],
+                    },
+                )  # fmt: skip
     Console().print(table)
 
 
