@@ -15,10 +15,10 @@ OLDEST ?= .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses $(JOBS) --dist worksteal
-EXAMPLES := $(wildcard examples/*.py)
+EXAMPLES := $(filter-out examples/cures.py,$(wildcard examples/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-oldest lint types examples check format pins clean clean-venv
+.PHONY: help venv demo test test-fast test-oldest lint types docs examples check format pins clean clean-venv
 # `check` ends with the tests, whose closing line is what a reader of a log looks for.
 .NOTPARALLEL:
 
@@ -65,7 +65,10 @@ types: $(STAMP) ## Check types, strictly.
 examples: $(STAMP) ## Run every example.
 	@for example in $(EXAMPLES); do echo "$$example"; OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python $$example || exit 1; done
 
-check: lint types examples test-oldest test ## Everything that CI runs.
+docs: $(STAMP) ## Build the documentation (site/); a warning is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+check: lint types docs examples test-oldest test ## Everything that CI runs.
 
 format: $(STAMP) ## Reformat, and mend what can be mended.
 	$(BIN)/ruff check --fix .
@@ -77,7 +80,7 @@ pins: $(STAMP) ## Write the environment's versions into constraints.txt.
 	@touch $(STAMP)
 
 clean: ## Remove caches, builds and what the commands wrote.
-	rm -rf build dist gradent-demo .cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist gradent-demo site .cache .mypy_cache .pytest_cache .ruff_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 clean-venv: ## Remove the environment.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -13,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from gradent import audit
-from tests.audit.trained import train_run
+from tests.pages import ROOT, commands, fences, run_python, train_my_run
 from tests.truth import TOLERANCE
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 
 PAIRS = [
@@ -25,31 +23,18 @@ PAIRS = [
 ]
 
 
-def blocks(language: str) -> list[str]:
-    """Fenced blocks of one language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-
-
-def commands(program: str) -> list[list[str]]:
-    """Command lines that start with `program`, split, without their comments."""
-    lines = [line for block in blocks("console") for line in block.splitlines()]
-    return [shlex.split(line, comments=True) for line in lines if line.split()[:1] == [program]]
-
-
 def test_python_snippets_run_as_one_program(local_model, monkeypatch, capsys):
     monkeypatch.chdir(local_model.parent)
-    snippets = blocks("python")
+    snippets = fences(README, "python")
     assert snippets
-    exec(compile("\n".join(snippets), "README.md", "exec"), {"__name__": "readme"})
+    run_python(snippets, "README.md")
     assert "tensor(" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory) -> Path:
     """Where `my-run` lies."""
-    folder = tmp_path_factory.mktemp("trained")
-    train_run(folder, lora=True, data_rows=12).run.rename(folder / "my-run")
-    return folder
+    return train_my_run(tmp_path_factory.mktemp("trained"))
 
 
 WRITTEN = {
@@ -58,7 +43,7 @@ WRITTEN = {
 }
 
 
-@pytest.mark.parametrize("command", commands("gradent"), ids=" ".join)
+@pytest.mark.parametrize("command", commands(README, "gradent"), ids=" ".join)
 def test_gradent_commands_run(command, local_model, finished_run):
     folder = local_model.parent
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
@@ -83,7 +68,7 @@ def test_gradent_commands_run(command, local_model, finished_run):
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text("utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
-    named = {word for command in commands("make") for word in command[1:2]}
+    named = {word for command in commands(README, "make") for word in command[1:2]}
     assert named
     assert named <= targets
 

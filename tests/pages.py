@@ -1,0 +1,37 @@
+"""The repository's pages as programs: their fenced blocks, and a folder that holds what they speak of."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+from tests.audit.trained import train_run
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def fences(text: str, language: str) -> list[str]:
+    """Fenced blocks of one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str, program: str) -> list[list[str]]:
+    """Command lines of console blocks that start with `program`, split, without their comments."""
+    lines = [line for block in fences(text, "console") for line in block.splitlines()]
+    return [shlex.split(line, comments=True) for line in lines if line.split()[:1] == [program]]
+
+
+def run_python(snippets: list[str], name: str) -> dict[str, object]:
+    """Run snippets as one program in the current directory; its names afterwards."""
+    names: dict[str, object] = {"__name__": "page"}
+    exec(compile("\n".join(snippets), name, "exec", dont_inherit=True), names)
+    return names
+
+
+def train_my_run(folder: Path) -> Path:
+    """A finished LoRA run as `folder/my-run`, the pairs it was trained on, and as `folder/my-model` its base."""
+    made = train_run(folder, lora=True, data_rows=12)
+    made.run.rename(folder / "my-run")
+    (folder / "my-model").symlink_to(made.base)
+    return folder
