@@ -160,7 +160,7 @@ def verdict(
         )
     norms = {}
     if loss.needs_norms:
-        norms = {"chosen_norm": gram.chosen_sq.double().sqrt(), "rejected_norm": gram.rejected_sq.double().sqrt()}
+        norms = {"chosen_norm": _norm(gram.chosen_sq), "rejected_norm": _norm(gram.rejected_sq)}
     d_w, d_l = loss.weights(
         chosen_logp=gram.chosen_logp,
         rejected_logp=gram.rejected_logp,
@@ -174,6 +174,11 @@ def verdict(
     return _balanced(judged) if loss.needs_norms else judged
 
 
+def _norm(square: Tensor) -> Tensor:
+    """The root; a square that rounding has left below 0 is one of 0."""
+    return square.double().clamp_min(0).sqrt()
+
+
 def _balanced(judged: Verdict) -> Verdict:
     """The verdict for weights that bring both gradients to one length, with signs that are no rounding's.
 
@@ -183,7 +188,7 @@ def _balanced(judged: Verdict) -> Verdict:
     chosen_sq, rejected_sq, inner = (
         getattr(judged.gram, name).to("cpu", torch.float64) for name in ("chosen_sq", "rejected_sq", "inner")
     )
-    scale = chosen_sq.sqrt() * rejected_sq.sqrt()
+    scale = _norm(chosen_sq) * _norm(rejected_sq)
     left = 1 - torch.where(scale > 0, inner / scale, 0.0).clamp(-1, 1)
     chosen_change, rejected_change = judged.d_w * chosen_sq * left, -judged.d_l * rejected_sq * left
     return replace(

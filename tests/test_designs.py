@@ -10,7 +10,7 @@ import torch
 
 from gradent import PairBatch, losses, measure, verdict
 from gradent.audit.variants import label_loss, read_hyperparameters
-from gradent.errors import InputError
+from gradent.errors import InputError, NonFiniteError
 from gradent.gram import PairGram
 from gradent.losses.designs import SCALES, normalized_weights
 
@@ -66,6 +66,21 @@ def test_parallel_gradients_stay_in_case_1_and_a_target_that_is_passed_reverses(
     passed = verdict(apart, losses.get("pairwise_normalized", base="ipo", beta=0.1), *both)
     assert passed.d_w[0] > 0 > passed.d_w[1]  # IPO wants a margin of 5 nats, and has 49
     assert passed.case.tolist() == [1, 4]
+
+
+def test_what_rounding_leaves_of_a_gradient_is_none() -> None:
+    ones = column(1.0, 1.0)
+    c_w, c_l, scales = normalized_weights(column(1e-8, 1e-3), ones, ones, ones, scale="loss", factor=1.0)
+    assert c_w.tolist() == [0.0, pytest.approx(0.5005 / 1e-3)] and c_l.tolist() == [1.0, pytest.approx(0.5005)]
+    assert scales.tolist() == [1.0, pytest.approx(0.5005)]
+    nearly = PairGram(
+        chosen_sq=column(-1e-18), rejected_sq=column(1.0), inner=column(0.0), chosen_logp=column(-1.0),
+        rejected_logp=column(-2.0), chosen_len=torch.tensor([1]), rejected_len=torch.tensor([1]),
+    )  # fmt: skip
+    assert verdict(nearly, losses.get("pairwise_normalized", scale="constant")).case.tolist() == [1]
+    broken = replace(nearly, rejected_sq=column(float("nan")))
+    with pytest.raises(NonFiniteError, match=r"rejected_norm is nan or inf for pair 0. Check rejected_sq of the gram"):
+        verdict(broken, losses.get("pairwise_normalized", scale="constant"))
 
 
 def test_the_norms_are_asked_for() -> None:

@@ -281,10 +281,11 @@ def describe_pairs(bad: Tensor, limit: int = 8) -> str:
 def _check_finite(name: str, what: str, values: Tensor) -> None:
     bad = ~values.detach().isfinite()
     if bool(bad.any()):
-        raise NonFiniteError(
-            f"{name}: {what} is nan or inf for {describe_pairs(bad)}. Check those pairs' log-probs: a nan usually "
-            "comes from the model's logits, -inf from a token of probability zero."
-        )
+        check = "Check those pairs' log-probs: a nan usually comes from the model's logits, -inf from a token of "
+        check += "probability zero."
+        if what in NORMS:
+            check = f"Check {what.removesuffix('_norm')}_sq of the gram: a nan usually comes from the model's logits."
+        raise NonFiniteError(f"{name}: {what} is nan or inf for {describe_pairs(bad)}. {check}")
 
 
 def _check_number(name: str, parameter: str, value: object) -> None:

@@ -16,10 +16,27 @@ from gradent.errors import InputError
 from gradent.losses.base import NORMS, Loss, PairTerms
 from gradent.losses.table import DPO
 
-__all__ = ["SCALES", "Design", "PairwiseNormalized", "TokenMasked", "normalized_weights"]
+__all__ = ["NEGLIGIBLE", "SCALES", "Design", "PairwiseNormalized", "TokenMasked", "counting", "normalized_weights"]
 
 SCALES = ("loss", "weight", "constant")
 """What `C_i` may be: see `PairwiseNormalized`."""
+
+NEGLIGIBLE = 1e-6
+"""Share of the other gradient's norm up to which a norm counts as zero: what is left of a gradient that cancels, in
+float32, and would be blown up by its inverse."""
+
+
+def counting(chosen_norm: Tensor, rejected_norm: Tensor) -> tuple[Tensor, Tensor]:
+    """Which gradients can be normalized.
+
+    Args:
+        chosen_norm: `‖g_w‖` of B pairs, `[B]`.
+        rejected_norm: `‖g_l‖`, `[B]`.
+
+    Returns:
+        Of chosen and of rejected, bool `[B]` each: whether the norm is more than `NEGLIGIBLE` of the other one.
+    """
+    return chosen_norm > NEGLIGIBLE * rejected_norm, rejected_norm > NEGLIGIBLE * chosen_norm
 
 
 def normalized_weights(
@@ -36,17 +53,23 @@ def normalized_weights(
         factor: `C`.
 
     Returns:
-        `(of g_w, of -g_l, C_i)`, float64 `[B]` each. A gradient of norm zero has weight 0; with `scale="loss"`, what
-        is left of the pair is the loss's own step.
+        `(of g_w, of -g_l, C_i)`, float64 `[B]` each. A gradient of norm zero (or `NEGLIGIBLE` beside the other) has
+        weight 0; with `scale="loss"`, what is left of the pair is the loss's own step.
     """
+    counts = counting(chosen_norm, rejected_norm)
+    chosen_norm, rejected_norm = (
+        torch.where(each, norm, 0.0) for each, norm in zip(counts, (chosen_norm, rejected_norm), strict=True)
+    )
     if scale == "loss":
         # ‖g_w/‖g_w‖ - g_l/‖g_l‖‖² = 2(1 - cos), or 1 where one of them is zero
-        sides = ((chosen_norm > 0).double() + (rejected_norm > 0).double()).clamp_min(1)
+        sides = (counts[0].double() + counts[1].double()).clamp_min(1)
         scales = (d_w * chosen_norm + d_l * rejected_norm) / sides
     else:
         scales = (d_w + d_l) / 2 if scale == "weight" else torch.ones_like(chosen_norm)
     scales = factor * scales
-    c_w, c_l = (torch.where(norm > 0, scales / norm, 0.0) for norm in (chosen_norm, rejected_norm))
+    c_w, c_l = (
+        torch.where(each, scales / norm, 0.0) for each, norm in zip(counts, (chosen_norm, rejected_norm), strict=True)
+    )
     return c_w, c_l, scales
 
 

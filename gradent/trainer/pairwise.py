@@ -37,7 +37,7 @@ from gradent import losses
 from gradent.errors import InputError, ModelError, NonFiniteError
 from gradent.hooks.readout import FusedReadout
 from gradent.kernels.plan import parse_budget
-from gradent.losses.designs import normalized_weights
+from gradent.losses.designs import counting, normalized_weights
 from gradent.model import trainable
 from gradent.trainer.pairwise_config import PairwiseNormalizedDPOConfig
 from gradent.trainer.requirements import require_config, require_trl, require_whole
@@ -55,8 +55,8 @@ class PairwiseNormalizedDPOTrainer(DPOTrainer):
 
     - `pairwise/chosen_norm`, `pairwise/rejected_norm`, `pairwise/cosine`: `‖g_w‖`, `‖g_l‖`, their cosine.
     - `pairwise/weight_ratio`: `‖g_l‖/‖g_w‖`, which is `d_w/d_l` of the step that is taken.
-    - `pairwise/zero_norm`: share of responses without a gradient. They get weight 0; the other response of the pair
-      then takes the loss's own step.
+    - `pairwise/zero_norm`: share of responses without a gradient, or with a millionth of the other's norm. They get
+      weight 0; the other response of the pair then takes the loss's own step.
     - `pairwise/reversed`: share of pairs with `C_i < 0`: the loss itself wants the margin smaller (IPO, SPPO, past
       their target), and the step is the other way round.
     - `pairwise/preference_loss`: mean of the `preference_loss`, where there is one.
@@ -170,9 +170,10 @@ class PairwiseNormalizedDPOTrainer(DPOTrainer):
 
     def _log_pairwise(self, norms: RowNorms, scales: Tensor) -> None:
         """Add to TRL's metrics: means over the pairs of all ranks, of those where they are defined."""
-        both = (norms.chosen > 0) & (norms.rejected > 0)
+        counts = counting(norms.chosen, norms.rejected)
+        both = counts[0] & counts[1]
         ones = torch.ones_like(both)
-        zeros = ((norms.chosen == 0).double() + (norms.rejected == 0).double()) / 2
+        zeros = (~counts[0]).double() / 2 + (~counts[1]).double() / 2
         columns = {
             "chosen_norm": (norms.chosen, ones),
             "rejected_norm": (norms.rejected, ones),

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 from trl.trainer.dpo_config import DPOConfig
 
 from gradent import losses
 from gradent.errors import InputError
 from gradent.kernels.plan import parse_budget
+from gradent.losses.designs import SCALES
 from gradent.trainer.requirements import refuse_options, require_trl
 
-__all__ = ["PairwiseNormalizedDPOConfig", "Scale"]
-
-Scale = Literal["loss", "weight", "constant"]  # losses.designs.SCALES
+__all__ = ["PairwiseNormalizedDPOConfig"]
 
 _REFUSED = {
     "ld_alpha": "it weighs the tokens of a response differently, so that what it trains is no gradient of log π(y|x)",
@@ -56,7 +55,7 @@ class PairwiseNormalizedDPOConfig(DPOConfig):
 
     _VALID_DICT_FIELDS = [*getattr(DPOConfig, "_VALID_DICT_FIELDS", ()), "preference_loss_kwargs"]  # noqa: RUF012
 
-    scale: str = field(default="loss", metadata={"help": "What C_i is.", "choices": list(get_args(Scale))})
+    scale: str = field(default="loss", metadata={"help": "What C_i is.", "choices": list(SCALES)})
     C: float = field(default=1.0, metadata={"help": "Factor of C_i."})
     preference_loss: str | None = field(
         default=None, metadata={"help": "Loss of gradent.losses that gives d_w and d_l; by default TRL's own."}
@@ -70,9 +69,9 @@ class PairwiseNormalizedDPOConfig(DPOConfig):
         """Check what can be checked without a model."""
         require_trl("pairwise normalization")
         super().__post_init__()  # type: ignore[no-untyped-call]
-        if self.scale not in get_args(Scale):
-            raise InputError(f"scale={self.scale!r} is unknown; accepted are {', '.join(map(repr, get_args(Scale)))}.")
-        if not isinstance(self.C, (int, float)) or not math.isfinite(self.C) or self.C <= 0:
+        if self.scale not in SCALES:
+            raise InputError(f"scale={self.scale!r} is unknown; accepted are {', '.join(map(repr, SCALES))}.")
+        if isinstance(self.C, bool) or not isinstance(self.C, (int, float)) or not math.isfinite(self.C) or self.C <= 0:
             raise InputError(f"C={self.C!r}; accepted is a finite number > 0.")
         parse_budget(self.memory_budget)
         if self.preference_loss is None and self.preference_loss_kwargs:
@@ -93,10 +92,9 @@ class PairwiseNormalizedDPOConfig(DPOConfig):
             return None
         if isinstance(self.preference_loss_kwargs, str):
             raise InputError("preference_loss_kwargs is text; accepted is a dict (or JSON on a command line).")
-        if self.preference_loss in losses.DESIGNS:
+        if self.preference_loss not in losses.LOSSES:
             raise InputError(
-                f"preference_loss={self.preference_loss!r} is a design on another loss; accepted are "
-                f"{', '.join(losses.LOSSES)}."
+                f"preference_loss={self.preference_loss!r}: unknown loss; accepted are {', '.join(losses.LOSSES)}."
             )
         return losses.get(self.preference_loss, **(self.preference_loss_kwargs or {}))
 

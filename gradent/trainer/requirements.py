@@ -46,7 +46,8 @@ def refuse_options(config: Any, refused: Mapping[str, str], trouble: str) -> Non
     """
     for name, why in refused.items():
         value = getattr(config, name, None)
-        if value not in (None, False, "", [], {}) and not (name == "fsdp_config" and not config.fsdp):
+        unset = value is None or value is False or value in ("", [], {})  # 0.0 is not: ld_alpha=0.0 means something
+        if not unset and not (name == "fsdp_config" and not config.fsdp):
             raise InputError(f"{name}={value!r}: {trouble} with it, since {why}. Leave it out.")
 
 

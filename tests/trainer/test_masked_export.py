@@ -77,6 +77,7 @@ def test_export_takes_what_the_trainer_takes(tiny_tokenizer: PreTrainedTokenizer
         ({"padding_free": True}, "many responses into one row"),
         ({"use_liger_kernel": True}, "parts of the model that the head reads"),
         ({"ld_alpha": 0.5}, "by their position"),
+        ({"ld_alpha": 0.0}, "by their position"),
         ({"use_weighting": True}, "log-probs of whole responses"),
         ({"torch_compile": True}, "in a compiled model"),
         ({"loss_type": ["ipo"]}, "no token-masked form of ipo, since it divides by the length"),
