@@ -199,7 +199,9 @@ class WatchedBackward:
         if not found.constant:
             self.passed.constant = False
             self.fail(
-                f"the loss weighs the tokens of a response differently (by up to {found.spread:.1e} of the mean weight)"
+                "the loss weighs the tokens of a response differently (by up to "
+                f"{found.spread:.1e} of the mean weight), so that its step is none of whole responses: the entries are "
+                "exact, and the verdict, which is made with mean weights, is not"
             )
         self.passed.reward, self.passed.given = reward, self.passed.given and found.given
         for row, position in enumerate(forward.place.rows):
