@@ -30,7 +30,8 @@ def read_pair_masks(
         InputError: the file has no masks of the pair, or they are of other tokens.
         DataFileError: there is no such file, or it is not one of masks.
     """
-    rows = [row for row in read_masks(path).to_pylist() if row["pair"] == pair]
+    table = read_masks(path)
+    rows = table.filter([number == pair for number in table["pair"].to_pylist()]).to_pylist()
     if not rows:
         raise InputError(
             f"{path}: holds no masks of row {pair} of the data. Export them for it, or choose another --pair."

@@ -163,8 +163,11 @@ def _find_rest(run: Row) -> str:
 
 def _write_without_run(facts: Mapping[str, Any], run: Row) -> list[str]:
     best = f"{_percent(facts['best_ideal'])} with {facts['best']} and " if facts["best"] is not None else ""
+    first = f"{run['label']} cannot be judged on these pairs: {run['reason']}"
+    if facts["design_ideal"] is None:
+        return [first]
     return [
-        f"{run['label']} cannot be judged on these pairs: {run['reason']}",
+        first,
         f"To first order and for one small step on each of {_count(run['pairs'])} alone, case 1 (chosen rises, "
         f"rejected falls) would hold for {best}{_percent(facts['design_ideal'])} by construction with {_DESIGN}.",
     ]

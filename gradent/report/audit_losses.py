@@ -20,7 +20,8 @@ _TEXT = (
     "The same measured gradients, judged under each loss by Condition 2: the loss adds only its weights d_w and d_l. "
     "It speaks of one small step on a pair alone, from the weights that this run arrived at; a run that had trained "
     "with another loss would have arrived elsewhere. Chosen rises where d_w/d_l is at least the first bound, rejected "
-    "falls where it is at most the second (medians over pairs with a positive inner product)."
+    "falls where it is at most the second (medians over pairs with a positive inner product). Token masking is another "
+    "step, on the differing tokens alone, and of the pairs whose tokens were measured."
 )
 
 
@@ -52,7 +53,7 @@ def loss_section(records: AuditRecords) -> Section | None:
 
 
 def shown_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows that are not sweeps: the run's loss, the paper's, the design's.
+    """The rows that are not sweeps: the run's loss, the paper's, the designs.
 
     Args:
         rows: `what_if` of a summary.
@@ -103,18 +104,18 @@ def describe_row(row: Mapping[str, Any]) -> str:
     Returns:
         Such as `DPO (β=0.1), this run's`.
     """
-    return f"{row.get('label') or row.get('loss') or 'a loss'}" + (", this run's" if row.get("group") == "run" else "")
+    name = str(row.get("label") or row.get("loss") or "a loss")
+    if row.get("loss") == "token_masked" and row.get("cases"):
+        return f"{name}, {plural(int(row.get('pairs') or 0), 'pair')}"
+    return name + (", this run's" if row.get("group") == "run" else "")
 
 
 def _row(row: Mapping[str, Any]) -> list[Cell | str]:
     lines = [describe_row(row)]
     if row.get("group") == "design" and row.get("cases"):
         masked = row.get("loss") == "token_masked"
-        pairs = plural(int(row.get("pairs") or 0), "pair")
-        about = (
-            f"tokens of {pairs} (Section 5.2 of the paper)" if masked else "by construction (Section 5.1 of the paper)"
-        )
-        lines.append(about)
+        about = "whose tokens were measured (Section 5.2" if masked else "by construction (Section 5.1"
+        lines.append(f"{about} of the paper)")
     if row.get("reason"):
         lines.append(str(row["reason"]))
     within = row.get("within")

@@ -121,13 +121,14 @@ def _loss_table(wandb: Any, records: AuditRecords) -> Any:
         [
             _plain(describe_row(row)),
             str(row.get("group")),
+            row.get("pairs"),
             *(share_of(row.get("cases"), case) for case in CASES),
             *(row.get(figure) for figure in figures),
             _plain(str(row.get("reason") or "")),
         ]
         for row in rows
     ]
-    return wandb.Table(columns=["loss", "group", *CASES, *figures, "reason"], data=data)
+    return wandb.Table(columns=["loss", "group", "pairs", *CASES, *figures, "reason"], data=data)
 
 
 def _pair_table(wandb: Any, records: AuditRecords) -> Any:

@@ -199,7 +199,12 @@ def _loss_section(both: Comparison) -> Section | None:
         points = NOTHING if None in ideal else change(*(100 * (each or 0.0) for each in ideal))
         rows.append([name, *map(percent, ideal), points, *map(percent, down)])
     header = ["Loss", "Case 1 in A", "In B", "Points", "Case 2 in A", "In B"]
-    table = Table(header, rows, caption="Shares of the pairs that each audit measured", figures_from=1)
+    table = Table(
+        header,
+        rows,
+        caption="Shares of the pairs that each audit measured (of token masking: whose tokens it measured)",
+        figures_from=1,
+    )
     text = "Each loss on the gradients of each audit's last checkpoint."
     return Section("What if: other losses", text, [table], "Decides: whether one loss would serve both better.")
 

@@ -82,7 +82,7 @@ def test_the_row_and_its_cases() -> None:
     assert 0 < row["cases"]["inactive"] < 1 and has_no_nan(rows)
     assert set(row["against_run"]) == {"gained", "lost"}
     assert recommend(rows)["design_ideal"] == 1.0  # type: ignore[index]  # the other design's
-    assert "tokens of 3 pairs" in str(loss_table([row], "Losses").rows)
+    assert "(differing tokens kept), 3 pairs" in str(loss_table([row], "Losses").rows)
 
 
 def test_without_tokens_the_row_says_what_to_do() -> None:
