@@ -1,4 +1,4 @@
-"""The sentiment task: generated statements, four styles of response, and the answers that SFT teaches.
+"""The sentiment task: statements, four styles of response, and the answers that SFT teaches.
 
 The data of the paper's Section 4.3 in miniature. A statement is positive or negative; the chosen response names its
 sentiment, the rejected one names the other. Both are the same but for that one word, and the four styles put different
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gradent.demo.statements import Statement, divide_statements, draw_statements, read_statements, statement_words
 from gradent.errors import InputError
 from gradent.pairs import tokenize_pair
 
@@ -31,9 +32,11 @@ __all__ = [
     "Statement",
     "Task",
     "TokenPair",
+    "draw_answers",
     "find_label_words",
     "make_task",
     "prompt_of",
+    "read_statements",
     "responses_of",
     "tokenize_style",
     "word_list",
@@ -66,25 +69,6 @@ _CUES = {
 }
 _PROMPT = "{statement}\nAnswer with {cue}:"
 
-_OPENERS = ("", "today", "well", "honestly", "last week", "this morning", "in the end", "so")
-_SUBJECTS = (
-    "the concert", "my new phone", "this coffee", "our holiday", "the exam", "my birthday", "the bus ride",
-    "the match", "her talk", "the film", "that song", "my garden", "the weather", "the meeting", "our dinner",
-    "the hotel", "the game", "his letter", "the party", "my job", "the trip", "the book", "the class", "our team",
-    "the show", "the soup",
-)  # fmt: skip
-_VERBS = ("was", "felt", "seemed", "turned out", "looked", "sounded")
-_DEGREES = ("", "really", "quite", "so", "a bit", "truly")
-_POSITIVE = (
-    "wonderful", "great", "lovely", "brilliant", "delightful", "amazing", "pleasant", "splendid", "cheerful",
-    "beautiful", "fantastic", "charming", "excellent", "joyful", "perfect", "sweet",
-)  # fmt: skip
-_NEGATIVE = (
-    "awful", "terrible", "horrible", "dreadful", "boring", "annoying", "painful", "gloomy", "miserable", "ugly",
-    "disgusting", "hopeless", "dull", "rotten", "broken", "bitter",
-)  # fmt: skip
-_TAILS = ("", "for me", "again", "as usual", "for everyone", "you know", "after all", "to be fair")
-
 _OTHER_WORDS = {
     "sentiment": "mood",
     "based": "going",
@@ -101,14 +85,6 @@ _WRONG = 0.3
 USUAL_IF_RIGHT = 0.7
 USUAL_IF_WRONG = 0.15
 """Chance that a word of an answer is the style's own and not its counterpart in `_OTHER_WORDS`."""
-
-
-@dataclass(frozen=True)
-class Statement:
-    """One statement and its true sentiment."""
-
-    text: str
-    positive: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +112,7 @@ def make_task(
     answers: int,
     label_words: tuple[str, str] = LABEL_WORDS[0],
     usual_if_wrong: float = USUAL_IF_WRONG,
+    statements: Sequence[Statement] | None = None,
 ) -> Task:
     """Draw a task.
 
@@ -147,15 +124,43 @@ def make_task(
         label_words: what the two labels are called.
         usual_if_wrong: chance that a word of an answer with the wrong label is the style's own. At `USUAL_IF_RIGHT`,
             Theorem 3's assumption is gone.
+        statements: to draw from, such as those of `read_statements`; None to generate them. They must be distinct.
 
     Returns:
         The task.
+
+    Raises:
+        InputError: `statements` holds too few of a sentiment, or one twice.
     """
     rng = random.Random(seed)
-    statements = _draw_statements(rng, probe + train)
-    training = statements[probe:]
+    if statements is None:
+        drawn = draw_statements(rng, probe + train)
+    else:
+        if len({statement.text for statement in statements}) < len(statements):
+            raise InputError("statements: a text occurs twice, and might be held out and trained on. Remove one.")
+        drawn = divide_statements(rng, statements, probe + train)
+    training = drawn[probe:]
     sft = tuple(_draw_answer(rng, training[number % train], label_words, usual_if_wrong) for number in range(answers))
-    return Task(train=tuple(training), probe=tuple(statements[:probe]), sft=sft, label_words=label_words)
+    return Task(train=tuple(training), probe=tuple(drawn[:probe]), sft=sft, label_words=label_words)
+
+
+def draw_answers(
+    seed: int,
+    statements: Sequence[Statement],
+    label_words: tuple[str, str],
+) -> tuple[tuple[str, str], ...]:
+    """Answers with the right label, worded as SFT's are: held-out ones, where the statements are.
+
+    Args:
+        seed: the same seed draws the same answers.
+        statements: one answer each.
+        label_words: the words for (positive, negative).
+
+    Returns:
+        `(prompt, answer)` texts, each answer with a space in front.
+    """
+    rng = random.Random(seed)
+    return tuple(_word_answer(rng, statement, label_words, False, USUAL_IF_RIGHT) for statement in statements)
 
 
 def prompt_of(statement: Statement, style: str) -> str:
@@ -226,7 +231,7 @@ def find_label_words(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     Raises:
         InputError: there is no such pair.
     """
-    probe = [Statement(_SUBJECTS[0], True)]
+    probe = [Statement("the concert", True)]
     for words in LABEL_WORDS:
         if all(_differ_in_one_token(tokenize_style(tokenizer, probe, style, words)[0]) for style in STYLES):
             return words
@@ -243,28 +248,22 @@ def word_list() -> list[str]:
     Returns:
         The words, sorted, without duplicates.
     """
-    texts = [*_OPENERS, *_SUBJECTS, *_VERBS, *_DEGREES, *_POSITIVE, *_NEGATIVE, *_TAILS, *LABEL_WORDS[0]]
-    texts += [_PROMPT.format(statement="", cue=cue).replace(":", " :") for cue in _CUES.values()]
+    texts = [_PROMPT.format(statement="", cue=cue).replace(":", " :") for cue in _CUES.values()]
     texts += [response.format(label="").replace(".", " .") for response in STYLES.values()]
-    return sorted({word for text in texts for word in text.split()} | set(_OTHER_WORDS.values()))
-
-
-def _draw_statements(rng: random.Random, count: int) -> list[Statement]:
-    """Distinct statements, positive and negative by turns."""
-    drawn: dict[str, Statement] = {}
-    while len(drawn) < count:
-        positive = len(drawn) % 2 == 0
-        words = (_OPENERS, _SUBJECTS, _VERBS, _DEGREES, _POSITIVE if positive else _NEGATIVE, _TAILS)
-        text = " ".join(part for part in map(rng.choice, words) if part)
-        drawn.setdefault(text, Statement(text, positive))
-    return list(drawn.values())
+    words = {word for text in texts for word in text.split()}
+    return sorted(words | statement_words() | set(LABEL_WORDS[0]) | set(_OTHER_WORDS.values()))
 
 
 def _draw_answer(
     rng: random.Random, statement: Statement, label_words: tuple[str, str], usual_if_wrong: float
 ) -> tuple[str, str]:
     wrong = rng.random() < _WRONG
-    usual = usual_if_wrong if wrong else USUAL_IF_RIGHT
+    return _word_answer(rng, statement, label_words, wrong, usual_if_wrong if wrong else USUAL_IF_RIGHT)
+
+
+def _word_answer(
+    rng: random.Random, statement: Statement, label_words: tuple[str, str], wrong: bool, usual: float
+) -> tuple[str, str]:
     label = label_words[0] if statement.positive != wrong else label_words[1]
     style = rng.choice(list(STYLES))
     words = [

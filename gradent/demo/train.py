@@ -22,7 +22,18 @@ from gradent.gram import PairGram
 from gradent.measure import measure
 from gradent.pairs import PairBatch
 
-__all__ = ["Measured", "PairCollator", "one_thread", "train_dpo", "train_sft"]
+__all__ = [
+    "Measured",
+    "PairCollator",
+    "one_thread",
+    "padded",
+    "pair_rows",
+    "sft_row",
+    "train_dpo",
+    "train_quietly",
+    "train_sft",
+    "trainer_arguments",
+]
 
 Advance = Callable[[int], None]
 """Told the number of steps done so far."""
@@ -50,8 +61,8 @@ def train_sft(
         advance: called after every step.
     """
     trained = copy.deepcopy(model)  # TRL replaces the forward of the model that it is given
-    rows = datasets.Dataset.from_list([_sft_row(tokenizer, *texts) for texts in task.sft])
-    with _trainer_arguments(tokenizer, seed) as common:
+    rows = datasets.Dataset.from_list([sft_row(tokenizer, *texts) for texts in task.sft])
+    with trainer_arguments(seed) as common:
         trainer = SFTTrainer(
             model=trained,
             args=SFTConfig(
@@ -64,10 +75,10 @@ def train_sft(
                 max_length=None,
             ),
             train_dataset=rows,
-            processing_class=_without_surprises(tokenizer),
+            processing_class=padded(tokenizer),
             callbacks=[_Progress(advance)],
         )
-        _train_quietly(trainer)
+        train_quietly(trainer)
     model.load_state_dict(trained.state_dict())
 
 
@@ -101,7 +112,7 @@ def train_dpo(
         settings.measure_every,
         advance,
     )
-    with _trainer_arguments(tokenizer, seed) as common:
+    with trainer_arguments(seed) as common:
         trainer = DPOTrainer(
             model=copy.deepcopy(model),
             ref_model=copy.deepcopy(model),
@@ -119,11 +130,11 @@ def train_dpo(
                 remove_unused_columns=False,
             ),
             data_collator=PairCollator(pairs),
-            train_dataset=_dpo_rows(task, style),
-            processing_class=_without_surprises(tokenizer),
+            train_dataset=pair_rows(task, style),
+            processing_class=padded(tokenizer),
             callbacks=[watch],
         )
-        _train_quietly(trainer)
+        train_quietly(trainer)
     return watch.measured
 
 
@@ -184,14 +195,33 @@ class PairCollator:
         }
 
 
-def _sft_row(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> dict[str, list[int]]:
+def sft_row(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> dict[str, list[int]]:
+    """An answer as SFT sees it, EOS behind it.
+
+    Args:
+        tokenizer: the model's.
+        prompt: what is asked.
+        answer: what is answered, with a space in front.
+
+    Returns:
+        `input_ids`, and `completion_mask`, which is 1 at the answer's tokens.
+    """
     prompt_ids = list(tokenizer(prompt)["input_ids"])
     ids = [*list(tokenizer(prompt + answer)["input_ids"]), tokenizer.eos_token_id]
     marks = [0] * len(prompt_ids) + [1] * (len(ids) - len(prompt_ids))
     return {"input_ids": ids, "completion_mask": marks}
 
 
-def _dpo_rows(task: Task, style: str) -> Any:
+def pair_rows(task: Task, style: str) -> Any:
+    """The pairs of the training statements, as TRL's dataset.
+
+    Args:
+        task: the task.
+        style: a key of `STYLES`.
+
+    Returns:
+        A `Dataset` with `prompt`, `chosen`, `rejected`, and `pair`, the statement's number, for `PairCollator`.
+    """
     rows = []
     for number, statement in enumerate(task.train):
         chosen, rejected = responses_of(statement, style, task.label_words)
@@ -201,8 +231,15 @@ def _dpo_rows(task: Task, style: str) -> Any:
     return datasets.Dataset.from_list(rows)
 
 
-def _without_surprises(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy with a pad token: trainers set one on the tokenizer that they are given."""
+def padded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy with a pad token: trainers set one on the tokenizer that they are given.
+
+    Args:
+        tokenizer: the model's; it is left as it is.
+
+    Returns:
+        The copy.
+    """
     tokenizer = copy.deepcopy(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -225,8 +262,15 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _trainer_arguments(tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[dict[str, Any]]:
-    """Arguments of every run: float32, nothing saved, nothing reported, nothing printed."""
+def trainer_arguments(seed: int) -> Iterator[dict[str, Any]]:
+    """Arguments of every run: float32, nothing saved, nothing reported, nothing printed.
+
+    Args:
+        seed: of the run.
+
+    Yields:
+        Keywords of a `TrainingArguments`; the directory in them goes when the context is left.
+    """
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
@@ -249,7 +293,12 @@ def _trainer_arguments(tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterato
             datasets.enable_progress_bars()
 
 
-def _train_quietly(trainer: Any) -> None:
+def train_quietly(trainer: Any) -> None:
+    """Train without a printed line.
+
+    Args:
+        trainer: of transformers.
+    """
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.train()
