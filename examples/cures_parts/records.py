@@ -1,0 +1,113 @@
+"""`data/cures.csv` and `data/cures.json`: every figure of every run, and what they were obtained with.
+
+A run's rows replace those of an earlier run on the same data; the rows of other data stay.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import trl
+
+__all__ = ["COLUMNS", "machine", "read", "write"]
+
+COLUMNS = (
+    "data", "optimizer", "phase", "method", "style", "seed", "rate", "mask_eta", "mask_learning_rate", "step",
+    "chosen", "rejected", "cosine", "label", "preferred", "label_right", "answers",
+    "kept_label", "kept_shared", "kept_chosen", "kept_rejected", "seconds",
+)  # fmt: skip
+"""A row a look at a model: `phase` is "rate" or "masks" (tuning: the first and last step, log-probs alone) or "run".
+
+The figures are those of `probe.FIGURES`; the masked trainer's `kept_*` are in the row of its last step, and so are a
+run's `seconds`.
+"""
+
+_WORDS = ("data", "optimizer", "phase", "method", "style")
+Row = dict[str, Any]
+
+
+def machine() -> dict[str, str]:
+    """What the figures are obtained on.
+
+    Returns:
+        Processor and versions.
+    """
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "processor": (names or [platform.processor() or platform.machine()])[0],
+        "cores": str(os.cpu_count()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "trl": trl.__version__,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text("utf-8").splitlines() if Path(path).is_file() else []
+
+
+def read(out: Path) -> tuple[list[Row], dict[str, Any]]:
+    """The records of a directory.
+
+    Args:
+        out: the directory.
+
+    Returns:
+        `(rows, about)`: the rows of `COLUMNS`, empty cells as nan, and by data what they were obtained with.
+    """
+    path = out / "data" / "cures.csv"
+    if not path.is_file():
+        return [], {}
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = [
+            {
+                name: value if name in _WORDS else float(value or "nan")
+                for name, value in row.items()
+            }
+            for row in csv.DictReader(file)
+        ]  # fmt: skip
+    return rows, json.loads((out / "data" / "cures.json").read_text("utf-8"))
+
+
+def write(out: Path, rows: Sequence[Row], about: dict[str, Any]) -> tuple[list[Row], dict[str, Any]]:
+    """Put a run's rows in the place of an earlier one's.
+
+    Args:
+        out: the directory.
+        rows: of one data.
+        about: its settings, under its name.
+
+    Returns:
+        All rows and settings that are in the files now, as `read` gives them.
+    """
+    kept, others = read(out)
+    mine = {row["data"] for row in rows}
+    kept = [row for row in kept if row["data"] not in mine]
+    if kept:
+        print(f"{out / 'data' / 'cures.csv'}: the rows of {', '.join(sorted({row['data'] for row in kept}))} stay.")
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    with (out / "data" / "cures.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(_cells([*kept, *rows]))
+    text = json.dumps({**others, **about}, indent=1, ensure_ascii=False)
+    (out / "data" / "cures.json").write_text(text + "\n", encoding="utf-8")
+    return read(out)
+
+
+def _cells(rows: Iterable[Row]) -> Iterable[Row]:
+    for row in sorted(rows, key=lambda row: row["data"]):
+        yield {
+            name: value if isinstance(value, str) else "" if math.isnan(value) else f"{value:.6g}"
+            for name, value in row.items()
+        }
