@@ -1,6 +1,6 @@
 """The paper's sentiment experiment (Section 4.3) in miniature: `gradent demo`.
 
-`task` draws statements and words the responses, `model` builds a language model on the spot, `train` fine-tunes it and
+`statements` draws or reads what is judged, `task` words the responses, `model` builds a language model on the spot, `train` fine-tunes it and
 runs TRL's DPOTrainer once a style, `findings` reads the paper's findings off the records, `run` does all of it.
 """
 
