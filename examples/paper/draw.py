@@ -67,7 +67,8 @@ def draw_panels(path: Path, panels: Sequence[Panel], title: str, *, columns: int
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     with mpl.rc_context(_QUIET):
-        figure = Figure(figsize=(1.2 + 2.5 * columns, 0.8 + 2.2 * rows), layout="constrained")
+        # A single panel is as wide as the line under it needs.
+        figure = Figure(figsize=(max(1.2 + 2.5 * columns, 8.6), 0.8 + 2.2 * rows), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes, panel in zip(grid.flat, panels, strict=False):
             _draw_panel(axes, panel)
