@@ -273,15 +273,24 @@ class Group:
             "the shared ones."
         )
 
-    def _separation(self) -> str:
-        apart = []
+    def apart(self) -> list[tuple[str, str, float]]:
+        """Where methods are not compared at DPO's separation.
+
+        Returns:
+            `(method, style, its mean gain of the margin in parts of DPO's)` of those beyond a factor of `NEAR`.
+        """
+        found = []
         for method in self.methods[1:]:
             for style in self.styles:
                 ratio = fmean(run.gain for run in self.runs(method, style)) / fmean(
                     run.gain for run in self.runs("DPO", style)
                 )
                 if not 1 / NEAR <= ratio <= NEAR:
-                    apart.append(f"{method} in {style} ({ratio:.2f} of DPO's)")
+                    found.append((method, style, ratio))
+        return found
+
+    def _separation(self) -> str:
+        apart = [f"{method} in {style} ({ratio:.2f} of DPO's)" for method, style, ratio in self.apart()]
         if not apart:
             return f"All methods gain, on average, DPO's margin to within a factor of {NEAR:g}."
         return (

@@ -100,9 +100,26 @@ def _totals(every: Sequence[Group]) -> list[str]:
         lines.append(
             f"- **{method}** raises chosen in {rises}, lets it fall by less in {rest.count(1)}, by as much in "
             f"{rest.count(0)} and by more in {rest.count(-1)}; the log-prob of held-out SFT answers ends "
-            f"{abs(price):.2f} nats {'below' if price < 0 else 'above'} DPO's on average."
+            f"{abs(price):.2f} nats {'below' if price < 0 else 'above'} DPO's on average.{_but(method, every, mine)}"
         )
     return [*lines, ""]
+
+
+def _but(method: str, every: Sequence[Group], mine: Sequence[tuple[Group, Any]]) -> str:
+    """What a reader of a method's counts has to know."""
+    text = ""
+    off = {(id(group), style) for group in every for name, style, _ in group.apart() if name == method}
+    unlike = sum((id(group), run.style) in off for group, run in mine)
+    if unlike:
+        text += f" {unlike} of these runs are not at DPO's separation (see each part)."
+    if method == "masked":
+        plain = sum(group.runs(method)[0].last["mask_eta"] == 0 for group in every)
+        if plain:
+            text += (
+                f" In {plain} of {len(every)} parts (data and optimizer) tuning chose η = 0, where every token is "
+                "kept: that is DPO, and no test of masks."
+            )
+    return text
 
 
 def _short(every: Sequence[Group]) -> list[str]:
