@@ -34,6 +34,13 @@ class Claim:
     holds: bool
 
     @property
+    def kind(self) -> str:
+        """What it is about: "runs" that were trained, "theory" in numbers, or a formula as "printed"."""
+        if self.where == "Table 2" or "as printed" in self.claim:
+            return "printed"
+        return "runs" if self.where.startswith(("Figure", "Table")) else "theory"
+
+    @property
     def verdict(self) -> str:
         """In words."""
         return "holds" if self.holds else "does not hold"

@@ -23,7 +23,7 @@ from rich.text import Text
 from examples.paper import cases, comparisons, formulas, styles, theorems
 from examples.paper.lab import Lab, Outcome
 from examples.paper.page import write_page
-from examples.paper.settings import PAPER, SMALL, Settings, on_model
+from examples.paper.settings import PAPER, SMALL, Settings, on_model, shown_name
 from gradent.errors import GradentError, InputError
 
 __all__ = ["COMMANDS", "app", "choose_settings"]
@@ -112,7 +112,8 @@ def _all(
     """Everything, and reproduction.md."""
     since = time.monotonic()
     lab, outcomes = _run(COMMANDS, small, out, model, pairs, tweets, steps, seeds)
-    told = {"--small": small, "--steps": steps, "--seeds": seeds}
+    told = {"--small": small, "--model": model and shown_name(model), "--pairs": pairs and Path(pairs).name,
+            "--tweets": tweets and Path(tweets).name, "--steps": steps, "--seeds": seeds}  # fmt: skip
     words = [f"{option}{'' if value is True else f' {value}'}" for option, value in told.items() if value]
     command = " ".join(["python -m examples.paper all", *words, f"--out {out.resolve().name}"])
     path = write_page(lab, outcomes, command=command, seconds=time.monotonic() - since)

@@ -192,7 +192,10 @@ def _ratios(given: dict[str, Tensor]) -> list[Claim]:
     """Section 3.2.1: which of the two weights is larger."""
     where = "Section 3.2.1"
     weights = {name: losses.get(name).weights(**given) for name in ("dpo", "cpo", "dpop", "rrhf", "slic", "simpo")}
-    sppo = losses.get("sppo", reference_free=True).weights(**given)
+    # Reference-free, d_l is positive where 1/β + log π(y_l|x) is (the paper's A.2): wider draws, of which those count.
+    wide = {name: 3 * given[name] for name in ("chosen_logp", "rejected_logp")}
+    sppo = losses.get("sppo", beta=BETA, reference_free=True).weights(**wide)
+    meets = 1 / BETA + wide["rejected_logp"] > 0
     lengths = given["rejected_len"] / given["chosen_len"]
     ratios = {name: d_w / d_l for name, (d_w, d_l) in weights.items()}
 
@@ -209,8 +212,9 @@ def _ratios(given: dict[str, Tensor]) -> list[Claim]:
             (ratios["simpo"] / lengths - 1).abs() < 1e-9,
         ),
         count_of(
-            "SPPO", "chosen has the larger weight (reference-free, as there)", "d_w/d_l > 1", "d_w > d_l > 0",
-            (sppo[0] > sppo[1]) & (sppo[1] > 0),
+            "SPPO", f"chosen has the larger weight where 1/β + log π(y_l|x) > 0 ({int(meets.sum())} of {len(meets)} "
+            "drawn), and only there are both positive", "d_w/d_l > 1", "d_w > d_l, and d_l > 0 just where that holds",
+            (sppo[0] > sppo[1]) & ((sppo[1] > 0) == meets),
         ),
     ]  # fmt: skip
     for name in ("cpo", "rrhf", "slic", "dpop"):

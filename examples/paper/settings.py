@@ -99,7 +99,7 @@ class Settings:
             "comparisons": f"{self.comparisons or 'generated'}, {self.train} pairs, {self.probe} held out",
             "models of the comparisons": ", ".join(dict.fromkeys(map(shown_name, self.models))),
             "trained": tuned,
-            "every loss": f"{self.steps} steps of {self.batch} pairs, {self.optimizer}, {self.rate:g}",
+            "every loss": f"{self.steps} steps of {self.batch} pairs, {self.optimizer}",
             "model of the sentiment task": shown_name(self.sentiment_model) if self.sentiment_model else "the demo's",
             "statements": f"{self.tweets or 'generated'}, {demo.train}, {demo.probe} held out",
             "SFT": f"{demo.sft_steps} steps of {demo.sft_batch} answers, AdamW, {demo.sft_lr:g}",

@@ -151,7 +151,15 @@ def load_pretrained(name: str, *, bf16: bool = False) -> tuple[Any, Any]:
 
     Returns:
         `(model, tokenizer)`, the model on a GPU where there is one.
+
+    Raises:
+        InputError: there are several GPUs, over which trainers would spread the batches.
     """
+    if torch.cuda.device_count() > 1:
+        raise InputError(
+            f"{torch.cuda.device_count()} GPUs are visible, and this example is written for one: set "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16 if bf16 else torch.float32)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
