@@ -7,17 +7,16 @@ have.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from gradent.demo.task import Task, TokenPair, tokenize_style
-from gradent.demo.train import PairCollator, padded, pair_rows, train_quietly, trainer_arguments
+from gradent.demo.train import PairCollator, SplitCollator, padded, pair_rows, train_quietly, trainer_arguments
 from gradent.trainer import (
     PairwiseNormalizedDPOConfig,
     PairwiseNormalizedDPOTrainer,
@@ -84,27 +83,6 @@ class Run:
     masks: Mapping[str, float] = field(default_factory=dict)
 
 
-class _SplitCollator(PairCollator):
-    """The same batches as `CPOTrainer` takes them: chosen and rejected apart, with labels."""
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """A batch of B pairs.
-
-        Args:
-            rows: B rows of the dataset.
-
-        Returns:
-            `chosen_input_ids`, `chosen_attention_mask`, `chosen_labels` and the same of rejected, each int64 `[B, L]`.
-        """
-        both = super().__call__(rows)
-        both["labels"] = both["input_ids"].masked_fill(both.pop("completion_mask") == 0, -100)
-        return {
-            f"{side}_{name}": part
-            for name, rows_of_both in both.items()
-            for side, part in zip(("chosen", "rejected"), rows_of_both.chunk(2), strict=True)
-        }
-
-
 def train(run: Run, model: Any, tokenizer: Any, task: Task, watch: TrainerCallback) -> Any:
     """Train.
 
@@ -120,7 +98,7 @@ def train(run: Run, model: Any, tokenizer: Any, task: Task, watch: TrainerCallba
     """
     method = METHODS[run.method]
     pairs: list[TokenPair] = tokenize_style(tokenizer, task.train, run.style, task.label_words)
-    collator = PairCollator if method.reference else _SplitCollator
+    collator = PairCollator if method.reference else SplitCollator
     with trainer_arguments(run.seed) as common:
         trainer = method.trainer(
             model=copy.deepcopy(model),

@@ -8,7 +8,7 @@ is on log-ratios, so that neither is SLiC-HF; KTOTrainer is for unpaired data, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,7 @@ from examples.paper.starts import Start
 from examples.paper.trainer import PairTrainer
 from gradent import losses
 from gradent.demo.task import TokenPair
-from gradent.demo.train import PairCollator, padded
+from gradent.demo.train import PairCollator, SplitCollator, padded
 
 __all__ = ["NAMES", "TRAINERS", "Trained", "make_trainer", "trained_loss"]
 
@@ -47,27 +47,6 @@ class Trained:
     build: Callable[..., Any]
     by: str
     options: Mapping[str, Any] = field(default_factory=dict)
-
-
-class SplitCollator(PairCollator):
-    """Chosen and rejected apart, with labels, as CPOTrainer takes them."""
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """A batch of B pairs.
-
-        Args:
-            rows: B rows of the dataset.
-
-        Returns:
-            `chosen_input_ids`, `chosen_attention_mask`, `chosen_labels` and the same of rejected, int64 `[B, L]`.
-        """
-        both = super().__call__(rows)
-        both["labels"] = both["input_ids"].masked_fill(both.pop("completion_mask") == 0, -100)
-        return {
-            f"{side}_{name}": part
-            for name, whole in both.items()
-            for side, part in zip(("chosen", "rejected"), whole.chunk(2), strict=True)
-        }
 
 
 def _dpo(start: Start, model: Any, pairs: list[TokenPair], common: dict[str, Any], options: Any, **rest: Any) -> Any:

@@ -25,6 +25,7 @@ from gradent.pairs import PairBatch
 __all__ = [
     "Measured",
     "PairCollator",
+    "SplitCollator",
     "one_thread",
     "padded",
     "pair_rows",
@@ -192,6 +193,27 @@ class PairCollator:
             "input_ids": batch.input_ids,
             "attention_mask": batch.attention_mask,
             "completion_mask": batch.completion_mask,
+        }
+
+
+class SplitCollator(PairCollator):
+    """The same batches as TRL's `CPOTrainer` takes them: chosen and rejected apart, with labels."""
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """A batch of B pairs.
+
+        Args:
+            rows: B rows of the dataset; only their `pair` is read.
+
+        Returns:
+            `chosen_input_ids`, `chosen_attention_mask`, `chosen_labels` and the same of rejected, int64 `[B, L]`.
+        """
+        both = super().__call__(rows)
+        both["labels"] = both["input_ids"].masked_fill(both.pop("completion_mask") == 0, -100)
+        return {
+            f"{side}_{name}": part
+            for name, whole in both.items()
+            for side, part in zip(("chosen", "rejected"), whole.chunk(2), strict=True)
         }
 
 

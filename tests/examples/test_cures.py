@@ -191,12 +191,10 @@ def test_accuracy_is_that_of_a_model_that_knows(probe_parts: tuple[Any, Any, Any
 
 
 def test_cpo_s_batches_are_the_others_in_its_layout() -> None:
-    from cures_parts.methods import _SplitCollator  # noqa: PLC0415
-
-    from gradent.demo.train import PairCollator  # noqa: PLC0415
+    from gradent.demo.train import PairCollator, SplitCollator  # noqa: PLC0415
 
     pairs = [([5, 6], [7, 8], [9]), ([5], [7], [8, 9, 10])]
-    both, split = (kind(pairs)([{"pair": 1}, {"pair": 0}]) for kind in (PairCollator, _SplitCollator))
+    both, split = (kind(pairs)([{"pair": 1}, {"pair": 0}]) for kind in (PairCollator, SplitCollator))
     for number, side in enumerate(("chosen", "rejected")):
         ids, labels = split[f"{side}_input_ids"], split[f"{side}_labels"]
         assert ids.equal(both["input_ids"].chunk(2)[number])
