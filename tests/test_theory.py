@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from examples.paper.setups import F64, WIDTH, LearnableHead, LearnableLogits, V
 from gradent import losses
 from gradent.errors import InputError
 from gradent.gram import PairGram
@@ -17,38 +18,6 @@ from gradent.measure import measure
 from gradent.pairs import PairBatch
 from gradent.theory import Entries, corollary_2, head_gram, theorem_1, theorem_3
 from gradent.verdict import verdict
-
-F64 = torch.float64
-V, WIDTH = 12, 5
-IMPOSSIBLE = -2000.0  # a logit whose softmax is exactly 0 in float64
-
-
-class LearnableHead(nn.Module):
-    """Model Setup 1: frozen hidden states that depend on the prefix, a learnable last linear layer without bias."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        draw = torch.Generator().manual_seed(seed)
-        self.embedding = nn.Embedding.from_pretrained(torch.randn(V, WIDTH, generator=draw, dtype=F64), freeze=True)
-        self.lm_head = nn.Linear(WIDTH, V, bias=False, dtype=F64)
-        with torch.no_grad():
-            self.lm_head.weight.copy_(torch.randn(V, WIDTH, generator=draw, dtype=F64))
-
-    def hidden(self, input_ids: Tensor) -> Tensor:
-        decay = 0.5 ** torch.arange(input_ids.shape[1], dtype=F64)
-        return torch.tanh((self.embedding(input_ids) * decay[:, None]).cumsum(1))
-
-    def forward(self, input_ids: Tensor, **_: object) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.lm_head(self.hidden(input_ids)))
-
-    def predict_uniformly(self, prefix: list[int], support: list[int]) -> None:
-        """Changes the head so that the token after `prefix` is uniform over `support`, and no other token possible."""
-        state = self.hidden(torch.tensor([prefix]))[0, -1]
-        wanted = torch.full((V,), IMPOSSIBLE, dtype=F64)
-        wanted[support] = 0.0
-        with torch.no_grad():
-            weight = self.lm_head.weight
-            weight += torch.outer(wanted - weight @ state, state) / (state @ state)
 
 
 def states(model: LearnableHead, prompt: list[int], response: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,22 +172,6 @@ def test_corollary_2_as_printed_fails_on_a_leaning_prefix(token, case):
 
 
 # Theorem 3.
-
-
-class LearnableLogits(nn.Module):
-    """Model Setup 2: one learnable row of logits a position, whatever the prefix; what depends on it is frozen."""
-
-    def __init__(self, length: int, seed: int = 0) -> None:
-        super().__init__()
-        draw = torch.Generator().manual_seed(seed)
-        self.rows = nn.Parameter(torch.randn(length, V, generator=draw, dtype=F64))
-        self.register_buffer("table", torch.randn(V, V, generator=draw, dtype=F64))
-
-    def context(self, input_ids: Tensor) -> Tensor:
-        return self.table[input_ids].cumsum(1)
-
-    def forward(self, input_ids: Tensor, **_: object) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.rows[: input_ids.shape[1]] + self.context(input_ids))
 
 
 class SeparateRows(LearnableLogits):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-__all__ = ["F64", "LearnableHead", "LearnableLogits", "V"]
+__all__ = ["F64", "WIDTH", "LearnableHead", "LearnableLogits", "V"]
 
 V, WIDTH = 12, 5
 F64 = torch.float64
@@ -24,7 +24,7 @@ class LearnableHead(nn.Module):
         seed: of all weights.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(seed)
         self.embedding = nn.Embedding.from_pretrained(torch.randn(V, WIDTH, generator=draw, dtype=F64), freeze=True)
@@ -59,12 +59,16 @@ class LearnableLogits(nn.Module):
         seed: of all weights.
     """
 
-    def __init__(self, length: int, seed: int) -> None:
+    def __init__(self, length: int, seed: int = 0) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(seed)
         self.rows = nn.Parameter(torch.randn(length, V, generator=draw, dtype=F64))
         self.register_buffer("table", torch.randn(V, V, generator=draw, dtype=F64))
 
+    def context(self, input_ids: Tensor) -> Tensor:
+        """The frozen part of the logits, `[N, L, V]`, of token ids `[N, L]`."""
+        return self.table[input_ids].cumsum(1)
+
     def forward(self, input_ids: Tensor, **_: object) -> SimpleNamespace:
         """Logits `[N, L, V]` of token ids `[N, L]`."""
-        return SimpleNamespace(logits=self.rows[: input_ids.shape[1]] + self.table[input_ids].cumsum(1))
+        return SimpleNamespace(logits=self.rows[: input_ids.shape[1]] + self.context(input_ids))
