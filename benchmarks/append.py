@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import datetime
 import os
-import platform
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 import transformers
+
+from gradent.kernels.crossover import device_name
 
 __all__ = ["append"]
 
@@ -31,7 +32,7 @@ def append(name: str, figures: Mapping[str, Any]) -> Path:
     """
     asked = ["git", "-C", str(RESULTS), "rev-parse", "--short", "HEAD"]
     git = subprocess.run(asked, capture_output=True, text=True, check=False)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
+    device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     row = {
         "date": datetime.date.today().isoformat(),
         "commit": git.stdout.strip() or "unknown",
@@ -49,9 +50,3 @@ def append(name: str, figures: Mapping[str, Any]) -> Path:
             writer.writeheader()
         writer.writerow(row)
     return path
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()

@@ -163,12 +163,11 @@ class Group:
         listed = ", ".join(f"{style} {count} of {seeds}" for style, count in falls.items())
         return f"**DPO's chosen falls** in {sum(falls.values())} of {seeds * len(falls)} runs ({listed})."
 
-    def against(self, run: RunRows, method: str) -> int:
+    def against(self, run: RunRows) -> int:
         """How chosen changes in a run, held against DPO's change in the same style and seed.
 
         Args:
-            run: a run of the method.
-            method: the method.
+            run: a run of any method.
 
         Returns:
             1 where it ends higher by more than `SAME` of DPO's change, -1 where lower by more than that, 0 between.
@@ -184,11 +183,11 @@ class Group:
         text = f"**{method}**: "
         if fallen:
             rises = sum(run.change("chosen") > 0 for run in fallen)
-            fell = [self.against(run, method) for run in fallen if run.change("chosen") <= 0]
+            fell = [self.against(run) for run in fallen if run.change("chosen") <= 0]
             text += f"where DPO's chosen falls, chosen rises in {rises} of {len(fallen)} runs"
             text += f", falls by less in {fell.count(1)}, by as much in {fell.count(0)}, by more in {fell.count(-1)}."
         if rest:
-            how = [self.against(run, method) for run in rest]
+            how = [self.against(run) for run in rest]
             text += f" Where DPO's does not fall, it ends higher than DPO's in {how.count(1)} of {len(rest)} runs, "
             text += f"as high in {how.count(0)}, lower in {how.count(-1)}"
             down = sum(run.change("chosen") < 0 for run in rest)

@@ -94,7 +94,7 @@ def _totals(every: Sequence[Group]) -> list[str]:
             if (number, run.style, run.seed) in fallen
         ]
         rises = sum(run.change("chosen") > 0 for _, run in mine)
-        rest = [group.against(run, method) for group, run in mine if run.change("chosen") <= 0]
+        rest = [group.against(run) for group, run in mine if run.change("chosen") <= 0]
         dpo = [group.run("DPO", run.style, run.seed) for group, run in mine]
         price = fmean(run.change("answers") for _, run in mine) - fmean(run.change("answers") for run in dpo)
         lines.append(
@@ -142,7 +142,7 @@ def _short(every: Sequence[Group]) -> list[str]:
                 cells += [f"({_mean(runs, lambda run: run.change('answers')):+.2f} since the start)"]
             else:
                 both = [(run, group.run("DPO", run.style, run.seed)) for run in runs]
-                how = [group.against(run, method) for run in runs]
+                how = [group.against(run) for run in runs]
                 cells += [f"{how.count(sign)} of {len(runs)}" for sign in (1, -1)]
                 for name, unit in (("label_right", 100), ("answers", 1)):
                     gap = _mean(both, lambda two, name=name: two[0].last[name] - two[1].last[name])

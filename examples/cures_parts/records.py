@@ -18,6 +18,8 @@ import torch
 import transformers
 import trl
 
+from gradent.kernels.crossover import device_name
+
 __all__ = ["COLUMNS", "machine", "read", "write"]
 
 COLUMNS = (
@@ -41,19 +43,14 @@ def machine() -> dict[str, str]:
     Returns:
         Processor and versions.
     """
-    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
-        "processor": (names or [platform.processor() or platform.machine()])[0],
+        "processor": device_name(torch.device("cpu")),
         "cores": str(os.cpu_count()),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "trl": trl.__version__,
     }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text("utf-8").splitlines() if Path(path).is_file() else []
 
 
 def read(out: Path) -> tuple[list[Row], dict[str, Any]]:

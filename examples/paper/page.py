@@ -14,6 +14,7 @@ from examples.paper.claims import Claim
 from examples.paper.lab import Lab, Outcome
 from examples.paper.registry import NAMES, TRAINERS, trained_loss
 from gradent.audit.variants import label_loss
+from gradent.kernels.crossover import device_name
 
 __all__ = ["write_page"]
 
@@ -158,12 +159,10 @@ def _cell(text: str) -> str:
 
 
 def _settings(lab: Lab, seconds: float) -> list[str]:
-    models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")] or [
-        platform.processor() or platform.machine()
-    ]
     shown = {
         **lab.settings.to_record(),
-        "machine": f"{models[0]}, {os.cpu_count()} cores" + (", one thread" if lab.embedded else ""),
+        "machine": f"{device_name(torch.device('cpu'))}, {os.cpu_count()} cores"
+        + (", one thread" if lab.embedded else ""),
         "versions": ", ".join(
             [f"Python {platform.python_version()}"]
             + [f"{name} {version(name)}" for name in ("gradent", "torch", "transformers", "trl", "peft")]
@@ -174,7 +173,3 @@ def _settings(lab: Lab, seconds: float) -> list[str]:
         shown["comparisons"] = f"of {lab.data.name}, {lab.settings.train} pairs at most"
     return ["## Settings, machine, versions\n", "| | |", "|---|---|",
             *(f"| {name} | {_cell(text)} |" for name, text in shown.items())]  # fmt: skip
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text("utf-8").splitlines() if Path(path).is_file() else []
