@@ -12,7 +12,7 @@ from gradent.gram import PairGram
 from gradent.losses import Loss
 from gradent.losses.base import describe_pairs
 
-__all__ = ["CASES", "Verdict", "verdict"]
+__all__ = ["CASES", "Verdict", "case_numbers", "verdict"]
 
 CASES: dict[int, str] = {0: "inactive", 1: "ideal", 2: "both_down", 3: "both_up", 4: "reversed"}
 """Number to name of each case; 1 to 3 are the paper's Table 1."""
@@ -86,7 +86,7 @@ class Verdict:
             d_l=d_l,
             chosen_change=chosen_change,
             rejected_change=rejected_change,
-            case=_cases(d_w, d_l, chosen_change >= 0, rejected_change <= 0),
+            case=case_numbers(d_w, d_l, chosen_change >= 0, rejected_change <= 0),
             gram=gram,
         )
 
@@ -195,12 +195,22 @@ def _balanced(judged: Verdict) -> Verdict:
         judged,
         chosen_change=chosen_change,
         rejected_change=rejected_change,
-        case=_cases(judged.d_w, judged.d_l, chosen_change >= 0, rejected_change <= 0),
+        case=case_numbers(judged.d_w, judged.d_l, chosen_change >= 0, rejected_change <= 0),
     )
 
 
-def _cases(d_w: Tensor, d_l: Tensor, rises: Tensor, falls: Tensor) -> Tensor:
-    """Case numbers, int64 `[B]`, from whether chosen rises and whether rejected falls."""
+def case_numbers(d_w: Tensor, d_l: Tensor, rises: Tensor, falls: Tensor) -> Tensor:
+    """The case of each pair, as `Verdict.case` numbers them.
+
+    Args:
+        d_w: weight of chosen, `[B]`; a pair whose weights are both 0 is inactive.
+        d_l: weight of rejected, `[B]`.
+        rises: whether chosen rises (or stays), bool `[B]`.
+        falls: whether rejected falls (or stays), bool `[B]`.
+
+    Returns:
+        int64 `[B]`.
+    """
     # 1 = both as wanted; chosen failing adds 1, rejected failing adds 2: 2 both down, 3 both up, 4 reversed.
     case = 1 + (~rises).long() + 2 * (~falls).long()
     return torch.where((d_w == 0) & (d_l == 0), 0, case)

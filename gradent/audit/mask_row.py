@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gradent.record import CASE_NAMES
+from gradent.verdict import case_numbers
 
 __all__ = ["mask_changes", "mask_row"]
 
@@ -77,7 +78,8 @@ def mask_row(tokens: Columns | None, step: int, pairs: Sequence[int], run: Tenso
     chosen, rejected = (torch.tensor(values, dtype=torch.float64) for values in zip(*changes.values(), strict=True))
     differing = {pair for pair, same in zip(tokens["pair"], tokens["identical"], strict=True) if not same}
     active = torch.tensor([pair in differing for pair in changes])
-    case = torch.where(active, 1 + (chosen < 0).long() + 2 * (rejected > 0).long(), 0)
+    weights = active.double()  # d_w = d_l = 1, where a step is
+    case = case_numbers(weights, weights, chosen >= 0, rejected <= 0)
     shares = {name: float((case == number).double().mean()) for number, name in CASE_NAMES.items()}
     against = None
     if run is not None:
