@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gradent.directions import OWN, check_toward, dot, given_vector, planned_step
 from gradent.errors import InputError, NonFiniteError
 from gradent.hooks.logprob import check_logps, sequence_logprobs
-from gradent.model import check_ids, forward_logits, input_device, observed, plain, require_causal, trainable
+from gradent.model import check_ids, forward_marked, input_device, observed, plain, require_causal, trainable
 from gradent.pairs import PairBatch
 from gradent.token_tangents import Claim, Differentiate, Direction, Row, backward
 
@@ -81,22 +81,25 @@ def token_effects(
         require_causal(model, rows[0][0])
         for pair in range(half):
             two = (rows[pair], rows[half + pair])
+            trim = differentiate.trim(two[0][0])
             if fixed is None:
-                direction = _own(model, parameters, two, pair, str(toward))
+                direction = _own(model, parameters, two, pair, str(toward), trim=trim)
             else:
-                direction = fixed if pair else _checked(fixed, model, parameters, two)
+                direction = fixed if pair else _checked(fixed, model, parameters, two, trim=trim)
             effects[pair], effects[half + pair] = differentiate(two, pair, direction)
     return torch.cat(effects)
 
 
-def _own(model: nn.Module, parameters: Mapping[str, Tensor], two: Sequence[Row], pair: int, toward: str) -> Direction:
+def _own(
+    model: nn.Module, parameters: Mapping[str, Tensor], two: Sequence[Row], pair: int, toward: str, *, trim: bool
+) -> Direction:
     """The direction that is a pair's own."""
     if toward != "margin":
         chosen = toward == "chosen"
-        vector, norm = _gradient(model, parameters, two[0 if chosen else 1], pair, chosen=chosen)
+        vector, norm = _gradient(model, parameters, two[0 if chosen else 1], pair, chosen=chosen, trim=trim)
         return Direction(vector, norm, Claim(float(chosen), float(not chosen), norm**2, norm**2))
-    vector, norm = _gradient(model, parameters, two[0], pair, chosen=True)
-    taken, other = _gradient(model, parameters, two[1], pair, chosen=False)
+    vector, norm = _gradient(model, parameters, two[0], pair, chosen=True, trim=trim)
+    taken, other = _gradient(model, parameters, two[1], pair, chosen=False, trim=trim)
     for name, part in taken.items():
         vector[name] = vector[name] - part if name in vector else -part
     square = sum(dot(vector, vector).values())
@@ -128,19 +131,21 @@ def _fixed(
     return Direction(moving, math.sqrt(sum(squares.values())))
 
 
-def _checked(direction: Direction, model: nn.Module, parameters: Mapping[str, Tensor], two: Sequence[Row]) -> Direction:
+def _checked(
+    direction: Direction, model: nn.Module, parameters: Mapping[str, Tensor], two: Sequence[Row], *, trim: bool
+) -> Direction:
     """The direction, with what a backward pass of the rejected row says of it."""
-    gradient, norm = _gradient(model, parameters, two[1], 0, chosen=False)
+    gradient, norm = _gradient(model, parameters, two[1], 0, chosen=False, trim=trim)
     value = sum(dot(gradient, direction.vector).values())
     return replace(direction, claim=Claim(0.0, 1.0, value, norm * direction.norm))
 
 
 def _gradient(
-    model: nn.Module, parameters: Mapping[str, Tensor], row: Row, pair: int, *, chosen: bool
+    model: nn.Module, parameters: Mapping[str, Tensor], row: Row, pair: int, *, chosen: bool, trim: bool
 ) -> tuple[dict[str, Tensor], float]:
     """`∇_θ log π(y|x)` by parameter, those that have none left out, and its norm."""
     ids, marks = row
-    logp = sequence_logprobs(forward_logits(model, ids[None]), ids[None], marks[None])
+    logp = sequence_logprobs(*forward_marked(model, ids[None], marks[None], trim=trim))
     check_logps(logp, [pair], [chosen])
     grads = backward(logp.sum(), parameters, keep=False)
     squares = dot(grads, grads)

@@ -19,7 +19,16 @@ from gradent.hooks.engine import Outcome
 from gradent.hooks.logprob import sequence_logprobs
 from gradent.kernels.plan import parse_budget
 from gradent.metric import metric_roots
-from gradent.model import check_ids, forward_logits, ignores_padding, input_device, observed, plain, trainable
+from gradent.model import (
+    check_ids,
+    forward_marked,
+    ignores_padding,
+    input_device,
+    observed,
+    plain,
+    trainable,
+    trims,
+)
 from gradent.pairs import PairBatch
 from gradent.per_sample import per_sample_pairs
 
@@ -108,12 +117,12 @@ def sequence_logps(model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor]:
     result = torch.zeros(len(rows), dtype=torch.float64)
     with observed(model):
         lengths = [len(ids) for ids, _ in rows]
-        padded = ignores_padding(model, rows[0][0])
+        padded, trim = ignores_padding(model, rows[0][0]), trims(model, rows[0][0])
         for group in group_rows(lengths, rows[0][0].device) if padded else [[row] for row in range(len(rows))]:
             longest = max(lengths[row] for row in group)
             parts = [[nn.functional.pad(part, (0, longest - len(part))) for part in rows[row]] for row in group]
             ids, marks = (torch.stack(column) for column in zip(*parts, strict=True))
-            result[group] = sequence_logprobs(forward_logits(model, ids), ids, marks).cpu()
+            result[group] = sequence_logprobs(*forward_marked(model, ids, marks, trim=trim)).cpu()
     return result[: len(batch)], result[len(batch) :]
 
 

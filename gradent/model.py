@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import inspect
+import sys
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradent.errors import InputError, ModelError, NotCausalError, NothingTrainableError
+from gradent.errors import GradentWarning, InputError, ModelError, NotCausalError, NothingTrainableError
 
 __all__ = [
     "check_causal",
     "check_ids",
     "forward_logits",
+    "forward_marked",
     "ignores_padding",
     "input_device",
     "is_observed",
     "is_sharded",
+    "longest_input",
     "observed",
     "plain",
     "require_causal",
     "takes_keep",
     "trainable",
+    "trims",
 ]
 
 _KEEP = "logits_to_keep"
@@ -160,6 +166,24 @@ def forward_logits(model: nn.Module, input_ids: Tensor, *, keep: int = 0) -> Ten
     return logits if logits.shape[1] == length else logits[:, -length:]
 
 
+def forward_marked(model: nn.Module, ids: Tensor, marks: Tensor, *, trim: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """`forward_logits` from where the first marked token is predicted, with the tokens and marks of those positions.
+
+    Args:
+        model: a causal language model.
+        ids: int64 `[R, L]`, padded on the right if at all.
+        marks: bool `[R, L]`; some token is marked.
+        trim: leave out the logits before the first mark of any row. Only for a model that `trims`.
+
+    Returns:
+        `(logits [R, K, V], ids [R, K], marks [R, K])`: the last K positions, all L of them without `trim`.
+    """
+    keep = ids.shape[1] + 1 - max(1, int(marks.any(0).nonzero()[0])) if trim else 0
+    logits = forward_logits(model, ids, keep=keep)
+    kept = logits.shape[1]
+    return logits, ids[:, -kept:], marks[:, -kept:]
+
+
 def check_ids(model: nn.Module, input_ids: Tensor) -> None:
     """Refuse token ids that the embedding has no row for.
 
@@ -241,6 +265,21 @@ def is_observed(model: nn.Module) -> bool:
     return any(one is inner for one in _OBSERVED)
 
 
+def longest_input(model: nn.Module) -> int:
+    """Tokens of the longest row that a model says it takes (`max_position_embeddings`); very many if it says nothing.
+
+    Args:
+        model: a causal language model; of a composite one, its text part is asked.
+
+    Returns:
+        The number of tokens. A model with learned positions fails beyond it.
+    """
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else sys.maxsize
+
+
 _PADDING: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
@@ -256,11 +295,67 @@ def ignores_padding(model: nn.Module, ids: Tensor) -> bool:
         False for the few models whose logits depend on the padded length.
     """
     if model not in _PADDING:
+        ids = ids[: max(2, longest_input(model) - 3)]
         padded = nn.functional.pad(ids, (0, 3))
         short, long = (forward_logits(model, row[None])[0, : len(ids)].float() for row in (ids, padded))
         limit = 1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.05
         _PADDING[model] = bool((short - long).abs_().max() <= limit * short.std().clamp_min(1e-6))
     return _PADDING[model]
+
+
+# By the names of what is trainable in the model, as for causality.
+_TRIMS: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], bool]] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def trims(model: nn.Module, ids: Tensor) -> bool:
+    """Whether logits of the last positions alone are what they are among all; found out once a model.
+
+    A model that `takes_keep` and gives something else with it is announced. What is said of logits here is not said of
+    gradients: who differentiates what a model trims has to compare once.
+
+    Args:
+        model: the model, in eval mode.
+        ids: int64 `[T]`, T >= 2, a row of the batch.
+
+    Returns:
+        Whether `forward_logits` may be given `keep`.
+    """
+    known = _TRIMS.setdefault(model, {})
+    names = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    if names not in known and takes_keep(model):
+        row = ids[None].clone()
+        row[:, 1:][:, -3:] = 0  # as in a padded row: the last positions are those of the row, not of its text
+        keep = min(8, len(ids) // 2)  # fewer than all, or nothing is tried
+        whole = forward_logits(model, row)[:, -keep:].clone()
+        try:
+            reason = _contradiction(model, whole, forward_logits(model, row, keep=keep))
+        except (ModelError, TypeError, ValueError, IndexError, RuntimeError) as raised:
+            reason = f"{type(raised).__name__}: {raised}"
+        if reason is None:
+            return False
+        if reason:
+            warnings.warn(
+                f"gradent has {type(model).__name__} form the logits of prompts too (as exact, but slower): with "
+                f"logits_to_keep, {reason}.",
+                GradentWarning,
+                stacklevel=4,
+            )
+        known[names] = not reason
+    return known.get(names, False)
+
+
+def _contradiction(model: nn.Module, whole: Tensor, kept: Tensor) -> str | None:
+    """What is wrong with the logits that were kept; empty where nothing is, None where nan leaves it open."""
+    if kept.shape != whole.shape:
+        return f"it gives those of {kept.shape[1]} positions where {whole.shape[1]} were asked for"
+    dtypes = {parameter.dtype for parameter in model.parameters()} | {whole.dtype}
+    narrow = bool(dtypes - {torch.float32, torch.float64}) or torch.is_autocast_enabled(whole.device.type)
+    apart = torch.where(kept == whole, 0, (kept - whole).abs()).max()
+    if apart.isnan():
+        return None
+    scale = whole[whole.isfinite()].float().std().clamp_min(1e-6)
+    return "" if float(apart) <= (0.2 if narrow else 1e-4) * float(scale) else "it gives other logits"
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from gradent.errors import GradentWarning, ModelError, NonFiniteError
 from gradent.forward_mode import push, split
 from gradent.hooks.logprob import TILE, check_logps
 from gradent.kernels.reference import accumulator, spans
-from gradent.model import forward_logits, input_device
+from gradent.model import forward_logits, forward_marked, input_device, trims
 from gradent.per_sample import parameters_kept
 
 __all__ = ["Claim", "Differentiate", "Direction", "Row", "backward"]
@@ -32,7 +32,8 @@ Row = tuple[Tensor, Tensor]
 _AGREEMENT = {torch.float64: 1e-5, torch.float32: 1e-4}
 _AGREEMENT_NARROW = 0.2
 
-# Whether a model's rows can share a padded forward, found out on its first pair: trainable names -> the answer.
+# Whether a model's rows can share a padded forward, logits of prompts left out if it `trims`; found out on its first
+# pair: trainable names -> the answer.
 _TOGETHER: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], bool]] = weakref.WeakKeyDictionary()
 
 
@@ -147,6 +148,18 @@ class Differentiate:
             )
         return effects
 
+    def trim(self, ids: Tensor) -> bool:
+        """Whether a row's logits may be left out before its response: a pair's effects were compared with and without.
+
+        Args:
+            ids: int64 `[L]`, the row.
+
+        Returns:
+            Whether they may; False before the model's first pair, and for models whose rows do not share a forward.
+        """
+        shared = _TOGETHER.get(self._model, {}).get(tuple(self._parameters), False)
+        return shared and trims(self._model, ids)
+
     def _by_forward_mode(
         self, two: Sequence[Row], pair: int, direction: Direction, vector: Mapping[str, Tensor], exponent: int
     ) -> tuple[list[Tensor], str]:
@@ -179,7 +192,7 @@ class Differentiate:
         self, two: Sequence[Row], pair: int, vector: Mapping[str, Tensor], *, together: bool
     ) -> tuple[list[Tensor], str]:
         """The effects along `vector`, or why there are none."""
-        rows = _Rows(self._model, together=together)
+        rows = _Rows(self._model, together=together, trim=together and trims(self._model, two[0][0]))
 
         def function(values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
             swapped = {f"model.{name}": value for name, value in values.items()}
@@ -224,18 +237,18 @@ class Differentiate:
 class _Rows(nn.Module):
     """The rows' log-probs and effects as a function of the model's parameters, for `functional_call` to swap them."""
 
-    def __init__(self, model: nn.Module, *, together: bool) -> None:
+    def __init__(self, model: nn.Module, *, together: bool, trim: bool) -> None:
         super().__init__()
-        self.model, self.together = model, together
+        self.model, self.together, self.trim = model, together, trim
 
     def forward(self, rows: Sequence[Row]) -> list[tuple[Tensor, Tensor]]:
         """Log-prob and effects of each row, one row a forward, or all `together` in a padded one."""
         if self.together:
-            padded = nn.utils.rnn.pad_sequence([ids for ids, _ in rows], batch_first=True)
-            logits = list(forward_logits(self.model, padded))
-        else:
-            logits = [forward_logits(self.model, ids[None])[0] for ids, _ in rows]
-        return [_row_tangents(some, ids, marks) for some, (ids, marks) in zip(logits, rows, strict=True)]
+            parts = zip(*rows, strict=True)
+            ids, marks = (nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in parts)
+            found = zip(*forward_marked(self.model, ids, marks, trim=self.trim), strict=True)
+            return [_row_tangents(*row) for row in found]
+        return [_row_tangents(forward_logits(self.model, ids[None])[0], ids, marks) for ids, marks in rows]
 
 
 def _row_tangents(logits: Tensor, ids: Tensor, marks: Tensor) -> tuple[Tensor, Tensor]:

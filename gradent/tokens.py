@@ -32,7 +32,7 @@ from gradent.hooks.strand import NoLockstep
 from gradent.kernels.plan import parse_budget
 from gradent.kernels.reference import spans
 from gradent.kernels.tokens import Entries
-from gradent.model import check_ids, ignores_padding, input_device, observed, plain, require_causal, trainable
+from gradent.model import check_ids, ignores_padding, input_device, observed, plain, require_causal, trainable, trims
 from gradent.pairs import PairBatch
 from gradent.token_gram import TokenGram
 
@@ -202,7 +202,10 @@ def _try_in_step(pair: _Pair, *, first: bool) -> tuple[str, dict[str, Entries]]:
 
 def _in_step(pair: _Pair, *, check: bool) -> dict[str, Entries]:
     whole = not all(ignores_padding(pair.model, ids) for ids, _ in pair.rows)
-    lockstep = Lockstep(pair.model, pair.tensors, pair.rows, whole=whole, budget=pair.budget, pair=pair.number)
+    trim = trims(pair.model, pair.rows[0][0])
+    lockstep = Lockstep(
+        pair.model, pair.tensors, pair.rows, whole=whole, trim=trim, budget=pair.budget, pair=pair.number
+    )
     try:
         total: dict[str, Entries] = {}
         blocks = pair.blocks(lockstep.block_size())

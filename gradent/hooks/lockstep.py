@@ -42,6 +42,7 @@ class Lockstep:
         parameters: its trainable parameters; their numbers are their places here.
         rows: chosen and rejected, `(ids int64 [T], marks bool [T])`.
         whole: take rows as they are, for models that see their length.
+        trim: leave out the logits of prompts. Only for a model that `trims`.
         budget: bytes that shorter strands, cotangents, what is held of them, and tiles may take together. The
             activations of the two rows come on top.
         pair: the pair's number, as an error names it.
@@ -58,21 +59,26 @@ class Lockstep:
         rows: Sequence[tuple[Tensor, Tensor]],
         *,
         whole: bool,
+        trim: bool,
         budget: int,
         pair: int,
     ) -> None:
         self._parameters, self._budget = parameters, budget
         tile = max(1024, budget // 8)
         self._strands: list[tuple[Strand, range]] = []  # with the lanes that each is to run
+
+        def strand_of(lanes: Lanes) -> Strand:
+            return Strand(model, parameters, lanes, pair, trim=trim, tile=tile)
+
         try:
             for side, (ids, marks) in enumerate(rows):
                 places = marks.nonzero()[:, 0].tolist()
-                strand = Strand(model, parameters, Lanes(side, range(len(places)), ids, places), pair, tile=tile)
+                strand = strand_of(Lanes(side, range(len(places)), ids, places))
                 parts = [range(len(places))] if whole else _split(strand, budget // 8)
                 self._strands.append((strand, parts[-1]))
                 for mine in parts[:-1]:
                     lanes = Lanes(side, mine, ids[: places[mine[-1]] + 1], places[mine.start : mine.stop])
-                    self._strands.append((Strand(model, parameters, lanes, pair, tile=tile), range(len(mine))))
+                    self._strands.append((strand_of(lanes), range(len(mine))))
         except BaseException:
             self.close()
             raise

@@ -82,6 +82,7 @@ class Strand:
         parameters: its trainable parameters; their numbers are their places here.
         lanes: the row and its tokens.
         pair: the pair's number, as an error names it.
+        trim: form the logits from where the first of the tokens is predicted. Only for a model that `trims`.
         tile: bytes that tokens' distributions over the vocabulary may take at once; one is the least.
 
     Attributes:
@@ -100,7 +101,14 @@ class Strand:
     """
 
     def __init__(
-        self, model: nn.Module, parameters: Sequence[Tensor], lanes: Lanes, pair: int, *, tile: int = 2**24
+        self,
+        model: nn.Module,
+        parameters: Sequence[Tensor],
+        lanes: Lanes,
+        pair: int,
+        *,
+        trim: bool = False,
+        tile: int = 2**24,
     ) -> None:
         self.lanes, self.layout = lanes, Layout(1, len(lanes.ids))
         self._parameters, self._tile = parameters, tile
@@ -109,13 +117,15 @@ class Strand:
         self._receive: Callable[[Tap, Tensor, int | None], None] = _nowhere
         self._cotangents: list[Tensor | None] = []
         self._chosen_lanes: list[int] = []
+        keep = self.layout.length + 1 - lanes.places[0] if trim else 0
         try:
             with torch.enable_grad(), self._capture:
-                logits = forward_logits(model, lanes.ids[None])
+                logits = forward_logits(model, lanes.ids[None], keep=keep)
             if self._capture.meets_hooks:
                 raise NoLockstep("it registers hooks on tensors in its forward pass")
             self._root = get_gradient_edge(logits)
             self._logits = logits.detach()
+            self._without = self.layout.length - logits.shape[1]  # positions at the start whose logits were not formed
             self._check(pair)
             found = self._capture.survey(logits)
             self.explicit = self._find_explicit(found)
@@ -154,13 +164,13 @@ class Strand:
         places = torch.tensor(self.lanes.places, device=self._logits.device)
         total = self._logits.new_zeros((), dtype=torch.float64)
         for span in self._tiles(len(places)):
-            scores = self._logits[0, places[span] - 1].to(accumulator(self._logits.dtype))
+            scores = self._logits[0, places[span] - 1 - self._without].to(accumulator(self._logits.dtype))
             total += scores.log_softmax(-1).gather(1, self.lanes.ids[places[span], None]).sum()
         check_logps(total[None], [pair], [self.lanes.side == 0])
 
     def _share(self, places: Tensor) -> Tensor:
         """`∂ log π(y^a) / ∂ logits` at a, for the tokens behind some places: `[m, V]`, in the logits' dtype."""
-        share = self._logits[0, places].to(accumulator(self._logits.dtype)).softmax(-1).neg_()
+        share = self._logits[0, places - self._without].to(accumulator(self._logits.dtype)).softmax(-1).neg_()
         share[torch.arange(len(places), device=places.device), self.lanes.ids[places + 1]] += 1
         return share.to(self._logits.dtype)
 
@@ -212,7 +222,7 @@ class Strand:
     @cached_property
     def behind_head(self) -> int:
         """Bytes of a lane that are held until the head is reduced: a row of each cotangent there."""
-        return sum(byte_size(GradientEdge(tap.node, 0)) for tap in self.head_taps()) // self.layout.length
+        return sum(byte_size(GradientEdge(tap.node, 0)) for tap in self.head_taps()) // self._logits.shape[1]
 
     def head_taps(self) -> list[Tap]:
         """Uses behind the head, which lanes reach at their own positions alone."""
@@ -238,17 +248,17 @@ class Strand:
         if self.head == 0:
             cotangents = self._logits.new_zeros(len(places), *self._logits.shape)
             for span in self._tiles(len(places)):
-                cotangents[numbers[span], 0, places[span]] = self._share(places[span])
+                cotangents[numbers[span], 0, places[span] - self._without] = self._share(places[span])
             self._cotangents = [cotangents]
             return []
         total = torch.zeros_like(self._logits)
         edge, middle = self.order.pending[self.head][0], len(places) // 2
         alone: Tensor | None = None
         if check:
-            total[0, places[middle]] = self._share(places[middle, None])[0]
+            total[0, places[middle] - self._without] = self._share(places[middle, None])[0]
             (alone,) = torch.autograd.grad([self._root], [edge], [total], retain_graph=True)
         for span in self._tiles(len(places)):
-            total[0, places[span]] = self._share(places[span])
+            total[0, places[span] - self._without] = self._share(places[span])
         self._running = frozenset(self.order.nodes[: self.head])
         inputs = [edge, *(GradientEdge(tap.node, 0) for tap in self.head_taps())]
         arrived: list[Arrival] = []
