@@ -14,7 +14,7 @@ from gradent.errors import GradentWarning, ModelError
 from gradent.hooks.batching import group_rows, micro_batches
 from gradent.hooks.engine import MicroBatch, NeedsSingleRows, Outcome, run
 from gradent.kernels.plan import DEFAULT_BUDGET
-from gradent.model import observed, require_causal, takes_keep
+from gradent.model import longest_input, observed, require_causal, trims
 
 __all__ = ["agreement", "announce_single_rows", "measure_pairs", "rows_share"]
 
@@ -141,9 +141,13 @@ def _find_batching(
 ) -> _Batching:
     """Which padded forwards of two rows agree with two forwards of one row; announced where none does."""
     # Padded until its length differs from its number of rows: one axis cannot pass for the other.
-    both = MicroBatch(pair.rows, [[0, 1]], pair.pairs, least_length=max(len(ids) for ids, _ in pair.rows) + 3)
+    longest = max(len(ids) for ids, _ in pair.rows)
+    room = longest_input(model)
+    both = MicroBatch(pair.rows, [[0, 1]], pair.pairs, least_length=longest + 3 if longest + 3 <= room else 0)
     limit = agreement(model, pair.rows[0][0].device)
-    if takes_keep(model):
+    # This pair's prompts may be too short to tell; what is seen here is that gradients follow.
+    reason = ""
+    if trims(model, pair.rows[0][0]):
         try:
             if _difference(single, run_one(replace(both, trim=True))) <= limit:
                 return _Batching(shared=True, trim=True)
@@ -159,7 +163,7 @@ def _find_batching(
         return _Batching(shared=False)
     if error > limit:
         _announce(f"a batched forward of two rows differs from two forwards of one row by {error:.1e} (scaled)")
-    elif error <= limit and takes_keep(model):
+    elif error <= limit and reason:
         warnings.warn(
             f"gradent has {type(model).__name__} form the logits of prompts too (as exact, but slower): with "
             f"logits_to_keep, {reason}.",

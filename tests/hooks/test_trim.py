@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from gradent import GradentWarning, PairBatch, measure
+from gradent.measure import sequence_logps
 from tests.batches import ragged
 from tests.truth import assert_exact, truth
 
@@ -86,10 +87,10 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize(
     ("cut", "said"),
-    [(_shifted, "other gradients"), (_short, "ModelError"), (_broken, "not for you"), (_heedless, None)],
+    [(_shifted, "other logits"), (_short, "ModelError"), (_broken, "not for you"), (_heedless, "positions")],
 )
 def test_what_a_model_understands_otherwise_is_left_alone(
-    tiny_gpt2: GPT2LMHeadModel, cut: Callable[[Tensor, int], Tensor], said: str | None
+    tiny_gpt2: GPT2LMHeadModel, cut: Callable[[Tensor, int], Tensor], said: str
 ) -> None:
     model, batch = Odd(tiny_gpt2, cut).eval(), late_answers()
     true = truth(model, batch)
@@ -98,8 +99,28 @@ def test_what_a_model_understands_otherwise_is_left_alone(
         for _ in range(2):
             assert_exact(measure(model, batch), true, batch)
     told = [str(each.message) for each in caught if issubclass(each.category, GradentWarning)]
-    assert len(told) == (said is not None)  # once a model
-    assert said is None or (said in told[0] and "Odd" in told[0] and "logits_to_keep" in told[0])
+    assert len(told) == 1  # once a model
+    assert said in told[0] and "Odd" in told[0] and "logits_to_keep" in told[0]
+
+
+def test_a_first_pair_without_a_prompt_to_leave_out_vouches_for_none(tiny_gpt2: GPT2LMHeadModel) -> None:
+    model, batch = Odd(tiny_gpt2, _shifted).eval(), late_answers()
+    true = truth(model, batch)
+    with pytest.warns(GradentWarning, match="logits_to_keep"):
+        measure(model, PairBatch.from_tokens([([7], [5, 61, 9], [17, 33])]))
+    assert_exact(measure(model, batch), true, batch)
+
+
+def test_rows_as_long_as_the_model_takes(tiny_gpt2: GPT2LMHeadModel) -> None:
+    """No further position can be tried, to see what padding does."""
+    room = tiny_gpt2.config.n_positions
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 90, (3, room), generator=draw).tolist()
+    batch = PairBatch.from_tokens([(ids[0][: room // 2], ids[1][: room // 2], ids[2][: room // 2])])
+    true = truth(tiny_gpt2, batch)
+    assert_exact(measure(tiny_gpt2, batch), true, batch)
+    logps = sequence_logps(tiny_gpt2, batch)
+    torch.testing.assert_close(logps[0], true.chosen_logp, rtol=1e-5, atol=1e-4)
 
 
 def test_rows_whose_prompts_differ(tiny_gpt2: GPT2LMHeadModel) -> None:
