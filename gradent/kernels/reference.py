@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gradent.kernels.crossover import price
 from gradent.kernels.plan import Plan, batch_scratch, choose
+from gradent.kernels.precision import exactly
 
 __all__ = [
     "accumulator",
@@ -46,6 +47,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@exactly
 def reduce_flat(tile: Tensor) -> Tensor:
     """Gram entries of the two rows of a tile.
 
@@ -61,8 +63,9 @@ def reduce_flat(tile: Tensor) -> Tensor:
         runs = tile[:, :whole].reshape(2, -1, RUN).transpose(0, 1)
         for span in spans(len(runs), BLOCK):  # a large tile has so many sums that they would count
             entries += (runs[span] @ runs[span].mT).double().sum(0)
-    rest = tile[:, whole:]
-    entries += (rest @ rest.mT).double()
+    if whole < tile.shape[1]:
+        rest = tile[:, whole:]
+        entries += (rest @ rest.mT).double()
     return torch.stack((entries[0, 0], entries[1, 1], entries[0, 1]))
 
 
@@ -134,6 +137,7 @@ def _room(device: torch.device, budget: int) -> int:
     return min(budget, SMALL) if device.type == "cpu" else budget
 
 
+@exactly
 def products(u: Tensor, v: Tensor) -> Tensor:
     """The gradient of every row.
 
@@ -148,6 +152,7 @@ def products(u: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(u.to(wide).mT, v.to(wide))
 
 
+@exactly
 def reduce_batch(u: Tensor, v: Tensor, *, weight: Tensor | None = None) -> Tensor:
     """Gram entries of k pairs at once: the outer form of all their rows in one batched product.
 
@@ -165,6 +170,7 @@ def reduce_batch(u: Tensor, v: Tensor, *, weight: Tensor | None = None) -> Tenso
     return reduce_tiles(grads)
 
 
+@exactly
 def reduce_tiles(grads: Tensor) -> Tensor:
     """Gram entries of k pairs of gradients.
 
@@ -180,8 +186,9 @@ def reduce_tiles(grads: Tensor) -> Tensor:
     if whole:
         runs = tiles[:, :, :whole].reshape(len(tiles), 2, -1, RUN).transpose(1, 2)
         grams += (runs @ runs.mT).double().sum(1)
-    rest = tiles[:, :, whole:]
-    grams += (rest @ rest.mT).double()
+    if whole < tiles.shape[2]:
+        rest = tiles[:, :, whole:]
+        grams += (rest @ rest.mT).double()
     return torch.stack((grams[:, 0, 0], grams[:, 1, 1], grams[:, 0, 1]), 1)
 
 
@@ -219,6 +226,7 @@ def reduce_dense(
     return reduce_planned(u_w, v_w, u_l, v_l, plan, weight)
 
 
+@exactly
 def reduce_planned(
     u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, plan: Plan, weight: Tensor | None = None
 ) -> Tensor:
@@ -247,6 +255,9 @@ def _outer(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, plan: Plan, weigh
 
 def _gram(u: Tensor, v: Tensor, x: Tensor, y: Tensor, plan: Plan) -> Tensor:
     """`Σ_{t,s} (u_t·x_s)(v_t·y_s)`, float64 scalar; of a product with itself, half of the tiles are formed."""
+    wide = accumulator(u.dtype)
+    if u.shape[0] <= plan.tile[0] and x.shape[0] <= plan.tile[1] and u.dtype == v.dtype == x.dtype == y.dtype == wide:
+        return _sum(torch.mm(u, x.T).mul_(torch.mm(v, y.T)))  # one tile: short rows are many, and calls cost
     buffer = torch.empty(2 * plan.tile[0] * plan.tile[1], dtype=accumulator(u.dtype), device=u.device)
     total = torch.zeros((), dtype=torch.float64, device=u.device)
     same = u is x and v is y and plan.tile[0] == plan.tile[1]
@@ -280,4 +291,4 @@ def spans(count: int, step: int) -> list[slice]:
 
 def _sum(values: Tensor) -> Tensor:
     """Sum of all entries, float64: float32 along the last axis (a row of T products), float64 across."""
-    return values.sum(-1).double().sum()
+    return values.sum(-1).sum(dtype=torch.float64)
