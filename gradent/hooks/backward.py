@@ -125,6 +125,7 @@ class WatchedBackward:
         self._finished = False
         self.grads: list[int] = []
         self._rests = torch.zeros(0, dtype=torch.float64)
+        self._moved: list[Tensor] = []
 
     def guarded(self, function: Callable[..., None], *args: Any) -> None:
         """Run a part of the watching; its errors become the pass's problem, and never the trainer's."""
@@ -218,6 +219,10 @@ class WatchedBackward:
             if 0 <= position < len(self._rests):
                 self._rests[position] = rests[row]
 
+    def note_still(self, moved: Tensor) -> None:
+        """Keep a scalar on the model's device that is zero where padding got no gradient; looked at in the end."""
+        self._moved.append(moved.float())
+
     def finish(self) -> None:
         """The backward is over: settle what it told, once, and let go of its graph."""
         if self._finished:
@@ -240,6 +245,8 @@ class WatchedBackward:
 
     def _settle(self, collector: Collector) -> None:
         collector.ledger.close()
+        if any(bool((torch.stack(moved) != 0).any()) for moved in _by_device(self._moved)):
+            self.fail("padding after the responses gets a gradient too, as if the model looked ahead")
         chosen, rejected = self._rests.chunk(2)
         rests = torch.stack([chosen**2, rejected**2, chosen * rejected], 1)
         self.passed.entries = {
@@ -269,6 +276,11 @@ class WatchedBackward:
         self.expected.clear()
         if self.collector is not None:
             self.collector.clear()
+
+
+def _by_device(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    devices = dict.fromkeys(tensor.device for tensor in tensors)
+    return [[tensor for tensor in tensors if tensor.device == device] for device in devices]
 
 
 def _sides(c: Tensor) -> bool:

@@ -131,13 +131,21 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.register_hook:
             self.meets_hooks = True
-        if self._blind or not torch.is_grad_enabled():
+        if self._blind or not torch.is_grad_enabled() or not self._concerns(args, kwargs):
             return func(*args, **kwargs)
         seen = self._guarded(self._before, func, args, kwargs)
         out = func(*args, **kwargs)
         if seen is not None and isinstance(out, Tensor) and out.grad_fn is not None:
             self._guarded(self._after, func, args, kwargs, out, seen)
         return out
+
+    def _concerns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a tracked tensor may be among a call's arguments: a quick look, for most calls have none."""
+        views = self._views
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if id(value) in views or isinstance(value, (list, tuple)):
+                return True
+        return False
 
     def _guarded(self, function: Callable[..., _T], *args: Any) -> _T | None:
         if self._on_error is None:

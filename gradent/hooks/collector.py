@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from gradent.hooks.capture import Tap
-from gradent.hooks.forms import Explicit, scaled, scaled_rows
+from gradent.hooks.forms import scaled, scaled_gradients, scaled_rows
 from gradent.hooks.ledger import Ledger
 from gradent.hooks.share import give, is_shared
-from gradent.hooks.uses import Layout, LookupUse, MatrixUse
+from gradent.hooks.uses import Layout, LookupUse, MatrixUse, SumUse, Use
+from gradent.kernels.dispatch import path
+from gradent.kernels.precision import exact_products
 from gradent.kernels.reference import products
 
 __all__ = ["Collector", "Place"]
@@ -66,7 +68,7 @@ class Collector:
             factors: what each of the forward's rows is multiplied by, powers of two; a row of factor 0 is left out.
                 None for 1.
         """
-        with torch.no_grad():
+        with torch.no_grad(), exact_products(cotangent.device):
             self._take(tap, cotangent, place, factors)
         tap.use = tap.use.hollow  # the graph lets go of its activations as the backward passes them
 
@@ -87,18 +89,29 @@ class Collector:
     def _add(self, tap: Tap, cotangent: Tensor, place: Place, factors: Sequence[float] | None) -> None:
         """Add every row's gradient: formed already where that is the smaller thing to hold."""
         param = tap.use.view.param
-        if isinstance(tap.use, MatrixUse) and all(isinstance(other.use, MatrixUse) for other in self._waiting[param]):
-            u, v = tap.use.factors(cotangent, place.layout)
-            if self.ledger.folds(param, u, v):
-                u, v = (u, v) if factors is None else scaled_rows(u, v, factors)
-                for index, grad in enumerate(products(u, v)):
-                    if place.rows[index] >= 0 and (factors is None or factors[index]):
-                        self.ledger.add(param, place.rows[index], tap.use.view.slot, Explicit(grad))
-                return
+        grads = self._formed(tap.use, cotangent, place, factors)
+        if grads is not None:
+            kept = [index for index, row in enumerate(place.rows) if row >= 0 and (factors is None or factors[index])]
+            rows = [place.rows[index] for index in kept]
+            self.ledger.add_rows(param, rows, tap.use.view.slot, grads if len(kept) == len(grads) else grads[kept])
+            return
         for index, slot, form in tap.use.forms(cotangent, place.layout, self._budget):
             row, factor = place.rows[index], 1.0 if factors is None else factors[index]
             if row >= 0 and factor:
                 self.ledger.add(param, row, slot, form if factors is None else scaled(form, factor))
+
+    def _formed(self, use: Use, cotangent: Tensor, place: Place, factors: Sequence[float] | None) -> Tensor | None:
+        """The gradients of all rows `[R, ...]`, where these are the smaller thing to hold; None elsewhere."""
+        if isinstance(use, SumUse) and use.view.ids is None:
+            grads = use.gradients(cotangent, place.layout, self._budget)
+            return grads if factors is None else scaled_gradients(grads, factors)
+        others = self._waiting[use.view.param]
+        if not isinstance(use, MatrixUse) or not all(isinstance(other.use, MatrixUse) for other in others):
+            return None
+        u, v = use.factors(cotangent, place.layout)
+        if not self.ledger.folds(use.view.param, u, v):
+            return None
+        return products(u, v) if factors is None else products(*scaled_rows(u, v, factors))
 
     def _share(self, tap: Tap, cotangent: Tensor, place: Place, factors: Sequence[float] | None) -> bool:
         """Reduce a parameter whose only use this is, and hand its gradient to that use; whether that was done."""
@@ -119,11 +132,12 @@ class Collector:
         if not isinstance(use, MatrixUse) or use.view.slot or list(place.rows) != list(range(place.layout.rows)):
             return False
         u, v = use.factors(cotangent, place.layout)
-        if not self.ledger.fits(u, v):  # before anything is copied
-            return False
-        if factors is not None:
+        if factors is not None and any(factor != 1 for factor in factors):
+            if not self.ledger.fits(u, v):  # before anything is copied
+                return False
             u, v = scaled_rows(u, v, factors)
-        return self.ledger.whole(use.view.param, u, v)
+        cut = u.shape[1] == place.layout.length and path(u.device, u.dtype) == "triton"
+        return self.ledger.whole(use.view.param, u, v, place.layout.ends if cut else None)
 
     def _lookups(self, param: int, row: int) -> Tensor:
         """Ids, int64 `[T]`, that lookups still to come will touch in a row."""

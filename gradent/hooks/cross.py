@@ -36,7 +36,7 @@ class CrossLedger(Ledger):
         super().__init__(0, budget=budget)
         self._rows_count = rows
 
-    def whole(self, param: int, u: Tensor, v: Tensor) -> bool:
+    def whole(self, param: int, u: Tensor, v: Tensor, ends: Sequence[int] | None = None) -> bool:
         """Never: every row is kept until the parameter is complete."""
         return False
 
@@ -57,7 +57,7 @@ class CrossLedger(Ledger):
         Args:
             param: the parameter's number.
         """
-        held = self._forms.pop(param, {})
+        held = self._pop(param)
         total = torch.zeros(self._rows_count, self._rows_count, dtype=torch.float64)
         for slot in sorted({slot for row in held.values() for slot in row}):
             rows = [row for row in sorted(held) if slot in held[row]]

@@ -145,8 +145,8 @@ class _Run:
         length = max(len(ids) for ids, _ in rows)
         if len(rows) > 1:
             length = max(length, self.micro.least_length)
+        layout = Layout(len(rows), length, lambda: [(0, len(ids)) for ids, _ in rows])
         ids, marks = (torch.stack([_pad(part, length) for part in parts]) for parts in zip(*rows, strict=True))
-        layout = Layout(len(rows), length)
         keep = length + 1 - max(1, min(int(row.nonzero()[0]) for _, row in rows)) if self.micro.trim else 0
         capture = Capture(self.parameters if watch else [], layout, lambda tap, b: self._deliver(one, tap, b))
         self._captures.append(capture)

@@ -15,7 +15,18 @@ from torch import Tensor
 
 from gradent.kernels.reference import accumulator
 
-__all__ = ["Deferred", "Dense", "Explicit", "Form", "Rows", "Solid", "scaled", "scaled_rows", "split_factor"]
+__all__ = [
+    "Deferred",
+    "Dense",
+    "Explicit",
+    "Form",
+    "Rows",
+    "Solid",
+    "scaled",
+    "scaled_gradients",
+    "scaled_rows",
+    "split_factor",
+]
 
 
 @dataclass(frozen=True)
@@ -52,15 +63,24 @@ Solid = Dense | Rows | Explicit
 Form = Solid | Deferred
 
 
+PLAIN = 2.0**16
+"""Factors from 1/PLAIN to PLAIN can wait: squares of what is not yet multiplied are off by 2^±32 at most, which leaves
+float32 (2^±126) room enough. float16 is widened before anything is squared."""
+
+
 def split_factor(factor: float) -> tuple[float, float]:
-    """A factor as a power of two, by which any dtype can be multiplied without rounding, and what is left.
+    """What a gradient is multiplied by before products of it are formed, and what its products are multiplied by.
 
     Args:
         factor: finite.
 
     Returns:
-        `(power, rest)`, `power · rest` the factor, and the rest's size between 1/2 and 1; `(0, 0)` of 0.
+        `(power, rest)`, `power · rest` the factor: a power of two, by which any dtype can be multiplied without
+        rounding, and a rest of a size between 1/2 and 1; `(1, factor)` where the factor can wait (`PLAIN`), `(0, 0)`
+        of 0.
     """
+    if 1 / PLAIN <= abs(factor) <= PLAIN:
+        return 1.0, factor
     rest, exponent = math.frexp(factor)
     return (2.0**exponent, rest) if factor else (0.0, 0.0)
 
@@ -73,8 +93,11 @@ def scaled(form: Form, power: float) -> Form:
         power: a power of two.
 
     Returns:
-        The scaled form; of a `Dense`, the smaller operand is copied, or both where one could leave float32's range.
+        The scaled form, itself for 1; of a `Dense`, the smaller operand is copied, or both where one could leave
+        float32's range.
     """
+    if power == 1:
+        return form
     if isinstance(form, Deferred):
         make = form.make
         return Deferred(lambda: _scaled_dense(make(), power))
@@ -94,12 +117,29 @@ def scaled_rows(u: Tensor, v: Tensor, powers: Sequence[float]) -> tuple[Tensor, 
         powers: of each row, a power of two; 0 makes a row's gradient zero.
 
     Returns:
-        `(u, v)`, of which one is a copy, or both.
+        `(u, v)`, of which one is a copy, or both; themselves where all powers are 1.
     """
+    if all(power == 1 for power in powers):
+        return u, v
     if not all(map(_moderate, filter(None, powers))):
         roots = [_roots(power) if power else (0.0, 0.0) for power in powers]
         return _times(u, [root for root, _ in roots]), _times(v, [root for _, root in roots])
     return (_times(u, powers), v) if u.shape[2] <= v.shape[2] else (u, _times(v, powers))
+
+
+def scaled_gradients(grads: Tensor, powers: Sequence[float]) -> Tensor:
+    """`scaled` for the gradients of all rows at once.
+
+    Args:
+        grads: `[R, ...]`, wide.
+        powers: of each row, a power of two; 0 makes a row's gradient zero.
+
+    Returns:
+        Of the same shape: a copy, or itself where all powers are 1.
+    """
+    if all(power == 1 for power in powers):
+        return grads
+    return grads * torch.tensor(powers, dtype=grads.dtype, device=grads.device).view(-1, *(1,) * (grads.dim() - 1))
 
 
 def _times(rows: Tensor, powers: Sequence[float]) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from gradent.hooks.capture import Capture, Tap
 from gradent.hooks.collector import Place
 from gradent.hooks.forms import split_factor
 from gradent.hooks.fused_head import FusedHeadUse, find_fused_head
-from gradent.hooks.readout import FusedReadout, Readout, RewardReadout, find_readout
+from gradent.hooks.readout import FusedReadout, LogitsReadout, Readout, RewardReadout, find_readout
 from gradent.hooks.regions import in_backward
 from gradent.hooks.sharding import output_embeddings
 from gradent.hooks.share import Sharing
@@ -37,6 +39,8 @@ class WatchedForward:
         self._readout: Readout | None = None
         self._version = 0
         self._powers: list[float] = []
+        self._spans: dict[bool, list[tuple[int, int]]] = {}
+        self._outside: dict[bool, Tensor] = {}
         self._queue: list[tuple[Tap, Tensor]] = []
         self._handles: list[RemovableHandle] = []
         self._reentered: nn.Module | None = None
@@ -169,6 +173,7 @@ class WatchedForward:
         if not self.group.started:
             self.group.start(self, found)
         self.read = True
+        self._note_spans(found.marks)
         self.group.take(self, found, reward=isinstance(self._readout, RewardReadout))
         inverse = [split_factor(1 / c if c else 0.0) for c in found.c.tolist()]
         self._powers = [power for power, _ in inverse]
@@ -195,7 +200,44 @@ class WatchedForward:
         if param in collector.ledger.entries:
             self.group.fail(f"{self.group.owner.names[param]} is used in more than one reentrant checkpoint")
             return
-        collector.arrive(tap, cotangent, self.place, self._powers)
+        layout = replace(self.place.layout, look=partial(self._spans_of, tap, cotangent))
+        collector.arrive(tap, cotangent, Place(layout, self.place.rows), self._powers)
+
+    def _note_spans(self, marks: Tensor) -> None:
+        """Where the cotangents of each row may be other than zero, by the tokens that its log-prob is over."""
+        length = self.place.layout.length
+        first, after = marks.int().argmax(1).tolist(), (length - marks.flip(1).int().argmax(1)).tolist()
+        # A token is predicted at the position before it. Above the head's output there is nothing but these.
+        self._spans = {False: [(0, stop) for stop in after]}
+        self._spans[True] = [(max(0, start - 1), stop) for start, stop in zip(first, after, strict=True)]
+        self._outside = {
+            of_logits: _outside(spans, length).to(self.input_ids.device) for of_logits, spans in self._spans.items()
+        }
+
+    def _spans_of(self, tap: Tap, cotangent: Tensor) -> list[tuple[int, int]] | None:
+        """Where a cotangent may be other than zero, if what lies outside of that is zero; else None.
+
+        It is for a causal model; that the model is one, the trainer's forward does not say.
+
+        Args:
+            tap: the use.
+            cotangent: the gradient at its output.
+
+        Returns:
+            `(start, stop)` of each row.
+        """
+        layout = self.place.layout
+        if cotangent.shape[:-1].numel() != layout.rows * layout.length:
+            return None
+        of_logits = isinstance(self._readout, LogitsReadout) and tap.node is self._readout.root.grad_fn
+        outside = self._outside[of_logits]
+        if len(outside):
+            lowest, highest = cotangent.flatten(0, -2).index_select(0, outside).aminmax()
+            if cotangent.device.type != "cpu":  # which is not waited for
+                self.group.note_still(highest - lowest)
+            elif float(lowest) != 0 or float(highest) != 0:
+                return None
+        return self._spans[of_logits]
 
     def close(self) -> None:
         """Let go of the graph and take off every hook."""
@@ -206,6 +248,14 @@ class WatchedForward:
         self._readout = None
         if self._capture is not None:
             self._capture.close()
+
+
+def _outside(spans: Sequence[tuple[int, int]], length: int) -> Tensor:
+    """Positions of flattened `[R, L]` that lie outside of the rows' spans, int64."""
+    inside = torch.zeros(len(spans), length, dtype=torch.bool)
+    for row, span in zip(inside, spans, strict=True):
+        row[slice(*span)] = True
+    return (~inside).flatten().nonzero()[:, 0]
 
 
 def _other_ways(output: Any) -> str | None:

@@ -24,7 +24,9 @@ Edge = tuple[Node, int]
 
 def node_of(tensor: Tensor) -> Node | None:
     """The node that a tensor's gradient flows into; None where it requires none."""
-    return get_gradient_edge(tensor).node if tensor.requires_grad else None
+    if not tensor.requires_grad:
+        return None
+    return get_gradient_edge(tensor).node if tensor.grad_fn is None else tensor.grad_fn
 
 
 def edges_between(start: Node, target: Node, stops: Iterable[Node]) -> set[Edge]:
@@ -104,27 +106,27 @@ def survey(
     hidden = False
     below: dict[Node, bool] = {}  # node -> whether a recorded use lies at it or below it; set when it is finished
     above_bottom: set[Node] = set()
-    opened: set[Node] = set()
+    opened: dict[Node, list[Node]] = {}  # node -> what lies right below it
     pending: list[Node] = [root]
     while pending:
         node = pending[-1]
-        first = node not in opened
-        opened.add(node)
-        children = [
-            child
-            for number, (child, _) in enumerate(node.next_functions)
-            if child is not None and opened.isdisjoint(claimed.get((node, number), ()))
-        ]
-        if first:
+        children = opened.get(node)
+        if children is None:
+            children = opened[node] = []
+            for number, (child, _) in enumerate(node.next_functions):
+                if child is not None:
+                    outputs = claimed.get((node, number))
+                    if outputs is None or opened.keys().isdisjoint(outputs):
+                        children.append(child)
             if node in parameters:
                 missed.add(parameters[node])
             if node.name() == "CheckpointFunctionBackward":
                 hidden = True
-            if node.name() == "CheckpointFunctionBackward" and not opaque:
-                raise ModelError(
-                    "Reentrant gradient checkpointing hides the layers inside it from a measurement. Use "
-                    "gradient_checkpointing_kwargs={'use_reentrant': False}, or switch checkpointing off meanwhile."
-                )
+                if not opaque:
+                    raise ModelError(
+                        "Reentrant gradient checkpointing hides the layers inside it from a measurement. Use "
+                        "gradient_checkpointing_kwargs={'use_reentrant': False}, or switch checkpointing off meanwhile."
+                    )
             pending.extend(child for child in children if child not in opened)
             continue
         pending.pop()
@@ -134,5 +136,5 @@ def survey(
         if inside and node in uses:
             above_bottom.add(node)
         below[node] = inside or node in uses
-    reached = uses & opened
+    reached = uses & opened.keys()
     return Survey(reached, [GradientEdge(node, 0) for node in reached - above_bottom], frozenset(missed), hidden)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import opt_einsum
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gradent.hooks.forms import Deferred, Dense, Explicit, Form, Rows, Solid
-from gradent.kernels.dispatch import pairs_pay, reduce_pair, reduce_pairs
+from gradent.kernels.dispatch import pairs_pay, pairs_together, reduce_pair
 from gradent.kernels.reference import accumulator, product_pays, reduce_flat, reduce_tiles, tiles_pay
 from gradent.kernels.shared import reduce_shared
 
@@ -29,6 +30,15 @@ RETRIES = 2
 
 Slot = tuple[int, ...]
 F = TypeVar("F", Dense, Rows, Explicit)
+
+
+@dataclass(frozen=True)
+class _Formed:
+    """Gradients of one slot that were formed as they came: rows R, `[R, *shape of the slot]`."""
+
+    rows: Sequence[int]
+    slot: Slot
+    grads: Tensor
 
 
 class Ledger:
@@ -51,7 +61,20 @@ class Ledger:
         self._budget = budget
         self._weight = weight
         self._forms: dict[int, dict[int, dict[Slot, list[Form]]]] = defaultdict(dict)
+        self._formed: dict[int, list[_Formed]] = defaultdict(list)
         self._ahead: dict[int, Tensor] = {}
+
+    def add_rows(self, param: int, rows: Sequence[int], slot: Slot, grads: Tensor) -> None:
+        """Add the gradients of several rows, formed already, to what these rows hold of a parameter.
+
+        Args:
+            param: the parameter's number.
+            rows: R numbers of rows of the micro-batch, each once.
+            slot: what of the parameter they are the gradients of.
+            grads: `[R, *shape of the slot]`, in the accumulator's dtype, detached.
+        """
+        if rows:
+            self._formed[param].append(_Formed(rows, slot, grads))
 
     def add(self, param: int, row: int, slot: Slot, form: Form) -> None:
         """Add a form to what row `row` holds of a parameter.
@@ -64,21 +87,25 @@ class Ledger:
         """
         self._forms[param].setdefault(row, {}).setdefault(slot, []).append(form)
 
-    def whole(self, param: int, u: Tensor, v: Tensor) -> bool:
+    def whole(self, param: int, u: Tensor, v: Tensor, ends: Sequence[int] | None = None) -> bool:
         """Reduce a parameter of which one product's gradients are all there is, all pairs at once.
 
         Args:
             param: the parameter's number.
-            u: `[2k, T, O]`, rows 0..k-1 chosen and k..2k-1 rejected, for which `fits` is true.
+            u: `[2k, T, O]`, rows 0..k-1 chosen and k..2k-1 rejected.
             v: `[2k, T, I]`.
+            ends: the tokens of each row, where kernels are to leave out the rest, in which u or v is zero; None for T.
 
         Returns:
-            Whether it is reduced; if not, its forms are to be added row by row.
+            Whether it is reduced; if not (`fits` is false), its forms are to be added row by row.
         """
-        if self._forms.get(param):
+        if self._holds(param) or len(u) != 2 * self._pairs:
+            return False
+        together = pairs_together(u, v, budget=self._budget, lengths=ends, weight=self._root(param, ()))
+        if together is None:
             return False
         try:
-            entries = reduce_pairs(u, v, budget=self._budget, weight=self._root(param, ()))
+            entries = together()
         except torch.OutOfMemoryError:
             return False
         self.entries[param] = entries
@@ -97,7 +124,7 @@ class Ledger:
         Returns:
             The sum of all rows' products `[O, I]`; None where not every pair's rows are here, and nothing was done.
         """
-        if self._forms.get(param) or sum(place >= 0 for place in places) != 2 * self._pairs:
+        if self._holds(param) or sum(place >= 0 for place in places) != 2 * self._pairs:
             return None
         self.entries[param], total = reduce_shared(
             u, v, places, factors, pairs=self._pairs, budget=self._budget, weight=self._root(param, ())
@@ -129,33 +156,46 @@ class Ledger:
         Args:
             param: the parameter's number.
         """
-        held = self._forms.pop(param, {})
-        entries = self._together(param, held)
+        entries = self._together(param)
         if entries is None:
-            entries = self._pair_by_pair(param, held)
+            entries = self._pair_by_pair(param, self._pop(param))
         if param in self._ahead:
             entries += self._ahead.pop(param)
         self.entries[param] = entries
 
-    def _together(self, param: int, held: dict[int, dict[Slot, list[Form]]]) -> Tensor | None:
-        """Entries of a parameter whose rows hold small explicit gradients of one slot, `[k, 3]`; None of any other."""
-        slots = {slot for row in held.values() for slot in row}
-        if len(slots) != 1:
+    def _together(self, param: int) -> Tensor | None:
+        """Entries of a parameter of which rows of one slot were formed, small ones, and nothing else; else None."""
+        formed = self._formed.get(param)
+        if not formed or self._forms.get(param) or len({one.slot for one in formed}) > 1:
             return None
-        (slot,) = slots
-        forms = [(row, form) for row, of_row in held.items() for form in of_row[slot]]
-        grads = [(row, form.grad) for row, form in forms if isinstance(form, Explicit)]
-        if len(grads) < len(forms) or not tiles_pay(grads[0][1], count=2 * self._pairs, budget=self._budget):
+        first = formed[0]
+        if not tiles_pay(first.grads[0], count=2 * self._pairs, budget=self._budget):
             return None
-        some = grads[0][1]
+        root = self._root(param, first.slot)
         try:
-            tiles = some.new_zeros(2 * self._pairs, *some.shape, dtype=accumulator(some.dtype))
-            for row, grad in grads:
-                tiles[row].add_(grad)
-            root = self._root(param, slot)
-            return reduce_tiles(tiles if root is None else tiles.mul_(root))
+            if len(formed) == 1 and list(first.rows) == list(range(2 * self._pairs)):
+                entries = reduce_tiles(first.grads if root is None else first.grads * root)
+            else:
+                tiles = first.grads.new_zeros(2 * self._pairs, *first.grads.shape[1:])
+                for one in formed:
+                    tiles.index_add_(0, torch.tensor(one.rows, device=tiles.device), one.grads)
+                entries = reduce_tiles(tiles if root is None else tiles.mul_(root))
         except torch.OutOfMemoryError:
             return None
+        del self._formed[param]
+        return entries
+
+    def _holds(self, param: int) -> bool:
+        """Whether something of a parameter waits to be reduced."""
+        return bool(self._forms.get(param) or self._formed.get(param))
+
+    def _pop(self, param: int) -> dict[int, dict[Slot, list[Form]]]:
+        """Everything that is held of a parameter, row by row, and held here no more."""
+        held = self._forms.pop(param, {})
+        for one in self._formed.pop(param, []):
+            for row, grad in zip(one.rows, one.grads, strict=True):
+                held.setdefault(row, {}).setdefault(one.slot, []).append(Explicit(grad))
+        return held
 
     def _pair_by_pair(self, param: int, held: dict[int, dict[Slot, list[Form]]]) -> Tensor:
         totals: list[Tensor | None] = []
@@ -179,7 +219,8 @@ class Ledger:
             param: the parameter's number; all of its uses but lookups have been added.
             lookups: row -> ids int64 `[T]` that the row's lookups, still to come, will touch.
         """
-        if any(isinstance(form, Explicit) for row in self._forms[param].values() for form in row.get((), [])):
+        explicit = any(isinstance(form, Explicit) for row in self._forms[param].values() for form in row.get((), []))
+        if explicit or self._formed.get(param):
             return  # used loosely as well: everything waits for the last use
         held = self._forms.pop(param)
         ahead = []
@@ -203,12 +244,13 @@ class Ledger:
 
     def close(self) -> None:
         """Reduce what is still open: uses that the backward pass never reached have a zero gradient."""
-        for param in [number for number in self._forms if number not in self.entries]:
+        for param in [number for number in {**self._forms, **self._formed} if number not in self.entries]:
             self.finish(param)
 
     def clear(self) -> None:
         """Let go of every form; entries stay."""
         self._forms.clear()
+        self._formed.clear()
         self._ahead.clear()
 
     def _patiently(self, reduce: Callable[..., Tensor], *operands: Any) -> Tensor:

@@ -6,8 +6,9 @@ O outputs of a matrix product, b the cotangent (gradient of the summed log-probs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -23,10 +24,28 @@ __all__ = ["GroupedUse", "Layout", "LookupUse", "MatrixUse", "SumUse", "Use"]
 
 @dataclass(frozen=True)
 class Layout:
-    """The shape of one forward: `rows` R, padded to `length` L tokens. Cotangents of padding are exactly zero."""
+    """The shape of one forward: `rows` R, padded to `length` L tokens.
+
+    Attributes:
+        rows: R.
+        length: L.
+        look: finds the `spans`, when they are first wanted; None where they cannot be known.
+    """
 
     rows: int
     length: int
+    look: Callable[[], Sequence[tuple[int, int]] | None] | None = field(default=None, compare=False)
+
+    @cached_property
+    def spans(self) -> Sequence[tuple[int, int]] | None:
+        """Of each row, the first position whose cotangent may be other than zero, and the one after the last."""
+        return None if self.look is None else self.look()
+
+    @property
+    def ends(self) -> list[int] | None:
+        """Of each row, the position from which its cotangents are zero; None too where rows do not begin at once."""
+        spans = self.spans
+        return None if spans is None or any(start for start, _ in spans) else [stop for _, stop in spans]
 
     def splits(self, tensor: Tensor, features: int) -> bool:
         """Whether the rows of a tensor of the pass can be told apart.
@@ -164,8 +183,11 @@ class MatrixUse(_WholeSlot):
 
     def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
         """See `Use.forms`."""
-        for row, (u, v) in enumerate(zip(*self.factors(cotangent, layout), strict=True)):
-            yield row, self.view.slot, Dense(u, v)
+        us, vs = self.factors(cotangent, layout)
+        spans = layout.spans if us.shape[1] == layout.length else None
+        for row, (u, v) in enumerate(zip(us, vs, strict=True)):
+            span = slice(None) if spans is None else slice(*spans[row])
+            yield row, self.view.slot, Dense(u[span], v[span])
 
 
 @dataclass(frozen=True)
@@ -235,13 +257,31 @@ class SumUse(_WholeSlot):
 
     def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
         """See `Use.forms`."""
+        if self.view.ids is None:
+            for row, grad in enumerate(self.gradients(cotangent, layout, budget)):
+                yield row, self.view.slot, Explicit(grad)
+            return
+        # Learned positions, added to every row of the batch.
+        for row, summed in enumerate(self._summed(cotangent, layout, budget)):
+            yield row, (), Rows(self.view.ids.reshape(-1), summed.reshape(-1, self.view.shape[1]))
+
+    def gradients(self, cotangent: Tensor, layout: Layout, budget: int) -> Tensor:
+        """Every row's gradient of the slot, where it is no lookup (`view.ids`).
+
+        Args:
+            cotangent: b, of the operator's output shape.
+            layout: the forward's rows.
+            budget: bytes of scratch that forming a product may take.
+
+        Returns:
+            `[R, *shape of the slot]`, in the accumulator's dtype.
+        """
+        grads = self._summed(cotangent, layout, budget).reshape(layout.rows, *self.view.shape)
+        return grads if self.view.gain is None else grads * self.view.gain
+
+    def _summed(self, cotangent: Tensor, layout: Layout, budget: int) -> Tensor:
         factor = None if self.factor is None else self._by_row(self.factor(), layout)
-        for row, summed in enumerate(self._sums(self._by_row(cotangent, layout), factor, budget)):
-            if self.view.ids is None:
-                grad = summed.reshape(self.view.shape)
-                yield row, self.view.slot, Explicit(grad if self.view.gain is None else grad * self.view.gain)
-            else:  # learned positions, added to every row of the batch
-                yield row, (), Rows(self.view.ids.reshape(-1), summed.reshape(-1, self.view.shape[1]))
+        return self._sums(self._by_row(cotangent, layout), factor, budget)
 
     def _by_row(self, tensor: Tensor, layout: Layout) -> Tensor:
         """A tensor of the output's shape as `[R, *shape of a row]`."""

@@ -11,13 +11,22 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 POWERS = [1.0, 2.0**-20, 2.0**13, 2.0**90, 2.0**-91]
 
 
-@pytest.mark.parametrize("factor", [1.0, -3.7, 1e-30, -7e28, 0.5])
+@pytest.mark.parametrize("factor", [1e-30, -7e28, 2.0**17, -(2.0**-17)])
 def test_a_factor_is_a_power_of_two_and_a_rest(factor: float) -> None:
     power, rest = split_factor(factor)
     assert power * rest == factor
     assert 0.5 <= abs(rest) < 1.0
     assert torch.tensor(power, dtype=torch.bfloat16).double() == power
     assert split_factor(0.0) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("factor", [1.0, -3.7, 0.5, 2.0**16, -(2.0**-16)])
+def test_a_factor_near_one_can_wait(factor: float) -> None:
+    assert split_factor(factor) == (1.0, factor)
+    form = Dense(torch.randn(5, 3), torch.randn(5, 7))
+    assert scaled(form, 1.0) is form
+    u, v = scaled_rows(form.u[None], form.v[None], [1.0])
+    assert u.data_ptr() == form.u.data_ptr() and v.data_ptr() == form.v.data_ptr()
 
 
 @pytest.mark.parametrize("power", POWERS)
