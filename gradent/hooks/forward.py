@@ -23,7 +23,7 @@ from gradent.hooks.share import Sharing
 from gradent.hooks.uses import Layout
 from gradent.hooks.views import View
 
-__all__ = ["WatchedForward"]
+__all__ = ["WatchedForward", "waits"]
 
 _KNOWN = {"loss", "logits", "log_probs", "entropy", "aux_loss", "router_logits"}
 """Parts of an output that are the log-probs, are made of them, or are looked after elsewhere."""
@@ -233,7 +233,7 @@ class WatchedForward:
         outside = self._outside[of_logits]
         if len(outside):
             lowest, highest = cotangent.flatten(0, -2).index_select(0, outside).aminmax()
-            if cotangent.device.type != "cpu":  # which is not waited for
+            if not waits(cotangent.device):
                 self.group.note_still(highest - lowest)
             elif float(lowest) != 0 or float(highest) != 0:
                 return None
@@ -248,6 +248,11 @@ class WatchedForward:
         self._readout = None
         if self._capture is not None:
             self._capture.close()
+
+
+def waits(device: torch.device) -> bool:
+    """Whether values are looked at as they come; elsewhere work is queued, and a look would wait for all of it."""
+    return device.type == "cpu"
 
 
 def _outside(spans: Sequence[tuple[int, int]], length: int) -> Tensor:
