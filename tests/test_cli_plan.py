@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import Result
 from transformers import GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
@@ -70,6 +71,63 @@ def test_options() -> None:
     assert "3 pairs, 64 tokens a row" in result.stdout
     assert "of a budget of 2 KiB" in result.stdout
     assert "bfloat16, reduced by torch" in result.stdout
+
+
+def on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setenv("GRADENT_KERNELS", "triton")
+
+
+def kernel_bytes(tokens: int, pairs: int) -> list[str]:
+    """Scratch of the outer kernel for `my-model`'s gate_proj, by its own account, as the table prints it."""
+    from gradent.kernels.fused.operands import Spans  # noqa: PLC0415  (imports Triton, which is optional)
+    from gradent.kernels.fused.outer import outer_scratch  # noqa: PLC0415
+
+    u, v = (torch.empty(pairs * tokens, size) for size in (24, 16))
+    return [str(outer_scratch(u, v, u, v, Spans.padded(pairs, tokens))), "B"]
+
+
+def test_kernels_have_tiles_and_scratch_of_their_own(monkeypatch) -> None:
+    torch_line = line_of(plan("--tokens", "64"), "model.layers.*.mlp.gate_proj")
+    assert torch_line[3:5] == ["outer", "24×16"], "one tile of torch: the weight's own sides"
+    on_the_kernels(monkeypatch)
+    result = plan("--tokens", "64")
+    assert result.exit_code == 0, result.output
+    assert "reduced by triton" in result.stdout
+    line = line_of(result, "model.layers.*.mlp.gate_proj")
+    assert line[3:6] == ["outer", "triton", "32×16"], "one tile of the kernel: powers of two, 16 or more"
+    assert line[7:9] == kernel_bytes(64, 1)
+    assert line_of(plan("--tokens", "4"), "model.layers.*.mlp.gate_proj")[3:6] == ["gram", "triton", "16×16"]
+    assert "lines of products" not in result.stdout and "held whole" not in result.stdout
+
+
+def test_pairs_in_one_launch(monkeypatch) -> None:
+    on_the_kernels(monkeypatch)
+    line = line_of(plan("--tokens", "64", "--pairs", "3"), "model.layers.*.mlp.gate_proj")
+    assert line[4:8] == ["triton", "32×16,", "6", "rows"]
+    assert line[9:11] == kernel_bytes(64, 3)
+
+
+def test_a_budget_below_the_kernels_says_what_reduces_instead(monkeypatch) -> None:
+    on_the_kernels(monkeypatch)
+    result = plan("--tokens", "64", "--memory-budget", "16")
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stdout.split())
+    assert re.search(r"torch in 8 of 8 lines of products: .* would take up to \d+ B, more than the budget", said), said
+    assert line_of(result, "model.layers.*.mlp.gate_proj")[3:6] == ["outer", "torch", "1×2"]
+    for line in result.stdout.splitlines():
+        scratch = re.search(r"(\d+) B +\d+\.\d%", line)
+        if scratch and int(scratch[1]) > 16:
+            assert " sum " in line and "sum: the two gradients of a bias or a norm are held whole" in said, line
+    some = plan("--tokens", "64", "--memory-budget", "100")
+    assert "torch in 1 of 8 lines" in " ".join(some.stdout.split()), "the head alone has more tiles than that"
+    assert line_of(some, "lm_head")[2:4] == ["outer", "torch"]
+    assert line_of(some, "model.layers.*.mlp.gate_proj")[4] == "triton"
+
+
+def test_torch_has_no_column_of_paths() -> None:
+    result = plan("--memory-budget", "16")
+    assert " path " not in result.stdout and "lines of products" not in result.stdout
 
 
 def test_the_weights_are_not_read(here) -> None:

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from gradent.audit.shell import Used
 from gradent.kernels.plan import batch_scratch, choose
 
@@ -26,12 +28,13 @@ class Setting:
         tokens: T, of the chosen and of the rejected row, prompt included. The head's products are counted over all T,
             as of a row without a prompt; a model that forms no logits of prompts needs fewer.
         pairs: pairs in all.
-        together: k.
+        together: k, whose rows are taken to share a forward.
         itemsize: bytes of an accumulating element.
         widen: operands are narrower than that.
         budget: bytes that the tiles may take.
         batch_budget: bytes up to which the outer form takes all rows at once.
         price: of a gram flop, as `choose` takes it.
+        operands: dtype of u and v where Triton's kernels reduce products; None where torch does.
     """
 
     tokens: int
@@ -42,6 +45,7 @@ class Setting:
     budget: int
     batch_budget: int
     price: float | Callable[[], float] = 1.0
+    operands: torch.dtype | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,8 @@ class Line:
         flops: of all of them and all pairs.
         scratch: bytes that the reduction of one holds at once.
         elements: numbers that all of them hold; 0 on a further line of a parameter that is used in two ways.
+        path: "triton" or "torch", what reduces products; "" for the other forms, which are torch's everywhere.
+        refused: bytes that the kernel would hold, where torch reduces because these are more than the budget; else 0.
     """
 
     name: str
@@ -73,6 +79,8 @@ class Line:
     flops: int
     scratch: int
     elements: int
+    path: str = ""
+    refused: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +150,22 @@ def _pattern(parameter: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name).removesuffix(".default")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Reduced:
+    """How a single parameter and pair are reduced; fields as in `Line`."""
+
+    form: str
+    tile: tuple[int, int] | None = None
+    rows: int = 2
+    flops: int
+    scratch: int
+    path: str = ""
+    refused: int = 0
+
+
 def _plan(name: str, use: Used, setting: Setting) -> Line:
     """The line of a single parameter and pair."""
-    form, tile, rows, flops, scratch = _matrix(use, setting) if use.kind == "matrix" else _other(use, setting)
+    one = _matrix(use, setting) if use.kind == "matrix" else _other(use, setting)
     factor = _LORA.search(use.parameter)
     rank = None
     if factor is not None and len(use.shape) == 2:
@@ -155,21 +176,29 @@ def _plan(name: str, use: Used, setting: Setting) -> Line:
         shape=use.shape,
         slots=use.slots,
         rank=rank,
-        form=form,
-        tile=tile,
-        rows=rows,
-        flops=flops,
-        scratch=scratch,
+        form=one.form,
+        tile=one.tile,
+        rows=one.rows,
+        flops=one.flops,
+        scratch=one.scratch,
         elements=use.elements,
+        path=one.path,
+        refused=one.refused,
     )
 
 
-def _matrix(use: Used, setting: Setting) -> tuple[str, tuple[int, int], int, int, int]:
-    """`(form, tile, rows at once, flops, scratch)` of products: every expert that has tokens has its share of them."""
+def _matrix(use: Used, setting: Setting) -> _Reduced:
+    """Products: every expert that has tokens has its share of them. In the order in which dispatch and ledger try."""
     height, width = use.shape
     met = math.ceil(setting.tokens * use.density)
     active = min(use.slots, met)
     length = -(-met // active)
+    refused = 0
+    if setting.operands is not None and use.slots == 1 and setting.together > 1:
+        kernel = _kernel(setting.operands, setting.together, length, height, width, setting)
+        if kernel.scratch <= setting.budget:
+            return kernel
+        refused = kernel.scratch
     plan = choose(
         length,
         length,
@@ -180,17 +209,60 @@ def _matrix(use: Used, setting: Setting) -> tuple[str, tuple[int, int], int, int
         widen=setting.widen,
         price=setting.price,
     )
-    rows, scratch = 2, plan.scratch
     whole = batch_scratch(
         2 * setting.together, length, height, width, itemsize=setting.itemsize, widen=(setting.widen, setting.widen)
     )
-    if plan.form == "outer" and use.slots == 1 and whole <= min(setting.budget, setting.batch_budget):
-        return plan.form, (height, width), 2 * setting.together, plan.flops, whole
-    return plan.form, plan.tile, rows, active * plan.flops, scratch
+    batched = plan.form == "outer" and use.slots == 1 and whole <= min(setting.budget, setting.batch_budget)
+    if setting.operands is not None and not (batched and setting.together > 1):
+        kernel = _kernel(setting.operands, 1, length, height, width, setting)
+        if kernel.scratch <= setting.budget:
+            return replace(kernel, flops=active * kernel.flops)
+        refused = kernel.scratch
+    if batched:
+        rows, tile, scratch = 2 * setting.together, (height, width), whole
+    else:
+        rows, tile, scratch = 2, plan.tile, plan.scratch
+    return _Reduced(
+        form=plan.form,
+        tile=tile,
+        rows=rows,
+        flops=active * plan.flops,
+        scratch=scratch,
+        path="torch",
+        refused=refused,
+    )
 
 
-def _other(use: Used, setting: Setting) -> tuple[str, None, int, int, int]:
-    """The same of what is no product: additions, and three products of numbers for each entry of the two gradients."""
+def _kernel(dtype: torch.dtype, pairs: int, length: int, height: int, width: int, setting: Setting) -> _Reduced:
+    """What one launch of Triton's kernels for `pairs` pairs takes; the form is chosen as in `dispatch`."""
+    from gradent.kernels.fused.gram import gram_scratch  # noqa: PLC0415  (imports Triton)
+    from gradent.kernels.fused.operands import Spans  # noqa: PLC0415
+    from gradent.kernels.fused.outer import outer_scratch  # noqa: PLC0415
+    from gradent.kernels.fused.tiles import pick_gram, pick_outer  # noqa: PLC0415
+
+    plan = choose(length, length, height, width, itemsize=4, budget=setting.budget, price=setting.price)
+    u, v = (torch.empty(pairs * length, size, dtype=dtype, device="meta") for size in (height, width))
+    factors = (u, v, u, v, Spans.padded(pairs, length))
+    if plan.form == "outer":
+        config, scratch = pick_outer(dtype, height, width, pairs, store=False), outer_scratch(*factors)
+        flops = plan.flops
+    else:
+        config, scratch = pick_gram(dtype, length, pairs), gram_scratch(*factors)
+        count, rest = divmod(length, config.rows)
+        own = (length**2 + count * config.rows**2 + rest**2) // 2  # tiles on and below the diagonal
+        flops = 2 * (height + width) * (2 * own + length**2)
+    return _Reduced(
+        form=plan.form,
+        tile=(config.rows, config.cols),
+        rows=2 * pairs,
+        flops=flops,
+        scratch=scratch,
+        path="triton",
+    )
+
+
+def _other(use: Used, setting: Setting) -> _Reduced:
+    """What is no product: additions, and three products of numbers for each entry of the two gradients."""
     size, tokens = setting.itemsize, setting.tokens
     if use.kind == "lookup":
         width = use.shape[-1]
@@ -204,4 +276,4 @@ def _other(use: Used, setting: Setting) -> tuple[str, None, int, int, int]:
         flops, scratch = 6 * use.elements, 2 * size * use.elements
     else:
         flops = scratch = 0
-    return use.kind, None, 2, flops, scratch
+    return _Reduced(form=use.kind, flops=flops, scratch=scratch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -70,6 +70,7 @@ def show_plan(
         budget=budget,
         batch_budget=SMALL if place.type == "cpu" else budget,
         price=partial(crossover.price, place, operands, path=path.split()[0]),
+        operands=operands if path == "triton" else None,
     )
     lines = plan_lines(shell.uses, setting)
     facts = {
@@ -92,11 +93,11 @@ def print_plan(lines: Sequence[Line], totals: Totals, setting: Setting, shell: S
         shell: the model.
         console: where to.
     """
+    kernels = setting.operands is not None
     table = Table(box=None, pad_edge=True, padding=(0, 1), header_style="dim")
-    for name in ("layers", "O×I", "r", "form", "tile", "FLOPs", "scratch", "share"):
-        table.add_column(
-            Text(name), justify="left" if name in ("layers", "form") else "right", no_wrap=name != "layers"
-        )
+    for name in ("layers", "O×I", "r", "form", *(["path"] if kernels else []), "tile", "FLOPs", "scratch", "share"):
+        left = name in ("layers", "form", "path")
+        table.add_column(Text(name), justify="left" if left else "right", no_wrap=name != "layers")
     for line in lines:
         share = line.flops / totals.flops if totals.flops else 0.0
         table.add_row(
@@ -104,6 +105,7 @@ def print_plan(lines: Sequence[Line], totals: Totals, setting: Setting, shell: S
             (f"{line.slots}×" if line.slots > 1 else "") + "×".join(map(str, line.shape)),
             "" if line.rank is None else str(line.rank),
             line.form,
+            *([line.path] if kernels else []),
             "" if line.tile is None else "×".join(map(str, line.tile)) + (f", {line.rows} rows" * (line.rows > 2)),
             _si(line.flops),
             _bytes(line.scratch),
@@ -120,13 +122,26 @@ def print_plan(lines: Sequence[Line], totals: Totals, setting: Setting, shell: S
             "activations come on top."
         )
     )
-    if any(line.form == "explicit" for line in lines):
-        console.print(
-            Text(
-                "explicit: no rule knows this use; both gradients are held whole, and every row has a forward of its "
-                "own. Only a memory_budget that is given limits them."
-            )
+    for remark in _remarks(lines, setting):
+        console.print(Text(remark))
+
+
+def _remarks(lines: Sequence[Line], setting: Setting) -> Iterator[str]:
+    """What the table alone would not explain."""
+    refused = [line for line in lines if line.refused]
+    if refused:
+        yield (
+            f"torch in {len(refused)} of {sum(bool(line.path) for line in lines)} lines of products: the kernels' sums "
+            f"of tiles would take up to {_bytes(max(line.refused for line in refused))}, more than the budget, so "
+            "torch's tiles reduce them: the same results, later."
         )
+    if any(line.form == "explicit" for line in lines):
+        yield (
+            "explicit: no rule knows this use; both gradients are held whole, and every row has a forward of its "
+            "own. Only a memory_budget that is given limits them."
+        )
+    if any(line.form == "sum" and line.scratch > setting.budget for line in lines):
+        yield "sum: the two gradients of a bias or a norm are held whole, also where they are more than the budget."
 
 
 def _si(number: int) -> str:

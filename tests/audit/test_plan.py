@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 
 from gradent.audit.plan import Setting, plan_lines, sum_lines
 from gradent.audit.shell import Used
@@ -110,3 +112,41 @@ def test_totals() -> None:
     assert full.pass_flops == 6 * elements * 2 * 512
     assert full.scratch == lines[0].scratch
     assert sum_lines(lines, replace(SETTING, pairs=3), 10 * elements).pass_flops == 3 * 42 * elements * 2 * 512
+
+
+def reduced_by(pairs: int, shape: tuple[int, int], tokens: int, budget: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What dispatch really takes for such operands: "gram" or "outer" of the kernels, or "torch"."""
+    from gradent.kernels import dispatch  # noqa: PLC0415
+    from gradent.kernels.fused import gram, outer  # noqa: PLC0415  (imports Triton, which is optional)
+
+    took: list[str] = []
+
+    def spy(module: Any, name: str) -> None:
+        kernel = getattr(module, f"{name}_entries")
+        monkeypatch.setattr(module, f"{name}_entries", lambda *args, **kw: took.append(name) or kernel(*args, **kw))
+
+    with monkeypatch.context() as monkeypatch:
+        spy(gram, "gram")
+        spy(outer, "outer")
+        u, v = (torch.randn(2 * pairs, tokens, size) for size in shape)
+        dispatch.reduce_pairs(u, v, budget=budget)
+    return took[0] if took else "torch"
+
+
+@pytest.mark.parametrize("pairs", [1, 3])
+@pytest.mark.parametrize(("shape", "tokens"), [((70, 40), 5), ((70, 40), 50), ((4, 200), 33)])
+def test_the_plan_of_kernels_is_what_dispatch_does(shape, tokens, pairs, monkeypatch) -> None:
+    """The scratch is right to the byte: with that budget the kernel runs, with a byte less it does not."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("operands are on the CPU, where kernels run in Triton's interpreter alone")
+    monkeypatch.setenv("GRADENT_KERNELS", "triton")
+    setting = replace(SETTING, tokens=tokens, pairs=pairs, together=pairs, operands=torch.float32)
+    (line,) = plan_lines([used("up.weight", shape=shape)], setting)
+    assert (line.path, line.refused, line.rows) == ("triton", 0, 2 * pairs)
+    assert line.form == reduced_by(pairs, shape, tokens, line.scratch, monkeypatch)
+    (alone,) = plan_lines([used("up.weight", shape=shape)], replace(setting, together=1))
+    (below,) = plan_lines([used("up.weight", shape=shape)], replace(setting, budget=alone.scratch - 1))
+    assert (below.path, below.refused) == ("torch", alone.scratch)
+    assert below.scratch < alone.scratch
+    assert reduced_by(pairs, shape, tokens, alone.scratch - 1, monkeypatch) == "torch"
