@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradent.errors import GradentWarning, InputError
+from gradent.kernels.precision import exactly
 from gradent.kernels.reference import accumulator, spans
 
 __all__ = ["OWN", "check_toward", "dot", "given_vector", "planned_step"]
@@ -185,6 +186,7 @@ def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str, fl
     return products
 
 
+@exactly
 def _dot(left: Tensor, right: Tensor) -> float:
     right = right.to(left.device)
     total = torch.zeros((), dtype=torch.float64, device=left.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradent.hooks.forms import Dense, Explicit, Form, Rows
 from gradent.hooks.ledger import Ledger, merge_forms
+from gradent.kernels.precision import exact_products
 from gradent.kernels.reference import accumulator
 from gradent.kernels.tokens import products
 
@@ -80,8 +81,9 @@ class CrossLedger(Ledger):
         for top in range(0, height, lines):
             for left in range(0, width, columns):
                 span = slice(top, min(height, top + lines)), slice(left, min(width, left + columns))
-                tile = torch.stack([_tile(forms, *span, wide) for forms in rows])
-                gram += products(tile, tile)
+                with exact_products(like.device):
+                    tile = torch.stack([_tile(forms, *span, wide) for forms in rows])
+                    gram += products(tile, tile)
         return gram
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradent.kernels.plan import PLAIN
 from gradent.kernels.reference import accumulator
 
 __all__ = [
@@ -61,11 +62,6 @@ class Deferred:
 
 Solid = Dense | Rows | Explicit
 Form = Solid | Deferred
-
-
-PLAIN = 2.0**16
-"""Factors from 1/PLAIN to PLAIN can wait: squares of what is not yet multiplied are off by 2^±32 at most, which leaves
-float32 (2^±126) room enough. float16 is widened before anything is squared."""
 
 
 def split_factor(factor: float) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from gradent.hooks.cuts import byte_size, cut_order
 from gradent.hooks.strand import Arrival, Lanes, Leaf, Strand
 from gradent.hooks.token_ledger import Flat, Lone, Odd, Shared, TokenLedger
 from gradent.hooks.uses import LookupUse, MatrixUse, SumUse
+from gradent.kernels.precision import exact_products
 from gradent.kernels.reference import accumulator, spans
 from gradent.kernels.tokens import Block, Entries
 
@@ -205,7 +206,8 @@ class _Run:
                 continue
             lookups = [key.use for _, key in waiting if isinstance(key, Tap) and isinstance(key.use, LookupUse)]
             if len(lookups) == len(waiting):
-                self.ledger.shrink(param, torch.cat([use.ids.reshape(-1) for use in lookups]))
+                with exact_products(self._parameters[param].device):
+                    self.ledger.shrink(param, torch.cat([use.ids.reshape(-1) for use in lookups]))
 
     def cut(self) -> list[list[int]]:
         """Where each strand's pass is cut: alike, where the passes are alike."""
@@ -249,7 +251,8 @@ class _Run:
 
     def _finish(self, param: int) -> None:
         del self._waiting[param]
-        self.ledger.finish(param)
+        with exact_products(self._parameters[param].device):
+            self.ledger.finish(param)
 
     def _behind_head(self, strand: Strand, arrival: Arrival) -> None:
         """A use that each lane reaches at its own position: a gradient of rank one."""
@@ -286,7 +289,7 @@ class _Run:
             a, made = use.token_factors(b)
             if self._formed(use):
                 wide = accumulator(made.dtype)
-                with torch.autocast(made.device.type, enabled=False):  # here in a backward pass, on a thread of its own
+                with exact_products(made.device):  # here in a backward pass, on a thread of its own
                     grads = torch.matmul(made.mT.to(wide), a.to(wide))  # [m, X, Y]
                 made = grads.mT if use.swapped else grads
         elif isinstance(use, LookupUse):

@@ -20,7 +20,7 @@ from typing import Literal
 
 from gradent.errors import MemoryBudgetError
 
-__all__ = ["DEFAULT_BUDGET", "LEAST_PRICE", "MOST_PRICE", "Plan", "batch_scratch", "choose", "parse_budget"]
+__all__ = ["DEFAULT_BUDGET", "LEAST_PRICE", "MOST_PRICE", "PLAIN", "Plan", "batch_scratch", "choose", "parse_budget"]
 
 DEFAULT_BUDGET = 256 * 2**20
 """Scratch of the reductions, in bytes, where the user sets none: a few tiles that stay near the caches."""
@@ -33,6 +33,10 @@ LEAST_PRICE, MOST_PRICE = 0.25, 4.0
 
 WORTH = 2**26
 """Flops of the cheaper form, about a millisecond of one CPU core, below which the price is not asked for."""
+
+PLAIN = 2.0**16
+"""Factors of a gradient from 1/PLAIN to PLAIN can wait until its products are formed: squares of what is not yet
+multiplied are off by 2^±32 at most, which leaves float32 (2^±126) room enough. float16 is widened first."""
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 

@@ -23,6 +23,7 @@ __all__ = [
     "batch_pays",
     "product_pays",
     "products",
+    "products_fit",
     "reduce_batch",
     "reduce_dense",
     "reduce_flat",
@@ -84,7 +85,7 @@ def batch_pays(u: Tensor, v: Tensor, *, budget: int) -> bool:
     """
     wide = accumulator(u.dtype)
     (count, length, rows), cols = u.shape, v.shape[2]
-    if count == 0 or not _holds(u, v, count, budget):
+    if count == 0 or not products_fit(u, v, count, budget):
         return False
     dearer = partial(price, u.device, u.dtype, path="torch")
     plan = choose(length, length, rows, cols, itemsize=wide.itemsize, budget=budget, price=dearer)
@@ -107,7 +108,7 @@ def product_pays(u: Tensor, v: Tensor, *, count: int, budget: int) -> bool:
     """
     (_, length, rows), cols = u.shape, v.shape[2]
     factors = length * (rows * u.element_size() + cols * v.element_size())
-    return rows * cols * accumulator(u.dtype).itemsize <= factors and _holds(u, v, count, budget)
+    return rows * cols * accumulator(u.dtype).itemsize <= factors and products_fit(u, v, count, budget)
 
 
 def tiles_pay(grad: Tensor, *, count: int, budget: int) -> bool:
@@ -125,8 +126,18 @@ def tiles_pay(grad: Tensor, *, count: int, budget: int) -> bool:
     return size <= _room(grad.device, budget)
 
 
-def _holds(u: Tensor, v: Tensor, count: int, budget: int) -> bool:
-    """Whether the products of `count` rows, and what it takes to form and reduce them, are small."""
+def products_fit(u: Tensor, v: Tensor, count: int, budget: int) -> bool:
+    """Whether the products of rows, and what it takes to form and reduce them, are small.
+
+    Args:
+        u: `[R, T, O]`.
+        v: `[R, T, I]`.
+        count: rows whose products are held at once.
+        budget: bytes of scratch.
+
+    Returns:
+        The answer.
+    """
     wide = accumulator(u.dtype)
     widen = (u.dtype != wide, v.dtype != wide)
     size = batch_scratch(count, u.shape[1], u.shape[2], v.shape[2], itemsize=wide.itemsize, widen=widen)

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from gradent.kernels.dispatch import path
-from gradent.kernels.reference import accumulator, reduce_flat, spans
+from gradent.kernels.dispatch import attempt, path
+from gradent.kernels.plan import PLAIN
+from gradent.kernels.precision import exactly
+from gradent.kernels.reference import accumulator, products, products_fit, reduce_flat, reduce_tiles, spans
 
 __all__ = ["reduce_shared"]
 
@@ -23,6 +26,7 @@ TILE = 2**22
 """Bytes of one pair's two tiles at most: near enough to the caches, and long enough for a product to run at speed."""
 
 
+@exactly
 def reduce_shared(
     u: Tensor,
     v: Tensor,
@@ -45,17 +49,23 @@ def reduce_shared(
         places: R numbers: where a row belongs among the 2k, 0..k-1 chosen and k..2k-1 rejected; -1 for nowhere.
         factors: R numbers; a row of factor 0 counts as zero in the entries, and once in the sum.
         pairs: k.
-        budget: bytes that the tiles may take; the sum comes on top (with kernels, a scaled copy of u instead of tiles).
+        budget: bytes that the tiles may take; the sum comes on top. Kernels have no tiles, but need a scaled copy of u
+            where a factor is far from 1.
         weight: `[O, I]` or None; multiplies a product's entries before they are squared, not the sum.
 
     Returns:
         `(entries [k, 3] float64, sum [O, I])`, the sum in the accumulator's dtype.
     """
-    if all(path(each.device, each.dtype) == "triton" for each in (u, v)):
-        return _by_kernel(u, v, places, factors, pairs, weight)
+    powers, couples = _powers(factors), _couples(places, pairs)
+    copies = any(power != 1 for power in powers) and u.numel() * u.element_size() > budget
+    if all(path(each.device, each.dtype) == "triton" for each in (u, v)) and not copies:
+        found = attempt(u.device, partial(_by_kernel, u, v, places, factors, pairs, weight))
+        if found is not None:
+            return found
+    if len(couples) == pairs and products_fit(u, v, len(u), budget):
+        return _together(u, v, places, factors, pairs, weight)
     wide = accumulator(u.dtype)
     (_, _, rows), cols = u.shape, v.shape[2]
-    powers, couples = _powers(factors), _couples(places, pairs)
     room = min(budget, TILE) // (2 * wide.itemsize)
     width = min(cols, max(1, room))
     height = max(1, min(rows, room // width))
@@ -80,6 +90,22 @@ def reduce_shared(
     return entries * _rest(factors, powers, couples[:pairs]).to(entries.device), total
 
 
+def _together(
+    u: Tensor, v: Tensor, places: Sequence[int], factors: Sequence[float], pairs: int, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same with all rows' products held at once: they are small. Every row belongs to a pair."""
+    powers = _powers(factors)
+    grads = products(u, v)
+    total = grads.sum(0)
+    if any(power != 1 for power in powers):
+        grads *= torch.tensor(powers, dtype=grads.dtype, device=grads.device)[:, None, None]
+    if weight is not None:
+        grads *= weight
+    if list(places) != list(range(len(places))):
+        grads = grads[torch.tensor(places, device=grads.device).argsort()]
+    return reduce_tiles(grads) * _rest(factors, powers, _couples(places, pairs)).to(grads.device), total
+
+
 def _couples(places: Sequence[int], pairs: int) -> list[tuple[int | None, int | None]]:
     """The rows of each pair, and then each row that is in none."""
     at = {place: row for row, place in enumerate(places) if place >= 0}
@@ -88,8 +114,11 @@ def _couples(places: Sequence[int], pairs: int) -> list[tuple[int | None, int | 
 
 
 def _powers(factors: Sequence[float]) -> list[float]:
-    """Powers of two near the factors, within what float32 can divide by."""
-    return [2.0 ** min(120, max(-120, math.frexp(factor)[1])) if factor else 1.0 for factor in factors]
+    """Powers of two near the factors, within what float32 can divide by; 1 for those that can wait."""
+    return [
+        1.0 if not factor or 1 / PLAIN <= abs(factor) <= PLAIN else 2.0 ** min(120, max(-120, math.frexp(factor)[1]))
+        for factor in factors
+    ]
 
 
 def _rest(
@@ -110,10 +139,10 @@ def _by_kernel(
 
     count, tokens, _ = u.shape
     powers, couples = _powers(factors), _couples(places, pairs)
-    if u.dtype == torch.float16:  # whose range is too small for it
-        u = u.float()
-    scaled = (u * torch.tensor(powers, dtype=u.dtype, device=u.device)[:, None, None]).flatten(0, 1)
-    others = v.flatten(0, 1)
+    if any(power != 1 for power in powers):
+        u = u.float() if u.dtype == torch.float16 else u  # whose range is too small for it
+        u = u * torch.tensor(powers, dtype=u.dtype, device=u.device)[:, None, None]
+    scaled, others = u.flatten(0, 1), v.flatten(0, 1)
     sides = [[count if pair[side] is None else pair[side] for pair in couples] for side in (0, 1)]
     rows = [torch.tensor(side, dtype=torch.int64) for side in sides]
     spans = [part for side in rows for part in (side.clamp(max=count - 1) * tokens, (side < count) * tokens)]
