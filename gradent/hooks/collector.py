@@ -119,7 +119,10 @@ class Collector:
         if factors is None or not is_shared(tap.node) or not isinstance(use, MatrixUse) or use.view.slot:
             return False
         u, v = use.factors(cotangent, place.layout)
-        grad = self.ledger.share(use.view.param, u, v, place.rows, factors)
+        # The sum goes to the trainer, so that nothing may be left out which is not seen to be zero by now.
+        certain = place.layout.certain and u.shape[1] == place.layout.length
+        spans = (lambda: place.layout.spans) if certain else (lambda: None)
+        grad = self.ledger.share(use.view.param, u, v, place.rows, factors, spans)
         if grad is None:
             return False
         give(tap.node, cotangent, grad)

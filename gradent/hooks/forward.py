@@ -200,7 +200,8 @@ class WatchedForward:
         if param in collector.ledger.entries:
             self.group.fail(f"{self.group.owner.names[param]} is used in more than one reentrant checkpoint")
             return
-        layout = replace(self.place.layout, look=partial(self._spans_of, tap, cotangent))
+        look = partial(self._spans_of, tap, cotangent)
+        layout = replace(self.place.layout, look=look, certain=waits(cotangent.device))
         collector.arrive(tap, cotangent, Place(layout, self.place.rows), self._powers)
 
     def _note_spans(self, marks: Tensor) -> None:

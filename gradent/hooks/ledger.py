@@ -111,7 +111,15 @@ class Ledger:
         self.entries[param] = entries
         return True
 
-    def share(self, param: int, u: Tensor, v: Tensor, places: Sequence[int], factors: Sequence[float]) -> Tensor | None:
+    def share(
+        self,
+        param: int,
+        u: Tensor,
+        v: Tensor,
+        places: Sequence[int],
+        factors: Sequence[float],
+        spans: Callable[[], Sequence[tuple[int, int]] | None],
+    ) -> Tensor | None:
         """Reduce a parameter of which one product's gradients are all there is, and add those gradients up.
 
         Args:
@@ -120,6 +128,7 @@ class Ledger:
             v: `[R, T, I]`.
             places: each row's number among the 2k, or -1.
             factors: what each row is multiplied by before it is measured.
+            spans: finds of each row the tokens outside of which u or v is zero; None if that is not certain.
 
         Returns:
             The sum of all rows' products `[O, I]`; None where not every pair's rows are here, and nothing was done.
@@ -127,7 +136,14 @@ class Ledger:
         if self._holds(param) or sum(place >= 0 for place in places) != 2 * self._pairs:
             return None
         self.entries[param], total = reduce_shared(
-            u, v, places, factors, pairs=self._pairs, budget=self._budget, weight=self._root(param, ())
+            u,
+            v,
+            places,
+            factors,
+            pairs=self._pairs,
+            budget=self._budget,
+            weight=self._root(param, ()),
+            row_spans=spans(),
         )
         return total
 

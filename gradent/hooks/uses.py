@@ -30,11 +30,13 @@ class Layout:
         rows: R.
         length: L.
         look: finds the `spans`, when they are first wanted; None where they cannot be known.
+        certain: whether what is found is so, and not yet to be confirmed when the backward is over.
     """
 
     rows: int
     length: int
     look: Callable[[], Sequence[tuple[int, int]] | None] | None = field(default=None, compare=False)
+    certain: bool = True
 
     @cached_property
     def spans(self) -> Sequence[tuple[int, int]] | None:

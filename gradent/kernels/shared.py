@@ -36,6 +36,7 @@ def reduce_shared(
     pairs: int,
     budget: int,
     weight: Tensor | None = None,
+    row_spans: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Entries of every pair, and the sum of all rows' products.
 
@@ -52,6 +53,7 @@ def reduce_shared(
         budget: bytes that the tiles may take; the sum comes on top. Kernels have no tiles, but need a scaled copy of u
             where a factor is far from 1.
         weight: `[O, I]` or None; multiplies a product's entries before they are squared, not the sum.
+        row_spans: of each row, the tokens outside of which u or v is known to be zero; None for all.
 
     Returns:
         `(entries [k, 3] float64, sum [O, I])`, the sum in the accumulator's dtype.
@@ -80,7 +82,8 @@ def reduce_shared(
                 for side, row in zip(tile, couple, strict=True):
                     if row is None:
                         continue
-                    here, there = u[row, :, top].to(wide).T, v[row, :, left].to(wide)
+                    live = slice(*row_spans[row]) if row_spans is not None else slice(None)
+                    here, there = u[row, live, top].to(wide).T, v[row, live, left].to(wide)
                     torch.addmm(side, here, there, beta=0, alpha=powers[row], out=side)
                     goal.add_(side, alpha=1 / powers[row])
                 if number < pairs:

@@ -435,6 +435,25 @@ def test_padding_that_gets_a_gradient_is_not_left_out(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("waits", [True, False])
+def test_a_shared_weight_gradient_leaves_nothing_out_that_is_not_zero(
+    waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradent.hooks.forward.waits", lambda device: waits)
+    monkeypatch.setattr("gradent.kernels.shared.products_fit", lambda *args: False)
+    gradients = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model, batch = Looking().double(), ragged()
+        if watched:
+            assert watch(model, lambda: through_logits(model, batch), share=True)[0].shared == 2  # noqa: B023
+        else:
+            through_logits(model, batch).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, shared in zip(*gradients, strict=True):
+        torch.testing.assert_close(shared, plain, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("waits", [True, False])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 def test_padding_takes_no_part(way: str, lora: bool, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
