@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
-__all__ = ["ModuleGram", "PairGram", "sum_parameters"]
+__all__ = ["ModuleGram", "PairGram", "on_cpu", "sum_parameters"]
 
 ModuleGram = tuple[Tensor, Tensor, Tensor]
 """`(chosen_sq, rejected_sq, inner)` of one module, each float64 `[B]`."""
@@ -112,8 +111,30 @@ def sum_parameters(
     Returns:
         `{module name: float64 [3, B]}`, on the CPU, in the parameters' order; zeros where nothing was measured.
     """
-    modules: dict[str, Tensor] = defaultdict(lambda: torch.zeros(3, pairs, dtype=torch.float64))
+    owners = [name.rpartition(".")[0] for name in names]
+    places = {name: place for place, name in enumerate(dict.fromkeys(owners))}
+    sums = torch.zeros(len(places), pairs, 3, dtype=torch.float64)
     for numbers, entries in parts:
-        for number, entry in sorted(entries.items()):
-            modules[names[number].rpartition(".")[0]][:, list(numbers)] += entry.cpu().T
-    return {name: modules[name] for name in dict.fromkeys(name.rpartition(".")[0] for name in names)}
+        if entries:
+            group = torch.zeros(len(places), len(numbers), 3, dtype=torch.float64)
+            held = on_cpu({number: entries[number] for number in sorted(entries)})
+            at = torch.tensor([places[owners[number]] for number in held])
+            sums[:, list(numbers)] += group.index_add_(0, at, torch.stack(list(held.values())))
+    return dict(zip(places, sums.mT, strict=True))
+
+
+def on_cpu(entries: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """The same tensors on the CPU, in one copy from each device: on a GPU every copy waits for all that is queued.
+
+    Args:
+        entries: tensors of one shape and dtype.
+
+    Returns:
+        Their copies, in the same order; those that are there already, as they are.
+    """
+    devices = {entry.device for entry in entries.values()} - {torch.device("cpu")}
+    found = dict(entries)
+    for device in devices:
+        numbers = [number for number, entry in entries.items() if entry.device == device]
+        found |= dict(zip(numbers, torch.stack([entries[number] for number in numbers]).cpu(), strict=True))
+    return found

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gradent.gram import on_cpu
 from gradent.hooks.capture import Tap
 from gradent.hooks.clock import Clock
 from gradent.hooks.collector import Collector, Place
@@ -31,7 +32,7 @@ class Passed:
     """One backward of the trainer, with the one or two forwards below it, and what it told.
 
     Attributes:
-        rows: `(ids int64 [T], marks bool [T])` of the 2k rows that are paired, real tokens only, on the model's device.
+        rows: `(ids int64 [T], marks bool [T])` of the 2k rows that are paired, real tokens only, on the CPU.
         tokens: each token's own coefficient, float64 `[T]`, of those rows.
         constant: whether a row's tokens share one coefficient.
         given: whether the marks came with the batch.
@@ -205,12 +206,12 @@ class WatchedBackward:
                 "exact, and the verdict, which is made with mean weights, is not"
             )
         self.passed.reward, self.passed.given = reward, self.passed.given and found.given
+        ids, mask = forward.input_ids.cpu(), forward.attention_mask.cpu().bool()
         for row, position in enumerate(forward.place.rows):
             if position >= 0:
-                keep = forward.attention_mask[row].bool()
-                marks = found.marks[row].to(keep.device)
-                self.passed.rows[position] = (forward.input_ids[row][keep], marks[keep])
-                self.passed.tokens[position] = found.tokens[row][keep.cpu()]
+                keep = mask[row]
+                self.passed.rows[position] = (ids[row][keep], found.marks[row][keep])
+                self.passed.tokens[position] = found.tokens[row][keep]
                 self.passed.c[position], self.passed.logps[position] = found.c[row], found.logp[row]
 
     def note_rests(self, forward: WatchedForward, rests: Sequence[float]) -> None:
@@ -249,9 +250,7 @@ class WatchedBackward:
             self.fail("padding after the responses gets a gradient too, as if the model looked ahead")
         chosen, rejected = self._rests.chunk(2)
         rests = torch.stack([chosen**2, rejected**2, chosen * rejected], 1)
-        self.passed.entries = {
-            number: entry * rests.to(entry.device) for number, entry in collector.ledger.entries.items()
-        }
+        self.passed.entries = {number: entry * rests for number, entry in on_cpu(collector.ledger.entries).items()}
         self.passed.shared = collector.shared
         parameters = self.owner.parameters
         # What got a gradient from a hidden region, where no use of it was seen.
@@ -323,6 +322,6 @@ def mark_completions(passed: Passed) -> bool:
                 kept[:start] = False
                 passed.rows[number] = (ids, kept)
         for number in numbers:
-            marks = passed.rows[number][1].cpu()
+            marks = passed.rows[number][1]
             passed.c[number] = passed.tokens[number][marks].mean() if bool(marks.any()) else 0.0
     return True

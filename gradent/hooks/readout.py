@@ -35,7 +35,7 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torc
 
 @dataclass(frozen=True, kw_only=True)
 class Coefficients:
-    """What one forward's output and its gradient say of each of its N rows.
+    """What one forward's output and its gradient say of each of its N rows, on the CPU.
 
     Attributes:
         c: `∂L/∂log π(y|x)`, float64 `[N]`; 0 where the loss does not move the row.
@@ -242,14 +242,13 @@ class RewardReadout:
 def _coefficients(
     c: Tensor, logp: Tensor, marks: Tensor, tokens: Tensor, off: Tensor, dtype: torch.dtype
 ) -> Coefficients:
+    c, logp, marks, tokens, off = (part.cpu() for part in (c, logp, marks, tokens, off))
     active = c != 0
     spread = float((off[active] / c[active].abs()).max()) if bool(active.any()) else 0.0
     # A row whose coefficients cancel to zero, but are not zero, is not inactive.
     cancelled = bool((off[~active] > 0).any())
     limit = ROUNDING.get(dtype, ROUNDING[torch.bfloat16])
     constant = spread <= limit and not cancelled
-    host = (part.cpu() for part in (c, logp, marks, tokens))
-    c, logp, marks, tokens = host
     return Coefficients(c=c, logp=logp, marks=marks, tokens=tokens, spread=spread, constant=constant)
 
 
