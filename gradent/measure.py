@@ -6,13 +6,14 @@ Letters: B pairs of the batch, k pairs of a micro-batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from gradent.errors import InputError, NonFiniteError, UncoveredParameterError
-from gradent.gram import ModuleGram, PairGram, sum_parameters
+from gradent.gram import ModuleGram, PairGram, on_cpu, sum_parameters
 from gradent.hooks.batching import group_rows
 from gradent.hooks.driver import measure_pairs
 from gradent.hooks.engine import Outcome
@@ -93,6 +94,7 @@ def measure(
             outcomes = measure_pairs(model, parameters, rows, budget=budget, weight=weight, dropout=dropout)
         else:
             outcomes = per_sample_pairs(model, parameters, rows, weight=weight, dropout=dropout)
+    outcomes = [(pairs, replace(outcome, entries=on_cpu(outcome.entries))) for pairs, outcome in outcomes]
     _check_finite(list(parameters), outcomes)
     return _gather(batch, parameters, outcomes, by_module=by_module, allow_uncovered=allow_uncovered)
 
@@ -136,6 +138,8 @@ def _rows(model: nn.Module, batch: PairBatch) -> list[Row]:
 
 def _check_finite(names: Sequence[str], outcomes: Sequence[tuple[list[int], Outcome]]) -> None:
     for pairs, outcome in outcomes:
+        if not outcome.entries or bool(torch.stack(list(outcome.entries.values())).isfinite().all()):
+            continue
         for number, entry in outcome.entries.items():  # in the order of the backward pass
             bad = (~torch.isfinite(entry)).any(1).nonzero()
             if len(bad):

@@ -384,7 +384,8 @@ def observed(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
     _OBSERVED.append(model)
     try:
         with torch.random.fork_rng(devices=devices):
-            model.train(dropout)
+            if any(training != dropout for _, training in flags):
+                model.train(dropout)
             if dropout:
                 for module in checkpointed:
                     module.gradient_checkpointing = False  # type: ignore[assignment]
@@ -400,7 +401,8 @@ def observed(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
             vars(module).pop(_PADDING_WARNING, None)
             vars(module).update(own)
         for module, training in flags:
-            module.training = training
+            if module.training != training:
+                module.training = training
         if dropout:
             for module in checkpointed:
                 module.gradient_checkpointing = True  # type: ignore[assignment]

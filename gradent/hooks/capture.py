@@ -121,6 +121,7 @@ class Capture(TorchFunctionMode):
             for number, parameter in enumerate(parameters)
         }
         self._leaves: dict[Node, int] = {}
+        self._nodes: dict[int, Node | None] = {}
         self._held: list[Tensor] = []  # views must stay alive: their id is their key
         self._handles: list[RemovableHandle] = []
         self._pending: weakref.WeakKeyDictionary[Any, dict[_Key, deque[_Pending]]] = weakref.WeakKeyDictionary()
@@ -169,7 +170,7 @@ class Capture(TorchFunctionMode):
         # The operator may be where the computation is cut short: its operands are taken now.
         if again and self._refill(region, self._key(func, tracked), args, kwargs):
             return None
-        return _Seen(tracked, [(tensor, node_of(tensor)) for tensor in tensors], region, again)
+        return _Seen(tracked, [(tensor, self._node(tensor)) for tensor in tensors], region, again)
 
     def _after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor, seen: _Seen) -> None:
         key = self._key(func, seen.tracked)
@@ -251,10 +252,18 @@ class Capture(TorchFunctionMode):
         found = self._views.get(id(operand))
         return found[0] if found is not None and found[1] is operand.grad_fn else None
 
+    def _node(self, tensor: Tensor) -> Node | None:
+        """`node_of`, which for a leaf takes an operator to find out; of a tracked one it is remembered."""
+        if tensor.grad_fn is not None or id(tensor) not in self._views:
+            return node_of(tensor)
+        if id(tensor) not in self._nodes:
+            self._nodes[id(tensor)] = node_of(tensor)
+        return self._nodes[id(tensor)]
+
     @property
     def leaves(self) -> dict[Node, int]:
         """The nodes at which the parameters' gradients arrive, with their numbers."""
-        numbers = {node_of(parameter): number for number, parameter in enumerate(self.parameters)}
+        numbers = {self._node(parameter): number for number, parameter in enumerate(self.parameters)}
         return {node: number for node, number in numbers.items() if node is not None} | self._leaves
 
     def adopt(self, number: int, tensor: Tensor) -> None:
@@ -290,6 +299,7 @@ class Capture(TorchFunctionMode):
         self.taps.clear()
         self._pending.clear()
         self._leaves.clear()
+        self._nodes.clear()
         self._handles.clear()
         self._views.clear()
         self._held.clear()

@@ -189,17 +189,26 @@ class Ledger:
             return None
         root = self._root(param, first.slot)
         try:
-            if len(formed) == 1 and list(first.rows) == list(range(2 * self._pairs)):
-                entries = reduce_tiles(first.grads if root is None else first.grads * root)
-            else:
-                tiles = first.grads.new_zeros(2 * self._pairs, *first.grads.shape[1:])
-                for one in formed:
-                    tiles.index_add_(0, torch.tensor(one.rows, device=tiles.device), one.grads)
-                entries = reduce_tiles(tiles if root is None else tiles.mul_(root))
+            tiles = self._tiles(formed)
+            entries = reduce_tiles(tiles if root is None else tiles * root)
         except torch.OutOfMemoryError:
             return None
         del self._formed[param]
         return entries
+
+    def _tiles(self, formed: Sequence[_Formed]) -> Tensor:
+        """Every row's gradient, `[2k, *shape of the slot]`: added where a row has several, zero where it has none."""
+        rows = [row for one in formed for row in one.rows]
+        grads = formed[0].grads if len(formed) == 1 else torch.cat([one.grads for one in formed])
+        if rows == list(range(2 * self._pairs)):
+            return grads
+        at = torch.tensor(rows, device=grads.device)
+        if sorted(rows) == list(range(2 * self._pairs)):
+            return grads[at.argsort()]
+        tiles = grads.new_zeros(2 * self._pairs, *grads.shape[1:])
+        for one, where in zip(formed, torch.split(at, [len(one.rows) for one in formed]), strict=True):
+            tiles.index_add_(0, where, one.grads)
+        return tiles
 
     def _holds(self, param: int) -> bool:
         """Whether something of a parameter waits to be reduced."""

@@ -7,9 +7,11 @@ more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import wraps
+from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -24,21 +26,45 @@ _EXACT = "ieee"
 _UNSET = "none"
 _SETTING = "fp32_precision"
 
+_thread = threading.local()
+"""`kind`: the type of device on which products are exact in this thread already."""
 
-def exact_products(device: torch.device) -> AbstractContextManager[None]:
+
+class exact_products:
     """Inside, matrix products on a device are formed in their operands' own dtype: no autocast, no tf32.
 
     The allowance is one for the whole process and given back at the end: while this is active, products that another
     thread forms at the same time are exact as well.
 
     Args:
-        device: where the operands are.
-
-    Returns:
-        A context manager, which does nothing where nothing has to be changed.
+        device: where the operands are; all devices of its type are meant.
     """
-    cast, allowed = torch.is_autocast_enabled(device.type), _allowed(device)
-    return _exact(device, cast, allowed) if cast or allowed else nullcontext()
+
+    def __init__(self, device: torch.device) -> None:
+        self._kind = device.type
+        self._before: str | None = None
+        self._undo: ExitStack | None = None
+
+    def __enter__(self) -> None:
+        self._before = getattr(_thread, "kind", None)
+        if self._before == self._kind:
+            return
+        _thread.kind = self._kind
+        cast, allowed = torch.is_autocast_enabled(self._kind), _allowed(self._kind)
+        if cast or allowed:
+            self._undo = ExitStack()
+            if allowed:
+                _allow(self._kind, _EXACT)
+                self._undo.callback(_allow, self._kind, allowed)
+            if cast:
+                self._undo.enter_context(torch.autocast(self._kind, enabled=False))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _thread.kind = self._before
+        if self._undo is not None:
+            self._undo.close()
 
 
 def exactly(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
@@ -59,21 +85,9 @@ def exactly(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatena
     return run
 
 
-@contextmanager
-def _exact(device: torch.device, cast: bool, allowed: str) -> Iterator[None]:
-    if allowed:
-        _allow(device, _EXACT)
-    try:
-        with torch.autocast(device.type, enabled=False) if cast else nullcontext():
-            yield
-    finally:
-        if allowed:
-            _allow(device, allowed)
-
-
-def _allowed(device: torch.device) -> str:
+def _allowed(kind: str) -> str:
     """What float32 products may be computed in, as `_allow` takes it; "" where it is float32."""
-    backend = _backend(device)
+    backend = _backend(kind)
     if backend is None:  # torch 2.8
         precision = torch.get_float32_matmul_precision()
         return "" if precision == "highest" else precision
@@ -82,15 +96,15 @@ def _allowed(device: torch.device) -> str:
     return "" if general in (_EXACT, _UNSET) else own
 
 
-def _allow(device: torch.device, precision: str) -> None:
-    backend = _backend(device)
+def _allow(kind: str, precision: str) -> None:
+    backend = _backend(kind)
     if backend is None:
         torch.set_float32_matmul_precision("highest" if precision == _EXACT else precision)
     else:
         setattr(backend, _SETTING, precision)
 
 
-def _backend(device: torch.device) -> Any:
+def _backend(kind: str) -> Any:
     """What holds the setting for a kind of device; None where there is one setting for all."""
-    backend = getattr(getattr(torch.backends, "cuda" if device.type == "cuda" else "mkldnn"), "matmul", None)
+    backend = getattr(getattr(torch.backends, "cuda" if kind == "cuda" else "mkldnn"), "matmul", None)
     return backend if hasattr(backend, _SETTING) else None
