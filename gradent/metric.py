@@ -52,7 +52,7 @@ def metric_roots(optimizer: object, parameters: Mapping[str, Tensor]) -> Callabl
         state, group = optimizer.state[tensor], groups[id(tensor)]
         second = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
         wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        corrected = second.to(wide, copy=True).div_(1 - group["betas"][1] ** float(state["step"]))
+        corrected: Tensor = second.to(wide, copy=True).div_(1 - group["betas"][1] ** float(state["step"]))
         return corrected.sqrt_().add_(float(group["eps"])).rsqrt_()
 
     return root

@@ -46,13 +46,13 @@ DTYPES = [
     (torch.float16, torch.float16),
     (torch.float32, torch.bfloat16),
 ]
-# What a launch learns of its arguments: sizes and row strides of real layers are multiples of 16 elements.
-ALIGNED = ("O", "I", "uw_t", "vw_t", "ul_t", "vl_t", "weight_o")
+UNITS = {"UNIT_O": 8, "UNIT_I": 8}
+"""Sizes and row strides of real layers, and of LoRA with r = 8, are multiples of 8: `unit` of `fused/tiles.py`."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel as it is launched on contiguous operands.
+    """A kernel as it is launched on contiguous operands, whose sizes are multiples of 8.
 
     Attributes:
         kernel: "gram", "outer" or "outer+gradient".
@@ -72,12 +72,13 @@ class Case:
     def constants(self) -> dict[str, Any]:
         """Argument name -> value known when compiling."""
         wide = self.u != self.v
-        known: dict[str, Any] = {"uw_o": 1, "vw_i": 1, "ul_o": 1, "vl_i": 1, "DEPTH": self.config.depth, "FAR": False}
+        known: dict[str, Any] = {"uw_o": 1, "vw_i": 1, "ul_o": 1, "vl_i": 1, **UNITS}
+        known |= {"DEPTH": self.config.depth, "FAR": False}
         if self.kernel == "gram":
             return {**known, "B": self.config.rows, "WIDE": False}
         store = self.kernel != "outer"
         known |= {"BO": self.config.rows, "BI": self.config.cols, "WEIGHTED": self.weighted, "STORE": store}
-        known |= {"weight_i": 1} if self.weighted else {"weight": None, "weight_o": 0, "weight_i": 0}
+        known |= {"weight_i": 1} if self.weighted else {"weight": None}
         return {**known, "WIDE": wide, **({} if store else {"coefficients": None, "gradient": None})}
 
 
@@ -91,6 +92,30 @@ def cases() -> Iterator[Case]:
                 yield from (Case(name, u, v, weighted, config) for weighted in (False, True))
 
 
+def source(case: Case) -> tuple[ASTSource, dict[str, Any]]:
+    """What a launch would compile: tests/kernels/test_compile.py compares them.
+
+    Args:
+        case: which.
+
+    Returns:
+        The kernel with the types, constants and multiples of its arguments, and the compiler's options.
+    """
+    kernel = gram_kernel if case.kernel == "gram" else outer_kernel
+    types = {"u_w": case.u, "u_l": case.u, "v_w": case.v, "v_l": case.v}
+    pointers = {name: POINTERS[dtype] for name, dtype in types.items()}
+    pointers |= {"weight": "*fp32", "coefficients": "*fp32", "gradient": "*fp32", "partials": "*fp64"}
+    pointers["spans"] = "*i64"
+    known = case.constants
+    signature = {name: "constexpr" if name in known else pointers.get(name, "i32") for name in kernel.arg_names}
+    # Memory begins at a multiple of 16 bytes; so does a stride of 0 count, which is that of a weight that is not there.
+    aligned = {*pointers, *(() if case.weighted else ("weight_i",))} - set(known)
+    hints = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name in aligned}
+    constants = {(place,): known[name] for place, name in enumerate(kernel.arg_names) if name in known}
+    options = {"num_warps": case.config.warps, "num_stages": case.config.stages, "enable_fp_fusion": True}
+    return ASTSource(kernel, signature, constants, hints), options
+
+
 def compile_case(case: Case) -> Any:
     """The kernel compiled for sm_90, by this process's Triton.
 
@@ -100,21 +125,8 @@ def compile_case(case: Case) -> Any:
     Returns:
         Triton's compiled kernel, with its `asm` and `metadata`.
     """
-    kernel = gram_kernel if case.kernel == "gram" else outer_kernel
-    types = {"u_w": case.u, "u_l": case.u, "v_w": case.v, "v_l": case.v}
-    pointers = {name: POINTERS[dtype] for name, dtype in types.items()}
-    pointers |= {"weight": "*fp32", "coefficients": "*fp32", "gradient": POINTERS[case.u], "partials": "*fp32"}
-    pointers["spans"] = "*i64"
-    known = case.constants
-    signature = {name: "constexpr" if name in known else pointers.get(name, "i32") for name in kernel.arg_names}
-    hints = {
-        (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(kernel.arg_names)
-        if name not in known and (name in pointers or name in ALIGNED)
-    }
-    options = {"num_warps": case.config.warps, "num_stages": case.config.stages, "enable_fp_fusion": True}
-    source = ASTSource(kernel, signature, known, hints)
-    return triton.compile(source, target=GPUTarget("cuda", ARCH, 32), options=options)
+    made, options = source(case)
+    return triton.compile(made, target=GPUTarget("cuda", ARCH, 32), options=options)
 
 
 def resources(compiled: Any) -> dict[str, int]:

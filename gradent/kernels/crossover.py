@@ -32,8 +32,15 @@ from gradent.kernels.plan import DEPTH, LEAST_PRICE, MOST_PRICE, Plan
 
 __all__ = ["adopt", "cache_file", "device_name", "is_measured", "known", "price"]
 
-SIDE = {"cpu": 512, "cuda": 2048}
-"""O and I of the measured weight: beyond the smallest caches, and 5 MB (55 MB on a GPU) of operands and tiles."""
+SIDE = {"cpu": 512, "cuda": 4096}
+"""O and I of the measured weight: beyond the smallest caches, and 5 MB of operands and tiles on a CPU.
+
+On a GPU 45 MB (16 bits) or 90 MB (float32) of operands, torch's tiles on top: some 90 Gflop a call, so that the device
+takes longer for it than Python for its launch.
+"""
+
+REPEATS = 8
+"""Calls between two events of a GPU, behind one that keeps it busy while they are queued."""
 
 ROUNDS = 15
 SECONDS = 0.2
@@ -48,7 +55,7 @@ SHARE = 0.8
 STEPS = 2
 """Steps of the price's grid in a factor of 2."""
 
-VERSION = 1
+VERSION = 2
 """Of the cache file; it grows when a price changes meaning."""
 
 _known: dict[str, float] = {}
@@ -198,8 +205,9 @@ def _measure(device: torch.device, dtype: torch.dtype, path: str) -> tuple[float
 
 def _operands(length: int, side: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """u and v of both sides, `[length, side]`: fixed numbers between -1 and 1, none of them special."""
-    count = torch.arange(length * side, device=device)
-    return [(count * step % 127 - 63).div(64).to(dtype).view(length, side) for step in (3, 5, 11, 13)]
+    count = torch.arange(length * side, dtype=torch.int32, device=device)
+    drawn = ((count * step).remainder_(127).sub_(63) for step in (3, 5, 11, 13))
+    return [numbers.to(dtype).div_(64).view(length, side) for numbers in drawn]
 
 
 def _forms(path: str, operands: list[Tensor]) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -225,17 +233,20 @@ def _forms(path: str, operands: list[Tensor]) -> tuple[Callable[[], Any], Callab
 
 
 def _timed(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that a call takes, until the device has done it."""
-    repeats = 1
-    if device.type == "cuda":  # long enough for the queue to be full
-        torch.cuda.synchronize(device)
-        repeats = 8
-    began = time.perf_counter()
-    for _ in range(repeats):
+    """Seconds that a call takes: on a GPU what the device itself is busy with, without the Python that queues it."""
+    if device.type != "cuda":
+        began = time.perf_counter()
         function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - began) / repeats
+        return time.perf_counter() - began
+    stream = torch.cuda.current_stream(device)
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call, unused-ignore]
+    function()
+    first.record(stream)
+    for _ in range(REPEATS):
+        function()
+    last.record(stream)
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1000 / REPEATS
 
 
 def _read() -> dict[str, float]:

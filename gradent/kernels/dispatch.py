@@ -14,9 +14,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,9 @@ from gradent.kernels.reference import batch_pays, reduce_batch, reduce_dense
 if TYPE_CHECKING:
     from gradent.kernels.fused.operands import Spans
 
-__all__ = ["VARIABLE", "pairs_pay", "path", "reduce_pair", "reduce_pairs"]
+__all__ = ["VARIABLE", "attempt", "pairs_pay", "pairs_together", "path", "reduce_pair", "reduce_pairs"]
+
+T = TypeVar("T")
 
 VARIABLE = "GRADENT_KERNELS"
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -102,17 +104,58 @@ def reduce_pair(
     return reduce_dense(u_w, v_w, u_l, v_l, budget=budget, weight=weight)
 
 
-def reduce_pairs(
-    u: Tensor, v: Tensor, *, budget: int, lengths: Tensor | None = None, weight: Tensor | None = None
-) -> Tensor:
-    """Gram entries of k pairs at once; worth it where `pairs_pay`.
+def pairs_together(
+    u: Tensor,
+    v: Tensor,
+    *,
+    budget: int,
+    lengths: Tensor | Sequence[int] | None = None,
+    weight: Tensor | None = None,
+) -> Callable[[], Tensor] | None:
+    """How k pairs are reduced at once, looked up but not done: `pairs_pay` and `reduce_pairs` in one.
 
     Args:
         u: `[2k, T, O]`, rows 0..k-1 chosen and k..2k-1 rejected, any float dtype.
         v: `[2k, T, I]`.
         budget: as for `reduce_pair`.
-        lengths: int64 `[2k]`, the tokens of each right-padded row, whose padding is then not looked at; None where
-            padding is zero in u or v.
+        lengths: the tokens of each right-padded row, 2k integers or int64 `[2k]`, whose padding is then not looked at;
+            None where padding is zero in u or v.
+        weight: as for `reduce_pair`.
+
+    Returns:
+        A call that returns what `reduce_pairs` does; None where pair by pair is the better way, and nothing was copied.
+    """
+    launch = _launch_pairs(u, v, budget, lengths, weight)
+    if launch is None:
+        pays = lengths is None and batch_pays(u, v, budget=budget)
+        return partial(reduce_batch, u, v, weight=weight) if pays else None
+
+    def together() -> Tensor:
+        entries = launch()
+        if entries is not None:
+            return entries
+        if lengths is None and batch_pays(u, v, budget=budget):
+            return reduce_batch(u, v, weight=weight)
+        return _one_by_one(u, v, budget, lengths, weight)
+
+    return together
+
+
+def reduce_pairs(
+    u: Tensor,
+    v: Tensor,
+    *,
+    budget: int,
+    lengths: Tensor | Sequence[int] | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Gram entries of k pairs, at once where `pairs_together` knows how, else pair by pair.
+
+    Args:
+        u: as for `pairs_together`.
+        v: the same.
+        budget: as for `reduce_pair`.
+        lengths: as for `pairs_together`.
         weight: as for `reduce_pair`.
 
     Returns:
@@ -121,18 +164,8 @@ def reduce_pairs(
     Raises:
         MemoryBudgetError: not even one row of a tile fits.
     """
-    pairs, tokens = len(u) // 2, u.shape[1]
-    launch = _launch_pairs(u, v, budget, lengths, weight)
-    entries = None if launch is None else launch()
-    if entries is not None:
-        return entries
-    if lengths is None and batch_pays(u, v, budget=budget):
-        return reduce_batch(u, v, weight=weight)
-    ends = [tokens] * len(u) if lengths is None else lengths.tolist()
-    cut = [(u[row, :end], v[row, :end]) for row, end in enumerate(ends)]
-    return torch.stack(
-        [reduce_pair(*cut[pair], *cut[pair + pairs], budget=budget, weight=weight) for pair in range(pairs)]
-    )
+    together = pairs_together(u, v, budget=budget, lengths=lengths, weight=weight)
+    return _one_by_one(u, v, budget, lengths, weight) if together is None else together()
 
 
 def pairs_pay(u: Tensor, v: Tensor, *, budget: int) -> bool:
@@ -146,55 +179,89 @@ def pairs_pay(u: Tensor, v: Tensor, *, budget: int) -> bool:
     Returns:
         The answer; nothing is copied for it.
     """
-    return _launch_pairs(u, v, budget, None, None) is not None or batch_pays(u, v, budget=budget)
+    return pairs_together(u, v, budget=budget) is not None
+
+
+def attempt(device: torch.device, launch: Callable[[], T]) -> T | None:
+    """What kernels give, or None where they cannot be compiled or launched: torch is then to do it.
+
+    The failure is announced, and `path` names torch for the device from then on.
+
+    Args:
+        device: where the operands are.
+        launch: calls functions of `gradent.kernels.fused`.
+
+    Returns:
+        What `launch` returned, or None.
+
+    Raises:
+        OutOfMemoryError: torch's own, also where Triton found no memory: it says nothing about the kernels.
+        BROKEN: what Triton raised, with `GRADENT_KERNELS=triton`.
+    """
+    from gradent.kernels.fused.check import BROKEN  # noqa: PLC0415  (imports Triton)
+
+    try:
+        return launch()
+    except torch.OutOfMemoryError:
+        raise
+    except BROKEN as error:
+        if "out of memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        if os.environ.get(VARIABLE):
+            raise
+        _give_up(device, f"{type(error).__name__}: {str(error).strip() or 'without a message'}")
+        return None
+
+
+def _one_by_one(
+    u: Tensor, v: Tensor, budget: int, lengths: Tensor | Sequence[int] | None, weight: Tensor | None
+) -> Tensor:
+    pairs, tokens = len(u) // 2, u.shape[1]
+    ends = [tokens] * len(u) if lengths is None else [int(length) for length in lengths]
+    cut = [(u[row, :end], v[row, :end]) for row, end in enumerate(ends)]
+    return torch.stack(
+        [reduce_pair(*cut[pair], *cut[pair + pairs], budget=budget, weight=weight) for pair in range(pairs)]
+    )
 
 
 def _launch_pairs(
-    u: Tensor, v: Tensor, budget: int, lengths: Tensor | None, weight: Tensor | None
+    u: Tensor, v: Tensor, budget: int, lengths: Tensor | Sequence[int] | None, weight: Tensor | None
 ) -> Callable[[], Tensor | None] | None:
     """As `_launch`, for rows of one tensor; None too where their tokens are not evenly spaced in memory."""
     if len(u) == 0 or not _kernels(u, v, u, v) or not (_even(u) and _even(v)):
         return None
     from gradent.kernels.fused.operands import Spans  # noqa: PLC0415  (imports Triton)
 
-    half = len(u) // 2
-    u_w, v_w, u_l, v_l = (side.flatten(0, 1) for side in (u[:half], v[:half], u[half:], v[half:]))
-    return _launch(u_w, v_w, u_l, v_l, Spans.padded(half, u.shape[1], lengths), budget, weight)
+    half, tokens = len(u) // 2, u.shape[1]
+    u, v, middle = u.flatten(0, 1), v.flatten(0, 1), half * tokens
+    spans = Spans.padded(half, tokens, lengths)
+    return _launch(u[:middle], v[:middle], u[middle:], v[middle:], spans, budget, weight)
 
 
 def _launch(
     u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, spans: Spans, budget: int, weight: Tensor | None
 ) -> Callable[[], Tensor | None] | None:
     """The kernel's launch, which gives `[k, 3]` (None if it turns out to be impossible); None if over the budget."""
-    import triton  # noqa: PLC0415  (an optional package)
-
     from gradent.kernels.fused import gram, outer  # noqa: PLC0415  (imports Triton)
 
     factors = (u_w, v_w, u_l, v_l, spans)
-    longest = (int(max(side.tolist(), default=0)) for side in (spans.chosen_length, spans.rejected_length))
+    longest = (max(side, default=0) for side in (spans.chosen_length, spans.rejected_length))
     sizes = (*longest, u_w.shape[1], v_w.shape[1])
     dear = partial(price, u_w.device, u_w.dtype, path="triton")
-    form = choose(*sizes, itemsize=4, budget=budget, weighted=weight is not None, price=dear).form
-    if (gram.gram_scratch(*factors) if form == "gram" else outer.outer_scratch(*factors)) > budget:
+    chosen = partial(choose, *sizes, itemsize=4, budget=budget, weighted=weight is not None, price=dear)
+    plan = attempt(u_w.device, chosen)  # it may measure the kernels
+    if plan is None or budget < (gram.gram_scratch if plan.form == "gram" else outer.outer_scratch)(*factors):
         return None
-
-    def launch() -> Tensor | None:
-        try:
-            return gram.gram_entries(*factors) if form == "gram" else outer.outer_entries(*factors, weight)
-        except triton.TritonError as error:  # a device too small for these tiles
-            if os.environ.get(VARIABLE):
-                raise
-            _give_up(u_w.device, f"{type(error).__name__}: {error}")
-            return None
-
-    return launch
+    if plan.form == "gram":
+        return lambda: attempt(u_w.device, lambda: gram.gram_entries(*factors))
+    return lambda: attempt(u_w.device, lambda: outer.outer_entries(*factors, weight))
 
 
 def _kernels(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor) -> bool:
     """Whether the kernels take these operands."""
     if u_w.dtype != u_l.dtype or v_w.dtype != v_l.dtype:
         return False
-    return path(u_w.device, u_w.dtype) == "triton" and path(v_w.device, v_w.dtype) == "triton"
+    return all(path(u_w.device, dtype) == "triton" for dtype in {u_w.dtype, v_w.dtype})
 
 
 def _even(rows: Tensor) -> bool:

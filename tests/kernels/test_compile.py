@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -19,21 +20,26 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "sm90.csv"
 
 
-@pytest.mark.parametrize("kernel", ["gram", "outer", "outer+gradient"])
-def test_the_largest_tile_compiles(kernel: str, tmp_path: Path) -> None:
-    """In a process of its own: with the interpreter on, nothing is compiled."""
-    target = tmp_path / "sm90.csv"
+def run(module: str, *asked: str, cache: Path) -> str:
+    """What a module prints in a process of its own: with the interpreter on, nothing is compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    asked = ["--kernel", kernel, "--dtype", "bfloat16", "--last", "--target", str(target)]
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.compile_kernels", *asked],
+        [sys.executable, "-m", module, *asked],
         cwd=ROOT,
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        env={**environment, "TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("kernel", ["gram", "outer", "outer+gradient"])
+def test_the_largest_tile_compiles(kernel: str, tmp_path: Path) -> None:
+    target = tmp_path / "sm90.csv"
+    asked = ["--kernel", kernel, "--dtype", "bfloat16", "--last", "--target", str(target)]
+    run("scripts.compile_kernels", *asked, cache=tmp_path / "cache")
     (row,) = csv.DictReader(target.open(encoding="utf-8"))
     assert row["kernel"] == kernel and row["u"] == "bfloat16"
     assert 0 < int(row["registers"]) <= 255 and int(row["spilled"]) == 0
@@ -57,3 +63,22 @@ def test_the_committed_table_is_of_these_configurations() -> None:
                 if row["kernel"] == kernel and [row["u"], row["v"]] == names
             }
             assert listed == {tuple(vars(config).values()) for config in configs}, "python -m scripts.compile_kernels"
+
+
+def test_the_page_says_what_the_table_holds() -> None:
+    rows = list(csv.DictReader(TABLE.open(encoding="utf-8")))
+    registers, shared = (max(int(row[name]) for row in rows) for name in ("registers", "shared"))
+    page = " ".join((ROOT / "docs" / "kernels.md").read_text("utf-8").split())
+    assert f"[all {len(rows)} configurations]" in page
+    assert f"with at most {registers} of them and {shared // 1024} KiB of shared memory" in page
+
+
+def test_what_launches_compile(tmp_path: Path) -> None:
+    told = json.loads(run("tests.kernels.launched", cache=tmp_path / "cache"))
+    assert told["different"] == [], "the table is of what a launch compiles"
+    assert set(told["whole"].values()) == {1}, "one compilation a tile, whatever multiples of 8 the sizes are"
+    assert max(told["eights"].values()) <= 4, "a row of 8 has a stride of 1 unit, which is compiled for"
+    assert max(told["odd"].values()) <= 2, "u of an odd width costs one more"
+    for name, (copies, singly) in told["r8"].items():
+        assert copies > 0 and singly == 0, f"{name}: LoRA's r = 8 is loaded as r = 16 is"
+    assert all(singly > 0 for _, singly in told["r7"].values()), "the count can fail"

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gradent.files import write_whole
 from gradent.kernels import crossover
-from gradent.kernels.crossover import _key, _measure, _round, cache_file, is_measured, price
+from gradent.kernels.crossover import REPEATS, _key, _measure, _round, _timed, cache_file, is_measured, price
 from gradent.kernels.plan import WORTH, choose
 from gradent.kernels.reference import reduce_dense
 from tests.live import LiveBytes
@@ -78,12 +78,12 @@ BROKEN = {
     "not text": b"\xff\xfe\x00",
     "a list": b"[1]",
     "no version": b'{"prices": {}}',
-    "of another version": b'{"version": 99, "prices": {"KEY": 0.5}}',
-    "prices are a list": b'{"version": 1, "prices": [0.5]}',
-    "a price that is none": b'{"version": 1, "prices": {"KEY": "cheap"}}',
-    "a price off the grid": b'{"version": 1, "prices": {"KEY": 1.1}}',
-    "a price out of bounds": b'{"version": 1, "prices": {"KEY": 64.0}}',
-    "nan": b'{"version": 1, "prices": {"KEY": NaN}}',
+    "of another version": b'{"version": 1, "prices": {"KEY": 0.5}}',
+    "prices are a list": b'{"version": 2, "prices": [0.5]}',
+    "a price that is none": b'{"version": 2, "prices": {"KEY": "cheap"}}',
+    "a price off the grid": b'{"version": 2, "prices": {"KEY": 1.1}}',
+    "a price out of bounds": b'{"version": 2, "prices": {"KEY": 64.0}}',
+    "nan": b'{"version": 2, "prices": {"KEY": NaN}}',
 }
 
 
@@ -158,6 +158,29 @@ def test_a_real_measurement(dtype) -> None:
     assert time.perf_counter() - began < 5, "a fraction of a second on an idle machine"
     assert torch.equal(torch.random.get_rng_state(), before)
     assert _round(got) == got
+
+
+def test_a_gpu_is_timed_by_its_own_clock(monkeypatch) -> None:
+    told: list[str] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            told.append(f"event on {stream}")
+
+        def synchronize(self) -> None:
+            told.append("waited")
+
+        def elapsed_time(self, end: Any) -> float:
+            return 4.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    seconds = _timed(lambda: told.append("call"), torch.device("cuda", 0))
+    assert seconds == 0.004 / REPEATS
+    assert told == ["call", "event on stream", *["call"] * REPEATS, "event on stream", "waited"]
 
 
 def test_in_the_middle_of_a_backward_pass() -> None:

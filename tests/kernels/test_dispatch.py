@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -120,6 +120,18 @@ def test_the_self_check_passes_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @needs_triton
+def test_what_the_user_set_is_not_the_kernels_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A default device, or dtype, of the process."""
+    monkeypatch.setattr(check, "DTYPES", check.DTYPES[:1])
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert check.self_check("cpu") == ""
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@needs_triton
 @pytest.mark.parametrize("kind", [RuntimeError, OSError, torch.OutOfMemoryError, KeyError])
 def test_what_the_self_check_catches(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
     def fail(*given: object, **how: object) -> Tensor:
@@ -151,17 +163,81 @@ def test_pairs_by_kernels_and_what_they_leave(kernels: None, budget: int, length
 
 
 @needs_triton
-def test_a_kernel_that_cannot_be_launched_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*given: object) -> Tensor:
-        raise OutOfResources(98304, 65536, "shared memory")
-
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pairs_together_look_once_and_reduce_once(
+    kernels: None, monkeypatch: pytest.MonkeyPatch, weighted: bool
+) -> None:
     u, v = rows()
-    monkeypatch.setattr(outer, "outer_entries", fail)
+    weight = torch.full((7, 5), 0.5) if weighted else None
+    asked: list[int] = []
+    right = outer.outer_scratch
+    monkeypatch.setattr(outer, "outer_scratch", lambda *given: asked.append(1) or right(*given))
+    together = dispatch.pairs_together(u, v, budget=2**20, weight=weight)
+    assert together is not None
+    got = together()
+    assert asked == [1]
+    assert torch.equal(got, dispatch.reduce_pairs(u, v, budget=2**20, weight=weight))
+    torch.testing.assert_close(got, whole(u, v) * (0.25 if weighted else 1), rtol=2e-6, atol=1e-6)
+    assert dispatch.pairs_together(u, v, budget=64) is None
+
+
+def test_pairs_together_in_torch() -> None:
+    u, v = rows()
+    together = dispatch.pairs_together(u, v, budget=2**20)
+    assert together is not None and torch.equal(together(), reduce_batch(u, v))
+    assert dispatch.pairs_together(u, v, budget=64) is None
+    assert dispatch.pairs_together(u, v, budget=2**20, lengths=[9, 9, 9, 9]) is None
+
+
+def failing(error: Exception) -> Callable[..., Tensor]:
+    def fail(*given: object, **how: object) -> Tensor:
+        raise error
+
+    return fail
+
+
+@needs_triton
+def test_a_kernel_that_cannot_be_launched_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    u, v = rows()
     monkeypatch.setattr(dispatch, "path", lambda device, dtype: "triton")
-    with pytest.warns(GradentWarning, match=r"shared memory, Required: 98304"):
-        got = dispatch.reduce_pairs(u, v, budget=2**20)
-    assert torch.equal(got, reduce_batch(u, v))
-    assert "OutOfResources" in dispatch._verdicts[CPU]  # noqa: SLF001
+    for error in (OutOfResources(98304, 65536, "shared memory"), RuntimeError("ptxas failed"), OSError("no compiler")):
+        monkeypatch.setattr(dispatch, "_verdicts", {})
+        monkeypatch.setattr(outer, "outer_entries", failing(error))
+        with pytest.warns(GradentWarning, match=r"shared memory, Required: 98304|ptxas failed|no compiler") as seen:
+            got = dispatch.reduce_pairs(u, v, budget=2**20)
+        assert len(seen) == 1
+        assert torch.equal(got, reduce_batch(u, v))
+        assert type(error).__name__ in dispatch._verdicts[CPU]  # noqa: SLF001
+    with pytest.warns(GradentWarning, match="no compiler"):
+        got = dispatch.reduce_pair(u[0], v[0], u[2], v[2], budget=2**20)
+    assert torch.equal(got, reduce_dense(u[0], v[0], u[2], v[2], budget=2**20))
+
+
+@needs_triton
+def test_what_is_no_fault_of_a_kernel_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = "Triton Error [CUDA]: out of memory"
+    for error, raised in (
+        (torch.OutOfMemoryError("full"), torch.OutOfMemoryError),
+        (RuntimeError(memory), torch.OutOfMemoryError),
+        (KeyError("a mistake"), KeyError),
+        (InputError("a wrong shape"), InputError),
+    ):
+        with pytest.raises(raised):
+            dispatch.attempt(CPU, failing(error))
+    assert dispatch._verdicts == {}  # noqa: SLF001
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    with pytest.raises(RuntimeError, match="ptxas"):
+        dispatch.attempt(CPU, failing(RuntimeError("ptxas failed")))
+    assert dispatch.attempt(CPU, lambda: 3) == 3
+
+
+@needs_triton
+def test_a_price_that_cannot_be_measured_is_a_kernel_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    u, v = torch.randn(2, 200, 512), torch.randn(2, 200, 512)  # ⅔h is 171: the price decides
+    monkeypatch.setattr(dispatch, "path", lambda device, dtype: "triton")
+    monkeypatch.setattr(dispatch, "price", failing(RuntimeError("ptxas failed")))
+    with pytest.warns(GradentWarning, match="ptxas failed"):
+        assert dispatch._launch_pairs(u, v, 2**30, None, None) is None  # noqa: SLF001
 
 
 @needs_triton

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from gradent.errors import InputError
-from gradent.kernels.fused import gram
+from gradent.kernels.fused import gram, operands
 from gradent.kernels.fused.gram import gram_entries, gram_scratch
 from gradent.kernels.fused.operands import Spans, blank
-from gradent.kernels.fused.tiles import gram_configs, pick_gram
+from gradent.kernels.fused.tiles import gram_configs, pick_gram, unit
 from tests.kernels.operands import DTYPES, draw, scaled, strided
 
 SMALL = gram_configs(torch.float32)[0]
@@ -68,6 +71,59 @@ def test_strides_that_no_tile_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(gram_entries(*given.factors, given.spans), near)
 
 
+@pytest.mark.parametrize(("rows", "cols"), [(8, 24), (8, 7), (5, 16), (1, 8)])
+def test_sizes_told_in_eights(rows: int, cols: int) -> None:
+    """The same bits where rows are multiples of 8 apart, and where they are not."""
+    given = draw([17, 5], [3, 20], rows, cols)
+    apart = [torch.full((len(factor), factor.shape[1] + 3), float("nan")) for factor in given.factors]
+    views = [wide[:, :-3].copy_(factor) for wide, factor in zip(apart, given.factors, strict=True)]
+    got = gram_entries(*given.factors, given.spans, poison=True)
+    assert scaled(got, given.entries()) <= given.limit()
+    assert torch.equal(got, gram_entries(*views, given.spans, poison=True))
+
+
+def test_units() -> None:
+    assert unit(8, 4096, 0) == 8
+    assert unit(8, 4096, 12) == unit(1) == unit(8, 2**31) == 1
+
+
+def test_spans_and_their_tables_are_made_once() -> None:
+    given = Spans.padded(2, 9, torch.tensor([9, 0, 3, 4]))
+    assert given is Spans.padded(2, 9, [9, 0, 3, 4])
+    assert given == Spans(torch.tensor([0, 9]), [9, 0], (0, 9), torch.tensor([3, 4]))
+    table = given.table(torch.device("cpu"))
+    assert table.tolist() == [[0, 9, 0, 3], [9, 0, 9, 4]] and table.dtype == torch.int64
+    assert table is Spans([0, 9], [9, 0], [0, 9], [3, 4]).table(torch.device("cpu"))
+    assert given.longest == 9 and len(given) == 2
+    for tokens in range(1000):
+        Spans.padded(1, tokens).table(torch.device("cpu"))
+    for kept in (operands._padded, operands._table):  # noqa: SLF001
+        assert kept.cache_info().currsize <= operands.KEPT
+
+
+def test_a_device_has_a_table_for_each_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy is ordered by the stream that was current; one that a graph captures is made when that graph runs."""
+    made: list[int] = []
+    now = {"cuda_stream": 7, "capturing": False}
+
+    @lru_cache
+    def table(spans: Spans, device: torch.device, stream: int) -> torch.Tensor:
+        made.append(stream)
+        return torch.zeros(len(spans), 4)
+
+    monkeypatch.setattr(operands, "_table", table)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(**now))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now["capturing"])
+    spans, device = Spans.of_pair(3, 4), torch.device("cuda", 0)
+    assert spans.table(device) is spans.table(device)
+    now["cuda_stream"] = 8
+    assert spans.table(device) is Spans.of_pair(3, 4).table(device)
+    assert made == [7, 8]
+    now["capturing"] = True
+    assert spans.table(device) is not spans.table(device)
+    assert len(made) == 4
+
+
 def test_packed_rows() -> None:
     given, lengths = draw([17, 0, 5], [3, 20, 1], 19, 33), ([17, 0, 5], [3, 20, 1])
     packed = [factor[~factor[:, 0].isnan()] for factor in given.factors]
@@ -114,7 +170,7 @@ def test_the_test_can_fail() -> None:
     assert scaled(torch.zeros_like(right), right) > 0.1
     assert scaled(right * float("nan"), right) == float("inf")
     assert scaled(gram_entries(u_w, v_w, u_l, v_l, Spans.padded(2, 21, torch.tensor([16, 5, 3, 20]))), right) > 1e-3
-    swapped = Spans(*(vars(given.spans)[name] for name in ("rejected_start", "rejected_length") * 2))
+    swapped = Spans(*(given.spans.rejected_start, given.spans.rejected_length) * 2)
     assert scaled(gram_entries(u_l, v_l, u_l, v_l, swapped), right) > 0.1
     longer = Spans.padded(2, 21, torch.tensor([18, 5, 3, 20]))
     assert scaled(gram_entries(u_w, v_w, u_l, v_l, longer), right) == float("inf"), "the padding is poisoned"
@@ -135,6 +191,10 @@ def test_what_is_refused() -> None:
         gram_entries(*given.factors, Spans.of_pair(7, 5))
     with pytest.raises(InputError, match="none of them negative"):
         Spans.of_pair(-1, 5)
+    with pytest.raises(InputError, match="four numbers a pair"):
+        Spans([0], [1, 2], [0], [1])
+    with pytest.raises(InputError, match=r"torch.float32 \[1\]"):
+        Spans([0], torch.ones(1), [0], [1])
     with pytest.raises(InputError, match="none above 4"):
         Spans.padded(1, 4, torch.tensor([5, 1]))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,9 +12,10 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from gradent.errors import InputError
 from gradent.kernels.fused import outer
+from gradent.kernels.fused.check import TOLERANCE
 from gradent.kernels.fused.operands import Spans, blank
 from gradent.kernels.fused.outer import outer_entries, outer_scratch, outer_with_gradient
-from gradent.kernels.fused.tiles import outer_configs, pick_outer
+from gradent.kernels.fused.tiles import is_deep, outer_configs, pick_outer
 from tests.kernels.operands import DTYPES, Operands, draw, scaled, strided
 
 SHAPES = [
@@ -126,6 +129,26 @@ def test_strides_that_no_tile_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(outer_entries(*given.factors, given.spans, root(given)), near)
 
 
+@pytest.mark.parametrize("store", [False, True])
+@pytest.mark.parametrize(("rows", "cols"), [(8, 24), (8, 7), (5, 16), (1, 8)])
+def test_sizes_told_in_eights(rows: int, cols: int, store: bool) -> None:
+    """The same bits where rows are multiples of 8 apart, and where they are not."""
+    given, coefficients = draw(*PAIRS, rows, cols), weights(3)
+    tensors = [*given.factors, root(given)]
+    apart = [torch.full((len(factor), factor.shape[1] + 3), float("nan")) for factor in tensors]
+    views = [wide[:, :-3].copy_(factor) for wide, factor in zip(apart, tensors, strict=True)]
+    found = []
+    for *factors, weight in (tensors, views):
+        if store:
+            got, gradient = outer_with_gradient(*factors, given.spans, coefficients, weight, poison=True)
+            assert gradient_error(gradient, given, coefficients) <= given.limit()
+        else:
+            got = outer_entries(*factors, given.spans, weight, poison=True)
+        assert scaled(got, given.entries(root(given))) <= given.limit()
+        found.append(got)
+    assert torch.equal(*found)
+
+
 def test_packed_rows() -> None:
     given = draw(*PAIRS, 19, 33)
     packed = [factor[~factor[:, 0].isnan()] for factor in given.factors]
@@ -186,3 +209,49 @@ def test_tiles_shrink_where_a_device_would_idle() -> None:
     assert size(16, 4096) == (16, 32)
     assert size(16, 4096, pairs=8) == (16, 128)
     assert size(1, 1) == (16, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_deepest_pipelines_are_for_devices_that_can_hold_them(dtype: torch.dtype) -> None:
+    for store, stages in ((False, 3), (True, 2)):
+        deep, flat = (pick_outer(dtype, 4096, 4096, 1, store=store, deep=deep) for deep in (True, False))
+        assert (deep.rows, deep.cols) == (flat.rows, flat.cols)
+        assert deep.depth == 128 and deep.stages == stages
+        for config in outer_configs(dtype, store=store, deep=False):
+            assert 2 * config.stages * config.depth * (config.rows + config.cols) <= 99 * 1024
+    for store in (False, True):
+        single = [outer_configs(torch.float32, store=store, deep=deep) for deep in (True, False)]
+        assert single[0] == single[1]
+
+
+@pytest.mark.parametrize("shift", [0.0, 3.0])
+@pytest.mark.parametrize("tokens", [64, 2048])
+def test_what_a_tensor_core_adds_up_by_itself(tokens: int, shift: float) -> None:
+    """A model: 16 products at a time are added and cut off after 24 bits, `depth` of them before a sum is rounded."""
+
+    def error(depth: int) -> float:
+        generator = torch.Generator().manual_seed(tokens)
+        u, v = ((torch.randn(tokens, 64, generator=generator) + shift).bfloat16().double() for _ in range(2))
+        total = torch.zeros(64, 64)
+        for start in range(0, tokens, depth):
+            chain = torch.zeros(64, 64, dtype=torch.float64)
+            for step in range(start, min(tokens, start + depth), 16):
+                mantissa, exponent = torch.frexp(chain + u[step : step + 16].T @ v[step : step + 16])
+                chain = torch.ldexp((mantissa * 2**24).trunc() / 2**24, exponent)
+            total += chain.float()
+        exact = (u.T @ v).square().sum()
+        return float((total.double().square().sum() - exact).abs() / exact)
+
+    deepest = max(config.depth for config in outer_configs(torch.bfloat16, store=False))
+    assert error(deepest) <= 0.06 * TOLERANCE * tokens**0.5
+    assert error(16 * deepest) > 2 * error(deepest) or tokens < 16 * deepest, "longer chains drift further"
+
+
+@pytest.mark.parametrize(("shared", "deep"), [(232448, True), (166912, False), (101376, False), (None, False)])
+def test_a_device_is_asked_for_its_shared_memory(
+    shared: int | None, deep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = SimpleNamespace() if shared is None else SimpleNamespace(shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: said)
+    assert is_deep.__wrapped__(torch.device("cuda", 0)) is deep
+    assert is_deep(torch.device("cpu"))

@@ -78,6 +78,26 @@ def allocated(function: Callable[[], Any]) -> int:
     return most
 
 
+@pytest.mark.parametrize("form", ["gram", "outer"])
+def test_what_a_launch_allocates(form: str) -> None:
+    """No more than its scratch and its result; in the interpreter, whose own arrays are numpy's and are not counted."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from gradent.kernels.fused import gram, operands, outer  # noqa: PLC0415  (imports Triton)
+
+    run, scratch = {
+        "gram": (gram.gram_entries, gram.gram_scratch),
+        "outer": (outer.outer_entries, outer.outer_scratch),
+    }[form]
+    lengths, widths = (([400, 40], [200, 250]), (5, 3)) if form == "gram" else (([5, 3], [2, 4]), (300, 400))
+    spans = operands.Spans.packed(*lengths)
+    factors = [torch.randn(sum(side), width) for side in lengths for width in widths]
+    said, entries = scratch(*factors, spans), 2 * 3 * 8
+    operands._table.cache_clear()  # noqa: SLF001
+    first = allocated(lambda: run(*factors, spans))
+    assert said / 2 < first <= said + entries
+    assert allocated(lambda: run(*factors, spans)) < first, "the table of spans is kept"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("budget", [2**21, 2**26])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,7 +18,7 @@ from torch import Tensor
 from gradent.kernels.fused.gram import gram_entries
 from gradent.kernels.fused.operands import Spans
 from gradent.kernels.fused.outer import outer_entries, outer_with_gradient
-from gradent.kernels.fused.tiles import gram_configs, outer_configs
+from gradent.kernels.fused.tiles import gram_configs, is_deep, outer_configs
 
 __all__ = ["BROKEN", "TOLERANCE", "self_check"]
 
@@ -95,18 +95,19 @@ def self_check(device: torch.device | str) -> str:
 
 def _runs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], float]]]:
     """What is checked: its name, and a call that returns the scaled error."""
+    deep = is_deep(case.weight.device)
 
     def gram(config: int) -> float:
         got = gram_entries(*case.factors, case.spans, config=gram_configs(dtype)[config], poison=True)
         return _entries_error(got, case.entries)
 
     def outer(config: int) -> float:
-        size = outer_configs(dtype, store=False)[config]
+        size = outer_configs(dtype, store=False, deep=deep)[config]
         got = outer_entries(*case.factors, case.spans, config=size, poison=True)
         return _entries_error(got, case.entries)
 
     def stored(config: int) -> float:
-        size = outer_configs(dtype, store=True)[config]
+        size = outer_configs(dtype, store=True, deep=deep)[config]
         got, gradient = outer_with_gradient(
             *case.factors, case.spans, case.coefficients, case.weight, config=size, poison=True
         )
@@ -120,14 +121,15 @@ def _runs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], fl
 
 
 def _case(device: torch.device, u: torch.dtype, v: torch.dtype) -> Case:
-    generator = torch.Generator().manual_seed(0)
+    # Every device and dtype is named: a default that the user has set is not the kernels' fault.
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
     length = max(*CHOSEN, *REJECTED)
     pairs = len(CHOSEN)
-    spans = Spans.padded(pairs, length, torch.tensor(CHOSEN + REJECTED))
+    spans = Spans.padded(pairs, length, CHOSEN + REJECTED)
     factors, sides = [], []
     for lengths in (CHOSEN, REJECTED):
         left, right = draw(pairs, length, ROWS).to(u), draw(pairs, length, COLS).to(v)

@@ -1,6 +1,6 @@
 """`Σ_{t,s} (u_t·x_s)(v_t·y_s)` over tiles of tokens: `⟨G, G'⟩` where a pair is short against the weight.
 
-A tile `[t, s]` of both products lives in registers and is summed there, as in flash attention; only one float32 a tile
+A tile `[t, s]` of both products lives in registers and is summed there, as in flash attention; only one number a tile
 reaches memory. Of a gradient with itself only tiles on and below the diagonal are formed. Accumulation is float32
 within a tile and float64 across tiles; addresses are int64.
 """
@@ -15,12 +15,22 @@ import triton.language as tl
 from torch import Tensor
 
 from gradent.kernels.fused.operands import Factors, Spans, blank, current_device
-from gradent.kernels.fused.tiles import INTERPRETED, REACH, Config, accumulate, load_tile, pick_gram
+from gradent.kernels.fused.tiles import (
+    INTERPRETED,
+    LOOSE,
+    REACH,
+    UNITED,
+    Config,
+    accumulate,
+    load_tile,
+    pick_gram,
+    unit,
+)
 
 __all__ = ["gram_entries", "gram_kernel", "gram_scratch"]
 
-PARTIAL = 4
-"""Bytes of a tile's sum."""
+PARTIAL = 8
+"""Bytes of a tile's sum: float64, or else `sum` would first make a float64 copy of them all."""
 
 
 def gram_entries(
@@ -57,7 +67,9 @@ def gram_entries(
     pairs, tiles = len(spans), _tiles(spans, config.rows)
     if pairs * tiles == 0:
         return torch.zeros(pairs, 3, dtype=torch.float64, device=factors.device)
-    partials = blank(pairs, 3, tiles, dtype=torch.float32, device=factors.device, poison=poison)
+    partials = blank(pairs, 3, tiles, dtype=torch.float64, device=factors.device, poison=poison)
+    uw_t, uw_o, vw_t, vw_i, ul_t, ul_o, vl_t, vl_i = factors.strides
+    unit_o, unit_i = unit(factors.rows, uw_t, ul_t), unit(factors.cols, vw_t, vl_t)
     with current_device(factors.device):
         gram_kernel[(pairs * 3 * tiles,)](
             u_w,
@@ -67,9 +79,18 @@ def gram_entries(
             spans.table(factors.device),
             partials,
             tiles,
-            factors.rows,
-            factors.cols,
-            *factors.strides,
+            factors.rows // unit_o,
+            factors.cols // unit_i,
+            uw_t // unit_o,
+            uw_o,
+            vw_t // unit_i,
+            vw_i,
+            ul_t // unit_o,
+            ul_o,
+            vl_t // unit_i,
+            vl_i,
+            UNIT_O=unit_o,
+            UNIT_I=unit_i,
             B=config.rows,
             DEPTH=config.depth,
             WIDE=INTERPRETED,
@@ -78,11 +99,11 @@ def gram_entries(
             num_stages=config.stages,
             enable_fp_fusion=True,
         )
-    return partials.sum(2, dtype=torch.float64)
+    return partials.sum(2)
 
 
 def gram_scratch(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, spans: Spans) -> int:
-    """Bytes that `gram_entries` allocates besides its result: a float32 a tile, and the table of spans."""
+    """Bytes that `gram_entries` allocates besides its result: three float64 a tile and pair, and a table."""
     factors = Factors(u_w, v_w, u_l, v_l, spans)
     return len(spans) * (3 * PARTIAL * _tiles(spans, _pick(factors).rows) + 4 * 8)
 
@@ -95,13 +116,13 @@ def _pick(factors: Factors) -> Config:
 def _tiles(spans: Spans, side: int) -> int:
     """Tiles of the largest of all blocks; shorter blocks have as many programs, and the rest of them is idle."""
     most = [0]
-    for chosen, rejected in zip(spans.chosen_length.tolist(), spans.rejected_length.tolist(), strict=True):
+    for chosen, rejected in set(zip(spans.chosen_length, spans.rejected_length, strict=True)):
         tall, wide = math.ceil(chosen / side), math.ceil(rejected / side)
         most += [tall * (tall + 1) // 2, wide * (wide + 1) // 2, tall * wide]
     return max(most)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=LOOSE, do_not_specialize_on_alignment=UNITED)  # type: ignore[untyped-decorator, unused-ignore]
 def gram_kernel(
     u_w: tl.tensor,
     v_w: tl.tensor,
@@ -120,12 +141,20 @@ def gram_kernel(
     ul_o: tl.tensor,
     vl_t: tl.tensor,
     vl_i: tl.tensor,
+    UNIT_O: tl.constexpr,
+    UNIT_I: tl.constexpr,
     B: tl.constexpr,
     DEPTH: tl.constexpr,
     WIDE: tl.constexpr,
     FAR: tl.constexpr,
 ) -> None:
     """`partials[pair, block, tile]` = a tile's part of one of the three sums. Grid: pairs × 3 blocks × tiles."""
+    O = O * UNIT_O  # noqa: E741
+    I = I * UNIT_I  # noqa: E741
+    uw_t = uw_t * UNIT_O
+    ul_t = ul_t * UNIT_O
+    vw_t = vw_t * UNIT_I
+    vl_t = vl_t * UNIT_I
     program = tl.program_id(0).to(tl.int64)
     tile = (program % tiles).to(tl.int32)
     block = (program // tiles) % 3

@@ -1,7 +1,7 @@
 """`G = Σ_t u_t v_tᵀ` in tiles of the weight: squared and summed in registers, and stored only where it is wanted.
 
 A program forms the same tile of `G_w` and `G_l` side by side, multiplies it by the metric's root if there is one, and
-writes three float32 sums. With `STORE` it goes through all pairs and also adds up `c_w G_w + c_l G_l`, which is what
+writes three sums. With `STORE` it goes through all pairs and also adds up `c_w G_w + c_l G_l`, which is what
 the trainer's own backward computes. Accumulation is float32 within a tile and float64 across tiles; addresses are
 int64.
 """
@@ -16,13 +16,24 @@ import triton.language as tl
 from torch import Tensor
 
 from gradent.errors import InputError
-from gradent.kernels.fused.operands import Factors, Spans, blank, current_device
-from gradent.kernels.fused.tiles import INTERPRETED, REACH, Config, accumulate, load_tile, pick_outer
+from gradent.kernels.fused.operands import Factors, Spans, blank, current_device, sent
+from gradent.kernels.fused.tiles import (
+    INTERPRETED,
+    LOOSE,
+    REACH,
+    UNITED,
+    Config,
+    accumulate,
+    is_deep,
+    load_tile,
+    pick_outer,
+    unit,
+)
 
 __all__ = ["outer_entries", "outer_kernel", "outer_scratch", "outer_with_gradient"]
 
-PARTIAL = 4
-"""Bytes of a tile's sum."""
+PARTIAL = 8
+"""Bytes of a tile's sum: float64, or else `sum` would first make a float64 copy of them all."""
 
 
 def outer_entries(
@@ -107,7 +118,7 @@ def outer_with_gradient(
 
 
 def outer_scratch(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, spans: Spans) -> int:
-    """Bytes that `outer_entries` allocates besides its result: three float32 a tile and pair, and a table."""
+    """Bytes that `outer_entries` allocates besides its result: three float64 a tile and pair, and a table."""
     factors = Factors(u_w, v_w, u_l, v_l, spans)
     return len(spans) * (3 * PARTIAL * _tiles(factors, _pick(factors, store=False)) + 4 * 8)
 
@@ -123,9 +134,13 @@ def _launch(
     pairs, tiles = len(factors.spans), _tiles(factors, config)
     if weight is not None and weight.shape != (factors.rows, factors.cols):
         raise InputError(f"weight is [{factors.rows}, {factors.cols}]; got {list(weight.shape)}.")
-    partials = blank(pairs, 3, tiles, dtype=torch.float32, device=factors.device, poison=poison)
+    partials = blank(pairs, 3, tiles, dtype=torch.float64, device=factors.device, poison=poison)
     store = gradient is not None
     programs = tiles if store else pairs * tiles
+    uw_t, uw_o, vw_t, vw_i, ul_t, ul_o, vl_t, vl_i = factors.strides
+    weight_o, weight_i = weight.stride() if weight is not None else (0, 0)
+    unit_o = unit(factors.rows, uw_t, ul_t)
+    unit_i = unit(factors.cols, vw_t, vl_t, weight_o)
     if programs:
         with current_device(factors.device):
             outer_kernel[(programs,)](
@@ -135,39 +150,50 @@ def _launch(
                 factors.v_l,
                 factors.spans.table(factors.device),
                 weight,
-                None if coefficients is None else coefficients.to(factors.device, torch.float32).contiguous(),
+                None if coefficients is None else sent(coefficients.float().contiguous(), factors.device),
                 gradient,
                 partials,
                 tiles,
                 pairs,
-                factors.rows,
-                factors.cols,
-                *factors.strides,
-                *(weight.stride() if weight is not None else (0, 0)),
+                factors.rows // unit_o,
+                factors.cols // unit_i,
+                uw_t // unit_o,
+                uw_o,
+                vw_t // unit_i,
+                vw_i,
+                ul_t // unit_o,
+                ul_o,
+                vl_t // unit_i,
+                vl_i,
+                weight_o // unit_i,
+                weight_i,
+                UNIT_O=unit_o,
+                UNIT_I=unit_i,
                 BO=config.rows,
                 BI=config.cols,
                 DEPTH=config.depth,
                 WEIGHTED=weight is not None,
                 STORE=store,
-                FAR=max(*factors.strides, *(() if weight is None else weight.stride())) >= REACH,
+                FAR=max(*factors.strides, weight_o, weight_i) >= REACH,
                 WIDE=factors.u_w.dtype != factors.v_w.dtype or INTERPRETED,
                 num_warps=config.warps,
                 num_stages=config.stages,
                 enable_fp_fusion=True,
             )
-    return partials.sum(2, dtype=torch.float64)
+    return partials.sum(2)
 
 
 def _pick(factors: Factors, *, store: bool) -> Config:
     beside = 1 if store else len(factors.spans)
-    return pick_outer(factors.widest, factors.rows, factors.cols, beside, store=store)
+    deep = is_deep(factors.device)
+    return pick_outer(factors.widest, factors.rows, factors.cols, beside, store=store, deep=deep)
 
 
 def _tiles(factors: Factors, config: Config) -> int:
     return math.ceil(factors.rows / config.rows) * math.ceil(factors.cols / config.cols)
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+@triton.jit(do_not_specialize=LOOSE, do_not_specialize_on_alignment=UNITED)  # type: ignore[untyped-decorator, unused-ignore]
 def outer_kernel(
     u_w: tl.tensor,
     v_w: tl.tensor,
@@ -192,6 +218,8 @@ def outer_kernel(
     vl_i: tl.tensor,
     weight_o: tl.tensor,
     weight_i: tl.tensor,
+    UNIT_O: tl.constexpr,
+    UNIT_I: tl.constexpr,
     BO: tl.constexpr,
     BI: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -201,6 +229,13 @@ def outer_kernel(
     FAR: tl.constexpr,
 ) -> None:
     """`partials[pair, :, tile]` = a tile's part of the three sums. Grid: pairs × tiles, or tiles alone with STORE."""
+    O = O * UNIT_O  # noqa: E741
+    I = I * UNIT_I  # noqa: E741
+    uw_t = uw_t * UNIT_O
+    ul_t = ul_t * UNIT_O
+    vw_t = vw_t * UNIT_I
+    vl_t = vl_t * UNIT_I
+    weight_o = weight_o * UNIT_I
     program = tl.program_id(0)
     tile = program % tiles
     # Eight rows of tiles at a time, column by column: what neighbours read stays in the second-level cache.
