@@ -146,10 +146,12 @@ def _by_kernel(
         u = u.float() if u.dtype == torch.float16 else u  # whose range is too small for it
         u = u * torch.tensor(powers, dtype=u.dtype, device=u.device)[:, None, None]
     scaled, others = u.flatten(0, 1), v.flatten(0, 1)
-    sides = [[count if pair[side] is None else pair[side] for pair in couples] for side in (0, 1)]
-    rows = [torch.tensor(side, dtype=torch.int64) for side in sides]
-    spans = [part for side in rows for part in (side.clamp(max=count - 1) * tokens, (side < count) * tokens)]
+    # A side without a row gets an empty span, and a share of 0.
+    sides = [[count if row is None else row for row in side] for side in zip(*couples, strict=True)]
+    spans: list[list[int]] = []
+    for side in sides:
+        spans += [[min(row, count - 1) * tokens for row in side], [tokens if row < count else 0 for row in side]]
     shares = torch.tensor([*(1 / power for power in powers), 0.0])
-    coefficients = torch.stack([shares[side] for side in rows], 1)
+    coefficients = torch.stack([shares[side] for side in sides], 1)
     entries, total = outer_with_gradient(scaled, others, scaled, others, Spans(*spans), coefficients, weight)
     return entries[:pairs] * _rest(factors, powers, couples[:pairs]).to(entries.device), total
