@@ -20,18 +20,10 @@ from gradent.hooks.engine import Outcome
 from gradent.hooks.logprob import sequence_logprobs
 from gradent.kernels.plan import parse_budget
 from gradent.metric import metric_roots
-from gradent.model import (
-    check_ids,
-    forward_marked,
-    ignores_padding,
-    input_device,
-    observed,
-    plain,
-    trainable,
-    trims,
-)
+from gradent.model import check_ids, forward_marked, input_device, observed, plain, trainable
 from gradent.pairs import PairBatch
 from gradent.per_sample import per_sample_pairs
+from gradent.traits import ignores_padding, trims
 
 __all__ = ["measure", "sequence_logps"]
 

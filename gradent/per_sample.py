@@ -16,7 +16,8 @@ from gradent.hooks.forms import Explicit
 from gradent.hooks.ledger import Ledger
 from gradent.hooks.logprob import check_logps
 from gradent.kernels.plan import DEFAULT_BUDGET
-from gradent.model import check_causal, forward_logits, ignores_padding, observed
+from gradent.model import forward_logits, observed
+from gradent.traits import check_causal, ignores_padding
 
 __all__ = ["parameters_kept", "per_sample_pairs"]
 

@@ -32,6 +32,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("stream",),
     ("losses", "pairs", "record"),
     ("hooks",),
+    ("traits",),
     ("metric", "model", "directions", "forward_mode"),
     ("kernels", "layers"),
     ("gram", "token_gram"),

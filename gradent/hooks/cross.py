@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gradent.hooks.forms import Dense, Explicit, Form, Rows
-from gradent.hooks.ledger import Ledger, merge_forms
+from gradent.hooks.ledger import Ledger
+from gradent.hooks.merging import merge_forms
 from gradent.kernels.precision import exact_products
 from gradent.kernels.reference import accumulator
 from gradent.kernels.tokens import products

@@ -14,7 +14,8 @@ from gradent.errors import GradentWarning, ModelError
 from gradent.hooks.batching import group_rows, micro_batches
 from gradent.hooks.engine import MicroBatch, NeedsSingleRows, Outcome, run
 from gradent.kernels.plan import DEFAULT_BUDGET
-from gradent.model import longest_input, observed, require_causal, trims
+from gradent.model import observed
+from gradent.traits import longest_input, require_causal, trims
 
 __all__ = ["agreement", "announce_single_rows", "measure_pairs", "rows_share"]
 

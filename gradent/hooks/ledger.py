@@ -12,24 +12,24 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import opt_einsum
 import torch
 from torch import Tensor
 
-from gradent.hooks.forms import Deferred, Dense, Explicit, Form, Rows, Solid
+from gradent.hooks.forms import Dense, Explicit, Form, Rows, Solid
+from gradent.hooks.merging import first_of, gathered, merge_forms, pair_of_dense, row_count, stacked
 from gradent.kernels.dispatch import pairs_pay, pairs_together, reduce_pair
 from gradent.kernels.reference import accumulator, product_pays, reduce_flat, reduce_tiles, tiles_pay
 from gradent.kernels.shared import reduce_shared
 
-__all__ = ["Ledger", "merge_forms"]
+__all__ = ["Ledger"]
 
 RETRIES = 2
 """How often a reduction that ran out of memory is tried again, in tiles of half the size each time."""
 
 Slot = tuple[int, ...]
-F = TypeVar("F", Dense, Rows, Explicit)
 
 
 @dataclass(frozen=True)
@@ -253,12 +253,12 @@ class Ledger:
             rows = (pair, pair + self._pairs)
             sides = [merge_forms(held.get(row, {}).get((), [])) for row in rows]
             dense: list[list[Dense]] = [[form for form in side if isinstance(form, Dense)] for side in sides]
-            looked = [_first(side, Rows) for side in sides]
+            looked = [first_of(side, Rows) for side in sides]
             if not any(dense):
                 ahead.append(torch.zeros(3, dtype=torch.float64))
                 continue
             ids = torch.unique(torch.cat([*map(lookups, rows), *(side.ids for side in looked if side is not None)]))
-            kept = [Rows(ids, _gather(side[0], ids)) if side else None for side in dense]
+            kept = [Rows(ids, gathered(side[0], ids)) if side else None for side in dense]
             touched = self._patiently(self._rows, kept[0], kept[1], self._root(param, ()))
             ahead.append(self._patiently(self._slot, param, (), dense[0], dense[1]) - touched)
             for row, forms in zip(rows, zip(kept, looked, strict=True), strict=True):
@@ -298,12 +298,12 @@ class Ledger:
         sides = (merge_forms(chosen), merge_forms(rejected))
         kinds = {type(form) for side in sides for form in side}
         if kinds == {Dense}:
-            (u_w, v_w), (u_l, v_l) = _pair_of_dense(*sides)
+            (u_w, v_w), (u_l, v_l) = pair_of_dense(*sides)
             return reduce_pair(u_w, v_w, u_l, v_l, budget=self._budget, weight=root)
         if kinds == {Rows}:
-            return self._rows(_first(sides[0], Rows), _first(sides[1], Rows), root)
+            return self._rows(first_of(sides[0], Rows), first_of(sides[1], Rows), root)
         if kinds == {Explicit}:
-            return reduce_flat(_stack(_first(sides[0], Explicit), _first(sides[1], Explicit), root))
+            return reduce_flat(stacked(first_of(sides[0], Explicit), first_of(sides[1], Explicit), root))
         return self._mixed(sides, root)
 
     def _rows(self, chosen: Rows | None, rejected: Rows | None, root: Tensor | None) -> Tensor:
@@ -340,7 +340,7 @@ class Ledger:
         for form, token in ((x, "t"), (y, "s")):
             if isinstance(form, Rows):
                 rows = int(form.ids.max()) + 1 if weight is None else weight.shape[0]
-                size = max(rows, *(_row_count(other) for other in (x, y)))
+                size = max(rows, *(row_count(other) for other in (x, y)))
                 grad = form.values.new_zeros(size, form.values.shape[1]).index_add_(0, form.ids, form.values)
                 form = Explicit(grad)
             if isinstance(form, Dense):
@@ -354,70 +354,3 @@ class Ledger:
             terms.append("oi" if weight.dim() == 2 else "o")
         limit = max(self._budget // 8, max(operand.numel() for operand in operands))
         return torch.as_tensor(opt_einsum.contract(",".join(terms) + "->", *operands, memory_limit=limit))
-
-
-def merge_forms(forms: Sequence[Form]) -> list[Solid]:
-    """At most one form of each kind: sums of gradients.
-
-    Args:
-        forms: of one row and slot.
-
-    Returns:
-        Their sum as a `Dense`, a `Rows` and an `Explicit`, those of them that there are.
-    """
-    merged: list[Solid] = []
-    solid = [form.make() if isinstance(form, Deferred) else form for form in forms]
-    dense = [form for form in solid if isinstance(form, Dense)]
-    rows = [form for form in solid if isinstance(form, Rows)]
-    explicit = [form for form in solid if isinstance(form, Explicit)]
-    if dense:
-        one = dense[0]
-        merged.append(
-            one if len(dense) == 1 else Dense(torch.cat([f.u for f in dense]), torch.cat([f.v for f in dense]))
-        )
-    if rows:
-        wide = [form.values.to(accumulator(form.values.dtype)) for form in rows]
-        merged.append(rows[0] if len(rows) == 1 else Rows(torch.cat([f.ids for f in rows]), torch.cat(wide)))
-    if explicit:
-        total = explicit[0].grad.to(accumulator(explicit[0].grad.dtype))
-        for form in explicit[1:]:
-            total = total + form.grad
-        merged.append(Explicit(total))
-    return merged
-
-
-def _first(side: list[Solid], kind: type[F]) -> F | None:
-    return next((form for form in side if isinstance(form, kind)), None)
-
-
-def _pair_of_dense(chosen: list[Solid], rejected: list[Solid]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    one, other = _first(chosen, Dense), _first(rejected, Dense)
-    some = one or other
-    assert some is not None
-    empty = Dense(some.u[:0], some.v[:0])
-    one, other = one or empty, other or empty
-    return (one.u, one.v), (other.u, other.v)
-
-
-def _stack(chosen: Explicit | None, rejected: Explicit | None, root: Tensor | None) -> Tensor:
-    some = chosen or rejected
-    assert some is not None
-    wide = accumulator(some.grad.dtype)
-    grads = [torch.zeros_like(some.grad) if side is None else side.grad for side in (chosen, rejected)]
-    tile = torch.stack([grad.to(wide) for grad in grads])
-    if root is not None:
-        tile *= root
-    return tile.view(2, -1)
-
-
-def _gather(dense: Solid, ids: Tensor) -> Tensor:
-    """Rows `ids` of `uᵀv`, `[n, I]`, in the accumulator's dtype."""
-    assert isinstance(dense, Dense)
-    wide = accumulator(dense.u.dtype)
-    return dense.u[:, ids].to(wide).T @ dense.v.to(wide)
-
-
-def _row_count(form: Solid) -> int:
-    if isinstance(form, Dense):
-        return form.u.shape[1]
-    return int(form.ids.max()) + 1 if isinstance(form, Rows) else form.grad.shape[0]
