@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradent.hooks.clock import Clock
 from gradent.hooks.graph import Edge, Survey, edges_between, node_of, survey
+from gradent.hooks.order import in_order
 from gradent.hooks.regions import current_region, in_backward
 from gradent.hooks.rules import RULES, Call
 from gradent.hooks.uses import Layout, Use
@@ -122,6 +123,7 @@ class Capture(TorchFunctionMode):
         }
         self._leaves: dict[Node, int] = {}
         self._nodes: dict[int, Node | None] = {}
+        self._ordered: set[Node] = set()
         self._held: list[Tensor] = []  # views must stay alive: their id is their key
         self._handles: list[RemovableHandle] = []
         self._pending: weakref.WeakKeyDictionary[Any, dict[_Key, deque[_Pending]]] = weakref.WeakKeyDictionary()
@@ -183,7 +185,10 @@ class Capture(TorchFunctionMode):
 
     def _uses(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[Use]:
         rule = RULES.get(func)
-        return rule(Call(args, kwargs, out, self._layout, self._find)) if rule else []
+        return rule(Call(args, kwargs, out, self._layout, self._find, self._in_order)) if rule else []
+
+    def _in_order(self, tensor: Tensor) -> bool:
+        return in_order(tensor, self._layout.rows, self._layout.length, self._ordered)
 
     def _record(
         self,
@@ -300,6 +305,7 @@ class Capture(TorchFunctionMode):
         self._pending.clear()
         self._leaves.clear()
         self._nodes.clear()
+        self._ordered.clear()
         self._handles.clear()
         self._views.clear()
         self._held.clear()

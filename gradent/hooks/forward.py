@@ -17,13 +17,16 @@ from gradent.hooks.collector import Place
 from gradent.hooks.forms import split_factor
 from gradent.hooks.fused_head import FusedHeadUse, find_fused_head
 from gradent.hooks.readout import FusedReadout, LogitsReadout, Readout, RewardReadout, find_readout
-from gradent.hooks.regions import in_backward
+from gradent.hooks.regions import current_region, in_backward
 from gradent.hooks.sharding import output_embeddings
 from gradent.hooks.share import Sharing
 from gradent.hooks.uses import Layout
 from gradent.hooks.views import View
 
 __all__ = ["WatchedForward", "waits"]
+
+TILE = 4 * 2**20
+"""Bytes of padding that are looked at at once."""
 
 _KNOWN = {"loss", "logits", "log_probs", "entropy", "aux_loss", "router_logits"}
 """Parts of an output that are the log-probs, are made of them, or are looked after elsewhere."""
@@ -98,6 +101,8 @@ class WatchedForward:
         if self._capture is not None:
             if other is not None and not self.group.owner.trusted:
                 self.group.fail(f"the output also holds {other}, through which a loss can pass the log-probs by")
+            elif 1 < self.place.layout.rows == self.place.layout.length:
+                self.group.fail("the batch has as many rows as tokens, so that its axes cannot be told apart")
             elif kwargs.get("output_router_logits") or getattr(output, "aux_loss", None) is not None:
                 self.group.fail("the loss has a part (the routers' auxiliary loss) that passes the log-probs by")
             else:
@@ -109,7 +114,7 @@ class WatchedForward:
             self._tap_fused_head(capture, readout)
         found = capture.survey(readout.root, opaque=True)
         if found.missed:
-            self.group.fail(f"no rule can tell the rows apart where the model uses {self.group.listed(found.missed)}")
+            self._fail_for(found.missed)
             return
         self.group.hidden |= found.hidden
         self.group.expected += [(self, tap) for tap in capture.taps if tap.node in found.reached]
@@ -155,6 +160,24 @@ class WatchedForward:
         if self._reentered is module and self._capture is not None:
             self._reentered = None
             self._capture.stop()
+            if self.group.hidden and current_region() is None:  # a reentrant region, whose graph is there only now
+                self.group.guarded(self._survey_again, self._capture, output)
+
+    def _survey_again(self, capture: Capture, output: Any) -> None:
+        parts = (
+            output.values()
+            if isinstance(output, Mapping)
+            else output
+            if isinstance(output, (tuple, list))
+            else [output]
+        )
+        roots = [part for part in parts if isinstance(part, Tensor) and part.grad_fn is not None]
+        missed = frozenset[int]().union(*(capture.survey(root, opaque=True).missed for root in roots))
+        if missed:
+            self._fail_for(missed)
+
+    def _fail_for(self, missed: frozenset[int]) -> None:
+        self.group.fail(f"no rule can tell the rows apart where the model uses {self.group.listed(missed)}")
 
     def _on_grad(self, grad: Tensor) -> None:
         self.group.guarded(self._read, grad)
@@ -211,9 +234,7 @@ class WatchedForward:
         # A token is predicted at the position before it. Above the head's output there is nothing but these.
         self._spans = {False: [(0, stop) for stop in after]}
         self._spans[True] = [(max(0, start - 1), stop) for start, stop in zip(first, after, strict=True)]
-        self._outside = {
-            of_logits: _outside(spans, length).to(self.input_ids.device) for of_logits, spans in self._spans.items()
-        }
+        self._outside = {of_logits: _outside(spans, length) for of_logits, spans in self._spans.items()}
 
     def _spans_of(self, tap: Tap, cotangent: Tensor) -> list[tuple[int, int]] | None:
         """Where a cotangent may be other than zero, if what lies outside of that is zero; else None.
@@ -228,14 +249,16 @@ class WatchedForward:
             `(start, stop)` of each row.
         """
         layout = self.place.layout
-        if cotangent.shape[:-1].numel() != layout.rows * layout.length:
+        if cotangent.shape[:-1].numel() != layout.rows * layout.length or not cotangent.is_contiguous():
             return None
         of_logits = isinstance(self._readout, LogitsReadout) and tap.node is self._readout.root.grad_fn
+        positions = cotangent.flatten(0, -2)
+        step = max(1, TILE // (positions.shape[1] * positions.element_size()))
         outside = self._outside[of_logits]
-        if len(outside):
-            lowest, highest = cotangent.flatten(0, -2).index_select(0, outside).aminmax()
+        for some in torch.split(outside, step) if len(outside) else ():
+            lowest, highest = positions.index_select(0, some.to(cotangent.device, non_blocking=True)).aminmax()
             if not waits(cotangent.device):
-                self.group.note_still(highest - lowest)
+                self.group.note_still(torch.maximum(lowest.abs(), highest.abs()))
             elif float(lowest) != 0 or float(highest) != 0:
                 return None
         return self._spans[of_logits]

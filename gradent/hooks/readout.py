@@ -143,6 +143,8 @@ class LogitsReadout:
 
 def _ends(live: Tensor) -> list[tuple[int, int]]:
     """Of each row of `[N, K]`, the first place that is true, and the place after the last; (0, 0) where none is."""
+    if not live.shape[1]:
+        return [(0, 0)] * len(live)
     first, after = live.int().argmax(1), live.shape[1] - live.flip(1).int().argmax(1)
     return [
         (start, stop) if some else (0, 0) for start, stop, some in torch.stack([first, after, live.any(1)], 1).tolist()
@@ -172,6 +174,19 @@ def _best_others(
     """
     # The best of each block, then the place inside the best block: on a CPU `argmax` takes 6 to 20 times `amax`'s time.
     maxima = torch.cat([_block_maxima(logits[row, slice(*span)]) for row, span in enumerate(spans)])
+    step = max(1, TILE // (BLOCK * 4 * 8))  # a block's tokens are int64, twice
+    found = [
+        _best_in_blocks(logits, [part[some] for part in at], targets[some], maxima[some])
+        for some in tiles(len(targets), step)
+    ]
+    if not found:
+        return targets, targets.double()
+    tokens, best = (torch.cat(column) for column in zip(*found, strict=True))
+    return tokens, best
+
+
+def _best_in_blocks(logits: Tensor, at: Sequence[Tensor], targets: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor]:
+    """`_best_others` of some positions, given the largest logit of each of their blocks, which is overwritten."""
 
     def block(numbers: Tensor) -> tuple[Tensor, Tensor]:
         """One block of each position: its tokens, and their logits with -inf for the target; `[M, BLOCK]` each."""

@@ -49,7 +49,6 @@ class exact_products:
         self._before = getattr(_thread, "kind", None)
         if self._before == self._kind:
             return
-        _thread.kind = self._kind
         cast, allowed = torch.is_autocast_enabled(self._kind), _allowed(self._kind)
         if cast or allowed:
             self._undo = ExitStack()
@@ -58,6 +57,7 @@ class exact_products:
                 self._undo.callback(_allow, self._kind, allowed)
             if cast:
                 self._undo.enter_context(torch.autocast(self._kind, enabled=False))
+        _thread.kind = self._kind
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from trl.trainer.utils import add_fused_lm_head
 
 from gradent.hooks.piggyback import Piggyback
@@ -19,7 +20,7 @@ from gradent.kernels.dispatch import reduce_pair
 from gradent.model import trainable
 from gradent.pairs import PairBatch
 from tests.adapters import adapt, build_adapted, lora, lora_everywhere
-from tests.batches import ragged
+from tests.batches import ragged, square
 from tests.hooks.watching import CHECKPOINTING, WAYS, error, prepare, set_up, watch
 from tests.odd_models import build_odd
 from tests.trainer_steps import dpo, labels_of, through_logits
@@ -479,3 +480,78 @@ def test_padding_takes_no_part(way: str, lora: bool, waits: bool, monkeypatch: p
     assert set(reduced) <= whole | heads
     assert whole <= set(reduced)
     assert lora or heads <= set(reduced)
+
+
+class Picking(nn.Module):
+    """Two experts, each of which gets every token, in an order of its own; or the tokens as they are."""
+
+    def __init__(self, *, picks: bool) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(99, 6), nn.Linear(6, 99)
+        self.experts = nn.ModuleList([nn.Linear(6, 6) for _ in range(2)])
+        self.picks = picks
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: object) -> SimpleNamespace:
+        hidden = self.embed(input_ids).tanh()
+        flat = hidden.view(-1, 6)
+        count = len(flat)
+        orders = [torch.arange(count).flip(0), torch.arange(count).roll(3)]
+        total = torch.zeros_like(flat)
+        for expert, order in zip(self.experts, orders, strict=True):
+            if self.picks:
+                total = total.index_add(0, order, expert(flat[order]).tanh())
+            else:
+                total = total + expert(flat).tanh()
+        return SimpleNamespace(logits=self.head(total.view(hidden.shape)))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("picks", [False, True])
+def test_tokens_that_an_expert_gets_in_another_order(picks: bool, frozen: bool) -> None:
+    """As many as there are in the batch, and yet not row after row; with and without a graph behind them."""
+    torch.manual_seed(0)
+    model, batch = Picking(picks=picks).double(), ragged()
+    model.embed.requires_grad_(not frozen)
+    true = truth(model, batch)
+    (passed,) = watch(model, lambda: through_logits(model, batch))
+    if picks:
+        assert "no rule can tell the rows apart" in (passed.problem or "")
+        assert "experts.0.weight" in (passed.problem or "")
+    else:
+        assert error(passed, true) <= 1e-9
+
+
+class Reentered(nn.Module):
+    """A weight that is used in two ways, one of which no rule knows, behind reentrant checkpointing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head, self.block = nn.Embedding(99, 6), nn.Linear(6, 99), Twice()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: object) -> SimpleNamespace:
+        hidden = checkpoint(self.block, self.embed(input_ids), use_reentrant=True)
+        return SimpleNamespace(logits=self.head(hidden))
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight).tanh() + torch.einsum("rti,oi->rto", hidden, self.weight).tanh()
+
+
+def test_a_use_that_a_reentrant_region_hides() -> None:
+    torch.manual_seed(0)
+    model, batch = Reentered().double().train(), ragged()
+    (passed,) = watch(model, lambda: through_logits(model, batch))
+    assert "no rule can tell the rows apart where the model uses block.weight" in (passed.problem or "")
+
+
+def test_as_many_rows_as_tokens() -> None:
+    model, batch = prepare(build("gpt2")), square()
+    batch = PairBatch.from_rows([batch.row(row) for row in (0, 1, 2, 4, 5, 6)])
+    assert batch.input_ids.shape == (6, 6)
+    (passed,) = watch(model, lambda: through_logits(model, batch))
+    assert "as many rows as tokens" in (passed.problem or "")

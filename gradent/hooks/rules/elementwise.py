@@ -15,13 +15,14 @@ from gradent.hooks.uses import SumUse, Use
 __all__ = ["sum_use"]
 
 
-def sum_use(call: Call, operand: Any, factor: Callable[[], Tensor] | None) -> list[Use]:
+def sum_use(call: Call, operand: Any, factor: Callable[[], Tensor] | None, beside: Tensor) -> list[Use]:
     """The use of an operand that was broadcast against the output and multiplied by `factor` there.
 
     Args:
         call: the call.
         operand: the argument that may be a view of a parameter.
         factor: makes a tensor of the output's shape when it is needed, or None for 1.
+        beside: the activations that the operand meets, of as many axes as the output.
 
     Returns:
         One use, or none where the operand is no parameter or the rows cannot be told apart.
@@ -33,6 +34,8 @@ def sum_use(call: Call, operand: Any, factor: Callable[[], Tensor] | None) -> li
     if rows > 1:
         flat = out.shape[0] == rows * call.layout.length and out.dim() == 2
         if out.dim() < 2 or (out.shape[0] != rows and not flat):
+            return []
+        if flat and not call.ordered(beside):
             return []
         if operand.dim() >= out.dim() and operand.shape[0] != 1:
             return []
@@ -49,7 +52,7 @@ def multiply(call: Call) -> list[Use]:
         return []
     for operand, other in ((left, right), (right, left)):
         if call.find(operand) is not None:
-            return sum_use(call, operand, partial(other.detach().expand, call.out.shape))
+            return sum_use(call, operand, partial(other.detach().expand, call.out.shape), other)
     return []
 
 
@@ -59,4 +62,4 @@ def add(call: Call) -> list[Use]:
     left, right = call.args if len(call.args) == 2 and not call.kwargs else (None, None)
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return []
-    return [use for operand in (left, right) for use in sum_use(call, operand, None)]
+    return [use for operand, other in ((left, right), (right, left)) for use in sum_use(call, operand, None, other)]

@@ -20,10 +20,6 @@ def _is_matrix(view: View | None) -> TypeGuard[View]:
     return view is not None and view.plain and len(view.shape) == 2
 
 
-def _splits(call: Call, *tensors: Tensor) -> bool:
-    return all(call.layout.splits(tensor, 1) for tensor in tensors)
-
-
 @register_rule(F.linear)
 def linear(call: Call) -> list[Use]:
     """`F.linear(input, weight, bias)`, weight `[O, I]`."""
@@ -32,9 +28,9 @@ def linear(call: Call) -> list[Use]:
         return []
     uses: list[Use] = []
     weight = call.find(named["weight"])
-    if _is_matrix(weight) and call.find(named["input"]) is None and _splits(call, named["input"], call.out):
+    if _is_matrix(weight) and call.find(named["input"]) is None and call.splits(named["input"]):
         uses.append(MatrixUse(weight, named["input"].detach(), swapped=weight.flipped))
-    return uses + sum_use(call, named["bias"], None)
+    return uses + sum_use(call, named["bias"], None, named["input"])
 
 
 @register_rule(torch.matmul, torch.Tensor.matmul, torch.mm, torch.Tensor.mm)
@@ -51,8 +47,9 @@ def matmul(call: Call) -> list[Use]:
         if not on_right and call.layout.rows > 1 and other.dim() < 3:
             continue  # [I, tokens]: rows would have to be told apart along the last axis
         use = MatrixUse(view, other.detach(), swapped=view.flipped != on_right, transposed=not on_right)
-        tensors = (other, call.out) if on_right else (other.mT, call.out.mT)
-        return [use] if _splits(call, *tensors) else []
+        if on_right:
+            return [use] if call.splits(other) else []
+        return [use] if all(call.layout.splits(tensor.mT, 1) for tensor in (other, call.out)) else []
     return []
 
 
@@ -64,9 +61,9 @@ def addmm(call: Call) -> list[Use]:
         return []
     uses: list[Use] = []
     view = call.find(named["mat2"])
-    if _is_matrix(view) and call.find(named["mat1"]) is None and _splits(call, named["mat1"], call.out):
+    if _is_matrix(view) and call.find(named["mat1"]) is None and call.splits(named["mat1"]):
         uses.append(MatrixUse(view, named["mat1"].detach(), swapped=not view.flipped))
-    return uses + sum_use(call, named["input"], None)
+    return uses + sum_use(call, named["input"], None, named["mat1"])
 
 
 def grouped(call: Call) -> list[Use]:

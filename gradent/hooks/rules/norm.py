@@ -19,10 +19,11 @@ def layer_norm(call: Call) -> list[Use]:
     named = call.bind("input", "normalized_shape", "weight", "bias", "eps", weight=None, bias=None, eps=1e-5)
     if named is None or call.find(named["input"]) is not None:
         return []
-    uses = sum_use(call, named["bias"], None)
+    uses = sum_use(call, named["bias"], None, named["input"])
     if call.find(named["weight"]) is not None:
         x, shape, eps = named["input"].detach(), named["normalized_shape"], named["eps"]
-        uses += sum_use(call, named["weight"], lambda: F.layer_norm(x.to(accumulator(x.dtype)), shape, eps=eps))
+        normalized = lambda: F.layer_norm(x.to(accumulator(x.dtype)), shape, eps=eps)  # noqa: E731
+        uses += sum_use(call, named["weight"], normalized, named["input"])
     return uses
 
 
@@ -35,4 +36,5 @@ def rms_norm(call: Call) -> list[Use]:
     x, shape = named["input"].detach(), named["normalized_shape"]
     # eps=None means the machine epsilon of the input's own dtype, not of the accumulator's.
     eps = torch.finfo(x.dtype).eps if named["eps"] is None else named["eps"]
-    return sum_use(call, named["weight"], lambda: F.rms_norm(x.to(accumulator(x.dtype)), shape, eps=eps))
+    normalized = lambda: F.rms_norm(x.to(accumulator(x.dtype)), shape, eps=eps)  # noqa: E731
+    return sum_use(call, named["weight"], normalized, named["input"])

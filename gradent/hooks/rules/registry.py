@@ -25,6 +25,7 @@ class Call:
         out: what the function returned.
         layout: the forward's rows.
         find: tensor -> its view of a trainable parameter, or None.
+        ordered: flattened operand `[R L, features]` -> whether its tokens are in the batch's order.
     """
 
     args: tuple[Any, ...]
@@ -32,6 +33,20 @@ class Call:
     out: Tensor
     layout: Layout
     find: Callable[[Any], View | None]
+    ordered: Callable[[Tensor], bool]
+
+    def splits(self, operand: Tensor) -> bool:
+        """Whether the rows of an operand and of the output, with features on the last axis, can be told apart.
+
+        Args:
+            operand: activations that the parameter meets.
+
+        Returns:
+            The answer; no where they are flattened and their tokens were picked in another order.
+        """
+        if not self.layout.splits(operand, 1) or not self.layout.splits(self.out, 1):
+            return False
+        return self.layout.rows == 1 or operand.dim() > 2 or self.ordered(operand)
 
     def bind(self, *names: str, **defaults: Any) -> dict[str, Any] | None:
         """Arguments by name.

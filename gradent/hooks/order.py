@@ -1,0 +1,61 @@
+"""Whether the tokens of a flattened operand `[R L, features]` are in the batch's order, row after row.
+
+They are where it is a view of something `[R, L, ...]`, or was computed from one without picking positions. A mixture of
+experts picks: an expert that happens to be given every token has as many of them, in another order.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+__all__ = ["in_order"]
+
+_PICKS = {
+    f"{name}Backward0"
+    for name in ("Index", "IndexSelect", "Gather", "Take", "MaskedSelect", "Sort", "Topk", "Roll", "Flip", "Embedding")
+}
+"""Nodes of operators that hand out positions of their input in an order of their own."""
+
+_PUTS = {
+    f"{name}Backward0"
+    for name in ("IndexAdd", "IndexPut", "IndexPutImpl", "IndexCopy", "ScatterAdd", "Scatter", "MaskedScatter")
+}
+"""Nodes of operators that put positions where they belong."""
+
+
+def in_order(tensor: Tensor, rows: int, length: int, known: set[Node]) -> bool:
+    """Look for where a flattened operand comes from.
+
+    Args:
+        tensor: `[R L, features]`.
+        rows: R.
+        length: L.
+        known: nodes of which everything they come from is in order; added to.
+
+    Returns:
+        Whether its tokens are in the batch's order; False too where nothing says so.
+    """
+    node = tensor.grad_fn
+    if node is None:
+        base = tensor._base if tensor._is_view() else None  # noqa: SLF001  (torch has no public name for it)
+        return base is not None and base.shape[:2] == (rows, length)
+    seen, pending = {node}, [node]
+    while pending:
+        node = pending.pop()
+        if node in known or node.name() in _PUTS or _views(node, rows, length):
+            continue
+        if node.name() in _PICKS:
+            return False
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                pending.append(child)
+    known |= seen
+    return True
+
+
+def _views(node: Node, rows: int, length: int) -> bool:
+    """Whether a node is that of a view of `[R, L, ...]`."""
+    sizes = getattr(node, "_saved_self_sym_sizes", ())
+    return "View" in node.name() and tuple(map(int, sizes[:2])) == (rows, length) and len(sizes) > 2
