@@ -31,7 +31,7 @@ Seen = dict[str, dict[str, float]]
 def meets(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> Seen:
     """Parameter -> kind of form -> rows of the chosen response's factors, as a real measurement hands them over."""
     found: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    add = ledger.Ledger.add
+    add, add_rows = ledger.Ledger.add, ledger.Ledger.add_rows
 
     def watched(self: Any, param: int, row: int, slot: Any, form: Any) -> None:
         if row == 0:
@@ -44,8 +44,14 @@ def meets(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> Seen:
                 found[param]["explicit"] = 0
         add(self, param, row, slot, form)
 
+    def formed(self: Any, param: int, rows: Any, slot: Any, grads: Any) -> None:
+        if 0 in rows:
+            found[param]["explicit"] = 0
+        add_rows(self, param, rows, slot, grads)
+
     measure(model, PAIR)  # the first one also finds out whether rows may share a forward
     monkeypatch.setattr(ledger.Ledger, "add", watched)
+    monkeypatch.setattr(ledger.Ledger, "add_rows", formed)
     monkeypatch.setattr(ledger.Ledger, "whole", lambda *given: False)
     monkeypatch.setattr(ledger.Ledger, "fits", lambda *given: False)
     monkeypatch.setattr(ledger.Ledger, "folds", lambda *given: False)  # small products are formed as they arrive

@@ -549,9 +549,28 @@ def test_a_use_that_a_reentrant_region_hides() -> None:
     assert "no rule can tell the rows apart where the model uses block.weight" in (passed.problem or "")
 
 
+class TokensFirst(nn.Module):
+    """Activations `[L, R, ...]`, as some models written by hand have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Embedding(99, 6), nn.Linear(6, 6), nn.Linear(6, 99)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: object) -> SimpleNamespace:
+        hidden = self.mix(self.embed(input_ids).transpose(0, 1)).tanh()
+        return SimpleNamespace(logits=self.head(hidden).transpose(0, 1))
+
+
 def test_as_many_rows_as_tokens() -> None:
-    model, batch = prepare(build("gpt2")), square()
-    batch = PairBatch.from_rows([batch.row(row) for row in (0, 1, 2, 4, 5, 6)])
+    """No matter where rows are known to come first; else nothing tells the axes apart."""
+    batch = PairBatch.from_rows([square().row(row) for row in (0, 1, 2, 4, 5, 6)])
     assert batch.input_ids.shape == (6, 6)
+    model = build("gpt2")
+    true = truth(model, batch)
+    prepare(model)
     (passed,) = watch(model, lambda: through_logits(model, batch))
+    assert error(passed, true) <= 1e-9
+    torch.manual_seed(0)
+    other = TokensFirst().double()
+    (passed,) = watch(other, lambda: through_logits(other, batch))
     assert "as many rows as tokens" in (passed.problem or "")

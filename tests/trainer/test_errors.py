@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def test_piggyback_only_and_a_loss_that_does_not_allow_it(
 
 
 @pytest.mark.parametrize("failures", [1, 2])
-@pytest.mark.parametrize("reduction", ["reduce_pair", "reduce_pairs"])
+@pytest.mark.parametrize("reduction", ["reduce_pair", "pairs_together"])
 def test_memory_that_runs_out_once_costs_nothing(
     failures: int,
     reduction: str,
@@ -154,9 +155,17 @@ def test_memory_that_runs_out_once_costs_nothing(
     """A reduction is tried again in tiles of half the size, and again."""
     true, budgets = getattr(ledger, reduction), []
 
-    def scarce(*args: Any, **kwargs: Any) -> torch.Tensor:
-        budgets.append(kwargs.get("budget"))
-        return out_of_memory() if len(budgets) <= failures else true(*args, **kwargs)
+    def scarce(*args: Any, **kwargs: Any) -> Any:
+        """Fails when it reduces: `pairs_together` only returns what does."""
+        reduce = true(*args, **kwargs) if reduction == "pairs_together" else partial(true, *args, **kwargs)
+        if reduce is None:
+            return None
+
+        def run() -> torch.Tensor:
+            budgets.append(kwargs.get("budget"))
+            return out_of_memory() if len(budgets) <= failures else reduce()
+
+        return run if reduction == "pairs_together" else run()
 
     monkeypatch.setattr(ledger, reduction, scarce)
     if reduction == "reduce_pair":

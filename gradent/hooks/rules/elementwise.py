@@ -15,14 +15,14 @@ from gradent.hooks.uses import SumUse, Use
 __all__ = ["sum_use"]
 
 
-def sum_use(call: Call, operand: Any, factor: Callable[[], Tensor] | None, beside: Tensor) -> list[Use]:
+def sum_use(call: Call, operand: Any, factor: Callable[[], Tensor] | None, beside: Tensor | None = None) -> list[Use]:
     """The use of an operand that was broadcast against the output and multiplied by `factor` there.
 
     Args:
         call: the call.
         operand: the argument that may be a view of a parameter.
         factor: makes a tensor of the output's shape when it is needed, or None for 1.
-        beside: the activations that the operand meets, of as many axes as the output.
+        beside: the activations that the operand meets, of as many axes as the output; None to go by the output.
 
     Returns:
         One use, or none where the operand is no parameter or the rows cannot be told apart.
@@ -35,7 +35,7 @@ def sum_use(call: Call, operand: Any, factor: Callable[[], Tensor] | None, besid
         flat = out.shape[0] == rows * call.layout.length and out.dim() == 2
         if out.dim() < 2 or (out.shape[0] != rows and not flat):
             return []
-        if flat and not call.ordered(beside):
+        if flat and not call.ordered(out if beside is None else beside):
             return []
         if operand.dim() >= out.dim() and operand.shape[0] != 1:
             return []
