@@ -16,6 +16,7 @@ from gradent.hooks.capture import Capture, Tap
 from gradent.hooks.collector import Place
 from gradent.hooks.forms import split_factor
 from gradent.hooks.fused_head import FusedHeadUse, find_fused_head
+from gradent.hooks.order import moves_rows
 from gradent.hooks.readout import FusedReadout, LogitsReadout, Readout, RewardReadout, find_readout
 from gradent.hooks.regions import current_region, in_backward
 from gradent.hooks.sharding import output_embeddings
@@ -101,9 +102,7 @@ class WatchedForward:
         if self._capture is not None:
             if other is not None and not self.group.owner.trusted:
                 self.group.fail(f"the output also holds {other}, through which a loss can pass the log-probs by")
-            elif 1 < self.place.layout.rows == self.place.layout.length and not _rows_come_first(
-                self.group.owner.model
-            ):
+            elif 1 < self.place.layout.rows == self.place.layout.length and moves_rows(found.root):
                 self.group.fail("the batch has as many rows as tokens, so that its axes cannot be told apart")
             elif kwargs.get("output_router_logits") or getattr(output, "aux_loss", None) is not None:
                 self.group.fail("the loss has a part (the routers' auxiliary loss) that passes the log-probs by")
@@ -274,12 +273,6 @@ class WatchedForward:
         self._readout = None
         if self._capture is not None:
             self._capture.close()
-
-
-def _rows_come_first(model: nn.Module) -> bool:
-    """Whether a model's activations are known to be `[R, L, ...]`: those of transformers are, but for a few."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    return isinstance(kind, str) and kind not in ("", "xlnet", "transfo-xl")
 
 
 def waits(device: torch.device) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.autograd.graph import Node
 
-__all__ = ["in_order"]
+__all__ = ["in_order", "moves_rows"]
 
 _PICKS = {
     f"{name}Backward0"
@@ -59,3 +59,27 @@ def _views(node: Node, rows: int, length: int) -> bool:
     """Whether a node is that of a view of `[R, L, ...]`."""
     sizes = getattr(node, "_saved_self_sym_sizes", ())
     return "View" in node.name() and tuple(map(int, sizes[:2])) == (rows, length) and len(sizes) > 2
+
+
+def moves_rows(root: Tensor) -> bool:
+    """Whether a first axis is moved anywhere in the graph below a tensor, as where activations are `[L, R, ...]`.
+
+    Args:
+        root: a model's output.
+
+    Returns:
+        Whether an operator that reorders axes moves the first one.
+    """
+    pending = [node for node in (root.grad_fn,) if node is not None]
+    seen = set(pending)
+    while pending:
+        node = pending.pop()
+        if "Permute" in node.name() and int(getattr(node, "_saved_dims", (1,))[0]) != 0:
+            return True
+        if "Transpose" in node.name() and 0 in (int(getattr(node, f"_saved_dim{side}", 0)) for side in (0, 1)):
+            return True
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                pending.append(child)
+    return False
