@@ -121,8 +121,7 @@ class Collector:
         u, v = use.factors(cotangent, place.layout)
         # The sum goes to the trainer, so that nothing may be left out which is not seen to be zero by now.
         certain = place.layout.certain and u.shape[1] == place.layout.length
-        spans = (lambda: place.layout.spans) if certain else (lambda: None)
-        grad = self.ledger.share(use.view.param, u, v, place.rows, factors, spans)
+        grad = self.ledger.share(use.view.param, u, v, place.rows, factors, place.layout.look if certain else None)
         if grad is None:
             return False
         give(tap.node, cotangent, grad)

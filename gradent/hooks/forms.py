@@ -135,12 +135,13 @@ def scaled_gradients(grads: Tensor, powers: Sequence[float]) -> Tensor:
     """
     if all(power == 1 for power in powers):
         return grads
-    return grads * torch.tensor(powers, dtype=grads.dtype, device=grads.device).view(-1, *(1,) * (grads.dim() - 1))
+    return _times(grads, powers)
 
 
 def _times(rows: Tensor, powers: Sequence[float]) -> Tensor:
     dtype = _exact(rows.dtype)
-    return rows.to(dtype) * torch.tensor(powers, dtype=torch.float64).to(rows.device, dtype)[:, None, None]
+    factors = torch.tensor(powers, dtype=torch.float64).to(rows.device, dtype)
+    return rows.to(dtype) * factors.view(-1, *(1,) * (rows.dim() - 1))
 
 
 def _scaled_dense(form: Dense, power: float) -> Dense:

@@ -255,9 +255,9 @@ class WatchedForward:
         of_logits = isinstance(self._readout, LogitsReadout) and tap.node is self._readout.root.grad_fn
         positions = cotangent.flatten(0, -2)
         step = max(1, TILE // (positions.shape[1] * positions.element_size()))
-        outside = self._outside[of_logits]
+        outside = self._outside[of_logits] = self._outside[of_logits].to(cotangent.device)
         for some in torch.split(outside, step) if len(outside) else ():
-            lowest, highest = positions.index_select(0, some.to(cotangent.device, non_blocking=True)).aminmax()
+            lowest, highest = positions.index_select(0, some).aminmax()
             if not waits(cotangent.device):
                 self.group.note_still(torch.maximum(lowest.abs(), highest.abs()))
             elif float(lowest) != 0 or float(highest) != 0:

@@ -118,7 +118,7 @@ class Ledger:
         v: Tensor,
         places: Sequence[int],
         factors: Sequence[float],
-        spans: Callable[[], Sequence[tuple[int, int]] | None],
+        look: Callable[[], Sequence[tuple[int, int]] | None] | None,
     ) -> Tensor | None:
         """Reduce a parameter of which one product's gradients are all there is, and add those gradients up.
 
@@ -128,7 +128,7 @@ class Ledger:
             v: `[R, T, I]`.
             places: each row's number among the 2k, or -1.
             factors: what each row is multiplied by before it is measured.
-            spans: finds of each row the tokens outside of which u or v is zero; None if that is not certain.
+            look: finds of each row the tokens outside of which u or v is zero; None if that is not certain.
 
         Returns:
             The sum of all rows' products `[O, I]`; None where not every pair's rows are here, and nothing was done.
@@ -143,7 +143,7 @@ class Ledger:
             pairs=self._pairs,
             budget=self._budget,
             weight=self._root(param, ()),
-            row_spans=spans(),
+            look=look,
         )
         return total
 

@@ -6,6 +6,8 @@ experts picks: an expert that happens to be given every token has as many of the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -40,19 +42,27 @@ def in_order(tensor: Tensor, rows: int, length: int, known: set[Node]) -> bool:
     if node is None:
         base = tensor._base if tensor._is_view() else None  # noqa: SLF001  (torch has no public name for it)
         return base is not None and base.shape[:2] == (rows, length)
-    seen, pending = {node}, [node]
+    passed = []
+    for origin in _walk(node, lambda one: one in known or one.name() in _PUTS or _views(one, rows, length)):
+        if origin.name() in _PICKS:
+            return False
+        passed.append(origin)
+    known.update(passed)
+    return True
+
+
+def _walk(start: Node, stops: Callable[[Node], bool]) -> Iterator[Node]:
+    """The nodes from `start` down, each once, but for those at which it stops and what lies behind them alone."""
+    seen, pending = {start}, [start]
     while pending:
         node = pending.pop()
-        if node in known or node.name() in _PUTS or _views(node, rows, length):
+        if stops(node):
             continue
-        if node.name() in _PICKS:
-            return False
+        yield node
         for child, _ in node.next_functions:
             if child is not None and child not in seen:
                 seen.add(child)
                 pending.append(child)
-    known |= seen
-    return True
 
 
 def _views(node: Node, rows: int, length: int) -> bool:
@@ -70,16 +80,10 @@ def moves_rows(root: Tensor) -> bool:
     Returns:
         Whether an operator that reorders axes moves the first one.
     """
-    pending = [node for node in (root.grad_fn,) if node is not None]
-    seen = set(pending)
-    while pending:
-        node = pending.pop()
-        if "Permute" in node.name() and int(getattr(node, "_saved_dims", (1,))[0]) != 0:
-            return True
-        if "Transpose" in node.name() and 0 in (int(getattr(node, f"_saved_dim{side}", 0)) for side in (0, 1)):
-            return True
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                pending.append(child)
-    return False
+    return root.grad_fn is not None and any(map(_moves_first, _walk(root.grad_fn, lambda node: False)))
+
+
+def _moves_first(node: Node) -> bool:
+    if "Permute" in node.name():
+        return int(getattr(node, "_saved_dims", (1,))[0]) != 0
+    return "Transpose" in node.name() and 0 in (int(getattr(node, f"_saved_dim{side}", 0)) for side in (0, 1))

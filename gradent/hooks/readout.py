@@ -126,7 +126,7 @@ class LogitsReadout:
             return values.new_zeros(size.shape).index_put_(at, values)
 
         logps, moved = spread(z_y - normalizer), spread((g_y != 0) | (g_v != 0))
-        used = _with_certain_tokens(moved, logps, spread(torch.ones_like(moved[at]))) if given is None else given
+        used = _with_certain_tokens(moved, logps) if given is None else given
         # A token that is all but certain hardly moves; its gradient is rounding, and weighs as little as it matters.
         weight = -torch.expm1(logps) * used
         each = torch.where(weight > 0, spread(g_y - g_v * (z_y - z_v).clamp_max(80).exp()), 0.0)
@@ -267,10 +267,10 @@ def _coefficients(
     return Coefficients(c=c, logp=logp, marks=marks, tokens=tokens, spread=spread, constant=constant)
 
 
-def _with_certain_tokens(moved: Tensor, logps: Tensor, seen: Tensor) -> Tensor:
+def _with_certain_tokens(moved: Tensor, logps: Tensor) -> Tensor:
     """Tokens that got a gradient, and those between them that got none because they are certain; bool `[N, K]`."""
     inside = (moved.cumsum(1) > 0) & (moved.flip(1).cumsum(1).flip(1) > 0)
-    return moved | (inside & seen & (logps > -1e-6))
+    return moved | (inside & (logps > -1e-6))
 
 
 def find_readout(output: Any, kwargs: Mapping[str, Any], input_ids: Tensor) -> Readout | str:

@@ -9,7 +9,7 @@ Letters: k pairs, R rows, T tokens, O and I the two sides of a weight `[O, I]`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -36,7 +36,7 @@ def reduce_shared(
     pairs: int,
     budget: int,
     weight: Tensor | None = None,
-    row_spans: Sequence[tuple[int, int]] | None = None,
+    look: Callable[[], Sequence[tuple[int, int]] | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Entries of every pair, and the sum of all rows' products.
 
@@ -53,7 +53,7 @@ def reduce_shared(
         budget: bytes that the tiles may take; the sum comes on top. Kernels have no tiles, but need a scaled copy of u
             where a factor is far from 1.
         weight: `[O, I]` or None; multiplies a product's entries before they are squared, not the sum.
-        row_spans: of each row, the tokens outside of which u or v is known to be zero; None for all.
+        look: finds of each row the tokens outside of which u or v is zero, where that spares something; None for all.
 
     Returns:
         `(entries [k, 3] float64, sum [O, I])`, the sum in the accumulator's dtype.
@@ -66,7 +66,7 @@ def reduce_shared(
             return found
     if len(couples) == pairs and products_fit(u, v, len(u), budget):
         return _together(u, v, places, factors, pairs, weight)
-    wide = accumulator(u.dtype)
+    wide, row_spans = accumulator(u.dtype), None if look is None else look()
     (_, _, rows), cols = u.shape, v.shape[2]
     room = min(budget, TILE) // (2 * wide.itemsize)
     width = min(cols, max(1, room))

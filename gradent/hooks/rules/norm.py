@@ -22,8 +22,9 @@ def layer_norm(call: Call) -> list[Use]:
     uses = sum_use(call, named["bias"], None, named["input"])
     if call.find(named["weight"]) is not None:
         x, shape, eps = named["input"].detach(), named["normalized_shape"], named["eps"]
-        normalized = lambda: F.layer_norm(x.to(accumulator(x.dtype)), shape, eps=eps)  # noqa: E731
-        uses += sum_use(call, named["weight"], normalized, named["input"])
+        uses += sum_use(
+            call, named["weight"], lambda: F.layer_norm(x.to(accumulator(x.dtype)), shape, eps=eps), named["input"]
+        )
     return uses
 
 
@@ -36,5 +37,6 @@ def rms_norm(call: Call) -> list[Use]:
     x, shape = named["input"].detach(), named["normalized_shape"]
     # eps=None means the machine epsilon of the input's own dtype, not of the accumulator's.
     eps = torch.finfo(x.dtype).eps if named["eps"] is None else named["eps"]
-    normalized = lambda: F.rms_norm(x.to(accumulator(x.dtype)), shape, eps=eps)  # noqa: E731
-    return sum_use(call, named["weight"], normalized, named["input"])
+    return sum_use(
+        call, named["weight"], lambda: F.rms_norm(x.to(accumulator(x.dtype)), shape, eps=eps), named["input"]
+    )
