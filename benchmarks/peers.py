@@ -53,7 +53,21 @@ from gradent import PairBatch
 from gradent.hooks.batching import group_rows
 from gradent.kernels.plan import DEFAULT_BUDGET, choose
 
-VOCABULARY, WIDTH, LAYERS, HEADS = 8192, 256, 4, 8
+
+@dataclass(frozen=True)
+class Size:
+    """Of a model; `inner` is the width inside a Llama's MLP."""
+
+    layers: int
+    width: int
+    heads: int
+    inner: int
+    gpt2_vocabulary: int
+    llama_vocabulary: int
+
+
+SIZES = {"mini": Size(4, 256, 8, 704, 8192, 8192), "small": Size(12, 768, 12, 2048, 50257, 32000)}
+"""`small` is GPT-2's own size (124M parameters), and a Llama of the same width."""
 CASES = {"single": (1, 192), "short": (8, 64), "medium": (4, 192), "long": (4, 512)}
 """Pairs, and tokens of the longest row."""
 EXACT = 1e-4
@@ -74,35 +88,35 @@ class Found:
     note: str = ""
 
 
-def build(kind: str, dtype: torch.dtype) -> nn.Module:
+def build(kind: str, dtype: torch.dtype, size: Size) -> nn.Module:
     """The model, in eval mode."""
     torch.manual_seed(0)
     model: nn.Module
     if kind == "GPT-2, full":
         model = GPT2LMHeadModel(
             GPT2Config(
-                vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=512, resid_pdrop=0.0,
-                embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
+                vocab_size=size.gpt2_vocabulary, n_embd=size.width, n_layer=size.layers, n_head=size.heads,
+                n_positions=512, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=None, eos_token_id=None,
             )
         )  # fmt: skip
     else:
         model = LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=704, num_hidden_layers=LAYERS,
-                num_attention_heads=HEADS, num_key_value_heads=4, max_position_embeddings=512, bos_token_id=None,
-                eos_token_id=None,
+                vocab_size=size.llama_vocabulary, hidden_size=size.width, intermediate_size=size.inner,
+                num_hidden_layers=size.layers, num_attention_heads=size.heads, num_key_value_heads=4,
+                max_position_embeddings=512, bos_token_id=None, eos_token_id=None,
             )
         )  # fmt: skip
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False))
     return model.to(dtype).eval()
 
 
-def draw(pairs: int, longest: int) -> PairBatch:
+def draw(pairs: int, longest: int, vocabulary: int) -> PairBatch:
     """Ragged pairs: rows of half to all of `longest` tokens, a third of them prompt; one row is the longest."""
     source = torch.Generator().manual_seed(1)
 
     def tokens(count: int) -> list[int]:
-        return torch.randint(0, VOCABULARY, (count,), generator=source).tolist()
+        return torch.randint(0, vocabulary, (count,), generator=source).tolist()
 
     parts = []
     for pair in range(pairs):
@@ -178,12 +192,13 @@ def timed(way: Callable[[], Any], clock: Clock) -> float:
     return clock() - began
 
 
-def compare(kind: str, case: str, rounds: int, only: str, clock: Clock) -> tuple[dict[str, Found], float]:
+def compare(kind: str, case: str, size: Size, rounds: int, only: str, clock: Clock) -> tuple[dict[str, Found], float]:
     """One model and case.
 
     Args:
         kind: the model.
         case: of `CASES`.
+        size: of `SIZES`.
         rounds: of all methods.
         only: beginnings of the methods' names, comma-separated; "" for all.
         clock: gives seconds.
@@ -191,8 +206,9 @@ def compare(kind: str, case: str, rounds: int, only: str, clock: Clock) -> tuple
     Returns:
         What was found by method, and the matrix product's GFLOP/s.
     """
-    model, batch = build(kind, torch.float32), draw(*CASES[case])
-    truth = METHODS["two backwards"](build(kind, torch.float64), batch)()
+    vocabulary = size.gpt2_vocabulary if kind.startswith("GPT-2") else size.llama_vocabulary
+    model, batch = build(kind, torch.float32, size), draw(*CASES[case], vocabulary)
+    truth = METHODS["two backwards"](build(kind, torch.float64, size), batch)()
     found, ways = prepare(model, batch, truth, only)
     rows = unpadded(batch)
     groups = group_rows([len(ids) for ids, _ in rows], torch.device("cpu"))
@@ -244,6 +260,7 @@ def main(
     rounds: Annotated[int, typer.Option(help="Turns of every method.")] = 3,
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
     kinds: Annotated[str, typer.Option(help="Models, semicolon-separated.")] = "GPT-2, full;Llama, LoRA",
+    size: Annotated[str, typer.Option(help=f"Of the models: {', '.join(SIZES)}.")] = "mini",
     cases: Annotated[str, typer.Option(help="Cases, comma-separated.")] = ",".join(CASES),
     only: Annotated[str, typer.Option(help="Beginnings of methods' names, comma-separated; default all.")] = "",
     clock: Annotated[str, typer.Option(help="wall, or cpu: the process's own seconds.")] = "wall",
@@ -255,7 +272,7 @@ def main(
     console = Console(width=150)
     for kind in kinds.split(";"):
         for case in cases.split(","):
-            found, speed = compare(kind, case, rounds, only, CLOCKS[clock])
+            found, speed = compare(kind, case, SIZES[size], rounds, only, CLOCKS[clock])
             pairs, longest = CASES[case]
             title = f"{kind}, {pairs} pairs, T ≤ {longest} ({speed:.0f} GFLOP/s)"
             table = Table("method", "error", "seconds", "ratio to unit", "MiB", "note", title=title)

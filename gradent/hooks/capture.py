@@ -175,8 +175,7 @@ class Capture(TorchFunctionMode):
         return _Seen(tracked, [(tensor, self._node(tensor)) for tensor in tensors], region, again)
 
     def _after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor, seen: _Seen) -> None:
-        key = self._key(func, seen.tracked)
-        if seen.again or not self._record(key, seen.region, args, kwargs, out, seen.operands):
+        if seen.again or not self._record(func, seen, args, kwargs, out):
             self._follow(func, args, kwargs, out, seen.tracked)
 
     def _key(self, func: Any, tracked: list[Tensor]) -> _Key:
@@ -192,19 +191,20 @@ class Capture(TorchFunctionMode):
 
     def _record(
         self,
-        key: _Key,
-        region: Any,
+        func: Any,
+        seen: _Seen,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         out: Tensor,
-        operands: list[tuple[Tensor, Node | None]],
     ) -> bool:
         """Record the uses that the call's rule accounts for; whether there is any."""
-        taps = [self._tap(use, out, operands, region is not None) for use in self._uses(key[0], args, kwargs, out)]
+        region = seen.region
+        taps = [self._tap(use, out, seen.operands, region is not None) for use in self._uses(func, args, kwargs, out)]
         if self._late is not None and in_backward():
             for tap in taps:
                 self._late(tap)
         if taps and region is not None:
+            key = self._key(func, seen.tracked)
             self._pending.setdefault(region, {}).setdefault(key, deque()).append(_Pending(taps, out.shape))
         return bool(taps)
 

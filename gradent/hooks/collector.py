@@ -131,7 +131,7 @@ class Collector:
     def _at_once(self, tap: Tap, cotangent: Tensor, place: Place, factors: Sequence[float] | None) -> bool:
         """Reduce a parameter whose only use this is, all rows together; whether that was done."""
         use = tap.use
-        if not isinstance(use, MatrixUse) or use.view.slot or list(place.rows) != list(range(place.layout.rows)):
+        if not isinstance(use, MatrixUse) or use.view.slot or not self.ledger.fills(place.rows):
             return False
         u, v = use.factors(cotangent, place.layout)
         if factors is not None and any(factor != 1 for factor in factors):

@@ -11,34 +11,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import opt_einsum
 import torch
 from torch import Tensor
 
+from gradent.hooks.formed import Formed, Slot, SmallGradients, row_gradients
 from gradent.hooks.forms import Dense, Explicit, Form, Rows, Solid
 from gradent.hooks.merging import first_of, gathered, merge_forms, pair_of_dense, row_count, stacked
-from gradent.kernels.dispatch import pairs_pay, pairs_together, reduce_pair
+from gradent.kernels.dispatch import on_kernels, pairs_pay, pairs_together, reduce_pair
 from gradent.kernels.reference import accumulator, product_pays, reduce_flat, reduce_tiles, tiles_pay
 from gradent.kernels.shared import reduce_shared
 
 __all__ = ["Ledger"]
 
+T = TypeVar("T")
+
 RETRIES = 2
 """How often a reduction that ran out of memory is tried again, in tiles of half the size each time."""
-
-Slot = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Formed:
-    """Gradients of one slot that were formed as they came: rows R, `[R, *shape of the slot]`."""
-
-    rows: Sequence[int]
-    slot: Slot
-    grads: Tensor
 
 
 class Ledger:
@@ -52,7 +43,7 @@ class Ledger:
 
     Attributes:
         entries: parameter number -> `[k, 3]` float64 `(chosen_sq, rejected_sq, inner)`, in the order in which the
-            parameters were completed.
+            parameters were completed. Complete after `close`: until then, small parameters have an empty tensor.
     """
 
     def __init__(self, pairs: int, *, budget: int, weight: Callable[[int], Tensor] | None = None) -> None:
@@ -61,8 +52,9 @@ class Ledger:
         self._budget = budget
         self._weight = weight
         self._forms: dict[int, dict[int, dict[Slot, list[Form]]]] = defaultdict(dict)
-        self._formed: dict[int, list[_Formed]] = defaultdict(list)
+        self._formed: dict[int, list[Formed]] = defaultdict(list)
         self._ahead: dict[int, Tensor] = {}
+        self._small = SmallGradients(pairs, self._root)
 
     def add_rows(self, param: int, rows: Sequence[int], slot: Slot, grads: Tensor) -> None:
         """Add the gradients of several rows, formed already, to what these rows hold of a parameter.
@@ -74,7 +66,7 @@ class Ledger:
             grads: `[R, *shape of the slot]`, in the accumulator's dtype, detached.
         """
         if rows:
-            self._formed[param].append(_Formed(rows, slot, grads))
+            self._formed[param].append(Formed(rows, slot, grads))
 
     def add(self, param: int, row: int, slot: Slot, form: Form) -> None:
         """Add a form to what row `row` holds of a parameter.
@@ -92,14 +84,15 @@ class Ledger:
 
         Args:
             param: the parameter's number.
-            u: `[2k, T, O]`, rows 0..k-1 chosen and k..2k-1 rejected.
+            u: `[2k, T, O]`, rows 0..k-1 chosen and k..2k-1 rejected (the rows `fills`).
             v: `[2k, T, I]`.
             ends: the tokens of each row, where kernels are to leave out the rest, in which u or v is zero; None for T.
 
         Returns:
-            Whether it is reduced; if not (`fits` is false), its forms are to be added row by row.
+            Whether it is reduced; if not (`fits` is false, or its gradients are so small that they had better be added
+            and reduced with others), its forms are to be added row by row.
         """
-        if self._holds(param) or len(u) != 2 * self._pairs:
+        if self._holds(param) or len(u) != 2 * self._pairs or self._gathers(u, v):
             return False
         together = pairs_together(u, v, budget=self._budget, lengths=ends, weight=self._root(param, ()))
         if together is None:
@@ -147,6 +140,10 @@ class Ledger:
         )
         return total
 
+    def fills(self, rows: Sequence[int]) -> bool:
+        """Whether a forward's rows are those of all pairs, in their order."""
+        return len(rows) == 2 * self._pairs and list(rows) == list(range(len(rows)))
+
     def fits(self, u: Tensor, v: Tensor) -> bool:
         """Whether all rows' products are here, and worth forming at once; arguments as for `whole`."""
         return len(u) == 2 * self._pairs and pairs_pay(u, v, budget=self._budget)
@@ -172,6 +169,8 @@ class Ledger:
         Args:
             param: the parameter's number.
         """
+        if self._postpone(param):
+            return
         entries = self._together(param)
         if entries is None:
             entries = self._pair_by_pair(param, self._pop(param))
@@ -179,36 +178,52 @@ class Ledger:
             entries += self._ahead.pop(param)
         self.entries[param] = entries
 
+    def _gathers(self, u: Tensor, v: Tensor) -> bool:
+        """Whether products are to be formed as they arrive, and reduced with those of other parameters."""
+        small = self._small.takes(u.shape[2] * v.shape[2] * accumulator(u.dtype).itemsize, self._budget)
+        return small and product_pays(u, v, count=2 * self._pairs, budget=self._budget) and not on_kernels(u, v)
+
+    def _postpone(self, param: int) -> bool:
+        """Let a parameter of which small gradients were formed wait for others of its kind; whether it does."""
+        formed = self._single_slot(param)
+        if formed is None or param in self._ahead:
+            return False
+        if not self._small.takes(formed[0].grads[0].numel() * formed[0].grads.element_size(), self._budget):
+            return False
+        self._small.add(param, self._formed.pop(param))
+        self.entries[param] = torch.zeros(0, 3, dtype=torch.float64)
+        if self._small.full(self._budget):
+            self._flush()
+        return True
+
+    def _flush(self) -> None:
+        """Reduce the small parameters that wait."""
+        self.entries.update(self._patiently(self._small.reduce))
+        self._small.clear()
+
+    def _single_slot(self, param: int) -> list[Formed] | None:
+        """What was formed of a parameter's rows, where that is all there is, and of one slot; else None."""
+        formed = self._formed.get(param)
+        if not formed or self._forms.get(param) or any(one.slot != formed[0].slot for one in formed):
+            return None
+        return formed
+
     def _together(self, param: int) -> Tensor | None:
         """Entries of a parameter of which rows of one slot were formed, small ones, and nothing else; else None."""
-        formed = self._formed.get(param)
-        if not formed or self._forms.get(param) or len({one.slot for one in formed}) > 1:
+        formed = self._single_slot(param)
+        if formed is None:
             return None
         first = formed[0]
         if not tiles_pay(first.grads[0], count=2 * self._pairs, budget=self._budget):
             return None
         root = self._root(param, first.slot)
         try:
-            tiles = self._tiles(formed)
+            tiles = row_gradients(formed, 2 * self._pairs)
             entries = reduce_tiles(tiles if root is None else tiles * root)
         except torch.OutOfMemoryError:
             return None
         del self._formed[param]
         return entries
-
-    def _tiles(self, formed: Sequence[_Formed]) -> Tensor:
-        """Every row's gradient, `[2k, *shape of the slot]`: added where a row has several, zero where it has none."""
-        rows = [row for one in formed for row in one.rows]
-        grads = formed[0].grads if len(formed) == 1 else torch.cat([one.grads for one in formed])
-        if rows == list(range(2 * self._pairs)):
-            return grads
-        at = torch.tensor(rows, device=grads.device)
-        if sorted(rows) == list(range(2 * self._pairs)):
-            return grads[at.argsort()]
-        tiles = grads.new_zeros(2 * self._pairs, *grads.shape[1:])
-        for one, where in zip(formed, torch.split(at, [len(one.rows) for one in formed]), strict=True):
-            tiles.index_add_(0, where, one.grads)
-        return tiles
 
     def _holds(self, param: int) -> bool:
         """Whether something of a parameter waits to be reduced."""
@@ -271,14 +286,16 @@ class Ledger:
         """Reduce what is still open: uses that the backward pass never reached have a zero gradient."""
         for param in [number for number in {**self._forms, **self._formed} if number not in self.entries]:
             self.finish(param)
+        self._flush()
 
     def clear(self) -> None:
         """Let go of every form; entries stay."""
         self._forms.clear()
         self._formed.clear()
         self._ahead.clear()
+        self._small.clear()
 
-    def _patiently(self, reduce: Callable[..., Tensor], *operands: Any) -> Tensor:
+    def _patiently(self, reduce: Callable[..., T], *operands: Any) -> T:
         """A reduction; where memory runs out, it and what follows go on in tiles of half the size."""
         for _ in range(RETRIES):
             try:

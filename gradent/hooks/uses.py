@@ -22,6 +22,9 @@ from gradent.kernels.reference import accumulator
 __all__ = ["GroupedUse", "Layout", "LookupUse", "MatrixUse", "SumUse", "Use"]
 
 
+_NOTHING = torch.empty(0)
+
+
 @dataclass(frozen=True)
 class Layout:
     """The shape of one forward: `rows` R, padded to `length` L tokens.
@@ -139,7 +142,7 @@ class MatrixUse(_WholeSlot):
     @property
     def hollow(self) -> Self:
         """See `Use.hollow`."""
-        return replace(self, inputs=self.inputs.new_empty(0))
+        return replace(self, inputs=_NOTHING)
 
     def oriented(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Input and output with their features on the last axis, in the output's dtype.
@@ -204,7 +207,7 @@ class GroupedUse:
     @property
     def hollow(self) -> Self:
         """See `Use.hollow`."""
-        return replace(self, inputs=self.inputs.new_empty(0))
+        return replace(self, inputs=_NOTHING)
 
     def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
         """See `Use.forms`."""
@@ -330,10 +333,13 @@ class SumUse(_WholeSlot):
         step = count
         if 1 in axes:
             step = max(1, budget // max(1, 2 * wide.itemsize * len(b) * b.shape[2:].numel()))
+        if step >= count:
+            whole = b.to(wide) if factor is None else b.to(wide) * factor.to(wide)
+            return whole.sum(axes, keepdim=True) if axes else whole
         total: Tensor | float = 0.0
         for start in range(0, count, step):
             part = b[:, start : start + step].to(wide)
             if factor is not None:
                 part = part * factor[:, start : start + step].to(wide)
-            total = total + (part.sum(axes, keepdim=True) if axes else part)
+            total = total + part.sum(axes, keepdim=True)
         return torch.as_tensor(total)

@@ -29,7 +29,7 @@ from gradent.kernels.reference import batch_pays, reduce_batch, reduce_dense
 if TYPE_CHECKING:
     from gradent.kernels.fused.operands import Spans
 
-__all__ = ["VARIABLE", "attempt", "pairs_pay", "pairs_together", "path", "reduce_pair", "reduce_pairs"]
+__all__ = ["VARIABLE", "attempt", "on_kernels", "pairs_pay", "pairs_together", "path", "reduce_pair", "reduce_pairs"]
 
 T = TypeVar("T")
 
@@ -182,6 +182,18 @@ def pairs_pay(u: Tensor, v: Tensor, *, budget: int) -> bool:
     return pairs_together(u, v, budget=budget) is not None
 
 
+def on_kernels(*operands: Tensor) -> bool:
+    """Whether kernels, not torch, reduce these operands.
+
+    Args:
+        *operands: tensors on one device.
+
+    Returns:
+        Whether `path` is "triton" for all of them.
+    """
+    return all(path(operand.device, operand.dtype) == "triton" for operand in operands)
+
+
 def attempt(device: torch.device, launch: Callable[[], T]) -> T | None:
     """What kernels give, or None where they cannot be compiled or launched: torch is then to do it.
 
@@ -261,7 +273,7 @@ def _kernels(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor) -> bool:
     """Whether the kernels take these operands."""
     if u_w.dtype != u_l.dtype or v_w.dtype != v_l.dtype:
         return False
-    return all(path(u_w.device, dtype) == "triton" for dtype in {u_w.dtype, v_w.dtype})
+    return on_kernels(u_w, v_w)
 
 
 def _even(rows: Tensor) -> bool:

@@ -160,7 +160,8 @@ def products(u: Tensor, v: Tensor) -> Tensor:
         `uᵀ v` of each row, `[R, O, I]`, in the accumulator's dtype.
     """
     wide = accumulator(u.dtype)
-    return torch.bmm(u.to(wide).mT, v.to(wide))
+    u, v = u.to(wide), v.to(wide)
+    return torch.mm(u[0].T, v[0])[None] if len(u) == 1 else torch.bmm(u.mT, v)
 
 
 @exactly

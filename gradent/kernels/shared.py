@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gradent.kernels.dispatch import attempt, path
+from gradent.kernels.dispatch import attempt, on_kernels
 from gradent.kernels.plan import PLAIN
 from gradent.kernels.precision import exactly
 from gradent.kernels.reference import accumulator, products, products_fit, reduce_flat, reduce_tiles, spans
@@ -60,7 +60,7 @@ def reduce_shared(
     """
     powers, couples = _powers(factors), _couples(places, pairs)
     copies = any(power != 1 for power in powers) and u.numel() * u.element_size() > budget
-    if all(path(each.device, each.dtype) == "triton" for each in (u, v)) and not copies:
+    if on_kernels(u, v) and not copies:
         found = attempt(u.device, partial(_by_kernel, u, v, places, factors, pairs, weight))
         if found is not None:
             return found

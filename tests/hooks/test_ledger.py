@@ -90,6 +90,36 @@ def test_gradients_formed_already_are_reduced_together(budget: int, weighted: bo
         torch.testing.assert_close(ledger.entries[0][pair], expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("budget", [2**10, 2**12, 2**20])
+def test_small_parameters_are_reduced_together_and_none_is_mistaken_for_another(budget: int, weighted: bool) -> None:
+    shapes = [(4,), (3, 4), (12,), (4,), (12,), (4,), (3, 4)]
+    roots = [draw(*shape, seed=900 + number).abs() for number, shape in enumerate(shapes)]
+    ledger = Ledger(2, budget=budget, weight=roots.__getitem__ if weighted else None)
+    totals = [torch.zeros(4, *shape, dtype=torch.float64) for shape in shapes]
+    # Rows in one forward, in two, in another order, one missing, one twice.
+    splits: list[list[list[int]]] = [
+        [[0, 1, 2, 3]],
+        [[2, 3], [0, 1]],
+        [[3, 0], [1, 2]],
+        [[0, 2, 3]],
+        [[1, 0, 3, 2], [1]],
+    ]
+    for number, shape in enumerate(shapes):
+        for part, rows in enumerate(splits[number % len(splits)]):
+            grads = draw(len(rows), *shape, seed=100 * number + part)
+            ledger.add_rows(number, rows, (), grads)
+            totals[number].index_add_(0, torch.tensor(rows), grads)
+        ledger.finish(number)
+    assert list(ledger.entries) == list(range(len(shapes))), "in the order in which they were finished"
+    ledger.close()
+    for number, total in enumerate(totals):
+        grads = (total * roots[number] if weighted else total).flatten(1)
+        for pair, (x, y) in enumerate(zip(grads[:2], grads[2:], strict=True)):
+            expected = torch.stack([x @ x, y @ y, x @ y])
+            torch.testing.assert_close(ledger.entries[number][pair], expected, rtol=1e-12, atol=1e-12)
+
+
 def test_products_are_formed_as_they_arrive_where_that_is_less_to_hold() -> None:
     ledger = Ledger(1, budget=2**20)
     long, short = draw(1, 50, 16, seed=1), draw(1, 50, 4, seed=2)

@@ -1,0 +1,130 @@
+"""Gradients that were formed as they came, and the small ones of many parameters, which a few calls reduce.
+
+A bias, a norm or a LoRA factor has so small a gradient that the calls which reduce it cost more than its sums: it waits
+for others of its size.
+
+Letters: k pairs of the running micro-batch, rows 0..k-1 chosen and k..2k-1 rejected.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradent.kernels.reference import reduce_tiles
+
+__all__ = ["Formed", "Slot", "SmallGradients", "row_gradients"]
+
+SMALL = 512 * 2**10
+"""Bytes of a parameter's gradients, of all rows, up to which it waits for others."""
+
+HELD = 8 * 2**20
+"""Bytes of such gradients that are held at once."""
+
+Slot = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Formed:
+    """Gradients of one slot that were formed as they came: rows R, `[R, *shape of the slot]`."""
+
+    rows: Sequence[int]
+    slot: Slot
+    grads: Tensor
+
+
+def row_gradients(formed: Sequence[Formed], count: int) -> Tensor:
+    """Every row's gradient of one slot.
+
+    Args:
+        formed: of one slot; at least one.
+        count: rows of the micro-batch, 2k.
+
+    Returns:
+        `[2k, *shape of the slot]`: added where a row has several, zero where it has none. Not to be written to.
+    """
+    formed = sorted(formed, key=lambda one: min(one.rows))
+    rows = [row for one in formed for row in one.rows]
+    grads = formed[0].grads if len(formed) == 1 else torch.cat([one.grads for one in formed])
+    if rows == list(range(count)):
+        return grads
+    at = torch.tensor(rows, device=grads.device)
+    if sorted(rows) == list(range(count)):
+        return grads[at.argsort()]
+    tiles = grads.new_zeros(count, *grads.shape[1:])
+    for one, where in zip(formed, torch.split(at, [len(one.rows) for one in formed]), strict=True):
+        tiles.index_add_(0, where, one.grads)
+    return tiles
+
+
+class SmallGradients:
+    """Parameters that wait to be reduced together.
+
+    Args:
+        pairs: k.
+        root: parameter number, slot -> square root of the metric's diagonal there, or None.
+    """
+
+    def __init__(self, pairs: int, root: Callable[[int, Slot], Tensor | None]) -> None:
+        self._rows = 2 * pairs
+        self._root = root
+        self._held: dict[int, Sequence[Formed]] = {}
+        self._bytes = 0
+
+    def takes(self, size: int, budget: int) -> bool:
+        """Whether a parameter is small enough.
+
+        Args:
+            size: bytes of one row's gradient.
+            budget: bytes of scratch; what waits takes a quarter of it at most, and up to three copies while it is
+                reduced.
+
+        Returns:
+            The answer.
+        """
+        return self._rows * size <= min(SMALL, budget // 4)
+
+    def add(self, param: int, formed: Sequence[Formed]) -> None:
+        """Let a parameter wait.
+
+        Args:
+            param: its number.
+            formed: all there is of it, of one slot.
+        """
+        self._held[param] = formed
+        self._bytes += self._rows * formed[0].grads[0].numel() * formed[0].grads.element_size()
+
+    def full(self, budget: int) -> bool:
+        """Whether enough waits to be reduced now; `budget` as for `takes`."""
+        return self._bytes > min(HELD, budget // 4) - min(SMALL, budget // 4)
+
+    def reduce(self) -> dict[int, Tensor]:
+        """Reduce what waits, parameters of one size in one call. They still wait afterwards, until `clear`.
+
+        Returns:
+            Parameter number -> `[k, 3]` float64.
+        """
+        alike: dict[tuple[int, torch.dtype, torch.device], list[int]] = defaultdict(list)
+        for param, formed in self._held.items():
+            grads = formed[0].grads
+            alike[grads[0].numel(), grads.dtype, grads.device].append(param)
+        entries: dict[int, Tensor] = {}
+        for params in alike.values():
+            stacked = torch.stack([self._gradients(param) for param in params], 1)  # [2k, parameters, numbers]
+            found = reduce_tiles(stacked.flatten(0, 1)).view(self._rows // 2, len(params), 3)
+            entries |= dict(zip(params, found.unbind(1), strict=True))
+        return entries
+
+    def clear(self) -> None:
+        """Let go of what waits."""
+        self._held.clear()
+        self._bytes = 0
+
+    def _gradients(self, param: int) -> Tensor:
+        formed = self._held[param]
+        grads, root = row_gradients(formed, self._rows), self._root(param, formed[0].slot)
+        return (grads if root is None else grads * root).flatten(1)
