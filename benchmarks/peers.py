@@ -10,7 +10,8 @@
 such.) Random weights, float32: a GPT-2 of 4 layers and width 256 with tied embeddings, all of it trainable, and a Llama
 of the same size under LoRA (r=16 on every linear layer). Pairs are ragged. Each method is first compared with float64
 autograd, one unpadded row at a time; the error is scaled by `‖g_i‖‖g_j‖`. What is wrong or cannot wrap the model is
-listed with the reason.
+listed with the reason. `--size small` takes GPT-2's own size instead, and a Llama as wide and deep, at 10 times the
+time.
 
 The unit is one plain forward and backward of DPO's loss on the same pairs, all rows in one padded batch. Methods take
 turns in rounds; seconds are medians, and ratios are medians over rounds of the ratio to the round's own unit. The
@@ -274,7 +275,8 @@ def main(
         for case in cases.split(","):
             found, speed = compare(kind, case, SIZES[size], rounds, only, CLOCKS[clock])
             pairs, longest = CASES[case]
-            title = f"{kind}, {pairs} pairs, T ≤ {longest} ({speed:.0f} GFLOP/s)"
+            named = kind if size == "mini" else f"{kind} ({size})"
+            title = f"{named}, {pairs} pairs, T ≤ {longest} ({speed:.0f} GFLOP/s)"
             table = Table("method", "error", "seconds", "ratio to unit", "MiB", "note", title=title)
             for name, one in found.items():
                 middle = statistics.median(one.seconds) if one.seconds else None
@@ -286,7 +288,7 @@ def main(
                 table.add_row(name, *shown, one.note)
                 if save:
                     append("peers", {
-                        "peers": versions(), "threads": threads, "clock": clock, "model": kind,
+                        "peers": versions(), "threads": threads, "clock": clock, "model": named,
                         "tokens": longest, "pairs": pairs, "method": name, "error": one.error, "seconds": middle,
                         "ratio": ratio, "mib": one.mib, "note": one.note,
                     })  # fmt: skip
