@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from gradent.hooks.backward import WatchedBackward
@@ -41,6 +42,7 @@ class WatchedForward:
         self.place = Place(Layout(*input_ids.shape), range(len(input_ids)))
         self.read = False
         self._readout: Readout | None = None
+        self._logits: Node | None = None
         self._version = 0
         self._powers: list[float] = []
         self._spans: dict[bool, list[tuple[int, int]]] = {}
@@ -98,6 +100,7 @@ class WatchedForward:
             self.group.fail(found)
             return
         self._readout, self._version = found, found.root._version  # noqa: SLF001  (no public name for it)
+        self._logits = found.root.grad_fn if isinstance(found, LogitsReadout) else None
         other = _other_ways(output)
         if self._capture is not None:
             if other is not None and not self.group.owner.trusted:
@@ -184,10 +187,10 @@ class WatchedForward:
         self.group.guarded(self._read, grad)
 
     def _read(self, grad: Tensor) -> None:
-        assert self._readout is not None
         if self.read:
             self.group.fail("two backward passes went through one forward")
             return
+        assert self._readout is not None
         if self._readout.root._version != self._version:  # noqa: SLF001  (as above)
             self.group.started = self.read = True
             self.group.passed.broken = "the model's output was changed in place after the forward"
@@ -199,6 +202,7 @@ class WatchedForward:
         self.read = True
         self._note_spans(found.marks)
         self.group.take(self, found, reward=isinstance(self._readout, RewardReadout))
+        self._readout = None  # the logits need not outlive the backward's first step
         inverse = [split_factor(1 / c if c else 0.0) for c in found.c.tolist()]
         self._powers = [power for power, _ in inverse]
         self.group.note_rests(self, [rest for _, rest in inverse])
@@ -252,7 +256,7 @@ class WatchedForward:
         layout = self.place.layout
         if cotangent.shape[:-1].numel() != layout.rows * layout.length or not cotangent.is_contiguous():
             return None
-        of_logits = isinstance(self._readout, LogitsReadout) and tap.node is self._readout.root.grad_fn
+        of_logits = tap.node is self._logits
         positions = cotangent.flatten(0, -2)
         step = max(1, TILE // (positions.shape[1] * positions.element_size()))
         outside = self._outside[of_logits] = self._outside[of_logits].to(cotangent.device)
@@ -270,7 +274,7 @@ class WatchedForward:
             handle.remove()
         self._handles.clear()
         self._queue.clear()
-        self._readout = None
+        self._readout = self._logits = None
         if self._capture is not None:
             self._capture.close()
 

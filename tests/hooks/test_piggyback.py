@@ -378,7 +378,7 @@ def test_a_batch_that_the_loop_changes_afterwards() -> None:
         assert torch.equal(kept, batch.row(row)[0])
 
 
-def test_graphs_of_earlier_steps_are_let_go_of() -> None:
+def test_logits_are_let_go_of_once_they_are_read() -> None:
     model, batch = prepare(build("llama")), ragged()
     watcher = Piggyback(model, trainable(model), budget=2**24)
     watcher.arm()
@@ -387,10 +387,14 @@ def test_graphs_of_earlier_steps_are_let_go_of() -> None:
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         roots.append(weakref.ref(logits))
         logps = logits[:, :-1].log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
-        dpo(*(logps * batch.completion_mask[:, 1:]).sum(1).chunk(2)).backward()
+        loss = dpo(*(logps * batch.completion_mask[:, 1:]).sum(1).chunk(2))
         del logits, logps
+        gc.collect()
+        assert roots[-1]() is not None, "they are still to be read"
+        loss.backward()
+        del loss
     gc.collect()
-    assert [root() is None for root in roots] == [True, True, False]
+    assert [root() for root in roots] == [None] * 3
     assert [one.problem for one in watcher.take()] == [None] * 3
     watcher.disarm()
 
