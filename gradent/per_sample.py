@@ -76,6 +76,7 @@ def per_sample_pairs(
                 grad = grads[name][row]
                 ledger.add(number, row, (), Explicit(grad.to_dense() if grad.is_sparse else grad))
             ledger.finish(number)
+        ledger.close()
         outcomes.append(([pair], Outcome(ledger.entries, logps.detach().double().cpu(), {})))
     return outcomes
 

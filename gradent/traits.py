@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gradent.errors import GradentWarning, ModelError, NotCausalError
 from gradent.model import forward_logits, takes_keep
 
-__all__ = ["check_causal", "ignores_padding", "longest_input", "require_causal", "trims"]
+__all__ = ["announce_untrimmed", "check_causal", "ignores_padding", "longest_input", "require_causal", "trims"]
 
 
 @torch.no_grad()
@@ -139,14 +139,24 @@ def trims(model: nn.Module, ids: Tensor) -> bool:
         if reason is None:
             return False
         if reason:
-            warnings.warn(
-                f"gradent has {type(model).__name__} form the logits of prompts too (as exact, but slower): with "
-                f"logits_to_keep, {reason}.",
-                GradentWarning,
-                stacklevel=4,
-            )
+            announce_untrimmed(model, reason)
         known[names] = not reason
     return known.get(names, False)
+
+
+def announce_untrimmed(model: nn.Module, reason: str) -> None:
+    """Say that a model forms prompts' logits too, though it `takes_keep`.
+
+    Args:
+        model: the model.
+        reason: what it does when it is asked for the last positions alone.
+    """
+    warnings.warn(
+        f"gradent has {type(model).__name__} form the logits of prompts too (as exact, but slower): with "
+        f"logits_to_keep, {reason}.",
+        GradentWarning,
+        stacklevel=5,
+    )
 
 
 def _contradiction(model: nn.Module, whole: Tensor, kept: Tensor) -> str | None:

@@ -15,7 +15,7 @@ from gradent.hooks.batching import group_rows, micro_batches
 from gradent.hooks.engine import MicroBatch, NeedsSingleRows, Outcome, run
 from gradent.kernels.plan import DEFAULT_BUDGET
 from gradent.model import observed
-from gradent.traits import longest_input, require_causal, trims
+from gradent.traits import announce_untrimmed, longest_input, require_causal, trims
 
 __all__ = ["agreement", "announce_single_rows", "measure_pairs", "rows_share"]
 
@@ -165,12 +165,7 @@ def _find_batching(
     if error > limit:
         _announce(f"a batched forward of two rows differs from two forwards of one row by {error:.1e} (scaled)")
     elif error <= limit and reason:
-        warnings.warn(
-            f"gradent has {type(model).__name__} form the logits of prompts too (as exact, but slower): with "
-            f"logits_to_keep, {reason}.",
-            GradentWarning,
-            stacklevel=4,
-        )
+        announce_untrimmed(model, reason)
     return _Batching(shared=error <= limit)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradent.kernels.plan import PLAIN
+from gradent.kernels.plan import can_wait
 from gradent.kernels.reference import accumulator
 
 __all__ = [
@@ -72,10 +72,10 @@ def split_factor(factor: float) -> tuple[float, float]:
 
     Returns:
         `(power, rest)`, `power · rest` the factor: a power of two, by which any dtype can be multiplied without
-        rounding, and a rest of a size between 1/2 and 1; `(1, factor)` where the factor can wait (`PLAIN`), `(0, 0)`
+        rounding, and a rest of a size between 1/2 and 1; `(1, factor)` where the factor `can_wait`, `(0, 0)`
         of 0.
     """
-    if 1 / PLAIN <= abs(factor) <= PLAIN:
+    if can_wait(factor):
         return 1.0, factor
     rest, exponent = math.frexp(factor)
     return (2.0**exponent, rest) if factor else (0.0, 0.0)

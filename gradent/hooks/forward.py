@@ -168,13 +168,9 @@ class WatchedForward:
                 self.group.guarded(self._survey_again, self._capture, output)
 
     def _survey_again(self, capture: Capture, output: Any) -> None:
-        parts = (
-            output.values()
-            if isinstance(output, Mapping)
-            else output
-            if isinstance(output, (tuple, list))
-            else [output]
-        )
+        if isinstance(output, Mapping):
+            output = tuple(output.values())
+        parts = output if isinstance(output, (tuple, list)) else [output]
         roots = [part for part in parts if isinstance(part, Tensor) and part.grad_fn is not None]
         missed = frozenset[int]().union(*(capture.survey(root, opaque=True).missed for root in roots))
         if missed:

@@ -20,7 +20,7 @@ from typing import Literal
 
 from gradent.errors import MemoryBudgetError
 
-__all__ = ["DEFAULT_BUDGET", "LEAST_PRICE", "MOST_PRICE", "PLAIN", "Plan", "batch_scratch", "choose", "parse_budget"]
+__all__ = ["DEFAULT_BUDGET", "LEAST_PRICE", "MOST_PRICE", "Plan", "batch_scratch", "can_wait", "choose", "parse_budget"]
 
 DEFAULT_BUDGET = 256 * 2**20
 """Scratch of the reductions, in bytes, where the user sets none: a few tiles that stay near the caches."""
@@ -58,6 +58,11 @@ class Plan:
     depth: int
     flops: int
     scratch: int
+
+
+def can_wait(factor: float) -> bool:
+    """Whether a gradient's factor can be left to its products (`PLAIN`)."""
+    return 1 / PLAIN <= abs(factor) <= PLAIN
 
 
 def choose(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradent.kernels.dispatch import attempt, on_kernels
-from gradent.kernels.plan import PLAIN
+from gradent.kernels.plan import can_wait
 from gradent.kernels.precision import exactly
 from gradent.kernels.reference import accumulator, products, products_fit, reduce_flat, reduce_tiles, spans
 
@@ -119,7 +119,7 @@ def _couples(places: Sequence[int], pairs: int) -> list[tuple[int | None, int | 
 def _powers(factors: Sequence[float]) -> list[float]:
     """Powers of two near the factors, within what float32 can divide by; 1 for those that can wait."""
     return [
-        1.0 if not factor or 1 / PLAIN <= abs(factor) <= PLAIN else 2.0 ** min(120, max(-120, math.frexp(factor)[1]))
+        1.0 if not factor or can_wait(factor) else 2.0 ** min(120, max(-120, math.frexp(factor)[1]))
         for factor in factors
     ]
 
