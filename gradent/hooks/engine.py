@@ -1,5 +1,8 @@
 """The default engine: a batched forward, one backward pruned of weight gradients, every layer reduced as it arrives.
 
+Where every row has a forward of its own anyway and little of the model is trainable (LoRA, one pair), a row's gradient
+is small, and autograd's own backward gives it with less ado.
+
 Letters: k pairs of a micro-batch, rows 0..k-1 chosen and k..2k-1 rejected; R rows of one forward, L its padded length.
 """
 
@@ -13,17 +16,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradent.errors import ModelError
 from gradent.hooks.capture import Capture, Tap
 from gradent.hooks.collector import Collector, Place
 from gradent.hooks.forms import Explicit
-from gradent.hooks.graph import Survey
+from gradent.hooks.graph import HIDDEN, Survey
 from gradent.hooks.ledger import Ledger
 from gradent.hooks.logprob import TILE, check_logps, sequence_logprobs
 from gradent.hooks.uses import Layout
+from gradent.kernels.precision import is_exact
 from gradent.kernels.reference import accumulator
 from gradent.model import forward_logits
 
 __all__ = ["MicroBatch", "NeedsSingleRows", "Outcome", "run"]
+
+EXACT = (torch.float32, torch.float64)
+"""Dtypes in which autograd's gradients lose nothing that matters."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +116,13 @@ def run(
         NeedsSingleRows: a group has several rows and a parameter is used where they cannot be told apart.
         NonFiniteError: a log-prob is nan or infinite.
     """
+    plainly = ledger is None and _is_plain(model, parameters, micro, budget)
     if ledger is None:
         ledger = Ledger(len(micro.rows) // 2, budget=budget, weight=weight)
     run_ = _Run(model, parameters, micro, ledger, budget)
     try:
+        if plainly:
+            return Outcome(ledger.entries, run_.plainly(), {})
         passes = [run_.forward(group) for group in micro.groups]
         surveys, explicit = run_.survey(passes)
         batches, uncovered = _fit(parameters, sorted(explicit), explicit_budget)
@@ -159,6 +170,25 @@ class _Run:
         check_logps(logps, [self.micro.pairs[row % half] for row in group], [row < half for row in group])
         one = _Pass(Place(layout, group), capture, logps)
         return one
+
+    def plainly(self) -> Tensor:
+        """Autograd's gradients of every row, one after the other; the rows' log-probs, float64 `[2k]`."""
+        logps = torch.zeros(len(self.micro.rows), dtype=torch.float64)
+        for group in self.micro.groups:
+            one = self.forward(group, watch=False)
+            logps[list(group)] = one.logps.detach().cpu()
+            try:
+                grads = torch.autograd.grad(one.logps.sum(), list(self.parameters), allow_unused=True)
+            except RuntimeError as error:
+                if "use_reentrant" not in str(error):
+                    raise
+                raise ModelError(HIDDEN) from error
+            for number in reversed(range(len(grads))):  # about the order of the backward pass
+                grad = grads[number]
+                if grad is not None:
+                    self.ledger.add_rows(number, group, (), (grad.to_dense() if grad.is_sparse else grad)[None])
+        self.ledger.close()
+        return logps
 
     def close(self) -> None:
         """Let go of every graph, also of those that an exception left behind."""
@@ -220,6 +250,32 @@ class _Run:
     def _deliver(self, one: _Pass, tap: Tap, cotangent: Tensor) -> None:
         if tap.use.view.param not in self._ignored:
             self.collector.arrive(tap, cotangent, one.place)
+
+
+def _is_plain(model: nn.Module, parameters: Sequence[Tensor], micro: MicroBatch, budget: int) -> bool:
+    """Whether `_Run.plainly` is the way: no forward is shared, and all rows' gradients are a small part of the model.
+
+    They are to be exact as they come (nothing in the model is narrower than float32), and nobody is to notice (a hook
+    on a parameter would be called).
+
+    Args:
+        model: the model.
+        parameters: its trainable parameters.
+        micro: the rows.
+        budget: bytes of scratch.
+
+    Returns:
+        The answer.
+    """
+    if any(len(group) > 1 for group in micro.groups) or not is_exact(micro.rows[0][0].device):
+        return False
+    if any(type(one) is not nn.Parameter or one._backward_hooks for one in parameters):  # noqa: SLF001  (no public name)
+        return False
+    everything = list(model.parameters())
+    if any(one.dtype not in EXACT for one in everything):
+        return False
+    whole, part = (sum(one.numel() * one.element_size() for one in some) for some in (everything, parameters))
+    return len(micro.rows) * part <= min(whole // 2, budget)
 
 
 def _pad(values: Tensor, length: int) -> Tensor:

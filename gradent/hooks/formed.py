@@ -66,12 +66,10 @@ class SmallGradients:
 
     Args:
         pairs: k.
-        root: parameter number, slot -> square root of the metric's diagonal there, or None.
     """
 
-    def __init__(self, pairs: int, root: Callable[[int, Slot], Tensor | None]) -> None:
+    def __init__(self, pairs: int) -> None:
         self._rows = 2 * pairs
-        self._root = root
         self._held: dict[int, Sequence[Formed]] = {}
         self._bytes = 0
 
@@ -102,8 +100,11 @@ class SmallGradients:
         """Whether enough waits to be reduced now; `budget` as for `takes`."""
         return self._bytes > min(HELD, budget // 4) - min(SMALL, budget // 4)
 
-    def reduce(self) -> dict[int, Tensor]:
+    def reduce(self, root: Callable[[int, Slot], Tensor | None]) -> dict[int, Tensor]:
         """Reduce what waits, parameters of one size in one call. They still wait afterwards, until `clear`.
+
+        Args:
+            root: parameter number, slot -> square root of the metric's diagonal there, or None.
 
         Returns:
             Parameter number -> `[k, 3]` float64.
@@ -114,7 +115,7 @@ class SmallGradients:
             alike[grads[0].numel(), grads.dtype, grads.device].append(param)
         entries: dict[int, Tensor] = {}
         for params in alike.values():
-            stacked = torch.stack([self._gradients(param) for param in params], 1)  # [2k, parameters, numbers]
+            stacked = torch.stack([self._gradients(param, root) for param in params], 1)  # [2k, parameters, numbers]
             found = reduce_tiles(stacked.flatten(0, 1)).view(self._rows // 2, len(params), 3)
             entries |= dict(zip(params, found.unbind(1), strict=True))
         return entries
@@ -124,7 +125,7 @@ class SmallGradients:
         self._held.clear()
         self._bytes = 0
 
-    def _gradients(self, param: int) -> Tensor:
+    def _gradients(self, param: int, root: Callable[[int, Slot], Tensor | None]) -> Tensor:
         formed = self._held[param]
-        grads, root = row_gradients(formed, self._rows), self._root(param, formed[0].slot)
-        return (grads if root is None else grads * root).flatten(1)
+        grads, scale = row_gradients(formed, self._rows), root(param, formed[0].slot)
+        return (grads if scale is None else grads * scale).flatten(1)

@@ -16,7 +16,13 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from gradent.errors import ModelError
 
-__all__ = ["Edge", "Survey", "edges_between", "node_of", "survey"]
+__all__ = ["HIDDEN", "Edge", "Survey", "edges_between", "node_of", "survey"]
+
+HIDDEN = (
+    "Reentrant gradient checkpointing hides the layers inside it from a measurement. Use "
+    "gradient_checkpointing_kwargs={'use_reentrant': False}, or switch checkpointing off meanwhile."
+)
+"""What a measurement says of a graph with reentrant regions."""
 
 Edge = tuple[Node, int]
 """A node and the number of one of its inputs."""
@@ -123,10 +129,7 @@ def survey(
             if node.name() == "CheckpointFunctionBackward":
                 hidden = True
                 if not opaque:
-                    raise ModelError(
-                        "Reentrant gradient checkpointing hides the layers inside it from a measurement. Use "
-                        "gradient_checkpointing_kwargs={'use_reentrant': False}, or switch checkpointing off meanwhile."
-                    )
+                    raise ModelError(HIDDEN)
             pending.extend(child for child in children if child not in opened)
             continue
         pending.pop()

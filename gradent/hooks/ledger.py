@@ -54,7 +54,7 @@ class Ledger:
         self._forms: dict[int, dict[int, dict[Slot, list[Form]]]] = defaultdict(dict)
         self._formed: dict[int, list[Formed]] = defaultdict(list)
         self._ahead: dict[int, Tensor] = {}
-        self._small = SmallGradients(pairs, self._root)
+        self._small = SmallGradients(pairs)
 
     def add_rows(self, param: int, rows: Sequence[int], slot: Slot, grads: Tensor) -> None:
         """Add the gradients of several rows, formed already, to what these rows hold of a parameter.
@@ -198,7 +198,7 @@ class Ledger:
 
     def _flush(self) -> None:
         """Reduce the small parameters that wait."""
-        self.entries.update(self._patiently(self._small.reduce))
+        self.entries.update(self._patiently(self._small.reduce, self._root))
         self._small.clear()
 
     def _single_slot(self, param: int) -> list[Formed] | None:

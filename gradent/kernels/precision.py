@@ -17,7 +17,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["exact_products", "exactly"]
+__all__ = ["exact_products", "exactly", "is_exact"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -65,6 +65,11 @@ class exact_products:
         _thread.kind = self._before
         if self._undo is not None:
             self._undo.close()
+
+
+def is_exact(device: torch.device) -> bool:
+    """Whether products of float32 are formed in float32 on a device as it is, without `exact_products`."""
+    return not torch.is_autocast_enabled(device.type) and not _allowed(device.type)
 
 
 def exactly(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
