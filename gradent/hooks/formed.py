@@ -128,4 +128,4 @@ class SmallGradients:
     def _gradients(self, param: int, root: Callable[[int, Slot], Tensor | None]) -> Tensor:
         formed = self._held[param]
         grads, scale = row_gradients(formed, self._rows), root(param, formed[0].slot)
-        return (grads if scale is None else grads * scale).flatten(1)
+        return (grads if scale is None else grads * scale).reshape(self._rows, grads[0].numel())

@@ -15,7 +15,7 @@ SHAPE = (9, 4)
 
 
 def draw(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def dense(seed: int, tokens: int = 5) -> Dense:
@@ -93,7 +93,7 @@ def test_gradients_formed_already_are_reduced_together(budget: int, weighted: bo
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("budget", [2**10, 2**12, 2**20])
 def test_small_parameters_are_reduced_together_and_none_is_mistaken_for_another(budget: int, weighted: bool) -> None:
-    shapes = [(4,), (3, 4), (12,), (4,), (12,), (4,), (3, 4)]
+    shapes: list[tuple[int, ...]] = [(4,), (3, 4), (12,), (), (12,), (4,), (3, 4), (1,)]
     roots = [draw(*shape, seed=900 + number).abs() for number, shape in enumerate(shapes)]
     ledger = Ledger(2, budget=budget, weight=roots.__getitem__ if weighted else None)
     totals = [torch.zeros(4, *shape, dtype=torch.float64) for shape in shapes]
@@ -114,7 +114,7 @@ def test_small_parameters_are_reduced_together_and_none_is_mistaken_for_another(
     assert list(ledger.entries) == list(range(len(shapes))), "in the order in which they were finished"
     ledger.close()
     for number, total in enumerate(totals):
-        grads = (total * roots[number] if weighted else total).flatten(1)
+        grads = (total * roots[number] if weighted else total).reshape(4, -1)
         for pair, (x, y) in enumerate(zip(grads[:2], grads[2:], strict=True)):
             expected = torch.stack([x @ x, y @ y, x @ y])
             torch.testing.assert_close(ledger.entries[number][pair], expected, rtol=1e-12, atol=1e-12)
