@@ -35,7 +35,7 @@ def one_pair() -> PairBatch:
 
 
 def adapted(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """Only two projections of the last layer can be trained."""
+    """Only a projection of the last layer and the last norm can be trained."""
     model.requires_grad_(False)
     model.model.layers[-1].self_attn.k_proj.requires_grad_(True)
     model.model.norm.requires_grad_(True)

@@ -17,7 +17,7 @@ from gradent.hooks.forms import scaled, scaled_gradients, scaled_rows
 from gradent.hooks.ledger import Ledger
 from gradent.hooks.share import give, is_shared
 from gradent.hooks.uses import Layout, LookupUse, MatrixUse, SumUse, Use
-from gradent.kernels.dispatch import path
+from gradent.kernels.dispatch import on_kernels
 from gradent.kernels.precision import exact_products
 from gradent.kernels.reference import products
 
@@ -138,7 +138,7 @@ class Collector:
             if not self.ledger.fits(u, v):  # before anything is copied
                 return False
             u, v = scaled_rows(u, v, factors)
-        cut = u.shape[1] == place.layout.length and path(u.device, u.dtype) == "triton"
+        cut = u.shape[1] == place.layout.length and on_kernels(u)
         return self.ledger.whole(use.view.param, u, v, place.layout.ends if cut else None)
 
     def _lookups(self, param: int, row: int) -> Tensor:
