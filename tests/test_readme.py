@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from gradent import audit
+from gradent.cli import main
 from tests.pages import ROOT, commands, fences, run_python, train_my_run
+from tests.processes import call
 from tests.truth import TOLERANCE
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -43,6 +44,11 @@ WRITTEN = {
 }
 
 
+def in_a_shell(command: list[str]) -> None:
+    sys.argv = command
+    main()
+
+
 @pytest.mark.parametrize("command", commands(README, "gradent"), ids=" ".join)
 def test_gradent_commands_run(command, local_model, finished_run):
     folder = local_model.parent
@@ -52,9 +58,7 @@ def test_gradent_commands_run(command, local_model, finished_run):
         shutil.copy(finished_run / "pairs.jsonl", folder / "pairs.jsonl")
     for earlier in {"my-audit", "other-audit"} & set(command if command[1] in {"report", "compare"} else ()):
         audit(folder / "my-model", folder / "pairs.jsonl", out=folder / earlier, report=False, quiet=True)
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True, check=False, timeout=300
-    )
+    done = call(in_a_shell, command, here=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     if command[1] in {"report", "compare"}:
         assert (folder / {"report": "my-audit/report.html", "compare": "compare.html"}[command[1]]).is_file()

@@ -1,16 +1,17 @@
-"""An audit on every rank of a launcher: `rank_audit.py RUN DATA BASE OUT`."""
+"""An audit on every rank of a launcher, started by test_audit_ranks.py."""
 
 from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 
 from gradent import audit
 
-if __name__ == "__main__":
-    run, data, base, out = sys.argv[1:]
+
+def main(run: Path, data: Path, base: Path, out: Path) -> None:
     torch.set_num_threads(1)
     result = audit(
         run, data, base=base, out=out, batch_size=2, token_pairs=3, device="cpu", report=False, quiet=True

@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gradent.record import read_modules, read_pairs, read_tokens
+from tests.audit import rank_audit
 from tests.audit.trained import train_run
-
-ROOT = Path(__file__).parents[2]
-
-
-def launch(ranks: int, *arguments: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment = {key: value for key, value in environment.items() if not key.startswith("PYTEST_")}
-    done = subprocess.run(
-        [sys.executable, *launcher, str(Path(__file__).with_name("rank_audit.py")), *map(str, arguments)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+from tests.processes import launch
 
 
 def batches(path: Path) -> set[tuple[str, int]]:
@@ -39,7 +25,7 @@ def test_two_ranks_leave_the_records_of_one(lora, tmp_path) -> None:
     trained = train_run(tmp_path / "trained", lora=lora, data_rows=12)
     outs = {ranks: tmp_path / f"by {ranks}" for ranks in (1, 2)}
     for ranks, out in outs.items():
-        launch(ranks, trained.run, trained.pairs, trained.base, out)
+        launch(rank_audit.main, ranks, trained.run, trained.pairs, trained.base, out)
     shares = [batches(path) for path in sorted((outs[2] / "journal").glob("*.jsonl"))]
     (whole,) = (batches(path) for path in (outs[1] / "journal").glob("*.jsonl"))
     assert len(shares) == 2 and shares[0] | shares[1] == whole and not shares[0] & shares[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests import processes
 from tests.audit.trained import Trained, train_run
 
 KILLS = 10
@@ -36,11 +36,7 @@ def go(run: str, pairs: str, out: str) -> None:
 
 def start(trained: Trained, out: Path) -> Any:
     """The audit under way; what it imports is loaded beforehand, so that kills fall into its work."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.audit.trained", "gradent.audit.conduct", "pyarrow.parquet"])
-    process = context.Process(target=go, args=(str(trained.run), str(trained.pairs), str(out)))
-    process.start()
-    return process
+    return processes.start(go, str(trained.run), str(trained.pairs), str(out))
 
 
 def records(out: Path) -> dict[str, Any]:

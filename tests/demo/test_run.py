@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -157,22 +155,6 @@ def test_dpo_leaves_the_given_model_alone():
     assert [each.step for each in measured] == [0, 2, 3]
     assert all(torch.equal(one, two) for one, two in zip(before, model.parameters(), strict=True))
     assert "forward" not in vars(model)  # TRL's patch went onto a copy
-
-
-@pytest.mark.slow
-def test_the_command_line(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "gradent", "demo", "--steps", "2", "--out", "demo"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"report.html", "pairs.parquet", "demo.json"}
-    for style in STYLES:
-        assert style in done.stdout
 
 
 def test_an_old_trl_is_refused_before_any_work(tmp_path, monkeypatch):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
+import runpy
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from gradent.demo.model import build_model, build_tokenizer
 from gradent.demo.task import make_task, read_statements, tokenize_style
 from tests.pages import ROOT
+from tests.processes import call
 
 EXAMPLE = ROOT / "examples" / "cures.py"
 METHODS = ["DPO", "CPO", "SimPO", "pairwise", "masked"]
@@ -32,10 +34,16 @@ def on_the_path() -> Iterator[None]:
     sys.path.remove(str(EXAMPLE.parent))
 
 
+def example(arguments: list[str]) -> None:
+    """`python -W ignore examples/cures.py ARGUMENTS`, in a process."""
+    warnings.simplefilter("ignore")
+    sys.argv = [str(EXAMPLE), *arguments]
+    sys.path.insert(0, str(EXAMPLE.parent))
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+
+
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", str(EXAMPLE), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    return call(example, list(map(str, arguments)), here=ROOT)
 
 
 def rows_of(out: Path) -> list[dict[str, str]]:

@@ -1,11 +1,10 @@
-"""One rank of a DPO run under DDP: run by test_ranks.py through torchrun; writes what it has seen."""
+"""One rank of a DPO run under DDP, started by test_ranks.py; writes what it has seen."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -76,7 +75,3 @@ def main(out: Path, watched: bool, batch: int) -> None:
         "logs": [entry for entry in logs if entry],
     }
     leave(out, trainer.args.process_index, seen)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] == "watched", int(sys.argv[3]))

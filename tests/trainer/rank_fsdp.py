@@ -1,8 +1,7 @@
-"""One rank of a step under FSDP2: run by test_ranks.py through torchrun; prints its worst scaled error by case."""
+"""One rank of a step under FSDP2: started by test_ranks.py; writes its worst scaled error by case."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -58,7 +57,3 @@ def main(out: Path) -> None:
         for reentrant in (None, False, True)
     }
     leave(out, dist.get_rank(), errors)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -63,7 +62,3 @@ def main(out: Path, kind: str, batch: int) -> None:
         "rows": len(read_masks(path)),
     }
     leave(out, trainer.args.process_index, seen)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -1,8 +1,7 @@
-"""One rank of a pairwise normalized run under DDP: run by test_pairwise.py through torchrun; writes its weights."""
+"""One rank of a pairwise normalized run under DDP, started by test_pairwise_runs.py; writes how its weights moved."""
 
 from __future__ import annotations
 
-import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -41,7 +40,3 @@ def main(out: Path, kind: str, batch: int) -> None:
     ]
     seen = {"moved": moved.tolist(), "logs": [entry for entry in logs if entry]}
     leave(out, trainer.args.process_index, seen)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

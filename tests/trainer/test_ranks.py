@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gradent.stream import read_stream
+from tests.processes import launch
+from tests.trainer import rank_ddp, rank_fsdp
 from tests.trainer.rank_ddp import STEPS
-
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-
-
-def launch(script: str, ranks: int, *arguments: str) -> None:
-    """Run a script on some ranks; fails with what they printed."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment = {key: value for key, value in environment.items() if not key.startswith("PYTEST_")}
-    done = subprocess.run(
-        [sys.executable, *launcher, str(HERE / script), *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def seen(folder: Path, rank: int = 0) -> dict[str, Any]:
@@ -39,9 +23,9 @@ def test_ddp(tmp_path: Path) -> None:
     folders = {name: tmp_path / name for name in ("two", "bare", "one")}
     for folder in folders.values():
         folder.mkdir()
-    launch("rank_ddp.py", 2, str(folders["two"]), "watched", "2")
-    launch("rank_ddp.py", 2, str(folders["bare"]), "unwatched", "2")
-    launch("rank_ddp.py", 1, str(folders["one"]), "watched", "4")
+    launch(rank_ddp.main, 2, folders["two"], True, 2)
+    launch(rank_ddp.main, 2, folders["bare"], False, 2)
+    launch(rank_ddp.main, 1, folders["one"], True, 4)
     two, one = seen(folders["two"]), seen(folders["one"])
     assert two["weights"] == seen(folders["two"], 1)["weights"] == seen(folders["bare"])["weights"]
     assert two["sources"] == ["piggyback"] * STEPS
@@ -58,7 +42,7 @@ def test_ddp(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_fsdp2(tmp_path: Path) -> None:
-    launch("rank_fsdp.py", 2, str(tmp_path))
+    launch(rank_fsdp.main, 2, tmp_path)
     for rank in (0, 1):
         errors = seen(tmp_path, rank)
         assert len(errors) == 36
