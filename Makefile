@@ -16,11 +16,11 @@ OLDEST_STAMP := $(OLDEST)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses $(JOBS) --dist worksteal
 EXAMPLES := $(filter-out examples/cures.py,$(wildcard examples/*.py))
+# Single-threaded things of `make check` that run side by side.
+BESIDE := $(MAKE) --no-print-directory -j2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-oldest lint types docs examples check format pins clean clean-venv
-# `check` ends with the tests, whose closing line is what a reader of a log looks for.
-.NOTPARALLEL:
+.PHONY: help venv demo test test-fast test-oldest lint types docs examples $(EXAMPLES) check format pins clean clean-venv
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,13 +62,20 @@ lint: $(STAMP) ## Check style and formatting.
 types: $(STAMP) ## Check types, strictly.
 	$(BIN)/mypy
 
-examples: $(STAMP) ## Run every example.
-	@for example in $(EXAMPLES); do echo "$$example"; OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python $$example || exit 1; done
+examples: $(EXAMPLES) ## Run every example.
+
+$(EXAMPLES): $(STAMP)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python $@
 
 docs: $(STAMP) ## Build the documentation (site/); a warning is an error.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-check: lint types docs examples test-oldest test ## Everything that CI runs.
+# The tests come last: their closing line is what a reader of a log looks for.
+check: ## Everything that CI runs.
+	$(BESIDE) $(STAMP) $(OLDEST_STAMP)
+	$(BESIDE) types examples lint docs
+	$(MAKE) --no-print-directory test-oldest
+	$(MAKE) --no-print-directory test
 
 format: $(STAMP) ## Reformat, and mend what can be mended.
 	$(BIN)/ruff check --fix .
