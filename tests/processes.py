@@ -6,6 +6,7 @@ for examples/two_processes.py.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -127,4 +128,5 @@ def _call(
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(here)
+    gc.freeze()  # as in tests/conftest.py
     function(*arguments)
