@@ -37,16 +37,22 @@ class Formed:
     grads: Tensor
 
 
-def row_gradients(formed: Sequence[Formed], count: int) -> Tensor:
-    """Every row's gradient of one slot.
+def row_gradients(formed: Sequence[Formed], count: int, root: Tensor | None) -> Tensor:
+    """Every row's gradient of one slot, as the metric sees it.
 
     Args:
         formed: of one slot; at least one.
         count: rows of the micro-batch, 2k.
+        root: square root of the metric's diagonal, of the slot's shape; None for the Euclidean metric.
 
     Returns:
         `[2k, *shape of the slot]`: added where a row has several, zero where it has none. Not to be written to.
     """
+    grads = _in_order(formed, count)
+    return grads if root is None else grads * root
+
+
+def _in_order(formed: Sequence[Formed], count: int) -> Tensor:
     formed = sorted(formed, key=lambda one: min(one.rows))
     rows = [row for one in formed for row in one.rows]
     grads = formed[0].grads if len(formed) == 1 else torch.cat([one.grads for one in formed])
@@ -127,5 +133,5 @@ class SmallGradients:
 
     def _gradients(self, param: int, root: Callable[[int, Slot], Tensor | None]) -> Tensor:
         formed = self._held[param]
-        grads, scale = row_gradients(formed, self._rows), root(param, formed[0].slot)
-        return (grads if scale is None else grads * scale).reshape(self._rows, grads[0].numel())
+        grads = row_gradients(formed, self._rows, root(param, formed[0].slot))
+        return grads.reshape(self._rows, grads[0].numel())

@@ -218,8 +218,7 @@ class Ledger:
             return None
         root = self._root(param, first.slot)
         try:
-            tiles = row_gradients(formed, 2 * self._pairs)
-            entries = reduce_tiles(tiles if root is None else tiles * root)
+            entries = reduce_tiles(row_gradients(formed, 2 * self._pairs, root))
         except torch.OutOfMemoryError:
             return None
         del self._formed[param]
