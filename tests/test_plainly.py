@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from gradent import PairBatch, measure
 from gradent.errors import ModelError
-from gradent.hooks import engine
+from gradent.hooks import batching, engine
 from tests.batches import ragged
 from tests.truth import assert_exact, truth
 
@@ -71,6 +71,21 @@ def test_it_gives_what_the_rules_give(tiny_llama: LlamaForCausalLM, monkeypatch:
 def test_rows_that_share_a_forward_do_not(tiny_llama: LlamaForCausalLM, ways: list[bool]) -> None:
     measure(adapted(tiny_llama), ragged())
     assert ways[0] and not ways[-1]
+
+
+def test_long_rows_share_no_forward(
+    tiny_llama: LlamaForCausalLM, ways: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(tiny_llama).double()
+    ruled = measure(model, ragged())
+    monkeypatch.setitem(batching.FILLS, "cpu", 1)
+    plain = measure(model, ragged())
+    assert not ways[-2] and ways[-1]
+    assert_exact(plain, truth(model, ragged()), ragged(), 1e-10)
+    assert_exact(ruled, truth(model, ragged()), ragged(), 1e-10)
+    model.requires_grad_(True)
+    measure(model, ragged())
+    assert not ways[-1]  # too much to hold: forwards are shared as ever
 
 
 @pytest.mark.parametrize("why", ["everything is trainable", "the budget", "bfloat16", "autocast", "a hook"])

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from gradent.errors import GradentWarning, ModelError
-from gradent.hooks.batching import group_rows, micro_batches
+from gradent.hooks.batching import group_rows, micro_batches, rows_fill
 from gradent.hooks.engine import MicroBatch, NeedsSingleRows, Outcome, run
+from gradent.hooks.plain import autograd_suffices
 from gradent.kernels.plan import DEFAULT_BUDGET
 from gradent.model import observed
 from gradent.traits import announce_untrimmed, longest_input, require_causal, trims
@@ -69,11 +70,11 @@ def measure_pairs(
         NotCausalError: a later token changes an earlier prediction.
         NonFiniteError: a log-prob is nan or infinite.
     """
-    half, device = len(rows) // 2, rows[0][0].device
+    half, device, scratch = len(rows) // 2, rows[0][0].device, budget or DEFAULT_BUDGET
     tensors = list(parameters.values())
 
     def run_one(micro: MicroBatch) -> Outcome:
-        return run(model, tensors, micro, budget=budget or DEFAULT_BUDGET, explicit_budget=budget, weight=weight)
+        return run(model, tensors, micro, budget=scratch, explicit_budget=budget, weight=weight)
 
     def alone(pair: int) -> MicroBatch:
         return MicroBatch([rows[pair], rows[half + pair]], [[0], [1]], [pair])
@@ -93,7 +94,10 @@ def measure_pairs(
     for pairs in filter(None, batches):
         if known[key].shared:
             batch_rows = [*(rows[pair] for pair in pairs), *(rows[half + pair] for pair in pairs)]
-            groups = group_rows([len(ids) for ids, _ in batch_rows], device)
+            lengths = [len(ids) for ids, _ in batch_rows]
+            groups = group_rows(lengths, device)
+            if rows_fill(lengths, device) and autograd_suffices(model, tensors, len(lengths), device, scratch):
+                groups = [[row] for row in range(len(lengths))]
             try:
                 outcomes.append((pairs, run_one(MicroBatch(batch_rows, groups, pairs, trim=known[key].trim))))
                 continue

@@ -23,15 +23,12 @@ from gradent.hooks.forms import Explicit
 from gradent.hooks.graph import HIDDEN, Survey
 from gradent.hooks.ledger import Ledger
 from gradent.hooks.logprob import TILE, check_logps, sequence_logprobs
+from gradent.hooks.plain import autograd_suffices
 from gradent.hooks.uses import Layout
-from gradent.kernels.precision import is_exact
 from gradent.kernels.reference import accumulator
 from gradent.model import forward_logits
 
 __all__ = ["MicroBatch", "NeedsSingleRows", "Outcome", "run"]
-
-EXACT = (torch.float32, torch.float64)
-"""Dtypes in which autograd's gradients lose nothing that matters."""
 
 
 @dataclass(frozen=True)
@@ -253,29 +250,9 @@ class _Run:
 
 
 def _is_plain(model: nn.Module, parameters: Sequence[Tensor], micro: MicroBatch, budget: int) -> bool:
-    """Whether `_Run.plainly` is the way: no forward is shared, and all rows' gradients are a small part of the model.
-
-    They are to be exact as they come (nothing in the model is narrower than float32), and nobody is to notice (a hook
-    on a parameter would be called).
-
-    Args:
-        model: the model.
-        parameters: its trainable parameters.
-        micro: the rows.
-        budget: bytes of scratch.
-
-    Returns:
-        The answer.
-    """
-    if any(len(group) > 1 for group in micro.groups) or not is_exact(micro.rows[0][0].device):
-        return False
-    if any(type(one) is not nn.Parameter or one._backward_hooks for one in parameters):  # noqa: SLF001  (no public name)
-        return False
-    everything = list(model.parameters())
-    if any(one.dtype not in EXACT for one in everything):
-        return False
-    whole, part = (sum(one.numel() * one.element_size() for one in some) for some in (everything, parameters))
-    return len(micro.rows) * part <= min(whole // 2, budget)
+    """Whether `_Run.plainly` is the way: no forward is shared, and `autograd_suffices`."""
+    alone = all(len(group) == 1 for group in micro.groups)
+    return alone and autograd_suffices(model, parameters, len(micro.rows), micro.rows[0][0].device, budget)
 
 
 def _pad(values: Tensor, length: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradent.hooks.batching import FORWARD, TOKENS, WASTE, group_rows, micro_batches
+from gradent.hooks.batching import FORWARD, TOKENS, WASTE, group_rows, micro_batches, rows_fill
 
 CPU = torch.device("cpu")
 LENGTHS = [(5, 9), (300, 280), (40, 2), (7, 7), (1000, 30), (33, 36), (6, 8), (5, 5)]
@@ -37,3 +37,8 @@ def test_a_cpu_shares_forwards_between_short_rows_alone() -> None:
     assert [len(group) for group in group_rows([64] * 16, CPU)] == [8, 8]
     assert group_rows([300, 300], CPU) == [[0], [1]]
     assert len(group_rows([300] * 16, torch.device("cuda"))) == 1
+
+
+def test_long_rows_fill_a_cpu_by_themselves() -> None:
+    assert rows_fill([200, 60], CPU) and not rows_fill([100, 60], CPU)
+    assert not rows_fill([4000, 4000], torch.device("cuda"))
