@@ -14,7 +14,8 @@ listed with the reason. `--size small` takes GPT-2's own size instead, and a Lla
 time.
 
 The unit is one plain forward and backward of DPO's loss on the same pairs, all rows in one padded batch. Methods take
-turns in rounds; seconds are medians, and ratios are medians over rounds of the ratio to the round's own unit. The
+turns in rounds, each called once before the call that counts; seconds are medians, and ratios are medians over rounds
+of the ratio to the round's own unit. The
 piggyback is the unit with gradent watching less a unit without right after it; "shared" is weight_grad="shared". MiB is
 the most that the process held at once beyond what it held before, from the kernel's own high-water mark; the
 piggyback's is what it adds to the unit's. The floor is a forward and a backward of activations alone (the faster of
@@ -223,6 +224,7 @@ def compare(kind: str, case: str, size: Size, rounds: int, only: str, clock: Clo
         way()
     for _ in range(rounds):
         for name, way in {**ways, **floors}.items():
+            way()  # what the method before left in caches and allocator is not this one's cost
             seconds[name].append(timed(way, clock))
             if name in WATCHED:  # against a unit right beside it
                 seconds[name][-1] -= timed(ways[UNIT], clock)
