@@ -15,12 +15,12 @@ time.
 
 The unit is one plain forward and backward of DPO's loss on the same pairs, all rows in one padded batch. Methods take
 turns in rounds, each called once before the call that counts; seconds are medians, and ratios are medians over rounds
-of the ratio to the round's own unit. The
-piggyback is the unit with gradent watching less a unit without right after it; "shared" is weight_grad="shared". MiB is
-the most that the process held at once beyond what it held before, from the kernel's own high-water mark; the
-piggyback's is what it adds to the unit's. The floor is a forward and a backward of activations alone (the faster of
-single rows and gradent's own groups) and the cheaper contraction's FLOPs at the speed of a square matrix product, all
-in the same rounds. `--clock cpu` counts the process's own seconds, for a machine that is not idle.
+of the ratio to the round's own unit. The piggyback is the unit with gradent watching less a unit without right after
+it; "shared" is weight_grad="shared". MiB is the most that the process held at once beyond what it held before, from the
+kernel's own high-water mark; the piggyback's is what it adds to the unit's. The floor is a forward and a backward of
+activations alone (the faster of single rows and gradent's own groups) and the cheaper contraction's FLOPs at the speed
+of a square matrix product, all in the same rounds. `--clock cpu` counts the process's own seconds, for a machine that
+is not idle.
 
 Appends a line a method and case to benchmarks/results/peers.csv.
 """

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 __all__ = ["call", "launch", "start"]
 
@@ -128,5 +129,6 @@ def _call(
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(here)
-    gc.freeze()  # as in tests/conftest.py
+    gc.freeze()  # this and the next as in tests/conftest.py
+    torch.set_num_threads(1)
     function(*arguments)
