@@ -11,12 +11,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from gradent import GradentWarning, PairBatch, measure
 from gradent.measure import sequence_logps
 from tests.batches import ragged
 from tests.truth import assert_exact, truth
+
+VOCABULARY = 259
+"""Of the tiny models."""
 
 
 def late_answers() -> PairBatch:
@@ -52,6 +56,32 @@ def test_behind_an_adapter_too(tiny_llama: LlamaForCausalLM) -> None:
     with head_inputs(model) as seen:
         assert_exact(measure(model, batch), true, batch)
     assert set(seen) == {4}
+
+
+class Products(TorchDispatchMode):
+    """Counts products with the head that are formed a row at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batched = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.batched += func is torch.ops.aten.bmm.default and VOCABULARY in (*args[0].shape, *args[1].shape)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_frozen_head_takes_all_rows_in_one_product(tiny_llama: LlamaForCausalLM) -> None:
+    model = get_peft_model(tiny_llama, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    assert model.get_output_embeddings().weight.shape[0] == VOCABULARY
+    batch = late_answers()
+    measure(model, batch)
+    with Products() as seen:
+        model(input_ids=batch.input_ids[:, :20], logits_to_keep=4)
+    assert seen.batched  # what a row at a time looks like
+    with Products() as seen:
+        measure(model, batch)
+        sequence_logps(model, batch)
+    assert not seen.batched
 
 
 def _shifted(out: Tensor, keep: int) -> Tensor:
