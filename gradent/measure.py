@@ -16,8 +16,8 @@ from gradent.errors import InputError, NonFiniteError, UncoveredParameterError
 from gradent.gram import ModuleGram, PairGram, on_cpu, sum_parameters
 from gradent.hooks.batching import group_rows
 from gradent.hooks.driver import measure_pairs
-from gradent.hooks.engine import Outcome
 from gradent.hooks.logprob import sequence_logprobs
+from gradent.hooks.micro import Outcome
 from gradent.kernels.plan import parse_budget
 from gradent.metric import metric_roots
 from gradent.model import check_ids, forward_marked, input_device, observed, plain, trainable

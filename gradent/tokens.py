@@ -26,8 +26,10 @@ from gradent.errors import GradentWarning
 from gradent.hooks.batching import group_rows
 from gradent.hooks.cross import CrossLedger
 from gradent.hooks.driver import agreement, announce_single_rows, measure_pairs, rows_share
-from gradent.hooks.engine import MicroBatch, NeedsSingleRows, run
+from gradent.hooks.engine import NeedsSingleRows, run
 from gradent.hooks.lockstep import Lockstep
+from gradent.hooks.micro import MicroBatch
+from gradent.hooks.plain import plain_rows, run_plainly
 from gradent.hooks.strand import NoLockstep
 from gradent.kernels.plan import parse_budget
 from gradent.kernels.reference import spans
@@ -223,7 +225,10 @@ def _in_step(pair: _Pair, *, check: bool) -> dict[str, Entries]:
 def _disagreement(pair: _Pair, entries: Mapping[str, Entries]) -> str:
     """What is wrong with the sum of a matrix, which is the pair's inner product; empty where nothing is."""
     micro = MicroBatch(pair.rows, [[0], [1]], [pair.number])
-    outcome = run(pair.model, pair.tensors, micro, budget=pair.budget, explicit_budget=None)
+    if plain_rows(pair.model, pair.tensors, pair.rows[0][0].device, pair.budget) >= len(pair.rows):
+        outcome = run_plainly(pair.model, pair.tensors, micro, budget=pair.budget)
+    else:
+        outcome = run(pair.model, pair.tensors, micro, budget=pair.budget, explicit_budget=None)
     chosen_sq, rejected_sq, inner = torch.stack([entry.cpu()[0] for entry in outcome.entries.values()]).sum(0)
     total = sum(float(part.inner.sum()) for part in entries.values())
     error = abs(total - float(inner)) / max(float(chosen_sq * rejected_sq) ** 0.5, 1e-300)

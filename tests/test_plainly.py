@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from gradent import PairBatch, measure
 from gradent.errors import ModelError
-from gradent.hooks import batching, engine
+from gradent.hooks import batching, driver
 from tests.batches import ragged
 from tests.truth import assert_exact, truth
 
@@ -19,13 +21,18 @@ from tests.truth import assert_exact, truth
 def ways(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of every micro-batch, whether it went the plain way."""
     seen: list[bool] = []
-    ask = engine._is_plain  # noqa: SLF001
 
-    def asked(*args: object) -> bool:
-        seen.append(ask(*args))  # type: ignore[arg-type]
-        return seen[-1]
+    def watch(name: str) -> None:
+        way = getattr(driver, name)
 
-    monkeypatch.setattr(engine, "_is_plain", asked)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name == "run_plainly")
+            return way(*args, **kwargs)
+
+        monkeypatch.setattr(driver, name, watched)
+
+    watch("run")
+    watch("run_plainly")
     return seen
 
 
@@ -62,7 +69,7 @@ def test_it_gives_what_the_rules_give(tiny_llama: LlamaForCausalLM, monkeypatch:
     optimizer.step()
     optimizer.zero_grad()
     plain = measure(model, batch, by_module=True, metric=optimizer)
-    monkeypatch.setattr(engine, "_is_plain", lambda *args: False)
+    monkeypatch.setattr(driver, "plain_rows", lambda *args: 0)
     ruled = measure(model, batch, by_module=True, metric=optimizer)
     torch.testing.assert_close(plain.inner, ruled.inner, rtol=1e-10, atol=1e-14)
     assert plain.modules.keys() == ruled.modules.keys()

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from gradent.errors import GradentWarning, ModelError
 from gradent.hooks.batching import group_rows, micro_batches, rows_fill
-from gradent.hooks.engine import MicroBatch, NeedsSingleRows, Outcome, run
-from gradent.hooks.plain import autograd_suffices
+from gradent.hooks.engine import NeedsSingleRows, run
+from gradent.hooks.micro import MicroBatch, Outcome
+from gradent.hooks.plain import plain_rows, run_plainly
 from gradent.kernels.plan import DEFAULT_BUDGET
 from gradent.model import observed
 from gradent.traits import announce_untrimmed, longest_input, require_causal, trims
@@ -73,7 +74,11 @@ def measure_pairs(
     half, device, scratch = len(rows) // 2, rows[0][0].device, budget or DEFAULT_BUDGET
     tensors = list(parameters.values())
 
+    few = plain_rows(model, tensors, device, scratch)
+
     def run_one(micro: MicroBatch) -> Outcome:
+        if len(micro.rows) <= few and all(len(group) == 1 for group in micro.groups):
+            return run_plainly(model, tensors, micro, budget=scratch, weight=weight)
         return run(model, tensors, micro, budget=scratch, explicit_budget=budget, weight=weight)
 
     def alone(pair: int) -> MicroBatch:
@@ -96,7 +101,7 @@ def measure_pairs(
             batch_rows = [*(rows[pair] for pair in pairs), *(rows[half + pair] for pair in pairs)]
             lengths = [len(ids) for ids, _ in batch_rows]
             groups = group_rows(lengths, device)
-            if rows_fill(lengths, device) and autograd_suffices(model, tensors, len(lengths), device, scratch):
+            if len(lengths) <= few and rows_fill(lengths, device):
                 groups = [[row] for row in range(len(lengths))]
             try:
                 outcomes.append((pairs, run_one(MicroBatch(batch_rows, groups, pairs, trim=known[key].trim))))

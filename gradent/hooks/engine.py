@@ -1,8 +1,5 @@
 """The default engine: a batched forward, one backward pruned of weight gradients, every layer reduced as it arrives.
 
-Where every row has a forward of its own anyway and little of the model is trainable (LoRA, one pair), a row's gradient
-is small, and autograd's own backward gives it with less ado.
-
 Letters: k pairs of a micro-batch, rows 0..k-1 chosen and k..2k-1 rejected; R rows of one forward, L its padded length.
 """
 
@@ -16,55 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradent.errors import ModelError
 from gradent.hooks.capture import Capture, Tap
 from gradent.hooks.collector import Collector, Place
 from gradent.hooks.forms import Explicit
-from gradent.hooks.graph import HIDDEN, Survey
+from gradent.hooks.graph import Survey
 from gradent.hooks.ledger import Ledger
-from gradent.hooks.logprob import TILE, check_logps, sequence_logprobs
-from gradent.hooks.plain import autograd_suffices
+from gradent.hooks.micro import Forward, MicroBatch, Outcome
 from gradent.hooks.uses import Layout
 from gradent.kernels.reference import accumulator
-from gradent.model import forward_logits
 
-__all__ = ["MicroBatch", "NeedsSingleRows", "Outcome", "run"]
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """What is measured together.
-
-    Attributes:
-        rows: `(ids int64 [T], marks bool [T])` of 2k rows, on the model's device, unpadded.
-        groups: rows of each forward; a group of several rows is right-padded.
-        pairs: the k pairs' numbers, as an error names them.
-        least_length: pad every group to at least this many tokens.
-        trim: ask the model for the logits of responses alone, from where the first one of a group begins. Only for a
-            model that `takes_keep`.
-    """
-
-    rows: Sequence[tuple[Tensor, Tensor]]
-    groups: Sequence[Sequence[int]]
-    pairs: Sequence[int]
-    least_length: int = 0
-    trim: bool = False
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Gram entries and log-probs of a micro-batch.
-
-    Attributes:
-        entries: parameter number -> `[k, 3]` float64; a parameter that no row depends on is absent (its gradient is 0).
-            In the order of the backward pass.
-        logps: float64 `[2k]`.
-        uncovered: parameter number -> why it could not be measured within the budget.
-    """
-
-    entries: dict[int, Tensor]
-    logps: Tensor
-    uncovered: dict[int, str]
+__all__ = ["NeedsSingleRows", "run"]
 
 
 class NeedsSingleRows(Exception):
@@ -113,13 +71,10 @@ def run(
         NeedsSingleRows: a group has several rows and a parameter is used where they cannot be told apart.
         NonFiniteError: a log-prob is nan or infinite.
     """
-    plainly = ledger is None and _is_plain(model, parameters, micro, budget)
     if ledger is None:
         ledger = Ledger(len(micro.rows) // 2, budget=budget, weight=weight)
     run_ = _Run(model, parameters, micro, ledger, budget)
     try:
-        if plainly:
-            return Outcome(ledger.entries, run_.plainly(), {})
         passes = [run_.forward(group) for group in micro.groups]
         surveys, explicit = run_.survey(passes)
         batches, uncovered = _fit(parameters, sorted(explicit), explicit_budget)
@@ -149,43 +104,16 @@ class _Run:
 
     def forward(self, group: Sequence[int], *, watch: bool = True) -> _Pass:
         """One forward of the rows of `group`, recorded."""
-        rows = [self.micro.rows[index] for index in group]
-        length = max(len(ids) for ids, _ in rows)
-        if len(rows) > 1:
-            length = max(length, self.micro.least_length)
-        layout = Layout(len(rows), length, lambda: [(0, len(ids)) for ids, _ in rows])
-        ids, marks = (torch.stack([_pad(part, length) for part in parts]) for parts in zip(*rows, strict=True))
-        keep = length + 1 - max(1, min(int(row.nonzero()[0]) for _, row in rows)) if self.micro.trim else 0
+        micro = self.micro
+        forward = Forward(micro, group)
+        rows, length = forward.ids.shape
+        layout = Layout(rows, length, lambda: [(0, len(micro.rows[row][0])) for row in group])
         capture = Capture(self.parameters if watch else [], layout, lambda tap, b: self._deliver(one, tap, b))
         self._captures.append(capture)
-        with torch.enable_grad(), capture:
-            logits = forward_logits(self.model, ids, keep=keep)
-        kept = logits.shape[1]
-        with torch.enable_grad():
-            logps = sequence_logprobs(logits, ids[:, -kept:], marks[:, -kept:], tile=min(TILE, self.budget))
-        half = len(self.micro.rows) // 2
-        check_logps(logps, [self.micro.pairs[row % half] for row in group], [row < half for row in group])
-        one = _Pass(Place(layout, group), capture, logps)
+        with capture:
+            logits = forward.logits(self.model)
+        one = _Pass(Place(layout, group), capture, forward.logps(logits, self.budget))  # `deliver` knows it by its name
         return one
-
-    def plainly(self) -> Tensor:
-        """Autograd's gradients of every row, one after the other; the rows' log-probs, float64 `[2k]`."""
-        logps = torch.zeros(len(self.micro.rows), dtype=torch.float64)
-        for group in self.micro.groups:
-            one = self.forward(group, watch=False)
-            logps[list(group)] = one.logps.detach().cpu()
-            try:
-                grads = torch.autograd.grad(one.logps.sum(), list(self.parameters), allow_unused=True)
-            except RuntimeError as error:
-                if "use_reentrant" not in str(error):
-                    raise
-                raise ModelError(HIDDEN) from error
-            for number in reversed(range(len(grads))):  # about the order of the backward pass
-                grad = grads[number]
-                if grad is not None:
-                    self.ledger.add_rows(number, group, (), (grad.to_dense() if grad.is_sparse else grad)[None])
-        self.ledger.close()
-        return logps
 
     def close(self) -> None:
         """Let go of every graph, also of those that an exception left behind."""
@@ -247,16 +175,6 @@ class _Run:
     def _deliver(self, one: _Pass, tap: Tap, cotangent: Tensor) -> None:
         if tap.use.view.param not in self._ignored:
             self.collector.arrive(tap, cotangent, one.place)
-
-
-def _is_plain(model: nn.Module, parameters: Sequence[Tensor], micro: MicroBatch, budget: int) -> bool:
-    """Whether `_Run.plainly` is the way: no forward is shared, and `autograd_suffices`."""
-    alone = all(len(group) == 1 for group in micro.groups)
-    return alone and autograd_suffices(model, parameters, len(micro.rows), micro.rows[0][0].device, budget)
-
-
-def _pad(values: Tensor, length: int) -> Tensor:
-    return nn.functional.pad(values, (0, length - len(values)))
 
 
 def _fit(

@@ -1,24 +1,30 @@
-"""When a row's gradient is so small that autograd may form it whole: LoRA, mostly."""
+"""Autograd's own gradients of rows that have a forward of their own, where they are small: LoRA, mostly.
+
+No rule is involved and nothing is watched: with little to train, a row's gradient takes less than the bookkeeping of
+every use.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from gradent.errors import ModelError
+from gradent.hooks.graph import HIDDEN
+from gradent.hooks.ledger import Ledger
+from gradent.hooks.micro import Forward, MicroBatch, Outcome
 from gradent.kernels.precision import is_exact
 
-__all__ = ["autograd_suffices"]
+__all__ = ["plain_rows", "run_plainly"]
 
 EXACT = (torch.float32, torch.float64)
 """Dtypes in which autograd's gradients lose nothing that matters."""
 
 
-def autograd_suffices(
-    model: nn.Module, parameters: Sequence[Tensor], rows: int, device: torch.device, budget: int
-) -> bool:
-    """Whether autograd's own gradients of rows, each with a forward of its own, are as good as reduced uses.
+def plain_rows(model: nn.Module, parameters: Sequence[Tensor], device: torch.device, budget: int) -> int:
+    """How many rows' gradients autograd may form at once, as good as reduced uses; 0 if it had better not.
 
     They are to be a small part of the model, to be exact as they come (nothing in the model is narrower than float32),
     and nobody is to notice (a hook on a parameter would be called).
@@ -26,19 +32,66 @@ def autograd_suffices(
     Args:
         model: the model.
         parameters: its trainable parameters.
-        rows: of a micro-batch, all of whose gradients are held.
         device: where the model runs.
         budget: bytes of scratch.
 
     Returns:
-        The answer.
+        The number of rows.
     """
     if not is_exact(device):
-        return False
+        return 0
     if any(type(one) is not nn.Parameter or one._backward_hooks for one in parameters):  # noqa: SLF001  (no public name)
-        return False
+        return 0
     everything = list(model.parameters())
     if any(one.dtype not in EXACT for one in everything):
-        return False
+        return 0
     whole, part = (sum(one.numel() * one.element_size() for one in some) for some in (everything, parameters))
-    return rows * part <= min(whole // 2, budget)
+    return min(whole // 2, budget) // max(1, part)
+
+
+def run_plainly(
+    model: nn.Module,
+    parameters: Sequence[Tensor],
+    micro: MicroBatch,
+    *,
+    budget: int,
+    weight: Callable[[int], Tensor] | None = None,
+) -> Outcome:
+    """Measure one micro-batch, one backward a row.
+
+    Args:
+        model: the model, in the mode in which it is to be measured.
+        parameters: its trainable parameters; their numbers are their places here.
+        micro: the rows, each a group of its own; at most `plain_rows`.
+        budget: bytes of a reduction's tiles.
+        weight: see `Ledger`.
+
+    Returns:
+        The outcome.
+
+    Raises:
+        ModelError: a reentrant checkpointed region hides parameters.
+        NonFiniteError: a log-prob is nan or infinite.
+    """
+    ledger = Ledger(len(micro.rows) // 2, budget=budget, weight=weight)
+    logps = torch.zeros(len(micro.rows), dtype=torch.float64)
+    for group in micro.groups:
+        forward = Forward(micro, group)
+        found = forward.logps(forward.logits(model), budget)
+        logps[list(group)] = found.detach().cpu()
+        grads = _gradients(found.sum(), parameters)
+        for number in reversed(range(len(grads))):  # about the order of the backward pass
+            grad = grads[number]
+            if grad is not None:
+                ledger.add_rows(number, group, (), (grad.to_dense() if grad.is_sparse else grad)[None])
+    ledger.close()
+    return Outcome(ledger.entries, logps, {})
+
+
+def _gradients(total: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(total, list(parameters), allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise ModelError(HIDDEN) from error

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from gradent.audit.shell import inspect_model
 from gradent.audit.source import resolve_source
 from gradent.errors import ModelError
-from gradent.hooks import engine, ledger
+from gradent.hooks import driver, ledger
 from gradent.hooks.forms import Deferred, Dense, Rows
 from gradent.measure import measure
 from gradent.pairs import PairBatch
@@ -50,7 +50,7 @@ def meets(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> Seen:
         add_rows(self, param, rows, slot, grads)
 
     measure(model, PAIR)  # the first one also finds out whether rows may share a forward
-    monkeypatch.setattr(engine, "_is_plain", lambda *given: False)  # it meets no rule
+    monkeypatch.setattr(driver, "plain_rows", lambda *given: 0)  # it meets no rule
     monkeypatch.setattr(ledger.Ledger, "add", watched)
     monkeypatch.setattr(ledger.Ledger, "add_rows", formed)
     monkeypatch.setattr(ledger.Ledger, "whole", lambda *given: False)
