@@ -52,7 +52,14 @@ def metric_roots(optimizer: object, parameters: Mapping[str, Tensor]) -> Callabl
         state, group = optimizer.state[tensor], groups[id(tensor)]
         second = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
         wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        corrected: Tensor = second.to(wide, copy=True).div_(1 - group["betas"][1] ** float(state["step"]))
+        corrected: Tensor = second.to(wide, copy=True).div_(_correction(group["betas"][1], state["step"]))
         return corrected.sqrt_().add_(float(group["eps"])).rsqrt_()
 
     return root
+
+
+def _correction(beta: float | Tensor, step: float | Tensor) -> float | Tensor:
+    """`1 − βᵗ`; of a step that is on a GPU (fused Adam) it stays there, so that nobody waits for it."""
+    if isinstance(step, Tensor):
+        step = step.double() if step.device.type == "cuda" else float(step)
+    return 1 - beta**step

@@ -48,6 +48,15 @@ def test_longer_rows_take_outer() -> None:
     assert line_of(plan("--tokens", "1024"), "model.layers.*.mlp.gate_proj")[3] == "outer"
 
 
+def test_it_says_where_autograd_forms_the_gradients(here) -> None:
+    save_lora(here / "adapter", here / "my-model")
+    said = "the backward itself forms these products"
+    assert said in " ".join(plan("--adapter", "adapter", "--tokens", "110").stdout.split())
+    for options in (["--tokens", "90"], ["--tokens", "110", "--memory-budget", "4KiB"], ["--dtype", "bfloat16"]):
+        assert said not in " ".join(plan("--adapter", "adapter", "--tokens", "110", *options).stdout.split()), options
+    assert said not in plan("--tokens", "110").stdout, "all of it is trained"
+
+
 def test_a_tied_head_is_a_second_line(tiny_gpt2: GPT2LMHeadModel) -> None:
     tiny_gpt2.float().save_pretrained("gpt2")
     result = plan("--tokens", "8", model="gpt2")

@@ -95,7 +95,9 @@ def test_long_rows_share_no_forward(
     assert not ways[-1]  # too much to hold: forwards are shared as ever
 
 
-@pytest.mark.parametrize("why", ["everything is trainable", "the budget", "bfloat16", "autocast", "a hook"])
+@pytest.mark.parametrize(
+    "why", ["everything is trainable", "the budget", "bfloat16", "narrow scales", "autocast", "a hook"]
+)
 def test_when_not(tiny_llama: LlamaForCausalLM, why: str, ways: list[bool]) -> None:
     model, called = adapted(tiny_llama), []
     if why == "everything is trainable":
@@ -103,6 +105,8 @@ def test_when_not(tiny_llama: LlamaForCausalLM, why: str, ways: list[bool]) -> N
     if why == "bfloat16":
         model.model.embed_tokens.to(torch.bfloat16)
         model.model.embed_tokens.register_forward_hook(lambda module, args, out: out.float())
+    if why == "narrow scales":  # as a quantised model holds them
+        model.register_buffer("scales", torch.ones(3, dtype=torch.float16))
     if why == "a hook":
         model.model.norm.weight.register_hook(called.append)
     with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):

@@ -16,7 +16,8 @@ from gradent.audit.shell import Shell, inspect_model
 from gradent.audit.source import resolve_source
 from gradent.audit.table import printable
 from gradent.errors import InputError
-from gradent.hooks.batching import micro_batches
+from gradent.hooks.batching import group_rows, micro_batches, rows_fill
+from gradent.hooks.plain import EXACT, rows_within
 from gradent.kernels import crossover, dispatch
 from gradent.kernels.plan import DEFAULT_BUDGET, parse_budget
 from gradent.kernels.reference import SMALL, accumulator
@@ -69,10 +70,11 @@ def show_plan(
         widen=operands != wide,
         budget=budget,
         batch_budget=SMALL if place.type == "cpu" else budget,
-        price=partial(crossover.price, place, operands, path=path.split()[0]),
+        price=partial(crossover.price, place, operands, path=path.split()[0], budget=budget),
         operands=operands if path == "triton" else None,
     )
     lines = plan_lines(shell.uses, setting)
+    plain = operands in EXACT and _is_plain(shell, setting, place, operands.itemsize)
     facts = {
         "model": f"{model} ({shell.name}), {_si(shell.trainable)} of {_si(shell.parameters)} parameters trained",
         "rows": f"{pairs} pair{'s' * (pairs > 1)}, {tokens} tokens a row, {setting.together} at once",
@@ -80,10 +82,21 @@ def show_plan(
     }
     for name, fact in facts.items():
         console.print(Text(f"{name:<7} {printable(fact)}", "bold", overflow="fold"))
-    print_plan(lines, sum_lines(lines, setting, shell.parameters), setting, shell, console)
+    print_plan(lines, sum_lines(lines, setting, shell.parameters), setting, shell, console, plain=plain)
 
 
-def print_plan(lines: Sequence[Line], totals: Totals, setting: Setting, shell: Shell, console: Console) -> None:
+def _is_plain(shell: Shell, setting: Setting, place: torch.device, itemsize: int) -> bool:
+    """Whether autograd forms the gradients: rows share no forward and little is trained, as `measure_pairs` asks."""
+    # Only a hook on a parameter, tf32 or autocast, of which a plan knows nothing, could change that.
+    lengths = [setting.tokens] * (2 * setting.together)
+    few = rows_within(shell.parameters * itemsize, shell.trainable * itemsize, setting.budget)
+    apart = rows_fill(lengths, place) or all(len(group) == 1 for group in group_rows(lengths, place))
+    return apart and len(lengths) <= few
+
+
+def print_plan(
+    lines: Sequence[Line], totals: Totals, setting: Setting, shell: Shell, console: Console, *, plain: bool = False
+) -> None:
     """Print the table and the totals.
 
     Args:
@@ -92,6 +105,7 @@ def print_plan(lines: Sequence[Line], totals: Totals, setting: Setting, shell: S
         setting: what they were made for.
         shell: the model.
         console: where to.
+        plain: autograd's own gradients are taken as they are.
     """
     kernels = setting.operands is not None
     table = Table(box=None, pad_edge=True, padding=(0, 1), header_style="dim")
@@ -122,6 +136,13 @@ def print_plan(lines: Sequence[Line], totals: Totals, setting: Setting, shell: S
             "activations come on top."
         )
     )
+    if plain:
+        console.print(
+            Text(
+                "Every row has a forward of its own here, and so little is trained that the backward itself forms "
+                "these products, each of them whole: there are no tiles, and gradients are held until they are reduced."
+            )
+        )
     for remark in _remarks(lines, setting):
         console.print(Text(remark))
 

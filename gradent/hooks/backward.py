@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gradent.gram import on_cpu
 from gradent.hooks.capture import Tap
-from gradent.hooks.clock import Clock
+from gradent.hooks.clock import Clock, wait_for
 from gradent.hooks.collector import Collector, Place
 from gradent.hooks.ledger import Ledger
 from gradent.hooks.pairing import Pairing, pair_rows
@@ -231,6 +231,8 @@ class WatchedBackward:
         self._finished = True
         passed = self.passed
         if self.started and passed.problem is None and passed.broken is None and self.collector is not None:
+            for device in {entry.device for entry in self.collector.ledger.entries.values()}:
+                wait_for(device)
             self.guarded(self._settle, self.collector)
         if self.started and any(not forward.read for forward in self.forwards):
             why = "" if passed.problem is None else f" ({passed.problem})"

@@ -5,7 +5,11 @@ from __future__ import annotations
 import time
 from types import TracebackType
 
-__all__ = ["Clock"]
+import torch
+
+from gradent.kernels.queued import is_capturing
+
+__all__ = ["Clock", "wait_for"]
 
 
 class Clock:
@@ -36,3 +40,13 @@ class Clock:
         """The sum, which starts again at zero."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait for what is queued on a device, where it is waited for in any case: so that no clock counts it.
+
+    Args:
+        device: any; nothing is queued on a CPU.
+    """
+    if device.type == "cuda" and not is_capturing(device):
+        torch.cuda.current_stream(device).synchronize()

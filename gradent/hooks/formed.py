@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradent.kernels.queued import sent
 from gradent.kernels.reference import reduce_tiles
 
 __all__ = ["Formed", "Slot", "SmallGradients", "row_gradients"]
@@ -58,9 +59,10 @@ def _in_order(formed: Sequence[Formed], count: int) -> Tensor:
     grads = formed[0].grads if len(formed) == 1 else torch.cat([one.grads for one in formed])
     if rows == list(range(count)):
         return grads
-    at = torch.tensor(rows, device=grads.device)
+    at = torch.tensor(rows)
     if sorted(rows) == list(range(count)):
-        return grads[at.argsort()]
+        return grads[sent(at.argsort(), grads.device)]
+    at = sent(at, grads.device)
     tiles = grads.new_zeros(count, *grads.shape[1:])
     for one, where in zip(formed, torch.split(at, [len(one.rows) for one in formed]), strict=True):
         tiles.index_add_(0, where, one.grads)

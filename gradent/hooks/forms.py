@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gradent.kernels.plan import can_wait
+from gradent.kernels.queued import sent
 from gradent.kernels.reference import accumulator
 
 __all__ = [
@@ -140,7 +141,7 @@ def scaled_gradients(grads: Tensor, powers: Sequence[float]) -> Tensor:
 
 def _times(rows: Tensor, powers: Sequence[float]) -> Tensor:
     dtype = _exact(rows.dtype)
-    factors = torch.tensor(powers, dtype=torch.float64).to(rows.device, dtype)
+    factors = sent(torch.tensor(powers, dtype=torch.float64).to(dtype), rows.device)
     return rows.to(dtype) * factors.view(-1, *(1,) * (rows.dim() - 1))
 
 

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradent.hooks.backward import WatchedBackward
 from gradent.hooks.capture import Capture, Tap
+from gradent.hooks.clock import wait_for
 from gradent.hooks.collector import Place
 from gradent.hooks.forms import split_factor
 from gradent.hooks.fused_head import FusedHeadUse, find_fused_head
@@ -180,6 +181,7 @@ class WatchedForward:
         self.group.fail(f"no rule can tell the rows apart where the model uses {self.group.listed(missed)}")
 
     def _on_grad(self, grad: Tensor) -> None:
+        wait_for(grad.device)
         self.group.guarded(self._read, grad)
 
     def _read(self, grad: Tensor) -> None:

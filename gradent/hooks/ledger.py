@@ -21,6 +21,7 @@ from gradent.hooks.formed import Formed, Slot, SmallGradients, row_gradients
 from gradent.hooks.forms import Dense, Explicit, Form, Rows, Solid
 from gradent.hooks.merging import first_of, gathered, merge_forms, pair_of_dense, row_count, stacked
 from gradent.kernels.dispatch import on_kernels, pairs_pay, pairs_together, reduce_pair
+from gradent.kernels.plan import tile_room
 from gradent.kernels.reference import accumulator, product_pays, reduce_flat, reduce_tiles, tiles_pay
 from gradent.kernels.shared import reduce_shared
 
@@ -327,11 +328,13 @@ class Ledger:
         sides = [side for side in (chosen, rejected) if side is not None]
         ids = torch.unique(torch.cat([side.ids for side in sides]))
         cols, wide = sides[0].values.shape[1], accumulator(sides[0].values.dtype)
-        step = max(1, self._budget // max(1, 2 * len(ids) * wide.itemsize))
+        copied = max(len(ids) if root is not None else 0, *(len(side.ids) for side in sides))  # cut out, or widened
+        step = max(1, tile_room(self._budget) // max(1, (2 * len(ids) + copied) * wide.itemsize))
         entries = torch.zeros(3, dtype=torch.float64, device=ids.device)
+        buffer = torch.empty(2 * len(ids) * min(cols, step), dtype=wide, device=ids.device)
         for start in range(0, cols, step):
             stop = min(cols, start + step)
-            tile = torch.zeros(2, len(ids), stop - start, dtype=wide, device=ids.device)
+            tile = buffer[: 2 * len(ids) * (stop - start)].view(2, len(ids), stop - start).zero_()
             for grad, side in zip(tile, (chosen, rejected), strict=True):
                 if side is not None:
                     grad.index_add_(0, torch.searchsorted(ids, side.ids), side.values[:, start:stop].to(wide))

@@ -17,7 +17,7 @@ from gradent.hooks.ledger import Ledger
 from gradent.hooks.micro import Forward, MicroBatch, Outcome
 from gradent.kernels.precision import is_exact
 
-__all__ = ["plain_rows", "run_plainly"]
+__all__ = ["EXACT", "plain_rows", "rows_within", "run_plainly"]
 
 EXACT = (torch.float32, torch.float64)
 """Dtypes in which autograd's gradients lose nothing that matters."""
@@ -26,8 +26,9 @@ EXACT = (torch.float32, torch.float64)
 def plain_rows(model: nn.Module, parameters: Sequence[Tensor], device: torch.device, budget: int) -> int:
     """How many rows' gradients autograd may form at once, as good as reduced uses; 0 if it had better not.
 
-    They are to be a small part of the model, to be exact as they come (nothing in the model is narrower than float32),
-    and nobody is to notice (a hook on a parameter would be called).
+    They are to be a small part of the model and to leave two thirds of the budget to their reduction. They are to be
+    exact as they come (nothing in the model is narrower than float32), and nobody is to notice (a hook on a parameter
+    would be called).
 
     Args:
         model: the model.
@@ -45,8 +46,26 @@ def plain_rows(model: nn.Module, parameters: Sequence[Tensor], device: torch.dev
     everything = list(model.parameters())
     if any(one.dtype not in EXACT for one in everything):
         return 0
+    # A quantised model keeps its scales there.
+    if any(one.is_floating_point() and one.dtype not in EXACT for one in model.buffers()):
+        return 0
     whole, part = (sum(one.numel() * one.element_size() for one in some) for some in (everything, parameters))
-    return min(whole // 2, budget) // max(1, part)
+    return rows_within(whole, part, budget)
+
+
+def rows_within(whole: int, part: int, budget: int) -> int:
+    """How many rows' gradients are a small part of a model, and of the budget.
+
+    Args:
+        whole: bytes of the model's parameters.
+        part: bytes of those that are trainable.
+        budget: bytes of scratch.
+
+    Returns:
+        The number of rows. Their gradients take half of the model's bytes at most, and a third of the budget: twice as
+        much again is copied while they are reduced.
+    """
+    return min(whole // 2, budget // 3) // max(1, part)
 
 
 def run_plainly(

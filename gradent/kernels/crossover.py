@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from gradent.errors import InputError
 from gradent.files import write_whole
 from gradent.kernels.plan import DEPTH, LEAST_PRICE, MOST_PRICE, Plan
+from gradent.kernels.queued import is_capturing
 
 __all__ = ["adopt", "cache_file", "device_name", "is_measured", "known", "price"]
 
@@ -63,21 +64,29 @@ _unsure: set[str] = set()
 _lock = threading.Lock()
 
 
-def price(device: torch.device | str, dtype: torch.dtype, *, path: str | None = None) -> float:
+NEEDED = {"cpu": 6 * 2**20, "cuda": 256 * 2**20}
+"""Bytes that a measurement takes at most."""
+
+
+def price(
+    device: torch.device | str, dtype: torch.dtype, *, path: str | None = None, budget: int | None = None
+) -> float:
     """How many times dearer a gram flop is than an outer flop on a device.
 
-    Measured where nothing is known yet, in less than 0.3 s, with the functions that reduce: those of
-    `gradent.kernels.reference`, or Triton's kernels where `gradent.kernels.dispatch.path` names them for the device.
+    Measured where nothing is known yet (in less than 0.3 s on a CPU; a GPU's kernels are compiled first), with the
+    functions that reduce: those of `gradent.kernels.reference`, or Triton's kernels where
+    `gradent.kernels.dispatch.path` names them for the device.
     Flops are those of three full blocks, whatever a kernel saves by symmetry: what it saves is then in its price. No
     random number is drawn, no graph is made, and no rounding mode of the caller's is changed.
 
-    Nothing is measured under a `TorchDispatchMode` (which would count or fake the operators) or while a CUDA graph is
-    captured: what is not known by then counts as 1.0, once.
+    Nothing is measured under a `TorchDispatchMode` (which would count or fake the operators), while a CUDA graph is
+    captured, or within a budget that has no room for it: what is not known by then counts as 1.0, once.
 
     Args:
         device: where operands are.
         dtype: theirs.
         path: "torch" or "triton"; None for the one in use.
+        budget: bytes that a measurement may take; None for no limit.
 
     Returns:
         A power of √2 from 1/4 to 4; 1.0 where memory or a busy machine did not allow to measure.
@@ -91,7 +100,8 @@ def price(device: torch.device | str, dtype: torch.dtype, *, path: str | None = 
         if key not in _known:
             found = _read().get(key)
             if found is None:
-                if is_in_torch_dispatch_mode() or _capturing(place):
+                cramped = budget is not None and budget < NEEDED.get(place.type, NEEDED["cuda"])
+                if cramped or is_in_torch_dispatch_mode() or is_capturing(place):
                     return 1.0
                 try:
                     ratio, calm = _measure(place, dtype, path)
@@ -175,10 +185,6 @@ def _key(device: torch.device, dtype: torch.dtype, path: str) -> str:
 def _round(ratio: float) -> float:
     """The nearest power of √2 between the least and the most price."""
     return float(min(MOST_PRICE, max(LEAST_PRICE, 2 ** (round(STEPS * math.log2(ratio)) / STEPS))))
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @torch.no_grad()

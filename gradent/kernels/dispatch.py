@@ -24,6 +24,7 @@ from torch import Tensor
 from gradent.errors import GradentWarning, InputError
 from gradent.kernels.crossover import price
 from gradent.kernels.plan import choose
+from gradent.kernels.queued import is_capturing
 from gradent.kernels.reference import batch_pays, reduce_batch, reduce_dense
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ _verdicts: dict[torch.device, str] = {}
 def path(device: torch.device | str, dtype: torch.dtype) -> str:
     """What reduces operands of a dtype on a device.
 
-    The first question about a CUDA device imports Triton and runs the self-check, which compiles (seconds, or less
-    where Triton's cache has the kernels).
+    The first question about a CUDA device imports Triton and runs the self-check, which compiles (half a minute or so;
+    little where Triton's cache has the kernels).
 
     Args:
         device: where the operands are.
@@ -259,7 +260,7 @@ def _launch(
     factors = (u_w, v_w, u_l, v_l, spans)
     longest = (max(side, default=0) for side in (spans.chosen_length, spans.rejected_length))
     sizes = (*longest, u_w.shape[1], v_w.shape[1])
-    dear = partial(price, u_w.device, u_w.dtype, path="triton")
+    dear = partial(price, u_w.device, u_w.dtype, path="triton", budget=budget)
     chosen = partial(choose, *sizes, itemsize=4, budget=budget, weighted=weight is not None, price=dear)
     plan = attempt(u_w.device, chosen)  # it may measure the kernels
     if plan is None or budget < (gram.gram_scratch if plan.form == "gram" else outer.outer_scratch)(*factors):
@@ -300,6 +301,8 @@ def _verdict(device: torch.device) -> str:
     if device == torch.device(device.type):  # without a number
         device = torch.device(device.type, torch.cuda.current_device())
     if device not in _verdicts:
+        if is_capturing(device):  # a check waits for the device, which ends the capture
+            return "a CUDA graph is captured before the kernels were checked"
         reason = _examine(device)
         if reason:
             _give_up(device, reason)

@@ -20,7 +20,17 @@ from typing import Literal
 
 from gradent.errors import MemoryBudgetError
 
-__all__ = ["DEFAULT_BUDGET", "LEAST_PRICE", "MOST_PRICE", "Plan", "batch_scratch", "can_wait", "choose", "parse_budget"]
+__all__ = [
+    "DEFAULT_BUDGET",
+    "LEAST_PRICE",
+    "MOST_PRICE",
+    "Plan",
+    "batch_scratch",
+    "can_wait",
+    "choose",
+    "parse_budget",
+    "tile_room",
+]
 
 DEFAULT_BUDGET = 256 * 2**20
 """Scratch of the reductions, in bytes, where the user sets none: a few tiles that stay near the caches."""
@@ -30,6 +40,9 @@ DEPTH = 128
 
 LEAST_PRICE, MOST_PRICE = 0.25, 4.0
 """Bounds of what a gram flop costs in outer flops: beyond a factor of 4 in flops, the price decides nothing."""
+
+SUMS = 2**18
+"""Bytes that the sums of a tile take at most: three numbers for each of its runs, or two for each of its rows."""
 
 WORTH = 2**26
 """Flops of the cheaper form, about a millisecond of one CPU core, below which the price is not asked for."""
@@ -50,7 +63,8 @@ class Plan:
         tile: rows and columns of a tile: tokens by tokens for `gram`, rows by columns of the weight for `outer`.
         depth: length of the contracted axis taken at once: all of it, or `DEPTH` where operands are widened.
         flops: multiply-adds counted twice, of the matrix products alone, those that are really formed.
-        scratch: bytes held at once: the tile's products, and its operands once more where they must be widened.
+        scratch: bytes held at once: the tile's products, and its operands once more where they must be widened. What
+            sums of tiles take comes on top (`tile_room`).
     """
 
     form: Literal["gram", "outer"]
@@ -92,7 +106,7 @@ def choose(
             number from 1/4 to 4), and where there is something to gain.
 
     Returns:
-        The plan; never more scratch than `budget`.
+        The plan; never more scratch than `tile_room(budget)`.
 
     Raises:
         MemoryBudgetError: not even a tile of one entry fits.
@@ -108,13 +122,25 @@ def choose(
     return Plan(form="outer", tile=tile, depth=depth, flops=outer_flops, scratch=scratch)
 
 
+def tile_room(budget: int) -> int:
+    """Bytes of a budget that tiles may take: a 64th of it, 256 KiB at most, is left to their sums.
+
+    Args:
+        budget: bytes.
+
+    Returns:
+        Bytes.
+    """
+    return budget - min(SUMS, budget // 64)
+
+
 def _fit(
     tile: tuple[int, int], depth: int, products: int, itemsize: int, budget: int, widen: bool, shape: tuple[int, int]
 ) -> tuple[tuple[int, int], int, int]:
     """`(tile, depth, scratch)`: the longer side is halved until the tile fits, then the depth, down to single ones."""
     if widen:
         depth = min(depth, DEPTH)
-    while (scratch := itemsize * (products * tile[0] * tile[1] + widen * depth * sum(tile))) > budget:
+    while (scratch := itemsize * (products * tile[0] * tile[1] + widen * depth * sum(tile))) > tile_room(budget):
         if tile != (1, 1):
             tile = (-(-tile[0] // 2), tile[1]) if tile[0] >= tile[1] else (tile[0], -(-tile[1] // 2))
         elif widen and depth > 1:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradent.kernels.crossover import price
-from gradent.kernels.plan import Plan, batch_scratch, choose
+from gradent.kernels.plan import Plan, batch_scratch, choose, tile_room
 from gradent.kernels.precision import exactly
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "product_pays",
     "products",
     "products_fit",
+    "put_product",
     "reduce_batch",
     "reduce_dense",
     "reduce_flat",
@@ -87,7 +88,7 @@ def batch_pays(u: Tensor, v: Tensor, *, budget: int) -> bool:
     (count, length, rows), cols = u.shape, v.shape[2]
     if count == 0 or not products_fit(u, v, count, budget):
         return False
-    dearer = partial(price, u.device, u.dtype, path="torch")
+    dearer = partial(price, u.device, u.dtype, path="torch", budget=budget)
     plan = choose(length, length, rows, cols, itemsize=wide.itemsize, budget=budget, price=dearer)
     return plan.form == "outer"
 
@@ -145,7 +146,8 @@ def products_fit(u: Tensor, v: Tensor, count: int, budget: int) -> bool:
 
 
 def _room(device: torch.device, budget: int) -> int:
-    return min(budget, SMALL) if device.type == "cpu" else budget
+    room = tile_room(budget)
+    return min(room, SMALL) if device.type == "cpu" else room
 
 
 @exactly
@@ -233,7 +235,7 @@ def reduce_dense(
         budget=budget,
         widen=u_w.dtype != wide or v_w.dtype != wide,
         weighted=weight is not None,
-        price=partial(price, u_w.device, u_w.dtype, path="torch"),
+        price=partial(price, u_w.device, u_w.dtype, path="torch", budget=budget),
     )
     return reduce_planned(u_w, v_w, u_l, v_l, plan, weight)
 
@@ -257,8 +259,8 @@ def _outer(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, plan: Plan, weigh
         for left in spans(cols, plan.tile[1]):
             height, width = top.stop - top.start, left.stop - left.start
             part = buffer[: 2 * height * width].view(2, height, width)
-            _product(u_w[:, top], v_w[:, left], plan.depth, part[0])
-            _product(u_l[:, top], v_l[:, left], plan.depth, part[1])
+            put_product(u_w[:, top], v_w[:, left], plan.depth, part[0])
+            put_product(u_l[:, top], v_l[:, left], plan.depth, part[1])
             if weight is not None:
                 part *= weight[top, left]
             entries += reduce_flat(part.view(2, -1))
@@ -279,21 +281,32 @@ def _gram(u: Tensor, v: Tensor, x: Tensor, y: Tensor, plan: Plan) -> Tensor:
                 continue  # its mirror image counts twice
             height, width = top.stop - top.start, left.stop - left.start
             part = buffer[: 2 * height * width].view(2, height, width)
-            _product(u[top].T, x[left].T, plan.depth, part[0])
-            _product(v[top].T, y[left].T, plan.depth, part[1])
+            put_product(u[top].T, x[left].T, plan.depth, part[0])
+            put_product(v[top].T, y[left].T, plan.depth, part[1])
             part[0] *= part[1]
             total += _sum(part[0]) * (2 if same and left.start < top.start else 1)
     return total
 
 
-def _product(left: Tensor, right: Tensor, depth: int, out: Tensor) -> None:
-    """`out = leftᵀ right`, wide; operands `[K, rows]` and `[K, cols]` are widened `depth` at a time."""
+def put_product(left: Tensor, right: Tensor, depth: int, out: Tensor, *, scale: float = 1.0) -> None:
+    """`out = scale · leftᵀ right`, wide.
+
+    Args:
+        left: `[K, rows]`, any float dtype.
+        right: `[K, cols]`.
+        depth: how many of the K are widened at once, where they are narrower than `out`.
+        out: `[rows, cols]`, overwritten.
+        scale: a factor.
+    """
     if left.dtype == right.dtype == out.dtype:
-        torch.mm(left.T, right, out=out)
+        if scale == 1:
+            torch.mm(left.T, right, out=out)
+        else:
+            torch.addmm(out, left.T, right, beta=0, alpha=scale, out=out)
         return
     out.zero_()
     for span in spans(left.shape[0], depth):
-        out.addmm_(left[span].to(out.dtype).T, right[span].to(out.dtype))
+        out.addmm_(left[span].to(out.dtype).T, right[span].to(out.dtype), alpha=scale)
 
 
 def spans(count: int, step: int) -> list[slice]:

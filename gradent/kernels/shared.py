@@ -16,9 +16,18 @@ import torch
 from torch import Tensor
 
 from gradent.kernels.dispatch import attempt, on_kernels
-from gradent.kernels.plan import can_wait
+from gradent.kernels.plan import DEPTH, can_wait, tile_room
 from gradent.kernels.precision import exactly
-from gradent.kernels.reference import accumulator, products, products_fit, reduce_flat, reduce_tiles, spans
+from gradent.kernels.queued import sent
+from gradent.kernels.reference import (
+    accumulator,
+    products,
+    products_fit,
+    put_product,
+    reduce_flat,
+    reduce_tiles,
+    spans,
+)
 
 __all__ = ["reduce_shared"]
 
@@ -50,8 +59,8 @@ def reduce_shared(
         places: R numbers: where a row belongs among the 2k, 0..k-1 chosen and k..2k-1 rejected; -1 for nowhere.
         factors: R numbers; a row of factor 0 counts as zero in the entries, and once in the sum.
         pairs: k.
-        budget: bytes that the tiles may take; the sum comes on top. Kernels have no tiles, but need a scaled copy of u
-            where a factor is far from 1.
+        budget: bytes that the tiles, or the kernel's sums of tiles, may take; the sum of all rows comes on top. Where a
+            factor is far from 1, the kernel needs a scaled copy of u as well.
         weight: `[O, I]` or None; multiplies a product's entries before they are squared, not the sum.
         look: finds of each row the tokens outside of which u or v is zero, where that spares something; None for all.
 
@@ -61,16 +70,17 @@ def reduce_shared(
     powers, couples = _powers(factors), _couples(places, pairs)
     copies = any(power != 1 for power in powers) and u.numel() * u.element_size() > budget
     if on_kernels(u, v) and not copies:
-        found = attempt(u.device, partial(_by_kernel, u, v, places, factors, pairs, weight))
+        found = attempt(u.device, partial(_by_kernel, u, v, places, factors, pairs, weight, budget))
         if found is not None:
             return found
     if len(couples) == pairs and products_fit(u, v, len(u), budget):
         return _together(u, v, places, factors, pairs, weight)
     wide, row_spans = accumulator(u.dtype), None if look is None else look()
     (_, _, rows), cols = u.shape, v.shape[2]
-    room = min(budget, TILE) // (2 * wide.itemsize)
-    width = min(cols, max(1, room))
-    height = max(1, min(rows, room // width))
+    room = min(tile_room(budget), TILE) // wide.itemsize
+    widened = 0 if u.dtype == v.dtype == wide else DEPTH  # numbers of a copy for each row and column of a tile
+    width = min(cols, max(1, room // (4 * max(widened, 1))))
+    height = max(1, min(rows, (room - widened * width) // (2 * width + widened)))
     buffer = torch.empty(2 * height * width, dtype=wide, device=u.device)
     total = torch.zeros(rows, cols, dtype=wide, device=u.device)
     entries = torch.zeros(pairs, 3, dtype=torch.float64, device=u.device)
@@ -83,14 +93,13 @@ def reduce_shared(
                     if row is None:
                         continue
                     live = slice(*row_spans[row]) if row_spans is not None else slice(None)
-                    here, there = u[row, live, top].to(wide).T, v[row, live, left].to(wide)
-                    torch.addmm(side, here, there, beta=0, alpha=powers[row], out=side)
+                    put_product(u[row, live, top], v[row, live, left], DEPTH, side, scale=powers[row])
                     goal.add_(side, alpha=1 / powers[row])
                 if number < pairs:
                     if weight is not None:
                         tile *= weight[top, left]
                     entries[number] += reduce_flat(tile.view(2, -1))
-    return entries * _rest(factors, powers, couples[:pairs]).to(entries.device), total
+    return entries * sent(_rest(factors, powers, couples[:pairs]), entries.device), total
 
 
 def _together(
@@ -101,12 +110,12 @@ def _together(
     grads = products(u, v)
     total = grads.sum(0)
     if any(power != 1 for power in powers):
-        grads *= torch.tensor(powers, dtype=grads.dtype, device=grads.device)[:, None, None]
+        grads *= sent(torch.tensor(powers, dtype=grads.dtype), grads.device)[:, None, None]
     if weight is not None:
         grads *= weight
     if list(places) != list(range(len(places))):
-        grads = grads[torch.tensor(places, device=grads.device).argsort()]
-    return reduce_tiles(grads) * _rest(factors, powers, _couples(places, pairs)).to(grads.device), total
+        grads = grads[sent(torch.tensor(places).argsort(), grads.device)]
+    return reduce_tiles(grads) * sent(_rest(factors, powers, _couples(places, pairs)), grads.device), total
 
 
 def _couples(places: Sequence[int], pairs: int) -> list[tuple[int | None, int | None]]:
@@ -134,24 +143,33 @@ def _rest(
 
 
 def _by_kernel(
-    u: Tensor, v: Tensor, places: Sequence[int], factors: Sequence[float], pairs: int, weight: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The same by the kernel that stores the sum. Rows are scaled by powers of two, which rounds nothing."""
+    u: Tensor,
+    v: Tensor,
+    places: Sequence[int],
+    factors: Sequence[float],
+    pairs: int,
+    weight: Tensor | None,
+    budget: int,
+) -> tuple[Tensor, Tensor] | None:
+    """The same by the kernel that stores the sum; None if it is over the budget. Scaled rows are not rounded."""
     from gradent.kernels.fused.operands import Spans  # noqa: PLC0415  (imports Triton)
-    from gradent.kernels.fused.outer import outer_with_gradient  # noqa: PLC0415  (imports Triton)
+    from gradent.kernels.fused.outer import outer_scratch, outer_with_gradient  # noqa: PLC0415  (imports Triton)
 
     count, tokens, _ = u.shape
     powers, couples = _powers(factors), _couples(places, pairs)
-    if any(power != 1 for power in powers):
-        u = u.float() if u.dtype == torch.float16 else u  # whose range is too small for it
-        u = u * torch.tensor(powers, dtype=u.dtype, device=u.device)[:, None, None]
-    scaled, others = u.flatten(0, 1), v.flatten(0, 1)
     # A side without a row gets an empty span, and a share of 0.
     sides = [[count if row is None else row for row in side] for side in zip(*couples, strict=True)]
     spans: list[list[int]] = []
     for side in sides:
         spans += [[min(row, count - 1) * tokens for row in side], [tokens if row < count else 0 for row in side]]
+    where = Spans(*spans)
+    scaled, others = u.flatten(0, 1), v.flatten(0, 1)
+    if outer_scratch(scaled, others, scaled, others, where, store=True) > budget:
+        return None
+    if any(power != 1 for power in powers):
+        u = u.float() if u.dtype == torch.float16 else u  # whose range is too small for it
+        scaled = (u * sent(torch.tensor(powers, dtype=u.dtype), u.device)[:, None, None]).flatten(0, 1)
     shares = torch.tensor([*(1 / power for power in powers), 0.0])
     coefficients = torch.stack([shares[side] for side in sides], 1)
-    entries, total = outer_with_gradient(scaled, others, scaled, others, Spans(*spans), coefficients, weight)
-    return entries[:pairs] * _rest(factors, powers, couples[:pairs]).to(entries.device), total
+    entries, total = outer_with_gradient(scaled, others, scaled, others, where, coefficients, weight)
+    return entries[:pairs] * sent(_rest(factors, powers, couples[:pairs]), entries.device), total

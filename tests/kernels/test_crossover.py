@@ -61,6 +61,12 @@ def test_it_is_measured_in_the_process_and_on_disk(calls, monkeypatch) -> None:
     assert len(calls) == 1, "read from disk"
 
 
+def test_a_small_budget_has_no_room_for_a_measurement(calls, monkeypatch) -> None:
+    assert price(CPU, torch.float32, budget=2**20) == 1.0
+    assert not calls and not is_measured(CPU, torch.float32)
+    assert price(CPU, torch.float32, budget=2**23) == price(CPU, torch.float32, budget=2**20) == 2.0, "known by now"
+
+
 def test_every_setting_has_a_price_of_its_own(calls, monkeypatch) -> None:
     price(CPU, torch.float32)
     price(CPU, torch.bfloat16)

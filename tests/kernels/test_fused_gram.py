@@ -114,6 +114,7 @@ def test_a_device_has_a_table_for_each_stream(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(operands, "_table", table)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(**now))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now["capturing"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     spans, device = Spans.of_pair(3, 4), torch.device("cuda", 0)
     assert spans.table(device) is spans.table(device)
     now["cuda_stream"] = 8

@@ -7,14 +7,26 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from gradent.hooks.forms import Dense, Explicit, Rows
 from gradent.hooks.ledger import Ledger
+from gradent.hooks.plain import plain_rows
 from gradent.kernels.reference import reduce_dense, reduce_flat
+from gradent.kernels.shared import reduce_shared
 from tests.live import LiveBytes
 
-# What a reduction needs besides its tiles: the float64 sums of runs, a few scalars.
 SMALL = 16 * 1024
+"""What a reduction needs besides its tiles, the float64 sums of runs and a few scalars, where the budget is so small
+that the share which is left to them does not cover it."""
+
+
+def most(budget: int) -> int:
+    """What may be taken."""
+    return budget + SMALL * (budget < 2**20)
+
+
+CPU = torch.device("cpu")
 
 SHAPES = [
     (64, 64, 2048, 2048),
@@ -33,7 +45,7 @@ def test_dense(shape: tuple[int, int, int, int], dtype: torch.dtype, budget: int
     operands = [torch.randn(size).to(dtype) for size in ((t_w, rows), (t_w, cols), (t_l, rows), (t_l, cols))]
     with LiveBytes() as live:
         reduce_dense(*operands, budget=budget)
-    assert 0 < live.peak <= budget + SMALL
+    assert 0 < live.peak <= most(budget)
 
 
 def test_the_count_can_fail() -> None:
@@ -50,7 +62,7 @@ def test_lookups(budget: int) -> None:
         ledger.add(0, row, (), Rows(torch.randint(5000, (500,)), torch.randn(500, 1024)))
     with LiveBytes() as live:
         ledger.finish(0)
-    assert live.peak <= 2 * budget + SMALL, "the tile, and one side's columns in float32"
+    assert live.peak <= most(budget)
 
 
 @pytest.mark.parametrize("budget", [2**16, 2**18, 2**20])
@@ -111,8 +123,40 @@ def test_the_allocator_agrees(shape: tuple[int, int, int], dtype: torch.dtype, b
     ledger = Ledger(pairs, budget=budget)
     for row in range(2 * pairs):
         ledger.add(0, row, (), Dense(u[row], v[row]))
-    assert 0 < allocated(lambda: ledger.finish(0)) <= budget + SMALL
-    assert allocated(lambda: ledger.whole(1, u, v)) <= budget + SMALL
+    assert 0 < allocated(lambda: ledger.finish(0)) <= budget
+    assert allocated(lambda: ledger.whole(1, u, v)) <= budget
+
+
+@pytest.mark.parametrize("pairs", [1, 3])
+@pytest.mark.parametrize("sizes", [(1000,), (300, 20, 400), (7,) * 60])
+def test_gradients_that_autograd_forms(sizes: tuple[int, ...], pairs: int) -> None:
+    """`plain_rows` leaves room for their reduction, the gradients themselves included."""
+    model = nn.ParameterList([torch.zeros(size, 100) for size in (*sizes, 100_000)])
+    parameters = list(model)[:-1]
+    budget = 3 * 2 * pairs * 4 * 100 * sum(sizes)
+    assert plain_rows(model, parameters, CPU, budget) == 2 * pairs > plain_rows(model, parameters, CPU, budget - 1)
+
+    def reduce() -> None:
+        ledger = Ledger(pairs, budget=budget)
+        for row in range(2 * pairs):
+            for number, parameter in enumerate(parameters):
+                ledger.add_rows(number, [row], (), torch.ones_like(parameter)[None])
+        ledger.close()
+
+    assert budget / 3 < allocated(reduce) <= most(budget) + 64 * len(sizes)
+
+
+@pytest.mark.parametrize("budget", [2**20, 2**23])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 2000, 512, 640), (6, 300, 1024, 256), (3, 64, 2048, 1024)])
+def test_shared(shape: tuple[int, int, int, int], dtype: torch.dtype, budget: int) -> None:
+    """The sum, which is handed on, comes on top."""
+    rows, tokens, height, width = shape
+    u, v = (torch.randn(rows, tokens, size).to(dtype) for size in (height, width))
+    places, pairs = [*range(2 * (rows // 2)), *[-1] * (rows % 2)], rows // 2
+    factors = [2.0**-30] * rows
+    taken = allocated(lambda: reduce_shared(u, v, places, factors, pairs=pairs, budget=budget))
+    assert 0 < taken - 4 * height * width <= budget
 
 
 def test_the_allocators_count_can_fail() -> None:

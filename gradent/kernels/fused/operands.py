@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from gradent.errors import InputError
+from gradent.kernels.queued import is_capturing, sent
 
-__all__ = ["DTYPES", "Factors", "Spans", "blank", "current_device", "sent"]
+__all__ = ["DTYPES", "Factors", "Spans", "blank", "current_device"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernels take; float64 is the reference's business."""
@@ -28,13 +29,6 @@ def blank(*shape: int, dtype: torch.dtype, device: torch.device, poison: bool) -
 
 KEPT = 128
 """Spans, and tables of spans on devices, that are kept: a step asks for few, and for each of them once a matrix."""
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor on the device; from the CPU to a GPU without waiting until it is there."""
-    if tensor.device.type == "cpu" and device.type == "cuda" and tensor.numel():
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def current_device(device: torch.device) -> AbstractContextManager[object]:
@@ -144,7 +138,7 @@ class Spans:
         """
         if device.type != "cuda":
             return _table(self, device, 0)
-        if torch.cuda.is_current_stream_capturing():  # the copy would only be made when the graph is run
+        if is_capturing(device):  # the copy would only be made when the graph is run
             return _table.__wrapped__(self, device, 0)
         return _table(self, device, torch.cuda.current_stream(device).cuda_stream)
 

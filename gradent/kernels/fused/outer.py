@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradent.errors import InputError
-from gradent.kernels.fused.operands import Factors, Spans, blank, current_device, sent
+from gradent.kernels.fused.operands import Factors, Spans, blank, current_device
 from gradent.kernels.fused.tiles import (
     INTERPRETED,
     LOOSE,
@@ -29,6 +29,7 @@ from gradent.kernels.fused.tiles import (
     pick_outer,
     unit,
 )
+from gradent.kernels.queued import sent
 
 __all__ = ["outer_entries", "outer_kernel", "outer_scratch", "outer_with_gradient"]
 
@@ -117,10 +118,22 @@ def outer_with_gradient(
     return entries, gradient
 
 
-def outer_scratch(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, spans: Spans) -> int:
-    """Bytes that `outer_entries` allocates besides its result: three float64 a tile and pair, and a table."""
+def outer_scratch(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, spans: Spans, *, store: bool = False) -> int:
+    """Bytes that `outer_entries` allocates besides its result: three float64 a tile and pair, and a table.
+
+    Args:
+        u_w: as for `outer_entries`.
+        v_w: as for `outer_entries`.
+        u_l: as for `outer_entries`.
+        v_l: as for `outer_entries`.
+        spans: as for `outer_entries`.
+        store: of `outer_with_gradient`, besides its results; with the coefficients.
+
+    Returns:
+        Bytes.
+    """
     factors = Factors(u_w, v_w, u_l, v_l, spans)
-    return len(spans) * (3 * PARTIAL * _tiles(factors, _pick(factors, store=False)) + 4 * 8)
+    return len(spans) * (3 * PARTIAL * _tiles(factors, _pick(factors, store=store)) + 4 * 8 + 2 * 4 * store)
 
 
 def _launch(

@@ -1,0 +1,35 @@
+"""A device whose work is queued: what may be asked of it, and sent to it, without waiting."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["is_capturing", "sent"]
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is queued now is captured for a CUDA graph: waiting for the device would end that.
+
+    Args:
+        device: any.
+
+    Returns:
+        The answer.
+    """
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor on the device; from the CPU to a GPU without waiting until it is there.
+
+    Args:
+        tensor: any.
+        device: where to.
+
+    Returns:
+        The tensor itself where it is there already.
+    """
+    if tensor.device.type == "cpu" and device.type == "cuda" and tensor.numel():
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
