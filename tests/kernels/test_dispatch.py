@@ -109,6 +109,14 @@ def test_missing_triton_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @needs_triton
+def test_the_self_check_sees_a_metric_that_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel that weighs entries is compiled by itself: a right one without a metric vouches for nothing."""
+    entries = check.outer_entries
+    monkeypatch.setattr(check, "outer_entries", lambda *given, **more: entries(*given[:5], **more))
+    assert check.self_check("cpu").startswith("outer_entries is off by")
+
+
+@needs_triton
 def test_the_self_check_passes_and_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "DTYPES", check.DTYPES[3:])
     assert check.self_check("cpu") == ""

@@ -38,6 +38,8 @@ def test_long_rows(lengths: tuple[list[int], list[int]], dtypes: tuple[torch.dty
     weight, coefficients = torch.rand(1000, 520, device="cuda"), torch.randn(len(given.spans), 2, device="cuda")
     assert scaled(gram_entries(*given.factors, given.spans, poison=True), given.entries()) <= given.limit()
     assert scaled(outer_entries(*given.factors, given.spans, poison=True), given.entries()) <= given.limit()
+    got = outer_entries(*given.factors, given.spans, weight, poison=True)
+    assert scaled(got, given.entries(weight)) <= given.limit()
     got, gradient = outer_with_gradient(*given.factors, given.spans, coefficients, weight, poison=True)
     assert scaled(got, given.entries(weight)) <= given.limit()
     want = given.gradient(coefficients)

@@ -103,8 +103,10 @@ def _runs(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], fl
 
     def outer(config: int) -> float:
         size = outer_configs(dtype, store=False, deep=deep)[config]
-        got = outer_entries(*case.factors, case.spans, config=size, poison=True)
-        return _entries_error(got, case.entries)
+        got, weighted = (
+            outer_entries(*case.factors, case.spans, weight, config=size, poison=True) for weight in (None, case.weight)
+        )
+        return max(_entries_error(got, case.entries), _entries_error(weighted, case.weighted))
 
     def stored(config: int) -> float:
         size = outer_configs(dtype, store=True, deep=deep)[config]
