@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2LMHeadModel
 
 from gradent.errors import InputError, ModelError, NotCausalError, NothingTrainableError
 from gradent.measure import measure, sequence_logps
+from gradent.model import observed
 from gradent.pairs import PairBatch
 from tests.batches import ragged
 
@@ -116,6 +117,23 @@ def test_training_goes_on_to_the_same_bits(tiny_gpt2: GPT2LMHeadModel) -> None:
     other = copy.deepcopy(tiny_gpt2)
     for one, two in zip(train(tiny_gpt2, False), train(other, True), strict=True):
         assert torch.equal(one, two)
+
+
+def test_checkpointing_behind_a_property_is_seen(tiny_gpt2: GPT2LMHeadModel) -> None:
+    class Behind(GPT2LMHeadModel):
+        @property
+        def gradient_checkpointing(self) -> bool:
+            return self.checkpointed
+
+        @gradient_checkpointing.setter
+        def gradient_checkpointing(self, value: bool) -> None:
+            self.checkpointed = value
+
+    tiny_gpt2.__class__ = Behind
+    tiny_gpt2.checkpointed = True
+    with observed(tiny_gpt2, dropout=True):
+        assert not tiny_gpt2.checkpointed
+    assert tiny_gpt2.checkpointed
 
 
 def test_gradients_are_measured_under_no_grad_too(tiny_gpt2: GPT2LMHeadModel) -> None:
