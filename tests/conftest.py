@@ -7,6 +7,7 @@ import gc
 import os
 import platform
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -19,9 +20,14 @@ if "GRADENT_CACHE" not in os.environ:
     os.environ["GRADENT_CACHE"] = tempfile.mkdtemp(prefix="gradent-tests-")
     atexit.register(shutil.rmtree, os.environ["GRADENT_CACHE"], ignore_errors=True)
 
+# `pytest -m cuda` is for a GPU. Anything else runs as on a machine without one, kernels in Triton's interpreter: torch
+# and triton read these once. A session's other processes inherit them.
+if "-m cuda" not in " ".join(sys.argv) and "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import torch
 
-if not torch.cuda.is_available():  # before anything imports triton: it reads this once
+if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
@@ -58,7 +64,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="no CUDA device, or not asked for one: pytest -m cuda"))
 
 
 @pytest.fixture
