@@ -42,7 +42,7 @@ from rich.console import Console
 from benchmarks.append import RESULTS
 from benchmarks.device_bench import Bench
 
-LIMITS = {"check": 60, "gemm": 20, "kernels": 85, "crossover": 30, "memory": 65, "step": 60}
+LIMITS = {"check": 90, "gemm": 20, "kernels": 85, "crossover": 30, "memory": 55, "step": 55}
 """Part -> seconds after which it begins nothing more, out of `--minutes` 6; in the order in which they run."""
 
 GRACE = 20
