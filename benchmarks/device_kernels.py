@@ -34,11 +34,12 @@ class Case(NamedTuple):
     cols: int
     tokens: int
     pairs: int
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def columns(self) -> dict[str, Any]:
         """For the CSV."""
-        return {"dtype": "bfloat16", **self._asdict()}
+        return {**self._asdict(), "dtype": str(self.dtype).removeprefix("torch.")}
 
     @property
     def lora(self) -> bool:
@@ -52,7 +53,11 @@ CASES = [
     Case(*shape, tokens, pairs) for group in (FULL, LORA) for tokens in (2048, 512) for pairs in (1, 4)
     for shape in group
 ]  # fmt: skip
-TOYS = [Case(48, 32, 20, 1), Case(32, 32, 20, 2), Case(8, 40, 20, 1)]
+# Without tensor cores, where torch's own products may be the faster ones: the rate of bf16 says nothing about it.
+CASES += [Case(4096, 4096, tokens, 1, torch.float32) for tokens in (2048, 512)] + [
+    Case(16, 4096, 2048, 4, torch.float32)
+]
+TOYS = [Case(48, 32, 20, 1), Case(32, 32, 20, 2), Case(8, 40, 20, 1), Case(32, 48, 20, 1, torch.float32)]
 
 
 def runs_kernels(device: torch.device) -> bool:
@@ -114,7 +119,7 @@ class Operands:
     def __init__(self, bench: Bench, case: Case) -> None:
         self.case = case
         self.half = case.pairs * case.tokens
-        self.u, self.v = (bench.draw(2 * self.half, size) for size in (case.rows, case.cols))
+        self.u, self.v = (bench.draw(2 * self.half, size, dtype=case.dtype) for size in (case.rows, case.cols))
         self._grad = self.u.new_empty(case.rows, case.cols)
         self._coefficients = torch.ones(case.pairs, 2, device=bench.device)
 
@@ -124,14 +129,23 @@ class Operands:
         return self.u[: self.half], self.v[: self.half], self.u[self.half :], self.v[self.half :]
 
     def product(self) -> Tensor:
-        """The trainer's own weight gradient over all rows, bfloat16."""
+        """The trainer's own weight gradient over all rows, of the operands' dtype."""
         return torch.mm(self.u.T, self.v, out=self._grad)
 
     def by_torch(self, form: str) -> Tensor:
         """Entries `[k, 3]` of one form in torch's tiles, pair by pair, as without kernels."""
         tokens, rows, cols = self.case.tokens, self.case.rows, self.case.cols
         price = 0.0 if form == "gram" else 1e9
-        plan = choose(tokens, tokens, rows, cols, itemsize=4, budget=DEFAULT_BUDGET, widen=True, price=price)
+        plan = choose(
+            tokens,
+            tokens,
+            rows,
+            cols,
+            itemsize=4,
+            budget=DEFAULT_BUDGET,
+            widen=self.case.dtype != torch.float32,
+            price=price,
+        )
         assert plan.form == form
         starts = range(0, self.half, tokens)
         cut = [[side[start : start + tokens] for side in self.sides] for start in starts]
@@ -150,14 +164,14 @@ class Operands:
 
     def flops(self, form: str, *, kernel: bool) -> int:
         """Of the products that a form really forms."""
-        rows, cols, tokens, pairs = self.case
+        rows, cols, tokens, pairs, dtype = self.case
         if form != "gram":
             return 4 * pairs * tokens * rows * cols
         side = tokens
         if kernel:
             from gradent.kernels.fused.tiles import pick_gram  # noqa: PLC0415  (imports Triton)
 
-            side = min(tokens, pick_gram(torch.bfloat16, tokens, pairs).rows)
+            side = min(tokens, pick_gram(dtype, tokens, pairs).rows)
         count, rest = divmod(tokens, side)
         own = (tokens**2 + count * side**2 + rest**2) // 2
         return 2 * pairs * (rows + cols) * (2 * own + tokens**2)
@@ -227,7 +241,7 @@ def _put(
     case, kernel = given.case, name in {"outer", "gram", "store"}
     flops = given.flops(form, kernel=kernel) / taken.median / 1e9
     read = given.u.nbytes + given.v.nbytes
-    stored = {"store": 4, "GEMM": 2}.get(form, 0) * case.rows * case.cols
+    stored = {"store": 4, "GEMM": case.dtype.itemsize}.get(form, 0) * case.rows * case.cols
     bench.put(
         name,
         **case.columns,
@@ -252,7 +266,7 @@ def _call(bench: Bench, given: Operands, times: dict[str, Times]) -> None:
         "reduce_pairs, host too",
         **case.columns,
         **taken.columns,
-        path=dispatch.path(bench.device, torch.bfloat16),
+        path=dispatch.path(bench.device, case.dtype),
         ratio=taken.median / times["outer"].median,
         against="outer",
     )
