@@ -10,8 +10,8 @@ Each part is a process of its own with a time limit, so that a part that fails o
 
 - `check`: the kernels' self-check, cold and warm, and the path that measuring takes;
 - `gemm`: the rate of bf16 products in torch, which is the ceiling, and of a copy in device memory;
-- `kernels`: `outer`, `gram` and the outer that stores at the shapes of an 8B Llama and its LoRA factors, some of them in
-  float32 too, as a share of the GEMM rate, beside torch's tiles and the plain weight-gradient product; entries are
+- `kernels`: `outer`, `gram` and the outer that stores at the shapes of an 8B Llama and its LoRA factors, a few of them
+  in float32 too, as a share of the GEMM rate, beside torch's tiles and the plain weight-gradient product; entries are
   compared with torch's first;
 - `crossover`: T at which gram and outer take the same time, beside ⅔h;
 - `memory`: reductions over a sweep, by the allocator's own count, against `memory_budget`;

@@ -3,12 +3,13 @@
     python -m benchmarks.scratch 2> /dev/null
 
 (The profiler announces every case on stderr.) Every case gives a ledger the forms of its pairs as a backward pass does,
-row by row (`add`, then `finish`) or as one batch (`whole`), and counts what the reduction takes: torch's profiler
-reports every block that the CPU allocator hands out and takes back, also those within an operator. Operands were there
-before and are not counted. Cases: T from 1 to 8,192 (rejected rows are shorter by a third), I and O from 16 to 14,336,
-1 and 32 pairs, float32 and bfloat16, budgets of 64 and 256 MiB. Those above `--gflops` are left out, but for the ones
-in `LARGEST`; how many that are is printed. Appends a line for each T, dtype, budget and way, with the worst case in it,
-to benchmarks/results/scratch.csv. Exits with 1 if any case takes more than its budget.
+row by row (`add`, then `finish`) or as one batch (`whole`, or products that wait for others), and counts what the
+reduction takes: torch's profiler reports every block that the CPU allocator hands out and takes back, also those within
+an operator. Operands were there before and are not counted. Cases: T from 1 to 8,192 (rejected rows are shorter by a
+third), I and O from 16 to 14,336, 1 and 32 pairs, float32 and bfloat16, budgets of 64 and 256 MiB. Those above
+`--gflops` are left out, but for the ones in `LARGEST`; how many that are is printed. Appends a line for each T, dtype,
+budget and way, with the worst case in it, to benchmarks/results/scratch.csv. Exits with 1 if any case takes more than
+its budget.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from benchmarks.append import append
 from gradent.hooks.forms import Dense
 from gradent.hooks.ledger import Ledger
 from gradent.kernels.plan import choose
-from gradent.kernels.reference import accumulator
+from gradent.kernels.reference import accumulator, products
 
 TOKENS = (1, 64, 512, 2048, 8192)
 SIZES = (16, 1024, 4096, 14336)
@@ -96,16 +97,21 @@ def by_rows(case: Case) -> int:
 
 
 def by_batch(case: Case) -> int | None:
-    """Scratch of `Ledger.whole`; None where it declines."""
+    """Scratch of `Ledger.whole`, or of products that wait for others of their size; None where it is neither."""
     ledger = Ledger(case.pairs, budget=case.budget)
     shapes = [(2 * case.pairs, case.tokens, size) for size in (case.rows, case.cols)]
     if not ledger.fits(*(torch.empty(1, dtype=case.dtype).expand(shape) for shape in shapes)):
         return None
     u, v = (torch.randn(shape).to(case.dtype) for shape in shapes)
-    done: list[bool] = []
-    peak = taken(lambda: done.append(ledger.whole(0, u, v)))
-    assert done == [True]
-    return peak
+
+    def reduce() -> None:
+        if not ledger.whole(0, u, v):
+            assert ledger.folds(0, u, v)
+            ledger.add_rows(0, range(len(u)), (), products(u, v))
+            ledger.finish(0)
+            ledger.close()
+
+    return taken(reduce)
 
 
 def sweep(gflops: float) -> tuple[list[Case], int]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks import scratch
 from gradent.hooks.forms import Dense, Explicit, Rows
 from gradent.hooks.ledger import Ledger
 from gradent.hooks.plain import plain_rows
@@ -157,6 +158,15 @@ def test_shared(shape: tuple[int, int, int, int], dtype: torch.dtype, budget: in
     factors = [2.0**-30] * rows
     taken = allocated(lambda: reduce_shared(u, v, places, factors, pairs=pairs, budget=budget))
     assert 0 < taken - 4 * height * width <= budget
+
+
+@pytest.mark.parametrize("pairs", [1, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 16, 1024), (64, 16, 16), (512, 1024, 16), (64, 1024, 1024)])
+def test_the_benchmark_of_scratch(shape: tuple[int, int, int], dtype: torch.dtype, pairs: int) -> None:
+    case = scratch.Case(*shape, pairs, dtype, 2**26)
+    assert 0 < scratch.by_rows(case) <= 2**26
+    assert 0 < (scratch.by_batch(case) or 1) <= 2**26
 
 
 def test_the_allocators_count_can_fail() -> None:
