@@ -18,7 +18,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -82,11 +82,8 @@ def main(
         found: list[tuple[float, dict[str, float]]] = []
         for _ in range(rounds):
             seconds: dict[str, float] = defaultdict(float)
-            with ExitStack() as stack:
-                arrive = watched(Collector, "arrive", lambda _, tap, b, *rest: kind_of(tap.use, b, vocabulary), seconds)
-                small = watched(SmallGradients, "reduce", lambda *given: "biases and norms", seconds)
-                for one in (arrive, small):
-                    stack.enter_context(one)
+            arrive = watched(Collector, "arrive", lambda _, tap, b, *rest: kind_of(tap.use, b, vocabulary), seconds)
+            with arrive, watched(SmallGradients, "reduce", lambda *given: "biases and norms", seconds):
                 began = time.process_time()
                 measure(model, batch)
                 found.append((time.process_time() - began, seconds))

@@ -29,7 +29,7 @@ from gradent.hooks.driver import agreement, announce_single_rows, measure_pairs,
 from gradent.hooks.engine import NeedsSingleRows, run
 from gradent.hooks.lockstep import Lockstep
 from gradent.hooks.micro import MicroBatch
-from gradent.hooks.plain import plain_rows, run_plainly
+from gradent.hooks.plain import is_plain, plain_rows, run_plainly
 from gradent.hooks.strand import NoLockstep
 from gradent.kernels.plan import parse_budget
 from gradent.kernels.reference import spans
@@ -225,7 +225,7 @@ def _in_step(pair: _Pair, *, check: bool) -> dict[str, Entries]:
 def _disagreement(pair: _Pair, entries: Mapping[str, Entries]) -> str:
     """What is wrong with the sum of a matrix, which is the pair's inner product; empty where nothing is."""
     micro = MicroBatch(pair.rows, [[0], [1]], [pair.number])
-    if plain_rows(pair.model, pair.tensors, pair.rows[0][0].device, pair.budget) >= len(pair.rows):
+    if is_plain(micro.groups, plain_rows(pair.model, pair.tensors, pair.rows[0][0].device, pair.budget)):
         outcome = run_plainly(pair.model, pair.tensors, micro, budget=pair.budget)
     else:
         outcome = run(pair.model, pair.tensors, micro, budget=pair.budget, explicit_budget=None)

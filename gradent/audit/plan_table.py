@@ -17,7 +17,7 @@ from gradent.audit.source import resolve_source
 from gradent.audit.table import printable
 from gradent.errors import InputError
 from gradent.hooks.batching import group_rows, micro_batches, rows_fill
-from gradent.hooks.plain import EXACT, rows_within
+from gradent.hooks.plain import EXACT, is_plain, rows_within
 from gradent.kernels import crossover, dispatch
 from gradent.kernels.plan import DEFAULT_BUDGET, parse_budget
 from gradent.kernels.reference import SMALL, accumulator
@@ -90,8 +90,8 @@ def _is_plain(shell: Shell, setting: Setting, place: torch.device, itemsize: int
     # Only a hook on a parameter, tf32 or autocast, of which a plan knows nothing, could change that.
     lengths = [setting.tokens] * (2 * setting.together)
     few = rows_within(shell.parameters * itemsize, shell.trainable * itemsize, setting.budget)
-    apart = rows_fill(lengths, place) or all(len(group) == 1 for group in group_rows(lengths, place))
-    return apart and len(lengths) <= few
+    groups = [[row] for row in range(len(lengths))] if rows_fill(lengths, place) else group_rows(lengths, place)
+    return is_plain(groups, few)
 
 
 def print_plan(

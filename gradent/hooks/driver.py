@@ -14,7 +14,7 @@ from gradent.errors import GradentWarning, ModelError
 from gradent.hooks.batching import group_rows, micro_batches, rows_fill
 from gradent.hooks.engine import NeedsSingleRows, run
 from gradent.hooks.micro import MicroBatch, Outcome
-from gradent.hooks.plain import plain_rows, run_plainly
+from gradent.hooks.plain import is_plain, plain_rows, run_plainly
 from gradent.kernels.plan import DEFAULT_BUDGET
 from gradent.model import observed
 from gradent.traits import announce_untrimmed, longest_input, require_causal, trims
@@ -73,11 +73,10 @@ def measure_pairs(
     """
     half, device, scratch = len(rows) // 2, rows[0][0].device, budget or DEFAULT_BUDGET
     tensors = list(parameters.values())
-
     few = plain_rows(model, tensors, device, scratch)
 
     def run_one(micro: MicroBatch) -> Outcome:
-        if len(micro.rows) <= few and all(len(group) == 1 for group in micro.groups):
+        if is_plain(micro.groups, few):
             return run_plainly(model, tensors, micro, budget=scratch, weight=weight)
         return run(model, tensors, micro, budget=scratch, explicit_budget=budget, weight=weight)
 

@@ -21,10 +21,10 @@ from gradent.hooks.fused_head import FusedHeadUse, find_fused_head
 from gradent.hooks.order import moves_rows
 from gradent.hooks.readout import FusedReadout, LogitsReadout, Readout, RewardReadout, find_readout
 from gradent.hooks.regions import current_region, in_backward
-from gradent.hooks.sharding import output_embeddings
 from gradent.hooks.share import Sharing
 from gradent.hooks.uses import Layout
 from gradent.hooks.views import View
+from gradent.model import output_embeddings
 
 __all__ = ["WatchedForward", "waits"]
 

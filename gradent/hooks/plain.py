@@ -17,7 +17,7 @@ from gradent.hooks.ledger import Ledger
 from gradent.hooks.micro import Forward, MicroBatch, Outcome
 from gradent.kernels.precision import is_exact
 
-__all__ = ["EXACT", "plain_rows", "rows_within", "run_plainly"]
+__all__ = ["EXACT", "is_plain", "plain_rows", "rows_within", "run_plainly"]
 
 EXACT = (torch.float32, torch.float64)
 """Dtypes in which autograd's gradients lose nothing that matters."""
@@ -51,6 +51,19 @@ def plain_rows(model: nn.Module, parameters: Sequence[Tensor], device: torch.dev
         return 0
     whole, part = (sum(one.numel() * one.element_size() for one in some) for some in (everything, parameters))
     return rows_within(whole, part, budget)
+
+
+def is_plain(groups: Sequence[Sequence[int]], few: int) -> bool:
+    """Whether autograd's gradients are the way: no forward is shared, and rows are at most as many as it may form.
+
+    Args:
+        groups: rows of each forward of a micro-batch.
+        few: of `plain_rows`.
+
+    Returns:
+        The answer.
+    """
+    return len(groups) <= few and all(len(group) == 1 for group in groups)
 
 
 def rows_within(whole: int, part: int, budget: int) -> int:

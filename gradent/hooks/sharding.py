@@ -6,17 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-__all__ = ["find_owners", "output_embeddings"]
-
-
-def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """The model's head, where it says which module that is."""
-    get = getattr(model, "get_output_embeddings", None)
-    try:
-        head = None if get is None else get()
-    except (NotImplementedError, AttributeError):  # a model without such a head
-        return None
-    return head if isinstance(head, nn.Module) else None
+__all__ = ["find_owners"]
 
 
 def find_owners(model: nn.Module, parameters: Sequence[Tensor]) -> dict[nn.Module, dict[str, int]]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -78,37 +75,24 @@ def test_gradients_formed_already(dtype: torch.dtype, budget: int) -> None:
     assert live.peak <= max(budget, pair) + SMALL
 
 
-def allocated(function: Callable[[], Any]) -> int:
-    """Most bytes that the CPU allocator had handed out at once during a call, within operators too."""
-    with torch.autograd.profiler.profile(profile_memory=True) as profiler:
-        function()
-    assert profiler.kineto_results is not None
-    now = most = 0
-    for event in sorted(profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
-
-
 @pytest.mark.parametrize("form", ["gram", "outer"])
 def test_what_a_launch_allocates(form: str) -> None:
     """No more than its scratch and its result; in the interpreter, whose own arrays are numpy's and are not counted."""
     pytest.importorskip("triton", reason="Triton is not installed")
     from gradent.kernels.fused import gram, operands, outer  # noqa: PLC0415  (imports Triton)
 
-    run, scratch = {
+    run, needed = {
         "gram": (gram.gram_entries, gram.gram_scratch),
         "outer": (outer.outer_entries, outer.outer_scratch),
     }[form]
     lengths, widths = (([400, 40], [200, 250]), (5, 3)) if form == "gram" else (([5, 3], [2, 4]), (300, 400))
     spans = operands.Spans.packed(*lengths)
     factors = [torch.randn(sum(side), width) for side in lengths for width in widths]
-    said, entries = scratch(*factors, spans), 2 * 3 * 8
+    said, entries = needed(*factors, spans), 2 * 3 * 8
     operands._table.cache_clear()  # noqa: SLF001
-    first = allocated(lambda: run(*factors, spans))
+    first = scratch.taken(lambda: run(*factors, spans))
     assert said / 2 < first <= said + entries
-    assert allocated(lambda: run(*factors, spans)) < first, "the table of spans is kept"
+    assert scratch.taken(lambda: run(*factors, spans)) < first, "the table of spans is kept"
 
 
 @pytest.mark.slow
@@ -124,8 +108,8 @@ def test_the_allocator_agrees(shape: tuple[int, int, int], dtype: torch.dtype, b
     ledger = Ledger(pairs, budget=budget)
     for row in range(2 * pairs):
         ledger.add(0, row, (), Dense(u[row], v[row]))
-    assert 0 < allocated(lambda: ledger.finish(0)) <= budget
-    assert allocated(lambda: ledger.whole(1, u, v)) <= budget
+    assert 0 < scratch.taken(lambda: ledger.finish(0)) <= budget
+    assert scratch.taken(lambda: ledger.whole(1, u, v)) <= budget
 
 
 @pytest.mark.parametrize("pairs", [1, 3])
@@ -144,7 +128,7 @@ def test_gradients_that_autograd_forms(sizes: tuple[int, ...], pairs: int) -> No
                 ledger.add_rows(number, [row], (), torch.ones_like(parameter)[None])
         ledger.close()
 
-    assert budget / 3 < allocated(reduce) <= most(budget) + 64 * len(sizes)
+    assert budget / 3 < scratch.taken(reduce) <= most(budget) + 64 * len(sizes)
 
 
 @pytest.mark.parametrize("budget", [2**20, 2**23])
@@ -156,7 +140,7 @@ def test_shared(shape: tuple[int, int, int, int], dtype: torch.dtype, budget: in
     u, v = (torch.randn(rows, tokens, size).to(dtype) for size in (height, width))
     places, pairs = [*range(2 * (rows // 2)), *[-1] * (rows % 2)], rows // 2
     factors = [2.0**-30] * rows
-    taken = allocated(lambda: reduce_shared(u, v, places, factors, pairs=pairs, budget=budget))
+    taken = scratch.taken(lambda: reduce_shared(u, v, places, factors, pairs=pairs, budget=budget))
     assert 0 < taken - 4 * height * width <= budget
 
 
@@ -171,4 +155,4 @@ def test_the_benchmark_of_scratch(shape: tuple[int, int, int], dtype: torch.dtyp
 
 def test_the_allocators_count_can_fail() -> None:
     a = torch.randn(1000, 1000)
-    assert allocated(lambda: (a + a) + (a + a)) >= 2 * 4 * 1000 * 1000
+    assert scratch.taken(lambda: (a + a) + (a + a)) >= 2 * 4 * 1000 * 1000
