@@ -19,7 +19,7 @@ from gradent.hooks.share import give, is_shared
 from gradent.hooks.uses import Layout, LookupUse, MatrixUse, SumUse, Use
 from gradent.kernels.dispatch import on_kernels
 from gradent.kernels.precision import exact_products
-from gradent.kernels.reference import products
+from gradent.kernels.reference import row_products
 
 __all__ = ["Collector", "Place"]
 
@@ -111,7 +111,7 @@ class Collector:
         u, v = use.factors(cotangent, place.layout)
         if not self.ledger.folds(use.view.param, u, v):
             return None
-        return products(u, v) if factors is None else products(*scaled_rows(u, v, factors))
+        return row_products(*((u, v) if factors is None else scaled_rows(u, v, factors)))
 
     def _share(self, tap: Tap, cotangent: Tensor, place: Place, factors: Sequence[float] | None) -> bool:
         """Reduce a parameter whose only use this is, and hand its gradient to that use; whether that was done."""

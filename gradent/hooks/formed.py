@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradent.kernels.queued import sent
-from gradent.kernels.reference import reduce_tiles
+from gradent.kernels.reference import in_memory_order, reduce_tiles
 
 __all__ = ["Formed", "Slot", "SmallGradients", "row_gradients"]
 
@@ -135,5 +135,4 @@ class SmallGradients:
 
     def _gradients(self, param: int, root: Callable[[int, Slot], Tensor | None]) -> Tensor:
         formed = self._held[param]
-        grads = row_gradients(formed, self._rows, root(param, formed[0].slot))
-        return grads.reshape(self._rows, grads[0].numel())
+        return in_memory_order(row_gradients(formed, self._rows, root(param, formed[0].slot)))

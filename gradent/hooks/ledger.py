@@ -22,7 +22,7 @@ from gradent.hooks.forms import Dense, Explicit, Form, Rows, Solid
 from gradent.hooks.merging import first_of, gathered, merge_forms, pair_of_dense, row_count, stacked
 from gradent.kernels.dispatch import on_kernels, pairs_pay, pairs_together, reduce_pair
 from gradent.kernels.plan import tile_room
-from gradent.kernels.reference import accumulator, product_pays, reduce_flat, reduce_tiles, tiles_pay
+from gradent.kernels.reference import accumulator, in_memory_order, product_pays, reduce_flat, reduce_tiles, tiles_pay
 from gradent.kernels.shared import reduce_shared
 
 __all__ = ["Ledger"]
@@ -219,7 +219,7 @@ class Ledger:
             return None
         root = self._root(param, first.slot)
         try:
-            entries = reduce_tiles(row_gradients(formed, 2 * self._pairs, root))
+            entries = reduce_tiles(in_memory_order(row_gradients(formed, 2 * self._pairs, root)))
         except torch.OutOfMemoryError:
             return None
         del self._formed[param]

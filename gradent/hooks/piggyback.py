@@ -34,7 +34,7 @@ class Piggyback:
 
     Args:
         model: the model that the trainer calls, unwrapped.
-        parameters: its trainable parameters by name; their numbers are their places here.
+        parameters: all its trainable parameters by name; their numbers are their places here.
         budget: bytes that the reductions' tiles may take.
         pairing: which rows of a forward are chosen, which rejected.
         weight: parameter number -> square root of the metric's diagonal, or None.
@@ -74,7 +74,7 @@ class Piggyback:
             clock=self.clock,
         )
         self._model = model
-        self._trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        self._trainable = {id(parameter) for parameter in tensors}
         self._handles: list[RemovableHandle] = []
         self._running: WatchedForward | None = None
         self._groups: list[WatchedBackward] = []

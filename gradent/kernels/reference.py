@@ -21,6 +21,7 @@ from gradent.kernels.precision import exactly
 __all__ = [
     "accumulator",
     "batch_pays",
+    "in_memory_order",
     "product_pays",
     "products",
     "products_fit",
@@ -30,6 +31,7 @@ __all__ = [
     "reduce_flat",
     "reduce_planned",
     "reduce_tiles",
+    "row_products",
     "spans",
     "tiles_pay",
 ]
@@ -167,6 +169,36 @@ def products(u: Tensor, v: Tensor) -> Tensor:
 
 
 @exactly
+def row_products(u: Tensor, v: Tensor) -> Tensor:
+    """`products`, laid out as they are formed fastest: where O > I, a view of `vᵀ u`.
+
+    A CPU's library wants the narrower factor first: with LoRA's 16 columns beside 2,048 it takes half the time so.
+
+    Args:
+        u: `[R, T, O]`.
+        v: `[R, T, I]`.
+
+    Returns:
+        `[R, O, I]`, in the accumulator's dtype.
+    """
+    return products(v, u).mT if u.shape[2] > v.shape[2] else products(u, v)
+
+
+def in_memory_order(grads: Tensor) -> Tensor:
+    """The numbers of each row's gradient, `[R, O * I]`, in the order in which they lie: without a copy where it can be.
+
+    Args:
+        grads: `[R, ...]`; of matrices, `row_products` gives some that lie column by column.
+
+    Returns:
+        `[R, numbers]`.
+    """
+    if grads.dim() == 3 and not grads.is_contiguous() and grads.mT.is_contiguous():
+        grads = grads.mT
+    return grads.reshape(len(grads), grads[0].numel())
+
+
+@exactly
 def reduce_batch(u: Tensor, v: Tensor, *, weight: Tensor | None = None) -> Tensor:
     """Gram entries of k pairs at once: the outer form of all their rows in one batched product.
 
@@ -178,10 +210,10 @@ def reduce_batch(u: Tensor, v: Tensor, *, weight: Tensor | None = None) -> Tenso
     Returns:
         `[k, 3]` float64.
     """
-    grads = products(u, v)
+    grads = row_products(u, v)
     if weight is not None:
         grads *= weight
-    return reduce_tiles(grads)
+    return reduce_tiles(in_memory_order(grads))
 
 
 @exactly

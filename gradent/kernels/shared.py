@@ -21,11 +21,12 @@ from gradent.kernels.precision import exactly
 from gradent.kernels.queued import sent
 from gradent.kernels.reference import (
     accumulator,
-    products,
+    in_memory_order,
     products_fit,
     put_product,
     reduce_flat,
     reduce_tiles,
+    row_products,
     spans,
 )
 
@@ -107,15 +108,16 @@ def _together(
 ) -> tuple[Tensor, Tensor]:
     """The same with all rows' products held at once: they are small. Every row belongs to a pair."""
     powers = _powers(factors)
-    grads = products(u, v)
-    total = grads.sum(0)
+    grads = row_products(u, v)
+    total = grads.sum(0).contiguous()
     if any(power != 1 for power in powers):
         grads *= sent(torch.tensor(powers, dtype=grads.dtype), grads.device)[:, None, None]
     if weight is not None:
         grads *= weight
     if list(places) != list(range(len(places))):
         grads = grads[sent(torch.tensor(places).argsort(), grads.device)]
-    return reduce_tiles(grads) * sent(_rest(factors, powers, _couples(places, pairs)), grads.device), total
+    rest = sent(_rest(factors, powers, _couples(places, pairs)), grads.device)
+    return reduce_tiles(in_memory_order(grads)) * rest, total
 
 
 def _couples(places: Sequence[int], pairs: int) -> list[tuple[int | None, int | None]]:

@@ -108,6 +108,8 @@ def test_small_parameters_are_reduced_together_and_none_is_mistaken_for_another(
     for number, shape in enumerate(shapes):
         for part, rows in enumerate(splits[number % len(splits)]):
             grads = draw(len(rows), *shape, seed=100 * number + part)
+            if len(shape) == 2 and (number + part) % 2:  # column by column, as `row_products` may leave them
+                grads = grads.mT.contiguous().mT
             ledger.add_rows(number, rows, (), grads)
             totals[number].index_add_(0, torch.tensor(rows), grads)
         ledger.finish(number)

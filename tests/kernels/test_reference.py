@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradent.kernels.plan import choose
-from gradent.kernels.reference import reduce_dense, reduce_flat
+from gradent.kernels.reference import in_memory_order, reduce_batch, reduce_dense, reduce_flat, row_products
 
 SHAPES = [(1, 1, 1, 1), (3, 17, 63, 129), (40, 2, 5, 7), (2, 3, 200, 300), (129, 63, 17, 3), (5, 0, 9, 4), (0, 5, 9, 4)]
 # The operands are given, so only the accumulation rounds: float32 products whatever the inputs' dtype.
@@ -61,6 +61,34 @@ def test_operands_need_not_be_contiguous() -> None:
     strided = [tensor.T.contiguous().T for tensor in (u_w, v_w, u_l, v_l)]
     assert not strided[0].is_contiguous()
     assert scaled(reduce_dense(*strided, budget=2**28), truth(u_w, v_w, u_l, v_l)) <= 5e-7
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("rows", "cols"), [(129, 3), (3, 129), (17, 17), (2, 1), (1, 2)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_batch_equals_einsum_whichever_side_is_narrow(
+    dtype: torch.dtype, rows: int, cols: int, weighted: bool
+) -> None:
+    pairs = [operands(19, 19, rows, cols, dtype), operands(19, 19, rows, cols, dtype)]
+    weight = torch.rand(rows, cols, generator=torch.Generator().manual_seed(5)) if weighted else None
+    u, v = (
+        torch.stack([pairs[0][side], pairs[1][side] * 2, pairs[0][side + 2], pairs[1][side + 2]]) for side in (0, 1)
+    )
+    entries = reduce_batch(
+        u, v, weight=None if weight is None else weight.to(torch.promote_types(dtype, torch.float32))
+    )
+    for pair, got in enumerate(entries):
+        assert scaled(got, truth(u[pair], v[pair], u[pair + 2], v[pair + 2], weight)) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(129, 3), (3, 129)])
+def test_rows_products_are_read_as_they_lie(rows: int, cols: int) -> None:
+    u, v = torch.randn(2, 19, rows), torch.randn(2, 19, cols)
+    grads = row_products(u, v)
+    torch.testing.assert_close(grads, torch.einsum("rto,rti->roi", u, v))
+    flat = in_memory_order(grads)
+    assert flat.data_ptr() == grads.data_ptr()  # no copy
+    assert torch.equal(flat.sort(1).values, grads.reshape(2, -1).sort(1).values)
 
 
 def test_the_test_can_fail() -> None:
