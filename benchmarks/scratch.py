@@ -29,7 +29,7 @@ from benchmarks.append import append
 from gradent.hooks.forms import Dense
 from gradent.hooks.ledger import Ledger
 from gradent.kernels.plan import choose
-from gradent.kernels.reference import accumulator, products
+from gradent.kernels.reference import accumulator, row_products
 
 TOKENS = (1, 64, 512, 2048, 8192)
 SIZES = (16, 1024, 4096, 14336)
@@ -107,7 +107,7 @@ def by_batch(case: Case) -> int | None:
     def reduce() -> None:
         if not ledger.whole(0, u, v):
             assert ledger.folds(0, u, v)
-            ledger.add_rows(0, range(len(u)), (), products(u, v))
+            ledger.add_rows(0, range(len(u)), (), row_products(u, v))
             ledger.finish(0)
             ledger.close()
 

@@ -16,7 +16,7 @@ from gradent.audit.shell import Shell, inspect_model
 from gradent.audit.source import resolve_source
 from gradent.audit.table import printable
 from gradent.errors import InputError
-from gradent.hooks.batching import group_rows, micro_batches, rows_fill
+from gradent.hooks.batching import group_rows, micro_batches
 from gradent.hooks.plain import EXACT, is_plain, rows_within
 from gradent.kernels import crossover, dispatch
 from gradent.kernels.plan import DEFAULT_BUDGET, parse_budget
@@ -90,8 +90,7 @@ def _is_plain(shell: Shell, setting: Setting, place: torch.device, itemsize: int
     # Only a hook on a parameter, tf32 or autocast, of which a plan knows nothing, could change that.
     lengths = [setting.tokens] * (2 * setting.together)
     few = rows_within(shell.parameters * itemsize, shell.trainable * itemsize, setting.budget)
-    groups = [[row] for row in range(len(lengths))] if rows_fill(lengths, place) else group_rows(lengths, place)
-    return is_plain(groups, few)
+    return is_plain(group_rows(lengths, place, few=few), few)
 
 
 def print_plan(
@@ -136,19 +135,17 @@ def print_plan(
             "activations come on top."
         )
     )
-    if plain:
-        console.print(
-            Text(
-                "Every row has a forward of its own here, and so little is trained that the backward itself forms "
-                "these products, each of them whole: there are no tiles, and gradients are held until they are reduced."
-            )
-        )
-    for remark in _remarks(lines, setting):
+    for remark in _remarks(lines, setting, plain):
         console.print(Text(remark))
 
 
-def _remarks(lines: Sequence[Line], setting: Setting) -> Iterator[str]:
+def _remarks(lines: Sequence[Line], setting: Setting, plain: bool) -> Iterator[str]:
     """What the table alone would not explain."""
+    if plain:
+        yield (
+            "Every row has a forward of its own here, and so little is trained that the backward itself forms these "
+            "products, each of them whole: there are no tiles, and gradients are held until they are reduced."
+        )
     refused = [line for line in lines if line.refused]
     if refused:
         yield (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["group_rows", "micro_batches", "rows_fill"]
+__all__ = ["group_rows", "micro_batches"]
 
 # Tokens of one micro-batch: enough to keep the device busy, few enough that activations stay small. A GPU idles below
 # some thousand tokens.
@@ -50,16 +50,20 @@ def micro_batches(lengths: Sequence[tuple[int, int]], device: torch.device) -> l
     return batches
 
 
-def group_rows(lengths: Sequence[int], device: torch.device) -> list[list[int]]:
+def group_rows(lengths: Sequence[int], device: torch.device, *, few: int = 0) -> list[list[int]]:
     """Split the rows of a micro-batch into forwards.
 
     Args:
         lengths: real tokens of each row.
         device: where the model runs.
+        few: rows up to which a forward of its own for each costs nothing but its calls (`plain_rows`).
 
     Returns:
         Row numbers of each forward: longest rows first, padded to their longest, with little padding; every row once.
+        Up to `few` rows, if they are long, have a forward of their own in their order.
     """
+    if len(lengths) <= few and _fill(lengths, device):
+        return [[row] for row in range(len(lengths))]
     limit = FORWARD.get(device.type, FORWARD["cuda"])
     groups: list[list[int]] = []
     real = 0
@@ -75,14 +79,6 @@ def group_rows(lengths: Sequence[int], device: torch.device) -> list[list[int]]:
     return groups
 
 
-def rows_fill(lengths: Sequence[int], device: torch.device) -> bool:
-    """Whether rows are so long that sharing a forward spares nothing but what each use of a parameter costs.
-
-    Args:
-        lengths: real tokens of each row of a micro-batch.
-        device: where the model runs.
-
-    Returns:
-        The answer; no on a GPU.
-    """
+def _fill(lengths: Sequence[int], device: torch.device) -> bool:
+    """Whether rows are so long that each keeps the device busy by itself; no on a GPU."""
     return device.type in FILLS and sum(lengths) >= FILLS[device.type] * len(lengths)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradent.errors import GradentWarning, ModelError
-from gradent.hooks.batching import group_rows, micro_batches, rows_fill
+from gradent.hooks.batching import group_rows, micro_batches
 from gradent.hooks.engine import NeedsSingleRows, run
 from gradent.hooks.micro import MicroBatch, Outcome
 from gradent.hooks.plain import is_plain, plain_rows, run_plainly
@@ -98,10 +98,7 @@ def measure_pairs(
     for pairs in filter(None, batches):
         if known[key].shared:
             batch_rows = [*(rows[pair] for pair in pairs), *(rows[half + pair] for pair in pairs)]
-            lengths = [len(ids) for ids, _ in batch_rows]
-            groups = group_rows(lengths, device)
-            if len(lengths) <= few and rows_fill(lengths, device):
-                groups = [[row] for row in range(len(lengths))]
+            groups = group_rows([len(ids) for ids, _ in batch_rows], device, few=few)
             try:
                 outcomes.append((pairs, run_one(MicroBatch(batch_rows, groups, pairs, trim=known[key].trim))))
                 continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradent.hooks.batching import FORWARD, TOKENS, WASTE, group_rows, micro_batches, rows_fill
+from gradent.hooks.batching import FORWARD, TOKENS, WASTE, group_rows, micro_batches
 
 CPU = torch.device("cpu")
 LENGTHS = [(5, 9), (300, 280), (40, 2), (7, 7), (1000, 30), (33, 36), (6, 8), (5, 5)]
@@ -40,5 +40,6 @@ def test_a_cpu_shares_forwards_between_short_rows_alone() -> None:
 
 
 def test_long_rows_fill_a_cpu_by_themselves() -> None:
-    assert rows_fill([200, 60], CPU) and not rows_fill([100, 60], CPU)
-    assert not rows_fill([4000, 4000], torch.device("cuda"))
+    assert group_rows([110, 110], CPU, few=2) == [[0], [1]]
+    assert group_rows([110, 110], CPU, few=1) == group_rows([90, 90], CPU, few=2) == [[0, 1]]
+    assert group_rows([4000, 4000], torch.device("cuda"), few=2) == [[0, 1]]
