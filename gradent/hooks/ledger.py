@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gradent.hooks.formed import Formed, Slot, SmallGradients, row_gradients
 from gradent.hooks.forms import Dense, Explicit, Form, Rows, Solid
-from gradent.hooks.merging import first_of, gathered, merge_forms, pair_of_dense, row_count, stacked
+from gradent.hooks.merging import first_of, gathered, merge_forms, pair_of_dense, row_count, rows_of, stacked
 from gradent.kernels.dispatch import on_kernels, pairs_pay, pairs_together, reduce_pair
 from gradent.kernels.plan import tile_room
 from gradent.kernels.reference import accumulator, in_memory_order, product_pays, reduce_flat, reduce_tiles, tiles_pay
@@ -267,19 +267,19 @@ class Ledger:
         for pair in range(self._pairs):
             rows = (pair, pair + self._pairs)
             sides = [merge_forms(held.get(row, {}).get((), [])) for row in rows]
-            dense: list[list[Dense]] = [[form for form in side if isinstance(form, Dense)] for side in sides]
-            looked = [first_of(side, Rows) for side in sides]
+            dense = [first_of(side, Dense) for side in sides]
+            looked = [rows_of(side) for side in sides]
             if not any(dense):
                 ahead.append(torch.zeros(3, dtype=torch.float64))
                 continue
-            ids = torch.unique(torch.cat([*map(lookups, rows), *(side.ids for side in looked if side is not None)]))
-            kept = [Rows(ids, gathered(side[0], ids)) if side else None for side in dense]
+            ids = torch.unique(torch.cat([*map(lookups, rows), *(form.ids for side in looked for form in side)]))
+            kept = [[] if side is None else [self._patiently(self._kept, side, ids)] for side in dense]
             touched = self._patiently(self._rows, kept[0], kept[1], self._root(param, ()))
-            ahead.append(self._patiently(self._slot, param, (), dense[0], dense[1]) - touched)
+            heads = [[] if side is None else [side] for side in dense]
+            ahead.append(self._patiently(self._slot, param, (), heads[0], heads[1]) - touched)
             for row, forms in zip(rows, zip(kept, looked, strict=True), strict=True):
-                for form in forms:
-                    if form is not None:
-                        self.add(param, row, (), form)
+                for form in (*forms[0], *forms[1]):
+                    self.add(param, row, (), form)
         self._ahead[param] = torch.stack([entry.to(ahead[-1].device) for entry in ahead])
 
     def close(self) -> None:
@@ -318,17 +318,21 @@ class Ledger:
             (u_w, v_w), (u_l, v_l) = pair_of_dense(*sides)
             return reduce_pair(u_w, v_w, u_l, v_l, budget=self._budget, weight=root)
         if kinds == {Rows}:
-            return self._rows(first_of(sides[0], Rows), first_of(sides[1], Rows), root)
+            return self._rows(rows_of(sides[0]), rows_of(sides[1]), root)
         if kinds == {Explicit}:
             return reduce_flat(stacked(first_of(sides[0], Explicit), first_of(sides[1], Explicit), root))
         return self._mixed(sides, root)
 
-    def _rows(self, chosen: Rows | None, rejected: Rows | None, root: Tensor | None) -> Tensor:
-        """Gram entries of two lookups' gradients, on the rows that either touches, a few columns at a time."""
-        sides = [side for side in (chosen, rejected) if side is not None]
-        ids = torch.unique(torch.cat([side.ids for side in sides]))
-        cols, wide = sides[0].values.shape[1], accumulator(sides[0].values.dtype)
-        copied = max(len(ids) if root is not None else 0, *(len(side.ids) for side in sides))  # cut out, or widened
+    def _kept(self, head: Dense, ids: Tensor) -> Rows:
+        """What a head's gradient has on some rows."""
+        return Rows(ids, gathered(head, ids, self._budget))
+
+    def _rows(self, chosen: Sequence[Rows], rejected: Sequence[Rows], root: Tensor | None) -> Tensor:
+        """Gram entries of two sides' lookups, on the rows that either touches, a few columns at a time."""
+        forms = [*chosen, *rejected]
+        ids = torch.unique(torch.cat([form.ids for form in forms]))
+        cols, wide = forms[0].values.shape[1], accumulator(forms[0].values.dtype)
+        copied = max(len(ids) if root is not None else 0, *(len(form.ids) for form in forms))  # cut out, or widened
         step = max(1, tile_room(self._budget) // max(1, (2 * len(ids) + copied) * wide.itemsize))
         entries = torch.zeros(3, dtype=torch.float64, device=ids.device)
         buffer = torch.empty(2 * len(ids) * min(cols, step), dtype=wide, device=ids.device)
@@ -336,8 +340,8 @@ class Ledger:
             stop = min(cols, start + step)
             tile = buffer[: 2 * len(ids) * (stop - start)].view(2, len(ids), stop - start).zero_()
             for grad, side in zip(tile, (chosen, rejected), strict=True):
-                if side is not None:
-                    grad.index_add_(0, torch.searchsorted(ids, side.ids), side.values[:, start:stop].to(wide))
+                for form in side:
+                    grad.index_add_(0, torch.searchsorted(ids, form.ids), form.values[:, start:stop].to(wide))
             if root is not None:
                 tile *= root[ids, start:stop]
             entries += reduce_flat(tile.view(2, -1))

@@ -1,4 +1,4 @@
-"""Sums of one row's forms of a slot: at most one form of each kind, and what two rows' sums have to be alike in.
+"""Sums of one row's forms of a slot: as few forms as can be, and what two rows' sums have to be alike in.
 
 Letters: T tokens, O and I the rows and columns of the slot, n looked-up rows.
 """
@@ -12,21 +12,22 @@ import torch
 from torch import Tensor
 
 from gradent.hooks.forms import Deferred, Dense, Explicit, Form, Rows, Solid
-from gradent.kernels.reference import accumulator
+from gradent.kernels.plan import DEPTH, tile_room
+from gradent.kernels.reference import accumulator, put_product, spans
 
-__all__ = ["first_of", "gathered", "merge_forms", "pair_of_dense", "row_count", "stacked"]
+__all__ = ["first_of", "gathered", "merge_forms", "pair_of_dense", "row_count", "rows_of", "stacked"]
 
-F = TypeVar("F", Dense, Rows, Explicit)
+F = TypeVar("F", Dense, Explicit)
 
 
 def merge_forms(forms: Sequence[Form]) -> list[Solid]:
-    """At most one form of each kind: sums of gradients.
+    """As few forms as can be made without adding up lookups: sums of gradients.
 
     Args:
         forms: of one row and slot.
 
     Returns:
-        Their sum as a `Dense`, a `Rows` and an `Explicit`, those of them that there are.
+        Their sum as a `Dense`, every `Rows` and an `Explicit`, those of them that there are.
     """
     merged: list[Solid] = []
     solid = [form.make() if isinstance(form, Deferred) else form for form in forms]
@@ -38,9 +39,7 @@ def merge_forms(forms: Sequence[Form]) -> list[Solid]:
         merged.append(
             one if len(dense) == 1 else Dense(torch.cat([f.u for f in dense]), torch.cat([f.v for f in dense]))
         )
-    if rows:
-        wide = [form.values.to(accumulator(form.values.dtype)) for form in rows]
-        merged.append(rows[0] if len(rows) == 1 else Rows(torch.cat([f.ids for f in rows]), torch.cat(wide)))
+    merged += rows
     if explicit:
         total = explicit[0].grad.to(accumulator(explicit[0].grad.dtype))
         for form in explicit[1:]:
@@ -49,8 +48,20 @@ def merge_forms(forms: Sequence[Form]) -> list[Solid]:
     return merged
 
 
-def first_of(side: list[Solid], kind: type[F]) -> F | None:
-    """The form of a kind among a row's merged forms.
+def rows_of(side: Sequence[Solid]) -> list[Rows]:
+    """The lookups among a row's merged forms.
+
+    Args:
+        side: what `merge_forms` returned.
+
+    Returns:
+        All of them.
+    """
+    return [form for form in side if isinstance(form, Rows)]
+
+
+def first_of(side: Sequence[Solid], kind: type[F]) -> F | None:
+    """The form of a kind among a row's merged forms, of which there is one at most.
 
     Args:
         side: what `merge_forms` returned.
@@ -101,19 +112,29 @@ def stacked(chosen: Explicit | None, rejected: Explicit | None, root: Tensor | N
     return tile.view(2, -1)
 
 
-def gathered(dense: Solid, ids: Tensor) -> Tensor:
+def gathered(dense: Dense, ids: Tensor, budget: int) -> Tensor:
     """Some rows of a `Dense`'s gradient `uᵀv`.
 
     Args:
-        dense: a `Dense`.
+        dense: factors `[T, O]` and `[T, I]`.
         ids: int64 `[n]`.
+        budget: bytes that columns of u, and what has to be widened, may take beside the result.
 
     Returns:
         `[n, I]`, in the accumulator's dtype.
     """
-    assert isinstance(dense, Dense)
-    wide = accumulator(dense.u.dtype)
-    return dense.u[:, ids].to(wide).T @ dense.v.to(wide)
+    u, v, wide = dense.u, dense.v, accumulator(dense.u.dtype)
+    room, (tokens, cols) = tile_room(budget), v.shape
+    widened = 0 if u.dtype == v.dtype == wide else DEPTH * wide.itemsize  # bytes for each row and column of a product
+    width = min(cols, max(1, room // (4 * max(1, widened))))
+    height = max(1, (room - widened * width) // (tokens * u.element_size() + widened))
+    found = torch.empty(len(ids), cols, dtype=wide, device=u.device)
+    for some in spans(len(ids), height):
+        part = u[:, ids[some]]
+        for left in spans(cols, width):
+            put_product(part, v[:, left], DEPTH, found[some, left])
+        del part  # or two of them would be held
+    return found
 
 
 def row_count(form: Solid) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -19,8 +19,17 @@ from gradent.hooks.forms import Dense, Explicit, Form, Rows
 from gradent.hooks.views import View
 from gradent.kernels.reference import accumulator
 
-__all__ = ["GroupedUse", "Layout", "LookupUse", "MatrixUse", "SumUse", "Use"]
+__all__ = ["COPIES", "Cut", "Factor", "GroupedUse", "Layout", "LookupUse", "MatrixUse", "SumUse", "Use"]
 
+COPIES = 5
+"""What a sum over positions holds of each, at most, in wide numbers: the cotangent and the operand, widened, the square
+and the norm of that, and the product."""
+
+Cut = Callable[[Tensor], Tensor]
+"""Takes a part of a tensor of an operator's output shape."""
+
+Factor = Callable[[Cut], Tensor]
+"""Makes what a cotangent is multiplied by, of those parts of the activations that it is given the cut of."""
 
 _NOTHING = torch.empty(0)
 
@@ -241,7 +250,7 @@ class LookupUse(_WholeSlot):
             yield row, self.view.slot, Rows(ids, values)
 
 
-def _gone() -> Tensor:
+def _gone(cut: Cut) -> Tensor:
     """The factor of a hollow use."""
     raise AssertionError("a hollow use was asked for its factor")
 
@@ -252,8 +261,8 @@ class SumUse(_WholeSlot):
 
     shape: torch.Size
     """Shape in which the parameter took part."""
-    factor: Callable[[], Tensor] | None
-    """Makes the factor, of the output's shape, when the cotangent arrives; None for 1."""
+    factor: Factor | None
+    """Makes the factor when the cotangent arrives, a part at a time; None for 1."""
 
     @property
     def hollow(self) -> Self:
@@ -285,8 +294,33 @@ class SumUse(_WholeSlot):
         return grads if self.view.gain is None else grads * self.view.gain
 
     def _summed(self, cotangent: Tensor, layout: Layout, budget: int) -> Tensor:
-        factor = None if self.factor is None else self._by_row(self.factor(), layout)
-        return self._sums(self._by_row(cotangent, layout), factor, budget)
+        """`Σ b · factor` of every row `[R, ...]` over the axes along which the parameter was broadcast, in steps."""
+        b = self._by_row(cotangent, layout)
+        wide, dims = accumulator(b.dtype), b.dim() - 1
+        axes = self._summed_axes(dims)
+        longest = max(axes, key=lambda axis: b.shape[axis], default=1)
+        count = b.shape[longest] if dims else 1
+        # Of no token (an expert without any), the sum is zero.
+        step = max(1, budget * max(1, count) // max(1, COPIES * wide.itemsize * b.numel())) if axes else count
+
+        def summed(part: Cut) -> Tensor:
+            """Of a part of the positions."""
+            terms = part(b).to(wide)
+            if self.factor is not None:
+                terms = terms * self.factor(lambda tensor: part(self._by_row(tensor, layout))).to(wide)
+            return terms.sum(axes, keepdim=True) if axes else terms
+
+        if step >= count:
+            return summed(_whole)
+        total = b.new_zeros([1 if axis in axes else size for axis, size in enumerate(b.shape)], dtype=wide)
+        for start in range(0, count, step):
+            total += summed(partial(_narrow, axis=longest, start=start, stop=min(count, start + step)))
+        return total
+
+    def _summed_axes(self, dims: int) -> list[int]:
+        """The axes, of rows of `dims` axes behind that of the rows, along which the parameter was broadcast."""
+        shape = (1,) * (dims - len(self.shape)) + tuple(self.shape)[max(0, len(self.shape) - dims) :]
+        return [axis + 1 for axis, size in enumerate(shape) if size == 1]
 
     def _by_row(self, tensor: Tensor, layout: Layout) -> Tensor:
         """A tensor of the output's shape as `[R, *shape of a row]`."""
@@ -307,10 +341,8 @@ class SumUse(_WholeSlot):
             `[m, *shape of the view]`, wide; of learned positions, the values of the rows that `view.ids` names.
         """
         wide = accumulator(cotangents.dtype)
-        factor = None if self.factor is None else self.factor().to(wide)
-        dims = cotangents.dim() - 1
-        shape = (1,) * (dims - len(self.shape)) + tuple(self.shape)[max(0, len(self.shape) - dims) :]
-        axes = [axis + 1 for axis, size in enumerate(shape) if size == 1]
+        factor = None if self.factor is None else self.factor(_whole).to(wide)
+        axes = self._summed_axes(cotangents.dim() - 1)
         step = max(1, budget // max(1, 2 * wide.itemsize * cotangents.shape[1:].numel()))
         parts = []
         for start in range(0, len(cotangents), step):
@@ -323,23 +355,12 @@ class SumUse(_WholeSlot):
         grads = torch.cat(parts).reshape(len(cotangents), *self.view.shape)
         return grads if self.view.gain is None else grads * self.view.gain
 
-    def _sums(self, b: Tensor, factor: Tensor | None, budget: int) -> Tensor:
-        """`Σ b · factor` of every row `[R, ...]` over the axes along which the parameter was broadcast, in steps."""
-        wide = accumulator(b.dtype)
-        dims = b.dim() - 1
-        shape = (1,) * (dims - len(self.shape)) + tuple(self.shape)[max(0, len(self.shape) - dims) :]
-        axes = [axis + 1 for axis, size in enumerate(shape) if size == 1]
-        count = max(1, b.shape[1])  # of no token (an expert without any), the sum is zero
-        step = count
-        if 1 in axes:
-            step = max(1, budget // max(1, 2 * wide.itemsize * len(b) * b.shape[2:].numel()))
-        if step >= count:
-            whole = b.to(wide) if factor is None else b.to(wide) * factor.to(wide)
-            return whole.sum(axes, keepdim=True) if axes else whole
-        total: Tensor | float = 0.0
-        for start in range(0, count, step):
-            part = b[:, start : start + step].to(wide)
-            if factor is not None:
-                part = part * factor[:, start : start + step].to(wide)
-            total = total + part.sum(axes, keepdim=True)
-        return torch.as_tensor(total)
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of it."""
+    return tensor
+
+
+def _narrow(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
+    """A part of it along one axis."""
+    return tensor.narrow(axis, start, stop - start)

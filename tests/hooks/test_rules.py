@@ -172,7 +172,7 @@ def test_a_new_rule_is_used_and_can_be_taken_back() -> None:
     def rule(call: object) -> list[object]:
         x, weight = call.args  # type: ignore[attr-defined]
         view = call.find(weight)  # type: ignore[attr-defined]
-        return [SumUse(view, weight.shape, lambda: 3 * x)]
+        return [SumUse(view, weight.shape, lambda cut: 3 * cut(x))]
 
     register_rule(tripled)(rule)  # type: ignore[arg-type]
     try:

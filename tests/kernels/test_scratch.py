@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import scratch
+from gradent.hooks.capture import Capture
 from gradent.hooks.forms import Dense, Explicit, Rows
 from gradent.hooks.ledger import Ledger
 from gradent.hooks.plain import plain_rows
+from gradent.hooks.uses import Layout, SumUse
 from gradent.kernels.reference import reduce_dense, reduce_flat
 from gradent.kernels.shared import reduce_shared
 from tests.live import LiveBytes
@@ -61,6 +64,59 @@ def test_lookups(budget: int) -> None:
     with LiveBytes() as live:
         ledger.finish(0)
     assert live.peak <= most(budget)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("budget", [2**17, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_head_before_its_lookups(dtype: torch.dtype, budget: int, weighted: bool) -> None:
+    tokens, words, width = 300, 4000, 64
+    weight = torch.rand(words, width) if weighted else None
+    ledger = Ledger(1, budget=budget, weight=None if weight is None else lambda param: weight)
+    ids, gradients = [torch.randint(words, (tokens,)) for _ in range(2)], []
+    for row in (0, 1):
+        u, v = torch.randn(tokens, words).to(dtype), torch.randn(tokens, width).to(dtype)
+        ledger.add(0, row, (), Dense(u, v))
+        gradients.append(u.double().T @ v.double())
+    kept = 2 * 4 * len(torch.cat(ids).unique()) * width  # forms, as large as the lookups that are still to come
+    with LiveBytes() as live:
+        ledger.shrink(0, ids.__getitem__)
+    assert live.peak <= most(budget) + kept
+    for row in (0, 1):
+        values = torch.randn(tokens, width).to(dtype)
+        ledger.add(0, row, (), Rows(ids[row], values))
+        gradients[row].index_add_(0, ids[row], values.double())
+    with LiveBytes() as live:
+        ledger.finish(0)
+    assert live.peak <= most(budget)
+    chosen, rejected = (grad if weight is None else grad * weight for grad in gradients)
+    want = torch.stack([(chosen * chosen).sum(), (rejected * rejected).sum(), (chosen * rejected).sum()])
+    assert float((ledger.entries[0][0] - want).abs().max() / want[0]) <= 2e-6
+
+
+@pytest.mark.parametrize("budget", [2**16, 2**20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm", "scale", "bias"])
+def test_sums_over_positions(kind: str, rows: int, dtype: torch.dtype, budget: int) -> None:
+    x, cotangent = (torch.randn(rows, 700, 256).to(dtype) for _ in range(2))
+    weight = nn.Parameter(torch.randn(256).to(dtype))
+    layout = Layout(rows, 700)
+    with Capture([weight], layout, lambda tap, b: None) as capture:
+        {
+            "layer_norm": lambda: F.layer_norm(x, (256,), weight),
+            "rms_norm": lambda: F.rms_norm(x, (256,), weight),
+            "scale": lambda: weight * x,
+            "bias": lambda: x + weight,
+        }[kind]()
+        (tap,) = capture.taps
+        use = tap.use
+    assert isinstance(use, SumUse)
+    with LiveBytes() as live:
+        found = use.gradients(cotangent, layout, budget)
+    whole = use.gradients(cotangent, layout, 2**30)
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-3)
+    assert live.peak <= most(budget) + 2 * 4 * rows * 256  # the gradient, and what is added to it
 
 
 @pytest.mark.parametrize("budget", [2**16, 2**18, 2**20])

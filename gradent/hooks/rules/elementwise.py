@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,18 +9,18 @@ import torch
 from torch import Tensor
 
 from gradent.hooks.rules.registry import Call, register_rule
-from gradent.hooks.uses import SumUse, Use
+from gradent.hooks.uses import Cut, Factor, SumUse, Use
 
 __all__ = ["sum_use"]
 
 
-def sum_use(call: Call, operand: Any, factor: Callable[[], Tensor] | None, beside: Tensor | None = None) -> list[Use]:
+def sum_use(call: Call, operand: Any, factor: Factor | None, beside: Tensor | None = None) -> list[Use]:
     """The use of an operand that was broadcast against the output and multiplied by `factor` there.
 
     Args:
         call: the call.
         operand: the argument that may be a view of a parameter.
-        factor: makes a tensor of the output's shape when it is needed, or None for 1.
+        factor: see `SumUse`; None for 1.
         beside: the activations that the operand meets, of as many axes as the output; None to go by the output.
 
     Returns:
@@ -52,7 +51,7 @@ def multiply(call: Call) -> list[Use]:
         return []
     for operand, other in ((left, right), (right, left)):
         if call.find(operand) is not None:
-            return sum_use(call, operand, partial(other.detach().expand, call.out.shape), other)
+            return sum_use(call, operand, partial(_part, other.detach().expand(call.out.shape)), other)
     return []
 
 
@@ -63,3 +62,8 @@ def add(call: Call) -> list[Use]:
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return []
     return [use for operand, other in ((left, right), (right, left)) for use in sum_use(call, operand, None, other)]
+
+
+def _part(tensor: Tensor, cut: Cut) -> Tensor:
+    """The factor that a tensor itself is."""
+    return cut(tensor)

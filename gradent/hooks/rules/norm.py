@@ -22,8 +22,9 @@ def layer_norm(call: Call) -> list[Use]:
     uses = sum_use(call, named["bias"], None, named["input"])
     if call.find(named["weight"]) is not None:
         x, shape, eps = named["input"].detach(), named["normalized_shape"], named["eps"]
+        wide = accumulator(x.dtype)
         uses += sum_use(
-            call, named["weight"], lambda: F.layer_norm(x.to(accumulator(x.dtype)), shape, eps=eps), named["input"]
+            call, named["weight"], lambda cut: F.layer_norm(cut(x).to(wide), shape, eps=eps), named["input"]
         )
     return uses
 
@@ -37,6 +38,5 @@ def rms_norm(call: Call) -> list[Use]:
     x, shape = named["input"].detach(), named["normalized_shape"]
     # eps=None means the machine epsilon of the input's own dtype, not of the accumulator's.
     eps = torch.finfo(x.dtype).eps if named["eps"] is None else named["eps"]
-    return sum_use(
-        call, named["weight"], lambda: F.rms_norm(x.to(accumulator(x.dtype)), shape, eps=eps), named["input"]
-    )
+    wide = accumulator(x.dtype)
+    return sum_use(call, named["weight"], lambda cut: F.rms_norm(cut(x).to(wide), shape, eps=eps), named["input"])
