@@ -1,9 +1,9 @@
 """Which code reduces: Triton's kernels on a GPU, plain torch elsewhere. The one place that decides.
 
 On a CUDA device the kernels of `gradent.kernels.fused` are used where Triton is installed and, once a device and
-process, their self-check succeeds; if either fails, one `GradentWarning` says so, and plain torch does it. float64,
-operands of two dtypes on the two sides of a pair, and a budget below the kernels' scratch are torch's business anyway.
-On a CPU nothing of this is loaded.
+process, their self-check succeeds; if either fails, one `GradentWarning` says so, and plain torch does it. So does one
+where a budget is below the kernels' scratch, or a CUDA graph is captured before the check. float64, and operands of two
+dtypes on the two sides of a pair, are torch's business anyway. On a CPU nothing of this is loaded.
 
 The environment variable `GRADENT_KERNELS` forces a path: `torch`, or `triton`, without a self-check (on a CPU that
 takes Triton's interpreter, `TRITON_INTERPRET=1`, and is meant for tests).
@@ -30,7 +30,17 @@ from gradent.kernels.reference import batch_pays, reduce_batch, reduce_dense
 if TYPE_CHECKING:
     from gradent.kernels.fused.operands import Spans
 
-__all__ = ["VARIABLE", "attempt", "on_kernels", "pairs_pay", "pairs_together", "path", "reduce_pair", "reduce_pairs"]
+__all__ = [
+    "VARIABLE",
+    "announce_budget",
+    "attempt",
+    "on_kernels",
+    "pairs_pay",
+    "pairs_together",
+    "path",
+    "reduce_pair",
+    "reduce_pairs",
+]
 
 T = TypeVar("T")
 
@@ -41,6 +51,9 @@ MISSING = "Triton is not installed"
 
 _verdicts: dict[torch.device, str] = {}
 """Device -> why the kernels are not used on it, "" where they are."""
+
+_announced: set[tuple[torch.device, str]] = set()
+"""What was said of single reductions that kernels leave to torch."""
 
 
 def path(device: torch.device | str, dtype: torch.dtype) -> str:
@@ -98,7 +111,7 @@ def reduce_pair(
     if _kernels(u_w, v_w, u_l, v_l):
         from gradent.kernels.fused.operands import Spans  # noqa: PLC0415  (imports Triton)
 
-        launch = _launch(u_w, v_w, u_l, v_l, Spans.of_pair(len(u_w), len(u_l)), budget, weight)
+        launch = _launch(u_w, v_w, u_l, v_l, Spans.of_pair(len(u_w), len(u_l)), budget, weight, last=True)
         entries = None if launch is None else launch()
         if entries is not None:
             return entries[0]
@@ -226,6 +239,31 @@ def attempt(device: torch.device, launch: Callable[[], T]) -> T | None:
         return None
 
 
+def announce_budget(device: torch.device, needed: int, budget: int) -> None:
+    """Say, once a device, that torch reduces what the kernels have no room for.
+
+    Args:
+        device: where the operands are.
+        needed: bytes that the kernel would hold.
+        budget: bytes that it may.
+    """
+    reason = f"the kernels would hold {needed:,} bytes for some products, and memory_budget is {budget:,}"
+    _announce_once(device, reason, "give a larger memory_budget", kind="budget")
+
+
+def _announce_once(device: torch.device, reason: str, remedy: str, *, kind: str = "") -> None:
+    """One warning a device and kind of reason."""
+    key = device, kind or reason
+    if key not in _announced:
+        _announced.add(key)
+        warnings.warn(
+            f"Some gradients on {device} are reduced in plain torch, not by gradent's kernels: {reason}. Results are "
+            f"the same, later. What to do: {remedy}.",
+            GradentWarning,
+            stacklevel=3,
+        )
+
+
 def _one_by_one(
     u: Tensor, v: Tensor, budget: int, lengths: Tensor | Sequence[int] | None, weight: Tensor | None
 ) -> Tensor:
@@ -252,7 +290,15 @@ def _launch_pairs(
 
 
 def _launch(
-    u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, spans: Spans, budget: int, weight: Tensor | None
+    u_w: Tensor,
+    v_w: Tensor,
+    u_l: Tensor,
+    v_l: Tensor,
+    spans: Spans,
+    budget: int,
+    weight: Tensor | None,
+    *,
+    last: bool = False,
 ) -> Callable[[], Tensor | None] | None:
     """The kernel's launch, which gives `[k, 3]` (None if it turns out to be impossible); None if over the budget."""
     from gradent.kernels.fused import gram, outer  # noqa: PLC0415  (imports Triton)
@@ -263,7 +309,12 @@ def _launch(
     dear = partial(price, u_w.device, u_w.dtype, path="triton", budget=budget)
     chosen = partial(choose, *sizes, itemsize=4, budget=budget, weighted=weight is not None, price=dear)
     plan = attempt(u_w.device, chosen)  # it may measure the kernels
-    if plan is None or budget < (gram.gram_scratch if plan.form == "gram" else outer.outer_scratch)(*factors):
+    if plan is None:
+        return None
+    needed = (gram.gram_scratch if plan.form == "gram" else outer.outer_scratch)(*factors)
+    if needed > budget:
+        if last:  # of several pairs, each may still fit by itself
+            announce_budget(u_w.device, needed, budget)
         return None
     if plan.form == "gram":
         return lambda: attempt(u_w.device, lambda: gram.gram_entries(*factors))
@@ -302,7 +353,9 @@ def _verdict(device: torch.device) -> str:
         device = torch.device(device.type, torch.cuda.current_device())
     if device not in _verdicts:
         if is_capturing(device):  # a check waits for the device, which ends the capture
-            return "a CUDA graph is captured before the kernels were checked"
+            reason = "a CUDA graph is captured before the kernels were checked"
+            _announce_once(device, reason, "measure once before the capture")
+            return reason
         reason = _examine(device)
         if reason:
             _give_up(device, reason)

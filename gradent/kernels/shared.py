@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gradent.kernels.dispatch import attempt, on_kernels
+from gradent.kernels.dispatch import announce_budget, attempt, on_kernels
 from gradent.kernels.plan import DEPTH, can_wait, tile_room
 from gradent.kernels.precision import exactly
 from gradent.kernels.queued import sent
@@ -60,8 +60,8 @@ def reduce_shared(
         places: R numbers: where a row belongs among the 2k, 0..k-1 chosen and k..2k-1 rejected; -1 for nowhere.
         factors: R numbers; a row of factor 0 counts as zero in the entries, and once in the sum.
         pairs: k.
-        budget: bytes that the tiles, or the kernel's sums of tiles, may take; the sum of all rows comes on top. Where a
-            factor is far from 1, the kernel needs a scaled copy of u as well.
+        budget: bytes that the tiles may take, or the kernel's sums of tiles and, where a factor is far from 1, its
+            scaled copy of u; the sum of all rows comes on top.
         weight: `[O, I]` or None; multiplies a product's entries before they are squared, not the sum.
         look: finds of each row the tokens outside of which u or v is zero, where that spares something; None for all.
 
@@ -69,12 +69,11 @@ def reduce_shared(
         `(entries [k, 3] float64, sum [O, I])`, the sum in the accumulator's dtype.
     """
     powers, couples = _powers(factors), _couples(places, pairs)
-    copies = any(power != 1 for power in powers) and u.numel() * u.element_size() > budget
-    if on_kernels(u, v) and not copies:
+    if on_kernels(u, v):
         found = attempt(u.device, partial(_by_kernel, u, v, places, factors, pairs, weight, budget))
         if found is not None:
             return found
-    if len(couples) == pairs and products_fit(u, v, len(u), budget):
+    if sorted(places) == list(range(2 * pairs)) and products_fit(u, v, len(u), budget):
         return _together(u, v, places, factors, pairs, weight)
     wide, row_spans = accumulator(u.dtype), None if look is None else look()
     (_, _, rows), cols = u.shape, v.shape[2]
@@ -92,6 +91,7 @@ def reduce_shared(
             for number, couple in enumerate(couples):
                 for side, row in zip(tile, couple, strict=True):
                     if row is None:
+                        side.zero_()
                         continue
                     live = slice(*row_spans[row]) if row_spans is not None else slice(None)
                     put_product(u[row, live, top], v[row, live, left], DEPTH, side, scale=powers[row])
@@ -153,7 +153,7 @@ def _by_kernel(
     weight: Tensor | None,
     budget: int,
 ) -> tuple[Tensor, Tensor] | None:
-    """The same by the kernel that stores the sum; None if it is over the budget. Scaled rows are not rounded."""
+    """The same by the kernel that stores the sum; None, and announced, if it is over the budget."""
     from gradent.kernels.fused.operands import Spans  # noqa: PLC0415  (imports Triton)
     from gradent.kernels.fused.outer import outer_scratch, outer_with_gradient  # noqa: PLC0415  (imports Triton)
 
@@ -166,11 +166,14 @@ def _by_kernel(
         spans += [[min(row, count - 1) * tokens for row in side], [tokens if row < count else 0 for row in side]]
     where = Spans(*spans)
     scaled, others = u.flatten(0, 1), v.flatten(0, 1)
-    if outer_scratch(scaled, others, scaled, others, where, store=True) > budget:
+    # A power of two rounds nothing, but the range of float16 is too small for it.
+    kept, moved = torch.float32 if u.dtype == torch.float16 else u.dtype, any(power != 1 for power in powers)
+    needed = outer_scratch(scaled, others, scaled, others, where, store=True) + moved * u.numel() * kept.itemsize
+    if needed > budget:
+        announce_budget(u.device, needed, budget)
         return None
-    if any(power != 1 for power in powers):
-        u = u.float() if u.dtype == torch.float16 else u  # whose range is too small for it
-        scaled = (u * sent(torch.tensor(powers, dtype=u.dtype), u.device)[:, None, None]).flatten(0, 1)
+    if moved:
+        scaled = (u * sent(torch.tensor(powers, dtype=kept), u.device)[:, None, None]).flatten(0, 1)
     shares = torch.tensor([*(1 / power for power in powers), 0.0])
     coefficients = torch.stack([shares[side] for side in sides], 1)
     entries, total = outer_with_gradient(scaled, others, scaled, others, where, coefficients, weight)

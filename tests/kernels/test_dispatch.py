@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No variable, and no verdict from before."""
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     monkeypatch.setattr(dispatch, "_verdicts", {})
+    monkeypatch.setattr(dispatch, "_announced", set())
     with warnings.catch_warnings():
         warnings.simplefilter("error", GradentWarning)
         yield
@@ -155,7 +157,7 @@ def test_what_the_self_check_catches(monkeypatch: pytest.MonkeyPatch, kind: type
 
 @needs_triton
 @pytest.mark.parametrize("lengths", [None, [9, 4, 1, 9]])
-@pytest.mark.parametrize("budget", [64, 2**20])
+@pytest.mark.parametrize("budget", [16, 64, 2**20])
 def test_pairs_by_kernels_and_what_they_leave(kernels: None, budget: int, lengths: list[int] | None) -> None:
     u, v = rows()
     ends = [9] * 4 if lengths is None else lengths
@@ -166,8 +168,22 @@ def test_pairs_by_kernels_and_what_they_leave(kernels: None, budget: int, length
     assert dispatch.pairs_pay(u, v, budget=budget) == (budget > 64)
     for x, y in ((u, v), (u[:, :, :6], v), (u[:, :7], v[:, :7])):  # the last is no view of [2k T, ...]
         kept = None if given is None else given.clamp(max=x.shape[1])
-        got = dispatch.reduce_pairs(x, y, budget=budget, lengths=kept)
+        said = budget == 16 and x is u  # once
+        with pytest.warns(GradentWarning, match=r"hold \d+ bytes .* memory_budget is 16") if said else nullcontext():
+            got = dispatch.reduce_pairs(x, y, budget=budget, lengths=kept)
         torch.testing.assert_close(got, whole(x, y), rtol=2e-6, atol=1e-6)
+
+
+@needs_triton
+def test_a_capture_before_the_check_is_announced_once_and_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "is_capturing", lambda device: True)
+    with pytest.warns(GradentWarning, match="CUDA graph is captured.*measure once before the capture") as seen:
+        assert dispatch.path(CUDA, torch.float32).startswith("torch (a CUDA graph")
+    assert len(seen) == 1
+    assert dispatch.path(CUDA, torch.float32).startswith("torch (a CUDA graph")
+    monkeypatch.setattr(dispatch, "is_capturing", lambda device: False)
+    monkeypatch.setattr(check, "self_check", lambda device: "")
+    assert dispatch.path(CUDA, torch.float32) == "triton"
 
 
 @needs_triton

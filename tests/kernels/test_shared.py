@@ -81,6 +81,22 @@ def test_rows_without_partner_or_factor_count_in_the_sum_alone() -> None:
     assert entries[0].tolist()[1:] == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("budget", [2**11, 2**28])
+@pytest.mark.parametrize("places", [[0, 1, 2], [2, 0, 3, -1], [0, -1], [-1, -1]])
+def test_a_row_without_its_partner_meets_zero(places: list[int], budget: int) -> None:
+    u, v = (part[: len(places)] for part in draw(2, 9, 20, 30, torch.float32, extra=1))
+    entries, total = reduce_shared(u, v, places, [1.0] * len(places), pairs=2, budget=budget)
+    products = torch.einsum("rto,rti->roi", u.double(), v.double())
+    grads = torch.zeros(4, 20, 30, dtype=torch.float64)
+    for row, place in enumerate(places):
+        if place >= 0:
+            grads[place] = products[row]
+    chosen, rejected = grads[:2].flatten(1), grads[2:].flatten(1)
+    want = torch.stack([(chosen**2).sum(1), (rejected**2).sum(1), (chosen * rejected).sum(1)], 1)
+    torch.testing.assert_close(entries, want, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(total.double(), products.sum(0), rtol=1e-5, atol=1e-4)
+
+
 def test_a_weight_is_of_the_entries_alone() -> None:
     u, v = draw(2, 9, 20, 30, torch.float64)
     weight = torch.rand(20, 30, dtype=torch.float64)
