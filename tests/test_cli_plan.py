@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from gradent.cli import app
 from tests.audit.made import save_lora
+from tests.zoo import build
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +51,25 @@ def test_longer_rows_take_outer() -> None:
 
 def test_it_says_where_autograd_forms_the_gradients(here) -> None:
     save_lora(here / "adapter", here / "my-model")
-    said = "the backward itself forms these products"
-    assert said in " ".join(plan("--adapter", "adapter", "--tokens", "110").stdout.split())
+    said = "the backward itself forms the gradients"
+    result = plan("--adapter", "adapter", "--tokens", "110")
+    assert said in " ".join(result.stdout.split())
+    line = line_of(result, "model.layers.*.self_attn.q_proj.lora_A")
+    assert line[1:5] == ["×2", "4×16", "4", "whole"]
+    # 768 numbers: two rows' gradients, three times.
+    assert line[6:8] == ["1.5", "KiB"] and "Largest scratch: 18 KiB" in result.stdout
     for options in (["--tokens", "90"], ["--tokens", "110", "--memory-budget", "4KiB"], ["--dtype", "bfloat16"]):
         assert said not in " ".join(plan("--adapter", "adapter", "--tokens", "110", *options).stdout.split()), options
     assert said not in plan("--tokens", "110").stdout, "all of it is trained"
+
+
+def test_an_explicit_gradient_that_the_budget_refuses_is_told(tmp_path: Path) -> None:
+    build("mamba", dtype=torch.float32).save_pretrained(tmp_path / "mamba")
+    told = "measure will refuse the explicit gradients of backbone.layers.*.mixer.A_log"
+    for budget, refused in (("128B", True), ("1MiB", False), (None, False)):
+        options = [] if budget is None else ["--memory-budget", budget]
+        result = plan("--tokens", "20", *options, model=str(tmp_path / "mamba"))
+        assert (told in " ".join(result.stdout.split())) is refused, result.output
 
 
 def test_a_tied_head_is_a_second_line(tiny_gpt2: GPT2LMHeadModel) -> None:
@@ -67,7 +82,7 @@ def test_a_tied_head_is_a_second_line(tiny_gpt2: GPT2LMHeadModel) -> None:
 
 def test_an_adapter(here) -> None:
     save_lora(here / "adapter", here / "my-model")
-    for result in (plan(model="adapter"), plan("--adapter", "adapter")):
+    for result in (plan("--tokens", "90", model="adapter"), plan("--tokens", "90", "--adapter", "adapter")):
         assert result.exit_code == 0, result.output
         assert line_of(result, "model.layers.*.self_attn.q_proj.lora_A")[1:5] == ["×2", "4×16", "4", "outer"]
         assert "mlp.gate_proj" not in result.stdout, "frozen"

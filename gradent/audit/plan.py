@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from gradent.audit.shell import Used
+from gradent.hooks.formed import HELD, SMALL
+from gradent.hooks.uses import COPIES
 from gradent.kernels.plan import batch_scratch, choose
 
 __all__ = ["Line", "Setting", "Totals", "plan_lines", "sum_lines"]
@@ -28,10 +30,13 @@ class Setting:
         tokens: T, of the chosen and of the rejected row, prompt included. The head's products are counted over all T,
             as of a row without a prompt; a model that forms no logits of prompts needs fewer.
         pairs: pairs in all.
-        together: k, whose rows are taken to share a forward.
+        together: k, measured together.
+        shared: whether their rows share one forward.
+        plain: whether autograd's own gradients are taken, every row having a forward of its own.
         itemsize: bytes of an accumulating element.
         widen: operands are narrower than that.
         budget: bytes that the tiles may take.
+        limit: bytes that were given for explicit gradients too; None for no limit.
         batch_budget: bytes up to which the outer form takes all rows at once.
         price: of a gram flop, as `choose` takes it.
         operands: dtype of u and v where Triton's kernels reduce products; None where torch does.
@@ -40,9 +45,12 @@ class Setting:
     tokens: int
     pairs: int = 1
     together: int = 1
+    shared: bool = True
+    plain: bool = False
     itemsize: int = 4
     widen: bool = False
     budget: int
+    limit: int | None = None
     batch_budget: int
     price: float | Callable[[], float] = 1.0
     operands: torch.dtype | None = None
@@ -58,11 +66,12 @@ class Line:
         shape: of one; of an expert's matrix where a parameter holds several.
         slots: matrices that one holds.
         rank: r of a LoRA factor.
-        form: "gram", "outer", "lookup", "sum", "explicit" or "unused".
+        form: "gram", "outer", "lookup", "sum", "explicit" or "unused"; "whole" where autograd forms the gradient.
         tile: sides of a tile: tokens for gram, O and I for outer; None for the other forms.
         rows: rows of the batch that are reduced at once.
         flops: of all of them and all pairs.
         scratch: bytes that the reduction of one holds at once.
+        waiting: bytes of one's gradients, of all rows, that wait for others to be reduced with; 0 where none do.
         elements: numbers that all of them hold; 0 on a further line of a parameter that is used in two ways.
         path: "triton" or "torch", what reduces products; "" for the other forms, which are torch's everywhere.
         refused: bytes that the kernel would hold, where torch reduces because these are more than the budget; else 0.
@@ -79,6 +88,7 @@ class Line:
     flops: int
     scratch: int
     elements: int
+    waiting: int = 0
     path: str = ""
     refused: int = 0
 
@@ -90,7 +100,7 @@ class Totals:
     Attributes:
         flops: of the reductions.
         pass_flops: of one forward and backward of all rows: 6 flops a parameter and token, 4 for a frozen one.
-        scratch: the most that a reduction holds at once.
+        scratch: the most that reductions hold at once, with what waits to be reduced.
     """
 
     flops: int
@@ -137,10 +147,16 @@ def sum_lines(lines: Sequence[Line], setting: Setting, parameters: int) -> Total
         The totals.
     """
     trained = sum(line.elements for line in lines)
+    largest = max((line.scratch for line in lines), default=0)
+    if setting.plain:  # all of it is there when the last backward is over
+        scratch = sum(line.scratch * line.count for line in lines)
+    else:  # what waits is copied once, side by side
+        waiting = min(sum(line.waiting * line.count for line in lines), min(HELD, setting.budget // 4))
+        scratch = max(largest, 2 * waiting)
     return Totals(
         flops=sum(line.flops for line in lines),
         pass_flops=(4 * parameters + 2 * trained) * 2 * setting.tokens * setting.pairs,
-        scratch=max((line.scratch for line in lines), default=0),
+        scratch=scratch,
     )
 
 
@@ -159,13 +175,15 @@ class _Reduced:
     rows: int = 2
     flops: int
     scratch: int
+    waiting: int = 0
     path: str = ""
     refused: int = 0
 
 
 def _plan(name: str, use: Used, setting: Setting) -> Line:
     """The line of a single parameter and pair."""
-    one = _matrix(use, setting) if use.kind == "matrix" else _other(use, setting)
+    plan = _matrix if use.kind == "matrix" else _other
+    one = (_whole if setting.plain and use.kind != "unused" else plan)(use, setting)
     factor = _LORA.search(use.parameter)
     rank = None
     if factor is not None and len(use.shape) == 2:
@@ -182,9 +200,27 @@ def _plan(name: str, use: Used, setting: Setting) -> Line:
         flops=one.flops,
         scratch=one.scratch,
         elements=use.elements,
+        waiting=one.waiting,
         path=one.path,
         refused=one.refused,
     )
+
+
+def _whole(use: Used, setting: Setting) -> _Reduced:
+    """What autograd forms: the products are its own, and what is held is copied twice while it is reduced."""
+    rows = 2 * setting.together
+    flops = 6 * use.elements
+    if use.kind == "matrix":
+        flops += 4 * math.ceil(setting.tokens * use.density) * math.prod(use.shape)
+    else:
+        flops += 4 * setting.tokens * use.elements if use.kind == "sum" else 2 * setting.tokens * use.shape[-1]
+    return _Reduced(form="whole", rows=rows, flops=flops, scratch=3 * rows * setting.itemsize * use.elements)
+
+
+def _small(elements: int, setting: Setting) -> int:
+    """Bytes of all rows' gradients, where these are so small that they wait for others; else 0."""
+    size = 2 * setting.together * setting.itemsize * elements
+    return size if size <= min(SMALL, setting.budget // 4) else 0
 
 
 def _matrix(use: Used, setting: Setting) -> _Reduced:
@@ -194,7 +230,7 @@ def _matrix(use: Used, setting: Setting) -> _Reduced:
     active = min(use.slots, met)
     length = -(-met // active)
     refused = 0
-    if setting.operands is not None and use.slots == 1 and setting.together > 1:
+    if setting.operands is not None and use.slots == 1 and setting.together > 1 and setting.shared:
         kernel = _kernel(setting.operands, setting.together, length, height, width, setting)
         if kernel.scratch <= setting.budget:
             return kernel
@@ -212,7 +248,11 @@ def _matrix(use: Used, setting: Setting) -> _Reduced:
     whole = batch_scratch(
         2 * setting.together, length, height, width, itemsize=setting.itemsize, widen=(setting.widen, setting.widen)
     )
-    batched = plan.form == "outer" and use.slots == 1 and whole <= min(setting.budget, setting.batch_budget)
+    fits = use.slots == 1 and whole <= min(setting.budget, setting.batch_budget)
+    # A product that is smaller than its factors is formed as it comes, whichever forward its row is in.
+    operand = 2 if setting.widen else setting.itemsize
+    folds = fits and height * width * setting.itemsize <= length * (height + width) * operand
+    batched = fits and plan.form == "outer" and (setting.shared or folds)
     if setting.operands is not None and not (batched and setting.together > 1):
         kernel = _kernel(setting.operands, 1, length, height, width, setting)
         if kernel.scratch <= setting.budget:
@@ -228,6 +268,7 @@ def _matrix(use: Used, setting: Setting) -> _Reduced:
         rows=rows,
         flops=active * plan.flops,
         scratch=scratch,
+        waiting=_small(height * width, setting) if batched and folds else 0,
         path="torch",
         refused=refused,
     )
@@ -263,7 +304,7 @@ def _kernel(dtype: torch.dtype, pairs: int, length: int, height: int, width: int
 
 def _other(use: Used, setting: Setting) -> _Reduced:
     """What is no product: additions, and three products of numbers for each entry of the two gradients."""
-    size, tokens = setting.itemsize, setting.tokens
+    size, tokens, waiting = setting.itemsize, setting.tokens, 0
     if use.kind == "lookup":
         width = use.shape[-1]
         met = math.ceil(tokens * use.density)
@@ -271,9 +312,10 @@ def _other(use: Used, setting: Setting) -> _Reduced:
         flops, scratch = 2 * met * width + 6 * touched * width, min(setting.budget, 2 * touched * width * size)
     elif use.kind == "sum":
         flops = 4 * tokens * use.elements + 6 * use.elements
-        scratch = min(setting.budget, 2 * size * tokens * use.elements) + 2 * size * use.elements
-    elif use.kind == "explicit":
-        flops, scratch = 6 * use.elements, 2 * size * use.elements
+        scratch = min(setting.budget, COPIES * size * tokens * use.elements) + 2 * size * use.elements
+        waiting = _small(use.elements, setting)
+    elif use.kind == "explicit":  # both as they are, and once more in the accumulator's dtype
+        flops, scratch = 6 * use.elements, 2 * use.elements * (size + (2 if setting.widen else size))
     else:
         flops = scratch = 0
-    return _Reduced(form=use.kind, flops=flops, scratch=scratch)
+    return _Reduced(form=use.kind, flops=flops, scratch=scratch, waiting=waiting)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -62,19 +63,26 @@ def show_plan(
     operands = shell.dtype if dtype == "auto" else getattr(torch, dtype)
     path = dispatch.path(place, operands)
     wide = accumulator(operands)
+    together = len(micro_batches([(tokens, tokens)] * pairs, place)[0])
+    # Only a hook on a parameter, tf32 or autocast, of which a plan knows nothing, could change this.
+    sizes = shell.parameters * operands.itemsize, shell.trainable * operands.itemsize
+    few = rows_within(*sizes, budget) if operands in EXACT else 0
+    groups = group_rows([tokens] * (2 * together), place, few=few)
     setting = Setting(
         tokens=tokens,
         pairs=pairs,
-        together=len(micro_batches([(tokens, tokens)] * pairs, place)[0]),
+        together=together,
+        shared=len(groups) == 1,
+        plain=is_plain(groups, few),
         itemsize=wide.itemsize,
         widen=operands != wide,
         budget=budget,
+        limit=None if memory_budget is None else budget,
         batch_budget=SMALL if place.type == "cpu" else budget,
         price=partial(crossover.price, place, operands, path=path.split()[0], budget=budget),
         operands=operands if path == "triton" else None,
     )
     lines = plan_lines(shell.uses, setting)
-    plain = operands in EXACT and _is_plain(shell, setting, place, operands.itemsize)
     facts = {
         "model": f"{model} ({shell.name}), {_si(shell.trainable)} of {_si(shell.parameters)} parameters trained",
         "rows": f"{pairs} pair{'s' * (pairs > 1)}, {tokens} tokens a row, {setting.together} at once",
@@ -82,20 +90,10 @@ def show_plan(
     }
     for name, fact in facts.items():
         console.print(Text(f"{name:<7} {printable(fact)}", "bold", overflow="fold"))
-    print_plan(lines, sum_lines(lines, setting, shell.parameters), setting, shell, console, plain=plain)
+    print_plan(lines, sum_lines(lines, setting, shell.parameters), setting, shell, console)
 
 
-def _is_plain(shell: Shell, setting: Setting, place: torch.device, itemsize: int) -> bool:
-    """Whether autograd forms the gradients: rows share no forward and little is trained, as `measure_pairs` asks."""
-    # Only a hook on a parameter, tf32 or autocast, of which a plan knows nothing, could change that.
-    lengths = [setting.tokens] * (2 * setting.together)
-    few = rows_within(shell.parameters * itemsize, shell.trainable * itemsize, setting.budget)
-    return is_plain(group_rows(lengths, place, few=few), few)
-
-
-def print_plan(
-    lines: Sequence[Line], totals: Totals, setting: Setting, shell: Shell, console: Console, *, plain: bool = False
-) -> None:
+def print_plan(lines: Sequence[Line], totals: Totals, setting: Setting, shell: Shell, console: Console) -> None:
     """Print the table and the totals.
 
     Args:
@@ -104,7 +102,6 @@ def print_plan(
         setting: what they were made for.
         shell: the model.
         console: where to.
-        plain: autograd's own gradients are taken as they are.
     """
     kernels = setting.operands is not None
     table = Table(box=None, pad_edge=True, padding=(0, 1), header_style="dim")
@@ -135,16 +132,16 @@ def print_plan(
             "activations come on top."
         )
     )
-    for remark in _remarks(lines, setting, plain):
+    for remark in _remarks(lines, setting):
         console.print(Text(remark))
 
 
-def _remarks(lines: Sequence[Line], setting: Setting, plain: bool) -> Iterator[str]:
+def _remarks(lines: Sequence[Line], setting: Setting) -> Iterator[str]:
     """What the table alone would not explain."""
-    if plain:
+    if setting.plain:
         yield (
-            "Every row has a forward of its own here, and so little is trained that the backward itself forms these "
-            "products, each of them whole: there are no tiles, and gradients are held until they are reduced."
+            "whole: every row has a forward of its own here, and so little is trained that the backward itself forms "
+            "the gradients. There are no tiles; all rows' gradients are held, and copied twice while they are reduced."
         )
     refused = [line for line in lines if line.refused]
     if refused:
@@ -158,7 +155,14 @@ def _remarks(lines: Sequence[Line], setting: Setting, plain: bool) -> Iterator[s
             "explicit: no rule knows this use; both gradients are held whole, and every row has a forward of its "
             "own. Only a memory_budget that is given limits them."
         )
-    if any(line.form == "sum" and line.scratch > setting.budget for line in lines):
+    dear = [line for line in lines if line.form == "explicit" and line.scratch > (setting.limit or math.inf)]
+    if dear:
+        yield (
+            f"measure will refuse the explicit gradients of {', '.join(line.name for line in dear)}, which need "
+            f"{_bytes(max(line.scratch for line in dear))}: raise memory_budget, freeze them, or pass "
+            "allow_uncovered=True to go on without them."
+        )
+    if any(line.form == "sum" and 2 * setting.itemsize * math.prod(line.shape) > setting.budget for line in lines):
         yield "sum: the two gradients of a bias or a norm are held whole, also where they are more than the budget."
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from gradent.kernels.queued import sent
 from gradent.kernels.reference import in_memory_order, reduce_tiles
 
-__all__ = ["Formed", "Slot", "SmallGradients", "row_gradients"]
+__all__ = ["HELD", "SMALL", "Formed", "Slot", "SmallGradients", "row_gradients"]
 
 SMALL = 512 * 2**10
 """Bytes of a parameter's gradients, of all rows, up to which it waits for others."""

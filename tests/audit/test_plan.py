@@ -11,6 +11,7 @@ import torch
 from gradent.audit.plan import Setting, plan_lines, sum_lines
 from gradent.audit.shell import Used
 from gradent.errors import MemoryBudgetError
+from gradent.hooks.formed import HELD
 from gradent.kernels.plan import batch_scratch, choose
 
 SETTING = Setting(tokens=512, budget=2**28, batch_budget=2**22)
@@ -84,6 +85,27 @@ def test_small_outer_products_of_a_batch_are_formed_at_once() -> None:
     assert (alone.rows, four.rows, many.rows) == (2, 8, 2)
     assert four.scratch == batch_scratch(8, 512, 16, 4096, itemsize=4) <= SETTING.batch_budget
     assert four.flops == many.flops == 8 * alone.flops
+
+
+def test_rows_of_several_forwards_are_reduced_pair_by_pair_unless_their_products_fold() -> None:
+    several = Setting(tokens=100, together=4, shared=False, budget=2**28, batch_budget=2**22)
+    for shape, whole in (((240, 240), False), ((240, 16), True)):
+        (line,) = plan_lines([used("proj.weight", shape=shape)], several)
+        assert (line.form, line.rows) == ("outer", 8 if whole else 2)
+        (line,) = plan_lines([used("proj.weight", shape=shape)], replace(several, shared=True))
+        assert (line.form, line.rows) == ("outer", 8)
+
+
+def test_what_waits_for_others_counts() -> None:
+    uses = [used(f"layers.{number}.lora_A.weight", shape=(16, 256)) for number in range(4)]
+    lines = plan_lines(uses, replace(SETTING, tokens=64))
+    rows = 2 * 4 * 16 * 256
+    assert (lines[0].count, lines[0].waiting) == (4, rows)
+    assert sum_lines(lines, SETTING, 10**6).scratch == 2 * 4 * rows
+    many = plan_lines(uses * 100, SETTING)
+    assert sum_lines(many, SETTING, 10**6).scratch == 2 * HELD
+    plain = replace(SETTING, tokens=64, plain=True)
+    assert sum_lines(plan_lines(uses, plain), plain, 10**6).scratch == 3 * 4 * rows
 
 
 def test_experts_share_the_tokens() -> None:
