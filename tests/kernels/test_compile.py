@@ -17,6 +17,8 @@ from gradent.kernels.fused.check import DTYPES
 from gradent.kernels.fused.tiles import gram_configs, outer_configs
 
 ROOT = Path(__file__).resolve().parents[2]
+OLDEST = "3.4.0"
+"""Some configurations spill under this release of Triton, the oldest that gradent takes."""
 TABLE = ROOT / "benchmarks" / "results" / "sm90.csv"
 
 
@@ -48,7 +50,8 @@ def test_the_largest_tile_compiles(kernel: str, tmp_path: Path) -> None:
 
 def test_the_committed_table_is_of_these_configurations() -> None:
     rows = list(csv.DictReader(TABLE.open(encoding="utf-8")))
-    assert all(row["spilled"] == "0" and int(row["shared"]) <= 227 * 1024 for row in rows)
+    assert all(int(row["shared"]) <= 227 * 1024 for row in rows)
+    assert all(row["spilled"] == "0" for row in rows if row["triton"] != OLDEST)
     for u, v in DTYPES:
         names = [str(dtype).removeprefix("torch.") for dtype in (u, v)]
         wide = u if u == v else DTYPES[0][0]
@@ -67,10 +70,14 @@ def test_the_committed_table_is_of_these_configurations() -> None:
 
 def test_the_page_says_what_the_table_holds() -> None:
     rows = list(csv.DictReader(TABLE.open(encoding="utf-8")))
+    releases = {row["triton"] for row in rows}
+    assert releases == {OLDEST, "3.6.0", "3.9.0"} and len(rows) % len(releases) == 0
     registers, shared = (max(int(row[name]) for row in rows) for name in ("registers", "shared"))
+    spilling = [int(row["spilled"]) for row in rows if int(row["spilled"])]
     page = " ".join((ROOT / "docs" / "kernels.md").read_text("utf-8").split())
-    assert f"[all {len(rows)} configurations]" in page
+    assert f"[all {len(rows) // len(releases)} configurations]" in page
     assert f"with at most {registers} of them and {shared // 1024} KiB of shared memory" in page
+    assert f"3.4, the oldest that is taken, spills in {len(spilling)}, {max(spilling)} bytes a thread at most" in page
 
 
 def test_what_launches_compile(tmp_path: Path) -> None:
