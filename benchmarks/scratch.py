@@ -6,10 +6,11 @@
 row by row (`add`, then `finish`) or as one batch (`whole`, or products that wait for others), and counts what the
 reduction takes: torch's profiler reports every block that the CPU allocator hands out and takes back, also those within
 an operator. Operands were there before and are not counted. Cases: T from 1 to 8,192 (rejected rows are shorter by a
-third), I and O from 16 to 14,336, 1 and 32 pairs, float32 and bfloat16, budgets of 64 and 256 MiB. Those above
-`--gflops` are left out, but for the ones in `LARGEST`; how many that are is printed. Appends a line for each T, dtype,
-budget and way, with the worst case in it, to benchmarks/results/scratch.csv. Exits with 1 if any case takes more than
-its budget.
+third), I and O from 16 to 14,336, 1 and 32 pairs, float32 and bfloat16, budgets of 64 and 256 MiB. Two more ways are
+measured for one pair: a tied head of O words, of which the lookups' rows are kept and not counted (`tied`), and a layer
+norm of I numbers whose row has a forward of its own (`norm`). Cases above `--gflops` are left out, but for the ones in
+`LARGEST`; how many that are is printed. Appends a line for each T, dtype, budget and way, with the worst case in it, to
+benchmarks/results/scratch.csv. Exits with 1 if any case takes more than its budget.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.append import append
-from gradent.hooks.forms import Dense
+from gradent.hooks.forms import Dense, Rows
 from gradent.hooks.ledger import Ledger
+from gradent.hooks.uses import Layout, SumUse
+from gradent.hooks.views import View
 from gradent.kernels.plan import choose
 from gradent.kernels.reference import accumulator, row_products
 
@@ -114,6 +118,40 @@ def by_batch(case: Case) -> int | None:
     return taken(reduce)
 
 
+def by_tied_head(case: Case) -> int | None:
+    """Scratch of `Ledger.shrink`, and of `finish` with the lookups, whichever is more; None for several pairs."""
+    if case.pairs > 1:
+        return None
+    ledger = Ledger(1, budget=case.budget)
+    ids = [torch.arange(0, case.rows, 2)[:count].flip(0) for count in case.lengths]
+    u, v = (torch.randn(case.tokens, size).to(case.dtype) for size in (case.rows, case.cols))
+    for row, count in enumerate(case.lengths):
+        ledger.add(0, row, (), Dense(u[:count], v[:count]))
+    kept = 2 * len(ids[0]) * case.cols * accumulator(case.dtype).itemsize
+    first = taken(lambda: ledger.shrink(0, ids.__getitem__)) - kept
+    for row, some in enumerate(ids):
+        ledger.add(0, row, (), Rows(some, v[: len(some)]))
+    return max(first, taken(lambda: ledger.finish(0)))
+
+
+def by_norm(case: Case) -> int | None:
+    """Scratch of the gradient of a norm's weight; None for several pairs, and once for each number of columns."""
+    if case.pairs > 1 or case.rows != SIZES[0]:
+        return None
+    x, b = (torch.randn(1, case.tokens, case.cols).to(case.dtype) for _ in range(2))
+    width, wide = (case.cols,), accumulator(case.dtype)
+    use = SumUse(View(0, (), width), torch.Size(width), lambda cut: F.layer_norm(cut(x).to(wide), width))
+    return taken(lambda: use.gradients(b, Layout(1, case.tokens), case.budget))
+
+
+WAYS: dict[str, Callable[[Case], int | None]] = {
+    "rows": by_rows,
+    "batch": by_batch,
+    "tied": by_tied_head,
+    "norm": by_norm,
+}
+
+
 def sweep(gflops: float) -> tuple[list[Case], int]:
     """The cases, and how many are left out as too dear."""
     every = [Case(*one) for one in itertools.product(TOKENS, SIZES, SIZES, PAIRS, DTYPES, BUDGETS)]
@@ -135,7 +173,8 @@ def main(
     found: dict[tuple[str, int, int, torch.dtype], list[tuple[int, Case]]] = defaultdict(list)
     began = time.perf_counter()
     for case in cases:
-        for way, peak in (("rows", by_rows(case)), ("batch", by_batch(case))):
+        for way, measured in WAYS.items():
+            peak = measured(case)
             if peak is not None:
                 found[way, case.budget, case.tokens, case.dtype].append((peak, case))
     seconds = time.perf_counter() - began

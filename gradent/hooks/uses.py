@@ -6,6 +6,7 @@ O outputs of a matrix product, b the cotangent (gradient of the summed log-probs
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -300,8 +301,11 @@ class SumUse(_WholeSlot):
         axes = self._summed_axes(dims)
         longest = max(axes, key=lambda axis: b.shape[axis], default=1)
         count = b.shape[longest] if dims else 1
-        # Of no token (an expert without any), the sum is zero.
-        step = max(1, budget * max(1, count) // max(1, COPIES * wide.itemsize * b.numel())) if axes else count
+        step = count  # of no token (an expert without any), the sum is zero
+        if axes and count:
+            shape = [1 if axis in axes else size for axis, size in enumerate(b.shape)]
+            room = budget - 2 * wide.itemsize * math.prod(shape)  # the sum, and that of a step
+            step = max(1, room * count // max(1, COPIES * wide.itemsize * b.numel()))
 
         def summed(part: Cut) -> Tensor:
             """Of a part of the positions."""
@@ -312,7 +316,7 @@ class SumUse(_WholeSlot):
 
         if step >= count:
             return summed(_whole)
-        total = b.new_zeros([1 if axis in axes else size for axis, size in enumerate(b.shape)], dtype=wide)
+        total = b.new_zeros(shape, dtype=wide)
         for start in range(0, count, step):
             total += summed(partial(_narrow, axis=longest, start=start, stop=min(count, start + step)))
         return total
