@@ -24,12 +24,10 @@ from gradent.hooks.regions import current_region, in_backward
 from gradent.hooks.share import Sharing
 from gradent.hooks.uses import Layout
 from gradent.hooks.views import View
+from gradent.kernels.queued import at_once
 from gradent.model import output_embeddings
 
 __all__ = ["WatchedForward", "waits"]
-
-TILE = 4 * 2**20
-"""Bytes of padding that are looked at at once."""
 
 _KNOWN = {"loss", "logits", "log_probs", "entropy", "aux_loss", "router_logits"}
 """Parts of an output that are the log-probs, are made of them, or are looked after elsewhere."""
@@ -256,7 +254,7 @@ class WatchedForward:
             return None
         of_logits = tap.node is self._logits
         positions = cotangent.flatten(0, -2)
-        step = max(1, TILE // (positions.shape[1] * positions.element_size()))
+        step = max(1, at_once(cotangent.device) // (positions.shape[1] * positions.element_size()))
         outside = self._outside[of_logits] = self._outside[of_logits].to(cotangent.device)
         for some in torch.split(outside, step) if len(outside) else ():
             lowest, highest = positions.index_select(0, some).aminmax()

@@ -18,13 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gradent.kernels.queued import at_once
 from gradent.kernels.reference import accumulator
 from gradent.kernels.reference import spans as tiles
 
 __all__ = ["Coefficients", "FusedReadout", "LogitsReadout", "Readout", "RewardReadout", "find_readout"]
-
-TILE = 4 * 2**20
-"""Bytes of absolute values, or of exponentials, that are formed at once."""
 
 BLOCK = 256
 """Tokens of the vocabulary of which the best is found first."""
@@ -174,7 +172,7 @@ def _best_others(
     """
     # The best of each block, then the place inside the best block: on a CPU `argmax` takes 6 to 20 times `amax`'s time.
     maxima = torch.cat([_block_maxima(logits[row, slice(*span)]) for row, span in enumerate(spans)])
-    step = max(1, TILE // (BLOCK * 4 * 8))  # a block's tokens are int64, twice
+    step = max(1, at_once(logits.device) // (BLOCK * 4 * 8))  # a block's tokens are int64, twice
     found = [
         _best_in_blocks(logits, [part[some] for part in at], targets[some], maxima[some])
         for some in tiles(len(targets), step)
@@ -236,8 +234,9 @@ def _absolute_sums(values: Tensor) -> Tensor:
 
 
 def _tiles(values: Tensor) -> list[slice]:
-    """Rows of `[K, V]` in spans of `TILE` bytes."""
-    return tiles(len(values), max(1, TILE // (values.shape[1] * accumulator(values.dtype).itemsize)))
+    """Rows of `[K, V]` in spans, of which absolute values or exponentials are formed at once."""
+    row = values.shape[1] * accumulator(values.dtype).itemsize
+    return tiles(len(values), max(1, at_once(values.device) // row))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["is_capturing", "sent"]
+__all__ = ["at_once", "is_capturing", "sent"]
+
+AT_ONCE = {"cpu": 2 * 2**20, "cuda": 64 * 2**20}
+"""Bytes of what is made only to be looked at, by the type of device."""
+
+
+def at_once(device: torch.device) -> int:
+    """How much of something large is made at once where each part is looked at, and let go of.
+
+    Args:
+        device: where it is.
+
+    Returns:
+        Bytes: of a CPU's caches; of as much on a GPU that the calls, each of which launches a kernel, are few.
+    """
+    return AT_ONCE.get(device.type, AT_ONCE["cuda"])
 
 
 def is_capturing(device: torch.device) -> bool:
