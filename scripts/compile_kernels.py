@@ -15,7 +15,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -178,6 +178,11 @@ def _read(target: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a line is of, without what was found."""
+    return tuple(str(value) for name, value in row.items() if name not in ("registers", "spilled", "shared"))
+
+
 def main(
     kernel: Annotated[str, typer.Option(help="gram, outer or outer+gradient; all by default.")] = "",
     dtype: Annotated[str, typer.Option(help="Of u: float32, bfloat16 or float16; all by default.")] = "",
@@ -187,7 +192,14 @@ def main(
     """Compile, write the table, and fail if a configuration spills or is too large."""
     chosen = [case for case in cases() if kernel in ("", case.kernel) and str(case.u).endswith(dtype)]
     lines = [line(case) for case in track(chosen[-1:] if last else chosen, "Compiling")]
-    others = [row for row in _read(target) if row["triton"] != triton.__version__]
+    if not lines:
+        raise typer.BadParameter(f"--kernel {kernel!r} and --dtype {dtype!r}: no configuration is of these.")
+    done = None if len(lines) == len(list(cases())) else {_key(row) for row in lines}  # None: all of this release
+    others = [
+        row
+        for row in _read(target)
+        if row["triton"] != triton.__version__ or (done is not None and _key(row) not in done)
+    ]
     with open(target, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(lines[0]))
         writer.writeheader()
