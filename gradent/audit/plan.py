@@ -17,7 +17,7 @@ from gradent.hooks.formed import HELD, SMALL
 from gradent.hooks.uses import COPIES
 from gradent.kernels.plan import batch_scratch, choose
 
-__all__ = ["Line", "Setting", "Totals", "plan_lines", "sum_lines"]
+__all__ = ["Line", "Setting", "Totals", "held_waiting", "plan_lines", "sum_lines"]
 
 _LORA = re.compile(r"lora_(embedding_)?([AB])\b")
 
@@ -31,7 +31,7 @@ class Setting:
             as of a row without a prompt; a model that forms no logits of prompts needs fewer.
         pairs: pairs in all.
         together: k, measured together.
-        shared: whether their rows share one forward.
+        rows: rows of the largest forward; all of them share one where it is 2k.
         plain: whether autograd's own gradients are taken, every row having a forward of its own.
         itemsize: bytes of an accumulating element.
         widen: operands are narrower than that.
@@ -45,7 +45,7 @@ class Setting:
     tokens: int
     pairs: int = 1
     together: int = 1
-    shared: bool = True
+    rows: int = 2
     plain: bool = False
     itemsize: int = 4
     widen: bool = False
@@ -121,6 +121,7 @@ def plan_lines(uses: Sequence[Used], setting: Setting) -> list[Line]:
     Raises:
         MemoryBudgetError: the budget is below the smallest tile.
     """
+    looked = {use.parameter for use in uses if use.kind == "lookup"}
     groups: dict[tuple[str, Used], list[Used]] = {}
     for use in uses:
         groups.setdefault((_pattern(use.parameter), replace(use, parameter="")), []).append(use)
@@ -129,7 +130,7 @@ def plan_lines(uses: Sequence[Used], setting: Setting) -> list[Line]:
     for (name, _), alike in groups.items():
         fresh = [use for use in alike if use.parameter not in seen]
         seen.update(use.parameter for use in fresh)
-        one = _plan(name, alike[0], setting)
+        one = _plan(name, alike[0], setting, tied=alike[0].parameter in looked)
         elements = sum(use.elements for use in fresh)
         lines.append(replace(one, count=len(alike), flops=one.flops * len(alike) * setting.pairs, elements=elements))
     return lines
@@ -150,14 +151,27 @@ def sum_lines(lines: Sequence[Line], setting: Setting, parameters: int) -> Total
     largest = max((line.scratch for line in lines), default=0)
     if setting.plain:  # all of it is there when the last backward is over
         scratch = sum(line.scratch * line.count for line in lines)
-    else:  # what waits is copied once, side by side
-        waiting = min(sum(line.waiting * line.count for line in lines), min(HELD, setting.budget // 4))
-        scratch = max(largest, 2 * waiting)
+    else:  # what waits is copied side by side, and before that put together where rows were in several forwards
+        waiting = held_waiting(lines, setting)
+        scratch = max(largest + waiting, (2 + (setting.rows < 2 * setting.together)) * waiting)
     return Totals(
         flops=sum(line.flops for line in lines),
         pass_flops=(4 * parameters + 2 * trained) * 2 * setting.tokens * setting.pairs,
         scratch=scratch,
     )
+
+
+def held_waiting(lines: Sequence[Line], setting: Setting) -> int:
+    """Bytes of small gradients that wait to be reduced together.
+
+    Args:
+        lines: of `plan_lines`.
+        setting: what they were made for.
+
+    Returns:
+        The most that is held of them at once.
+    """
+    return min(sum(line.waiting * line.count for line in lines), min(HELD, setting.budget // 4))
 
 
 def _pattern(parameter: str) -> str:
@@ -180,10 +194,12 @@ class _Reduced:
     refused: int = 0
 
 
-def _plan(name: str, use: Used, setting: Setting) -> Line:
-    """The line of a single parameter and pair."""
-    plan = _matrix if use.kind == "matrix" else _other
-    one = (_whole if setting.plain and use.kind != "unused" else plan)(use, setting)
+def _plan(name: str, use: Used, setting: Setting, *, tied: bool) -> Line:
+    """The line of a single parameter and pair; `tied` if it is looked up as well."""
+    if setting.plain and use.kind != "unused":
+        one = _whole(use, setting)
+    else:
+        one = _matrix(use, setting, tied=tied) if use.kind == "matrix" else _other(use, setting)
     factor = _LORA.search(use.parameter)
     rank = None
     if factor is not None and len(use.shape) == 2:
@@ -223,14 +239,16 @@ def _small(elements: int, setting: Setting) -> int:
     return size if size <= min(SMALL, setting.budget // 4) else 0
 
 
-def _matrix(use: Used, setting: Setting) -> _Reduced:
+def _matrix(use: Used, setting: Setting, *, tied: bool) -> _Reduced:
     """Products: every expert that has tokens has its share of them. In the order in which dispatch and ledger try."""
+    # A head that waits for its lookups is reduced pair by pair, ahead of them.
+    shared = setting.rows == 2 * setting.together and not tied
     height, width = use.shape
     met = math.ceil(setting.tokens * use.density)
     active = min(use.slots, met)
     length = -(-met // active)
     refused = 0
-    if setting.operands is not None and use.slots == 1 and setting.together > 1 and setting.shared:
+    if setting.operands is not None and use.slots == 1 and setting.together > 1 and shared:
         kernel = _kernel(setting.operands, setting.together, length, height, width, setting)
         if kernel.scratch <= setting.budget:
             return kernel
@@ -251,8 +269,8 @@ def _matrix(use: Used, setting: Setting) -> _Reduced:
     fits = use.slots == 1 and whole <= min(setting.budget, setting.batch_budget)
     # A product that is smaller than its factors is formed as it comes, whichever forward its row is in.
     operand = 2 if setting.widen else setting.itemsize
-    folds = fits and height * width * setting.itemsize <= length * (height + width) * operand
-    batched = fits and plan.form == "outer" and (setting.shared or folds)
+    folds = fits and not tied and height * width * setting.itemsize <= length * (height + width) * operand
+    batched = fits and plan.form == "outer" and (shared or folds)
     if setting.operands is not None and not (batched and setting.together > 1):
         kernel = _kernel(setting.operands, 1, length, height, width, setting)
         if kernel.scratch <= setting.budget:
@@ -312,7 +330,8 @@ def _other(use: Used, setting: Setting) -> _Reduced:
         flops, scratch = 2 * met * width + 6 * touched * width, min(setting.budget, 2 * touched * width * size)
     elif use.kind == "sum":
         flops = 4 * tokens * use.elements + 6 * use.elements
-        scratch = min(setting.budget, COPIES * size * tokens * use.elements) + 2 * size * use.elements
+        position = setting.rows * size * use.elements  # one of every row's, which is the least that is taken
+        scratch = max((COPIES + 2) * position, min(setting.budget, (COPIES * tokens + 2) * position))
         waiting = _small(use.elements, setting)
     elif use.kind == "explicit":  # both as they are, and once more in the accumulator's dtype
         flops, scratch = 6 * use.elements, 2 * use.elements * (size + (2 if setting.widen else size))

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradent.audit.load import check_device, check_dtype
-from gradent.audit.plan import Line, Setting, Totals, plan_lines, sum_lines
+from gradent.audit.plan import Line, Setting, Totals, held_waiting, plan_lines, sum_lines
 from gradent.audit.shell import Shell, inspect_model
 from gradent.audit.source import resolve_source
 from gradent.audit.table import printable
@@ -63,16 +63,18 @@ def show_plan(
     operands = shell.dtype if dtype == "auto" else getattr(torch, dtype)
     path = dispatch.path(place, operands)
     wide = accumulator(operands)
-    together = len(micro_batches([(tokens, tokens)] * pairs, place)[0])
+    # A use without a rule cannot tell rows apart: they go through the model one by one, pair after pair.
+    alone = any(use.kind == "explicit" for use in shell.uses)
+    together = 1 if alone else len(micro_batches([(tokens, tokens)] * pairs, place)[0])
     # Only a hook on a parameter, tf32 or autocast, of which a plan knows nothing, could change this.
     sizes = shell.parameters * operands.itemsize, shell.trainable * operands.itemsize
     few = rows_within(*sizes, budget) if operands in EXACT else 0
-    groups = group_rows([tokens] * (2 * together), place, few=few)
+    groups = [[0], [1]] if alone else group_rows([tokens] * (2 * together), place, few=few)
     setting = Setting(
         tokens=tokens,
         pairs=pairs,
         together=together,
-        shared=len(groups) == 1,
+        rows=max(map(len, groups)),
         plain=is_plain(groups, few),
         itemsize=wide.itemsize,
         widen=operands != wide,
@@ -143,6 +145,9 @@ def _remarks(lines: Sequence[Line], setting: Setting) -> Iterator[str]:
             "whole: every row has a forward of its own here, and so little is trained that the backward itself forms "
             "the gradients. There are no tiles; all rows' gradients are held, and copied twice while they are reduced."
         )
+    waiting = held_waiting(lines, setting)
+    if waiting > max((line.scratch for line in lines), default=0):
+        yield f"Small gradients wait to be reduced together: up to {_bytes(waiting)} of them, copied meanwhile."
     refused = [line for line in lines if line.refused]
     if refused:
         yield (

@@ -12,6 +12,7 @@ from gradent.audit.plan import Setting, plan_lines, sum_lines
 from gradent.audit.shell import Used
 from gradent.errors import MemoryBudgetError
 from gradent.hooks.formed import HELD
+from gradent.hooks.uses import COPIES
 from gradent.kernels.plan import batch_scratch, choose
 
 SETTING = Setting(tokens=512, budget=2**28, batch_budget=2**22)
@@ -88,12 +89,29 @@ def test_small_outer_products_of_a_batch_are_formed_at_once() -> None:
 
 
 def test_rows_of_several_forwards_are_reduced_pair_by_pair_unless_their_products_fold() -> None:
-    several = Setting(tokens=100, together=4, shared=False, budget=2**28, batch_budget=2**22)
+    several = Setting(tokens=100, together=4, rows=5, budget=2**28, batch_budget=2**22)
     for shape, whole in (((240, 240), False), ((240, 16), True)):
         (line,) = plan_lines([used("proj.weight", shape=shape)], several)
         assert (line.form, line.rows) == ("outer", 8 if whole else 2)
-        (line,) = plan_lines([used("proj.weight", shape=shape)], replace(several, shared=True))
+        (line,) = plan_lines([used("proj.weight", shape=shape)], replace(several, rows=8))
         assert (line.form, line.rows) == ("outer", 8)
+
+
+def test_a_tied_head_is_reduced_pair_by_pair_ahead_of_its_lookups() -> None:
+    head = used("embed.weight", shape=(300, 16))
+    batch = replace(SETTING, tokens=64, together=4, rows=8)
+    (untied,) = plan_lines([head], batch)
+    _, tied = plan_lines([replace(head, kind="lookup"), head], batch)
+    assert (untied.rows, tied.rows, untied.waiting > 0, tied.waiting) == (8, 2, True, 0)
+
+
+def test_sums_take_all_rows_of_a_forward() -> None:
+    norm = used("norm.weight", kind="sum", shape=(32,))
+    (one,) = plan_lines([norm], SETTING)
+    (eight,) = plan_lines([norm], replace(SETTING, together=4, rows=8))
+    assert eight.scratch == 4 * one.scratch == 8 * 4 * 32 * (COPIES * 512 + 2)
+    (tight,) = plan_lines([norm], replace(SETTING, together=4, rows=8, budget=2**15))
+    assert tight.scratch == 2**15
 
 
 def test_what_waits_for_others_counts() -> None:
@@ -101,9 +119,11 @@ def test_what_waits_for_others_counts() -> None:
     lines = plan_lines(uses, replace(SETTING, tokens=64))
     rows = 2 * 4 * 16 * 256
     assert (lines[0].count, lines[0].waiting) == (4, rows)
-    assert sum_lines(lines, SETTING, 10**6).scratch == 2 * 4 * rows
+    assert sum_lines(lines, SETTING, 10**6).scratch == max(2 * 4 * rows, 4 * rows + lines[0].scratch)
     many = plan_lines(uses * 100, SETTING)
     assert sum_lines(many, SETTING, 10**6).scratch == 2 * HELD
+    several = replace(SETTING, together=4, rows=5)
+    assert sum_lines(plan_lines(uses * 100, several), several, 10**6).scratch == 3 * HELD
     plain = replace(SETTING, tokens=64, plain=True)
     assert sum_lines(plan_lines(uses, plain), plain, 10**6).scratch == 3 * 4 * rows
 
@@ -163,11 +183,11 @@ def test_the_plan_of_kernels_is_what_dispatch_does(shape, tokens, pairs, monkeyp
     if torch.cuda.is_available():
         pytest.skip("operands are on the CPU, where kernels run in Triton's interpreter alone")
     monkeypatch.setenv("GRADENT_KERNELS", "triton")
-    setting = replace(SETTING, tokens=tokens, pairs=pairs, together=pairs, operands=torch.float32)
+    setting = replace(SETTING, tokens=tokens, pairs=pairs, together=pairs, rows=2 * pairs, operands=torch.float32)
     (line,) = plan_lines([used("up.weight", shape=shape)], setting)
     assert (line.path, line.refused, line.rows) == ("triton", 0, 2 * pairs)
     assert line.form == reduced_by(pairs, shape, tokens, line.scratch, monkeypatch)
-    (alone,) = plan_lines([used("up.weight", shape=shape)], replace(setting, together=1))
+    (alone,) = plan_lines([used("up.weight", shape=shape)], replace(setting, together=1, rows=2))
     (below,) = plan_lines([used("up.weight", shape=shape)], replace(setting, budget=alone.scratch - 1))
     assert (below.path, below.refused) == ("torch", alone.scratch)
     assert below.scratch < alone.scratch
