@@ -94,6 +94,11 @@ class SmallGradients:
         """
         return self._rows * size <= min(SMALL, budget // 4)
 
+    @property
+    def held(self) -> int:
+        """Bytes that wait."""
+        return self._bytes
+
     def add(self, param: int, formed: Sequence[Formed]) -> None:
         """Let a parameter wait.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gradent.hooks.formed import Formed, Slot, SmallGradients, row_gradients
 from gradent.hooks.forms import Dense, Explicit, Form, Rows, Solid
-from gradent.hooks.merging import first_of, gathered, merge_forms, pair_of_dense, row_count, rows_of, stacked
+from gradent.hooks.merging import first_of, gathered, merge_forms, pair_of_dense, row_count, rows_of, scattered, stacked
 from gradent.kernels.dispatch import on_kernels, pairs_pay, pairs_together, reduce_pair
 from gradent.kernels.plan import tile_room
 from gradent.kernels.reference import accumulator, in_memory_order, product_pays, reduce_flat, reduce_tiles, tiles_pay
@@ -95,7 +95,7 @@ class Ledger:
         """
         if self._holds(param) or len(u) != 2 * self._pairs or self._gathers(u, v):
             return False
-        together = pairs_together(u, v, budget=self._budget, lengths=ends, weight=self._root(param, ()))
+        together = pairs_together(u, v, budget=self._room, lengths=ends, weight=self._root(param, ()))
         if together is None:
             return False
         try:
@@ -135,7 +135,7 @@ class Ledger:
             places,
             factors,
             pairs=self._pairs,
-            budget=self._budget,
+            budget=self._room,
             weight=self._root(param, ()),
             look=look,
         )
@@ -147,7 +147,7 @@ class Ledger:
 
     def fits(self, u: Tensor, v: Tensor) -> bool:
         """Whether all rows' products are here, and worth forming at once; arguments as for `whole`."""
-        return len(u) == 2 * self._pairs and pairs_pay(u, v, budget=self._budget)
+        return len(u) == 2 * self._pairs and pairs_pay(u, v, budget=self._room)
 
     def folds(self, param: int, u: Tensor, v: Tensor) -> bool:
         """Whether a matrix product's gradients are to be formed as they arrive, and added as such.
@@ -178,6 +178,11 @@ class Ledger:
         if param in self._ahead:
             entries += self._ahead.pop(param)
         self.entries[param] = entries
+
+    @property
+    def _room(self) -> int:
+        """What a reduction may take beside the gradients that wait: a quarter of the budget, unless memory ran out."""
+        return max(self._budget // 2, self._budget - self._small.held)
 
     def _gathers(self, u: Tensor, v: Tensor) -> bool:
         """Whether products are to be formed as they arrive, and reduced with those of other parameters."""
@@ -215,7 +220,7 @@ class Ledger:
         if formed is None:
             return None
         first = formed[0]
-        if not tiles_pay(first.grads[0], count=2 * self._pairs, budget=self._budget):
+        if not tiles_pay(first.grads[0], count=2 * self._pairs, budget=self._room):
             return None
         root = self._root(param, first.slot)
         try:
@@ -271,6 +276,9 @@ class Ledger:
             looked = [rows_of(side) for side in sides]
             if not any(dense):
                 ahead.append(torch.zeros(3, dtype=torch.float64))
+                for row, found in zip(rows, looked, strict=True):
+                    for form in found:
+                        self.add(param, row, (), form)
                 continue
             ids = torch.unique(torch.cat([*map(lookups, rows), *(form.ids for side in looked for form in side)]))
             kept = [[] if side is None else [self._patiently(self._kept, side, ids)] for side in dense]
@@ -316,7 +324,7 @@ class Ledger:
         kinds = {type(form) for side in sides for form in side}
         if kinds == {Dense}:
             (u_w, v_w), (u_l, v_l) = pair_of_dense(*sides)
-            return reduce_pair(u_w, v_w, u_l, v_l, budget=self._budget, weight=root)
+            return reduce_pair(u_w, v_w, u_l, v_l, budget=self._room, weight=root)
         if kinds == {Rows}:
             return self._rows(rows_of(sides[0]), rows_of(sides[1]), root)
         if kinds == {Explicit}:
@@ -325,7 +333,7 @@ class Ledger:
 
     def _kept(self, head: Dense, ids: Tensor) -> Rows:
         """What a head's gradient has on some rows."""
-        return Rows(ids, gathered(head, ids, self._budget))
+        return Rows(ids, gathered(head, ids, self._room))
 
     def _rows(self, chosen: Sequence[Rows], rejected: Sequence[Rows], root: Tensor | None) -> Tensor:
         """Gram entries of two sides' lookups, on the rows that either touches, a few columns at a time."""
@@ -333,7 +341,7 @@ class Ledger:
         ids = torch.unique(torch.cat([form.ids for form in forms]))
         cols, wide = forms[0].values.shape[1], accumulator(forms[0].values.dtype)
         copied = max(len(ids) if root is not None else 0, *(len(form.ids) for form in forms))  # cut out, or widened
-        step = max(1, tile_room(self._budget) // max(1, (2 * len(ids) + copied) * wide.itemsize))
+        step = max(1, tile_room(self._room) // max(1, (2 * len(ids) + copied) * wide.itemsize))
         entries = torch.zeros(3, dtype=torch.float64, device=ids.device)
         buffer = torch.empty(2 * len(ids) * min(cols, step), dtype=wide, device=ids.device)
         for start in range(0, cols, step):
@@ -350,22 +358,19 @@ class Ledger:
     def _mixed(self, sides: Sequence[list[Solid]], root: Tensor | None) -> Tensor:
         """Uses of different kinds: every product of two forms, summed. Rare (a weight used loosely as well)."""
         weight = None if root is None else root.square()
+        height = max(row_count(form) for side in sides for form in side) if weight is None else weight.shape[0]
+        chosen, rejected = (scattered(side, height) for side in sides)
         products = [
             sum((self._product(x, y, weight) for x in left for y in right), torch.zeros((), dtype=torch.float64))
-            for left, right in ((sides[0], sides[0]), (sides[1], sides[1]), (sides[0], sides[1]))
+            for left, right in ((chosen, chosen), (rejected, rejected), (chosen, rejected))
         ]
         return torch.stack([torch.as_tensor(product) for product in products])
 
-    def _product(self, x: Solid, y: Solid, weight: Tensor | None) -> Tensor:
+    def _product(self, x: Dense | Explicit, y: Dense | Explicit, weight: Tensor | None) -> Tensor:
         """`Σ G_x · G_y · weight`, float64 scalar, along the path that opt_einsum finds cheapest under the budget."""
         operands: list[Tensor] = []
         terms: list[str] = []
         for form, token in ((x, "t"), (y, "s")):
-            if isinstance(form, Rows):
-                rows = int(form.ids.max()) + 1 if weight is None else weight.shape[0]
-                size = max(rows, *(row_count(other) for other in (x, y)))
-                grad = form.values.new_zeros(size, form.values.shape[1]).index_add_(0, form.ids, form.values)
-                form = Explicit(grad)
             if isinstance(form, Dense):
                 operands += [form.u.double(), form.v.double()]
                 terms += [f"{token}o", f"{token}i"]
@@ -375,5 +380,5 @@ class Ledger:
         if weight is not None:
             operands.append(weight.double())
             terms.append("oi" if weight.dim() == 2 else "o")
-        limit = max(self._budget // 8, max(operand.numel() for operand in operands))
+        limit = max(self._room // 8, max(operand.numel() for operand in operands))
         return torch.as_tensor(opt_einsum.contract(",".join(terms) + "->", *operands, memory_limit=limit))

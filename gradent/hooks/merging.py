@@ -15,7 +15,7 @@ from gradent.hooks.forms import Deferred, Dense, Explicit, Form, Rows, Solid
 from gradent.kernels.plan import DEPTH, tile_room
 from gradent.kernels.reference import accumulator, put_product, spans
 
-__all__ = ["first_of", "gathered", "merge_forms", "pair_of_dense", "row_count", "rows_of", "stacked"]
+__all__ = ["first_of", "gathered", "merge_forms", "pair_of_dense", "row_count", "rows_of", "scattered", "stacked"]
 
 F = TypeVar("F", Dense, Explicit)
 
@@ -127,7 +127,7 @@ def gathered(dense: Dense, ids: Tensor, budget: int) -> Tensor:
     room, (tokens, cols) = tile_room(budget), v.shape
     widened = 0 if u.dtype == v.dtype == wide else DEPTH * wide.itemsize  # bytes for each row and column of a product
     width = min(cols, max(1, room // (4 * max(1, widened))))
-    height = max(1, (room - widened * width) // (tokens * u.element_size() + widened))
+    height = max(1, (room - widened * width) // max(1, tokens * u.element_size() + widened))
     found = torch.empty(len(ids), cols, dtype=wide, device=u.device)
     for some in spans(len(ids), height):
         part = u[:, ids[some]]
@@ -148,4 +148,27 @@ def row_count(form: Solid) -> int:
     """
     if isinstance(form, Dense):
         return form.u.shape[1]
-    return int(form.ids.max()) + 1 if isinstance(form, Rows) else form.grad.shape[0]
+    if isinstance(form, Rows):
+        return int(form.ids.max()) + 1 if form.ids.numel() else 0
+    return form.grad.shape[0]
+
+
+def scattered(side: Sequence[Solid], height: int) -> list[Dense | Explicit]:
+    """A row's merged forms, with the sum of all its lookups as an `Explicit`.
+
+    Args:
+        side: what `merge_forms` returned.
+        height: rows of the slot.
+
+    Returns:
+        A form of each kind, at most.
+    """
+    forms: list[Dense | Explicit] = [form for form in side if not isinstance(form, Rows)]
+    lookups = rows_of(side)
+    if lookups:
+        values = lookups[0].values
+        total = values.new_zeros(height, values.shape[1], dtype=accumulator(values.dtype))
+        for form in lookups:
+            total.index_add_(0, form.ids, form.values.to(total.dtype))
+        forms.append(Explicit(total))
+    return forms

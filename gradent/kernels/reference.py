@@ -259,7 +259,8 @@ def reduce_dense(
     Raises:
         MemoryBudgetError: not even one row of a tile fits.
     """
-    if v_w.shape[1] < min(NARROW, u_w.shape[1]):  # the entries of Gᵀ are those of G
+    alike = accumulator(u_w.dtype) == accumulator(v_w.dtype)
+    if alike and v_w.shape[1] < min(NARROW, u_w.shape[1]):  # the entries of Gᵀ are those of G
         u_w, v_w, u_l, v_l = v_w, u_w, v_l, u_l
         weight = None if weight is None else weight.mT
     wide = accumulator(u_w.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradent.hooks.forms import Dense, Explicit, Form, Rows
 from gradent.hooks.ledger import Ledger
+from gradent.hooks.merging import gathered
 
 SHAPE = (9, 4)
 
@@ -58,6 +59,8 @@ KINDS: dict[str, Callable[[int], list[Form]]] = {
     "twice loose": lambda s: [explicit(s), explicit(s + 10)],
     "head and embedding": lambda s: [dense(s), lookup(s + 10)],
     "everything": lambda s: [dense(s), lookup(s + 10), explicit(s + 20)],
+    "lookups of nothing": lambda s: [lookup(s, tokens=0), lookup(s + 10, tokens=0)],
+    "lookups, one of nothing, and loose": lambda s: [lookup(s, tokens=0), lookup(s + 10), explicit(s + 20)],
 }
 
 
@@ -145,6 +148,36 @@ def test_a_tied_head_reduced_ahead_of_its_embedding(weighted: bool) -> None:
     ledger.finish(0)
     expected = truth([head[0], embedding[0]], [head[1], embedding[1]], weight)
     torch.testing.assert_close(ledger.entries[0][0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_narrow_lookups_beside_other_uses_are_added_up_wide() -> None:
+    ids = torch.zeros(400, dtype=torch.int64)  # one row of the weight, again and again
+    values = [draw(400, SHAPE[1], seed=seed).to(torch.bfloat16) for seed in range(4)]
+    loose = [explicit(7), explicit(8)]
+    ledger = Ledger(1, budget=2**20)
+    for row in (0, 1):
+        for part in values[2 * row : 2 * row + 2]:
+            ledger.add(0, row, (), Rows(ids, part))
+        ledger.add(0, row, (), loose[row])
+    ledger.finish(0)
+    sides = [[Rows(ids, part.double()) for part in values[2 * row : 2 * row + 2]] + [loose[row]] for row in (0, 1)]
+    torch.testing.assert_close(ledger.entries[0][0], truth(*sides), rtol=1e-6, atol=1e-6)
+
+
+def test_lookups_before_a_head_without_tokens_are_kept() -> None:
+    ledger = Ledger(1, budget=2**20)
+    chosen, rejected = lookup(1), lookup(2)
+    ledger.add(0, 0, (), chosen)
+    ledger.add(0, 1, (), rejected)
+    ledger.shrink(0, lambda row: torch.zeros(0, dtype=torch.int64))
+    ledger.finish(0)
+    torch.testing.assert_close(ledger.entries[0][0], truth([chosen], [rejected]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_head_of_no_token_has_zero_rows(dtype: torch.dtype) -> None:
+    head = Dense(torch.zeros(0, 9, dtype=dtype), torch.zeros(0, 4, dtype=dtype))
+    assert torch.equal(gathered(head, torch.tensor([1, 3]), 2**10).double(), torch.zeros(2, 4, dtype=torch.float64))
 
 
 def test_cross_terms_count() -> None:

@@ -66,6 +66,22 @@ def test_lookups(budget: int) -> None:
     assert live.peak <= most(budget)
 
 
+def test_what_waits_counts_beside_a_large_reduction() -> None:
+    budget = 4 * 2**20
+    ledger = Ledger(1, budget=budget)
+    grads = [torch.randn(2, 16, 1000) for _ in range(4)]
+    u, v = torch.randn(2, 700, 768), torch.randn(2, 700, 671)
+    with LiveBytes() as live:
+        waiting = [grad.clone() for grad in grads]
+        for number, grad in enumerate(waiting):
+            ledger.add_rows(number, [0, 1], (), grad)
+            ledger.finish(number)
+        for row in (0, 1):
+            ledger.add(9, row, (), Dense(u[row], v[row]))
+        ledger.finish(9)
+    assert live.peak <= budget
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("budget", [2**17, 2**20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
