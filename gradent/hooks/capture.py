@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -228,7 +229,8 @@ class Capture(TorchFunctionMode):
         kept = use.hollow if hollow else use
         tap = Tap(kept, node, frozenset(edges), ready=kept is use)
         self.taps.append(tap)
-        handle = out.register_hook(lambda cotangent: self._arrive(tap, cotangent))  # type: ignore[no-untyped-call]
+        # A partial is three objects fewer for the garbage collector than a function with what it closes over.
+        handle = out.register_hook(partial(self._arrive, tap))  # type: ignore[no-untyped-call]
         self._handles.append(handle)
         return tap
 

@@ -134,6 +134,8 @@ class Collector:
         if not isinstance(use, MatrixUse) or use.view.slot or not self.ledger.fills(place.rows):
             return False
         u, v = use.factors(cotangent, place.layout)
+        if self.ledger.gathers(u, v):
+            return False
         if factors is not None and any(factor != 1 for factor in factors):
             if not self.ledger.fits(u, v):  # before anything is copied
                 return False

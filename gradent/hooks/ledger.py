@@ -93,7 +93,7 @@ class Ledger:
             Whether it is reduced; if not (`fits` is false, or its gradients are so small that they had better be added
             and reduced with others), its forms are to be added row by row.
         """
-        if self._holds(param) or len(u) != 2 * self._pairs or self._gathers(u, v):
+        if self._holds(param) or len(u) != 2 * self._pairs or self.gathers(u, v):
             return False
         together = pairs_together(u, v, budget=self._room, lengths=ends, weight=self._root(param, ()))
         if together is None:
@@ -149,6 +149,19 @@ class Ledger:
         """Whether all rows' products are here, and worth forming at once; arguments as for `whole`."""
         return len(u) == 2 * self._pairs and pairs_pay(u, v, budget=self._room)
 
+    def gathers(self, u: Tensor, v: Tensor) -> bool:
+        """Whether products are to be formed as they arrive, and reduced with those of other parameters.
+
+        Args:
+            u: `[R, T, O]`.
+            v: `[R, T, I]`.
+
+        Returns:
+            The answer.
+        """
+        small = self._small.takes(u.shape[2] * v.shape[2] * accumulator(u.dtype).itemsize, self._budget)
+        return small and product_pays(u, v, count=2 * self._pairs, budget=self._budget) and not on_kernels(u, v)
+
     def folds(self, param: int, u: Tensor, v: Tensor) -> bool:
         """Whether a matrix product's gradients are to be formed as they arrive, and added as such.
 
@@ -183,11 +196,6 @@ class Ledger:
     def _room(self) -> int:
         """What a reduction may take beside the gradients that wait: a quarter of the budget, unless memory ran out."""
         return max(self._budget // 2, self._budget - self._small.held)
-
-    def _gathers(self, u: Tensor, v: Tensor) -> bool:
-        """Whether products are to be formed as they arrive, and reduced with those of other parameters."""
-        small = self._small.takes(u.shape[2] * v.shape[2] * accumulator(u.dtype).itemsize, self._budget)
-        return small and product_pays(u, v, count=2 * self._pairs, budget=self._budget) and not on_kernels(u, v)
 
     def _postpone(self, param: int) -> bool:
         """Let a parameter of which small gradients were formed wait for others of its kind; whether it does."""
