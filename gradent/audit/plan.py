@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from gradent.audit.shell import Used
-from gradent.hooks.formed import HELD, SMALL
+from gradent.hooks.formed import is_small, most_held
 from gradent.hooks.uses import COPIES
 from gradent.kernels.plan import batch_scratch, choose
 
-__all__ = ["Line", "Setting", "Totals", "held_waiting", "plan_lines", "sum_lines"]
+__all__ = ["Line", "Setting", "Totals", "plan_lines", "sum_lines"]
 
 _LORA = re.compile(r"lora_(embedding_)?([AB])\b")
 
@@ -31,7 +31,7 @@ class Setting:
             as of a row without a prompt; a model that forms no logits of prompts needs fewer.
         pairs: pairs in all.
         together: k, measured together.
-        rows: rows of the largest forward; all of them share one where it is 2k.
+        rows: rows of the largest forward.
         plain: whether autograd's own gradients are taken, every row having a forward of its own.
         itemsize: bytes of an accumulating element.
         widen: operands are narrower than that.
@@ -54,6 +54,11 @@ class Setting:
     batch_budget: int
     price: float | Callable[[], float] = 1.0
     operands: torch.dtype | None = None
+
+    @property
+    def shared(self) -> bool:
+        """Whether all rows that are measured together share one forward."""
+        return self.rows == 2 * self.together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +106,13 @@ class Totals:
         flops: of the reductions.
         pass_flops: of one forward and backward of all rows: 6 flops a parameter and token, 4 for a frozen one.
         scratch: the most that reductions hold at once, with what waits to be reduced.
+        waiting: bytes of small gradients that wait at once, at most.
     """
 
     flops: int
     pass_flops: int
     scratch: int
+    waiting: int
 
 
 def plan_lines(uses: Sequence[Used], setting: Setting) -> list[Line]:
@@ -149,29 +156,17 @@ def sum_lines(lines: Sequence[Line], setting: Setting, parameters: int) -> Total
     """
     trained = sum(line.elements for line in lines)
     largest = max((line.scratch for line in lines), default=0)
+    waiting = min(sum(line.waiting * line.count for line in lines), most_held(setting.budget))
     if setting.plain:  # all of it is there when the last backward is over
         scratch = sum(line.scratch * line.count for line in lines)
     else:  # what waits is copied side by side, and before that put together where rows were in several forwards
-        waiting = held_waiting(lines, setting)
-        scratch = max(largest + waiting, (2 + (setting.rows < 2 * setting.together)) * waiting)
+        scratch = max(largest + waiting, (2 if setting.shared else 3) * waiting)
     return Totals(
         flops=sum(line.flops for line in lines),
         pass_flops=(4 * parameters + 2 * trained) * 2 * setting.tokens * setting.pairs,
         scratch=scratch,
+        waiting=waiting,
     )
-
-
-def held_waiting(lines: Sequence[Line], setting: Setting) -> int:
-    """Bytes of small gradients that wait to be reduced together.
-
-    Args:
-        lines: of `plan_lines`.
-        setting: what they were made for.
-
-    Returns:
-        The most that is held of them at once.
-    """
-    return min(sum(line.waiting * line.count for line in lines), min(HELD, setting.budget // 4))
 
 
 def _pattern(parameter: str) -> str:
@@ -236,13 +231,13 @@ def _whole(use: Used, setting: Setting) -> _Reduced:
 def _small(elements: int, setting: Setting) -> int:
     """Bytes of all rows' gradients, where these are so small that they wait for others; else 0."""
     size = 2 * setting.together * setting.itemsize * elements
-    return size if size <= min(SMALL, setting.budget // 4) else 0
+    return size if is_small(size, setting.budget) else 0
 
 
 def _matrix(use: Used, setting: Setting, *, tied: bool) -> _Reduced:
     """Products: every expert that has tokens has its share of them. In the order in which dispatch and ledger try."""
     # A head that waits for its lookups is reduced pair by pair, ahead of them.
-    shared = setting.rows == 2 * setting.together and not tied
+    shared = setting.shared and not tied
     height, width = use.shape
     met = math.ceil(setting.tokens * use.density)
     active = min(use.slots, met)

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradent.audit.load import check_device, check_dtype
-from gradent.audit.plan import Line, Setting, Totals, held_waiting, plan_lines, sum_lines
+from gradent.audit.plan import Line, Setting, Totals, plan_lines, sum_lines
 from gradent.audit.shell import Shell, inspect_model
 from gradent.audit.source import resolve_source
 from gradent.audit.table import printable
@@ -134,20 +134,19 @@ def print_plan(lines: Sequence[Line], totals: Totals, setting: Setting, shell: S
             "activations come on top."
         )
     )
-    for remark in _remarks(lines, setting):
+    for remark in _remarks(lines, totals, setting):
         console.print(Text(remark))
 
 
-def _remarks(lines: Sequence[Line], setting: Setting) -> Iterator[str]:
+def _remarks(lines: Sequence[Line], totals: Totals, setting: Setting) -> Iterator[str]:
     """What the table alone would not explain."""
     if setting.plain:
         yield (
             "whole: every row has a forward of its own here, and so little is trained that the backward itself forms "
             "the gradients. There are no tiles; all rows' gradients are held, and copied twice while they are reduced."
         )
-    waiting = held_waiting(lines, setting)
-    if waiting > max((line.scratch for line in lines), default=0):
-        yield f"Small gradients wait to be reduced together: up to {_bytes(waiting)} of them, copied meanwhile."
+    if totals.waiting > max((line.scratch for line in lines), default=0):
+        yield f"Small gradients wait to be reduced together: up to {_bytes(totals.waiting)} of them, copied meanwhile."
     refused = [line for line in lines if line.refused]
     if refused:
         yield (

@@ -229,7 +229,7 @@ class Capture(TorchFunctionMode):
         kept = use.hollow if hollow else use
         tap = Tap(kept, node, frozenset(edges), ready=kept is use)
         self.taps.append(tap)
-        # A partial is three objects fewer for the garbage collector than a function with what it closes over.
+        # A partial: a function and the two cells that it closes over are more for the garbage collector to walk.
         handle = out.register_hook(partial(self._arrive, tap))  # type: ignore[no-untyped-call]
         self._handles.append(handle)
         return tap

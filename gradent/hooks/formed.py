@@ -18,7 +18,7 @@ from torch import Tensor
 from gradent.kernels.queued import sent
 from gradent.kernels.reference import in_memory_order, reduce_tiles
 
-__all__ = ["HELD", "SMALL", "Formed", "Slot", "SmallGradients", "row_gradients"]
+__all__ = ["HELD", "Formed", "Slot", "SmallGradients", "is_small", "most_held", "row_gradients"]
 
 SMALL = 512 * 2**10
 """Bytes of a parameter's gradients, of all rows, up to which it waits for others."""
@@ -36,6 +36,24 @@ class Formed:
     rows: Sequence[int]
     slot: Slot
     grads: Tensor
+
+
+def is_small(size: int, budget: int) -> bool:
+    """Whether a parameter's gradients wait for others to be reduced with.
+
+    Args:
+        size: bytes of all rows' gradients.
+        budget: bytes of scratch; what waits takes a quarter of it at most, and up to three copies while it is reduced.
+
+    Returns:
+        The answer.
+    """
+    return size <= min(SMALL, budget // 4)
+
+
+def most_held(budget: int) -> int:
+    """Bytes of gradients that wait at once, at most; `budget` as for `is_small`."""
+    return min(HELD, budget // 4)
 
 
 def row_gradients(formed: Sequence[Formed], count: int, root: Tensor | None) -> Tensor:
@@ -86,13 +104,12 @@ class SmallGradients:
 
         Args:
             size: bytes of one row's gradient.
-            budget: bytes of scratch; what waits takes a quarter of it at most, and up to three copies while it is
-                reduced.
+            budget: as for `is_small`.
 
         Returns:
             The answer.
         """
-        return self._rows * size <= min(SMALL, budget // 4)
+        return is_small(self._rows * size, budget)
 
     @property
     def held(self) -> int:
@@ -111,7 +128,7 @@ class SmallGradients:
 
     def full(self, budget: int) -> bool:
         """Whether enough waits to be reduced now; `budget` as for `takes`."""
-        return self._bytes > min(HELD, budget // 4) - min(SMALL, budget // 4)
+        return self._bytes > most_held(budget) - min(SMALL, budget // 4)
 
     def reduce(self, root: Callable[[int, Slot], Tensor | None]) -> dict[int, Tensor]:
         """Reduce what waits, parameters of one size in one call. They still wait afterwards, until `clear`.

@@ -81,7 +81,7 @@ class Ledger:
         self._forms[param].setdefault(row, {}).setdefault(slot, []).append(form)
 
     def whole(self, param: int, u: Tensor, v: Tensor, ends: Sequence[int] | None = None) -> bool:
-        """Reduce a parameter of which one product's gradients are all there is, all pairs at once.
+        """Reduce a parameter of which one product's gradients are all there is, all pairs at once: not if it `gathers`.
 
         Args:
             param: the parameter's number.
@@ -90,10 +90,9 @@ class Ledger:
             ends: the tokens of each row, where kernels are to leave out the rest, in which u or v is zero; None for T.
 
         Returns:
-            Whether it is reduced; if not (`fits` is false, or its gradients are so small that they had better be added
-            and reduced with others), its forms are to be added row by row.
+            Whether it is reduced; if not (`fits` is false), its forms are to be added row by row.
         """
-        if self._holds(param) or len(u) != 2 * self._pairs or self.gathers(u, v):
+        if self._holds(param) or len(u) != 2 * self._pairs:
             return False
         together = pairs_together(u, v, budget=self._room, lengths=ends, weight=self._root(param, ()))
         if together is None:
@@ -282,19 +281,19 @@ class Ledger:
             sides = [merge_forms(held.get(row, {}).get((), [])) for row in rows]
             dense = [first_of(side, Dense) for side in sides]
             looked = [rows_of(side) for side in sides]
+            for row, found in zip(rows, looked, strict=True):
+                for form in found:
+                    self.add(param, row, (), form)
             if not any(dense):
                 ahead.append(torch.zeros(3, dtype=torch.float64))
-                for row, found in zip(rows, looked, strict=True):
-                    for form in found:
-                        self.add(param, row, (), form)
                 continue
             ids = torch.unique(torch.cat([*map(lookups, rows), *(form.ids for side in looked for form in side)]))
             kept = [[] if side is None else [self._patiently(self._kept, side, ids)] for side in dense]
             touched = self._patiently(self._rows, kept[0], kept[1], self._root(param, ()))
             heads = [[] if side is None else [side] for side in dense]
             ahead.append(self._patiently(self._slot, param, (), heads[0], heads[1]) - touched)
-            for row, forms in zip(rows, zip(kept, looked, strict=True), strict=True):
-                for form in (*forms[0], *forms[1]):
+            for row, found in zip(rows, kept, strict=True):
+                for form in found:
                     self.add(param, row, (), form)
         self._ahead[param] = torch.stack([entry.to(ahead[-1].device) for entry in ahead])
 

@@ -174,7 +174,7 @@ def products(u: Tensor, v: Tensor) -> Tensor:
 
 @exactly
 def row_products(u: Tensor, v: Tensor) -> Tensor:
-    """`products`, laid out as they are formed fastest (`NARROW`): where O > I, a view of `vᵀ u`.
+    """`products`, laid out as they are formed fastest: where v is the narrower, a view of `vᵀ u` (`NARROW`).
 
     Args:
         u: `[R, T, O]`.
@@ -183,7 +183,12 @@ def row_products(u: Tensor, v: Tensor) -> Tensor:
     Returns:
         `[R, O, I]`, in the accumulator's dtype.
     """
-    return products(v, u).mT if u.shape[2] > v.shape[2] else products(u, v)
+    return products(v, u).mT if _turned(u, v) else products(u, v)
+
+
+def _turned(u: Tensor, v: Tensor) -> bool:
+    """Whether `vᵀ u` is formed faster than `uᵀ v`; by the features of `[..., O]` and `[..., I]`."""
+    return v.shape[-1] < min(NARROW, u.shape[-1])
 
 
 def in_memory_order(grads: Tensor) -> Tensor:
@@ -260,7 +265,7 @@ def reduce_dense(
         MemoryBudgetError: not even one row of a tile fits.
     """
     alike = accumulator(u_w.dtype) == accumulator(v_w.dtype)
-    if alike and v_w.shape[1] < min(NARROW, u_w.shape[1]):  # the entries of Gᵀ are those of G
+    if alike and _turned(u_w, v_w):  # the entries of Gᵀ are those of G
         u_w, v_w, u_l, v_l = v_w, u_w, v_l, u_l
         weight = None if weight is None else weight.mT
     wide = accumulator(u_w.dtype)
