@@ -256,7 +256,7 @@ def _announce_once(device: torch.device, reason: str, remedy: str, *, kind: str 
     key = device, kind or reason
     if key not in _announced:
         _announced.add(key)
-        _warn("Some gradients", device, reason, remedy)
+        _warn(device, reason, remedy)
 
 
 def _one_by_one(
@@ -377,12 +377,12 @@ def _give_up(device: torch.device, reason: str) -> None:
         if reason == MISSING
         else "pip install --upgrade 'gradent[cuda]', or report it with this message"
     )
-    _warn("Gradients", device, reason, remedy)
+    _warn(device, reason, remedy)
 
 
-def _warn(which: str, device: torch.device, reason: str, remedy: str) -> None:
+def _warn(device: torch.device, reason: str, remedy: str) -> None:
     warnings.warn(
-        f"{which} on {device} are reduced in plain torch, not by gradent's kernels: {reason}. Results are the same, "
+        f"Gradients on {device} are reduced in plain torch, not by gradent's kernels: {reason}. Results are the same, "
         f"later. What to do: {remedy}; {VARIABLE}=torch keeps torch without this warning.",
         GradentWarning,
         stacklevel=3,
