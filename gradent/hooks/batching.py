@@ -9,7 +9,7 @@ import torch
 __all__ = ["group_rows", "micro_batches"]
 
 # Tokens of one micro-batch: enough to keep the device busy, few enough that activations stay small. A GPU idles below
-# some thousand tokens.
+# some thousand tokens. Rows that keep a CPU busy by themselves (`FILLS`) gain nothing from more than `FORWARD`.
 TOKENS = {"cpu": 1024, "cuda": 8192}
 
 # Padded tokens of one forward. On a CPU, sharing one saves the calls of short rows; long rows have little to save, and
@@ -37,12 +37,12 @@ def micro_batches(lengths: Sequence[tuple[int, int]], device: torch.device) -> l
     Returns:
         Pair numbers of each micro-batch, shortest pairs first; every pair once.
     """
-    limit = TOKENS.get(device.type, TOKENS["cuda"])
     batches: list[list[int]] = []
     used = 0
     for pair in sorted(range(len(lengths)), key=lambda index: max(lengths[index])):
         size = 2 * max(lengths[pair])
-        if not batches or used + size > limit:
+        limits = FORWARD if _fill(lengths[pair], device) else TOKENS
+        if not batches or used + size > limits.get(device.type, limits["cuda"]):
             batches.append([])
             used = 0
         batches[-1].append(pair)

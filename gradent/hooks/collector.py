@@ -24,6 +24,10 @@ from gradent.kernels.reference import row_products
 __all__ = ["Collector", "Place"]
 
 
+Product = tuple[Tensor, Tensor]
+"""Factors of the gradients of one forward's rows, u `[R, T, O]` and v `[R, T, I]`."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the rows of one forward belong: its layout, and each of its R rows' number among the 2k (-1: nowhere)."""
@@ -73,75 +77,80 @@ class Collector:
         tap.use = tap.use.hollow  # the graph lets go of its activations as the backward passes them
 
     def _take(self, tap: Tap, cotangent: Tensor, place: Place, factors: Sequence[float] | None) -> None:
-        param = tap.use.view.param
+        use, param = tap.use, tap.use.view.param
         waiting = self._waiting[param]
         waiting.pop(tap, None)
-        if not waiting and (
-            self._share(tap, cotangent, place, factors) or self._at_once(tap, cotangent, place, factors)
+        product = use.factors(cotangent, place.layout) if isinstance(use, MatrixUse) else None
+        if (
+            product is not None
+            and not (waiting or use.view.slot)
+            and (self._share(tap, cotangent, product, place, factors) or self._at_once(param, product, place, factors))
         ):
             return
-        self._add(tap, cotangent, place, factors)
+        grads = self._formed(use, cotangent, product, place, factors)
+        del product  # under autocast there is a copy in it
+        self._add(use, cotangent, grads, place, factors)
         if not waiting:
             self.ledger.finish(param)
         elif all(isinstance(other.use, LookupUse) for other in waiting) and not isinstance(tap.use, LookupUse):
             self.ledger.shrink(param, lambda row: self._lookups(param, row))
 
-    def _add(self, tap: Tap, cotangent: Tensor, place: Place, factors: Sequence[float] | None) -> None:
-        """Add every row's gradient: formed already where that is the smaller thing to hold."""
-        param = tap.use.view.param
-        grads = self._formed(tap.use, cotangent, place, factors)
+    def _add(
+        self, use: Use, cotangent: Tensor, grads: Tensor | None, place: Place, factors: Sequence[float] | None
+    ) -> None:
+        """Add every row's gradient: those of `_formed`, or forms."""
+        param = use.view.param
         if grads is not None:
             kept = [index for index, row in enumerate(place.rows) if row >= 0 and (factors is None or factors[index])]
             rows = [place.rows[index] for index in kept]
-            self.ledger.add_rows(param, rows, tap.use.view.slot, grads if len(kept) == len(grads) else grads[kept])
+            self.ledger.add_rows(param, rows, use.view.slot, grads if len(kept) == len(grads) else grads[kept])
             return
-        for index, slot, form in tap.use.forms(cotangent, place.layout, self._budget):
+        for index, slot, form in use.forms(cotangent, place.layout, self._budget):
             row, factor = place.rows[index], 1.0 if factors is None else factors[index]
             if row >= 0 and factor:
                 self.ledger.add(param, row, slot, form if factors is None else scaled(form, factor))
 
-    def _formed(self, use: Use, cotangent: Tensor, place: Place, factors: Sequence[float] | None) -> Tensor | None:
+    def _formed(
+        self, use: Use, cotangent: Tensor, product: Product | None, place: Place, factors: Sequence[float] | None
+    ) -> Tensor | None:
         """The gradients of all rows `[R, ...]`, where these are the smaller thing to hold; None elsewhere."""
         if isinstance(use, SumUse) and use.view.ids is None:
             grads = use.gradients(cotangent, place.layout, self._budget)
             return grads if factors is None else scaled_gradients(grads, factors)
         others = self._waiting[use.view.param]
-        if not isinstance(use, MatrixUse) or not all(isinstance(other.use, MatrixUse) for other in others):
+        if product is None or not all(isinstance(other.use, MatrixUse) for other in others):
             return None
-        u, v = use.factors(cotangent, place.layout)
-        if not self.ledger.folds(use.view.param, u, v):
+        if not self.ledger.folds(use.view.param, *product):
             return None
-        return row_products(*((u, v) if factors is None else scaled_rows(u, v, factors)))
+        return row_products(*(product if factors is None else scaled_rows(*product, factors)))
 
-    def _share(self, tap: Tap, cotangent: Tensor, place: Place, factors: Sequence[float] | None) -> bool:
+    def _share(
+        self, tap: Tap, cotangent: Tensor, product: Product, place: Place, factors: Sequence[float] | None
+    ) -> bool:
         """Reduce a parameter whose only use this is, and hand its gradient to that use; whether that was done."""
-        use = tap.use
-        if factors is None or not is_shared(tap.node) or not isinstance(use, MatrixUse) or use.view.slot:
+        if factors is None or not is_shared(tap.node):
             return False
-        u, v = use.factors(cotangent, place.layout)
         # The sum goes to the trainer, so that nothing may be left out which is not seen to be zero by now.
-        certain = place.layout.certain and u.shape[1] == place.layout.length
-        grad = self.ledger.share(use.view.param, u, v, place.rows, factors, place.layout.look if certain else None)
+        certain = place.layout.certain and product[0].shape[1] == place.layout.length
+        look = place.layout.look if certain else None
+        grad = self.ledger.share(tap.use.view.param, *product, place.rows, factors, look)
         if grad is None:
             return False
         give(tap.node, cotangent, grad)
         self.shared += 1
         return True
 
-    def _at_once(self, tap: Tap, cotangent: Tensor, place: Place, factors: Sequence[float] | None) -> bool:
-        """Reduce a parameter whose only use this is, all rows together; whether that was done."""
-        use = tap.use
-        if not isinstance(use, MatrixUse) or use.view.slot or not self.ledger.fills(place.rows):
-            return False
-        u, v = use.factors(cotangent, place.layout)
-        if self.ledger.gathers(u, v):
+    def _at_once(self, param: int, product: Product, place: Place, factors: Sequence[float] | None) -> bool:
+        """Reduce a parameter of which one product is all there is, all rows together; whether that was done."""
+        if not self.ledger.fills(place.rows) or self.ledger.gathers(*product):
             return False
         if factors is not None and any(factor != 1 for factor in factors):
-            if not self.ledger.fits(u, v):  # before anything is copied
+            if not self.ledger.fits(*product):  # before anything is copied
                 return False
-            u, v = scaled_rows(u, v, factors)
+            product = scaled_rows(*product, factors)
+        u, v = product
         cut = u.shape[1] == place.layout.length and on_kernels(u)
-        return self.ledger.whole(use.view.param, u, v, place.layout.ends if cut else None)
+        return self.ledger.whole(param, u, v, place.layout.ends if cut else None)
 
     def _lookups(self, param: int, row: int) -> Tensor:
         """Ids, int64 `[T]`, that lookups still to come will touch in a row."""

@@ -37,6 +37,11 @@ class Formed:
     slot: Slot
     grads: Tensor
 
+    @property
+    def size(self) -> int:
+        """Bytes of one row's gradient."""
+        return self.grads.shape[1:].numel() * self.grads.element_size()
+
 
 def is_small(size: int, budget: int) -> bool:
     """Whether a parameter's gradients wait for others to be reduced with.
@@ -124,7 +129,7 @@ class SmallGradients:
             formed: all there is of it, of one slot.
         """
         self._held[param] = formed
-        self._bytes += self._rows * formed[0].grads[0].numel() * formed[0].grads.element_size()
+        self._bytes += self._rows * formed[0].size
 
     def full(self, budget: int) -> bool:
         """Whether enough waits to be reduced now; `budget` as for `takes`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -224,8 +223,10 @@ class WatchedForward:
         if param in collector.ledger.entries:
             self.group.fail(f"{self.group.owner.names[param]} is used in more than one reentrant checkpoint")
             return
-        look = partial(self._spans_of, tap, cotangent)
-        layout = replace(self.place.layout, look=look, certain=waits(cotangent.device))
+        whole = self.place.layout
+        layout = Layout(
+            whole.rows, whole.length, partial(self._spans_of, tap, cotangent), certain=waits(cotangent.device)
+        )
         collector.arrive(tap, cotangent, Place(layout, self.place.rows), self._powers)
 
     def _note_spans(self, marks: Tensor) -> None:

@@ -56,6 +56,8 @@ class Ledger:
         self._formed: dict[int, list[Formed]] = defaultdict(list)
         self._ahead: dict[int, Tensor] = {}
         self._small = SmallGradients(pairs)
+        self._paying: dict[tuple[object, ...], bool] = {}
+        self._gathering: dict[tuple[object, ...], bool] = {}
 
     def add_rows(self, param: int, rows: Sequence[int], slot: Slot, grads: Tensor) -> None:
         """Add the gradients of several rows, formed already, to what these rows hold of a parameter.
@@ -158,8 +160,11 @@ class Ledger:
         Returns:
             The answer.
         """
-        small = self._small.takes(u.shape[2] * v.shape[2] * accumulator(u.dtype).itemsize, self._budget)
-        return small and product_pays(u, v, count=2 * self._pairs, budget=self._budget) and not on_kernels(u, v)
+        key = self._kind(u, v)
+        if key not in self._gathering:  # asked for every use, and layers are alike
+            small = self._small.takes(u.shape[2] * v.shape[2] * accumulator(u.dtype).itemsize, self._budget)
+            self._gathering[key] = small and self._pays(u, v) and not on_kernels(u, v)
+        return self._gathering[key]
 
     def folds(self, param: int, u: Tensor, v: Tensor) -> bool:
         """Whether a matrix product's gradients are to be formed as they arrive, and added as such.
@@ -174,7 +179,18 @@ class Ledger:
         """
         held = [form for row in self._forms[param].values() for forms in row.values() for form in forms]
         unmixed = all(isinstance(form, Explicit) for form in held)
-        return unmixed and product_pays(u, v, count=2 * self._pairs, budget=self._budget)
+        return unmixed and self._pays(u, v)
+
+    def _pays(self, u: Tensor, v: Tensor) -> bool:
+        """`product_pays`, remembered."""
+        key = self._kind(u, v)
+        if key not in self._paying:
+            self._paying[key] = product_pays(u, v, count=2 * self._pairs, budget=self._budget)
+        return self._paying[key]
+
+    def _kind(self, u: Tensor, v: Tensor) -> tuple[object, ...]:
+        """All that decides how a product is reduced, and that is alike in many layers."""
+        return u.shape[1:], v.shape[2], u.dtype, v.dtype, u.device, self._budget
 
     def finish(self, param: int) -> None:
         """Reduce a parameter, all of whose uses have been added; rows without a form have a zero gradient there.
@@ -201,7 +217,7 @@ class Ledger:
         formed = self._single_slot(param)
         if formed is None or param in self._ahead:
             return False
-        if not self._small.takes(formed[0].grads[0].numel() * formed[0].grads.element_size(), self._budget):
+        if not self._small.takes(formed[0].size, self._budget):
             return False
         self._small.add(param, self._formed.pop(param))
         self.entries[param] = torch.zeros(0, 3, dtype=torch.float64)

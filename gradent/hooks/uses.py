@@ -150,9 +150,9 @@ class MatrixUse(_WholeSlot):
     """Whether the output carries its features on the axis before the last, as in `W @ x`."""
 
     @property
-    def hollow(self) -> Self:
+    def hollow(self) -> MatrixUse:
         """See `Use.hollow`."""
-        return replace(self, inputs=_NOTHING)
+        return MatrixUse(self.view, _NOTHING, self.swapped, self.transposed)
 
     def oriented(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """Input and output with their features on the last axis, in the output's dtype.

@@ -205,7 +205,8 @@ def on_kernels(*operands: Tensor) -> bool:
     Returns:
         Whether `path` is "triton" for all of them.
     """
-    return all(path(operand.device, operand.dtype) == "triton" for operand in operands)
+    kinds = {(operand.device, operand.dtype) for operand in operands}
+    return all(path(device, dtype) == "triton" for device, dtype in kinds)
 
 
 def attempt(device: torch.device, launch: Callable[[], T]) -> T | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import wraps
+from functools import cache, wraps
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -109,6 +109,7 @@ def _allow(kind: str, precision: str) -> None:
         setattr(backend, _SETTING, precision)
 
 
+@cache
 def _backend(kind: str) -> Any:
     """What holds the setting for a kind of device; None where there is one setting for all."""
     backend = getattr(getattr(torch.backends, "cuda" if kind == "cuda" else "mkldnn"), "matmul", None)

@@ -20,6 +20,12 @@ def test_every_pair_once_and_small_micro_batches() -> None:
     assert max(map(len, batches)) > 1
 
 
+def test_pairs_of_long_rows_make_smaller_micro_batches_on_a_cpu() -> None:
+    sizes = {length: [len(batch) for batch in micro_batches([(length, length)] * 8, CPU)] for length in (64, 128, 400)}
+    assert sizes == {64: [8], 128: [2, 2, 2, 2], 400: [1] * 8}
+    assert len(micro_batches([(128, 128)] * 8, torch.device("cuda"))) == 1
+
+
 @pytest.mark.parametrize("lengths", [[9], [5, 9], [300, 280], [7] * 64, [2, 3, 5, 8, 13, 21, 34, 55]])
 def test_every_row_once_with_little_padding(lengths: list[int]) -> None:
     groups = group_rows(lengths, CPU)
