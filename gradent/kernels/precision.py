@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import cache, wraps
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -29,12 +28,18 @@ _SETTING = "fp32_precision"
 _thread = threading.local()
 """`kind`: the type of device on which products are exact in this thread already."""
 
+_lock = threading.Lock()
+_inside: dict[str, int] = {}
+"""Type of device -> how many threads are inside."""
+_allowance: dict[str, str] = {}
+"""Type of device -> what float32 products may be computed in outside, while a thread is inside."""
+
 
 class exact_products:
     """Inside, matrix products on a device are formed in their operands' own dtype: no autocast, no tf32.
 
-    The allowance is one for the whole process and given back at the end: while this is active, products that another
-    thread forms at the same time are exact as well.
+    The allowance is one for the whole process and given back at the end, by the last thread that is inside: while this
+    is active, products that another thread forms at the same time are exact as well.
 
     Args:
         device: where the operands are; all devices of its type are meant.
@@ -43,28 +48,29 @@ class exact_products:
     def __init__(self, device: torch.device) -> None:
         self._kind = device.type
         self._before: str | None = None
-        self._undo: ExitStack | None = None
+        self._nested = False
+        self._cast: torch.autocast | None = None
 
     def __enter__(self) -> None:
         self._before = getattr(_thread, "kind", None)
-        if self._before == self._kind:
+        self._nested = self._before == self._kind
+        if self._nested:
             return
-        cast, allowed = torch.is_autocast_enabled(self._kind), _allowed(self._kind)
-        if cast or allowed:
-            self._undo = ExitStack()
-            if allowed:
-                _allow(self._kind, _EXACT)
-                self._undo.callback(_allow, self._kind, allowed)
-            if cast:
-                self._undo.enter_context(torch.autocast(self._kind, enabled=False))
+        _forbid(self._kind)
+        if torch.is_autocast_enabled(self._kind):
+            self._cast = torch.autocast(self._kind, enabled=False)
+            self._cast.__enter__()  # type: ignore[no-untyped-call]
         _thread.kind = self._kind
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _thread.kind = self._before
-        if self._undo is not None:
-            self._undo.close()
+        if self._nested:
+            return
+        if self._cast is not None:
+            self._cast.__exit__(kind, error, trace)
+        _give_back(self._kind)
 
 
 def is_exact(device: torch.device) -> bool:
@@ -88,6 +94,24 @@ def exactly(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatena
             return function(first, *args, **kwargs)
 
     return run
+
+
+def _forbid(kind: str) -> None:
+    """Let float32 products be computed in float32: the first thread to come remembers what is allowed outside."""
+    with _lock:
+        if not _inside.get(kind):
+            _allowance[kind] = _allowed(kind)
+            if _allowance[kind]:
+                _allow(kind, _EXACT)
+        _inside[kind] = _inside.get(kind, 0) + 1
+
+
+def _give_back(kind: str) -> None:
+    """The last thread to go allows again what was allowed."""
+    with _lock:
+        _inside[kind] -= 1
+        if not _inside[kind] and _allowance[kind]:
+            _allow(kind, _allowance[kind])
 
 
 def _allowed(kind: str) -> str:

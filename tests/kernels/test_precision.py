@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradent import measure
-from gradent.kernels.precision import exact_products
+from gradent.kernels.precision import exact_products, is_exact
 from gradent.kernels.reference import products, reduce_dense, reduce_flat, reduce_tiles
 from tests.batches import ragged
 from tests.zoo import build
@@ -50,6 +51,31 @@ def test_what_a_run_allows_is_given_back(loose: str) -> None:
     assert lost(*product()) > 1e-4
     assert torch.get_float32_matmul_precision() == ("highest" if loose == "autocast" else "medium")
     assert torch.is_autocast_enabled("cpu") == (loose == "autocast")
+
+
+def test_the_last_thread_inside_gives_the_allowance_back() -> None:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+
+    def first() -> None:
+        with exact_products(CPU):
+            first_in.set()
+            assert second_in.wait(10)
+        first_out.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    try:
+        assert first_in.wait(10)
+        with exact_products(CPU):
+            second_in.set()
+            assert first_out.wait(10)
+            assert is_exact(CPU), "the other thread has gone, this one has not"
+        assert not is_exact(CPU)
+    finally:
+        thread.join()
+        torch.set_float32_matmul_precision(before)
 
 
 def test_reductions(loose: str) -> None:
