@@ -48,6 +48,7 @@ VARIABLE = "GRADENT_KERNELS"
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 MISSING = "Triton is not installed"
+KEEP = f"{VARIABLE}=torch keeps torch without this warning"
 
 _verdicts: dict[torch.device, str] = {}
 """Device -> why the kernels are not used on it, "" where they are."""
@@ -350,7 +351,7 @@ def _verdict(device: torch.device) -> str:
     if device not in _verdicts:
         if is_capturing(device):  # a check waits for the device, which ends the capture
             reason = "a CUDA graph is captured before the kernels were checked"
-            _announce_once(device, reason, "measure once before the capture")
+            _announce_once(device, reason, f"measure once before the capture; {KEEP}")
             return reason
         reason = _examine(device)
         if reason:
@@ -378,13 +379,13 @@ def _give_up(device: torch.device, reason: str) -> None:
         if reason == MISSING
         else "pip install --upgrade 'gradent[cuda]', or report it with this message"
     )
-    _warn(device, reason, remedy)
+    _warn(device, reason, f"{remedy}; {KEEP}")
 
 
 def _warn(device: torch.device, reason: str, remedy: str) -> None:
     warnings.warn(
         f"Gradients on {device} are reduced in plain torch, not by gradent's kernels: {reason}. Results are the same, "
-        f"later. What to do: {remedy}; {VARIABLE}=torch keeps torch without this warning.",
+        f"later. What to do: {remedy}.",
         GradentWarning,
         stacklevel=3,
     )
