@@ -37,16 +37,17 @@ def micro_batches(lengths: Sequence[tuple[int, int]], device: torch.device) -> l
     Returns:
         Pair numbers of each micro-batch, shortest pairs first; every pair once.
     """
+    short, long = (limits.get(device.type, limits["cuda"]) for limits in (TOKENS, FORWARD))
     batches: list[list[int]] = []
-    used = 0
+    used, limit = 0, short
     for pair in sorted(range(len(lengths)), key=lambda index: max(lengths[index])):
         size = 2 * max(lengths[pair])
-        limits = FORWARD if _fill(lengths[pair], device) else TOKENS
-        if not batches or used + size > limits.get(device.type, limits["cuda"]):
+        own = long if _fill(lengths[pair], device) else short
+        if not batches or used + size > min(limit, own):
             batches.append([])
-            used = 0
+            used, limit = 0, short
         batches[-1].append(pair)
-        used += size
+        used, limit = used + size, min(limit, own)
     return batches
 
 
