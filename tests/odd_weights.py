@@ -43,6 +43,19 @@ class TiedTranspose(Skeleton):
         return (x @ self.code).relu() @ self.code.T
 
 
+@odd("embedding and head in one parameter")
+class OneTable(Skeleton):
+    """Both are parts of a `[2, V, width]` tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = normal(2, VOCAB, WIDTH)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = past_mean(F.embedding(input_ids, self.tables[0]))
+        return F.linear(x + self.head.bias[:WIDTH].tanh(), self.tables[1])
+
+
 @odd("raw x @ weight.T")
 class RawMatmul(Skeleton):
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradent.hooks.capture import Tap
-from gradent.hooks.forms import scaled, scaled_gradients, scaled_rows
+from gradent.hooks.forms import bytes_scaled, scaled, scaled_gradients, scaled_rows
 from gradent.hooks.ledger import Ledger
 from gradent.hooks.share import give, is_shared
 from gradent.hooks.uses import Layout, LookupUse, MatrixUse, SumUse, Use
@@ -80,20 +80,25 @@ class Collector:
         use, param = tap.use, tap.use.view.param
         waiting = self._waiting[param]
         waiting.pop(tap, None)
-        product = use.factors(cotangent, place.layout) if isinstance(use, MatrixUse) else None
+        product = self._product(use, cotangent, place)
         if (
             product is not None
             and not (waiting or use.view.slot)
             and (self._share(tap, cotangent, product, place, factors) or self._at_once(param, product, place, factors))
         ):
             return
-        grads = self._formed(use, cotangent, product, place, factors)
-        del product  # under autocast there is a copy in it
-        self._add(use, cotangent, grads, place, factors)
+        self._add(use, cotangent, self._formed(use, cotangent, product, place, factors), place, factors)
         if not waiting:
             self.ledger.finish(param)
-        elif all(isinstance(other.use, LookupUse) for other in waiting) and not isinstance(tap.use, LookupUse):
+        elif all(isinstance(other.use, LookupUse) for other in waiting) and not isinstance(use, LookupUse):
             self.ledger.shrink(param, lambda row: self._lookups(param, row))
+
+    def _product(self, use: Use, cotangent: Tensor, place: Place) -> Product | None:
+        """Factors of all rows' gradients, where products are all that is still to come of a parameter; else None."""
+        others = self._waiting[use.view.param]
+        if not isinstance(use, MatrixUse) or not all(isinstance(other.use, MatrixUse) for other in others):
+            return None
+        return use.factors(cotangent, place.layout)
 
     def _add(
         self, use: Use, cotangent: Tensor, grads: Tensor | None, place: Place, factors: Sequence[float] | None
@@ -117,10 +122,7 @@ class Collector:
         if isinstance(use, SumUse) and use.view.ids is None:
             grads = use.gradients(cotangent, place.layout, self._budget)
             return grads if factors is None else scaled_gradients(grads, factors)
-        others = self._waiting[use.view.param]
-        if product is None or not all(isinstance(other.use, MatrixUse) for other in others):
-            return None
-        if not self.ledger.folds(use.view.param, *product):
+        if product is None or not self.ledger.folds(use.view.param, *product):
             return None
         return row_products(*(product if factors is None else scaled_rows(*product, factors)))
 
@@ -144,13 +146,14 @@ class Collector:
         """Reduce a parameter of which one product is all there is, all rows together; whether that was done."""
         if not self.ledger.fills(place.rows) or self.ledger.gathers(*product):
             return False
-        if factors is not None and any(factor != 1 for factor in factors):
-            if not self.ledger.fits(*product):  # before anything is copied
+        copied = 0 if factors is None else bytes_scaled(*product, factors)
+        if factors is not None and copied:
+            if not self.ledger.fits(*product, beside=copied):  # before anything is copied
                 return False
             product = scaled_rows(*product, factors)
         u, v = product
         cut = u.shape[1] == place.layout.length and on_kernels(u)
-        return self.ledger.whole(param, u, v, place.layout.ends if cut else None)
+        return self.ledger.whole(param, u, v, place.layout.ends if cut else None, beside=copied)
 
     def _lookups(self, param: int, row: int) -> Tensor:
         """Ids, int64 `[T]`, that lookups still to come will touch in a row."""

@@ -38,11 +38,11 @@ class CrossLedger(Ledger):
         super().__init__(0, budget=budget)
         self._rows_count = rows
 
-    def whole(self, param: int, u: Tensor, v: Tensor, ends: Sequence[int] | None = None) -> bool:
+    def whole(self, param: int, u: Tensor, v: Tensor, ends: Sequence[int] | None = None, *, beside: int = 0) -> bool:
         """Never: every row is kept until the parameter is complete."""
         return False
 
-    def fits(self, u: Tensor, v: Tensor) -> bool:
+    def fits(self, u: Tensor, v: Tensor, *, beside: int = 0) -> bool:
         """Never; see `whole`."""
         return False
 

@@ -37,11 +37,6 @@ class Formed:
     slot: Slot
     grads: Tensor
 
-    @property
-    def size(self) -> int:
-        """Bytes of one row's gradient."""
-        return self.grads.shape[1:].numel() * self.grads.element_size()
-
 
 def is_small(size: int, budget: int) -> bool:
     """Whether a parameter's gradients wait for others to be reduced with.
@@ -79,14 +74,12 @@ def row_gradients(formed: Sequence[Formed], count: int, root: Tensor | None) -> 
 def _in_order(formed: Sequence[Formed], count: int) -> Tensor:
     formed = sorted(formed, key=lambda one: min(one.rows))
     rows = [row for one in formed for row in one.rows]
-    grads = formed[0].grads if len(formed) == 1 else torch.cat([one.grads for one in formed])
-    if rows == list(range(count)):
-        return grads
-    at = torch.tensor(rows)
+    first, at = formed[0].grads, torch.tensor(rows)
     if sorted(rows) == list(range(count)):
-        return grads[sent(at.argsort(), grads.device)]
-    at = sent(at, grads.device)
-    tiles = grads.new_zeros(count, *grads.shape[1:])
+        grads = first if len(formed) == 1 else torch.cat([one.grads for one in formed])
+        return grads if rows == list(range(count)) else grads[sent(at.argsort(), grads.device)]
+    at = sent(at, first.device)
+    tiles = first.new_zeros(count, *first.shape[1:])
     for one, where in zip(formed, torch.split(at, [len(one.rows) for one in formed]), strict=True):
         tiles.index_add_(0, where, one.grads)
     return tiles
@@ -104,18 +97,6 @@ class SmallGradients:
         self._held: dict[int, Sequence[Formed]] = {}
         self._bytes = 0
 
-    def takes(self, size: int, budget: int) -> bool:
-        """Whether a parameter is small enough.
-
-        Args:
-            size: bytes of one row's gradient.
-            budget: as for `is_small`.
-
-        Returns:
-            The answer.
-        """
-        return is_small(self._rows * size, budget)
-
     @property
     def held(self) -> int:
         """Bytes that wait."""
@@ -129,10 +110,10 @@ class SmallGradients:
             formed: all there is of it, of one slot.
         """
         self._held[param] = formed
-        self._bytes += self._rows * formed[0].size
+        self._bytes += sum(one.grads.nbytes for one in formed)
 
     def full(self, budget: int) -> bool:
-        """Whether enough waits to be reduced now; `budget` as for `takes`."""
+        """Whether enough waits to be reduced now; `budget` as for `is_small`."""
         return self._bytes > most_held(budget) - min(SMALL, budget // 4)
 
     def reduce(self, root: Callable[[int, Slot], Tensor | None]) -> dict[int, Tensor]:

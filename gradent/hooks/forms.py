@@ -24,6 +24,7 @@ __all__ = [
     "Form",
     "Rows",
     "Solid",
+    "bytes_scaled",
     "scaled",
     "scaled_gradients",
     "scaled_rows",
@@ -122,6 +123,16 @@ def scaled_rows(u: Tensor, v: Tensor, powers: Sequence[float]) -> tuple[Tensor, 
         roots = [_roots(power) if power else (0.0, 0.0) for power in powers]
         return _times(u, [root for root, _ in roots]), _times(v, [root for _, root in roots])
     return (_times(u, powers), v) if u.shape[2] <= v.shape[2] else (u, _times(v, powers))
+
+
+def bytes_scaled(u: Tensor, v: Tensor, powers: Sequence[float]) -> int:
+    """Bytes of what `scaled_rows` copies, of the same arguments; 0 where all powers are 1."""
+    if all(power == 1 for power in powers):
+        return 0
+    sizes = [one.numel() * _exact(one.dtype).itemsize for one in (u, v)]
+    if not all(map(_moderate, filter(None, powers))):
+        return sum(sizes)
+    return sizes[0] if u.shape[2] <= v.shape[2] else sizes[1]
 
 
 def scaled_gradients(grads: Tensor, powers: Sequence[float]) -> Tensor:

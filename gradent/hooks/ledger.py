@@ -17,7 +17,7 @@ import opt_einsum
 import torch
 from torch import Tensor
 
-from gradent.hooks.formed import Formed, Slot, SmallGradients, row_gradients
+from gradent.hooks.formed import Formed, Slot, SmallGradients, is_small, row_gradients
 from gradent.hooks.forms import Dense, Explicit, Form, Rows, Solid
 from gradent.hooks.merging import first_of, gathered, merge_forms, pair_of_dense, row_count, rows_of, scattered, stacked
 from gradent.kernels.dispatch import on_kernels, pairs_pay, pairs_together, reduce_pair
@@ -56,8 +56,7 @@ class Ledger:
         self._formed: dict[int, list[Formed]] = defaultdict(list)
         self._ahead: dict[int, Tensor] = {}
         self._small = SmallGradients(pairs)
-        self._paying: dict[tuple[object, ...], bool] = {}
-        self._gathering: dict[tuple[object, ...], bool] = {}
+        self._known: dict[tuple[object, ...], tuple[bool, bool]] = {}
 
     def add_rows(self, param: int, rows: Sequence[int], slot: Slot, grads: Tensor) -> None:
         """Add the gradients of several rows, formed already, to what these rows hold of a parameter.
@@ -68,8 +67,15 @@ class Ledger:
             slot: what of the parameter they are the gradients of.
             grads: `[R, *shape of the slot]`, in the accumulator's dtype, detached.
         """
-        if rows:
-            self._formed[param].append(Formed(rows, slot, grads))
+        if not rows:
+            return
+        self._refuse_late(param)
+        formed = self._formed[param]
+        for place, one in enumerate(formed):
+            if one.slot == slot and list(one.rows) == list(rows):  # a layer that is called again
+                formed[place] = Formed(rows, slot, one.grads + grads)
+                return
+        formed.append(Formed(rows, slot, grads))
 
     def add(self, param: int, row: int, slot: Slot, form: Form) -> None:
         """Add a form to what row `row` holds of a parameter.
@@ -80,23 +86,27 @@ class Ledger:
             slot: what of the parameter the form is the gradient of.
             form: the gradient, detached.
         """
+        if not isinstance(form, Rows):
+            self._refuse_late(param)
         self._forms[param].setdefault(row, {}).setdefault(slot, []).append(form)
 
-    def whole(self, param: int, u: Tensor, v: Tensor, ends: Sequence[int] | None = None) -> bool:
-        """Reduce a parameter of which one product's gradients are all there is, all pairs at once: not if it `gathers`.
+    def whole(self, param: int, u: Tensor, v: Tensor, ends: Sequence[int] | None = None, *, beside: int = 0) -> bool:
+        """Reduce a parameter of which one product's gradients are all there is, all pairs at once.
 
         Args:
             param: the parameter's number.
             u: `[2k, T, O]`, rows 0..k-1 chosen and k..2k-1 rejected (the rows `fills`).
             v: `[2k, T, I]`.
             ends: the tokens of each row, where kernels are to leave out the rest, in which u or v is zero; None for T.
+            beside: bytes of the budget that are taken meanwhile.
 
         Returns:
             Whether it is reduced; if not (`fits` is false), its forms are to be added row by row.
         """
         if self._holds(param) or len(u) != 2 * self._pairs:
             return False
-        together = pairs_together(u, v, budget=self._room, lengths=ends, weight=self._root(param, ()))
+        room = self._room - beside
+        together = pairs_together(u, v, budget=room, lengths=ends, weight=self._root(param, ())) if room > 0 else None
         if together is None:
             return False
         try:
@@ -146,9 +156,10 @@ class Ledger:
         """Whether a forward's rows are those of all pairs, in their order."""
         return len(rows) == 2 * self._pairs and list(rows) == list(range(len(rows)))
 
-    def fits(self, u: Tensor, v: Tensor) -> bool:
+    def fits(self, u: Tensor, v: Tensor, *, beside: int = 0) -> bool:
         """Whether all rows' products are here, and worth forming at once; arguments as for `whole`."""
-        return len(u) == 2 * self._pairs and pairs_pay(u, v, budget=self._room)
+        room = self._room - beside
+        return len(u) == 2 * self._pairs and room > 0 and pairs_pay(u, v, budget=room)
 
     def gathers(self, u: Tensor, v: Tensor) -> bool:
         """Whether products are to be formed as they arrive, and reduced with those of other parameters.
@@ -160,11 +171,7 @@ class Ledger:
         Returns:
             The answer.
         """
-        key = self._kind(u, v)
-        if key not in self._gathering:  # asked for every use, and layers are alike
-            small = self._small.takes(u.shape[2] * v.shape[2] * accumulator(u.dtype).itemsize, self._budget)
-            self._gathering[key] = small and self._pays(u, v) and not on_kernels(u, v)
-        return self._gathering[key]
+        return self._ways(u, v)[1]
 
     def folds(self, param: int, u: Tensor, v: Tensor) -> bool:
         """Whether a matrix product's gradients are to be formed as they arrive, and added as such.
@@ -179,18 +186,17 @@ class Ledger:
         """
         held = [form for row in self._forms[param].values() for forms in row.values() for form in forms]
         unmixed = all(isinstance(form, Explicit) for form in held)
-        return unmixed and self._pays(u, v)
+        return unmixed and self._ways(u, v)[0]
 
-    def _pays(self, u: Tensor, v: Tensor) -> bool:
-        """`product_pays`, remembered."""
-        key = self._kind(u, v)
-        if key not in self._paying:
-            self._paying[key] = product_pays(u, v, count=2 * self._pairs, budget=self._budget)
-        return self._paying[key]
-
-    def _kind(self, u: Tensor, v: Tensor) -> tuple[object, ...]:
-        """All that decides how a product is reduced, and that is alike in many layers."""
-        return u.shape[1:], v.shape[2], u.dtype, v.dtype, u.device, self._budget
+    def _ways(self, u: Tensor, v: Tensor) -> tuple[bool, bool]:
+        """Whether a product pays formed, and is then small enough to wait: remembered, for layers are alike."""
+        key = u.shape[1:], v.shape[2], u.dtype, v.dtype, u.device, self._budget
+        if key not in self._known:
+            count = 2 * self._pairs
+            pays = product_pays(u, v, count=count, budget=self._budget)
+            size = count * u.shape[2] * v.shape[2] * accumulator(u.dtype).itemsize
+            self._known[key] = pays, pays and is_small(size, self._budget) and not on_kernels(u, v)
+        return self._known[key]
 
     def finish(self, param: int) -> None:
         """Reduce a parameter, all of whose uses have been added; rows without a form have a zero gradient there.
@@ -217,7 +223,7 @@ class Ledger:
         formed = self._single_slot(param)
         if formed is None or param in self._ahead:
             return False
-        if not self._small.takes(formed[0].size, self._budget):
+        if not is_small(sum(one.grads.nbytes for one in formed), self._budget):
             return False
         self._small.add(param, self._formed.pop(param))
         self.entries[param] = torch.zeros(0, 3, dtype=torch.float64)
@@ -255,7 +261,12 @@ class Ledger:
 
     def _holds(self, param: int) -> bool:
         """Whether something of a parameter waits to be reduced."""
-        return bool(self._forms.get(param) or self._formed.get(param))
+        return bool(self._forms.get(param) or self._formed.get(param) or param in self._ahead)
+
+    def _refuse_late(self, param: int) -> None:
+        """Only lookups can be added to what `shrink` reduced ahead: products with other forms would be missing."""
+        if param in self._ahead:
+            raise AssertionError(f"parameter {param} is used again after its head was reduced for the lookups to come")
 
     def _pop(self, param: int) -> dict[int, dict[Slot, list[Form]]]:
         """Everything that is held of a parameter, row by row, and held here no more."""
@@ -287,14 +298,14 @@ class Ledger:
             param: the parameter's number; all of its uses but lookups have been added.
             lookups: row -> ids int64 `[T]` that the row's lookups, still to come, will touch.
         """
-        explicit = any(isinstance(form, Explicit) for row in self._forms[param].values() for form in row.get((), []))
-        if explicit or self._formed.get(param):
-            return  # used loosely as well: everything waits for the last use
-        held = self._forms.pop(param)
+        held = [(slot, form) for row in self._forms[param].values() for slot, forms in row.items() for form in forms]
+        if self._formed.get(param) or any(slot or isinstance(form, Explicit) for slot, form in held):
+            return  # used loosely as well, or in parts: everything waits for the last use
+        rows_held = self._forms.pop(param)
         ahead = []
         for pair in range(self._pairs):
             rows = (pair, pair + self._pairs)
-            sides = [merge_forms(held.get(row, {}).get((), [])) for row in rows]
+            sides = [merge_forms(rows_held.get(row, {}).get((), [])) for row in rows]
             dense = [first_of(side, Dense) for side in sides]
             looked = [rows_of(side) for side in sides]
             for row, found in zip(rows, looked, strict=True):

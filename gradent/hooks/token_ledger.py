@@ -139,8 +139,9 @@ class TokenLedger:
             param: the parameter's number; what has been added of it is `Lone`.
             ids: int64, every id that will be looked up.
         """
-        parts = [part for part in self._parts[param][()] if isinstance(part, Lone)]
-        if len(parts) != len(self._parts[param][()]) or not _apart(parts):
+        slots = self._parts[param]
+        parts = [part for part in slots[()] if isinstance(part, Lone)]
+        if any(slot and held for slot, held in slots.items()) or len(parts) != len(slots[()]) or not _apart(parts):
             return
         ids = torch.unique(ids)
         lone = lone_entries([(part.side, part.tokens, part.u, part.v) for part in parts], self._sizes, self._budget)

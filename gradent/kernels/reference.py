@@ -234,14 +234,9 @@ def reduce_tiles(grads: Tensor) -> Tensor:
         `[k, 3]` float64.
     """
     tiles = grads.reshape(2, len(grads) // 2, -1).transpose(0, 1)
-    whole = tiles.shape[2] // RUN * RUN
-    grams = torch.zeros(len(tiles), 2, 2, dtype=torch.float64, device=tiles.device)
-    if whole:
-        runs = tiles[:, :, :whole].reshape(len(tiles), 2, -1, RUN).transpose(1, 2)
-        grams += (runs @ runs.mT).double().sum(1)
-    if whole < tiles.shape[2]:
-        rest = tiles[:, :, whole:]
-        grams += (rest @ rest.mT).double()
+    if tiles.shape[2] > RUN and len(tiles):  # runs of several pairs at once are no view: the product would copy them
+        return torch.stack([reduce_flat(tile) for tile in tiles])
+    grams = (tiles @ tiles.mT).double()
     return torch.stack((grams[:, 0, 0], grams[:, 1, 1], grams[:, 0, 1]), 1)
 
 

@@ -215,3 +215,41 @@ def test_what_never_completes_is_reduced_at_the_end() -> None:
     ledger.add(0, 1, (), dense(3))
     ledger.close()
     torch.testing.assert_close(ledger.entries[0][0], truth([dense(1)], [dense(3)]))
+
+
+def test_a_layer_that_is_called_again_adds_to_what_it_has() -> None:
+    ledger, grads = Ledger(1, budget=2**24), draw(3, 2, 5, seed=1)
+    for part in grads:
+        ledger.add_rows(0, [0, 1], (), part)
+    ledger.finish(0)
+    assert ledger._small.held == grads[0].nbytes, "three uses, one gradient"  # noqa: SLF001
+    ledger.close()
+    x, y = grads.sum(0)
+    torch.testing.assert_close(ledger.entries[0][0], torch.stack((x @ x, y @ y, x @ y)), rtol=1e-12, atol=1e-12)
+
+
+def test_parts_of_a_tied_weight_wait_for_its_lookups() -> None:
+    """`[2, V, H]`, one part the head, the other the embedding: nothing is reduced ahead, and nothing is lost."""
+    ledger, u, v = Ledger(1, budget=2**20), draw(2, 3, 9, seed=1), draw(2, 3, 4, seed=2)
+    ids, values = torch.tensor([1, 2, 2]), draw(2, 3, 4, seed=3)
+    for row in (0, 1):
+        ledger.add(0, row, (1,), Dense(u[row], v[row]))
+    ledger.shrink(0, lambda row: ids)
+    for row in (0, 1):
+        ledger.add(0, row, (0,), Rows(ids, values[row]))
+    ledger.finish(0)
+    embedded = torch.zeros(2, 9, 4, dtype=torch.float64).index_add_(1, ids, values)
+    x, y = torch.cat([(u.mT @ v).flatten(1), embedded.flatten(1)], 1)
+    torch.testing.assert_close(ledger.entries[0][0], torch.stack((x @ x, y @ y, x @ y)), rtol=1e-12, atol=1e-12)
+
+
+def test_a_weight_that_was_reduced_ahead_takes_lookups_alone() -> None:
+    ledger, u, v = Ledger(1, budget=2**20), draw(2, 3, 9, seed=1), draw(2, 3, 4, seed=2)
+    for row in (0, 1):
+        ledger.add(0, row, (), Dense(u[row], v[row]))
+    ledger.shrink(0, lambda row: torch.tensor([], dtype=torch.int64))
+    assert not ledger.whole(0, u, v)
+    with pytest.raises(AssertionError, match="again"):
+        ledger.add(0, 0, (), Dense(u[0], v[0]))
+    with pytest.raises(AssertionError, match="again"):
+        ledger.add_rows(0, [0, 1], (), u.mT @ v)

@@ -9,11 +9,11 @@ from torch import nn
 
 from benchmarks import scratch
 from gradent.hooks.capture import Capture
-from gradent.hooks.forms import Dense, Explicit, Rows
+from gradent.hooks.forms import Dense, Explicit, Rows, bytes_scaled, scaled_rows
 from gradent.hooks.ledger import Ledger
 from gradent.hooks.plain import plain_rows
 from gradent.hooks.uses import Layout, SumUse
-from gradent.kernels.reference import reduce_dense, reduce_flat
+from gradent.kernels.reference import reduce_dense, reduce_flat, reduce_tiles
 from gradent.kernels.shared import reduce_shared
 from tests.live import LiveBytes
 
@@ -47,6 +47,30 @@ def test_dense(shape: tuple[int, int, int, int], dtype: torch.dtype, budget: int
     with LiveBytes() as live:
         reduce_dense(*operands, budget=budget)
     assert 0 < live.peak <= most(budget)
+
+
+@pytest.mark.parametrize(("pairs", "numbers"), [(1, 40_000), (3, 40_000), (3, 2 * 16_384), (8, 100)])
+def test_tiles_are_not_copied(pairs: int, numbers: int) -> None:
+    tiles = torch.randn(2 * pairs, numbers)
+    with LiveBytes() as live:
+        entries = reduce_tiles(tiles)
+    assert 0 < live.peak <= SMALL
+    for pair, (x, y) in enumerate(zip(tiles[:pairs].double(), tiles[pairs:].double(), strict=True)):
+        torch.testing.assert_close(entries[pair], torch.stack((x @ x, y @ y, x @ y)), rtol=1e-6, atol=1e-6 * numbers)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0**-20, 2.0**-40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_copies_of_scaled_factors_count(power: float, dtype: torch.dtype) -> None:
+    u, v = (torch.randn(4, 500, size).to(dtype) for size in (256, 40))
+    with LiveBytes() as live:
+        kept = scaled_rows(u, v, [power] * 4)
+    copied = bytes_scaled(u, v, [power] * 4)
+    assert copied == sum(one.nbytes for one, given in zip(kept, (u, v), strict=True) if one is not given)
+    assert copied == 0 or copied <= live.peak
+    ledger = Ledger(2, budget=2**23)
+    assert ledger.fits(u, v) and ledger.fits(u, v, beside=copied) and not ledger.fits(u, v, beside=2**23)
+    assert not ledger.whole(0, u, v, beside=2**23) and ledger.whole(0, u, v, beside=copied)
 
 
 def test_the_count_can_fail() -> None:
