@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import opt_einsum
 import torch
 from torch import Tensor
 
@@ -402,6 +401,8 @@ class Ledger:
 
     def _product(self, x: Dense | Explicit, y: Dense | Explicit, weight: Tensor | None) -> Tensor:
         """`Σ G_x · G_y · weight`, float64 scalar, along the path that opt_einsum finds cheapest under the budget."""
+        import opt_einsum  # noqa: PLC0415  (rare, and what else is measured goes without it)
+
         operands: list[Tensor] = []
         terms: list[str] = []
         for form, token in ((x, "t"), (y, "s")):
