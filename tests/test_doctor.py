@@ -6,6 +6,7 @@ import getpass
 import json
 import platform
 import socket
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,18 @@ def test_this_installation_is_sound() -> None:
     assert report["devices"][0]["device"] == "cpu"
     assert {kernels["dtype"] for kernels in report["kernels"]} == {"float32", "bfloat16", "float64"}
     assert all(0.25 <= kernels["price"] <= 4 and kernels["path"] for kernels in report["kernels"])
-    assert [(check["limit"], check["failure"]) for check in report["checks"]] == [(1e-12, None), (5e-6, None)]
+    assert [(check["limit"], check["failure"]) for check in report["checks"]] == [
+        (1e-12, None),
+        (5e-6, None),
+        (1e-2, None),
+    ]
     assert all(0 <= check["error"] <= check["limit"] for check in report["checks"])
 
 
 def test_words() -> None:
     result = run()
     assert result.exit_code == 0, result.output
-    assert result.stdout.count("pass ") == 2 and "FAIL" not in result.stdout
+    assert result.stdout.count("pass ") == 3 and "FAIL" not in result.stdout
     assert "reduced by" in result.stdout and "transformers" in result.stdout
 
 
@@ -76,7 +81,9 @@ def test_a_wrong_measurement_fails(monkeypatch) -> None:
     assert result.stdout.count("FAIL") == 2 and "gradent doctor --json" in result.stdout
     report = run("--json")
     assert report.exit_code == 1
-    assert [check["passed"] for check in json.loads(report.stdout)["checks"]] == [False, False]
+    assert [check["passed"] for check in json.loads(report.stdout)["checks"]] == [False, False, True], (
+        "1e-4 is below the rounding of bfloat16"
+    )
 
 
 @pytest.mark.parametrize("value", [torch.nan, 0.0])
@@ -98,8 +105,23 @@ def test_a_measurement_that_breaks_is_reported(monkeypatch) -> None:
     result = run("--json")
     assert result.exit_code == 1
     checks = json.loads(result.stdout)["checks"]
-    assert [check["failure"] for check in checks] == ["RuntimeError: no kernel image"] * 2
-    assert [check["error"] for check in checks] == [None, None]
+    assert [check["failure"] for check in checks] == ["RuntimeError: no kernel image"] * 3
+    assert [check["error"] for check in checks] == [None] * 3
+
+
+def test_a_check_that_cannot_be_run_is_no_wrong_measurement(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    result = run()
+    assert result.exit_code == 1
+    told = " ".join(result.stdout.split())
+    assert "pip install peft" in told and "FAIL" not in told and "not to be trusted" not in told
+
+
+def test_a_wrong_choice_of_kernels_is_reported(monkeypatch) -> None:
+    monkeypatch.setenv("GRADENT_KERNELS", "foo")
+    result = run()
+    assert result.exit_code == 1
+    assert "transformers" in result.stdout and "GRADENT_KERNELS='foo'" in result.stdout
 
 
 def test_what_is_missing_is_said(monkeypatch) -> None:
