@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
 from gradent.cli import app
+from gradent.kernels.plan import parse_budget
 from tests.audit.made import save_lora
 from tests.zoo import build
 
@@ -159,6 +161,27 @@ def test_the_weights_are_not_read(here) -> None:
     assert plan().exit_code == 0
 
 
+def test_a_configuration_is_enough(here) -> None:
+    (here / "my-model" / "model.safetensors").unlink()
+    assert plan().exit_code == 0
+
+
+def test_rows_longer_than_the_model_takes_are_remarked(here) -> None:
+    remark = "max_position_embeddings"
+    longest = json.loads((here / "my-model" / "config.json").read_text())[remark]
+    assert remark not in plan("--tokens", str(longest)).stdout
+    assert remark in plan("--tokens", str(longest + 1)).stdout
+
+
+@pytest.mark.parametrize("budget", ["64KiB", "200KB", "1MiB"])
+@pytest.mark.parametrize("tokens", ["8", "60"])
+def test_the_total_is_within_the_budget_or_remarked(budget, tokens, here) -> None:
+    told = " ".join(plan("--memory-budget", budget, "--tokens", tokens, "--pairs", "3").stdout.split())
+    largest, given = re.search(r"scratch: (\S+ \S+), of a budget of (\S+ \S+)\. ", told).groups()
+    over = parse_budget(largest.replace(" ", "")) > 1.01 * parse_budget(given.replace(" ", ""))
+    assert not over or "wait to be reduced together" in told
+
+
 def encoder_decoder(here: Path) -> None:
     config = T5Config(vocab_size=99, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
     T5ForConditionalGeneration(config).save_pretrained(here / "other")
@@ -175,7 +198,7 @@ def nothing(here: Path) -> None:
 
 REFUSALS = {
     "no such directory": (nothing, ["--tokens", "8"], "./other", "no such directory"),
-    "no config": (no_config, [], "other", "cannot be loaded"),
+    "no config": (no_config, [], "other", "cannot be loaded.*no config.json"),
     "encoder-decoder": (encoder_decoder, [], "other", "encoder-decoder"),
     "a dtype": (nothing, ["--dtype", "int8"], "my-model", "float32, float64, bfloat16"),
     "a device": (nothing, ["--device", "abacus"], "my-model", "Try --device cpu"),

@@ -54,6 +54,11 @@ def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig  # noqa: PLC0415
 
+    if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
+        raise ModelError(
+            f"{base}: the model cannot be loaded, for there is no config.json in it. Save the whole model there "
+            "(save_pretrained), or copy its config.json from where the weights come from."
+        )
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:

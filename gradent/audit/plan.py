@@ -15,7 +15,7 @@ import torch
 from gradent.audit.shell import Used
 from gradent.hooks.formed import is_small, most_held
 from gradent.hooks.uses import COPIES
-from gradent.kernels.plan import batch_scratch, choose
+from gradent.kernels.plan import batch_scratch, choose, tile_room
 
 __all__ = ["Line", "Setting", "Totals", "plan_lines", "sum_lines"]
 
@@ -160,7 +160,9 @@ def sum_lines(lines: Sequence[Line], setting: Setting, parameters: int) -> Total
     if setting.plain:  # all of it is there when the last backward is over
         scratch = sum(line.scratch * line.count for line in lines)
     else:  # what waits is copied side by side, and before that put together where rows were in several forwards
-        scratch = max(largest + waiting, (2 if setting.shared else 3) * waiting)
+        # A tile is made smaller where not enough of the budget is left beside what waits.
+        beside = max(largest, min(largest + waiting, setting.budget))
+        scratch = max(beside, (2 if setting.shared else 3) * waiting)
     return Totals(
         flops=sum(line.flops for line in lines),
         pass_flops=(4 * parameters + 2 * trained) * 2 * setting.tokens * setting.pairs,
@@ -261,7 +263,7 @@ def _matrix(use: Used, setting: Setting, *, tied: bool) -> _Reduced:
     whole = batch_scratch(
         2 * setting.together, length, height, width, itemsize=setting.itemsize, widen=(setting.widen, setting.widen)
     )
-    fits = use.slots == 1 and whole <= min(setting.budget, setting.batch_budget)
+    fits = use.slots == 1 and whole <= min(tile_room(setting.budget), setting.batch_budget)
     # A product that is smaller than its factors is formed as it comes, whichever forward its row is in.
     operand = 2 if setting.widen else setting.itemsize
     folds = fits and not tied and height * width * setting.itemsize <= length * (height + width) * operand

@@ -41,7 +41,7 @@ def show_plan(
     """Print what `measure` would do to a model, whose weights are not read.
 
     Args:
-        model: directory or hub id of a causal LM, or of a PEFT adapter.
+        model: directory or hub id of a causal LM, or of a PEFT adapter; its config.json is enough.
         tokens: T, tokens of each of a pair's two rows.
         pairs: pairs of the batch.
         adapter: PEFT adapter on top of the model.
@@ -59,7 +59,7 @@ def show_plan(
     check_dtype(dtype)
     place = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     budget = parse_budget(memory_budget) or DEFAULT_BUDGET
-    shell = inspect_model(resolve_source(model, adapter), trust_remote_code=trust_remote_code)
+    shell = inspect_model(resolve_source(model, adapter, weights=False), trust_remote_code=trust_remote_code)
     operands = shell.dtype if dtype == "auto" else getattr(torch, dtype)
     path = dispatch.path(place, operands)
     wide = accumulator(operands)
@@ -134,12 +134,17 @@ def print_plan(lines: Sequence[Line], totals: Totals, setting: Setting, shell: S
             "activations come on top."
         )
     )
-    for remark in _remarks(lines, totals, setting):
+    for remark in _remarks(lines, totals, setting, shell):
         console.print(Text(remark))
 
 
-def _remarks(lines: Sequence[Line], totals: Totals, setting: Setting) -> Iterator[str]:
+def _remarks(lines: Sequence[Line], totals: Totals, setting: Setting, shell: Shell) -> Iterator[str]:
     """What the table alone would not explain."""
+    if setting.tokens > shell.longest:
+        yield (
+            f"The model says that it takes {shell.longest:,} tokens at most (max_position_embeddings); with learned "
+            f"positions, rows of {setting.tokens:,} fail."
+        )
     if setting.plain:
         yield (
             "whole: every row has a forward of its own here, and so little is trained that the backward itself forms "

@@ -21,6 +21,7 @@ from gradent.errors import ModelError
 from gradent.hooks.capture import Capture
 from gradent.hooks.uses import GroupedUse, Layout, LookupUse, MatrixUse, SumUse, Use
 from gradent.model import forward_logits, observed, trainable
+from gradent.traits import longest_input
 
 __all__ = ["Shell", "Used", "inspect_model", "watch"]
 
@@ -68,6 +69,7 @@ class Shell:
         parameters: how many numbers it holds, frozen ones included.
         trainable: how many of them are trained.
         dtype: of the weights, as the configuration has it.
+        longest: tokens of the longest row that it says it takes.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Shell:
     parameters: int
     trainable: int
     dtype: torch.dtype
+    longest: int
 
 
 def inspect_model(source: ModelSource, *, trust_remote_code: bool = False) -> Shell:
@@ -113,6 +116,7 @@ def inspect_model(source: ModelSource, *, trust_remote_code: bool = False) -> Sh
         parameters=sum(size for size, _ in sizes),
         trainable=sum(size for size, trained in sizes if trained),
         dtype=given if isinstance(given, torch.dtype) else torch.float32,
+        longest=longest_input(model),
     )
 
 

@@ -30,12 +30,13 @@ class ModelSource:
     name: str
 
 
-def resolve_source(model: str, adapter: str | None = None) -> ModelSource:
+def resolve_source(model: str, adapter: str | None = None, *, weights: bool = True) -> ModelSource:
     """Tell a full model from an adapter, and find the adapter's base.
 
     Args:
         model: directory or hub id of a causal LM, or of a PEFT adapter, whose config names its base.
         adapter: directory or hub id of a PEFT adapter for `model`.
+        weights: whether weights will be read, and have to be there.
 
     Returns:
         The base and the adapter's local directory.
@@ -61,6 +62,8 @@ def resolve_source(model: str, adapter: str | None = None) -> ModelSource:
         source = ModelSource(base=model, adapter=directory, name=adapter)
     else:
         source = ModelSource(base=model, adapter=None, name=model)
+    if not weights:
+        return source
     _require_safetensors(source.base, "AutoModelForCausalLM.from_pretrained({0!r}, use_safetensors=False)")
     if source.adapter is not None:
         _require_safetensors(source.adapter, "PeftModel.from_pretrained(base_model, {0!r})")

@@ -53,8 +53,8 @@ def meets(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> Seen:
     monkeypatch.setattr(driver, "plain_rows", lambda *given: 0)  # it meets no rule
     monkeypatch.setattr(ledger.Ledger, "add", watched)
     monkeypatch.setattr(ledger.Ledger, "add_rows", formed)
-    monkeypatch.setattr(ledger.Ledger, "whole", lambda *given: False)
-    monkeypatch.setattr(ledger.Ledger, "fits", lambda *given: False)
+    monkeypatch.setattr(ledger.Ledger, "whole", lambda *given, **options: False)
+    monkeypatch.setattr(ledger.Ledger, "fits", lambda *given, **options: False)
     monkeypatch.setattr(ledger.Ledger, "folds", lambda *given: False)  # small products are formed as they arrive
     measure(model, PAIR)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
