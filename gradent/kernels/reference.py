@@ -234,9 +234,11 @@ def reduce_tiles(grads: Tensor) -> Tensor:
         `[k, 3]` float64.
     """
     tiles = grads.reshape(2, len(grads) // 2, -1).transpose(0, 1)
-    if tiles.shape[2] > RUN and len(tiles):  # runs of several pairs at once are no view: the product would copy them
+    numbers = tiles.shape[2]
+    if numbers > RUN and numbers % RUN and len(tiles):  # runs of several pairs are no view: the product would copy them
         return torch.stack([reduce_flat(tile) for tile in tiles])
-    grams = (tiles @ tiles.mT).double()
+    runs = tiles.unflatten(2, (-1, min(RUN, max(1, numbers)))).transpose(1, 2)
+    grams = (runs @ runs.mT).double().sum(1)
     return torch.stack((grams[:, 0, 0], grams[:, 1, 1], grams[:, 0, 1]), 1)
 
 

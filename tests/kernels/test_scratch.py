@@ -49,12 +49,12 @@ def test_dense(shape: tuple[int, int, int, int], dtype: torch.dtype, budget: int
     assert 0 < live.peak <= most(budget)
 
 
-@pytest.mark.parametrize(("pairs", "numbers"), [(1, 40_000), (3, 40_000), (3, 2 * 16_384), (8, 100)])
+@pytest.mark.parametrize(("pairs", "numbers"), [(1, 40_000), (3, 40_000), (3, 2 * 16_384), (8, 100), (3, 0)])
 def test_tiles_are_not_copied(pairs: int, numbers: int) -> None:
     tiles = torch.randn(2 * pairs, numbers)
     with LiveBytes() as live:
         entries = reduce_tiles(tiles)
-    assert 0 < live.peak <= SMALL
+    assert live.peak <= SMALL
     for pair, (x, y) in enumerate(zip(tiles[:pairs].double(), tiles[pairs:].double(), strict=True)):
         torch.testing.assert_close(entries[pair], torch.stack((x @ x, y @ y, x @ y)), rtol=1e-6, atol=1e-6 * numbers)
 
