@@ -237,7 +237,8 @@ def reduce_tiles(grads: Tensor) -> Tensor:
     numbers = tiles.shape[2]
     if numbers > RUN and numbers % RUN and len(tiles):  # runs of several pairs are no view: the product would copy them
         return torch.stack([reduce_flat(tile) for tile in tiles])
-    runs = tiles.unflatten(2, (-1, min(RUN, max(1, numbers)))).transpose(1, 2)
+    run = min(RUN, max(1, numbers))
+    runs = tiles.reshape(len(tiles), 2, numbers // run, run).transpose(1, 2)
     grams = (runs @ runs.mT).double().sum(1)
     return torch.stack((grams[:, 0, 0], grams[:, 1, 1], grams[:, 0, 1]), 1)
 
