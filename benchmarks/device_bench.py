@@ -72,6 +72,7 @@ class Bench:
         self._ends = time.perf_counter() + seconds
         self._folder, self._commit = folder, commit
         self._ahead: tuple[Tensor, Tensor] | None = None
+        self._generator = torch.Generator(device).manual_seed(0)
         self._versions = {"triton": version_of("triton"), "cuda": torch.version.cuda or ""}
 
     @property
@@ -101,8 +102,8 @@ class Bench:
         self.console.print(f"{self.part:<9} {text}", soft_wrap=True, markup=False)
 
     def draw(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """Normal random numbers on the device."""
-        return torch.randn(shape, device=self.device).to(dtype)
+        """Normal random numbers on the device, the same in every run of a part."""
+        return torch.randn(shape, device=self.device, generator=self._generator).to(dtype)
 
     def turns(
         self,
