@@ -117,22 +117,24 @@ def scaled_rows(u: Tensor, v: Tensor, powers: Sequence[float]) -> tuple[Tensor, 
     Returns:
         `(u, v)`, of which one is a copy, or both; themselves where all powers are 1.
     """
-    if all(power == 1 for power in powers):
-        return u, v
-    if not all(map(_moderate, filter(None, powers))):
-        roots = [_roots(power) if power else (0.0, 0.0) for power in powers]
-        return _times(u, [root for root, _ in roots]), _times(v, [root for _, root in roots])
-    return (_times(u, powers), v) if u.shape[2] <= v.shape[2] else (u, _times(v, powers))
+    of_u, of_v = _shares(u, v, powers)
+    return u if of_u is None else _times(u, of_u), v if of_v is None else _times(v, of_v)
 
 
 def bytes_scaled(u: Tensor, v: Tensor, powers: Sequence[float]) -> int:
     """Bytes of what `scaled_rows` copies, of the same arguments; 0 where all powers are 1."""
+    shares = zip((u, v), _shares(u, v, powers), strict=True)
+    return sum(rows.numel() * _exact(rows.dtype).itemsize for rows, share in shares if share is not None)
+
+
+def _shares(u: Tensor, v: Tensor, powers: Sequence[float]) -> tuple[Sequence[float] | None, Sequence[float] | None]:
+    """What each factor's rows are multiplied by; None for a factor that stays as it is."""
     if all(power == 1 for power in powers):
-        return 0
-    sizes = [one.numel() * _exact(one.dtype).itemsize for one in (u, v)]
+        return None, None
     if not all(map(_moderate, filter(None, powers))):
-        return sum(sizes)
-    return sizes[0] if u.shape[2] <= v.shape[2] else sizes[1]
+        roots = [_roots(power) if power else (0.0, 0.0) for power in powers]
+        return [root for root, _ in roots], [root for _, root in roots]
+    return (powers, None) if u.shape[2] <= v.shape[2] else (None, powers)
 
 
 def scaled_gradients(grads: Tensor, powers: Sequence[float]) -> Tensor:
