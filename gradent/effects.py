@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from gradent.directions import OWN, check_toward, dot, given_vector, planned_step
 from gradent.errors import InputError, NonFiniteError
-from gradent.hooks.logprob import check_logps, sequence_logprobs
-from gradent.model import check_ids, forward_marked, input_device, observed, plain, trainable
+from gradent.model.calls import check_ids, forward_marked, input_device, observed, plain, trainable
+from gradent.model.facts import require_causal
+from gradent.model.logprobs import check_logps, sequence_logprobs
 from gradent.pairs import PairBatch
 from gradent.token_tangents import Claim, Differentiate, Direction, Row, backward
-from gradent.traits import require_causal
 
 __all__ = ["token_effects"]
 

@@ -13,11 +13,11 @@ from torch.func import functional_call, grad_and_value, vmap
 from gradent.errors import GradentWarning
 from gradent.hooks.forms import Explicit
 from gradent.hooks.ledger import Ledger
-from gradent.hooks.logprob import check_logps
 from gradent.hooks.micro import Outcome
 from gradent.kernels.plan import DEFAULT_BUDGET
-from gradent.model import forward_logits, observed
-from gradent.traits import check_causal, ignores_padding
+from gradent.model.calls import forward_logits, observed
+from gradent.model.facts import check_causal, ignores_padding
+from gradent.model.logprobs import check_logps
 
 __all__ = ["parameters_kept", "per_sample_pairs"]
 

@@ -23,8 +23,8 @@ from gradent.hooks.pairing import Pairing
 from gradent.hooks.piggyback import Passed, Piggyback
 from gradent.kernels.plan import DEFAULT_BUDGET, parse_budget
 from gradent.measure import measure
-from gradent.metric import metric_roots
-from gradent.model import is_sharded, plain, trainable
+from gradent.model.calls import is_sharded, plain, trainable
+from gradent.model.preconditioner import metric_roots
 from gradent.pairs import PairBatch
 from gradent.verdict import Verdict
 

@@ -34,10 +34,10 @@ from gradent.hooks.strand import NoLockstep
 from gradent.kernels.plan import parse_budget
 from gradent.kernels.reference import spans
 from gradent.kernels.tokens import Entries
-from gradent.model import check_ids, input_device, observed, plain, trainable
+from gradent.model.calls import check_ids, input_device, observed, plain, trainable
+from gradent.model.facts import ignores_padding, require_causal, trims
 from gradent.pairs import PairBatch
 from gradent.token_gram import TokenGram
-from gradent.traits import ignores_padding, require_causal, trims
 
 __all__ = ["measure_tokens"]
 

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2LMHeadModel
 
 from gradent.errors import InputError, ModelError, NotCausalError, NothingTrainableError
 from gradent.measure import measure, sequence_logps
-from gradent.model import observed
+from gradent.model.calls import observed
 from gradent.pairs import PairBatch
 from tests.batches import ragged
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import gradent.traits
+import gradent.model.facts
 from gradent.effects import token_effects
 from gradent.errors import GradentWarning, NonFiniteError
 from gradent.hooks.cross import CrossLedger
@@ -170,8 +170,8 @@ def test_a_matrix_that_does_not_add_up_is_not_returned(monkeypatch):
 
 def test_causality_is_looked_at_once_a_model_by_whoever_comes_first(monkeypatch):
     model, batch, looks = build("gpt2"), ragged(1), []
-    honest = gradent.traits.check_causal
-    monkeypatch.setattr("gradent.traits.check_causal", lambda *given: looks.append(honest(*given)))
+    honest = gradent.model.facts.check_causal
+    monkeypatch.setattr("gradent.model.facts.check_causal", lambda *given: looks.append(honest(*given)))
     for way in (measure_tokens, measure, token_effects, measure_tokens):
         way(model, batch)
     assert len(looks) == 1

@@ -13,8 +13,8 @@ import torch
 
 from gradent.audit.source import ModelSource, brief, hint, some
 from gradent.errors import InputError, ModelError, NotCausalError
-from gradent.model import input_device, observed
-from gradent.traits import check_causal
+from gradent.model.calls import input_device, observed
+from gradent.model.facts import check_causal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

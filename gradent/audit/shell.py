@@ -20,8 +20,8 @@ from gradent.audit.source import ModelSource, brief, hint
 from gradent.errors import ModelError
 from gradent.hooks.capture import Capture
 from gradent.hooks.uses import GroupedUse, Layout, LookupUse, MatrixUse, SumUse, Use
-from gradent.model import forward_logits, observed, trainable
-from gradent.traits import longest_input
+from gradent.model.calls import forward_logits, observed, trainable
+from gradent.model.facts import longest_input
 
 __all__ = ["Shell", "Used", "inspect_model", "watch"]
 

@@ -24,7 +24,7 @@ from gradent.hooks.share import Sharing
 from gradent.hooks.uses import Layout
 from gradent.hooks.views import View
 from gradent.kernels.queued import at_once
-from gradent.model import output_embeddings
+from gradent.model.calls import output_embeddings
 
 __all__ = ["WatchedForward", "waits"]
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gradent.hooks.logprob import TILE, check_logps, sequence_logprobs
-from gradent.model import forward_logits
+from gradent.model.calls import forward_logits
+from gradent.model.logprobs import TILE, check_logps, sequence_logprobs
 
 __all__ = ["Forward", "MicroBatch", "Outcome"]
 

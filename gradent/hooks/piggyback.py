@@ -23,8 +23,8 @@ from gradent.hooks.clock import Clock
 from gradent.hooks.forward import WatchedForward
 from gradent.hooks.pairing import Pairing
 from gradent.hooks.regions import in_backward
-from gradent.hooks.sharding import find_owners
-from gradent.model import is_observed
+from gradent.model.calls import is_observed
+from gradent.model.sharding import find_owners
 
 __all__ = ["Passed", "Piggyback"]
 

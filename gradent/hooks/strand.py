@@ -21,10 +21,10 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from gradent.hooks.capture import Capture, Tap
 from gradent.hooks.cuts import Order, byte_size, find_order
 from gradent.hooks.graph import Survey
-from gradent.hooks.logprob import check_logps
 from gradent.hooks.uses import Layout, MatrixUse, SumUse
 from gradent.kernels.reference import accumulator, spans
-from gradent.model import forward_logits
+from gradent.model.calls import forward_logits
+from gradent.model.logprobs import check_logps
 
 __all__ = ["Arrival", "Lanes", "Leaf", "NoLockstep", "Strand"]
 

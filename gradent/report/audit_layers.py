@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from gradent.layers import layer_of, unwrapped
+from gradent.model.layer_names import layer_of, unwrapped
 from gradent.report.audit_read import AuditRecords
 from gradent.report.numbers import fixed, percent
 from gradent.report.page import HeatMap, Section, Table

@@ -38,7 +38,7 @@ from gradent.errors import InputError, ModelError, NonFiniteError
 from gradent.hooks.readout import FusedReadout
 from gradent.kernels.plan import parse_budget
 from gradent.losses.designs import counting, normalized_weights
-from gradent.model import trainable
+from gradent.model.calls import trainable
 from gradent.trainer.pairwise_config import PairwiseNormalizedDPOConfig
 from gradent.trainer.requirements import require_config, require_trl, require_whole
 from gradent.trainer.row_norms import RowNorms, WatchedModel

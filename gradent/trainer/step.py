@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gradent.gram import ModuleGram, PairGram
-from gradent.layers import group_layers
+from gradent.model.layer_names import group_layers
 from gradent.pairs import PairBatch
 from gradent.record import PAIR_COLUMNS
 from gradent.recorder import Recording

@@ -11,7 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from gradent.hooks.cuts import byte_size, cut_order, find_order
 from gradent.hooks.strand import Arrival, Lanes, Strand
-from gradent.model import trainable
+from gradent.model.calls import trainable
 from tests.zoo import build
 
 

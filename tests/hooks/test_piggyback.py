@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradent.hooks.piggyback import Piggyback
-from gradent.model import trainable
+from gradent.model.calls import trainable
 from gradent.pairs import PairBatch
 from tests.adapters import build_adapted, lora_everywhere
 from tests.batches import ragged

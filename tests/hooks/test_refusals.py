@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from trl.trainer.utils import add_fused_lm_head
 
 from gradent.hooks.piggyback import Piggyback
-from gradent.model import trainable
+from gradent.model.calls import trainable
 from gradent.pairs import PairBatch
 from tests.adapters import adapt, lora
 from tests.batches import ragged, square

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gradent.errors import DataFileError
-from gradent.layers import layer_of
+from gradent.model.layer_names import layer_of
 from gradent.record import (
     PAIR_COLUMNS,
     read_modules,

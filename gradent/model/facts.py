@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gradent.errors import GradentWarning, ModelError, NotCausalError
-from gradent.model import forward_logits, takes_keep
+from gradent.model.calls import forward_logits, takes_keep
 
 __all__ = ["announce_untrimmed", "check_causal", "ignores_padding", "longest_input", "require_causal", "trims"]
 
