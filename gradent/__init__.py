@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gradent.errors import GradentError, GradentWarning
     from gradent.gram import PairGram
     from gradent.measure import measure
-    from gradent.pairs import PairBatch
+    from gradent.pairs.batch import PairBatch
     from gradent.recorder import attach
     from gradent.token_gram import TokenGram
     from gradent.tokens import measure_tokens
@@ -49,7 +49,7 @@ _HOME = {
     "EntanglementCallback": "gradent.trainer",
     "GradentError": "gradent.errors",
     "GradentWarning": "gradent.errors",
-    "PairBatch": "gradent.pairs",
+    "PairBatch": "gradent.pairs.batch",
     "PairGram": "gradent.gram",
     "TokenGram": "gradent.token_gram",
     "Verdict": "gradent.verdict",

@@ -24,7 +24,7 @@ from gradent.errors import InputError
 from gradent.files import first_line
 from gradent.kernels import crossover, dispatch
 from gradent.measure import measure
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from gradent.version import __version__
 
 __all__ = ["Check", "Report", "examine", "print_report", "scaled_error"]

@@ -20,7 +20,7 @@ from gradent.errors import InputError, NonFiniteError
 from gradent.model.calls import check_ids, forward_marked, input_device, observed, plain, trainable
 from gradent.model.facts import require_causal
 from gradent.model.logprobs import check_logps, sequence_logprobs
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from gradent.token_tangents import Claim, Differentiate, Direction, Row, backward
 
 __all__ = ["token_effects"]

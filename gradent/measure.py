@@ -22,7 +22,7 @@ from gradent.model.calls import check_ids, forward_marked, input_device, observe
 from gradent.model.facts import ignores_padding, trims
 from gradent.model.logprobs import sequence_logprobs
 from gradent.model.preconditioner import metric_roots
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from gradent.per_sample import per_sample_pairs
 
 __all__ = ["measure", "sequence_logps"]

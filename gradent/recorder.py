@@ -25,7 +25,7 @@ from gradent.kernels.plan import DEFAULT_BUDGET, parse_budget
 from gradent.measure import measure
 from gradent.model.calls import is_sharded, plain, trainable
 from gradent.model.preconditioner import metric_roots
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from gradent.verdict import Verdict
 
 __all__ = ["Mode", "Recorder", "Recording", "WeightGrad", "attach", "join_recordings"]

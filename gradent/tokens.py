@@ -36,7 +36,7 @@ from gradent.kernels.reference import spans
 from gradent.kernels.tokens import Entries
 from gradent.model.calls import check_ids, input_device, observed, plain, trainable
 from gradent.model.facts import ignores_padding, require_causal, trims
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from gradent.token_gram import TokenGram
 
 __all__ = ["measure_tokens"]

@@ -21,7 +21,7 @@ from gradent.errors import (
     NothingTrainableError,
 )
 from gradent.measure import measure
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from gradent.token_tangents import _TOGETHER
 from gradent.tokens import measure_tokens
 from tests.adapters import build_adapted

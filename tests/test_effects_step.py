@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradent.effects import token_effects
 from gradent.errors import GradentWarning, InputError, NonFiniteError
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from tests.adapters import build_adapted
 from tests.batches import ragged
 from tests.truth import call, untouched

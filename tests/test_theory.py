@@ -15,7 +15,7 @@ from gradent import losses
 from gradent.errors import InputError
 from gradent.gram import PairGram
 from gradent.measure import measure
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from gradent.theory import Entries, corollary_2, head_gram, theorem_1, theorem_3
 from gradent.verdict import verdict
 

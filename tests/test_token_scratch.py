@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from gradent.hooks.lockstep import Lockstep
 from gradent.hooks.strand import Strand
 from gradent.kernels.tokens import Block, shared_entries
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from gradent.tokens import measure_tokens
 from tests.live import LiveBytes
 

@@ -17,7 +17,7 @@ from gradent.hooks.forms import Dense, Explicit, Rows
 from gradent.hooks.strand import NoLockstep
 from gradent.hooks.token_ledger import TokenLedger
 from gradent.measure import measure
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from gradent.token_gram import TokenGram
 from gradent.tokens import measure_tokens
 from tests.adapters import ADAPTERS, build_adapted

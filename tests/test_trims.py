@@ -17,7 +17,7 @@ from gradent.errors import GradentWarning
 from gradent.measure import sequence_logps
 from gradent.model.calls import observed, takes_keep
 from gradent.model.facts import trims
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from gradent.tokens import measure_tokens
 from tests.adapters import build_adapted
 from tests.batches import ragged

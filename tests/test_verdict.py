@@ -13,7 +13,7 @@ from gradent import losses
 from gradent.errors import InputError, NonFiniteError
 from gradent.gram import PairGram
 from gradent.measure import measure, sequence_logps
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from gradent.verdict import CASES, Verdict, verdict
 
 F64 = torch.float64

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradent.gram import PairGram
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 
 TOLERANCE: dict[str, float] = {
     "float64": 1e-9,

@@ -16,7 +16,7 @@ from examples.paper.trainer import completion_logps
 from gradent import losses
 from gradent.demo.task import TokenPair, tokenize_style
 from gradent.measure import measure
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from gradent.verdict import CASES, verdict
 
 __all__ = ["step_on_each", "table1"]

@@ -11,7 +11,7 @@ from examples.paper.draw import CHOSEN, REJECTED, Panel, Row, draw_panels, serie
 from examples.paper.lab import Lab, Outcome
 from examples.paper.sentiment import SentimentStart
 from gradent.demo.task import tokenize_style
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from gradent.token_gram import TokenGram
 from gradent.token_text import token_texts
 from gradent.tokens import measure_tokens

@@ -20,7 +20,7 @@ from gradent import losses
 from gradent.errors import GradentWarning
 from gradent.gram import PairGram
 from gradent.measure import measure
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from gradent.theory import Entries, corollary_2, theorem_1, theorem_3
 from gradent.verdict import verdict
 

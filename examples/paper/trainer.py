@@ -20,7 +20,7 @@ from gradent.demo.task import TokenPair
 from gradent.demo.train import PairCollator
 from gradent.losses import Loss
 from gradent.measure import sequence_logps
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 
 __all__ = ["NumberedCollator", "PairTrainer", "completion_logps", "reference_logps"]
 

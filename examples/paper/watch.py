@@ -15,7 +15,7 @@ from gradent import losses
 from gradent.demo.train import train_quietly, trainer_arguments
 from gradent.gram import PairGram
 from gradent.measure import measure
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from gradent.verdict import CASES, verdict
 
 __all__ = ["Row", "run_loss", "summarize"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gradent.audit.rows import Row
 from gradent.audit.sample import draw_in_slices
 from gradent.errors import DataFileError, InputError, PairError
-from gradent.pairs import tokenize_pair
+from gradent.pairs.batch import tokenize_pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

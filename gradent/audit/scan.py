@@ -18,7 +18,7 @@ from gradent.errors import GradentError, InputError, NonFiniteError
 from gradent.gram import PairGram
 from gradent.kernels.plan import parse_budget
 from gradent.measure import measure, sequence_logps
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 
 __all__ = [
     "Block",

@@ -15,7 +15,7 @@ from torch import Tensor
 from gradent.audit.data import AuditPair
 from gradent.effects import token_effects
 from gradent.errors import GradentError, InputError, NonFiniteError
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from gradent.record import TOKEN_COLUMNS
 from gradent.token_gram import TokenGram, match_tokens
 from gradent.token_text import token_texts

@@ -145,7 +145,7 @@ def _measure(model: Any, pair: AuditPair, memory_budget: int | str | None, by_mo
     from gradent.audit.token_scan import named_errors, refuse_non_finite  # noqa: PLC0415
     from gradent.effects import token_effects  # noqa: PLC0415
     from gradent.measure import measure  # noqa: PLC0415
-    from gradent.pairs import PairBatch  # noqa: PLC0415
+    from gradent.pairs.batch import PairBatch  # noqa: PLC0415
     from gradent.tokens import measure_tokens  # noqa: PLC0415
 
     batch = PairBatch.from_tokens([(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)])

@@ -20,7 +20,7 @@ from gradent.demo.settings import DemoSettings
 from gradent.demo.task import Task, TokenPair, prompt_of, responses_of, tokenize_style
 from gradent.gram import PairGram
 from gradent.measure import measure
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 
 __all__ = [
     "Measured",

@@ -22,7 +22,7 @@ from gradent.hooks.pairing import Pairing
 from gradent.kernels.plan import parse_budget
 from gradent.measure import sequence_logps
 from gradent.model.calls import is_sharded
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from gradent.recorder import Mode, Recorder, Recording, WeightGrad, attach, join_recordings
 from gradent.report.wandb_panels import Panels
 from gradent.report.words import DEFAULT_ALERT, Alert, Speaker

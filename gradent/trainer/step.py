@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradent.gram import ModuleGram, PairGram
 from gradent.model.layer_names import group_layers
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from gradent.record import PAIR_COLUMNS
 from gradent.recorder import Recording
 from gradent.trainer.token_map import TokenMap

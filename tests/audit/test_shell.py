@@ -16,7 +16,7 @@ from gradent.errors import ModelError
 from gradent.hooks import driver, ledger
 from gradent.hooks.forms import Deferred, Dense, Rows
 from gradent.measure import measure
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from tests.adapters import ADAPTERS, adapt
 from tests.audit.made import save_lora
 from tests.zoo import build

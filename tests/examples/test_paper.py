@@ -31,7 +31,7 @@ from gradent.demo.model import build_model, build_tokenizer
 from gradent.demo.statements import draw_statements
 from gradent.demo.task import STYLES, Statement
 from gradent.demo.train import one_thread
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from tests.pages import ROOT
 
 RUNNER = CliRunner()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradent.hooks.piggyback import Piggyback
 from gradent.model.calls import trainable
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from tests.adapters import build_adapted, lora_everywhere
 from tests.batches import ragged
 from tests.hooks.watching import CHECKPOINTING, WAYS, error, prepare, set_up, watch

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gradent import EntanglementCallback
 from gradent.measure import sequence_logps
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from tests.audit.trained import make_base
 from tests.processes import launch
 from tests.trainer import rank_pairwise
