@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from gradent.measure import measure
     from gradent.pairs.batch import PairBatch
     from gradent.recorder import attach
+    from gradent.theory.conditions import Verdict, verdict
     from gradent.token_gram import TokenGram
     from gradent.tokens import measure_tokens
     from gradent.trainer import EntanglementCallback
-    from gradent.verdict import Verdict, verdict
 
 __all__ = [
     "EntanglementCallback",
@@ -52,14 +52,14 @@ _HOME = {
     "PairBatch": "gradent.pairs.batch",
     "PairGram": "gradent.gram",
     "TokenGram": "gradent.token_gram",
-    "Verdict": "gradent.verdict",
+    "Verdict": "gradent.theory.conditions",
     "attach": "gradent.recorder",
     "audit": "gradent.audit",
     "losses": "gradent.losses",
     "measure": "gradent.measure",
     "measure_tokens": "gradent.tokens",
     "token_effects": "gradent.effects",
-    "verdict": "gradent.verdict",
+    "verdict": "gradent.theory.conditions",
 }
 
 

@@ -26,7 +26,7 @@ from gradent.measure import measure
 from gradent.model.calls import is_sharded, plain, trainable
 from gradent.model.preconditioner import metric_roots
 from gradent.pairs.batch import PairBatch
-from gradent.verdict import Verdict
+from gradent.theory.conditions import Verdict
 
 __all__ = ["Mode", "Recorder", "Recording", "WeightGrad", "attach", "join_recordings"]
 

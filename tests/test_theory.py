@@ -16,8 +16,8 @@ from gradent.errors import InputError
 from gradent.gram import PairGram
 from gradent.measure import measure
 from gradent.pairs.batch import PairBatch
-from gradent.theory import Entries, corollary_2, head_gram, theorem_1, theorem_3
-from gradent.verdict import verdict
+from gradent.theory.closed_forms import Entries, corollary_2, head_gram, theorem_1, theorem_3
+from gradent.theory.conditions import verdict
 
 
 def states(model: LearnableHead, prompt: list[int], response: list[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from gradent.errors import InputError, NonFiniteError
 from gradent.gram import PairGram
 from gradent.measure import measure, sequence_logps
 from gradent.pairs.batch import PairBatch
-from gradent.verdict import CASES, Verdict, verdict
+from gradent.theory.conditions import CASES, Verdict, verdict
 
 F64 = torch.float64
 

@@ -17,7 +17,7 @@ from gradent import losses
 from gradent.demo.task import TokenPair, tokenize_style
 from gradent.measure import measure
 from gradent.pairs.batch import PairBatch
-from gradent.verdict import CASES, verdict
+from gradent.theory.conditions import CASES, verdict
 
 __all__ = ["step_on_each", "table1"]
 

@@ -21,8 +21,8 @@ from gradent.errors import GradentWarning
 from gradent.gram import PairGram
 from gradent.measure import measure
 from gradent.pairs.batch import PairBatch
-from gradent.theory import Entries, corollary_2, theorem_1, theorem_3
-from gradent.verdict import verdict
+from gradent.theory.closed_forms import Entries, corollary_2, theorem_1, theorem_3
+from gradent.theory.conditions import verdict
 
 __all__ = ["corollary2", "theorem1", "theorem3"]
 

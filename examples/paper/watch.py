@@ -16,7 +16,7 @@ from gradent.demo.train import train_quietly, trainer_arguments
 from gradent.gram import PairGram
 from gradent.measure import measure
 from gradent.pairs.batch import PairBatch
-from gradent.verdict import CASES, verdict
+from gradent.theory.conditions import CASES, verdict
 
 __all__ = ["Row", "run_loss", "summarize"]
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gradent.record import CASE_NAMES
-from gradent.verdict import case_numbers
+from gradent.theory.conditions import case_numbers
 
 __all__ = ["mask_changes", "mask_row"]
 

@@ -17,7 +17,7 @@ from gradent.audit.token_scan import choose_pairs
 from gradent.audit.variants import read_hyperparameters
 from gradent.losses import Loss
 from gradent.record import CASE_NAMES, MODULE_COLUMNS, PAIR_COLUMNS, SAMPLE_COLUMNS, TOKEN_COLUMNS
-from gradent.verdict import Verdict, verdict
+from gradent.theory.conditions import Verdict, verdict
 
 __all__ = [
     "Measured",

@@ -24,7 +24,7 @@ from gradent.audit.variants import label_loss, list_variants, read_hyperparamete
 from gradent.errors import GradentError
 from gradent.gram import PairGram
 from gradent.losses import Loss
-from gradent.verdict import CASES, Verdict, verdict
+from gradent.theory.conditions import CASES, Verdict, verdict
 
 __all__ = ["recommend", "what_if"]
 

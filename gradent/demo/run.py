@@ -204,7 +204,7 @@ def _examples(task: Task) -> list[dict[str, str]]:
 def _to_columns(runs: dict[str, list[Measured]], beta: float) -> dict[str, list[Any]]:
     """The columns of `pairs.parquet`; the reference of DPO is the model at step 0."""
     from gradent import losses  # noqa: PLC0415
-    from gradent.verdict import verdict  # noqa: PLC0415
+    from gradent.theory.conditions import verdict  # noqa: PLC0415
 
     loss = losses.get("dpo", beta=beta)
     columns: dict[str, list[Any]] = {name: [] for name in PAIR_COLUMNS}

@@ -11,7 +11,7 @@ from torch import nn
 from gradent.errors import InputError
 from gradent.measure import measure
 from gradent.pairs.batch import PairBatch, tokenize_pair
-from gradent.verdict import Verdict
+from gradent.theory.conditions import Verdict
 
 __all__ = ["Probe"]
 

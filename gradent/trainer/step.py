@@ -18,8 +18,8 @@ from gradent.model.layer_names import group_layers
 from gradent.pairs.batch import PairBatch
 from gradent.record import PAIR_COLUMNS
 from gradent.recorder import Recording
+from gradent.theory.conditions import Verdict
 from gradent.trainer.token_map import TokenMap
-from gradent.verdict import Verdict
 
 __all__ = ["StepRecord", "layer_cosines", "summarize", "to_rows"]
 

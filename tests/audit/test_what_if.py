@@ -14,7 +14,7 @@ from gradent.audit.recommend import CLEARLY, standard_errors
 from gradent.audit.variants import SWEEPS, label_loss
 from gradent.audit.what_if import recommend, what_if
 from gradent.losses import LOSSES
-from gradent.verdict import verdict
+from gradent.theory.conditions import verdict
 from tests.audit.measured import columns_of, drawn, gram_of, has_no_nan, references_of, stacked
 
 KEYS = {
