@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gradent.errors import DataFileError, InputError
-from gradent.files import SCHEMA_VERSION, check_version
+from gradent.record.parquet import SCHEMA_VERSION, check_version
 from gradent.version import __version__
 
 __all__ = ["Journal", "JournalError", "Key", "digest"]

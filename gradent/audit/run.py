@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradent.errors import InputError
-from gradent.files import make_directory
 from gradent.record import AUDIT_FILES, Summary
+from gradent.record.parquet import make_directory
 
 if TYPE_CHECKING:
     from gradent.losses import Loss

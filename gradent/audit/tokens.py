@@ -19,8 +19,8 @@ from rich.text import Text
 from gradent.audit.pair_masks import read_pair_masks
 from gradent.audit.table import printable
 from gradent.audit.tell import teller, warnings_told
-from gradent.files import make_directory
 from gradent.record import TokenRecord, write_token_record
+from gradent.record.parquet import make_directory
 from gradent.report.token_rows import TokenRow, rank_tokens, signed, token_rows
 from gradent.report.tokens import write_token_report
 from gradent.token_text import token_texts, visible

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gradent.report.curves import Floats, mean_and_error, read_curves
+from gradent.record.curves import Floats, mean_and_error, read_curves
 
 __all__ = ["Evidence", "Finding", "judge"]
 

@@ -20,8 +20,8 @@ from rich.text import Text
 
 from gradent.demo.settings import EMBEDDED, PRETRAINED, DemoSettings
 from gradent.errors import InputError
-from gradent.files import make_directory
 from gradent.record import PAIR_COLUMNS, write_demo, write_pairs
+from gradent.record.parquet import make_directory
 from gradent.report import write_demo_report
 
 if TYPE_CHECKING:

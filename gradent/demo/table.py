@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradent.record import DemoRecord
-from gradent.report.curves import mean_and_error, read_curves
+from gradent.record.curves import mean_and_error, read_curves
 from gradent.report.demo import describe_evidence
 
 __all__ = ["print_findings"]

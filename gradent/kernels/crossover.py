@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from gradent.errors import InputError
-from gradent.files import write_whole
 from gradent.kernels.plan import DEPTH, LEAST_PRICE, MOST_PRICE, Plan
 from gradent.kernels.queued import is_capturing
+from gradent.record.parquet import write_whole
 
 __all__ = ["adopt", "cache_file", "device_name", "is_measured", "known", "price"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from gradent.errors import DataFileError, InputError
-from gradent.files import SCHEMA_VERSION, check_version, first_line, write_whole
+from gradent.record.parquet import SCHEMA_VERSION, check_version, first_line, write_whole
 from gradent.version import __version__
 
 __all__ = [

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradent.files import make_directory, write_whole
+from gradent.record.parquet import make_directory, write_whole
 from gradent.report.audit_losses import describe_row, shown_rows
 from gradent.report.audit_read import AuditRecords, read_audit
 from gradent.report.audit_steps import STEP, has_curve, logp_lines

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradent.record import CASE_NAMES, Summary, read_modules, read_pairs, read_sample, read_summary, read_tokens
-from gradent.report.curves import mean_and_error
+from gradent.record.curves import mean_and_error
 
 __all__ = ["AuditRecords", "Measured", "read_audit"]
 

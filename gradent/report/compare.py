@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gradent.files import make_directory
 from gradent.record import CASE_NAMES
+from gradent.record.parquet import make_directory
 from gradent.report.audit_losses import shown_rows
 from gradent.report.audit_pairs import pair_quotes
 from gradent.report.audit_read import AuditRecords

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradent.record import CASE_NAMES
+from gradent.record.curves import mean_and_error
 from gradent.report.audit_read import AuditRecords, Measured, read_audit
 from gradent.report.audit_settings import list_settings
-from gradent.report.curves import mean_and_error
 from gradent.report.numbers import plural
 
 __all__ = ["Compared", "Comparison", "compare_audits", "compare_rows"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gradent.record import CASE_NAMES, DemoRecord, read_demo, read_pairs
-from gradent.report.curves import read_curves
+from gradent.record.curves import read_curves
 from gradent.report.page import Cell, Chart, Line, Page, Section, Table, write_page
 
 __all__ = ["describe_evidence", "write_demo_report"]

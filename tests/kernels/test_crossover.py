@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gradent.files import write_whole
 from gradent.kernels import crossover
 from gradent.kernels.crossover import REPEATS, _key, _measure, _round, _timed, cache_file, is_measured, price
 from gradent.kernels.plan import WORTH, choose
 from gradent.kernels.reference import reduce_dense
+from gradent.record.parquet import write_whole
 from tests.live import LiveBytes
 
 LARGE = 2**40

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from gradent.errors import DataFileError, InputError
-from gradent.files import write_table
 from gradent.record.masks import MASK_COLUMNS, mask_schema, read_masks, write_masks
-from gradent.record.tables import _TOKEN_TABLE
+from gradent.record.parquet import write_table
+from gradent.record.schema import _TOKEN_TABLE
 from gradent.report.masks import write_mask_report
 from tests.report.test_page import read
 from tests.report.test_tokens_page import blocks

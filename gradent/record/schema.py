@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gradent.files import TableKind, read_table, table_schema, write_table
+from gradent.record.parquet import TableKind, read_table, table_schema, write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
