@@ -14,15 +14,15 @@ from gradent.version import __version__
 if TYPE_CHECKING:
     from gradent import losses
     from gradent.audit import audit
-    from gradent.effects import token_effects
     from gradent.errors import GradentError, GradentWarning
     from gradent.gram import PairGram
     from gradent.measure import measure
     from gradent.pairs.batch import PairBatch
     from gradent.recorder import attach
     from gradent.theory.conditions import Verdict, verdict
-    from gradent.token_gram import TokenGram
-    from gradent.tokens import measure_tokens
+    from gradent.tokens.effects import token_effects
+    from gradent.tokens.gram import TokenGram
+    from gradent.tokens.matrix import measure_tokens
     from gradent.trainer import EntanglementCallback
 
 __all__ = [
@@ -51,14 +51,14 @@ _HOME = {
     "GradentWarning": "gradent.errors",
     "PairBatch": "gradent.pairs.batch",
     "PairGram": "gradent.gram",
-    "TokenGram": "gradent.token_gram",
+    "TokenGram": "gradent.tokens.gram",
     "Verdict": "gradent.theory.conditions",
     "attach": "gradent.recorder",
     "audit": "gradent.audit",
     "losses": "gradent.losses",
     "measure": "gradent.measure",
-    "measure_tokens": "gradent.tokens",
-    "token_effects": "gradent.effects",
+    "measure_tokens": "gradent.tokens.matrix",
+    "token_effects": "gradent.tokens.effects",
     "verdict": "gradent.theory.conditions",
 }
 

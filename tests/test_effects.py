@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gradent.effects import token_effects
 from gradent.errors import (
     GradentWarning,
     InputError,
@@ -22,8 +21,9 @@ from gradent.errors import (
 )
 from gradent.measure import measure
 from gradent.pairs.batch import PairBatch
-from gradent.token_tangents import _TOGETHER
-from gradent.tokens import measure_tokens
+from gradent.tokens.effects import token_effects
+from gradent.tokens.matrix import measure_tokens
+from gradent.tokens.tangents import _TOGETHER
 from tests.adapters import build_adapted
 from tests.batches import left_padded, ragged
 from tests.odd_models import build_odd

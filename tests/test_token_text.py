@@ -9,7 +9,7 @@ import tokenizers
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from gradent.token_text import readable, token_texts, visible
+from gradent.text import readable, token_texts, visible
 from tests.report.token_records import HOSTILE
 
 TEXT = "Häuser größer 屋  \n\t$x$ <b>é"

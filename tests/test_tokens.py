@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 
 import gradent.model.facts
-from gradent.effects import token_effects
 from gradent.errors import GradentWarning, NonFiniteError
-from gradent.hooks.cross import CrossLedger
 from gradent.hooks.driver import agreement
 from gradent.hooks.forms import Dense, Explicit, Rows
-from gradent.hooks.strand import NoLockstep
-from gradent.hooks.token_ledger import TokenLedger
 from gradent.measure import measure
 from gradent.pairs.batch import PairBatch
-from gradent.token_gram import TokenGram
-from gradent.tokens import measure_tokens
+from gradent.tokens.all_pairs import CrossLedger
+from gradent.tokens.effects import token_effects
+from gradent.tokens.gram import TokenGram
+from gradent.tokens.ledger import TokenLedger
+from gradent.tokens.matrix import measure_tokens
+from gradent.tokens.row_pass import NoLockstep
 from tests.adapters import ADAPTERS, build_adapted
 from tests.batches import left_padded, ragged, square
 from tests.odd_models import ODD, build_odd
@@ -78,8 +78,8 @@ def test_token_by_token(monkeypatch, name):
     def refuse(*args, **kwargs):
         raise NoLockstep("it is a test")
 
-    monkeypatch.setattr("gradent.tokens.Lockstep", refuse)
-    monkeypatch.setattr("gradent.tokens.TOKENS", {"cpu": 12, "cuda": 12})
+    monkeypatch.setattr("gradent.tokens.matrix.Lockstep", refuse)
+    monkeypatch.setattr("gradent.tokens.matrix.TOKENS", {"cpu": 12, "cuda": 12})
     with pytest.warns(GradentWarning, match="one by one .* it is a test"):
         (single, *_) = measure_tokens(other, batch, memory_budget=512)
     assert_same(single, whole)

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from gradent.record import Summary
 from gradent.report.numbers import fixed, percent
-from gradent.token_text import visible
+from gradent.text import visible
 
 __all__ = ["preview", "print_summary", "printable"]
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from gradent.audit.data import AuditPair
-from gradent.effects import token_effects
 from gradent.errors import GradentError, InputError, NonFiniteError
 from gradent.pairs.batch import PairBatch
 from gradent.record import TOKEN_COLUMNS
-from gradent.token_gram import TokenGram, match_tokens
-from gradent.token_text import token_texts
-from gradent.tokens import measure_tokens
+from gradent.text import token_texts
+from gradent.tokens.effects import token_effects
+from gradent.tokens.gram import TokenGram, match_tokens
+from gradent.tokens.matrix import measure_tokens
 
 __all__ = [
     "check_token_pairs",

@@ -23,7 +23,7 @@ from gradent.record import TokenRecord, write_token_record
 from gradent.record.parquet import make_directory
 from gradent.report.token_rows import TokenRow, rank_tokens, signed, token_rows
 from gradent.report.tokens import write_token_report
-from gradent.token_text import token_texts, visible
+from gradent.text import token_texts, visible
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gradent.audit.data import AuditPair
     from gradent.audit.prepare import Prepared
     from gradent.gram import PairGram
-    from gradent.token_gram import TokenGram
+    from gradent.tokens.gram import TokenGram
 
 __all__ = ["TokenAudit", "audit_tokens"]
 
@@ -143,10 +143,10 @@ def audit_tokens(
 
 def _measure(model: Any, pair: AuditPair, memory_budget: int | str | None, by_module: bool, quiet: bool) -> _Measured:
     from gradent.audit.token_scan import named_errors, refuse_non_finite  # noqa: PLC0415
-    from gradent.effects import token_effects  # noqa: PLC0415
     from gradent.measure import measure  # noqa: PLC0415
     from gradent.pairs.batch import PairBatch  # noqa: PLC0415
-    from gradent.tokens import measure_tokens  # noqa: PLC0415
+    from gradent.tokens.effects import token_effects  # noqa: PLC0415
+    from gradent.tokens.matrix import measure_tokens  # noqa: PLC0415
 
     batch = PairBatch.from_tokens([(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)])
     with named_errors(pair, "tokens", ", or --dtype bfloat16"):

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradent.figures.token_heatmap import new_figure
 from gradent.record.parquet import make_directory, write_whole
 from gradent.report.audit_losses import describe_row, shown_rows
 from gradent.report.audit_read import AuditRecords, read_audit
 from gradent.report.audit_steps import STEP, has_curve, logp_lines
 from gradent.report.cases import CASE_COLOURS, CASES, share_of
-from gradent.token_figure import new_figure
-from gradent.token_text import visible
+from gradent.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

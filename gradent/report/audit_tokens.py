@@ -9,7 +9,7 @@ from typing import Any
 from gradent.report.audit_read import AuditRecords
 from gradent.report.numbers import count, fixed, percent, plural, signed_number
 from gradent.report.page import Section, Table, Word, Words
-from gradent.token_text import visible
+from gradent.text import visible
 
 __all__ = ["token_section"]
 

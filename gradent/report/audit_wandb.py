@@ -15,7 +15,7 @@ from gradent.report.audit_losses import describe_row
 from gradent.report.audit_pairs import ranked_pairs
 from gradent.report.audit_read import AuditRecords, Measured, read_audit
 from gradent.report.cases import CASES, share_of
-from gradent.token_text import readable
+from gradent.text import readable
 
 __all__ = ["stream_audit"]
 

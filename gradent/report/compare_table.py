@@ -11,7 +11,7 @@ from rich.text import Text
 from gradent.report.compare import describe_difference
 from gradent.report.compare_match import compare_audits
 from gradent.report.numbers import NOTHING, number, percent
-from gradent.token_text import visible
+from gradent.text import visible
 
 __all__ = ["print_comparison"]
 

@@ -12,7 +12,7 @@ from gradent.errors import DataFileError, InputError
 from gradent.record.masks import read_masks
 from gradent.report.numbers import count, number, percent, plural
 from gradent.report.page import BigNumber, Notice, Numbers, Page, Part, Section, Table, Word, Words, write_page
-from gradent.token_text import visible
+from gradent.text import visible
 from gradent.version import __version__
 
 __all__ = ["mask_words", "write_mask_report"]

@@ -20,7 +20,7 @@ from gradent.report.figure import Bars, Chart, HeatMap, Line, Series
 from gradent.report.figure_text import describe_figure, tabulate_figure
 from gradent.report.parts import BigNumber, Cell, Fold, Notice, Numbers, Part, Quote, Table, Word, Words
 from gradent.report.plotly_figure import bars_figure, chart_figure, heat_figure
-from gradent.token_text import readable
+from gradent.text import readable
 
 __all__ = [
     "Bars",

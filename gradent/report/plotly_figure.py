@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradent.report.figure import Bars, Chart, HeatMap, Line
-from gradent.token_text import readable
+from gradent.text import readable
 
 __all__ = ["bars_figure", "chart_figure", "heat_figure", "plain"]
 

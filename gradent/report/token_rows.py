@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gradent.record import TokenRecord
-from gradent.token_text import visible
+from gradent.text import visible
 
 __all__ = ["TokenRow", "rank_tokens", "signed", "token_rows"]
 

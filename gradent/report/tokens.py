@@ -17,7 +17,7 @@ from gradent.report.masks import mask_words
 from gradent.report.numbers import percent
 from gradent.report.page import Cell, HeatMap, Page, Quote, Section, Table, Word, Words, write_page
 from gradent.report.token_rows import TokenRow, rank_tokens, signed, token_rows
-from gradent.token_text import visible
+from gradent.text import visible
 
 __all__ = ["write_token_report"]
 

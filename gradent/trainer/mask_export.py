@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradent.errors import InputError
 from gradent.record.masks import MASK_COLUMNS, write_masks
-from gradent.token_text import token_texts
+from gradent.text import token_texts
 from gradent.trainer.mask_policy import TokenMasks
 
 __all__ = ["mask_batches", "write_mask_table"]

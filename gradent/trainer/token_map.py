@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from gradent.recorder import Recording
-from gradent.token_gram import TokenGram
-from gradent.tokens import measure_tokens
+from gradent.tokens.gram import TokenGram
+from gradent.tokens.matrix import measure_tokens
 
 __all__ = ["TokenMap", "map_tokens"]
 

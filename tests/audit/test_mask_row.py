@@ -14,7 +14,7 @@ from gradent.audit.recommend import recommend
 from gradent.audit.token_scan import token_rows
 from gradent.audit.what_if import what_if
 from gradent.report.audit_losses import loss_table
-from gradent.token_gram import TokenGram
+from gradent.tokens.gram import TokenGram
 from tests.audit.measured import columns_of, has_no_nan
 
 RESPONSES = {4: ([7, 1, 2, 3], [8, 1, 2, 3]), 9: ([5, 6], [5, 6, 7]), 2: ([1, 2], [1, 2])}

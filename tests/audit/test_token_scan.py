@@ -20,7 +20,7 @@ from gradent.audit.token_scan import (
 )
 from gradent.errors import GradentError, InputError, NonFiniteError
 from gradent.record import TOKEN_COLUMNS
-from gradent.token_gram import TokenGram, match_tokens
+from gradent.tokens.gram import TokenGram, match_tokens
 from tests.audit.made import tokenized
 
 PAIRS = [

@@ -335,7 +335,7 @@ def test_a_real_step_goes_the_way_of_the_case(start: Start) -> None:
 
 
 def test_the_diagonal_of_a_token_matrix(start: Start) -> None:
-    from gradent.tokens import measure_tokens  # noqa: PLC0415
+    from gradent.tokens.matrix import measure_tokens  # noqa: PLC0415
 
     tokens = start.tokenizer(" it has a positive sentiment based")["input_ids"]
     other = start.tokenizer(" it has a negative sentiment based")["input_ids"]

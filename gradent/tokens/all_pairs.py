@@ -15,7 +15,7 @@ from gradent.hooks.ledger import Ledger
 from gradent.hooks.merging import merge_forms
 from gradent.kernels.precision import exact_products
 from gradent.kernels.reference import accumulator
-from gradent.kernels.tokens import products
+from gradent.tokens.contractions import products
 
 __all__ = ["CrossLedger"]
 

@@ -15,13 +15,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from gradent.directions import OWN, check_toward, dot, given_vector, planned_step
 from gradent.errors import InputError, NonFiniteError
 from gradent.model.calls import check_ids, forward_marked, input_device, observed, plain, trainable
 from gradent.model.facts import require_causal
 from gradent.model.logprobs import check_logps, sequence_logprobs
 from gradent.pairs.batch import PairBatch
-from gradent.token_tangents import Claim, Differentiate, Direction, Row, backward
+from gradent.tokens.directions import OWN, check_toward, dot, given_vector, planned_step
+from gradent.tokens.tangents import Claim, Differentiate, Direction, Row, backward
 
 __all__ = ["token_effects"]
 

@@ -1,7 +1,7 @@
 """Which tokens are entangled: `measure_tokens`.
 
 A *token's* gradient is `∇_θ log π(y^a | x, y^{<a})`, over all parameters and through all earlier positions; what a hook
-sees at position a is something else. Two ways lead to it: in step (`gradent/hooks/lockstep.py`), where each token has a
+sees at position a is something else. Two ways lead to it: in step (`synchronized.py`), where each token has a
 cotangent of its own in one backward pass, and, for models that do not allow it, token by token, where each is a row of
 its own: the prefix that ends with it, in which it alone is marked.
 
@@ -24,20 +24,20 @@ from torch import Tensor, nn
 
 from gradent.errors import GradentWarning
 from gradent.hooks.batching import group_rows
-from gradent.hooks.cross import CrossLedger
 from gradent.hooks.driver import agreement, announce_single_rows, measure_pairs, rows_share
 from gradent.hooks.engine import NeedsSingleRows, run
-from gradent.hooks.lockstep import Lockstep
 from gradent.hooks.micro import MicroBatch
 from gradent.hooks.plain import is_plain, plain_rows, run_plainly
-from gradent.hooks.strand import NoLockstep
 from gradent.kernels.plan import parse_budget
 from gradent.kernels.reference import spans
-from gradent.kernels.tokens import Entries
 from gradent.model.calls import check_ids, input_device, observed, plain, trainable
 from gradent.model.facts import ignores_padding, require_causal, trims
 from gradent.pairs.batch import PairBatch
-from gradent.token_gram import TokenGram
+from gradent.tokens.all_pairs import CrossLedger
+from gradent.tokens.contractions import Entries
+from gradent.tokens.gram import TokenGram
+from gradent.tokens.row_pass import NoLockstep
+from gradent.tokens.synchronized import Lockstep
 
 __all__ = ["measure_tokens"]
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradent.hooks.cross import CrossLedger
 from gradent.hooks.forms import Dense, Explicit, Form, Rows
-from gradent.kernels.tokens import Block, Entries, flat_entries, lone_entries, shared_entries, tied_entries
+from gradent.tokens.all_pairs import CrossLedger
+from gradent.tokens.contractions import Block, Entries, flat_entries, lone_entries, shared_entries, tied_entries
 
 __all__ = ["Flat", "Lone", "Odd", "Part", "Shared", "TokenLedger"]
 

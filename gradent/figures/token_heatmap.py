@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradent.errors import InputError
-from gradent.token_text import visible
+from gradent.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

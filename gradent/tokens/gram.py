@@ -160,7 +160,7 @@ class TokenGram:
         Example:
             >>> gram.plot([tokenizer.decode(each) for each in gram.chosen_ids], path="tokens.png")  # doctest: +SKIP
         """
-        from gradent.token_figure import TokenPicture, draw_tokens, write_figure  # noqa: PLC0415
+        from gradent.figures.token_heatmap import TokenPicture, draw_tokens, write_figure  # noqa: PLC0415
 
         picture = TokenPicture(
             cosine=self.cosine.numpy(),

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from gradent.hooks.capture import Tap
-from gradent.hooks.cuts import byte_size, cut_order
-from gradent.hooks.strand import Arrival, Lanes, Leaf, Strand
-from gradent.hooks.token_ledger import Flat, Lone, Odd, Shared, TokenLedger
 from gradent.hooks.uses import LookupUse, MatrixUse, SumUse
 from gradent.kernels.precision import exact_products
 from gradent.kernels.reference import accumulator, spans
-from gradent.kernels.tokens import Block, Entries
+from gradent.tokens.contractions import Block, Entries
+from gradent.tokens.ledger import Flat, Lone, Odd, Shared, TokenLedger
+from gradent.tokens.row_pass import Arrival, Lanes, Leaf, Strand
+from gradent.tokens.schedule import byte_size, cut_order
 
 __all__ = ["Lockstep"]
 

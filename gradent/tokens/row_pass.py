@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from gradent.hooks.capture import Capture, Tap
-from gradent.hooks.cuts import Order, byte_size, find_order
 from gradent.hooks.graph import Survey
 from gradent.hooks.uses import Layout, MatrixUse, SumUse
 from gradent.kernels.reference import accumulator, spans
 from gradent.model.calls import forward_logits
 from gradent.model.logprobs import check_logps
+from gradent.tokens.schedule import Order, byte_size, find_order
 
 __all__ = ["Arrival", "Lanes", "Leaf", "NoLockstep", "Strand"]
 
