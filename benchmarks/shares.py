@@ -31,7 +31,7 @@ from benchmarks.peers import CASES, SIZES, build, draw
 from gradent import measure
 from gradent.hooks.collector import Collector
 from gradent.hooks.formed import SmallGradients
-from gradent.hooks.uses import LookupUse, SumUse
+from gradent.hooks.uses.uses import LookupUse, SumUse
 
 MODEL = "GPT-2, full"
 KINDS = ("matrices", "head", "embeddings", "biases and norms")

@@ -14,7 +14,7 @@ import torch
 
 from gradent.audit.shell import Used
 from gradent.hooks.formed import is_small, most_held
-from gradent.hooks.uses import COPIES
+from gradent.hooks.uses.uses import COPIES
 from gradent.kernels.plan import batch_scratch, choose, tile_room
 
 __all__ = ["Line", "Setting", "Totals", "plan_lines", "sum_lines"]

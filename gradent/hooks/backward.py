@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from gradent.gram import on_cpu
-from gradent.hooks.capture import Tap
-from gradent.hooks.clock import Clock, wait_for
+from gradent.hooks.capture.capture import Tap
 from gradent.hooks.collector import Collector, Place
 from gradent.hooks.ledger import Ledger
+from gradent.hooks.overhead import Clock, wait_for
 from gradent.hooks.pairing import Pairing, pair_rows
 from gradent.hooks.readout import Coefficients
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradent.hooks.capture import Capture, Tap
+from gradent.hooks.capture.capture import Capture, Tap
+from gradent.hooks.capture.coverage import Survey
 from gradent.hooks.collector import Collector, Place
 from gradent.hooks.forms import Explicit
-from gradent.hooks.graph import Survey
 from gradent.hooks.ledger import Ledger
 from gradent.hooks.micro import Forward, MicroBatch, Outcome
-from gradent.hooks.uses import Layout
+from gradent.hooks.uses.uses import Layout
 from gradent.kernels.reference import accumulator
 
 __all__ = ["NeedsSingleRows", "run"]

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from gradent.hooks.forms import Deferred, Dense, Explicit, Form
-from gradent.hooks.uses import Layout
-from gradent.hooks.views import View
+from gradent.hooks.uses.parameter_views import View
+from gradent.hooks.uses.uses import Layout
 from gradent.kernels.reference import accumulator
 
 __all__ = ["FusedHeadUse", "find_fused_head"]

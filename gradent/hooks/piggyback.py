@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradent.hooks.backward import Passed, WatchedBackward, Watching
-from gradent.hooks.clock import Clock
+from gradent.hooks.capture.checkpointing import in_backward
 from gradent.hooks.forward import WatchedForward
+from gradent.hooks.overhead import Clock
 from gradent.hooks.pairing import Pairing
-from gradent.hooks.regions import in_backward
 from gradent.model.calls import is_observed
 from gradent.model.sharding import find_owners
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from gradent.hooks.capture import Capture, Tap
-from gradent.hooks.graph import Survey
-from gradent.hooks.uses import Layout, MatrixUse, SumUse
+from gradent.hooks.capture.capture import Capture, Tap
+from gradent.hooks.capture.coverage import Survey
+from gradent.hooks.uses.uses import Layout, MatrixUse, SumUse
 from gradent.kernels.reference import accumulator, spans
 from gradent.model.calls import forward_logits
 from gradent.model.logprobs import check_logps

@@ -16,7 +16,7 @@ from functools import cached_property
 
 from torch.autograd.graph import GradientEdge, Node
 
-from gradent.hooks.graph import Edge
+from gradent.hooks.capture.coverage import Edge
 
 __all__ = ["Order", "byte_size", "cut_order", "find_order"]
 

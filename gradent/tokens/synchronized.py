@@ -17,8 +17,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from gradent.hooks.capture import Tap
-from gradent.hooks.uses import LookupUse, MatrixUse, SumUse
+from gradent.hooks.capture.capture import Tap
+from gradent.hooks.uses.uses import LookupUse, MatrixUse, SumUse
 from gradent.kernels.precision import exact_products
 from gradent.kernels.reference import accumulator, spans
 from gradent.tokens.contractions import Block, Entries

@@ -20,9 +20,9 @@ from torch.autograd.graph import GradientEdge, Node
 
 from gradent.errors import GradentWarning, InputError, ModelError, NonFiniteError
 from gradent.hooks.backward import WatchedBackward, Watching, addressed_to
-from gradent.hooks.clock import Clock
+from gradent.hooks.capture.coverage import Edge, survey
 from gradent.hooks.forward import WatchedForward
-from gradent.hooks.graph import Edge, survey
+from gradent.hooks.overhead import Clock
 from gradent.kernels.plan import DEFAULT_BUDGET
 from gradent.kernels.reference import accumulator, reduce_flat
 from gradent.losses.base import describe_pairs

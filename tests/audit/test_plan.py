@@ -12,7 +12,7 @@ from gradent.audit.plan import Setting, plan_lines, sum_lines
 from gradent.audit.shell import Used
 from gradent.errors import MemoryBudgetError
 from gradent.hooks.formed import HELD
-from gradent.hooks.uses import COPIES
+from gradent.hooks.uses.uses import COPIES
 from gradent.kernels.plan import batch_scratch, choose
 
 SETTING = Setting(tokens=512, budget=2**28, batch_budget=2**22)

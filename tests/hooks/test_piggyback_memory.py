@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gradent.hooks.capture import Capture
+from gradent.hooks.capture.capture import Capture
 from gradent.hooks.piggyback import Piggyback
 from gradent.model.calls import trainable
 from gradent.pairs.batch import PairBatch

@@ -33,8 +33,8 @@ def out_of_memory(*args: Any, **kwargs: Any) -> Any:
 
 
 FAULTS: dict[str, tuple[str, Fault, dict[str, Any]]] = {
-    "capture": ("gradent.hooks.capture.Capture._record", out_of_order, {}),
-    "capture, before": ("gradent.hooks.capture.Capture._before", out_of_order, {}),
+    "capture": ("gradent.hooks.capture.capture.Capture._record", out_of_order, {}),
+    "capture, before": ("gradent.hooks.capture.capture.Capture._before", out_of_order, {}),
     "a forward's start": ("gradent.hooks.forward.WatchedForward.__init__", out_of_order, {}),
     "readout": ("gradent.hooks.forward.find_readout", out_of_order, {}),
     "ledger": ("gradent.hooks.ledger.Ledger.finish", out_of_order, {}),

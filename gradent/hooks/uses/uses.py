@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gradent.hooks.forms import Dense, Explicit, Form, Rows
-from gradent.hooks.views import View
+from gradent.hooks.uses.parameter_views import View
 from gradent.kernels.reference import accumulator
 
 __all__ = ["COPIES", "Cut", "Factor", "GroupedUse", "Layout", "LookupUse", "MatrixUse", "SumUse", "Use"]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gradent.hooks.rules.elementwise import sum_use
 from gradent.hooks.rules.registry import Call, register_rule
-from gradent.hooks.uses import GroupedUse, MatrixUse, Use
-from gradent.hooks.views import View
+from gradent.hooks.uses.parameter_views import View
+from gradent.hooks.uses.uses import GroupedUse, MatrixUse, Use
 
 __all__: list[str] = []
 

@@ -21,13 +21,13 @@ from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from gradent.hooks.clock import Clock
-from gradent.hooks.graph import Edge, Survey, edges_between, node_of, survey
-from gradent.hooks.order import in_order
-from gradent.hooks.regions import current_region, in_backward
+from gradent.hooks.capture.checkpointing import current_region, in_backward
+from gradent.hooks.capture.coverage import Edge, Survey, edges_between, node_of, survey
+from gradent.hooks.capture.row_order import in_order
+from gradent.hooks.overhead import Clock
 from gradent.hooks.rules import RULES, Call
-from gradent.hooks.uses import Layout, Use
-from gradent.hooks.views import View, follow
+from gradent.hooks.uses.parameter_views import View, follow
+from gradent.hooks.uses.uses import Layout, Use
 
 __all__ = ["Capture", "Tap"]
 
