@@ -18,7 +18,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gradent.errors import InputError
-from gradent.hooks.pairing import Pairing
+from gradent.hooks.piggyback.pairing import Pairing
 from gradent.kernels.plan import parse_budget
 from gradent.measure import sequence_logps
 from gradent.model.calls import is_sharded

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from gradent.errors import GradentWarning, InputError, ModelError, NonFiniteError
-from gradent.hooks.backward import WatchedBackward, Watching, addressed_to
 from gradent.hooks.capture.coverage import Edge, survey
-from gradent.hooks.forward import WatchedForward
 from gradent.hooks.overhead import Clock
+from gradent.hooks.piggyback.backward import WatchedBackward, Watching, addressed_to
+from gradent.hooks.piggyback.forward import WatchedForward
 from gradent.kernels.plan import DEFAULT_BUDGET
 from gradent.kernels.reference import accumulator, reduce_flat
 from gradent.losses.base import describe_pairs

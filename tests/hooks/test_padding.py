@@ -50,7 +50,7 @@ def test_padding_that_gets_a_gradient_is_not_left_out(monkeypatch: pytest.Monkey
     assert passed.problem is None
     torch.testing.assert_close(sum(passed.entries.values()), want, rtol=1e-9, atol=0)
     # Where one does not wait for the answer, it is found out at the end, and there are no entries.
-    monkeypatch.setattr("gradent.hooks.forward.waits", lambda device: False)
+    monkeypatch.setattr("gradent.hooks.piggyback.forward.waits", lambda device: False)
     (passed,) = watch(model, lambda: through_logits(model, batch))
     assert "padding" in (passed.problem or "")
 
@@ -59,7 +59,7 @@ def test_padding_that_gets_a_gradient_is_not_left_out(monkeypatch: pytest.Monkey
 def test_a_shared_weight_gradient_leaves_nothing_out_that_is_not_zero(
     waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradent.hooks.forward.waits", lambda device: waits)
+    monkeypatch.setattr("gradent.hooks.piggyback.forward.waits", lambda device: waits)
     monkeypatch.setattr("gradent.kernels.shared.products_fit", lambda *args: False)
     gradients = []
     for watched in (False, True):
@@ -79,7 +79,7 @@ def test_a_shared_weight_gradient_leaves_nothing_out_that_is_not_zero(
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 def test_padding_takes_no_part(way: str, lora: bool, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the head the responses alone, of other matrices the rows up to their ends."""
-    monkeypatch.setattr("gradent.hooks.forward.waits", lambda device: waits)
+    monkeypatch.setattr("gradent.hooks.piggyback.forward.waits", lambda device: waits)
     reduced: list[tuple[int, int]] = []
 
     def reduce(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, **options: object) -> Tensor:

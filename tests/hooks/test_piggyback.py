@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradent.hooks.piggyback import Piggyback
+from gradent.hooks.piggyback.watcher import Piggyback
 from gradent.model.calls import trainable
 from gradent.pairs.batch import PairBatch
 from tests.adapters import build_adapted, lora_everywhere

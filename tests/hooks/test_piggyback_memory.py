@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradent.hooks.capture.capture import Capture
-from gradent.hooks.piggyback import Piggyback
+from gradent.hooks.piggyback.watcher import Piggyback
 from gradent.model.calls import trainable
 from gradent.pairs.batch import PairBatch
 from tests.live import LiveBytes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from trl.trainer.utils import add_fused_lm_head
 
-from gradent.hooks.piggyback import Piggyback
+from gradent.hooks.piggyback.watcher import Piggyback
 from gradent.model.calls import trainable
 from gradent.pairs.batch import PairBatch
 from tests.adapters import adapt, lora

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gradent.hooks.piggyback import Passed, Piggyback
+from gradent.hooks.piggyback.watcher import Passed, Piggyback
 from gradent.model.calls import trainable
 from tests.batches import ragged
 from tests.hooks.watching import CHECKPOINTING, WAYS, error, prepare, set_up, watch

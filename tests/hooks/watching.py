@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from torch import Tensor, nn
 
-from gradent.hooks.piggyback import Passed, Piggyback
+from gradent.hooks.piggyback.watcher import Passed, Piggyback
 from gradent.model.calls import trainable
 from gradent.pairs.batch import PairBatch
 from tests.adapters import lora_everywhere

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gradent.hooks.backward import Passed, WatchedBackward, Watching
 from gradent.hooks.capture.checkpointing import in_backward
-from gradent.hooks.forward import WatchedForward
 from gradent.hooks.overhead import Clock
-from gradent.hooks.pairing import Pairing
+from gradent.hooks.piggyback.backward import Passed, WatchedBackward, Watching
+from gradent.hooks.piggyback.forward import WatchedForward
+from gradent.hooks.piggyback.pairing import Pairing
 from gradent.model.calls import is_observed
 from gradent.model.sharding import find_owners
 

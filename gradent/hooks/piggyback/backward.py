@@ -18,11 +18,11 @@ from gradent.hooks.capture.capture import Tap
 from gradent.hooks.collector import Collector, Place
 from gradent.hooks.ledger import Ledger
 from gradent.hooks.overhead import Clock, wait_for
-from gradent.hooks.pairing import Pairing, pair_rows
-from gradent.hooks.readout import Coefficients
+from gradent.hooks.piggyback.coefficients import Coefficients
+from gradent.hooks.piggyback.pairing import Pairing, pair_rows
 
 if TYPE_CHECKING:
-    from gradent.hooks.forward import WatchedForward
+    from gradent.hooks.piggyback.forward import WatchedForward
 
 __all__ = ["Passed", "WatchedBackward", "Watching", "addressed_to", "mark_completions"]
 
