@@ -372,7 +372,7 @@ def doctor(
 
 
 def _quieten_others() -> None:
-    """No loading bars and advice between the tables: what matters of them, `gradent.audit.load` checks itself."""
+    """No loading bars and advice between the tables: what matters of them, `gradent.loading.models` checks itself."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)  # of other libraries about each other
     warnings.filterwarnings("ignore", "Found missing adapter keys")

@@ -8,10 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gradent.audit.checkpoints import Run
 from gradent.audit.dynamics import dynamics
-from gradent.audit.history import read_history
-from gradent.audit.prepare import Material
 from gradent.audit.properties import summarize_properties
 from gradent.audit.records import (
     Measured,
@@ -29,6 +26,9 @@ from gradent.audit.targets import ReferenceChoice, Target
 from gradent.audit.token_summary import summarize_tokens
 from gradent.audit.what_if import recommend, what_if
 from gradent.errors import GradentError, ModelError
+from gradent.loading.prepare import Material
+from gradent.loading.runs.discover import Run
+from gradent.loading.runs.trainer_log import read_history
 from gradent.losses import Loss
 from gradent.record import AUDIT_FILES, write_modules, write_pairs, write_sample, write_summary, write_tokens
 

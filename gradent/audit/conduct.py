@@ -10,10 +10,7 @@ import torch
 from rich.console import Console
 
 from gradent.audit.account import Plan, Setting, summarize, write_records
-from gradent.audit.data import AuditPair
 from gradent.audit.journal import Journal, JournalError, digest
-from gradent.audit.load import check_device, check_dtype
-from gradent.audit.prepare import choose_device, read_material
 from gradent.audit.progress import pair_progress
 from gradent.audit.ranks import Ranks, join, only_audit
 from gradent.audit.scan import plan_batches
@@ -23,6 +20,9 @@ from gradent.audit.targets import Target, choose_reference, find_targets
 from gradent.audit.tell import teller, warnings_told
 from gradent.audit.token_scan import token_cost
 from gradent.errors import GradentError, ModelError
+from gradent.loading.models import check_device, check_dtype
+from gradent.loading.preferences import AuditPair
+from gradent.loading.prepare import choose_device, read_material
 from gradent.losses import Loss
 from gradent.record import Summary, read_summary
 from gradent.version import __version__

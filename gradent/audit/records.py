@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradent.audit.data import AuditPair
 from gradent.audit.journal import Journal
 from gradent.audit.properties import pair_properties
 from gradent.audit.scan import Scan, join_blocks
@@ -15,6 +14,7 @@ from gradent.audit.table import preview
 from gradent.audit.targets import ReferenceChoice, Target
 from gradent.audit.token_scan import choose_pairs
 from gradent.audit.variants import read_hyperparameters
+from gradent.loading.preferences import AuditPair
 from gradent.losses import Loss
 from gradent.record import CASE_NAMES, MODULE_COLUMNS, PAIR_COLUMNS, SAMPLE_COLUMNS, TOKEN_COLUMNS
 from gradent.theory.conditions import Verdict, verdict

@@ -13,10 +13,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from gradent.audit.data import AuditPair
 from gradent.errors import GradentError, InputError, NonFiniteError
 from gradent.gram import PairGram
 from gradent.kernels.plan import parse_budget
+from gradent.loading.preferences import AuditPair
 from gradent.measure import measure, sequence_logps
 from gradent.pairs.batch import PairBatch
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from gradent.audit.data import AuditPair
 from gradent.audit.journal import Journal, JournalError
-from gradent.audit.prepare import Material, describe_model, open_model
 from gradent.audit.ranks import Ranks
 from gradent.audit.scan import Reference, adapter_off, itself, scan_batches, scan_reference
 from gradent.audit.targets import ReferenceChoice, Target
 from gradent.audit.token_scan import scan_tokens, token_cost
 from gradent.errors import GradentError
 from gradent.kernels import crossover
+from gradent.loading.preferences import AuditPair
+from gradent.loading.prepare import Material, describe_model, open_model
 
 __all__ = ["Sweep"]
 

@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gradent.audit.checkpoints import Checkpoint, Run, choose, find_run, is_run
 from gradent.audit.journal import digest
-from gradent.audit.source import ModelSource, read_adapter_file, read_step, resolve_source
 from gradent.errors import InputError
+from gradent.loading.runs.discover import Checkpoint, Run, choose, find_run, is_run
+from gradent.loading.source import ModelSource, read_adapter_file, read_step, resolve_source
 
 __all__ = ["ReferenceChoice", "Target", "choose_reference", "find_targets"]
 

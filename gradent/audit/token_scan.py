@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradent.audit.data import AuditPair
 from gradent.errors import GradentError, InputError, NonFiniteError
+from gradent.loading.preferences import AuditPair
 from gradent.pairs.batch import PairBatch
 from gradent.record import TOKEN_COLUMNS
 from gradent.text import token_texts

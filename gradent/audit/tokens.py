@@ -28,9 +28,9 @@ from gradent.text import token_texts, visible
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradent.audit.data import AuditPair
-    from gradent.audit.prepare import Prepared
     from gradent.gram import PairGram
+    from gradent.loading.preferences import AuditPair
+    from gradent.loading.prepare import Prepared
     from gradent.tokens.gram import TokenGram
 
 __all__ = ["TokenAudit", "audit_tokens"]
@@ -106,8 +106,8 @@ def audit_tokens(
     Returns:
         The record and the paths of the files.
     """
-    from gradent.audit.prepare import prepare  # noqa: PLC0415
     from gradent.kernels.plan import parse_budget  # noqa: PLC0415
+    from gradent.loading.prepare import prepare  # noqa: PLC0415
 
     started = time.monotonic()
     parse_budget(memory_budget)

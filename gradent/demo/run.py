@@ -130,8 +130,8 @@ def _load(model: str | None, seed: int) -> tuple[Any, Any]:
 
         tokenizer: Any = build_tokenizer()
         return build_model(len(tokenizer), seed), tokenizer
-    from gradent.audit.load import check_vocabulary, load_model, load_tokenizer  # noqa: PLC0415
-    from gradent.audit.source import resolve_source  # noqa: PLC0415
+    from gradent.loading.models import check_vocabulary, load_model, load_tokenizer  # noqa: PLC0415
+    from gradent.loading.source import resolve_source  # noqa: PLC0415
 
     source = resolve_source(model)
     if source.adapter is not None:

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gradent.audit.shell import inspect_model
-from gradent.audit.source import resolve_source
 from gradent.errors import ModelError
 from gradent.hooks import driver, ledger
 from gradent.hooks.forms import Deferred, Dense, Rows
+from gradent.loading.source import resolve_source
 from gradent.measure import measure
 from gradent.pairs.batch import PairBatch
 from tests.adapters import ADAPTERS, adapt

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gradent.audit.source import ModelSource, brief, hint, some
 from gradent.errors import InputError, ModelError, NotCausalError
+from gradent.loading.source import ModelSource, brief, hint, some
 from gradent.model.calls import input_device, observed
 from gradent.model.facts import check_causal
 

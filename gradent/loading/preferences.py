@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from gradent.audit.rows import Row
-from gradent.audit.sample import draw_in_slices
 from gradent.errors import DataFileError, InputError, PairError
+from gradent.loading.preference_files import Row
+from gradent.loading.stratify import draw_in_slices
 from gradent.pairs.batch import tokenize_pair
 
 if TYPE_CHECKING:

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gradent.audit.bases import base_of_adapters, base_of_card, base_problem, check_given
-from gradent.audit.integrity import kind_of, shown
-from gradent.audit.saved import STATE, Checkpoint, Saved, State, look_at, read_state
-from gradent.audit.source import some
 from gradent.errors import GradentError, InputError, ModelError
+from gradent.loading.runs.base_model import base_of_adapters, base_of_card, base_problem, check_given
+from gradent.loading.runs.checkpoint import STATE, Checkpoint, Saved, State, look_at, read_state
+from gradent.loading.source import some
+from gradent.loading.weight_files import kind_of, shown
 
 __all__ = ["Checkpoint", "Run", "choose", "find_run", "is_run"]
 

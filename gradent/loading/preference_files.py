@@ -1,6 +1,6 @@
 """Rows of preference data from a file, a directory or the hub, each with the place it came from.
 
-Nothing is judged here but whether a row can be read at all; `gradent.audit.data` checks what it says.
+Nothing is judged here but whether a row can be read at all; `gradent.loading.preferences` checks what it says.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gradent.audit.source import brief, some
 from gradent.errors import DataFileError, ModelError
+from gradent.loading.source import brief, some
 
 __all__ = ["CONFIGS", "check_links", "check_weights", "kind_of", "leads_outside", "read_object", "shown"]
 

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradent.audit.integrity import CONFIGS, check_links, check_weights, kind_of, leads_outside, read_object, shown
 from gradent.errors import DataFileError, GradentError, ModelError
+from gradent.loading.weight_files import CONFIGS, check_links, check_weights, kind_of, leads_outside, read_object, shown
 
 __all__ = ["STATE", "Checkpoint", "Saved", "State", "look_at", "read_state"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradent.audit.integrity import read_object, shown
-from gradent.audit.source import some
+from gradent.loading.source import some
+from gradent.loading.weight_files import read_object, shown
 
 __all__ = ["History", "read_history"]
 

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from gradent.audit.integrity import CONFIGS, check_weights, kind_of, leads_outside, shown
-from gradent.audit.source import brief
 from gradent.errors import GradentError, InputError
+from gradent.loading.source import brief
+from gradent.loading.weight_files import CONFIGS, check_weights, kind_of, leads_outside, shown
 
 __all__ = ["base_of_adapters", "base_of_card", "base_problem", "check_given"]
 

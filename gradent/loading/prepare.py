@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gradent.audit.data import AuditPair, PairSet, prepare_pairs
-from gradent.audit.load import check_vocabulary, load_config, load_model, load_tokenizer
-from gradent.audit.rows import Row, read_rows
-from gradent.audit.source import ModelSource, read_step, resolve_source
 from gradent.errors import InputError, ModelError
+from gradent.loading.models import check_vocabulary, load_config, load_model, load_tokenizer
+from gradent.loading.preference_files import Row, read_rows
+from gradent.loading.preferences import AuditPair, PairSet, prepare_pairs
+from gradent.loading.source import ModelSource, read_step, resolve_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
