@@ -44,7 +44,7 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except GradentError as error:
-        from gradent.audit.table import printable  # noqa: PLC0415
+        from gradent.report.terminal.audit import printable  # noqa: PLC0415
 
         lines = printable(str(error)).replace("\n", "\n  ")
         console.print(Text("error", "bold red"), Text(f"({type(error).__name__})\n  {lines}"), soft_wrap=True)

@@ -245,8 +245,8 @@ def write_records(directory: Path, records: Records, started: float, *, report: 
     seconds = round(time.monotonic() - started, 3)
     write_summary(directory / "summary.json", {**records.summary, "seconds": seconds})
     if report:
-        from gradent.report.audit import write_audit_report  # noqa: PLC0415  (imports jinja2 and plotly)
-        from gradent.report.audit_figures import write_audit_figures  # noqa: PLC0415  (imports matplotlib)
+        from gradent.report.audit.figures import write_audit_figures  # noqa: PLC0415  (imports matplotlib)
+        from gradent.report.audit.page import write_audit_report  # noqa: PLC0415  (imports jinja2 and plotly)
 
         write_audit_report(directory)
         write_audit_figures(directory)

@@ -15,7 +15,6 @@ from gradent.audit.progress import pair_progress
 from gradent.audit.ranks import Ranks, join, only_audit
 from gradent.audit.scan import plan_batches
 from gradent.audit.sweep import Sweep
-from gradent.audit.table import print_summary
 from gradent.audit.targets import Target, choose_reference, find_targets
 from gradent.audit.tell import teller, warnings_told
 from gradent.audit.token_scan import token_cost
@@ -25,6 +24,7 @@ from gradent.loading.preferences import AuditPair
 from gradent.loading.prepare import choose_device, read_material
 from gradent.losses import Loss
 from gradent.record import Summary, read_summary
+from gradent.report.terminal.audit import print_summary
 from gradent.version import __version__
 
 __all__ = ["Setting", "conduct"]
@@ -79,7 +79,7 @@ def conduct(setting: Setting, loss: Loss, directory: Path, *, report: bool, wand
         ranks.wait()
     summary = read_summary(directory / "summary.json")
     if wandb is not None and ranks.first:
-        from gradent.report.audit_wandb import stream_audit  # noqa: PLC0415  (imports wandb)
+        from gradent.report.audit.wandb import stream_audit  # noqa: PLC0415  (imports wandb)
 
         stream_audit(directory, wandb)
     if not quiet:

@@ -13,7 +13,6 @@ from rich.text import Text
 
 from gradent.audit.plan import Line, Setting, Totals, plan_lines, sum_lines
 from gradent.audit.shell import Shell, inspect_model
-from gradent.audit.table import printable
 from gradent.errors import InputError
 from gradent.hooks.batching import group_rows, micro_batches
 from gradent.hooks.plain import EXACT, is_plain, rows_within
@@ -22,6 +21,7 @@ from gradent.kernels.plan import DEFAULT_BUDGET, parse_budget
 from gradent.kernels.reference import SMALL, accumulator
 from gradent.loading.models import check_device, check_dtype
 from gradent.loading.source import resolve_source
+from gradent.report.terminal.audit import printable
 
 __all__ = ["print_plan", "show_plan"]
 

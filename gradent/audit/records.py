@@ -10,13 +10,13 @@ from gradent.audit.journal import Journal
 from gradent.audit.properties import pair_properties
 from gradent.audit.scan import Scan, join_blocks
 from gradent.audit.summary import most_entangled, summarize_columns, summarize_modules
-from gradent.audit.table import preview
 from gradent.audit.targets import ReferenceChoice, Target
 from gradent.audit.token_scan import choose_pairs
 from gradent.audit.variants import read_hyperparameters
 from gradent.loading.preferences import AuditPair
 from gradent.losses import Loss
 from gradent.record import CASE_NAMES, MODULE_COLUMNS, PAIR_COLUMNS, SAMPLE_COLUMNS, TOKEN_COLUMNS
+from gradent.report.terminal.audit import preview
 from gradent.theory.conditions import Verdict, verdict
 
 __all__ = [

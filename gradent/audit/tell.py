@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from gradent.audit.table import printable
 from gradent.errors import GradentWarning
+from gradent.report.terminal.audit import printable
 
 __all__ = ["teller", "warnings_told"]
 

@@ -17,12 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 from gradent.audit.pair_masks import read_pair_masks
-from gradent.audit.table import printable
 from gradent.audit.tell import teller, warnings_told
 from gradent.record import TokenRecord, write_token_record
 from gradent.record.parquet import make_directory
-from gradent.report.token_rows import TokenRow, rank_tokens, signed, token_rows
-from gradent.report.tokens import write_token_report
+from gradent.report.terminal.audit import printable
+from gradent.report.tokens.page import write_token_report
+from gradent.report.tokens.rows import TokenRow, rank_tokens, signed, token_rows
 from gradent.text import token_texts, visible
 
 if TYPE_CHECKING:

@@ -56,7 +56,7 @@ def run_demo(*, out: str | os.PathLike[str], model: str | None = None, steps: in
     settings = _choose_settings(model, steps, seed)
     _require_packages()
     from gradent.demo.findings import judge  # noqa: PLC0415
-    from gradent.demo.table import print_findings  # noqa: PLC0415
+    from gradent.report.terminal.demo import print_findings  # noqa: PLC0415
 
     columns, about = experiment(settings, model=model, seed=seed)
     findings = judge(columns)

@@ -9,7 +9,7 @@ from typing import Any
 
 from gradent.record import CASE_NAMES, DemoRecord, read_demo, read_pairs
 from gradent.record.curves import read_curves
-from gradent.report.page import Cell, Chart, Line, Page, Section, Table, write_page
+from gradent.report.page.html import Cell, Chart, Line, Page, Section, Table, write_page
 
 __all__ = ["describe_evidence", "write_demo_report"]
 

@@ -25,8 +25,8 @@ from gradent.model.calls import is_sharded
 from gradent.pairs.batch import PairBatch
 from gradent.record.stream import PairStream
 from gradent.recorder import Mode, Recorder, Recording, WeightGrad, attach, join_recordings
-from gradent.report.wandb_panels import Panels
-from gradent.report.words import DEFAULT_ALERT, Alert, Speaker
+from gradent.report.live.alerts import DEFAULT_ALERT, Alert, Speaker
+from gradent.report.live.wandb import Panels
 from gradent.trainer.front import divides_loss, find_trainer, move_to_front
 from gradent.trainer.probe import Probe
 from gradent.trainer.ranks import gather, is_first

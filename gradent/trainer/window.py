@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gradent.record import CASE_NAMES
-from gradent.report.window import EntangledPair, TokenHeatMap, Window
+from gradent.report.live.window import EntangledPair, TokenHeatMap, Window
 from gradent.trainer.step import StepRecord, layer_cosines
 
 __all__ = ["to_window"]

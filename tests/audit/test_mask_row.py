@@ -13,7 +13,7 @@ from gradent.audit.mask_row import mask_changes
 from gradent.audit.recommend import recommend
 from gradent.audit.token_scan import token_rows
 from gradent.audit.what_if import what_if
-from gradent.report.audit_losses import loss_table
+from gradent.report.audit.losses import loss_table
 from gradent.tokens.gram import TokenGram
 from tests.audit.measured import columns_of, has_no_nan
 

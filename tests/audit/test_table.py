@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from gradent.audit.summary import summarize_columns, summarize_modules
-from gradent.audit.table import preview, print_summary, printable
 from gradent.record import PAIR_COLUMNS
+from gradent.report.terminal.audit import preview, print_summary, printable
 
 HOSTILE = "[red]a[/red] [/] [link=x]b :smile: \\[c]"
 

@@ -47,7 +47,7 @@ FAULTS: dict[str, tuple[str, Fault, dict[str, Any]]] = {
     "layers": ("gradent.trainer.step.group_layers", out_of_order, {}),
     "scalars": ("gradent.trainer.callback.summarize", out_of_order, {}),
     "window": ("gradent.trainer.callback.to_window", out_of_order, {}),
-    "panels": ("gradent.report.wandb_panels.Panels.send", out_of_order, {}),
+    "panels": ("gradent.report.live.wandb.Panels.send", out_of_order, {}),
     "realised": ("gradent.trainer.callback.sequence_logps", out_of_memory, {"realised": True}),
     "probe": ("gradent.trainer.probe.measure", out_of_memory, {"probe_data": preferences(2), "probe_every": 1}),
     "gathering": ("gradent.trainer.callback.gather", out_of_order, {}),

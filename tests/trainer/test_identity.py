@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from gradent import EntanglementCallback
-from gradent.report.words import Alert
+from gradent.report.live.alerts import Alert
 from tests.batches import ragged
 from tests.trainer.runs import llama, make_trainer, preferences, weights_of, with_lora
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gradent.report.audit_read import AuditRecords
-from gradent.report.audit_steps import STEP
-from gradent.report.cases import CASES, share_of
-from gradent.report.figure import Chart, Line
-from gradent.report.numbers import count, number, percent, signed_number
-from gradent.report.page import Section, Table
+from gradent.report.audit.records import AuditRecords
+from gradent.report.audit.steps import STEP
+from gradent.report.page.cases import CASES, share_of
+from gradent.report.page.charts import Chart, Line
+from gradent.report.page.html import Section, Table
+from gradent.report.page.numbers import count, number, percent, signed_number
 
 __all__ = ["dynamics_section"]
 

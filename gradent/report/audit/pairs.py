@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from gradent.record import CASE_NAMES
-from gradent.report.audit_read import AuditRecords, Measured
-from gradent.report.cases import CASES
-from gradent.report.numbers import NOTHING, count, fixed, number, percent, plural
-from gradent.report.page import Cell, Fold, Quote, Section, Table
+from gradent.report.audit.records import AuditRecords, Measured
+from gradent.report.page.cases import CASES
+from gradent.report.page.html import Cell, Fold, Quote, Section, Table
+from gradent.report.page.numbers import NOTHING, count, fixed, number, percent, plural
 
 __all__ = ["pair_quotes", "pair_section", "property_section", "ranked_pairs"]
 

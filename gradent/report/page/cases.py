@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gradent.report.figure import Series
+from gradent.report.page.charts import Series
 
 __all__ = ["CASES", "CASES_EXPLAINED", "CASE_COLOURS", "case_series", "share_of"]
 

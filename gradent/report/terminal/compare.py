@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradent.report.compare import describe_difference
-from gradent.report.compare_match import compare_audits
-from gradent.report.numbers import NOTHING, number, percent
+from gradent.report.compare.match import compare_audits
+from gradent.report.compare.page import describe_difference
+from gradent.report.page.numbers import NOTHING, number, percent
 from gradent.text import visible
 
 __all__ = ["print_comparison"]

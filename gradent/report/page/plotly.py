@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from gradent.report.figure import Bars, Chart, HeatMap, Line
+from gradent.report.page.charts import Bars, Chart, HeatMap, Line
 from gradent.text import readable
 
 __all__ = ["bars_figure", "chart_figure", "heat_figure", "plain"]

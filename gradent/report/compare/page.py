@@ -11,16 +11,16 @@ import numpy as np
 
 from gradent.record import CASE_NAMES
 from gradent.record.parquet import make_directory
-from gradent.report.audit_losses import shown_rows
-from gradent.report.audit_pairs import pair_quotes
-from gradent.report.audit_read import AuditRecords
-from gradent.report.audit_settings import describe_loss
-from gradent.report.audit_steps import STEP
-from gradent.report.cases import CASES, CASES_EXPLAINED, case_series, share_of
-from gradent.report.compare_match import Compared, Comparison, compare_audits, compare_rows
-from gradent.report.figure import Bars, Chart, Line
-from gradent.report.numbers import NOTHING, change, count, fixed, number, percent, plural, step_name
-from gradent.report.page import Cell, Fold, Notice, Page, Section, Table, write_page
+from gradent.report.audit.losses import shown_rows
+from gradent.report.audit.pairs import pair_quotes
+from gradent.report.audit.records import AuditRecords
+from gradent.report.audit.settings import describe_loss
+from gradent.report.audit.steps import STEP
+from gradent.report.compare.match import Compared, Comparison, compare_audits, compare_rows
+from gradent.report.page.cases import CASES, CASES_EXPLAINED, case_series, share_of
+from gradent.report.page.charts import Bars, Chart, Line
+from gradent.report.page.html import Cell, Fold, Notice, Page, Section, Table, write_page
+from gradent.report.page.numbers import NOTHING, change, count, fixed, number, percent, plural, step_name
 
 __all__ = ["compare_rows", "describe_difference", "write_comparison"]
 

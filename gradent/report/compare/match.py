@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from gradent.record import CASE_NAMES
 from gradent.record.curves import mean_and_error
-from gradent.report.audit_read import AuditRecords, Measured, read_audit
-from gradent.report.audit_settings import list_settings
-from gradent.report.numbers import plural
+from gradent.report.audit.records import AuditRecords, Measured, read_audit
+from gradent.report.audit.settings import list_settings
+from gradent.report.page.numbers import plural
 
 __all__ = ["Compared", "Comparison", "compare_audits", "compare_rows"]
 

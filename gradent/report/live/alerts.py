@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 
 from gradent.errors import InputError
-from gradent.report.window import Window
+from gradent.report.live.window import Window
 
 __all__ = ["DEFAULT_ALERT", "Alert", "Speaker", "describe"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradent.report.audit_read import AuditRecords
-from gradent.report.audit_steps import STEP
-from gradent.report.cases import CASES, case_series, share_of
-from gradent.report.figure import Bars, Chart, Line
-from gradent.report.numbers import NOTHING, number, percent, plural
-from gradent.report.page import Cell, Section, Table
+from gradent.report.audit.records import AuditRecords
+from gradent.report.audit.steps import STEP
+from gradent.report.page.cases import CASES, case_series, share_of
+from gradent.report.page.charts import Bars, Chart, Line
+from gradent.report.page.html import Cell, Section, Table
+from gradent.report.page.numbers import NOTHING, number, percent, plural
 
 __all__ = ["describe_row", "loss_bars", "loss_section", "loss_table", "shown_rows"]
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from gradent.report.audit_dynamics import dynamics_section
-from gradent.report.audit_layers import layer_section
-from gradent.report.audit_losses import loss_section
-from gradent.report.audit_pairs import pair_section, property_section
-from gradent.report.audit_read import AuditRecords, Measured, read_audit
-from gradent.report.audit_settings import describe_loss, describe_reference, settings_section
-from gradent.report.audit_steps import case_section, cosine_section, logp_section
-from gradent.report.audit_tokens import token_section
-from gradent.report.numbers import count, fixed, percent, plural, step_name
-from gradent.report.page import BigNumber, Notice, Numbers, Page, Section, Table, write_page
+from gradent.report.audit.dynamics import dynamics_section
+from gradent.report.audit.layers import layer_section
+from gradent.report.audit.losses import loss_section
+from gradent.report.audit.pairs import pair_section, property_section
+from gradent.report.audit.records import AuditRecords, Measured, read_audit
+from gradent.report.audit.settings import describe_loss, describe_reference, settings_section
+from gradent.report.audit.steps import case_section, cosine_section, logp_section
+from gradent.report.audit.tokens import token_section
+from gradent.report.page.html import BigNumber, Notice, Numbers, Page, Section, Table, write_page
+from gradent.report.page.numbers import count, fixed, percent, plural, step_name
 
 __all__ = ["write_audit_report"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from gradent.report.figure import Bars, Chart, HeatMap, Line
-from gradent.report.numbers import NOTHING, number, percent
-from gradent.report.parts import Table
+from gradent.report.page.charts import Bars, Chart, HeatMap, Line
+from gradent.report.page.numbers import NOTHING, number, percent
+from gradent.report.page.parts import Table
 
 __all__ = ["describe_figure", "tabulate_figure"]
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradent.record import Summary
-from gradent.report.numbers import fixed, percent
+from gradent.report.page.numbers import fixed, percent
 from gradent.text import visible
 
 __all__ = ["preview", "print_summary", "printable"]

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradent.errors import GradentError, InputError
-from gradent.report.cases import CASE_COLOURS
-from gradent.report.window import TokenHeatMap, Window
+from gradent.report.live.window import TokenHeatMap, Window
+from gradent.report.page.cases import CASE_COLOURS
 
 __all__ = ["Panels", "wandb_dashboard"]
 

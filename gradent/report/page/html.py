@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from gradent.errors import InputError
-from gradent.report.figure import Bars, Chart, HeatMap, Line, Series
-from gradent.report.figure_text import describe_figure, tabulate_figure
-from gradent.report.parts import BigNumber, Cell, Fold, Notice, Numbers, Part, Quote, Table, Word, Words
-from gradent.report.plotly_figure import bars_figure, chart_figure, heat_figure
+from gradent.report.page.alt_text import describe_figure, tabulate_figure
+from gradent.report.page.charts import Bars, Chart, HeatMap, Line, Series
+from gradent.report.page.parts import BigNumber, Cell, Fold, Notice, Numbers, Part, Quote, Table, Word, Words
+from gradent.report.page.plotly import bars_figure, chart_figure, heat_figure
 from gradent.text import readable
 
 __all__ = [

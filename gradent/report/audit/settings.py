@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gradent.report.audit_read import AuditRecords
-from gradent.report.numbers import count, plural
-from gradent.report.page import Notice, Section, Table
+from gradent.report.audit.records import AuditRecords
+from gradent.report.page.html import Notice, Section, Table
+from gradent.report.page.numbers import count, plural
 
 __all__ = ["describe_loss", "describe_reference", "list_settings", "settings_section"]
 

@@ -8,11 +8,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from gradent.report.audit_read import AuditRecords, Measured
-from gradent.report.cases import CASES, CASES_EXPLAINED, case_series
-from gradent.report.figure import Bars, Chart, Line, Series
-from gradent.report.numbers import change, fixed, number, percent, plural, step_name
-from gradent.report.page import Section, Table
+from gradent.report.audit.records import AuditRecords, Measured
+from gradent.report.page.cases import CASES, CASES_EXPLAINED, case_series
+from gradent.report.page.charts import Bars, Chart, Line, Series
+from gradent.report.page.html import Section, Table
+from gradent.report.page.numbers import change, fixed, number, percent, plural, step_name
 
 __all__ = [
     "STEP",

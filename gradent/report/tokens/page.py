@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from gradent.record import TokenRecord, read_token_record
-from gradent.report.masks import mask_words
-from gradent.report.numbers import percent
-from gradent.report.page import Cell, HeatMap, Page, Quote, Section, Table, Word, Words, write_page
-from gradent.report.token_rows import TokenRow, rank_tokens, signed, token_rows
+from gradent.report.page.html import Cell, HeatMap, Page, Quote, Section, Table, Word, Words, write_page
+from gradent.report.page.numbers import percent
+from gradent.report.tokens.masks import mask_words
+from gradent.report.tokens.rows import TokenRow, rank_tokens, signed, token_rows
 from gradent.text import visible
 
 __all__ = ["write_token_report"]

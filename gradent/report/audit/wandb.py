@@ -11,10 +11,10 @@ from typing import Any
 
 from gradent.errors import GradentError, InputError
 from gradent.record import AUDIT_FILES, CASE_NAMES
-from gradent.report.audit_losses import describe_row
-from gradent.report.audit_pairs import ranked_pairs
-from gradent.report.audit_read import AuditRecords, Measured, read_audit
-from gradent.report.cases import CASES, share_of
+from gradent.report.audit.losses import describe_row
+from gradent.report.audit.pairs import ranked_pairs
+from gradent.report.audit.records import AuditRecords, Measured, read_audit
+from gradent.report.page.cases import CASES, share_of
 from gradent.text import readable
 
 __all__ = ["stream_audit"]

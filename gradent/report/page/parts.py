@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradent.report.figure import Bars, Chart, HeatMap
+from gradent.report.page.charts import Bars, Chart, HeatMap
 
 __all__ = ["BigNumber", "Cell", "Fold", "Notice", "Numbers", "Part", "Quote", "Table", "Word", "Words"]
 

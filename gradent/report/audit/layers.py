@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gradent.model.layer_names import layer_of, unwrapped
-from gradent.report.audit_read import AuditRecords
-from gradent.report.numbers import fixed, percent
-from gradent.report.page import HeatMap, Section, Table
+from gradent.report.audit.records import AuditRecords
+from gradent.report.page.html import HeatMap, Section, Table
+from gradent.report.page.numbers import fixed, percent
 
 __all__ = ["kind_of", "layer_section"]
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradent.report.audit_read import AuditRecords
-from gradent.report.numbers import count, fixed, percent, plural, signed_number
-from gradent.report.page import Section, Table, Word, Words
+from gradent.report.audit.records import AuditRecords
+from gradent.report.page.html import Section, Table, Word, Words
+from gradent.report.page.numbers import count, fixed, percent, plural, signed_number
 from gradent.text import visible
 
 __all__ = ["token_section"]

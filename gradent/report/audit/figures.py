@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from gradent.figures.token_heatmap import new_figure
 from gradent.record.parquet import make_directory, write_whole
-from gradent.report.audit_losses import describe_row, shown_rows
-from gradent.report.audit_read import AuditRecords, read_audit
-from gradent.report.audit_steps import STEP, has_curve, logp_lines
-from gradent.report.cases import CASE_COLOURS, CASES, share_of
+from gradent.report.audit.losses import describe_row, shown_rows
+from gradent.report.audit.records import AuditRecords, read_audit
+from gradent.report.audit.steps import STEP, has_curve, logp_lines
+from gradent.report.page.cases import CASE_COLOURS, CASES, share_of
 from gradent.text import visible
 
 if TYPE_CHECKING:
