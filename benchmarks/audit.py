@@ -42,7 +42,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.append import append
 from benchmarks.callback import make_tokenizer
-from gradent.audit.scan import join_blocks, plan_batches, scan_batches
+from gradent.auditing.measuring.batches import join_blocks, plan_batches, scan_batches
 from gradent.loading.models import load_model
 from gradent.loading.preferences import AuditPair
 from gradent.loading.prepare import read_material
@@ -54,7 +54,7 @@ BATCH = 8
 
 ONE_AUDIT = """
 import json, resource, sys, time
-import gradent.audit.conduct
+import gradent.auditing.pipeline
 from gradent import audit
 model, data, pairs, out = sys.argv[1:]
 began = time.process_time()

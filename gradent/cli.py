@@ -318,7 +318,7 @@ def tokens(
 ) -> None:
     """Look at one pair, token by token: which tokens pull chosen and rejected along, and which hold them apart?"""
     with _readable_errors():
-        from gradent.audit.tokens import audit_tokens  # noqa: PLC0415
+        from gradent.auditing.pair_tokens import audit_tokens  # noqa: PLC0415
 
         _quieten_others()
         result = audit_tokens(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gradent import PairBatch, losses, measure, verdict
-from gradent.audit.variants import label_loss, read_hyperparameters
+from gradent.auditing.analysis.loss_grid import label_loss, read_hyperparameters
 from gradent.errors import InputError, NonFiniteError
 from gradent.gram import PairGram
 from gradent.losses.designs import SCALES, normalized_weights

@@ -91,7 +91,7 @@ class Summary(TypedDict):
     most_entangled: list[dict[str, Any]]
     modules: dict[str, dict[str, float]] | None
     tokens: dict[str, Any] | None
-    """What `gradent.audit.token_summary` says of `tokens.parquet`; null where no tokens were measured."""
+    """What `gradent.auditing.analysis.tokens` says of `tokens.parquet`; null where no tokens were measured."""
     notes: list[str]
     seconds: float
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradent import PairBatch, audit, losses, measure, verdict
 from gradent.audit import sweep
-from gradent.audit.run import AuditResult
+from gradent.auditing.api import AuditResult
 from gradent.errors import GradentWarning, InputError, ModelError
 from gradent.measure import sequence_logps
 from gradent.record import read_modules, read_pairs, read_sample, read_summary

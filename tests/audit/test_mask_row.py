@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from gradent import losses
-from gradent.audit.mask_row import mask_changes
-from gradent.audit.recommend import recommend
-from gradent.audit.token_scan import token_rows
-from gradent.audit.what_if import what_if
+from gradent.auditing.analysis.recommendation import recommend
+from gradent.auditing.analysis.token_masking import mask_changes
+from gradent.auditing.analysis.what_if import what_if
+from gradent.auditing.measuring.tokens import token_rows
 from gradent.report.audit.losses import loss_table
 from gradent.tokens.gram import TokenGram
 from tests.audit.measured import columns_of, has_no_nan

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradent.audit.properties import pair_properties, rank_correlation, summarize_properties
+from gradent.auditing.analysis.properties import pair_properties, rank_correlation, summarize_properties
 from gradent.record import SAMPLE_COLUMNS
 from tests.audit.measured import columns_of, drawn, has_no_nan
 

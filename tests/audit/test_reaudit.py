@@ -11,8 +11,8 @@ import pytest
 
 from gradent import audit
 from gradent.audit import journal, sweep
-from gradent.audit.journal import JournalError
-from gradent.audit.run import AuditResult
+from gradent.auditing.api import AuditResult
+from gradent.auditing.state.journal import JournalError
 from gradent.errors import GradentError, InputError, ModelError
 from gradent.record import read_pairs, read_summary, read_tokens
 from tests.audit.made import said, write_jsonl

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from gradent import PairBatch, audit, losses, measure, measure_tokens, verdict
 from gradent.audit import account as module
 from gradent.audit import scan, token_scan
-from gradent.audit.run import AuditResult
+from gradent.auditing.api import AuditResult
 from gradent.errors import GradentWarning, InputError, NonFiniteError
 from gradent.measure import sequence_logps
 from gradent.record import CASE_NAMES, PAIR_COLUMNS, read_pairs, read_summary, read_tokens

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gradent.audit.summary import summarize_columns, summarize_modules
+from gradent.auditing.analysis.distributions import summarize_columns, summarize_modules
 from gradent.record import PAIR_COLUMNS
 from gradent.report.terminal.audit import preview, print_summary, printable
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradent import PairBatch, measure, measure_tokens
 from gradent.audit import token_scan as module
-from gradent.audit.token_scan import (
+from gradent.auditing.measuring.tokens import (
     check_token_pairs,
     choose_pairs,
     face_tokens,

@@ -11,7 +11,7 @@ import torch
 
 from gradent import PairBatch, measure, measure_tokens
 from gradent.audit import prepare
-from gradent.audit.tokens import TokenAudit, audit_tokens
+from gradent.auditing.pair_tokens import TokenAudit, audit_tokens
 from gradent.errors import DataFileError, GradentError, InputError, MemoryBudgetError, NonFiniteError
 from gradent.record import read_token_record
 from gradent.record.masks import MASK_COLUMNS, read_masks, write_masks

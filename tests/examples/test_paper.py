@@ -26,7 +26,7 @@ from examples.paper.registry import NAMES, TRAINERS, trained_loss
 from examples.paper.settings import PAPER, SMALL, Lora
 from examples.paper.starts import Start, make_start
 from gradent import losses
-from gradent.audit.variants import label_loss
+from gradent.auditing.analysis.loss_grid import label_loss
 from gradent.demo.model import build_model, build_tokenizer
 from gradent.demo.statements import draw_statements
 from gradent.demo.task import STYLES, Statement

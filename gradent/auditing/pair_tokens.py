@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradent.audit.pair_masks import read_pair_masks
-from gradent.audit.tell import teller, warnings_told
+from gradent.auditing.pair_masks import read_pair_masks
+from gradent.auditing.tell import teller, warnings_told
 from gradent.record import TokenRecord, write_token_record
 from gradent.record.parquet import make_directory
 from gradent.report.terminal.audit import printable
@@ -142,7 +142,7 @@ def audit_tokens(
 
 
 def _measure(model: Any, pair: AuditPair, memory_budget: int | str | None, by_module: bool, quiet: bool) -> _Measured:
-    from gradent.audit.token_scan import named_errors, refuse_non_finite  # noqa: PLC0415
+    from gradent.auditing.measuring.tokens import named_errors, refuse_non_finite  # noqa: PLC0415
     from gradent.measure import measure  # noqa: PLC0415
     from gradent.pairs.batch import PairBatch  # noqa: PLC0415
     from gradent.tokens.effects import token_effects  # noqa: PLC0415

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from gradent import losses
-from gradent.audit.mask_row import mask_row
-from gradent.audit.recommend import recommend
-from gradent.audit.summary import summarize_columns
-from gradent.audit.variants import label_loss, list_variants, read_hyperparameters
+from gradent.auditing.analysis.distributions import summarize_columns
+from gradent.auditing.analysis.loss_grid import label_loss, list_variants, read_hyperparameters
+from gradent.auditing.analysis.recommendation import recommend
+from gradent.auditing.analysis.token_masking import mask_row
 from gradent.errors import GradentError
 from gradent.gram import PairGram
 from gradent.losses import Loss

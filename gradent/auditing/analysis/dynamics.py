@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradent.audit.onset import logged_onset, measured_onset
+from gradent.auditing.analysis.onset import logged_onset, measured_onset
 from gradent.record import CASE_NAMES
 
 __all__ = ["dynamics"]

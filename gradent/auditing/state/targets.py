@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gradent.audit.journal import digest
+from gradent.auditing.state.journal import digest
 from gradent.errors import InputError
 from gradent.loading.runs.discover import Checkpoint, Run, choose, find_run, is_run
 from gradent.loading.source import ModelSource, read_adapter_file, read_step, resolve_source

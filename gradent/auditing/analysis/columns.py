@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradent.audit.journal import Journal
-from gradent.audit.properties import pair_properties
-from gradent.audit.scan import Scan, join_blocks
-from gradent.audit.summary import most_entangled, summarize_columns, summarize_modules
-from gradent.audit.targets import ReferenceChoice, Target
-from gradent.audit.token_scan import choose_pairs
-from gradent.audit.variants import read_hyperparameters
+from gradent.auditing.analysis.distributions import most_entangled, summarize_columns, summarize_modules
+from gradent.auditing.analysis.loss_grid import read_hyperparameters
+from gradent.auditing.analysis.properties import pair_properties
+from gradent.auditing.measuring.batches import Scan, join_blocks
+from gradent.auditing.measuring.tokens import choose_pairs
+from gradent.auditing.state.journal import Journal
+from gradent.auditing.state.targets import ReferenceChoice, Target
 from gradent.loading.preferences import AuditPair
 from gradent.losses import Loss
 from gradent.record import CASE_NAMES, MODULE_COLUMNS, PAIR_COLUMNS, SAMPLE_COLUMNS, TOKEN_COLUMNS

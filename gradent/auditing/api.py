@@ -1,4 +1,4 @@
-"""`audit`, what it takes and what it returns; `gradent.audit.conduct` does it.
+"""`audit`, what it takes and what it returns; `gradent.auditing.pipeline` does it.
 
 What needs torch is imported by the call, so that importing this module (and with it the command line) is quick.
 """
@@ -128,9 +128,9 @@ def audit(
         KeyboardInterrupt: it was stopped; what was measured until then has been written as a partial record.
     """
     from gradent import losses  # noqa: PLC0415
-    from gradent.audit.conduct import Setting, conduct  # noqa: PLC0415
-    from gradent.audit.scan import check_scan_settings  # noqa: PLC0415
-    from gradent.audit.token_scan import check_token_pairs  # noqa: PLC0415
+    from gradent.auditing.measuring.batches import check_scan_settings  # noqa: PLC0415
+    from gradent.auditing.measuring.tokens import check_token_pairs  # noqa: PLC0415
+    from gradent.auditing.pipeline import Setting, conduct  # noqa: PLC0415
 
     objective = losses.get(loss) if isinstance(loss, str) else loss
     if not isinstance(objective, losses.Loss):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradent.audit.variants import NAMES, describe_setting
+from gradent.auditing.analysis.loss_grid import NAMES, describe_setting
 
 __all__ = ["CLEARLY", "NEARLY_ALL", "recommend", "standard_errors"]
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from gradent.audit.account import Plan, Setting, summarize, write_records
-from gradent.audit.journal import Journal, JournalError, digest
-from gradent.audit.progress import pair_progress
-from gradent.audit.ranks import Ranks, join, only_audit
-from gradent.audit.scan import plan_batches
-from gradent.audit.sweep import Sweep
-from gradent.audit.targets import Target, choose_reference, find_targets
-from gradent.audit.tell import teller, warnings_told
-from gradent.audit.token_scan import token_cost
+from gradent.auditing.account import Plan, Setting, summarize, write_records
+from gradent.auditing.console import pair_progress
+from gradent.auditing.measuring.batches import plan_batches
+from gradent.auditing.measuring.sweep import Sweep
+from gradent.auditing.measuring.tokens import token_cost
+from gradent.auditing.state.journal import Journal, JournalError, digest
+from gradent.auditing.state.ranks import Ranks, join, only_audit
+from gradent.auditing.state.targets import Target, choose_reference, find_targets
+from gradent.auditing.tell import teller, warnings_told
 from gradent.errors import GradentError, ModelError
 from gradent.loading.models import check_device, check_dtype
 from gradent.loading.preferences import AuditPair

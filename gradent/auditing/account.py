@@ -8,9 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gradent.audit.dynamics import dynamics
-from gradent.audit.properties import summarize_properties
-from gradent.audit.records import (
+from gradent.auditing.analysis.columns import (
     Measured,
     collect,
     describe_checkpoints,
@@ -21,10 +19,12 @@ from gradent.audit.records import (
     sample_columns,
     token_columns,
 )
-from gradent.audit.sweep import Sweep
-from gradent.audit.targets import ReferenceChoice, Target
-from gradent.audit.token_summary import summarize_tokens
-from gradent.audit.what_if import recommend, what_if
+from gradent.auditing.analysis.dynamics import dynamics
+from gradent.auditing.analysis.properties import summarize_properties
+from gradent.auditing.analysis.tokens import summarize_tokens
+from gradent.auditing.analysis.what_if import recommend, what_if
+from gradent.auditing.measuring.sweep import Sweep
+from gradent.auditing.state.targets import ReferenceChoice, Target
 from gradent.errors import GradentError, ModelError
 from gradent.loading.prepare import Material
 from gradent.loading.runs.discover import Run

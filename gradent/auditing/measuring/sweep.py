@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from gradent.audit.journal import Journal, JournalError
-from gradent.audit.ranks import Ranks
-from gradent.audit.scan import Reference, adapter_off, itself, scan_batches, scan_reference
-from gradent.audit.targets import ReferenceChoice, Target
-from gradent.audit.token_scan import scan_tokens, token_cost
+from gradent.auditing.measuring.batches import Reference, adapter_off, itself, scan_batches, scan_reference
+from gradent.auditing.measuring.tokens import scan_tokens, token_cost
+from gradent.auditing.state.journal import Journal, JournalError
+from gradent.auditing.state.ranks import Ranks
+from gradent.auditing.state.targets import ReferenceChoice, Target
 from gradent.errors import GradentError
 from gradent.kernels import crossover
 from gradent.loading.preferences import AuditPair
