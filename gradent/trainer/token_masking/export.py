@@ -12,7 +12,7 @@ from torch import Tensor
 from gradent.errors import InputError
 from gradent.record.masks import MASK_COLUMNS, write_masks
 from gradent.text import token_texts
-from gradent.trainer.mask_policy import TokenMasks
+from gradent.trainer.token_masking.policy import TokenMasks
 
 __all__ = ["mask_batches", "write_mask_table"]
 

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from trl.trainer.dpo_config import DPOConfig
 
 from gradent.errors import InputError
-from gradent.trainer.requirements import refuse_options, require_trl
+from gradent.trainer.common.trl_requirements import refuse_options, require_trl
 
 __all__ = ["Anneal", "TokenMaskedDPOConfig"]
 

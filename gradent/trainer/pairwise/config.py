@@ -13,7 +13,7 @@ from gradent import losses
 from gradent.errors import InputError
 from gradent.kernels.plan import parse_budget
 from gradent.losses.designs import SCALES
-from gradent.trainer.requirements import refuse_options, require_trl
+from gradent.trainer.common.trl_requirements import refuse_options, require_trl
 
 __all__ = ["PairwiseNormalizedDPOConfig"]
 

@@ -39,9 +39,9 @@ from gradent.hooks.piggyback.coefficients import FusedReadout
 from gradent.kernels.plan import parse_budget
 from gradent.losses.designs import counting, normalized_weights
 from gradent.model.calls import trainable
-from gradent.trainer.pairwise_config import PairwiseNormalizedDPOConfig
-from gradent.trainer.requirements import require_config, require_trl, require_whole
-from gradent.trainer.row_norms import RowNorms, WatchedModel
+from gradent.trainer.common.trl_requirements import require_config, require_trl, require_whole
+from gradent.trainer.pairwise.config import PairwiseNormalizedDPOConfig
+from gradent.trainer.pairwise.row_norms import RowNorms, WatchedModel
 
 __all__ = ["PairwiseNormalizedDPOConfig", "PairwiseNormalizedDPOTrainer"]
 

@@ -24,11 +24,11 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from gradent.errors import InputError
 from gradent.losses.token_masked import sparsity
-from gradent.trainer.mask_export import mask_batches, write_mask_table
-from gradent.trainer.mask_head import HeadUpdate, MaskHead, load_head, reduce_gradients, save_head
-from gradent.trainer.mask_policy import LogProbs, MaskedPolicy, TokenMasks, read_masks
-from gradent.trainer.masked_config import TokenMaskedDPOConfig
-from gradent.trainer.requirements import require_config, require_trl, require_whole
+from gradent.trainer.common.trl_requirements import require_config, require_trl, require_whole
+from gradent.trainer.token_masking.config import TokenMaskedDPOConfig
+from gradent.trainer.token_masking.export import mask_batches, write_mask_table
+from gradent.trainer.token_masking.head import HeadUpdate, MaskHead, load_head, reduce_gradients, save_head
+from gradent.trainer.token_masking.policy import LogProbs, MaskedPolicy, TokenMasks, read_masks
 
 __all__ = ["TokenMaskedDPOConfig", "TokenMaskedDPOTrainer"]
 

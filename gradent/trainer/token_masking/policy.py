@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from gradent.errors import ModelError
 from gradent.losses.token_masked import hard_mask, masked_logps, soft_mask
-from gradent.trainer.mask_head import MaskHead
-from gradent.trainer.masked_config import TokenMaskedDPOConfig
+from gradent.trainer.token_masking.config import TokenMaskedDPOConfig
+from gradent.trainer.token_masking.head import MaskHead
 
 __all__ = ["LogProbs", "MaskedPolicy", "TokenMasks", "mask_tokens", "read_masks"]
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gradent.distributed import gather, is_first
 from gradent.errors import InputError
 from gradent.hooks.piggyback.pairing import Pairing
 from gradent.kernels.plan import parse_budget
@@ -27,13 +28,12 @@ from gradent.record.stream import PairStream
 from gradent.recorder import Mode, Recorder, Recording, WeightGrad, attach, join_recordings
 from gradent.report.live.alerts import DEFAULT_ALERT, Alert, Speaker
 from gradent.report.live.wandb import Panels
-from gradent.trainer.front import divides_loss, find_trainer, move_to_front
-from gradent.trainer.probe import Probe
-from gradent.trainer.ranks import gather, is_first
-from gradent.trainer.shield import LIMIT, shielded
-from gradent.trainer.step import StepRecord, layer_cosines, summarize, to_rows
-from gradent.trainer.token_map import TokenMap, map_tokens
-from gradent.trainer.window import to_window
+from gradent.trainer.callback.fault_guard import LIMIT, shielded
+from gradent.trainer.callback.hf_frames import divides_loss, find_trainer, move_to_front
+from gradent.trainer.callback.probe import Probe
+from gradent.trainer.callback.step import StepRecord, layer_cosines, summarize, to_rows
+from gradent.trainer.callback.token_map import TokenMap, map_tokens
+from gradent.trainer.callback.window import to_window
 
 __all__ = ["EntanglementCallback"]
 

@@ -19,7 +19,7 @@ from gradent.pairs.batch import PairBatch
 from gradent.record import PAIR_COLUMNS
 from gradent.recorder import Recording
 from gradent.theory.conditions import Verdict
-from gradent.trainer.token_map import TokenMap
+from gradent.trainer.callback.token_map import TokenMap
 
 __all__ = ["StepRecord", "layer_cosines", "summarize", "to_rows"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from gradent.record import CASE_NAMES
 from gradent.report.live.window import EntangledPair, TokenHeatMap, Window
-from gradent.trainer.step import StepRecord, layer_cosines
+from gradent.trainer.callback.step import StepRecord, layer_cosines
 
 __all__ = ["to_window"]
 
