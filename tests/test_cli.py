@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, Llam
 from typer.testing import CliRunner
 
 from gradent.audit import prepare, scan
-from gradent.cli import app
+from gradent.cli.app import app
 from gradent.errors import GradentError
 from gradent.record import read_pairs, read_summary
 from gradent.version import __version__
@@ -31,7 +31,7 @@ def here(local_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`my-model` and `pairs.jsonl` in the current directory, a console of 100 columns, other libraries let be."""
     monkeypatch.chdir(local_model.parent)
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr("gradent.cli._quieten_others", lambda: None)
+    monkeypatch.setattr("gradent.cli.app._quieten_others", lambda: None)
     write_jsonl(local_model.parent / "pairs.jsonl", PAIRS)
     return local_model.parent
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
-from gradent.cli import app
+from gradent.cli.app import app
 from gradent.demo import train
 from gradent.demo.model import build_model
 from gradent.demo.settings import EMBEDDED
