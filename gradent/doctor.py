@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from gradent.errors import InputError
 from gradent.kernels import crossover, dispatch
-from gradent.measure import measure
+from gradent.measurement import measure
 from gradent.pairs.batch import PairBatch
 from gradent.record.parquet import first_line
 from gradent.version import __version__

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from gradent.errors import InputError, ModelError
-from gradent.gram import PairGram, sum_parameters
 from gradent.hooks.piggyback.backward import mark_completions
 from gradent.hooks.piggyback.pairing import Pairing
 from gradent.hooks.piggyback.watcher import Passed, Piggyback
 from gradent.kernels.plan import DEFAULT_BUDGET, parse_budget
-from gradent.measure import measure
+from gradent.measurement import measure
 from gradent.model.calls import is_sharded, plain, trainable
 from gradent.model.preconditioner import metric_roots
+from gradent.pair_gram import PairGram, sum_parameters
 from gradent.pairs.batch import PairBatch
 from gradent.theory.conditions import Verdict
 

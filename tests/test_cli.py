@@ -16,7 +16,7 @@ from click.testing import Result
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from gradent.audit import prepare, scan
+from gradent.auditing.api import prepare, scan
 from gradent.cli.app import app
 from gradent.errors import GradentError
 from gradent.record import read_pairs, read_summary

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from gradent import doctor
 from gradent.cli.app import app
-from gradent.measure import measure
+from gradent.measurement import measure
 from gradent.version import __version__
 
 

@@ -19,7 +19,7 @@ from gradent.errors import (
     NotCausalError,
     NothingTrainableError,
 )
-from gradent.measure import measure
+from gradent.measurement import measure
 from gradent.pairs.batch import PairBatch
 from gradent.tokens.effects import token_effects
 from gradent.tokens.matrix import measure_tokens

@@ -159,12 +159,12 @@ def test_barred_imports(part):
 @pytest.mark.parametrize(
     ("part", "source", "caught"),
     [
-        ("hooks", "from gradent.measure import measure", ["gradent.measure"]),
+        ("hooks", "from gradent.measurement import measure", ["gradent.measure"]),
         ("kernels", "def f():\n    import gradent.hooks.rules", ["gradent.hooks.rules"]),
         ("losses", "from gradent import verdict", ["gradent.verdict"]),
         ("pairs", "from gradent.losses import get", ["gradent.losses"]),
         ("errors", "from gradent import PairBatch", ["gradent.PairBatch"]),
-        ("measure", "import torch\nfrom gradent.hooks import capture\nfrom gradent.gram import PairGram", []),
+        ("measure", "import torch\nfrom gradent.hooks import capture\nfrom gradent.pair_gram import PairGram", []),
     ],
 )
 def test_the_check_of_directions_can_fail(part, source, caught):

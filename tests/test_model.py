@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from gradent.errors import InputError, ModelError, NotCausalError, NothingTrainableError
-from gradent.measure import measure, sequence_logps
+from gradent.measurement import measure, sequence_logps
 from gradent.model.calls import observed
 from gradent.pairs.batch import PairBatch
 from tests.batches import ragged

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from examples.paper.setups import F64, WIDTH, LearnableHead, LearnableLogits, V
 from gradent import losses
 from gradent.errors import InputError
-from gradent.gram import PairGram
-from gradent.measure import measure
+from gradent.measurement import measure
+from gradent.pair_gram import PairGram
 from gradent.pairs.batch import PairBatch
 from gradent.theory.closed_forms import Entries, corollary_2, head_gram, theorem_1, theorem_3
 from gradent.theory.conditions import verdict

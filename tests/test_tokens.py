@@ -12,7 +12,7 @@ import gradent.model.facts
 from gradent.errors import GradentWarning, NonFiniteError
 from gradent.hooks.driver import agreement
 from gradent.hooks.forms import Dense, Explicit, Rows
-from gradent.measure import measure
+from gradent.measurement import measure
 from gradent.pairs.batch import PairBatch
 from gradent.tokens.all_pairs import CrossLedger
 from gradent.tokens.effects import token_effects

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gradent.errors import GradentWarning
-from gradent.measure import sequence_logps
+from gradent.measurement import sequence_logps
 from gradent.model.calls import observed, takes_keep
 from gradent.model.facts import trims
 from gradent.pairs.batch import PairBatch

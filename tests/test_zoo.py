@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from gradent.errors import NotCausalError
-from gradent.measure import measure, sequence_logps
+from gradent.measurement import measure, sequence_logps
 from tests.adapters import lora_everywhere
 from tests.batches import left_padded, ragged
 from tests.truth import TOLERANCE, Truth, assert_exact, call, logp_error, scaled_error, truth, untouched

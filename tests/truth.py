@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from gradent.gram import PairGram
+from gradent.pair_gram import PairGram
 from gradent.pairs.batch import PairBatch
 
 TOLERANCE: dict[str, float] = {

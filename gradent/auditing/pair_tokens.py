@@ -28,9 +28,9 @@ from gradent.text import token_texts, visible
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gradent.gram import PairGram
     from gradent.loading.preferences import AuditPair
     from gradent.loading.prepare import Prepared
+    from gradent.pair_gram import PairGram
     from gradent.tokens.gram import TokenGram
 
 __all__ = ["TokenAudit", "audit_tokens"]
@@ -143,7 +143,7 @@ def audit_tokens(
 
 def _measure(model: Any, pair: AuditPair, memory_budget: int | str | None, by_module: bool, quiet: bool) -> _Measured:
     from gradent.auditing.measuring.tokens import named_errors, refuse_non_finite  # noqa: PLC0415
-    from gradent.measure import measure  # noqa: PLC0415
+    from gradent.measurement import measure  # noqa: PLC0415
     from gradent.pairs.batch import PairBatch  # noqa: PLC0415
     from gradent.tokens.effects import token_effects  # noqa: PLC0415
     from gradent.tokens.matrix import measure_tokens  # noqa: PLC0415

@@ -223,7 +223,7 @@ def audit(
     """  # noqa: DOC501
     with _readable_errors():
         from gradent import losses  # noqa: PLC0415
-        from gradent.audit import audit as run_audit  # noqa: PLC0415
+        from gradent.auditing.api import audit as run_audit  # noqa: PLC0415
 
         _quieten_others()
         given = {

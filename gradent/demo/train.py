@@ -18,8 +18,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # type: ignore[att
 
 from gradent.demo.settings import DemoSettings
 from gradent.demo.task import Task, TokenPair, prompt_of, responses_of, tokenize_style
-from gradent.gram import PairGram
-from gradent.measure import measure
+from gradent.measurement import measure
+from gradent.pair_gram import PairGram
 from gradent.pairs.batch import PairBatch
 
 __all__ = [

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # names are read without torch, in reports too
-    from gradent.gram import ModuleGram
+    from gradent.pair_gram import ModuleGram
 
 __all__ = ["group_layers", "layer_of", "unwrapped"]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from gradent.errors import InputError, NonFiniteError
-from gradent.gram import PairGram
 from gradent.losses import Loss
 from gradent.losses.base import describe_pairs
+from gradent.pair_gram import PairGram
 
 __all__ = ["CASES", "Verdict", "case_numbers", "verdict"]
 

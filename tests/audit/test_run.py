@@ -15,11 +15,10 @@ from peft import PeftModel, TrainableTokensConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from gradent import PairBatch, audit, losses, measure, measure_tokens, verdict
-from gradent.audit import account as module
-from gradent.audit import scan, token_scan
-from gradent.auditing.api import AuditResult
+from gradent.auditing.api import AuditResult, scan, token_scan
+from gradent.auditing.api import account as module
 from gradent.errors import GradentWarning, InputError, NonFiniteError
-from gradent.measure import sequence_logps
+from gradent.measurement import sequence_logps
 from gradent.record import CASE_NAMES, PAIR_COLUMNS, read_pairs, read_summary, read_tokens
 from tests.audit.made import FORMATS, PAIRS, save_lora, write_jsonl
 

@@ -15,7 +15,7 @@ from gradent.errors import ModelError
 from gradent.hooks import driver, ledger
 from gradent.hooks.forms import Deferred, Dense, Rows
 from gradent.loading.source import resolve_source
-from gradent.measure import measure
+from gradent.measurement import measure
 from gradent.pairs.batch import PairBatch
 from tests.adapters import ADAPTERS, adapt
 from tests.audit.made import save_lora

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gradent import PairBatch, measure, measure_tokens
-from gradent.audit import prepare
+from gradent.auditing.api import prepare
 from gradent.auditing.pair_tokens import TokenAudit, audit_tokens
 from gradent.errors import DataFileError, GradentError, InputError, MemoryBudgetError, NonFiniteError
 from gradent.record import read_token_record

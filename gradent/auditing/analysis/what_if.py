@@ -22,8 +22,8 @@ from gradent.auditing.analysis.loss_grid import label_loss, list_variants, read_
 from gradent.auditing.analysis.recommendation import recommend
 from gradent.auditing.analysis.token_masking import mask_row
 from gradent.errors import GradentError
-from gradent.gram import PairGram
 from gradent.losses import Loss
+from gradent.pair_gram import PairGram
 from gradent.theory.conditions import CASES, Verdict, verdict
 
 __all__ = ["recommend", "what_if"]

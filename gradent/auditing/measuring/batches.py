@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from gradent.errors import GradentError, InputError, NonFiniteError
-from gradent.gram import PairGram
 from gradent.kernels.plan import parse_budget
 from gradent.loading.preferences import AuditPair
-from gradent.measure import measure, sequence_logps
+from gradent.measurement import measure, sequence_logps
+from gradent.pair_gram import PairGram
 from gradent.pairs.batch import PairBatch
 
 __all__ = [

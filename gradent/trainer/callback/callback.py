@@ -21,7 +21,7 @@ from gradent.distributed import gather, is_first
 from gradent.errors import InputError
 from gradent.hooks.piggyback.pairing import Pairing
 from gradent.kernels.plan import parse_budget
-from gradent.measure import sequence_logps
+from gradent.measurement import sequence_logps
 from gradent.model.calls import is_sharded
 from gradent.pairs.batch import PairBatch
 from gradent.record.stream import PairStream

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gradent.errors import InputError
-from gradent.measure import measure
+from gradent.measurement import measure
 from gradent.pairs.batch import PairBatch, tokenize_pair
 from gradent.theory.conditions import Verdict
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gradent.gram import ModuleGram, PairGram
 from gradent.model.layer_names import group_layers
+from gradent.pair_gram import ModuleGram, PairGram
 from gradent.pairs.batch import PairBatch
 from gradent.record import PAIR_COLUMNS
 from gradent.recorder import Recording

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from gradent.errors import InputError, NonFiniteError, UncoveredParameterError
-from gradent.gram import ModuleGram, PairGram, on_cpu, sum_parameters
 from gradent.hooks.batching import group_rows
 from gradent.hooks.driver import measure_pairs
 from gradent.hooks.micro import Outcome
@@ -22,6 +21,7 @@ from gradent.model.calls import check_ids, forward_marked, input_device, observe
 from gradent.model.facts import ignores_padding, trims
 from gradent.model.logprobs import sequence_logprobs
 from gradent.model.preconditioner import metric_roots
+from gradent.pair_gram import ModuleGram, PairGram, on_cpu, sum_parameters
 from gradent.pairs.batch import PairBatch
 from gradent.per_sample import per_sample_pairs
 
