@@ -106,8 +106,8 @@ def on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def kernel_bytes(tokens: int, pairs: int) -> list[str]:
     """Scratch of the outer kernel for `my-model`'s gate_proj, by its own account, as the table prints it."""
-    from gradent.kernels.fused.operands import Spans  # noqa: PLC0415  (imports Triton, which is optional)
-    from gradent.kernels.fused.outer import outer_scratch  # noqa: PLC0415
+    from gradent.kernels.common.triton_operands import Spans  # noqa: PLC0415  (imports Triton, which is optional)
+    from gradent.kernels.outer.triton import outer_scratch  # noqa: PLC0415
 
     u, v = (torch.empty(pairs * tokens, size) for size in (24, 16))
     return [str(outer_scratch(u, v, u, v, Spans.padded(pairs, tokens))), "B"]

@@ -221,9 +221,9 @@ def _forms(path: str, operands: list[Tensor]) -> tuple[Callable[[], Any], Callab
     u_w, v_w, u_l, v_l = operands
     length, side = u_w.shape
     if path == "triton":
-        from gradent.kernels.fused.gram import gram_entries  # noqa: PLC0415  (imports Triton)
-        from gradent.kernels.fused.operands import Spans  # noqa: PLC0415
-        from gradent.kernels.fused.outer import outer_entries  # noqa: PLC0415
+        from gradent.kernels.common.triton_operands import Spans  # noqa: PLC0415
+        from gradent.kernels.gram.triton import gram_entries  # noqa: PLC0415  (imports Triton)
+        from gradent.kernels.outer.triton import outer_entries  # noqa: PLC0415
 
         spans = Spans.of_pair(length, length)
         return lambda: gram_entries(u_w, v_w, u_l, v_l, spans), lambda: outer_entries(u_w, v_w, u_l, v_l, spans)

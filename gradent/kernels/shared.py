@@ -154,8 +154,8 @@ def _by_kernel(
     budget: int,
 ) -> tuple[Tensor, Tensor] | None:
     """The same by the kernel that stores the sum; None, and announced, if it is over the budget."""
-    from gradent.kernels.fused.operands import Spans  # noqa: PLC0415  (imports Triton)
-    from gradent.kernels.fused.outer import outer_scratch, outer_with_gradient  # noqa: PLC0415  (imports Triton)
+    from gradent.kernels.common.triton_operands import Spans  # noqa: PLC0415  (imports Triton)
+    from gradent.kernels.outer.triton import outer_scratch, outer_with_gradient  # noqa: PLC0415  (imports Triton)
 
     count, tokens, _ = u.shape
     powers, couples = _powers(factors), _couples(places, pairs)

@@ -159,7 +159,8 @@ def test_totals() -> None:
 def reduced_by(pairs: int, shape: tuple[int, int], tokens: int, budget: int, monkeypatch: pytest.MonkeyPatch) -> str:
     """What dispatch really takes for such operands: "gram" or "outer" of the kernels, or "torch"."""
     from gradent.kernels import dispatch  # noqa: PLC0415
-    from gradent.kernels.fused import gram, outer  # noqa: PLC0415  (imports Triton, which is optional)
+    from gradent.kernels.gram import triton as gram  # noqa: PLC0415  (imports Triton, which is optional)
+    from gradent.kernels.outer import triton as outer  # noqa: PLC0415
 
     took: list[str] = []
 

@@ -25,7 +25,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     from triton.runtime.errors import OutOfResources
 
-    from gradent.kernels.fused import check, gram, outer
+    from gradent.kernels import self_check as check
+    from gradent.kernels.gram import triton as gram
+    from gradent.kernels.outer import triton as outer
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -175,7 +175,9 @@ def test_gradients_formed_already(dtype: torch.dtype, budget: int) -> None:
 def test_what_a_launch_allocates(form: str) -> None:
     """No more than its scratch and its result; in the interpreter, whose own arrays are numpy's and are not counted."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    from gradent.kernels.fused import gram, operands, outer  # noqa: PLC0415  (imports Triton)
+    from gradent.kernels.common import triton_operands as operands  # noqa: PLC0415  (imports Triton)
+    from gradent.kernels.gram import triton as gram  # noqa: PLC0415
+    from gradent.kernels.outer import triton as outer  # noqa: PLC0415
 
     run, needed = {
         "gram": (gram.gram_entries, gram.gram_scratch),

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gradent.errors import InputError
-from gradent.kernels.fused.operands import Factors, Spans, blank, current_device
-from gradent.kernels.fused.tiles import (
+from gradent.kernels.common.triton_operands import Factors, Spans, blank, current_device
+from gradent.kernels.common.triton_tiles import (
     INTERPRETED,
     LOOSE,
     REACH,

@@ -1,0 +1,1 @@
+"""What every reduction stands on: accumulation, budgets, costs, streams, Triton operands and tiles."""

@@ -1,0 +1,1 @@
+"""The Gram form: products of rows from their tokens' dot products."""

@@ -1,0 +1,1 @@
+"""The outer form: products of rows from tiles of their gradients."""
