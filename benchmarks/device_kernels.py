@@ -15,8 +15,8 @@ from torch import Tensor
 
 from benchmarks.device_bench import Bench, Times
 from gradent.kernels import dispatch
-from gradent.kernels.plan import DEFAULT_BUDGET, choose
-from gradent.kernels.reference import reduce_planned
+from gradent.kernels.common.cost import DEFAULT_BUDGET, choose
+from gradent.kernels.common.numerics import reduce_planned
 
 __all__ = ["Case", "Operands", "check", "gemm", "kernels", "runs_kernels"]
 

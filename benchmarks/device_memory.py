@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.device_bench import Bench
 from benchmarks.device_kernels import runs_kernels
 from gradent.kernels import dispatch
-from gradent.kernels.plan import choose
+from gradent.kernels.common.cost import choose
 
 __all__ = ["memory"]
 

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from gradent.errors import InputError, NonFiniteError, UncoveredParameterError
 from gradent.gram import ModuleGram, PairGram, on_cpu, sum_parameters
-from gradent.hooks.batching import group_rows
-from gradent.hooks.driver import measure_pairs
 from gradent.hooks.logprob import sequence_logprobs
-from gradent.hooks.micro import Outcome
-from gradent.kernels.plan import parse_budget
+from gradent.hooks.passes.batching import group_rows
+from gradent.hooks.passes.driver import measure_pairs
+from gradent.hooks.passes.func_engine import per_sample_pairs
+from gradent.hooks.passes.microbatch import Outcome
+from gradent.kernels.common.cost import parse_budget
 from gradent.metric import metric_roots
 from gradent.model import check_ids, forward_marked, input_device, observed, plain, trainable
 from gradent.pairs import PairBatch
-from gradent.per_sample import per_sample_pairs
 from gradent.traits import ignores_padding, trims
 
 __all__ = ["measure", "sequence_logps"]

@@ -20,9 +20,9 @@ from gradent.directions import dot
 from gradent.errors import GradentWarning, ModelError, NonFiniteError
 from gradent.forward_mode import push, split
 from gradent.hooks.logprob import TILE, check_logps
-from gradent.kernels.reference import accumulator, spans
+from gradent.hooks.passes.func_engine import parameters_kept
+from gradent.kernels.common.numerics import accumulator, spans
 from gradent.model import forward_logits, forward_marked, input_device
-from gradent.per_sample import parameters_kept
 from gradent.traits import trims
 
 __all__ = ["Claim", "Differentiate", "Direction", "Row", "backward"]

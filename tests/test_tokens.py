@@ -12,10 +12,10 @@ import gradent.traits
 from gradent.effects import token_effects
 from gradent.errors import GradentWarning, NonFiniteError
 from gradent.hooks.cross import CrossLedger
-from gradent.hooks.driver import agreement
-from gradent.hooks.forms import Dense, Explicit, Rows
+from gradent.hooks.passes.driver import agreement
 from gradent.hooks.strand import NoLockstep
 from gradent.hooks.token_ledger import TokenLedger
+from gradent.hooks.uses.formats import Dense, Explicit, Rows
 from gradent.measure import measure
 from gradent.pairs import PairBatch
 from gradent.token_gram import TokenGram

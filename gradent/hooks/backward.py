@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from gradent.gram import on_cpu
 from gradent.hooks.capture import Tap
 from gradent.hooks.clock import Clock, wait_for
-from gradent.hooks.collector import Collector, Place
-from gradent.hooks.ledger import Ledger
 from gradent.hooks.pairing import Pairing, pair_rows
 from gradent.hooks.readout import Coefficients
+from gradent.hooks.reduction.collector import Collector, Place
+from gradent.hooks.reduction.ledger import Ledger
 
 if TYPE_CHECKING:
     from gradent.hooks.forward import WatchedForward

@@ -26,7 +26,7 @@ from gradent.hooks.graph import Edge, Survey, edges_between, node_of, survey
 from gradent.hooks.order import in_order
 from gradent.hooks.regions import current_region, in_backward
 from gradent.hooks.rules import RULES, Call
-from gradent.hooks.uses import Layout, Use
+from gradent.hooks.uses.uses import Layout, Use
 from gradent.hooks.views import View, follow
 
 __all__ = ["Capture", "Tap"]

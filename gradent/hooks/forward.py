@@ -14,16 +14,16 @@ from torch.utils.hooks import RemovableHandle
 from gradent.hooks.backward import WatchedBackward
 from gradent.hooks.capture import Capture, Tap
 from gradent.hooks.clock import wait_for
-from gradent.hooks.collector import Place
-from gradent.hooks.forms import split_factor
 from gradent.hooks.fused_head import FusedHeadUse, find_fused_head
 from gradent.hooks.order import moves_rows
 from gradent.hooks.readout import FusedReadout, LogitsReadout, Readout, RewardReadout, find_readout
+from gradent.hooks.reduction.collector import Place
+from gradent.hooks.reduction.weight_grad_reuse import Sharing
 from gradent.hooks.regions import current_region, in_backward
-from gradent.hooks.share import Sharing
-from gradent.hooks.uses import Layout
+from gradent.hooks.uses.formats import split_factor
+from gradent.hooks.uses.uses import Layout
 from gradent.hooks.views import View
-from gradent.kernels.queued import at_once
+from gradent.kernels.common.streams import at_once
 from gradent.model import output_embeddings
 
 __all__ = ["WatchedForward", "waits"]

@@ -21,9 +21,9 @@ from gradent.hooks.capture import Tap
 from gradent.hooks.cuts import byte_size, cut_order
 from gradent.hooks.strand import Arrival, Lanes, Leaf, Strand
 from gradent.hooks.token_ledger import Flat, Lone, Odd, Shared, TokenLedger
-from gradent.hooks.uses import LookupUse, MatrixUse, SumUse
-from gradent.kernels.precision import exact_products
-from gradent.kernels.reference import accumulator, spans
+from gradent.hooks.uses.uses import LookupUse, MatrixUse, SumUse
+from gradent.kernels.common.numerics import accumulator, spans
+from gradent.kernels.common.precision import exact_products
 from gradent.kernels.tokens import Block, Entries
 
 __all__ = ["Lockstep"]

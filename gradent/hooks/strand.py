@@ -22,8 +22,8 @@ from gradent.hooks.capture import Capture, Tap
 from gradent.hooks.cuts import Order, byte_size, find_order
 from gradent.hooks.graph import Survey
 from gradent.hooks.logprob import check_logps
-from gradent.hooks.uses import Layout, MatrixUse, SumUse
-from gradent.kernels.reference import accumulator, spans
+from gradent.hooks.uses.uses import Layout, MatrixUse, SumUse
+from gradent.kernels.common.numerics import accumulator, spans
 from gradent.model import forward_logits
 
 __all__ = ["Arrival", "Lanes", "Leaf", "NoLockstep", "Strand"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradent.hooks.cross import CrossLedger
-from gradent.hooks.forms import Dense, Explicit, Form, Rows
+from gradent.hooks.uses.formats import Dense, Explicit, Form, Rows
 from gradent.kernels.tokens import Block, Entries, flat_entries, lone_entries, shared_entries, tied_entries
 
 __all__ = ["Flat", "Lone", "Odd", "Part", "Shared", "TokenLedger"]

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from gradent.errors import GradentWarning, InputError
+from gradent.kernels.common.cost import choose
+from gradent.kernels.common.numerics import batch_pays, reduce_batch, reduce_dense
+from gradent.kernels.common.streams import is_capturing
 from gradent.kernels.crossover import price
-from gradent.kernels.plan import choose
-from gradent.kernels.queued import is_capturing
-from gradent.kernels.reference import batch_pays, reduce_batch, reduce_dense
 
 if TYPE_CHECKING:
     from gradent.kernels.common.triton_operands import Spans

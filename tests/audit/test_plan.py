@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from gradent.audit.plan import Setting, plan_lines, sum_lines
-from gradent.audit.shell import Used
 from gradent.errors import MemoryBudgetError
-from gradent.hooks.formed import HELD
-from gradent.hooks.uses import COPIES
-from gradent.kernels.plan import batch_scratch, choose
+from gradent.hooks.reduction.small_gradients import HELD
+from gradent.hooks.uses.uses import COPIES
+from gradent.kernels.common.cost import batch_scratch, choose
+from gradent.planning.cost import Setting, plan_lines, sum_lines
+from gradent.planning.trace import Used
 
 SETTING = Setting(tokens=512, budget=2**28, batch_budget=2**22)
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gradent.errors import ModelError
 from gradent.hooks.capture import Capture, Tap
-from gradent.hooks.uses import Layout
+from gradent.hooks.uses.uses import Layout
 
 
 class Doubled(torch.autograd.Function):

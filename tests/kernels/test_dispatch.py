@@ -14,10 +14,10 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from gradent import measure
 from gradent.errors import GradentWarning, InputError
-from gradent.hooks.forms import Dense
-from gradent.hooks.ledger import Ledger
+from gradent.hooks.reduction.ledger import Ledger
+from gradent.hooks.uses.formats import Dense
 from gradent.kernels import dispatch
-from gradent.kernels.reference import reduce_batch, reduce_dense
+from gradent.kernels.common.numerics import reduce_batch, reduce_dense
 from tests.batches import ragged
 from tests.truth import TOLERANCE, assert_exact, truth
 

@@ -9,12 +9,12 @@ from torch import nn
 
 from benchmarks import scratch
 from gradent.hooks.capture import Capture
-from gradent.hooks.forms import Dense, Explicit, Rows, bytes_scaled, scaled_rows
-from gradent.hooks.ledger import Ledger
-from gradent.hooks.plain import plain_rows
-from gradent.hooks.uses import Layout, SumUse
-from gradent.kernels.reference import reduce_dense, reduce_flat, reduce_tiles
-from gradent.kernels.shared import reduce_shared
+from gradent.hooks.passes.autograd_engine import plain_rows
+from gradent.hooks.reduction.ledger import Ledger
+from gradent.hooks.uses.formats import Dense, Explicit, Rows, bytes_scaled, scaled_rows
+from gradent.hooks.uses.uses import Layout, SumUse
+from gradent.kernels.common.numerics import reduce_dense, reduce_flat, reduce_tiles
+from gradent.kernels.with_weight_grad import reduce_shared
 from tests.live import LiveBytes
 
 SMALL = 16 * 1024

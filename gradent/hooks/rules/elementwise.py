@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradent.hooks.rules.registry import Call, register_rule
-from gradent.hooks.uses import Cut, Factor, SumUse, Use
+from gradent.hooks.uses.uses import Cut, Factor, SumUse, Use
 
 __all__ = ["sum_use"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 
 from gradent.hooks.rules.registry import Call, register_rule
-from gradent.hooks.uses import LookupUse, Use
+from gradent.hooks.uses.uses import LookupUse, Use
 
 __all__: list[str] = []
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradent.hooks.rules.elementwise import sum_use
 from gradent.hooks.rules.registry import Call, register_rule
-from gradent.hooks.uses import GroupedUse, MatrixUse, Use
+from gradent.hooks.uses.uses import GroupedUse, MatrixUse, Use
 from gradent.hooks.views import View
 
 __all__: list[str] = []

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gradent.errors import InputError
-from gradent.hooks.uses import Layout, Use
+from gradent.hooks.uses.uses import Layout, Use
 from gradent.hooks.views import View
 
 __all__ = ["RULES", "Call", "Rule", "register_rule"]

@@ -1,1 +1,1 @@
-"""What every reduction stands on: accumulation, budgets, costs, streams, Triton operands and tiles."""
+"""Arithmetic that every reduction uses: accumulation, precision, streams, budgets and costs."""

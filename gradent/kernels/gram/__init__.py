@@ -1,1 +1,1 @@
-"""The Gram form: products of rows from their tokens' dot products."""
+"""The Gram form: products of tokens, `Σ_{t,s} (u_t·x_s)(v_t·y_s)`."""

@@ -1,1 +1,1 @@
-"""The outer form: products of rows from tiles of their gradients."""
+"""The outer form: tiles of `uᵀv`, multiplied and summed."""

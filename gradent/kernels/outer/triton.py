@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gradent.errors import InputError
+from gradent.kernels.common.streams import sent
 from gradent.kernels.common.triton_operands import Factors, Spans, blank, current_device
 from gradent.kernels.common.triton_tiles import (
     INTERPRETED,
@@ -29,7 +30,6 @@ from gradent.kernels.common.triton_tiles import (
     pick_outer,
     unit,
 )
-from gradent.kernels.queued import sent
 
 __all__ = ["outer_entries", "outer_kernel", "outer_scratch", "outer_with_gradient"]
 

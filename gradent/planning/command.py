@@ -12,16 +12,16 @@ from rich.table import Table
 from rich.text import Text
 
 from gradent.audit.load import check_device, check_dtype
-from gradent.audit.plan import Line, Setting, Totals, plan_lines, sum_lines
-from gradent.audit.shell import Shell, inspect_model
 from gradent.audit.source import resolve_source
 from gradent.audit.table import printable
 from gradent.errors import InputError
-from gradent.hooks.batching import group_rows, micro_batches
-from gradent.hooks.plain import EXACT, is_plain, rows_within
+from gradent.hooks.passes.autograd_engine import EXACT, is_plain, rows_within
+from gradent.hooks.passes.batching import group_rows, micro_batches
 from gradent.kernels import crossover, dispatch
-from gradent.kernels.plan import DEFAULT_BUDGET, parse_budget
-from gradent.kernels.reference import SMALL, accumulator
+from gradent.kernels.common.cost import DEFAULT_BUDGET, parse_budget
+from gradent.kernels.common.numerics import SMALL, accumulator
+from gradent.planning.cost import Line, Setting, Totals, plan_lines, sum_lines
+from gradent.planning.trace import Shell, inspect_model
 
 __all__ = ["print_plan", "show_plan"]
 

@@ -19,7 +19,7 @@ from gradent.audit.load import LOAD_ERRORS, load_config, not_causal, read_adapte
 from gradent.audit.source import ModelSource, brief, hint
 from gradent.errors import ModelError
 from gradent.hooks.capture import Capture
-from gradent.hooks.uses import GroupedUse, Layout, LookupUse, MatrixUse, SumUse, Use
+from gradent.hooks.uses.uses import GroupedUse, Layout, LookupUse, MatrixUse, SumUse, Use
 from gradent.model import forward_logits, observed, trainable
 from gradent.traits import longest_input
 

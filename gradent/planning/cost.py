@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gradent.audit.shell import Used
-from gradent.hooks.formed import is_small, most_held
-from gradent.hooks.uses import COPIES
-from gradent.kernels.plan import batch_scratch, choose, tile_room
+from gradent.hooks.reduction.small_gradients import is_small, most_held
+from gradent.hooks.uses.uses import COPIES
+from gradent.kernels.common.cost import batch_scratch, choose, tile_room
+from gradent.planning.trace import Used
 
 __all__ = ["Line", "Setting", "Totals", "plan_lines", "sum_lines"]
 
