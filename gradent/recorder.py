@@ -20,7 +20,7 @@ from gradent.errors import InputError, ModelError
 from gradent.hooks.piggyback.backward import mark_completions
 from gradent.hooks.piggyback.pairing import Pairing
 from gradent.hooks.piggyback.watcher import Passed, Piggyback
-from gradent.kernels.plan import DEFAULT_BUDGET, parse_budget
+from gradent.kernels.common.cost import DEFAULT_BUDGET, parse_budget
 from gradent.measurement import measure
 from gradent.model.calls import is_sharded, plain, trainable
 from gradent.model.preconditioner import metric_roots

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import gradent.model.facts
 from gradent.errors import GradentWarning, NonFiniteError
-from gradent.hooks.driver import agreement
-from gradent.hooks.forms import Dense, Explicit, Rows
+from gradent.hooks.passes.driver import agreement
+from gradent.hooks.uses.formats import Dense, Explicit, Rows
 from gradent.measurement import measure
 from gradent.pairs.batch import PairBatch
 from gradent.tokens.all_pairs import CrossLedger

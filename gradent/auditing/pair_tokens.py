@@ -106,7 +106,7 @@ def audit_tokens(
     Returns:
         The record and the paths of the files.
     """
-    from gradent.kernels.plan import parse_budget  # noqa: PLC0415
+    from gradent.kernels.common.cost import parse_budget  # noqa: PLC0415
     from gradent.loading.prepare import prepare  # noqa: PLC0415
 
     started = time.monotonic()

@@ -348,7 +348,7 @@ def plan(
 ) -> None:
     """See beforehand how each layer would be measured, and what that costs; the model's weights are not read."""
     with _readable_errors():
-        from gradent.audit.plan_table import show_plan  # noqa: PLC0415
+        from gradent.planning.command import show_plan  # noqa: PLC0415
 
         _quieten_others()
         show_plan(

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradent.tokens import contractions as kernels
 from gradent.tokens.contractions import (
     Block,
     Entries,
@@ -16,6 +15,7 @@ from gradent.tokens.contractions import (
     shared_entries,
     tied_entries,
 )
+from gradent.tokens.matrix import contractions as kernels
 
 SIZES = (4, 3)
 

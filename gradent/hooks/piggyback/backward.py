@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from gradent.hooks.capture.capture import Tap
-from gradent.hooks.collector import Collector, Place
-from gradent.hooks.ledger import Ledger
 from gradent.hooks.overhead import Clock, wait_for
 from gradent.hooks.piggyback.coefficients import Coefficients
 from gradent.hooks.piggyback.pairing import Pairing, pair_rows
+from gradent.hooks.reduction.collector import Collector, Place
+from gradent.hooks.reduction.ledger import Ledger
 from gradent.pair_gram import on_cpu
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from gradent.hooks.capture.coverage import Edge, survey
 from gradent.hooks.overhead import Clock
 from gradent.hooks.piggyback.backward import WatchedBackward, Watching, addressed_to
 from gradent.hooks.piggyback.forward import WatchedForward
-from gradent.kernels.plan import DEFAULT_BUDGET
-from gradent.kernels.reference import accumulator, reduce_flat
+from gradent.kernels.common.cost import DEFAULT_BUDGET
+from gradent.kernels.common.numerics import accumulator, reduce_flat
 from gradent.losses.base import describe_pairs
 
 __all__ = ["RowNorms", "WatchedModel"]

@@ -36,7 +36,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from gradent import losses
 from gradent.errors import InputError, ModelError, NonFiniteError
 from gradent.hooks.piggyback.coefficients import FusedReadout
-from gradent.kernels.plan import parse_budget
+from gradent.kernels.common.cost import parse_budget
 from gradent.losses.designs import counting, normalized_weights
 from gradent.model.calls import trainable
 from gradent.trainer.common.trl_requirements import require_config, require_trl, require_whole
