@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradent.hooks import readout
+from gradent.hooks.piggyback import coefficients as readout
 from gradent.hooks.piggyback.coefficients import BLOCK, LogitsReadout
 
 ROWS, LENGTH = 4, 9
