@@ -25,7 +25,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in {"PairwiseNormalizedDPOConfig", "PairwiseNormalizedDPOTrainer"}:
-        from gradent.trainer.pairwise.trainer import trainer as pairwise  # noqa: PLC0415  (imports TRL)
+        from gradent.trainer.pairwise import trainer as pairwise  # noqa: PLC0415  (imports TRL)
 
         return getattr(pairwise, name)
     if name in {"TokenMaskedDPOConfig", "TokenMaskedDPOTrainer"}:

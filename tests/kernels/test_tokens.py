@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradent.tokens import contractions as kernels
 from gradent.tokens.contractions import (
     Block,
     Entries,
@@ -15,7 +16,6 @@ from gradent.tokens.contractions import (
     shared_entries,
     tied_entries,
 )
-from gradent.tokens.matrix import contractions as kernels
 
 SIZES = (4, 3)
 
