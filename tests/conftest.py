@@ -30,6 +30,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import hypothesis
 import pytest
 import tokenizers
 import transformers
@@ -39,6 +40,11 @@ from tests.shared import remember_session
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+# Examples are the same in every run; HYPOTHESIS_PROFILE=searching draws others, and more of them.
+hypothesis.settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=40)
+hypothesis.settings.register_profile("searching", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 
