@@ -25,7 +25,8 @@ from tests.batches import left_padded, ragged, square
 from tests.odd_models import ODD, build_odd
 from tests.token_models import TOKEN_MODELS
 from tests.truth import token_gradients, untouched
-from tests.zoo import MEASURABLE, build
+from tests.zoo import build
+from tests.zoo_prints import zoo
 
 MODELS = {
     **TOKEN_MODELS,
@@ -207,7 +208,7 @@ def test_a_non_finite_token_is_named():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MEASURABLE)
+@pytest.mark.parametrize("name", zoo())
 def test_every_family_in_step(name):
     check_in_step(build(name))
 
