@@ -21,7 +21,7 @@ from gradent.kernels.plan import DEFAULT_BUDGET, parse_budget
 from gradent.kernels.reference import SMALL, accumulator
 from gradent.loading.models import check_device, check_dtype
 from gradent.loading.source import resolve_source
-from gradent.report.terminal.audit import printable
+from gradent.text import printable
 
 __all__ = ["print_plan", "show_plan"]
 

@@ -182,6 +182,6 @@ def _names(labels: Sequence[str]) -> list[str]:
     from matplotlib import font_manager  # noqa: PLC0415
 
     letters = font_manager.get_font(font_manager.findfont(_FONT)).get_charmap()
-    shown = [visible(label).replace("␣", " ") for label in labels]
+    shown = [visible(label, space=" ") for label in labels]
     drawn = ["".join(each if ord(each) in letters else f"\\u{ord(each):04x}" for each in label) for label in shown]
     return [label if len(label) <= _LABEL else label[: _LABEL - 1] + "…" for label in drawn]

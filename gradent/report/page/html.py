@@ -20,7 +20,7 @@ from gradent.report.page.alt_text import describe_figure, tabulate_figure
 from gradent.report.page.charts import Bars, Chart, HeatMap, Line, Series
 from gradent.report.page.parts import BigNumber, Cell, Fold, Notice, Numbers, Part, Quote, Table, Word, Words
 from gradent.report.page.plotly import bars_figure, chart_figure, heat_figure
-from gradent.text import readable
+from gradent.text import printable
 
 __all__ = [
     "Bars",
@@ -208,7 +208,7 @@ def _to_cell(cell: Cell | str, figure: bool, names: bool) -> dict[str, Any]:
 
 def _shown(value: Any) -> Any:
     """What the template is about to print: a text that changes its reading direction would change its neighbours'."""
-    return readable(value) if type(value) is str else value
+    return printable(value) if type(value) is str else value
 
 
 def _to_words(words: Words) -> dict[str, Any]:
