@@ -39,34 +39,16 @@ _WRITER_KEY = b"gradent.version"
 
 @dataclass(frozen=True, kw_only=True)
 class TableKind:
-    """A kind of parquet file that gradent writes.
+    """A kind of parquet file that gradent writes."""
 
-    Attributes:
-        name: its schema's name; the file is usually `{name}.parquet`.
-        columns: columns in order, each with its Arrow type as pyarrow names it.
-        nullable: columns that may hold null.
-        writer: what writes the file, as a user calls it.
-    """
-
-    name: str
-    columns: Mapping[str, str]
-    nullable: frozenset[str]
-    writer: str = "gradent audit ... --out DIR"
+    name: str  # its schema's name; the file is usually `{name}.parquet`
+    columns: Mapping[str, str]  # columns in order, each with its Arrow type as pyarrow names it
+    nullable: frozenset[str]  # columns that may hold null
+    writer: str = "gradent audit ... --out DIR"  # what writes the file, as a user calls it
 
 
 def make_directory(out: str | os.PathLike[str], files: Sequence[str] = ()) -> Path:
-    """The directory that files will go to, made and looked at before any work that would be lost without it.
-
-    Args:
-        out: the directory.
-        files: names of the files that will be written there.
-
-    Returns:
-        Its path.
-
-    Raises:
-        InputError: it cannot be made or written to, or a directory stands where a file is to go.
-    """
+    """The directory that files will go to, made and looked at before any work that would be lost without it."""
     directory = Path(out)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -83,14 +65,7 @@ def make_directory(out: str | os.PathLike[str], files: Sequence[str] = ()) -> Pa
 
 
 def table_schema(kind: TableKind) -> pa.Schema:
-    """The Arrow schema of a kind of table, with the schema version in its metadata.
-
-    Args:
-        kind: the kind.
-
-    Returns:
-        Its columns in order; only those that may be missing are nullable.
-    """
+    """The Arrow schema of a kind of table, with the schema version in its metadata."""
     pyarrow, _ = _import_pyarrow()
     fields = [
         pyarrow.field(name, getattr(pyarrow, arrow)(), nullable=name in kind.nullable)
@@ -101,17 +76,7 @@ def table_schema(kind: TableKind) -> pa.Schema:
 
 
 def write_table(path: str | os.PathLike[str], kind: TableKind, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Write a table in one piece: the file appears complete, or the one that was there stays.
-
-    Args:
-        path: the file to write; its directory is made where needed.
-        kind: the kind of table.
-        columns: one sequence per column of `kind`, all of one length; None where a nullable value is missing. A lone
-            surrogate in a text has no UTF-8 and is written as "?".
-
-    Raises:
-        InputError: a column is missing, unknown, of another length, or holds what its type cannot.
-    """
+    """Write a table in one piece: the file appears complete, or the one that was there stays."""
     pyarrow, parquet = _import_pyarrow()
     writer = f"write_{kind.name}"
     if set(columns) != set(kind.columns):
@@ -130,19 +95,7 @@ def write_table(path: str | os.PathLike[str], kind: TableKind, columns: Mapping[
 
 
 def read_table(path: str | os.PathLike[str], kind: TableKind) -> pa.Table:
-    """Read a table that gradent wrote.
-
-    Args:
-        path: the file.
-        kind: the kind of table that it is to hold.
-
-    Returns:
-        The table, with the columns of `kind`. One that may hold nulls and is not there, in a record of before it was
-        added, holds nothing but nulls.
-
-    Raises:
-        DataFileError: the file is missing, not parquet, not of this kind, of a newer schema, or lacks another column.
-    """
+    """Read a table that gradent wrote."""
     pyarrow, parquet = _import_pyarrow()
     try:
         table = parquet.read_table(path, partitioning=None)
@@ -166,15 +119,7 @@ def read_table(path: str | os.PathLike[str], kind: TableKind) -> pa.Table:
 
 
 def check_version(path: str | os.PathLike[str], text: str) -> None:
-    """Refuse a record whose schema this gradent does not know.
-
-    Args:
-        path: the record's file.
-        text: the schema version that it states.
-
-    Raises:
-        DataFileError: no whole number, or newer than `SCHEMA_VERSION`.
-    """
+    """Refuse a record whose schema this gradent does not know."""
     if not text.isdecimal():
         raise DataFileError(f"{path}: its schema version is {text!r}; a whole number is expected.")
     if int(text) > SCHEMA_VERSION:
@@ -185,15 +130,7 @@ def check_version(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write beside `path`, flush to disk, then rename over it: no reader ever sees half a file.
-
-    Args:
-        path: the file; its directory is made where needed.
-        write: called with the open binary file.
-
-    Raises:
-        InputError: the file cannot be written there.
-    """
+    """Write beside `path`, flush to disk, then rename over it: no reader ever sees half a file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,14 +146,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, on one line.
-
-    Args:
-        error: the error.
-
-    Returns:
-        The first line of its message, or its type where it has none.
-    """
+    """What an error of another library says, on one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -39,18 +39,7 @@ _FORMATS: dict[str, dict[str, Any]] = {
 
 
 def write_audit_figures(directory: str | os.PathLike[str]) -> list[Path]:
-    """Write the main curves of an audit into `figures/` beside its records.
-
-    Args:
-        directory: holds the records.
-
-    Returns:
-        `logps`, `cases` and `what_if`, each as .png and .svg. Those that the records have nothing for are left out
-        (curves of a single checkpoint, say), and removed where an earlier audit left them.
-
-    Raises:
-        InputError: matplotlib is not installed, or the files cannot be written.
-    """
+    """Write the main curves of an audit into `figures/` beside its records."""
     records = read_audit(directory)
     place = make_directory(records.directory / "figures")
     written = []

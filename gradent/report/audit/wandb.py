@@ -31,24 +31,7 @@ _MEANS = {
 
 
 def stream_audit(directory: str | os.PathLike[str], project: str, *, name: str | None = None) -> str:
-    """Send an audit's records to wandb as one run.
-
-    Each measured checkpoint is a row of `gradent/...` over the step metric `gradent/step`, each logged curve of the
-    trainer one of `gradent/logged/...`; tables hold the losses and the most entangled pairs; the files go up as an
-    artifact of the type "gradent-audit", and the page, where there is one, is shown in the run as well.
-
-    Args:
-        directory: holds the records.
-        project: the wandb project.
-        name: of the run; by default what was audited.
-
-    Returns:
-        The run's address; in wandb's offline mode, the directory that `wandb sync` takes.
-
-    Raises:
-        InputError: wandb is not installed, or a run of it is active.
-        GradentError: wandb does not take it (no account, no network).
-    """
+    """Send an audit's records to wandb as one run."""
     records = read_audit(directory)
     try:
         import wandb  # noqa: PLC0415

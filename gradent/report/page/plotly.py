@@ -22,14 +22,7 @@ _LONGEST = 30  # characters of a bar's name
 
 
 def chart_figure(chart: Chart) -> dict[str, Any]:
-    """Traces and layout of a chart.
-
-    Args:
-        chart: the chart.
-
-    Returns:
-        What plotly.js draws; each trace's `meta` is its colour: a name, or the number of its line.
-    """
+    """Traces and layout of a chart."""
     traces: list[dict[str, Any]] = []
     for number, line in enumerate(chart.lines):
         x, colour = list(map(float, line.x)), line.colour or number
@@ -49,15 +42,7 @@ def chart_figure(chart: Chart) -> dict[str, Any]:
 
 
 def bars_figure(bars: Bars) -> dict[str, Any]:
-    """Traces and layout of a chart of bars.
-
-    Args:
-        bars: the chart.
-
-    Returns:
-        What plotly.js draws; each trace's `meta` is its colour's name. Without `places`, bars stand at whole numbers,
-        which bear their names: two of one name stay two.
-    """
+    """Traces and layout of a chart of bars."""
     places, form = list(bars.places or range(len(bars.names))), ".1%" if bars.percent else ",.6~g"
     names = [_label(name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…") for name in bars.names]
     across, along = ("x", "y") if bars.upright else ("y", "x")
@@ -90,14 +75,7 @@ def bars_figure(bars: Bars) -> dict[str, Any]:
 
 
 def heat_figure(heat: HeatMap) -> dict[str, Any]:
-    """Trace and layout of a heat map.
-
-    Args:
-        heat: the heat map.
-
-    Returns:
-        What plotly.js draws; values are rounded to four decimals.
-    """
+    """Trace and layout of a heat map."""
     name, x_label, y_label = _label(heat.name), _label(heat.x_label), _label(heat.y_label)
     trace = {
         "type": "heatmap",

@@ -21,13 +21,7 @@ _WIDTH = 60  # characters of a setting
 def print_comparison(
     directory_a: str | os.PathLike[str], directory_b: str | os.PathLike[str], console: Console
 ) -> None:
-    """Print two audits side by side.
-
-    Args:
-        directory_a: the records of the first, A.
-        directory_b: the records of the second, B.
-        console: where to.
-    """
+    """Print two audits side by side."""
     both = compare_audits(directory_a, directory_b)
     if both.settings:
         console.print(Text("What differs in the settings", "bold"))
