@@ -21,7 +21,7 @@ from rich.text import Text
 from gradent.demo.settings import EMBEDDED, PRETRAINED, DemoSettings
 from gradent.errors import InputError
 from gradent.record import PAIR_COLUMNS, write_demo, write_pairs
-from gradent.record.parquet import make_directory
+from gradent.record.atomic import make_directory
 from gradent.report import write_demo_report
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def _to_columns(runs: dict[str, list[Measured]], beta: float) -> dict[str, list[
                 "checkpoint": [style] * len(gram),
                 "step": [each.step] * len(gram),
                 "pair": list(range(len(gram))),
-                "cosine": [None if value != value else value for value in gram.cosine.tolist()],
+                "cosine": gram.cosine.tolist(),
                 "ref_chosen_logp": start.chosen_logp.tolist(),
                 "ref_rejected_logp": start.rejected_logp.tolist(),
             }

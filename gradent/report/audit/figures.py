@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradent.figures.token_heatmap import new_figure
-from gradent.record.parquet import make_directory, write_whole
+from gradent.record.atomic import make_directory, write_whole
 from gradent.report.audit.losses import describe_row, shown_rows
 from gradent.report.audit.records import AuditRecords, read_audit
 from gradent.report.audit.steps import STEP, has_curve, logp_lines

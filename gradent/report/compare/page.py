@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gradent.record import CASE_NAMES
-from gradent.record.parquet import make_directory
+from gradent.record.atomic import make_directory
 from gradent.report.audit.losses import shown_rows
 from gradent.report.audit.pairs import pair_quotes
 from gradent.report.audit.records import AuditRecords
