@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from gradent.hooks.capture import Capture
+from gradent.hooks.capture.capture import Capture
 from gradent.hooks.rules import RULES
-from gradent.hooks.uses import Layout
+from gradent.hooks.uses.uses import Layout
 from tests.batches import ragged
 from tests.truth import call
 from tests.zoo import MEASURABLE

@@ -19,11 +19,10 @@ from rich.text import Text
 from gradent.auditing.pair_masks import read_pair_masks
 from gradent.auditing.tell import teller, warnings_told
 from gradent.record import TokenRecord, write_token_record
-from gradent.record.parquet import make_directory
-from gradent.report.terminal.audit import printable
+from gradent.record.atomic import make_directory
 from gradent.report.tokens.page import write_token_report
 from gradent.report.tokens.rows import TokenRow, rank_tokens, signed, token_rows
-from gradent.text import token_texts, visible
+from gradent.text import printable, token_texts, visible
 
 if TYPE_CHECKING:
     from torch import Tensor

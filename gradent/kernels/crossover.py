@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from gradent.errors import InputError
 from gradent.kernels.common.cost import DEPTH, LEAST_PRICE, MOST_PRICE, Plan
 from gradent.kernels.common.streams import is_capturing
-from gradent.record.parquet import write_whole
+from gradent.record.atomic import write_whole
 
 __all__ = ["adopt", "cache_file", "device_name", "is_measured", "known", "price"]
 

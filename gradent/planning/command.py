@@ -21,7 +21,7 @@ from gradent.loading.models import check_device, check_dtype
 from gradent.loading.source import resolve_source
 from gradent.planning.cost import Line, Setting, Totals, plan_lines, sum_lines
 from gradent.planning.trace import Shell, inspect_model
-from gradent.report.terminal.audit import printable
+from gradent.text import printable
 
 __all__ = ["print_plan", "show_plan"]
 

@@ -16,7 +16,7 @@ from gradent.kernels import crossover
 from gradent.kernels.common.cost import WORTH, choose
 from gradent.kernels.common.numerics import reduce_dense
 from gradent.kernels.crossover import REPEATS, _key, _measure, _round, _timed, cache_file, is_measured, price
-from gradent.record.parquet import write_whole
+from gradent.record.atomic import write_whole
 from tests.live import LiveBytes
 
 LARGE = 2**40
