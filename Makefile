@@ -20,7 +20,7 @@ EXAMPLES := $(filter-out examples/cures.py,$(wildcard examples/*.py))
 BESIDE := $(MAKE) --no-print-directory -j2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-oldest zoo-fingerprints lint types docs examples $(EXAMPLES) check format pins clean clean-venv
+.PHONY: help venv demo test test-fast test-oldest zoo-fingerprints golden mutants lint types docs examples $(EXAMPLES) check format pins clean clean-venv
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,7 +49,7 @@ $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-oldest.txt hatchling editables
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-oldest.txt \
-		--no-build-isolation --editable '.[audit]' pytest pytest-xdist psutil
+		--no-build-isolation --editable '.[audit]' hypothesis pytest pytest-xdist psutil
 	@touch $@
 
 test-fast: $(STAMP) ## Run the tests that are not marked slow.
@@ -57,6 +57,12 @@ test-fast: $(STAMP) ## Run the tests that are not marked slow.
 
 zoo-fingerprints: $(STAMP) ## Renew tests/zoo_fingerprints.json; families with a new graph are tested in full.
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.zoo_fingerprints
+
+golden: $(STAMP) ## Renew tests/golden/: records of today's schema, and what their page says.
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.golden_records
+
+mutants: $(STAMP) ## Change the decisions, losses, conditions and coefficients: does a test notice? (ARGS="losses")
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.mutants $(ARGS)
 
 lint: $(STAMP) ## Check style and formatting.
 	$(BIN)/ruff check .
