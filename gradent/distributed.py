@@ -21,14 +21,7 @@ def is_first() -> bool:
 
 
 def gather(value: T) -> list[T]:
-    """Collect a value from every rank. Every rank must call it, whatever happened to it before.
-
-    Args:
-        value: anything that can be pickled.
-
-    Returns:
-        On rank 0 the values of all ranks, in their order; elsewhere an empty list.
-    """
+    """Collect a value from every rank. Every rank must call it, whatever happened to it before."""
     if not _several():
         return [value]
     values: list[T | None] = [None] * dist.get_world_size()

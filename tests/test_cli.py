@@ -16,9 +16,10 @@ from click.testing import Result
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from gradent.auditing.api import prepare, scan
+from gradent.auditing.measuring import batches as scan
 from gradent.cli.app import app
 from gradent.errors import GradentError
+from gradent.loading import prepare
 from gradent.record import read_pairs, read_summary
 from gradent.version import __version__
 from tests.audit.made import FORMATS, KINDS, PAIRS, save_lora, write_jsonl

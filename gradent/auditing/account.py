@@ -72,15 +72,7 @@ class Plan:
     batches: list[list[int]]
 
     def collect(self, loss: Loss, sweep: Sweep) -> list[Measured]:
-        """What the journal holds of each target that did not fail.
-
-        Args:
-            loss: judges the pairs.
-            sweep: whose journal it is, and which knows what failed.
-
-        Returns:
-            One each for those of which something was measured.
-        """
+        """What the journal holds of each target that did not fail."""
         targets = [target for target in self.targets if target.name not in sweep.failures]
         return collect(targets, self.reference, self.batches, self.material.pairs.pairs, sweep.journal, loss)
 
@@ -105,22 +97,7 @@ def summarize(
     *,
     complete: bool,
 ) -> Records:
-    """The tables and the summary of what was measured.
-
-    Args:
-        setting: what was asked for.
-        loss: judges the pairs.
-        plan: what there was to measure.
-        sweep: what measured it.
-        notes: what the user was told before.
-        complete: whether it came to its end.
-
-    Returns:
-        The tables and the summary.
-
-    Raises:
-        ModelError: nothing was measured.
-    """
+    """The tables and the summary of what was measured."""
     measured = plan.collect(loss, sweep)
     if not measured:
         listed = "".join(f"\n  {name}: {reason}" for name, reason in sweep.failures.items())
@@ -225,14 +202,7 @@ def _read_history(run: Run | None, notes: list[str]) -> dict[str, Any] | None:
 
 
 def write_records(directory: Path, records: Records, started: float, *, report: bool) -> None:
-    """Write the records, the page and the pictures; those of an earlier audit go.
-
-    Args:
-        directory: where to.
-        records: the tables and the summary.
-        started: of the clock, for the seconds that it took.
-        report: also write the page and the pictures.
-    """
+    """Write the records, the page and the pictures; those of an earlier audit go."""
     earlier = [directory / name for name in AUDIT_FILES if name != "pairs.parquet"]
     for path in [*earlier, *(each for kind in ("png", "svg") for each in directory.glob(f"figures/*.{kind}"))]:
         path.unlink(missing_ok=True)  # an earlier audit's must not stand beside this one's pairs

@@ -173,14 +173,7 @@ def audit(
 
 
 def _check_wandb(project: str) -> None:
-    """Refuse what could not be streamed to, before anything is measured for it.
-
-    Args:
-        project: the wandb project.
-
-    Raises:
-        InputError: no name, or wandb is not installed.
-    """
+    """Refuse what could not be streamed to, before anything is measured for it."""
     if not project.strip():
         raise InputError("wandb is an empty name; accepted is that of a project (command line: --wandb PROJECT).")
     if importlib.util.find_spec("wandb") is None:

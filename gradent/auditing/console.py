@@ -13,17 +13,7 @@ __all__ = ["pair_progress"]
 
 @contextmanager
 def pair_progress(doing: str, pairs: int, cost: int, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar over what pairs cost, since that goes with their length, with the pairs counted beside it.
-
-    Args:
-        doing: what is being done, in a word.
-        pairs: how many pairs there are.
-        cost: of all of them together, in any unit (tokens, say).
-        quiet: show nothing; nor is anything shown where stderr is no terminal.
-
-    Yields:
-        A function to call with the pairs that are done since the last call and their cost.
-    """
+    """A bar over what pairs cost, since that goes with their length, with the pairs counted beside it."""
     console = Console(stderr=True)
     columns = (
         TextColumn(doing),

@@ -16,20 +16,7 @@ __all__ = ["read_pair_masks"]
 def read_pair_masks(
     path: str | os.PathLike[str], pair: int, ids: tuple[Sequence[int], Sequence[int]]
 ) -> dict[str, Any]:
-    """The masks of a pair, checked to be of the very same tokens.
-
-    Args:
-        path: `masks.parquet`.
-        pair: row of the data, counted from 0.
-        ids: tokens of the chosen and of the rejected response.
-
-    Returns:
-        `source` (the file's name), and for `chosen` and `rejected` lists of `mask` (soft, 0 to 1) and `kept`.
-
-    Raises:
-        InputError: the file has no masks of the pair, or they are of other tokens.
-        DataFileError: there is no such file, or it is not one of masks.
-    """
+    """The masks of a pair, checked to be of the very same tokens."""
     table = read_masks(path)
     rows = table.filter([number == pair for number in table["pair"].to_pylist()]).to_pylist()
     if not rows:

@@ -41,19 +41,12 @@ _SHOWN = 5  # tokens at either end in the printed table
 
 @dataclass(frozen=True, kw_only=True)
 class TokenAudit:
-    """What was found of one pair's tokens and where it is.
+    """What was found of one pair's tokens and where it is."""
 
-    Attributes:
-        record: the contents of `tokens.json`, from which `gradent.report.write_token_report` makes the page.
-        record_path: `tokens.json`; `gradent.record.read_token_record` reads it.
-        picture_path: `tokens.png`, the heat map of `TokenGram.plot`.
-        page_path: `tokens.html`, one file that loads nothing.
-    """
-
-    record: TokenRecord
-    record_path: Path
-    picture_path: Path
-    page_path: Path
+    record: TokenRecord  # the contents of `tokens.json`, from which `gradent.report.write_token_report` makes the page
+    record_path: Path  # `tokens.json`; `gradent.record.read_token_record` reads it
+    picture_path: Path  # `tokens.png`, the heat map of `TokenGram.plot`
+    page_path: Path  # `tokens.html`, one file that loads nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,29 +76,7 @@ def audit_tokens(
     trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> TokenAudit:
-    """Measure the tokens of one preference pair and write `tokens.json`, `tokens.png` and `tokens.html`.
-
-    Args:
-        model: as in `audit`, and so are the others but these:
-        data: as in `audit`.
-        pair: row of the data, counted from 0.
-        out: directory for the three files, made where needed; those of an earlier call there are replaced.
-        adapter: as in `audit`.
-        split: as in `audit`.
-        max_length: as in `audit`.
-        memory_budget: as in `audit`.
-        by_module: also sum up which modules the inner product comes from.
-        masks: a file that `TokenMaskedDPOTrainer.export_masks` wrote for the same data: the page then also shows which
-            of the pair's tokens the masked loss keeps.
-        dtype: as in `audit`.
-        device: as in `audit`.
-        add_eos: as in `audit`.
-        trust_remote_code: as in `audit`.
-        quiet: print nothing.
-
-    Returns:
-        The record and the paths of the files.
-    """
+    """Measure the tokens of one preference pair and write `tokens.json`, `tokens.png` and `tokens.html`."""
     from gradent.kernels.plan import parse_budget  # noqa: PLC0415
     from gradent.loading.prepare import prepare  # noqa: PLC0415
 

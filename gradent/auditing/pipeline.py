@@ -33,22 +33,7 @@ Tell = Callable[[str], None]
 
 
 def conduct(setting: Setting, loss: Loss, directory: Path, *, report: bool, wandb: str | None, quiet: bool) -> Summary:
-    """Do an audit.
-
-    Args:
-        setting: what is asked for.
-        loss: judges the pairs.
-        directory: for the records.
-        report: also write the page and the figures.
-        wandb: a wandb project to stream the records to.
-        quiet: print nothing.
-
-    Returns:
-        The summary, on every rank.
-
-    Raises:
-        KeyboardInterrupt: it was stopped; a partial record has been written.
-    """
+    """Do an audit."""
     started = time.monotonic()
     check_dtype(setting.dtype)
     if setting.device is not None:

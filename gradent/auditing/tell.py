@@ -17,15 +17,7 @@ __all__ = ["teller", "warnings_told"]
 
 
 def teller(notes: list[str], quiet: bool) -> Callable[[str], None]:
-    """A function that says a note on stderr and keeps it.
-
-    Args:
-        notes: where it is kept.
-        quiet: keep it only.
-
-    Returns:
-        The function.
-    """
+    """A function that says a note on stderr and keeps it."""
     console = Console(stderr=True, quiet=quiet)
 
     def tell(note: str) -> None:
@@ -37,14 +29,7 @@ def teller(notes: list[str], quiet: bool) -> Callable[[str], None]:
 
 @contextmanager
 def warnings_told(tell: Callable[[str], None]) -> Iterator[None]:
-    """What gradent warns of belongs to the record; other warnings go their way.
-
-    Args:
-        tell: takes a warning's text.
-
-    Yields:
-        Nothing.
-    """
+    """What gradent warns of belongs to the record; other warnings go their way."""
     with warnings.catch_warnings():
         shown = warnings.showwarning
 

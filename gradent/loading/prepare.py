@@ -35,42 +35,25 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """The pairs to measure, as the models see them.
+    """The pairs to measure, as the models see them."""
 
-    Attributes:
-        tokenizer: the model's.
-        pairs: usable pairs and skipped rows.
-        rows: rows of the data, usable or not.
-        max_length: the limit that was applied.
-        add_eos: whether EOS was appended to plain-string responses.
-        used: the largest token id, and the row that uses it.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    pairs: PairSet
-    rows: int
-    max_length: int
-    add_eos: bool
-    used: tuple[int, str]
+    tokenizer: PreTrainedTokenizerBase  # the model's
+    pairs: PairSet  # usable pairs and skipped rows
+    rows: int  # rows of the data, usable or not
+    max_length: int  # the limit that was applied
+    add_eos: bool  # whether EOS was appended to plain-string responses
+    used: tuple[int, str]  # the largest token id, and the row that uses it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A loaded model and the pairs to measure on it.
+    """A loaded model and the pairs to measure on it."""
 
-    Attributes:
-        model: the causal LM, with what is to be measured trainable.
-        source: where it came from.
-        material: the pairs.
-        step: the trainer's step at which it was saved; 0 if it does not say.
-        device: where the model is.
-    """
-
-    model: Any
-    source: ModelSource
-    material: Material
-    step: int
-    device: str
+    model: Any  # the causal LM, with what is to be measured trainable
+    source: ModelSource  # where it came from
+    material: Material  # the pairs
+    step: int  # the trainer's step at which it was saved; 0 if it does not say
+    device: str  # where the model is
 
     def describe_model(self) -> dict[str, Any]:
         """What a record says of the model: checkpoint, base, adapter, step, parameter counts, dtype and device."""
@@ -78,17 +61,7 @@ class Prepared:
 
 
 def describe_model(model: Any, source: ModelSource, step: int, device: str) -> dict[str, Any]:
-    """What a record says of a model.
-
-    Args:
-        model: the model.
-        source: where it came from.
-        step: the trainer's step at which it was saved.
-        device: where it is.
-
-    Returns:
-        checkpoint, base, adapter, step, parameter counts, dtype and device.
-    """
+    """What a record says of a model."""
     parameters = list(model.parameters())
     return {
         "checkpoint": source.name,
@@ -103,15 +76,7 @@ def describe_model(model: Any, source: ModelSource, step: int, device: str) -> d
 
 
 def choose_device(device: str | None, local: int = 0) -> str:
-    """Where models go.
-
-    Args:
-        device: what the user asked for.
-        local: rank on this machine, of several processes.
-
-    Returns:
-        That, or the first GPU (of several processes, the rank's own), or the CPU.
-    """
+    """Where models go."""
     if device is not None:
         return device
     if not torch.cuda.is_available():
@@ -133,25 +98,7 @@ def read_material(
     seed: int,
     only: int | None = None,
 ) -> Material:
-    """Read, check and tokenize the pairs, before a model is loaded for them.
-
-    Args:
-        sources: of the model whose tokenizer and number of positions count; of several, the first of which both can be
-            read.
-        data: as in `audit`, and so are the others but these:
-        tell: announces a choice that was made for the user.
-        split: as in `audit`.
-        max_length: as in `audit`.
-        max_pairs: as in `audit`.
-        skip_bad_rows: as in `audit`.
-        add_eos: as in `audit`.
-        trust_remote_code: as in `audit`.
-        seed: as in `audit`.
-        only: this row alone, counted from 0; None for all.
-
-    Returns:
-        The pairs.
-    """
+    """Read, check and tokenize the pairs, before a model is loaded for them."""
     several = [sources] if isinstance(sources, ModelSource) else sources
     source, config, tokenizer = _first_readable(several, trust_remote_code)
     limit = _choose_max_length(getattr(config, "max_position_embeddings", None), max_length, source.base, tell)
@@ -193,22 +140,7 @@ def open_model(
     trust_remote_code: bool,
     trainable: bool = True,
 ) -> Any:
-    """Load a model that is to see these pairs.
-
-    Args:
-        source: of the model.
-        material: the pairs.
-        dtype: as in `audit`.
-        device: a torch device.
-        trust_remote_code: as in `audit`.
-        trainable: False for a reference.
-
-    Returns:
-        The model.
-
-    Raises:
-        ModelError: it lacks a row in its embedding for a token of the pairs; and what `load_model` raises.
-    """
+    """Load a model that is to see these pairs."""
     model = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, trainable=trainable)
     rows = model.config.get_text_config().vocab_size
     check_vocabulary(material.tokenizer, rows, source.base, material.used)
@@ -226,21 +158,7 @@ def prepare(
     trust_remote_code: bool = False,
     **rows: Any,
 ) -> Prepared:
-    """Load and check everything, the cheap things first: a bad row is reported before a large model is read.
-
-    Args:
-        model: as in `audit`, and so are the others but these:
-        data: as in `audit`.
-        tell: announces a choice that was made for the user.
-        adapter: as in `audit`.
-        dtype: as in `audit`.
-        device: as in `audit`.
-        trust_remote_code: as in `audit`.
-        **rows: the rest of what `read_material` takes.
-
-    Returns:
-        The model and its pairs.
-    """
+    """Load and check everything, the cheap things first: a bad row is reported before a large model is read."""
     source = resolve_source(model, adapter)
     material = read_material(source, data, tell=tell, trust_remote_code=trust_remote_code, **rows)
     place = choose_device(device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradent import PairBatch, measure, measure_tokens
-from gradent.auditing.api import token_scan as module
+from gradent.auditing.measuring import tokens as module
 from gradent.auditing.measuring.tokens import (
     check_token_pairs,
     choose_pairs,

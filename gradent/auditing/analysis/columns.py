@@ -38,32 +38,16 @@ _SHOWN = 5  # most entangled pairs in the summary
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one target gave.
+    """What one target gave."""
 
-    Attributes:
-        target: the model.
-        scan: the pairs that were measured.
-        model: what the record says of the model, coverage included.
-        columns: those of `record.PAIR_COLUMNS`.
-        whole: whether every pair was measured.
-    """
-
-    target: Target
-    scan: Scan
-    model: dict[str, Any]
-    columns: Columns
-    whole: bool
+    target: Target  # the model
+    scan: Scan  # the pairs that were measured
+    model: dict[str, Any]  # what the record says of the model, coverage included
+    columns: Columns  # those of `record.PAIR_COLUMNS`
+    whole: bool  # whether every pair was measured
 
     def spread(self, pairs: Sequence[AuditPair], count: int) -> list[AuditPair]:
-        """Pairs that stand for those measured here, by their cosines.
-
-        Args:
-            pairs: all pairs.
-            count: how many; all where there are no more.
-
-        Returns:
-            Those pairs, as `choose_pairs` picks them.
-        """
+        """Pairs that stand for those measured here, by their cosines."""
         return [pairs[self.scan.positions[place]] for place in choose_pairs(self.columns["cosine"], count)]
 
 
@@ -75,19 +59,7 @@ def collect(
     journal: Journal,
     loss: Loss,
 ) -> list[Measured]:
-    """What the journal holds of each target.
-
-    Args:
-        targets: in order of their steps; those that failed are not among them.
-        reference: where the reference's log-probs come from.
-        batches: positions of pairs, batch by batch.
-        pairs: all pairs.
-        journal: of the audit.
-        loss: judges the pairs.
-
-    Returns:
-        One each for those of which a batch was measured.
-    """
+    """What the journal holds of each target."""
     found = []
     for target in targets:
         blocks = _blocks(target, reference, len(batches), journal, needed=loss.needs_reference)
@@ -140,26 +112,12 @@ def _columns(target: Target, scan: Scan, judged: Verdict, pairs: Sequence[AuditP
 
 
 def pair_columns(measured: Sequence[Measured]) -> Columns:
-    """The columns of `pairs.parquet`.
-
-    Args:
-        measured: all targets.
-
-    Returns:
-        Those of `record.PAIR_COLUMNS`, target by target.
-    """
+    """The columns of `pairs.parquet`."""
     return {name: [value for each in measured for value in each.columns[name]] for name in PAIR_COLUMNS}
 
 
 def module_columns(measured: Sequence[Measured]) -> Columns:
-    """The columns of `modules.parquet`.
-
-    Args:
-        measured: all targets.
-
-    Returns:
-        Those of `record.MODULE_COLUMNS`, target by target; no row where modules were not asked for.
-    """
+    """The columns of `modules.parquet`."""
     columns: Columns = {name: [] for name in MODULE_COLUMNS}
     for each in measured:
         for module, parts in (_modules(each) or {}).items():
@@ -170,14 +128,7 @@ def module_columns(measured: Sequence[Measured]) -> Columns:
 
 
 def sample_columns(pairs: Sequence[AuditPair]) -> Columns:
-    """The columns of `sample.parquet`.
-
-    Args:
-        pairs: all pairs.
-
-    Returns:
-        Those of `record.SAMPLE_COLUMNS`.
-    """
+    """The columns of `sample.parquet`."""
     rows = [
         {
             "pair": pair.row,
@@ -197,16 +148,7 @@ def sample_columns(pairs: Sequence[AuditPair]) -> Columns:
 
 
 def token_columns(target: Target, pairs: Sequence[AuditPair], journal: Journal) -> Columns:
-    """The columns of `tokens.parquet`.
-
-    Args:
-        target: the model whose tokens were measured.
-        pairs: those that were chosen for it.
-        journal: of the audit.
-
-    Returns:
-        Those of `record.TOKEN_COLUMNS`, pair by pair; no row where none was measured.
-    """
+    """The columns of `tokens.parquet`."""
     blocks = [journal.find("tokens", target.identity, pair.row) for pair in pairs]
     columns: Columns = {name: [] for name in TOKEN_COLUMNS}
     for block in blocks:
@@ -223,14 +165,7 @@ def token_columns(target: Target, pairs: Sequence[AuditPair], journal: Journal) 
 
 
 def describe_checkpoints(measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """What the summary says of each target.
-
-    Args:
-        measured: all targets.
-
-    Returns:
-        The rows of `record.Summary`'s `checkpoints`.
-    """
+    """What the summary says of each target."""
     return [
         {
             "name": each.target.name,
@@ -243,15 +178,7 @@ def describe_checkpoints(measured: Sequence[Measured]) -> list[dict[str, Any]]:
 
 
 def describe_last(last: Measured, pairs: Sequence[AuditPair]) -> dict[str, Any]:
-    """What the summary says of the last target.
-
-    Args:
-        last: that target.
-        pairs: all pairs.
-
-    Returns:
-        The keys of `record.Summary` from `cosine` to `modules`, and `model`.
-    """
+    """What the summary says of the last target."""
     columns = last.columns
     there = [pairs[position] for position in last.scan.positions]
     return {
@@ -273,14 +200,7 @@ def describe_last(last: Measured, pairs: Sequence[AuditPair]) -> dict[str, Any]:
 
 
 def describe_loss(loss: Loss) -> dict[str, Any]:
-    """What the summary says of the loss.
-
-    Args:
-        loss: the loss.
-
-    Returns:
-        Its name and its hyperparameters.
-    """
+    """What the summary says of the loss."""
     return {"name": loss.name, **read_hyperparameters(loss)}
 
 

@@ -18,14 +18,7 @@ Floats = NDArray[np.float64]
 
 
 def summarize_columns(columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-    """The distributions over all pairs.
-
-    Args:
-        columns: the columns of `record.PAIR_COLUMNS`, P values each.
-
-    Returns:
-        The keys `cosine`, `cases`, `weights`, `norms` and `logps` of `record.Summary`.
-    """
+    """The distributions over all pairs."""
     values = {
         name: np.array([np.nan if value is None else value for value in column], dtype=np.float64)
         for name, column in columns.items()
@@ -54,30 +47,13 @@ def summarize_columns(columns: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
 
 
 def most_entangled(cosines: Sequence[float | None], count: int = 5) -> list[int]:
-    """Positions of the pairs with the largest cosine.
-
-    Args:
-        cosines: one a pair; None where undefined.
-        count: how many.
-
-    Returns:
-        At most `count` positions, largest cosine first.
-    """
+    """Positions of the pairs with the largest cosine."""
     defined = [position for position, cosine in enumerate(cosines) if cosine is not None]
     return sorted(defined, key=lambda position: -float(cosines[position] or 0.0))[:count]
 
 
 def summarize_modules(sums: Mapping[str, Sequence[float]], pairs: int) -> dict[str, dict[str, float]]:
-    """Each module's part, averaged over pairs.
-
-    Args:
-        sums: `Scan.modules`, as three numbers a module.
-        pairs: pairs that the sums run over.
-
-    Returns:
-        `{module: {"cosine_part", "chosen_share", "rejected_share"}}`; over all modules the parts add up to the mean
-        cosine and the shares to 1.
-    """
+    """Each module's part, averaged over pairs."""
     names = ("cosine_part", "chosen_share", "rejected_share")
     return {
         module: {name: float(total) / pairs for name, total in zip(names, totals, strict=True)}

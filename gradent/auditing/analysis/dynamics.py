@@ -31,30 +31,7 @@ unit of η."""
 
 
 def dynamics(columns: Columns, curves: Curves) -> dict[str, Any] | None:
-    """What happened to the log-probs over a run.
-
-    Args:
-        columns: the columns of `record.PAIR_COLUMNS`, with the rows of all checkpoints.
-        curves: `{key: [[step, value], ...]}` of the trainer's log; may be empty.
-
-    Returns:
-        None where fewer than two checkpoints were measured and no curves of log-probs were logged. Else
-        `onset`: the steps from which both log-probs stay below their start, `measured` on the pairs (see
-        `measured_onset`) and `logged` on the curves `logged_keys` (see `logged_onset`); None where they do not.
-        `start`: mean `chosen_logp` and `rejected_logp` of the reference, which are those of step 0; None without a
-        reference, and where it is not one fixed model (a model that is its own reference).
-        `intervals`: of each two successive checkpoints, over the `pairs` present at both: steps `from` and `to`;
-        `chosen_change` and `rejected_change`, the mean change of the log-probs, nats; `step_size`, the one η >= 0 that
-        fits the changes of both responses of all pairs best by least squares through the origin, from the predictions
-        at `from`; `chosen_predicted` and `rejected_predicted`, η times their means; `explained`, `1 - SS_res/SS` of
-        that fit with SS about zero, in 0 to 1; `chosen_sign` and `rejected_sign`, the share of the pairs with a
-        prediction other than 0 whose change has its sign.
-        `whole`: the same from the first to the last checkpoint, over the pairs present at all: predictions are the
-        sums of the intervals', `step_size` the sum of their η; nothing is fitted anew, so `explained` may be below 0.
-        `cases_realised`: the share of these pairs by what happened to their log-probs from first to last, in Table 1's
-        cases (a change of exactly 0 counts as the wanted one, as in Condition 2; inactive: neither moved).
-        `intervals` is empty, `whole` and `cases_realised` are None, where one checkpoint was measured.
-    """
+    """What happened to the log-probs over a run."""
     checkpoints = _read_checkpoints(columns)
     start = _read_start(columns, checkpoints)
     logged, keys = logged_onset(curves)

@@ -20,17 +20,9 @@ Floats = NDArray[np.float64]
 
 
 def measured_onset(points: Sequence[tuple[int, Mapping[int, Floats]]]) -> int | None:
-    """The first step from which on both mean log-probs stay below their start.
-
-    Below means: by more than two standard errors of the mean change, over the pairs measured both there and at the
-    start (the changes are paired, so what pairs differ in does not blur them).
-
-    Args:
-        points: `(step, {pair: log-probs of chosen and rejected, nats, [2]})`, by step; the first is the start.
-
-    Returns:
-        The step, or None: both do not fall, or not to the end, or fewer than two points, or than two pairs.
-    """
+    """The first step from which on both mean log-probs stay below their start."""
+    # Below means: by more than two standard errors of the mean change, over the pairs measured both there and at the
+    # start (the changes are paired, so what pairs differ in does not blur them).
     onset = None
     for step, logps in reversed(points[1:]):
         shared = [pair for pair in points[0][1] if pair in logps]
@@ -45,25 +37,14 @@ def measured_onset(points: Sequence[tuple[int, Mapping[int, Floats]]]) -> int | 
 
 
 def logged_onset(curves: Mapping[str, Sequence[Sequence[Any]]]) -> tuple[int | None, list[str]]:
-    """The first logged step from which on both curves of log-probs stay below their level at the start.
-
-    The curves are those of an evaluation set if they have twelve points at least (all points are of the same pairs),
-    else those of the training batches, likewise. The rule, for each of the two:
-
-    - smoothed: the running median of w points about each point (an odd number near a tenth of them, 5 at least); near
-      the ends the w outermost points;
-    - level at the start: the median of the first w points;
-    - noise of one point: 1.4826/√2 times the median size of the differences of neighbours, which a trend hardly
-      touches; of the difference of two medians of w points: √2·1.2533/√w times that;
-    - below: the smoothed curve is under the level by more than twice that noise.
-
-    Args:
-        curves: `{key: [[step, value], ...]}`; of a step logged twice the later value counts.
-
-    Returns:
-        `(step, keys)`: the step, None where the curves do not stay below; the two keys, none where no curves of
-        log-probs are long enough.
-    """
+    """The first logged step from which on both curves of log-probs stay below their level at the start."""
+    # The curves are those of an evaluation set if they have twelve points at least (all points are of the same pairs),
+    # else those of the training batches, likewise. The rule, for each of the two:
+    # - smoothed: the running median of w points about each point (an odd number near a tenth of them, 5 at least); near
+    # the ends the w outermost points; - level at the start: the median of the first w points; - noise of one point:
+    # 1.4826/√2 times the median size of the differences of neighbours, which a trend hardly   touches; of the
+    # difference of two medians of w points: √2·1.2533/√w times that; - below: the smoothed curve is under the level by
+    # more than twice that noise.
     for keys in _candidates(curves):
         chosen, rejected = (_read_curve(curves[key]) for key in keys)
         steps = sorted(chosen.keys() & rejected.keys())
@@ -79,15 +60,7 @@ def logged_onset(curves: Mapping[str, Sequence[Sequence[Any]]]) -> tuple[int | N
 
 
 def smooth(values: Floats, width: int) -> Floats:
-    """The running median of `width` points about each point, shifted inwards near the ends.
-
-    Args:
-        values: float64 `[n]`.
-        width: points under the window, odd, at most n.
-
-    Returns:
-        float64 `[n]`.
-    """
+    """The running median of `width` points about each point, shifted inwards near the ends."""
     windows = np.median(np.lib.stride_tricks.sliding_window_view(values, width), axis=1)
     at = np.clip(np.arange(len(values)) - width // 2, 0, len(windows) - 1)
     return np.asarray(windows[at], dtype=np.float64)

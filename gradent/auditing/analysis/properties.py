@@ -32,17 +32,7 @@ Floats = NDArray[np.float64]
 
 
 def pair_properties(chosen_ids: Sequence[int], rejected_ids: Sequence[int]) -> dict[str, int]:
-    """What the tokens of two responses have in common.
-
-    Args:
-        chosen_ids: tokens of the chosen response, prompt left out.
-        rejected_ids: tokens of the rejected response.
-
-    Returns:
-        Counts of tokens, as `record.SAMPLE_COLUMNS` has them: `shared_prefix`, the longest common beginning;
-        `shared_suffix`, the longest common end that does not overlap that beginning; `edit_distance`, the least number
-        of insertions, deletions and replacements of tokens that make one response the other (Levenshtein).
-    """
+    """What the tokens of two responses have in common."""
     chosen, rejected = list(chosen_ids), list(rejected_ids)
     prefix = Prefix.similarity(chosen, rejected)
     suffix = Postfix.similarity(chosen[prefix:], rejected[prefix:])
@@ -54,20 +44,7 @@ def pair_properties(chosen_ids: Sequence[int], rejected_ids: Sequence[int]) -> d
 
 
 def summarize_properties(pairs: Columns, sample: Columns) -> list[dict[str, Any]]:
-    """How each property goes with the cosine of a pair's gradients, over the pairs whose cosine is defined.
-
-    Args:
-        pairs: the columns of `record.PAIR_COLUMNS`, of one checkpoint.
-        sample: the columns of `record.SAMPLE_COLUMNS`, of these pairs at least.
-
-    Returns:
-        A row a property, the largest `|spearman|` first, those without one last: `property`, `label`, `unit`;
-        `spearman`, its rank correlation with the cosine, with its 95% interval `low` to `high`, as
-        `rank_correlation` has them; `reason`, why there is none, else None; `pairs`, how many it is over; `groups`, the
-        quarters of the pairs by the property, smallest first: `low` and `high` (of the property in that group),
-        `pairs`, `cosine` (mean) and `ideal` (share in case 1). Pairs of one value stay in one group, so there may be
-        fewer than four; none below ten pairs. The margin against the reference is left out where there is none.
-    """
+    """How each property goes with the cosine of a pair's gradients, over the pairs whose cosine is defined."""
     at = {pair: row for row, pair in enumerate(sample["pair"])}
     defined = [row for row, cosine in enumerate(pairs["cosine"]) if cosine is not None]
     here = _take(pairs, _MEASURED, defined)
@@ -77,16 +54,7 @@ def summarize_properties(pairs: Columns, sample: Columns) -> list[dict[str, Any]
 
 
 def rank_correlation(x: Floats, y: Floats) -> tuple[float, float | None, float | None] | None:
-    """Spearman's ρ, ties at their average rank, with its 95% interval.
-
-    Args:
-        x: float64 `[n]`.
-        y: float64 `[n]`.
-
-    Returns:
-        `(ρ, low, high)`: the interval is Fisher's, with the variance `(1 + ρ²/2)/(n - 3)` of Bonett and Wright (2000);
-        it is None at |ρ| = 1 and for three points or fewer. None in all where x or y is constant or empty.
-    """
+    """Spearman's ρ, ties at their average rank, with its 95% interval."""
     if not len(x) or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     rho = float(np.clip(np.corrcoef(_ranks(x), _ranks(y))[0, 1], -1, 1))

@@ -34,14 +34,7 @@ OLD_TOKENS = (
 
 
 def mask_changes(tokens: Columns) -> dict[int, tuple[float, float]]:
-    """First-order changes of both whole log-probs by a step on differing tokens alone, with `d_w = d_l = 1`.
-
-    Args:
-        tokens: the columns of `record.TOKEN_COLUMNS`, `own_inner` without a None.
-
-    Returns:
-        Pair -> `(of chosen, of rejected)`; both are 0 where no token differs.
-    """
+    """First-order changes of both whole log-probs by a step on differing tokens alone, with `d_w = d_l = 1`."""
     found: dict[int, tuple[float, float]] = {}
     names = ("pair", "side", "identical", "own_inner", "entanglement")
     for pair, side, identical, own, other in zip(*(tokens[name] for name in names), strict=True):
@@ -55,17 +48,7 @@ def mask_changes(tokens: Columns) -> dict[int, tuple[float, float]]:
 
 
 def mask_row(tokens: Columns | None, step: int, pairs: Sequence[int], run: Tensor | None) -> dict[str, Any]:
-    """What `what_if` says of token masking.
-
-    Args:
-        tokens: the columns of `record.TOKEN_COLUMNS`, of some of the pairs; None without any.
-        step: the last one.
-        pairs: of that step, rows of the data.
-        run: their cases under the run's loss, int64 `[len(pairs)]`; None where it could not be judged.
-
-    Returns:
-        The figures of a row of `what_if`. The two bounds on `d_w/d_l` speak of whole gradients, and are None.
-    """
+    """What `what_if` says of token masking."""
     empty = dict.fromkeys(
         ("cases", "ratio", "needs_at_least", "needs_at_most", "share_chosen_rises", "share_rejected_falls", "within",
          "against_run")

@@ -22,20 +22,7 @@ Columns = Mapping[str, Sequence[Any]]
 
 
 def summarize_tokens(tokens: Columns, pairs: Columns) -> dict[str, Any]:
-    """What the measured tokens say of the data.
-
-    Args:
-        tokens: the columns of `record.TOKEN_COLUMNS`, of N pairs.
-        pairs: the columns of `record.PAIR_COLUMNS`, of these pairs at least.
-
-    Returns:
-        `pairs` N; `undefined` how many of them have no cosine; `tokens` and `identical_tokens` how many there are;
-        `cosine` the mean and its two parts, which add up to it; `share` the quartiles over the pairs of a part over the
-        whole (a ratio: where the whole is near zero, it means little); `sum` the parts and the whole summed over the
-        pairs, and the identical one's share of it; `aligned` how many matches there are, and how many have a positive
-        inner product; `facing` how many differing tokens face each other, and how many have a negative one;
-        `entangling`, `disentangling` and `least_count` as `rank_tokens` returns them.
-    """
+    """What the measured tokens say of the data."""
     norms = _norms(pairs)
     part = _parts(tokens)
     whole = {pair: parts["identical"] + parts["differing"] for pair, parts in part.items()}
@@ -61,21 +48,9 @@ def summarize_tokens(tokens: Columns, pairs: Columns) -> dict[str, Any]:
 
 
 def rank_tokens(tokens: Columns, norms: Mapping[int, float], kept: int = KEPT) -> dict[str, Any]:
-    """The tokens that pull the two gradients together most, and those that pull them apart most, over all pairs.
-
-    A token is known by its text, in either response. Its entanglement is taken over `‖g_w‖‖g_l‖` of its pair, so that
-    it is a part of the cosine and no pair outweighs the others.
-
-    Args:
-        tokens: the columns of `record.TOKEN_COLUMNS`.
-        norms: `‖g_w‖‖g_l‖` by pair; tokens of a pair where it is zero are left out.
-        kept: most tokens in each list.
-
-    Returns:
-        `entangling` (largest sums, positive ones only) and `disentangling` (smallest, negative ones only): lists of
-        `token`, `count`, how many of these are `identical`, and `sum` and `mean` of the entanglement. `least_count`:
-        tokens that occur less often are left out; 2, or 1 where fewer than five tokens occur twice.
-    """
+    """The tokens that pull the two gradients together most, and those that pull them apart most, over all pairs."""
+    # A token is known by its text, in either response. Its entanglement is taken over `‖g_w‖‖g_l‖` of its pair, so that
+    # it is a part of the cosine and no pair outweighs the others.
     found: defaultdict[str, list[tuple[float, bool]]] = defaultdict(list)
     columns = (tokens[name] for name in ("pair", "token", "entanglement", "identical"))
     for pair, text, entanglement, identical in zip(*columns, strict=True):

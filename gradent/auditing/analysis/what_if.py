@@ -42,28 +42,8 @@ NO_REFERENCE = "it needs a reference's log-probs, and none were measured: name t
 
 
 def what_if(columns: Columns, loss: Loss, tokens: Columns | None = None) -> list[dict[str, Any]]:
-    """Other losses and hyperparameters on the gradients of the last step in `columns`.
-
-    Source: the paper's Condition 2 and Table 1, Table 2's losses, and Section 5.
-
-    Args:
-        columns: the columns of `record.PAIR_COLUMNS`, with the rows of all checkpoints.
-        loss: the run's own. One of `losses.from_callable` is called once a step, with all pairs as one batch.
-        tokens: the columns of `record.TOKEN_COLUMNS`, of some of the last step's pairs; None without any.
-
-    Returns:
-        A row a loss; none without a pair. Shares are fractions of 1, a number that does not exist is None.
-        `group` is "run" (the loss given), "paper" (the ten losses at their defaults, Appendix C), "sweep" (one
-        hyperparameter `varied`) or "design" (Section 5's pairwise normalization, and its token masking, of the pairs of
-        `tokens` alone); `loss`, `label`, `hyperparameters` name it. `reason` says why there are no numbers, else None.
-        `pairs` is P.
-        `cases`: the share of the P pairs in each case. `ratio`: median d_w/d_l over the active pairs with positive
-        weights. Of these the bound pairs, with a positive inner product, give `needs_at_least` and `needs_at_most`
-        (medians of what (9) and (10) ask of the ratio) and `within`, the share that meets its own two.
-        `share_chosen_rises` and `share_rejected_falls` are over active pairs. `ideal_by_step`: `[step, share]` of case
-        1 at each step. `against_run`: how many of the P pairs are in case 1 here and not with the run's loss
-        (`gained`), and the reverse (`lost`).
-    """
+    """Other losses and hyperparameters on the gradients of the last step in `columns`."""
+    # Source: the paper's Condition 2 and Table 1, Table 2's losses, and Section 5.
     checkpoints = [_read_checkpoint(columns, step) for step in sorted(set(columns["step"]))]
     if not checkpoints:
         return []

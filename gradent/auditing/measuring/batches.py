@@ -47,46 +47,24 @@ _REFERENCES = ("ref_chosen_logp", "ref_rejected_logp")
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """What batches of P pairs measured.
+    """What batches of P pairs measured."""
 
-    Attributes:
-        positions: of the P pairs among all pairs, increasing.
-        gram: entries of the P pairs, in that order, without `modules`.
-        ref_chosen_logp: the reference's log-probs, float64 `[P]`, or None without a reference.
-        ref_rejected_logp: likewise.
-        modules: `{module: [inner_m / (‖g_w‖‖g_l‖), chosen_sq_m / ‖g_w‖², rejected_sq_m / ‖g_l‖²]}`, float64 `[3]`, each
-            summed over the pairs whose cosine is defined; empty unless asked for.
-    """
-
-    positions: list[int]
-    gram: PairGram
-    ref_chosen_logp: Tensor | None = None
-    ref_rejected_logp: Tensor | None = None
+    positions: list[int]  # of the P pairs among all pairs, increasing
+    gram: PairGram  # entries of the P pairs, in that order, without `modules`
+    ref_chosen_logp: Tensor | None = None  # the reference's log-probs, float64 `[P]`, or None without a reference
+    ref_rejected_logp: Tensor | None = None  # likewise
+    # `{module: [inner_m / (‖g_w‖‖g_l‖), chosen_sq_m / ‖g_w‖², rejected_sq_m / ‖g_l‖²]}`, float64 `[3]`, each summed
+    # over the pairs whose cosine is defined; empty unless asked for
     modules: dict[str, Tensor] = field(default_factory=dict)
 
 
 def itself(batch: PairBatch, gram: PairGram) -> tuple[Tensor, Tensor]:
-    """The model as its own reference, as at the first step of training.
-
-    Args:
-        batch: the pairs.
-        gram: their measurement.
-
-    Returns:
-        The measured log-probs.
-    """
+    """The model as its own reference, as at the first step of training."""
     return gram.chosen_logp, gram.rejected_logp
 
 
 def adapter_off(model: Any) -> Reference:
-    """The base model under a PEFT adapter as the reference, as in TRL.
-
-    Args:
-        model: a `PeftModel`.
-
-    Returns:
-        The reference.
-    """
+    """The base model under a PEFT adapter as the reference, as in TRL."""
 
     def reference(batch: PairBatch, gram: PairGram) -> tuple[Tensor, Tensor]:
         with model.disable_adapter():
@@ -96,28 +74,12 @@ def adapter_off(model: Any) -> Reference:
 
 
 def other_model(model: Any) -> Reference:
-    """A model of its own as the reference.
-
-    Args:
-        model: the reference model.
-
-    Returns:
-        The reference.
-    """
+    """A model of its own as the reference."""
     return lambda batch, gram: sequence_logps(model, batch)
 
 
 def check_scan_settings(*, batch_size: int, engine: str, memory_budget: int | str | None) -> None:
-    """Refuse what `scan_pairs` could not use, before a model is loaded for it.
-
-    Args:
-        batch_size: most pairs a batch.
-        engine: as in `measure`.
-        memory_budget: as in `measure`.
-
-    Raises:
-        InputError: one of them is malformed.
-    """
+    """Refuse what `scan_pairs` could not use, before a model is loaded for it."""
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; it must be at least 1 (command line: --batch-size).")
     if engine not in {"hooks", "func"}:
@@ -126,15 +88,7 @@ def check_scan_settings(*, batch_size: int, engine: str, memory_budget: int | st
 
 
 def plan_batches(pairs: Sequence[AuditPair], batch_size: int) -> list[list[int]]:
-    """Group pairs of like length, longest first: little padding, and what does not fit in memory fails at once.
-
-    Args:
-        pairs: the pairs.
-        batch_size: most pairs a batch.
-
-    Returns:
-        Positions in `pairs`, batch by batch.
-    """
+    """Group pairs of like length, longest first: little padding, and what does not fit in memory fails at once."""
     order = sorted(range(len(pairs)), key=lambda position: -pairs[position].longest)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -149,23 +103,7 @@ def scan_batches(
     by_module: bool = False,
     memory_budget: int | str | None = None,
 ) -> Iterator[Block]:
-    """Measure batch after batch.
-
-    Args:
-        model: a causal LM; its trainable parameters are what is measured.
-        pairs: all pairs.
-        batches: positions in `pairs`, batch by batch.
-        reference: where the reference's log-probs come from; None to go without.
-        engine: as in `measure`.
-        by_module: each module's part as well.
-        memory_budget: as in `measure`.
-
-    Yields:
-        What each batch gave.
-
-    Raises:
-        GradentError: what `measure` raises; a nan or an inf, or a device out of memory, with the row.
-    """
+    """Measure batch after batch."""
     for positions in batches:
         chunk = [pairs[position] for position in positions]
         gram, references = _measure_batch(model, _to_batch(chunk), chunk, reference, engine, by_module, memory_budget)
@@ -179,19 +117,7 @@ def scan_batches(
 
 
 def scan_reference(model: Any, pairs: Sequence[AuditPair], batches: Sequence[Sequence[int]]) -> Iterator[Block]:
-    """The log-probs of a reference model alone, batch after batch.
-
-    Args:
-        model: the reference model.
-        pairs: all pairs.
-        batches: positions in `pairs`, batch by batch.
-
-    Yields:
-        `ref_chosen_logp` and `ref_rejected_logp` of each batch.
-
-    Raises:
-        GradentError: a nan or an inf, or a device out of memory, with the row.
-    """
+    """The log-probs of a reference model alone, batch after batch."""
     for positions in batches:
         chunk = [pairs[position] for position in positions]
         with _memory_told(chunk):
@@ -201,14 +127,7 @@ def scan_reference(model: Any, pairs: Sequence[AuditPair], batches: Sequence[Seq
 
 
 def join_blocks(blocks: Sequence[Mapping[str, Any]]) -> Scan:
-    """Put what batches gave together, whatever order they come in.
-
-    Args:
-        blocks: at least one, as `scan_batches` yields them; sums over modules are taken in the order given.
-
-    Returns:
-        The `Scan` of their pairs.
-    """
+    """Put what batches gave together, whatever order they come in."""
     positions = torch.tensor([position for block in blocks for position in block["positions"]])
     order = positions.argsort()
     integers = {"chosen_len", "rejected_len"}

@@ -26,43 +26,25 @@ Advance = Callable[[int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """One audit's measuring: every rank makes one, and each measures its share of the batches.
+    """One audit's measuring: every rank makes one, and each measures its share of the batches."""
 
-    Attributes:
-        targets: what to measure, by step.
-        reference: where the reference's log-probs come from.
-        material: the pairs.
-        batches: positions of pairs, batch by batch.
-        journal: of this rank.
-        ranks: which process this is.
-        device: where models go.
-        dtype: as in `audit`, and so are the rest.
-        engine: see there.
-        by_module: see there.
-        memory_budget: see there.
-        trust_remote_code: see there.
-        several: whether a target that fails is left out, so that the others are still measured.
-        tell: takes notes.
-        failures: why a target is left out, by its name: at first those with a problem, then what fails on the way.
-        token_failures: why tokens were not measured.
-    """
-
-    targets: Sequence[Target]
-    reference: ReferenceChoice
-    material: Material
-    batches: Sequence[Sequence[int]]
-    journal: Journal
-    ranks: Ranks
-    device: str
-    dtype: str
-    engine: str
-    by_module: bool
-    memory_budget: int | str | None
-    trust_remote_code: bool
-    several: bool
-    tell: Callable[[str], None]
+    targets: Sequence[Target]  # what to measure, by step
+    reference: ReferenceChoice  # where the reference's log-probs come from
+    material: Material  # the pairs
+    batches: Sequence[Sequence[int]]  # positions of pairs, batch by batch
+    journal: Journal  # of this rank
+    ranks: Ranks  # which process this is
+    device: str  # where models go
+    dtype: str  # as in `audit`, and so are the rest
+    engine: str  # see there
+    by_module: bool  # see there
+    memory_budget: int | str | None  # see there
+    trust_remote_code: bool  # see there
+    several: bool  # whether a target that fails is left out, so that the others are still measured
+    tell: Callable[[str], None]  # takes notes
+    # why a target is left out, by its name: at first those with a problem, then what fails on the way
     failures: dict[str, str]
-    token_failures: list[str] = field(default_factory=list)
+    token_failures: list[str] = field(default_factory=list)  # why tokens were not measured
 
     def agree_on_prices(self) -> None:
         """Settle which form reduces which layer: it hangs on a measured price, and last bits hang on the form.
@@ -79,11 +61,7 @@ class Sweep:
         crossover.adopt(self.journal.find("prices", "") or {})
 
     def measure_reference(self, advance: Advance) -> None:
-        """The log-probs of a reference that is a model of its own, once for all targets.
-
-        Args:
-            advance: called with the pairs and tokens that are done.
-        """
+        """The log-probs of a reference that is a model of its own, once for all targets."""
         source = self.reference.source
         if source is None:
             return
@@ -97,15 +75,7 @@ class Sweep:
             advance(*self._cost(number))
 
     def measure_targets(self, advance: Advance) -> None:
-        """The Gram entries of every pair on every target.
-
-        Args:
-            advance: called with the pairs and tokens that are done.
-
-        Raises:
-            JournalError: nothing more can be written down.
-            GradentError: what went wrong, where there is a single target.
-        """
+        """The Gram entries of every pair on every target."""
         for target in self.targets:
             if target.name in self.failures:
                 continue
@@ -119,13 +89,7 @@ class Sweep:
                 self.failures[target.name] = str(error)
 
     def measure_tokens(self, target: Target, pairs: Sequence[AuditPair], advance: Advance) -> None:
-        """The token matrices of some pairs on one target.
-
-        Args:
-            target: the model.
-            pairs: those pairs.
-            advance: called with 1 and what the pair cost.
-        """
+        """The token matrices of some pairs on one target."""
         own = [pairs[number] for number in self.ranks.share(len(pairs))]
         done = [pair for pair in own if self.journal.find("tokens", target.identity, pair.row) is not None]
         for pair in done:

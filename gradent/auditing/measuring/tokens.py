@@ -36,14 +36,7 @@ Matches = Sequence[tuple[int, int]]
 
 
 def check_token_pairs(count: int | None) -> None:
-    """Refuse a number of pairs that cannot be measured, before a model is loaded for it.
-
-    Args:
-        count: pairs whose tokens to measure; None for no tokens.
-
-    Raises:
-        InputError: below 1.
-    """
+    """Refuse a number of pairs that cannot be measured, before a model is loaded for it."""
     if count is not None and count < 1:
         raise InputError(
             f"token_pairs is {count}; it must be at least 1, or left out to measure no tokens (command line: "
@@ -52,18 +45,9 @@ def check_token_pairs(count: int | None) -> None:
 
 
 def choose_pairs(cosines: Sequence[float | None], count: int) -> list[int]:
-    """Pairs that stand for all of them: the middles of `count` equal slices of the pairs sorted by cosine.
-
-    No chance is in it, and no preference for the worst: one pair is the median, three are the quantiles 1/6, 1/2 and
-    5/6. Pairs without a cosine come after all others, so a slice of them has its share too.
-
-    Args:
-        cosines: one a pair; None where undefined.
-        count: how many, at least 1; all where there are no more.
-
-    Returns:
-        Positions in `cosines`, smallest first.
-    """
+    """Pairs that stand for all of them: the middles of `count` equal slices of the pairs sorted by cosine."""
+    # No chance is in it, and no preference for the worst: one pair is the median, three are the quantiles 1/6, 1/2 and
+    # 5/6. Pairs without a cosine come after all others, so a slice of them has its share too.
     keys = [(cosine is None, 0.0 if cosine is None else cosine) for cosine in cosines]
     order = sorted(range(len(keys)), key=keys.__getitem__)
     count = min(count, len(order))
@@ -71,23 +55,9 @@ def choose_pairs(cosines: Sequence[float | None], count: int) -> list[int]:
 
 
 def face_tokens(matched: Matches, chosen_len: int, rejected_len: int) -> list[tuple[int, int]]:
-    """Differing tokens that stand in each other's place: in the same gap of the alignment, at the same offset.
-
-    A gap is what lies between two neighbouring matches, before the first or after the last. Where it is longer on one
-    side, its last tokens there face nothing, as do tokens that are inserted.
-
-    Args:
-        matched: what `match_tokens` returned.
-        chosen_len: T_w.
-        rejected_len: T_l.
-
-    Returns:
-        `(a, b)`, both increasing.
-
-    Example:
-        >>> face_tokens([(1, 1)], 4, 3)  # of "x = 1 2" and "y = 3": x faces y, 1 faces 3, 2 faces nothing
-        [(0, 0), (2, 2)]
-    """
+    """Differing tokens that stand in each other's place: in the same gap of the alignment, at the same offset."""
+    # A gap is what lies between two neighbouring matches, before the first or after the last. Where it is longer on one
+    # side, its last tokens there face nothing, as do tokens that are inserted.
     ends = [*matched, (chosen_len, rejected_len)]
     starts = [(0, 0), *((a + 1, b + 1) for a, b in matched)]
     return [
@@ -100,17 +70,7 @@ def face_tokens(matched: Matches, chosen_len: int, rejected_len: int) -> list[tu
 def token_rows(
     pair: int, gram: TokenGram, own: tuple[Tensor, Tensor], texts: tuple[Sequence[str], Sequence[str]]
 ) -> dict[str, list[Any]]:
-    """The rows of one pair, chosen tokens first.
-
-    Args:
-        pair: its row in the data.
-        gram: its token matrix.
-        own: inner products of the chosen tokens with `g_w`, `[T_w]`, and of the rejected ones with `g_l`, `[T_l]`.
-        texts: of the chosen tokens, and of the rejected ones.
-
-    Returns:
-        The columns of `record.TOKEN_COLUMNS` but `checkpoint` and `step`, T_w + T_l values each.
-    """
+    """The rows of one pair, chosen tokens first."""
     ids = gram.chosen_ids.tolist(), gram.rejected_ids.tolist()
     matched = match_tokens(*ids)
     faced = face_tokens(matched, len(ids[0]), len(ids[1]))
@@ -140,14 +100,7 @@ def _entries(gram: TokenGram, where: Matches, side: int) -> Mapping[int, float]:
 
 
 def token_cost(pair: AuditPair) -> int:
-    """What a pair's matrix costs, for a bar that knows how much is left.
-
-    Args:
-        pair: the pair.
-
-    Returns:
-        Tokens of the prefixes that end with a token of either response.
-    """
+    """What a pair's matrix costs, for a bar that knows how much is left."""
     prompt = len(pair.prompt_ids)
     return sum(n * prompt + n * (n + 1) // 2 for n in (len(pair.chosen_ids), len(pair.rejected_ids)))
 
@@ -160,21 +113,7 @@ def scan_tokens(
     memory_budget: int | str | None = None,
     advance: Callable[[int, int], None] = lambda pairs, cost: None,
 ) -> dict[str, list[Any]]:
-    """Measure the token matrix of every given pair, the longest first: what cannot be done fails at once.
-
-    Args:
-        model: a causal LM; its trainable parameters are what is measured.
-        tokenizer: the model's, for the texts of tokens.
-        pairs: the pairs, at least one.
-        memory_budget: as in `measure_tokens`.
-        advance: called after each pair with 1 and the pair's `token_cost`.
-
-    Returns:
-        The columns of `record.TOKEN_COLUMNS` but `checkpoint` and `step`, pair by pair in the order given.
-
-    Raises:
-        GradentError: what `measure_tokens` raises; a nan or an inf, or a device out of memory, with the row.
-    """
+    """Measure the token matrix of every given pair, the longest first: what cannot be done fails at once."""
     measured: dict[int, dict[str, list[Any]]] = {}
     for position in sorted(range(len(pairs)), key=lambda position: -token_cost(pairs[position])):
         pair = pairs[position]
@@ -200,20 +139,7 @@ def _measure(model: Any, pair: AuditPair, memory_budget: int | str | None) -> tu
 
 @contextmanager
 def named_errors(pair: AuditPair, what: str, remedies: str) -> Iterator[None]:
-    """Say at which row the measurement of a pair's tokens failed.
-
-    Args:
-        pair: the pair.
-        what: what of it was measured.
-        remedies: what else to try where memory ran out, after the usual.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        NonFiniteError: as inside, with the row.
-        GradentError: the device ran out of memory.
-    """
+    """Say at which row the measurement of a pair's tokens failed."""
     try:
         yield
     except NonFiniteError as error:
@@ -226,16 +152,7 @@ def named_errors(pair: AuditPair, what: str, remedies: str) -> Iterator[None]:
 
 
 def refuse_non_finite(pair: AuditPair, parts: Sequence[Tensor], remedy: str) -> None:
-    """Refuse figures of a pair's tokens that are nan or inf.
-
-    Args:
-        pair: the pair.
-        parts: its figures, each `[n]`.
-        remedy: what to do if a wider dtype does not help.
-
-    Raises:
-        NonFiniteError: with the row.
-    """
+    """Refuse figures of a pair's tokens that are nan or inf."""
     if not bool(torch.cat(list(parts)).isfinite().all()):
         raise NonFiniteError(
             f"{pair.where}: the gradient of one of its tokens is nan or inf. Try --dtype float32 (or float64), or "

@@ -30,29 +30,12 @@ class JournalError(InputError):
 
 
 def digest(content: Any) -> str:
-    """A short name for a JSON value: the same for the same value, in every process.
-
-    Args:
-        content: anything that `json.dumps` takes.
-
-    Returns:
-        16 hexadecimal digits.
-    """
+    """A short name for a JSON value: the same for the same value, in every process."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Journal:
-    """Findings by key, appended to a file and kept in memory.
-
-    Args:
-        directory: the audit's directory; the journal goes into `journal/` there.
-        key: stands for the settings, as `digest` makes it.
-        rank: of this process; it alone writes to its file.
-
-    Raises:
-        InputError: the file cannot be written.
-        DataFileError: a file of this key is damaged before its last line.
-    """
+    """Findings by key, appended to a file and kept in memory."""
 
     def __init__(self, directory: Path, key: str, rank: int = 0) -> None:
         self._folder, self._key = directory / "journal", key
@@ -69,51 +52,21 @@ class Journal:
         self.refresh()
 
     def refresh(self) -> None:
-        """Read what all ranks have written by now.
-
-        Raises:
-            DataFileError: a line before the last one is damaged.
-        """
+        """Read what all ranks have written by now."""
         for path in sorted(self._folder.glob(f"{self._key}-*.jsonl")):
             for entry in _read(path):
                 self._found[entry["kind"], entry["of"], entry["number"]] = entry["content"]
 
     def find(self, kind: str, of: str, number: int = 0) -> dict[str, Any] | None:
-        """A finding, or None where it has not been made.
-
-        Args:
-            kind: of finding.
-            of: what it is about.
-            number: which.
-
-        Returns:
-            What was appended under these three.
-        """
+        """A finding, or None where it has not been made."""
         return self._found.get((kind, of, number))
 
     def all(self, kind: str) -> list[dict[str, Any]]:
-        """Every finding of a kind, in the order in which they were read or made.
-
-        Args:
-            kind: of finding.
-
-        Returns:
-            What was appended.
-        """
+        """Every finding of a kind, in the order in which they were read or made."""
         return [content for (each, _, _), content in self._found.items() if each == kind]
 
     def append(self, kind: str, of: str, number: int, content: Mapping[str, Any]) -> None:
-        """Write a finding to disk; when this returns, no crash can lose it.
-
-        Args:
-            kind: of finding.
-            of: what it is about.
-            number: which.
-            content: JSON, without nan and inf.
-
-        Raises:
-            JournalError: the disk is full, or gone.
-        """
+        """Write a finding to disk; when this returns, no crash can lose it."""
         entry = {"kind": kind, "of": of, "number": number, "content": dict(content)}
         try:
             self._write(entry)

@@ -20,17 +20,11 @@ _LOCK = "journal/lock"
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """Which process this is.
+    """Which process this is."""
 
-    Attributes:
-        rank: of this process, from 0.
-        world: how many there are.
-        local: rank on this machine.
-    """
-
-    rank: int = 0
-    world: int = 1
-    local: int = 0
+    rank: int = 0  # of this process, from 0
+    world: int = 1  # how many there are
+    local: int = 0  # rank on this machine
 
     @property
     def first(self) -> bool:
@@ -45,14 +39,7 @@ class Ranks:
             PartialState().wait_for_everyone()
 
     def gather(self, values: list[Any]) -> list[Any]:
-        """The values of all ranks in one list; every rank must call it.
-
-        Args:
-            values: picklable.
-
-        Returns:
-            All of them, rank by rank.
-        """
+        """The values of all ranks in one list; every rank must call it."""
         if self.world == 1:
             return values
         from accelerate.utils import gather_object  # noqa: PLC0415
@@ -65,14 +52,7 @@ class Ranks:
 
 
 def join(device: str | None) -> Ranks:
-    """Meet the other processes of this audit, if a launcher started any.
-
-    Args:
-        device: what the user asked for; "cpu" keeps the meeting off the GPUs.
-
-    Returns:
-        Which process this is.
-    """
+    """Meet the other processes of this audit, if a launcher started any."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Ranks()
@@ -84,18 +64,7 @@ def join(device: str | None) -> Ranks:
 
 @contextmanager
 def only_audit(directory: Path, ranks: Ranks) -> Iterator[None]:
-    """Keep a second audit out of a directory.
-
-    Args:
-        directory: where the records go.
-        ranks: the first of them holds the lock for all.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        InputError: another audit is at work there.
-    """
+    """Keep a second audit out of a directory."""
     lock, refused = FileLock(directory / _LOCK), list[str]()
     if ranks.first:
         try:

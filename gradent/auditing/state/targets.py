@@ -18,19 +18,12 @@ __all__ = ["ReferenceChoice", "Target", "choose_reference", "find_targets"]
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One model to measure.
+    """One model to measure."""
 
-    Attributes:
-        name: what records call it.
-        step: the trainer's step at which it was saved.
-        source: where it is; None where it cannot be measured.
-        problem: why not; None where it can.
-    """
-
-    name: str
-    step: int
-    source: ModelSource | None
-    problem: str | None = None
+    name: str  # what records call it
+    step: int  # the trainer's step at which it was saved
+    source: ModelSource | None  # where it is; None where it cannot be measured
+    problem: str | None = None  # why not; None where it can
 
     @cached_property
     def identity(self) -> str:
@@ -40,17 +33,11 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceChoice:
-    """Where the reference's log-probs come from.
+    """Where the reference's log-probs come from."""
 
-    Attributes:
-        kind: "none", "self" (each model is its own), "adapter_off" or "model".
-        source: of the model that is loaded for it, first and alone; None where none is.
-        given: what the user passed for it, if anything.
-    """
-
-    kind: str
-    source: ModelSource | None = None
-    given: str | None = None
+    kind: str  # "none", "self" (each model is its own), "adapter_off" or "model"
+    source: ModelSource | None = None  # of the model that is loaded for it, first and alone; None where none is
+    given: str | None = None  # what the user passed for it, if anything
 
     @cached_property
     def identity(self) -> str:
@@ -61,20 +48,7 @@ class ReferenceChoice:
 def find_targets(
     model: str, *, adapter: str | None, base: str | None, checkpoints: str | Sequence[int]
 ) -> tuple[list[Target], Run | None]:
-    """Tell a run from a single model, and choose what of it to measure.
-
-    Args:
-        model: directory of a run, or directory or hub id of a causal LM or a PEFT adapter.
-        adapter: PEFT adapter on `model`, which is then no run.
-        base: the model that the run started from, where its files do not say.
-        checkpoints: as in `audit`.
-
-    Returns:
-        What to measure, by step, and the run; None for a single model.
-
-    Raises:
-        InputError: arguments that do not go together, or steps that are not there.
-    """
+    """Tell a run from a single model, and choose what of it to measure."""
     if not is_run(model):
         if base is not None:
             raise InputError(
@@ -100,21 +74,7 @@ def find_targets(
 def choose_reference(
     targets: Sequence[Target], run: Run | None, given: str | None, *, needed: str | None, tell: Callable[[str], None]
 ) -> ReferenceChoice:
-    """Choose the reference that the run had.
-
-    Args:
-        targets: what is measured.
-        run: the run, if it is one.
-        given: directory or hub id that the user passed.
-        needed: the loss that cannot do without; None where it can.
-        tell: announces a choice that was made for the user.
-
-    Returns:
-        The choice.
-
-    Raises:
-        InputError: the loss needs a reference, and nothing says which model the run started from.
-    """
+    """Choose the reference that the run had."""
     if given is not None:
         return ReferenceChoice(kind="model", source=resolve_source(given), given=given)
     source = next(target.source for target in targets if target.source is not None)

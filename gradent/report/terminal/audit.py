@@ -33,27 +33,13 @@ _MODULE_FIGURES = 42  # columns of the module table that are not the module's na
 
 
 def print_summary(summary: Summary, console: Console) -> None:
-    """Print the tables of one audit.
-
-    Args:
-        summary: what `summary.json` holds.
-        console: where to.
-    """
+    """Print the tables of one audit."""
     for part in _render(summary, console.width):
         console.print(part)
 
 
 def preview(text: str, other: str, width: int = 160) -> str:
-    """A short piece of one response from just before the point where it leaves the other, in printable characters.
-
-    Args:
-        text: the response to show.
-        other: the other response of the pair.
-        width: most characters.
-
-    Returns:
-        One line; an ellipsis stands for what was cut.
-    """
+    """A short piece of one response from just before the point where it leaves the other, in printable characters."""
     common = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(text, other, strict=False)))
     start = common - _CONTEXT if common > 2 * _CONTEXT else 0
     line = ("…" if start else "") + text[start : start + 4 * width]
@@ -62,14 +48,7 @@ def preview(text: str, other: str, width: int = 160) -> str:
 
 
 def printable(text: str) -> str:
-    """Text as a terminal may have it: line ends stay, other control characters (escape sequences, say) do not.
-
-    Args:
-        text: any text.
-
-    Returns:
-        The text with "�" for what is not printable.
-    """
+    """Text as a terminal may have it: line ends stay, other control characters (escape sequences, say) do not."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in text)
 
 
