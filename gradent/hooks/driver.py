@@ -16,8 +16,8 @@ from gradent.hooks.engine import NeedsSingleRows, run
 from gradent.hooks.micro import MicroBatch, Outcome
 from gradent.hooks.plain import is_plain, plain_rows, run_plainly
 from gradent.kernels.plan import DEFAULT_BUDGET
-from gradent.model.calls import observed
 from gradent.model.facts import announce_untrimmed, longest_input, require_causal, trims
+from gradent.model.observed import observed
 
 __all__ = ["agreement", "announce_single_rows", "measure_pairs", "rows_share"]
 

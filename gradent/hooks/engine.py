@@ -19,7 +19,7 @@ from gradent.hooks.collector import Collector, Place
 from gradent.hooks.forms import Explicit
 from gradent.hooks.ledger import Ledger
 from gradent.hooks.micro import Forward, MicroBatch, Outcome
-from gradent.hooks.uses.uses import Layout
+from gradent.hooks.uses.layout import Layout
 from gradent.kernels.reference import accumulator
 
 __all__ = ["NeedsSingleRows", "run"]

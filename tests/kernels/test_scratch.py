@@ -12,7 +12,8 @@ from gradent.hooks.capture.capture import Capture
 from gradent.hooks.forms import Dense, Explicit, Rows, bytes_scaled, scaled_rows
 from gradent.hooks.ledger import Ledger
 from gradent.hooks.plain import plain_rows
-from gradent.hooks.uses.uses import Layout, SumUse
+from gradent.hooks.uses.layout import Layout
+from gradent.hooks.uses.uses import SumUse
 from gradent.kernels.reference import reduce_dense, reduce_flat, reduce_tiles
 from gradent.kernels.shared import reduce_shared
 from tests.live import LiveBytes

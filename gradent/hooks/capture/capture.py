@@ -26,8 +26,9 @@ from gradent.hooks.capture.coverage import Edge, Survey, edges_between, node_of,
 from gradent.hooks.capture.row_order import in_order
 from gradent.hooks.overhead import Clock
 from gradent.hooks.rules import RULES, Call
+from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View, follow
-from gradent.hooks.uses.uses import Layout, Use
+from gradent.hooks.uses.uses import Use
 
 __all__ = ["Capture", "Tap"]
 

@@ -21,10 +21,10 @@ from gradent.hooks.piggyback.backward import WatchedBackward
 from gradent.hooks.piggyback.coefficients import FusedReadout, LogitsReadout, Readout, RewardReadout, find_readout
 from gradent.hooks.piggyback.trl_fused_head import FusedHeadUse, find_fused_head
 from gradent.hooks.share import Sharing
+from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View
-from gradent.hooks.uses.uses import Layout
 from gradent.kernels.queued import at_once
-from gradent.model.calls import output_embeddings
+from gradent.model.parameters import output_embeddings
 
 __all__ = ["WatchedForward", "waits"]
 
