@@ -95,12 +95,7 @@ class SynchronizedPasses:
         return max(2, min(room, head))
 
     def run(
-        self,
-        chosen: range,
-        rejected: range,
-        *,
-        check: bool = False,
-        advance: Callable[[float], None] | None = None,
+        self, chosen: range, rejected: range, *, check: bool = False, advance: Callable[[float], None] | None = None
     ) -> Iterator[tuple[int, Entries]]:
         """Entries by parameter number for some chosen and rejected tokens; `advance` is told shares that add to 1."""
         run = _Run(self._passes, self._parameters, (chosen, rejected), self._budget)
