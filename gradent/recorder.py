@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from gradent.errors import InputError, ModelError
-from gradent.hooks.piggyback.backward import mark_completions
+from gradent.hooks.piggyback.backward import Passed, mark_completions
 from gradent.hooks.piggyback.pairing import Pairing
-from gradent.hooks.piggyback.watcher import Passed, Piggyback
+from gradent.hooks.piggyback.watcher import Piggyback
 from gradent.kernels.common.cost import DEFAULT_BUDGET, parse_budget
 from gradent.measurement import measure
-from gradent.model.calls import is_sharded, plain, trainable
+from gradent.model.parameters import is_sharded, trainable, unwrap_compiled
 from gradent.model.preconditioner import metric_roots
 from gradent.pair_gram import PairGram, sum_parameters
 from gradent.pairs.batch import PairBatch
@@ -142,7 +142,7 @@ class Recorder:
         weight_grad: WeightGrad | None,
     ) -> None:
         self.metric = metric
-        self._model = plain(model)
+        self._model = unwrap_compiled(model)
         self._watched = model if compiled is None else compiled
         self._compiled = self._watched is not self._model
         self._trusted = trusted

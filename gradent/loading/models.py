@@ -13,8 +13,9 @@ import torch
 
 from gradent.errors import InputError, ModelError, NotCausalError
 from gradent.loading.source import ModelSource, brief, hint, some
-from gradent.model.calls import input_device, observed
 from gradent.model.facts import check_causal
+from gradent.model.observed import observed
+from gradent.model.parameters import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

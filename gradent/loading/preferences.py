@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gradent.errors import DataFileError, InputError, PairError
 from gradent.loading.preference_files import Row
 from gradent.loading.stratify import draw_in_slices
-from gradent.pairs.batch import tokenize_pair
+from gradent.pairs.tokenize import tokenize_pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

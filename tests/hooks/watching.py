@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 from torch import Tensor, nn
 
-from gradent.hooks.piggyback.watcher import Passed, Piggyback
-from gradent.model.calls import trainable
+from gradent.hooks.piggyback.backward import Passed
+from gradent.hooks.piggyback.watcher import Piggyback
+from gradent.model.parameters import trainable
 from gradent.pairs.batch import PairBatch
 from tests.adapters import lora_everywhere
 from tests.batches import left_padded, ragged

@@ -23,7 +23,7 @@ from gradent.hooks.overhead import Clock
 from gradent.hooks.piggyback.backward import Passed, WatchedBackward, Watching
 from gradent.hooks.piggyback.forward import WatchedForward
 from gradent.hooks.piggyback.pairing import Pairing
-from gradent.model.calls import is_observed
+from gradent.model.observed import is_observed
 from gradent.model.sharding import find_owners
 
 __all__ = ["Passed", "Piggyback"]

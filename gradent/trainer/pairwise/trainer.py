@@ -38,7 +38,7 @@ from gradent.errors import InputError, ModelError, NonFiniteError
 from gradent.hooks.piggyback.coefficients import FusedReadout
 from gradent.kernels.common.cost import parse_budget
 from gradent.losses.designs import counting, normalized_weights
-from gradent.model.calls import trainable
+from gradent.model.parameters import trainable
 from gradent.trainer.common.trl_requirements import require_config, require_trl, require_whole
 from gradent.trainer.pairwise.config import PairwiseNormalizedDPOConfig
 from gradent.trainer.pairwise.row_norms import RowNorms, WatchedModel
