@@ -20,10 +20,10 @@ EXAMPLES := $(filter-out examples/cures.py,$(wildcard examples/*.py))
 BESIDE := $(MAKE) --no-print-directory -j2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-oldest lint types docs examples $(EXAMPLES) check format pins clean clean-venv
+.PHONY: help venv demo test test-fast test-oldest zoo-fingerprints lint types docs examples $(EXAMPLES) check format pins clean clean-venv
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## Make the environment (.venv), pinned by constraints.txt.
 
@@ -54,6 +54,9 @@ $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
 
 test-fast: $(STAMP) ## Run the tests that are not marked slow.
 	$(PYTEST) -m 'not slow' $(ARGS)
+
+zoo-fingerprints: $(STAMP) ## Renew tests/zoo_fingerprints.json; families with a new graph are tested in full.
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.zoo_fingerprints
 
 lint: $(STAMP) ## Check style and formatting.
 	$(BIN)/ruff check .

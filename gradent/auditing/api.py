@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from gradent.errors import InputError
 from gradent.record import AUDIT_FILES, Summary
-from gradent.record.parquet import make_directory
+from gradent.record.atomic import make_directory
 
 if TYPE_CHECKING:
     from gradent.losses import Loss

@@ -19,11 +19,10 @@ from rich.text import Text
 from gradent.auditing.pair_masks import read_pair_masks
 from gradent.auditing.tell import teller, warnings_told
 from gradent.record import TokenRecord, write_token_record
-from gradent.record.parquet import make_directory
-from gradent.report.terminal.audit import printable
+from gradent.record.atomic import make_directory
 from gradent.report.tokens.page import write_token_report
 from gradent.report.tokens.rows import TokenRow, rank_tokens, signed, token_rows
-from gradent.text import token_texts, visible
+from gradent.text import printable, token_texts, visible
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +105,7 @@ def audit_tokens(
     Returns:
         The record and the paths of the files.
     """
-    from gradent.kernels.plan import parse_budget  # noqa: PLC0415
+    from gradent.kernels.common.cost import parse_budget  # noqa: PLC0415
     from gradent.loading.prepare import prepare  # noqa: PLC0415
 
     started = time.monotonic()

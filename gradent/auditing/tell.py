@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gradent.errors import GradentWarning
-from gradent.report.terminal.audit import printable
+from gradent.text import printable
 
 __all__ = ["teller", "warnings_told"]
 

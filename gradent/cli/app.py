@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gradent.errors import GradentError, InputError
+from gradent.text import printable
 from gradent.version import __version__
 
 __all__ = ["app", "main"]
@@ -44,8 +45,6 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except GradentError as error:
-        from gradent.report.terminal.audit import printable  # noqa: PLC0415
-
         lines = printable(str(error)).replace("\n", "\n  ")
         console.print(Text("error", "bold red"), Text(f"({type(error).__name__})\n  {lines}"), soft_wrap=True)
         raise typer.Exit(2) from error
@@ -348,7 +347,7 @@ def plan(
 ) -> None:
     """See beforehand how each layer would be measured, and what that costs; the model's weights are not read."""
     with _readable_errors():
-        from gradent.audit.plan_table import show_plan  # noqa: PLC0415
+        from gradent.planning.command import show_plan  # noqa: PLC0415
 
         _quieten_others()
         show_plan(

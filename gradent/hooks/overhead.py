@@ -7,7 +7,7 @@ from types import TracebackType
 
 import torch
 
-from gradent.kernels.queued import is_capturing
+from gradent.kernels.common.streams import is_capturing
 
 __all__ = ["Clock", "wait_for"]
 

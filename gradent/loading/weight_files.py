@@ -13,8 +13,9 @@ from typing import Any
 
 from gradent.errors import DataFileError, ModelError
 from gradent.loading.source import brief, some
+from gradent.text import quoted
 
-__all__ = ["CONFIGS", "check_links", "check_weights", "kind_of", "leads_outside", "read_object", "shown"]
+__all__ = ["CONFIGS", "check_links", "check_weights", "kind_of", "leads_outside", "read_object"]
 
 CONFIGS = {"full": "config.json", "adapter": "adapter_config.json"}
 """Kind of a model to the file that describes it."""
@@ -99,7 +100,7 @@ def check_links(directory: Path, root: Path) -> None:
             for path in sorted(place.iterdir()) if place.is_dir() else ():
                 opened = path.name == _TEMPLATES or not (path.is_dir() or _is_pickle(path.name))
                 if path.is_symlink() and opened and leads_outside(path, root):
-                    raise ModelError(f"{directory}: in it, {shown(path.name)} {problem}")
+                    raise ModelError(f"{directory}: in it, {quoted(path.name)} {problem}")
     except OSError as error:
         raise ModelError(f"{directory}: cannot be read ({error.strerror}). Check its permissions.") from error
 
@@ -148,19 +149,6 @@ def read_object(path: Path, most: int = _MOST_JSON) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataFileError(f"{path}: holds a {type(content).__name__}; a JSON object is expected. {_AGAIN}")
     return content
-
-
-def shown(text: str, most: int = 100) -> str:
-    """A name from a file that is not trusted, as a message may have it: quoted, escaped, and not without end.
-
-    Args:
-        text: the name.
-        most: letters that are kept.
-
-    Returns:
-        The quoted name.
-    """
-    return repr(text if len(text) <= most else text[:most] + "...")
 
 
 def _names(directory: Path) -> set[str]:
@@ -229,14 +217,14 @@ def _shards(directory: Path, names: set[str]) -> list[str]:
     odd = [name for name in shards if "/" in name or "\\" in name or not name.endswith(".safetensors")]
     if odd:
         raise ModelError(
-            f"{index}: names {some([shown(name) for name in odd])} as a file of weights; accepted are the names of "
+            f"{index}: names {some([quoted(name) for name in odd])} as a file of weights; accepted are the names of "
             "*.safetensors files that stand beside it. Do not load this checkpoint unless you know who made it."
         )
     missing = [name for name in shards if name not in names]
     if missing:
         raise ModelError(
             f"{directory}: {len(missing)} of {len(shards)} files of weights that {_INDEX} names are missing: "
-            f"{some([shown(name) for name in missing])}. It was left off while it was saved or copied: copy it again "
+            f"{some([quoted(name) for name in missing])}. It was left off while it was saved or copied: copy it again "
             "from where the run was trained."
         )
     return shards

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradent.kernels.reference import RUN, accumulator, spans
+from gradent.kernels.common.numerics import RUN, accumulator, spans
 
 __all__ = [
     "Block",

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gradent.errors import GradentWarning, InputError
-from gradent.kernels.precision import exactly
-from gradent.kernels.reference import accumulator, spans
+from gradent.kernels.common.numerics import accumulator, spans
+from gradent.kernels.common.precision import exactly
 
 __all__ = ["OWN", "check_toward", "dot", "given_vector", "planned_step"]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradent.hooks.forms import Dense, Explicit, Form, Rows
+from gradent.hooks.uses.formats import Dense, Explicit, Form, Rows
 from gradent.tokens.all_pairs import CrossLedger
 from gradent.tokens.contractions import Block, Entries, flat_entries, lone_entries, shared_entries, tied_entries
 

@@ -21,7 +21,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from gradent.hooks.capture.capture import Capture, Tap
 from gradent.hooks.capture.coverage import Survey
 from gradent.hooks.uses.uses import Layout, MatrixUse, SumUse
-from gradent.kernels.reference import accumulator, spans
+from gradent.kernels.common.numerics import accumulator, spans
 from gradent.model.calls import forward_logits
 from gradent.model.logprobs import check_logps
 from gradent.tokens.schedule import Order, byte_size, find_order

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gradent.errors import GradentWarning, ModelError, NonFiniteError
-from gradent.kernels.reference import accumulator, spans
+from gradent.hooks.passes.func_engine import parameters_kept
+from gradent.kernels.common.numerics import accumulator, spans
 from gradent.model.calls import forward_logits, forward_marked, input_device
 from gradent.model.facts import trims
 from gradent.model.logprobs import TILE, check_logps
-from gradent.per_sample import parameters_kept
 from gradent.tokens.directions import dot
 from gradent.tokens.forward_mode import push, split
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gradent.auditing.api import prepare as module
 from gradent.errors import DataFileError, InputError, ModelError
+from gradent.loading import prepare as module
 from gradent.loading.prepare import Prepared, prepare
 from tests.audit.made import FORMATS, PAIRS, write_jsonl
 

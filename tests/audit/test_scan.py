@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from gradent import PairBatch, measure
-from gradent.auditing.api import scan as module
+from gradent.auditing.measuring import batches as module
 from gradent.auditing.measuring.batches import (
     Scan,
     adapter_off,

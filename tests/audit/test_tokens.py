@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from gradent import PairBatch, measure, measure_tokens
-from gradent.auditing.api import prepare
 from gradent.auditing.pair_tokens import TokenAudit, audit_tokens
 from gradent.errors import DataFileError, GradentError, InputError, MemoryBudgetError, NonFiniteError
+from gradent.loading import prepare
 from gradent.record import read_token_record
 from gradent.record.masks import MASK_COLUMNS, read_masks, write_masks
 from gradent.report import write_token_report

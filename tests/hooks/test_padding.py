@@ -29,9 +29,9 @@ class Looking(nn.Module):
 
 def pair_by_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have matrices reduced as large ones are, however small they are."""
-    monkeypatch.setattr("gradent.hooks.ledger.pairs_together", lambda *args, **options: None)
-    monkeypatch.setattr("gradent.hooks.ledger.pairs_pay", lambda *args, **options: False)
-    monkeypatch.setattr("gradent.hooks.ledger.product_pays", lambda *args, **options: False)
+    monkeypatch.setattr("gradent.hooks.reduction.ledger.pairs_together", lambda *args, **options: None)
+    monkeypatch.setattr("gradent.hooks.reduction.ledger.pairs_pay", lambda *args, **options: False)
+    monkeypatch.setattr("gradent.hooks.reduction.ledger.product_pays", lambda *args, **options: False)
 
 
 def test_padding_that_gets_a_gradient_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ def test_a_shared_weight_gradient_leaves_nothing_out_that_is_not_zero(
     is_synchronous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gradent.hooks.piggyback.forward.is_synchronous", lambda device: is_synchronous)
-    monkeypatch.setattr("gradent.kernels.shared.products_fit", lambda *args: False)
+    monkeypatch.setattr("gradent.kernels.with_weight_grad.products_fit", lambda *args: False)
     gradients = []
     for watched in (False, True):
         torch.manual_seed(0)
@@ -86,7 +86,7 @@ def test_padding_takes_no_part(way: str, lora: bool, is_synchronous: bool, monke
         reduced.append((len(u_w), len(u_l)))
         return reduce_pair(u_w, v_w, u_l, v_l, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("gradent.hooks.ledger.reduce_pair", reduce)
+    monkeypatch.setattr("gradent.hooks.reduction.ledger.reduce_pair", reduce)
     pair_by_pair(monkeypatch)
     model, batch, true, limit = set_up("llama", lora=lora, way=way, checkpointing="kept")
     batch = ragged()

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradent.hooks.collector import Collector, Place
-from gradent.hooks.ledger import Ledger
 from gradent.hooks.overhead import Clock, wait_for
 from gradent.hooks.piggyback.coefficients import Coefficients
 from gradent.hooks.piggyback.config import WatchConfig
@@ -20,6 +18,8 @@ from gradent.hooks.piggyback.forward import WatchedForward
 from gradent.hooks.piggyback.guard import Guard
 from gradent.hooks.piggyback.observation import BackwardObservation
 from gradent.hooks.piggyback.pairing import pair_rows
+from gradent.hooks.reduction.collector import Collector, Place
+from gradent.hooks.reduction.ledger import Ledger
 from gradent.pair_gram import on_cpu
 
 __all__ = ["WatchedBackward"]

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gradent.kernels.queued import at_once
-from gradent.kernels.reference import accumulator
-from gradent.kernels.reference import spans as tiles
+from gradent.kernels.common.numerics import accumulator
+from gradent.kernels.common.numerics import spans as tiles
+from gradent.kernels.common.streams import at_once
 
 __all__ = ["Coefficients", "FusedReadout", "LogitsReadout", "Readout", "RewardReadout", "find_readout"]
 

@@ -17,17 +17,17 @@ from torch.utils.hooks import RemovableHandle
 from gradent.hooks.capture.capture import Capture, Tap
 from gradent.hooks.capture.checkpointing import current_region, in_backward
 from gradent.hooks.capture.row_order import moves_rows
-from gradent.hooks.collector import Collector, Place
-from gradent.hooks.forms import split_factor
 from gradent.hooks.overhead import wait_for
 from gradent.hooks.piggyback.coefficients import Coefficients, FusedReadout, LogitsReadout, Readout, find_readout
 from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.guard import Guard
 from gradent.hooks.piggyback.trl_fused_head import FusedHeadUse, find_fused_head
-from gradent.hooks.share import Sharing
+from gradent.hooks.reduction.collector import Collector, Place
+from gradent.hooks.reduction.weight_grad_reuse import Sharing
+from gradent.hooks.uses.formats import split_factor
 from gradent.hooks.uses.parameter_views import View
 from gradent.hooks.uses.uses import Layout
-from gradent.kernels.queued import at_once
+from gradent.kernels.common.streams import at_once
 from gradent.model.calls import output_embeddings
 
 __all__ = ["WatchedForward", "is_synchronous"]

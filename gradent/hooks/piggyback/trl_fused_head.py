@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from gradent.hooks.forms import Deferred, Dense, Explicit, Form
+from gradent.hooks.uses.formats import Deferred, Dense, Explicit, Form
 from gradent.hooks.uses.parameter_views import View
 from gradent.hooks.uses.uses import Layout
-from gradent.kernels.reference import accumulator
+from gradent.kernels.common.numerics import accumulator
 
 __all__ = ["FusedHeadUse", "find_fused_head"]
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradent.errors import DataFileError, GradentError, ModelError
-from gradent.loading.weight_files import CONFIGS, check_links, check_weights, kind_of, leads_outside, read_object, shown
+from gradent.loading.weight_files import CONFIGS, check_links, check_weights, kind_of, leads_outside, read_object
+from gradent.text import quoted
 
 __all__ = ["STATE", "Checkpoint", "Saved", "State", "look_at", "read_state"]
 
@@ -113,7 +114,7 @@ def read_state(path: Path, root: Path) -> State | None:
     step, log = content.get("global_step"), content.get("log_history")
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 10**18:
         raise DataFileError(
-            f"{path}: global_step is {shown(repr(step))}; a whole number is expected. Correct it, or remove the file."
+            f"{path}: global_step is {quoted(repr(step))}; a whole number is expected. Correct it, or remove the file."
         )
     lines = len(log) if isinstance(log, list) else 0
     return State(path=path, step=step, lines=lines, best=content.get("best_model_checkpoint") is not None)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gradent.loading.source import some
-from gradent.loading.weight_files import read_object, shown
+from gradent.loading.weight_files import read_object
+from gradent.text import quoted
 
 __all__ = ["History", "read_history"]
 
@@ -69,7 +70,7 @@ def read_history(path: str | os.PathLike[str]) -> History:
                 continue
             points.setdefault(key, {}).pop(step, None)  # what was logged of this step before
             if (number := _finite(value)) is None:
-                odd[f"{shown(key)} is no finite number"] += 1
+                odd[f"{quoted(key)} is no finite number"] += 1
             else:
                 points[key][step] = number
     curves = {key: sorted(curve.items()) for key, curve in sorted(points.items()) if curve}

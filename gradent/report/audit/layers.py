@@ -26,15 +26,7 @@ _SLACK = 1e-9
 
 
 def kind_of(module: str) -> str:
-    """What a module is in every layer.
-
-    Args:
-        module: its dotted name.
-
-    Returns:
-        The name behind its first number, less further numbers (of experts) and what an adapter adds; without a number,
-        the whole.
-    """
+    """What a module is in every layer."""
     parts = _bare(module).split(".")
     numbered = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
     if numbered is None:
@@ -43,14 +35,7 @@ def kind_of(module: str) -> str:
 
 
 def layer_section(records: AuditRecords) -> Section:
-    """Layers and kinds of modules, by their parts of the cosine.
-
-    Args:
-        records: of the audit.
-
-    Returns:
-        The section; without records of modules, a line on how to get them.
-    """
+    """Layers and kinds of modules, by their parts of the cosine."""
     title = "Layers"
     serves = "Decides: where to look for the entanglement, and which layers an adapter might leave out."
     rows = _rows(records)

@@ -24,15 +24,7 @@ __all__ = ["write_audit_report"]
 
 
 def write_audit_report(directory: str | os.PathLike[str]) -> Path:
-    """Write `report.html` beside an audit's records.
-
-    Args:
-        directory: holds `summary.json` and `pairs.parquet`; `sample.parquet`, `modules.parquet` and `tokens.parquet`
-            are shown where they are there.
-
-    Returns:
-        The page.
-    """
+    """Write `report.html` beside an audit's records."""
     records = read_audit(directory)
     return write_page(records.directory / "report.html", _to_page(records))
 

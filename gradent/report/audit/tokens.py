@@ -19,14 +19,7 @@ _TOKENS = 400  # of a response
 
 
 def token_section(records: AuditRecords) -> Section:
-    """Tokens by what they add to the cosines.
-
-    Args:
-        records: of the audit.
-
-    Returns:
-        The section; without tokens, a line on how to get them.
-    """
+    """Tokens by what they add to the cosines."""
     title = "Tokens"
     serves = "Decides: whether it is the shared wording or what differs that ties the responses together."
     tokens = records.summary["tokens"]

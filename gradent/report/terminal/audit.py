@@ -13,9 +13,9 @@ from rich.text import Text
 
 from gradent.record import Summary
 from gradent.report.page.numbers import fixed, percent
-from gradent.text import visible
+from gradent.text import printable, visible
 
-__all__ = ["preview", "print_summary", "printable"]
+__all__ = ["preview", "print_summary"]
 
 _ARROWS = {
     "ideal": ("rises", "falls"),
@@ -59,18 +59,6 @@ def preview(text: str, other: str, width: int = 160) -> str:
     line = ("…" if start else "") + text[start : start + 4 * width]
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in line).split())
     return line if len(line) <= width else line[: width - 1] + "…"
-
-
-def printable(text: str) -> str:
-    """Text as a terminal may have it: line ends stay, other control characters (escape sequences, say) do not.
-
-    Args:
-        text: any text.
-
-    Returns:
-        The text with "�" for what is not printable.
-    """
-    return "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in text)
 
 
 def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
@@ -222,7 +210,7 @@ def _token_table(tokens: dict[str, Any]) -> Table:
     table = _new_table("", "token", "sum", "mean", "times", text=2)
     for kind in ("entangling", "disentangling"):
         for number, row in enumerate(tokens[kind][:_TOKENS_SHOWN]):
-            text = Text(printable(visible(row["token"], _TOKEN_WIDTH)))
+            text = Text(visible(row["token"], _TOKEN_WIDTH))
             head = "" if number else kind
             table.add_row(head, text, fixed(row["sum"]), f"{row['mean']:+.4f}", str(row["count"]))
     return table

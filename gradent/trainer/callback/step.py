@@ -139,9 +139,6 @@ def to_rows(record: StepRecord) -> list[dict[str, Any]]:
     columns = {
         name: nan_to_none(getattr(source, name)) for source in sources for name in PAIR_COLUMNS if hasattr(source, name)
     }
-    constants = {"checkpoint": "train", "step": record.step}
-    return [
-        {name: columns[name][pair] if name in columns else constants.get(name) for name in PAIR_COLUMNS}
-        | {"pair": pair}
-        for pair in range(len(record.gram))
-    ]
+    pairs = len(record.gram)
+    columns |= {"checkpoint": ["train"] * pairs, "step": [record.step] * pairs, "pair": list(range(pairs))}
+    return [{name: columns[name][pair] if name in columns else None for name in PAIR_COLUMNS} for pair in range(pairs)]

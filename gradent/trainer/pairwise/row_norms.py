@@ -22,7 +22,7 @@ from gradent.hooks.overhead import Clock
 from gradent.hooks.piggyback.backward import WatchedBackward
 from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.guard import private_backward
-from gradent.kernels.reference import accumulator, reduce_flat
+from gradent.kernels.common.numerics import accumulator, reduce_flat
 from gradent.losses.base import describe_pairs
 from gradent.notices import Notices
 

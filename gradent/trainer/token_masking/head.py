@@ -21,7 +21,7 @@ from torch.nn.functional import gelu, layer_norm
 from transformers import TrainerCallback
 
 from gradent.errors import InputError
-from gradent.record.parquet import write_whole
+from gradent.record.atomic import write_whole
 
 __all__ = ["HEAD_FILE", "HeadUpdate", "MaskHead", "load_head", "reduce_gradients", "save_head"]
 

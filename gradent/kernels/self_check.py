@@ -16,10 +16,10 @@ import torch
 import triton
 from torch import Tensor
 
-from gradent.kernels.fused.gram import gram_entries
-from gradent.kernels.fused.operands import Spans
-from gradent.kernels.fused.outer import outer_entries, outer_with_gradient
-from gradent.kernels.fused.tiles import gram_configs, is_deep, outer_configs
+from gradent.kernels.common.triton_operands import Spans
+from gradent.kernels.common.triton_tiles import gram_configs, is_deep, outer_configs
+from gradent.kernels.gram.triton import gram_entries
+from gradent.kernels.outer.triton import outer_entries, outer_with_gradient
 
 __all__ = ["BROKEN", "TOLERANCE", "self_check"]
 

@@ -16,13 +16,29 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gradent.hooks.formed import Formed, Slot, SmallGradients, is_small, row_gradients
-from gradent.hooks.forms import Dense, Explicit, Form, Rows, Solid
-from gradent.hooks.merging import first_of, gathered, merge_forms, pair_of_dense, row_count, rows_of, scattered, stacked
+from gradent.hooks.reduction.merge import (
+    first_of,
+    gathered,
+    merge_forms,
+    pair_of_dense,
+    row_count,
+    rows_of,
+    scattered,
+    stacked,
+)
+from gradent.hooks.reduction.small_gradients import Formed, Slot, SmallGradients, is_small, row_gradients
+from gradent.hooks.uses.formats import Dense, Explicit, Form, Rows, Solid
+from gradent.kernels.common.cost import tile_room
+from gradent.kernels.common.numerics import (
+    accumulator,
+    in_memory_order,
+    product_pays,
+    reduce_flat,
+    reduce_tiles,
+    tiles_pay,
+)
 from gradent.kernels.dispatch import on_kernels, pairs_pay, pairs_together, reduce_pair
-from gradent.kernels.plan import tile_room
-from gradent.kernels.reference import accumulator, in_memory_order, product_pays, reduce_flat, reduce_tiles, tiles_pay
-from gradent.kernels.shared import reduce_shared
+from gradent.kernels.with_weight_grad import reduce_shared
 
 __all__ = ["Ledger"]
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from gradent.hooks.capture.capture import Tap
-from gradent.hooks.forms import bytes_scaled, scaled, scaled_gradients, scaled_rows
-from gradent.hooks.ledger import Ledger
-from gradent.hooks.share import give, is_shared
+from gradent.hooks.reduction.ledger import Ledger
+from gradent.hooks.reduction.weight_grad_reuse import give, is_shared
+from gradent.hooks.uses.formats import bytes_scaled, scaled, scaled_gradients, scaled_rows
 from gradent.hooks.uses.uses import Layout, LookupUse, MatrixUse, SumUse, Use
+from gradent.kernels.common.numerics import row_products
+from gradent.kernels.common.precision import exact_products
 from gradent.kernels.dispatch import on_kernels
-from gradent.kernels.precision import exact_products
-from gradent.kernels.reference import row_products
 
 __all__ = ["Collector", "Place"]
 

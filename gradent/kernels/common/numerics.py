@@ -14,9 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from gradent.kernels.common.cost import Plan, batch_scratch, choose, tile_room
+from gradent.kernels.common.precision import exactly
 from gradent.kernels.crossover import price
-from gradent.kernels.plan import Plan, batch_scratch, choose, tile_room
-from gradent.kernels.precision import exactly
 
 __all__ = [
     "accumulator",

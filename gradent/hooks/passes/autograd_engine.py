@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from gradent.errors import ModelError
 from gradent.hooks.capture.coverage import HIDDEN
-from gradent.hooks.ledger import Ledger
-from gradent.hooks.micro import Forward, MicroBatch, Outcome
-from gradent.kernels.precision import is_exact
+from gradent.hooks.passes.microbatch import Forward, MicroBatch, Outcome
+from gradent.hooks.reduction.ledger import Ledger
+from gradent.kernels.common.precision import is_exact
 
 __all__ = ["EXACT", "is_plain", "plain_rows", "rows_within", "run_plainly"]
 

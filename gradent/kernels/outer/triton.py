@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from gradent.errors import InputError
-from gradent.kernels.fused.operands import Factors, Spans, blank, current_device
-from gradent.kernels.fused.tiles import (
+from gradent.kernels.common.streams import sent
+from gradent.kernels.common.triton_operands import Factors, Spans, blank, current_device
+from gradent.kernels.common.triton_tiles import (
     INTERPRETED,
     LOOSE,
     REACH,
@@ -29,7 +30,6 @@ from gradent.kernels.fused.tiles import (
     pick_outer,
     unit,
 )
-from gradent.kernels.queued import sent
 
 __all__ = ["outer_entries", "outer_kernel", "outer_scratch", "outer_with_gradient"]
 

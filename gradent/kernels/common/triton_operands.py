@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradent.errors import InputError
-from gradent.kernels.queued import is_capturing, sent
+from gradent.kernels.common.streams import is_capturing, sent
 
 __all__ = ["DTYPES", "Factors", "Spans", "blank", "current_device"]
 
@@ -201,7 +201,7 @@ class Factors:
         if u_w.dtype not in DTYPES or v_w.dtype not in DTYPES:
             raise InputError(
                 f"the kernels take float32, bfloat16 and float16; got {self._said()}. "
-                "Use gradent.kernels.reference for others."
+                "Use gradent.kernels.common.numerics for others."
             )
         if u_w.dtype != u_l.dtype or v_w.dtype != v_l.dtype:
             raise InputError(f"chosen and rejected have one dtype on each side of a weight; got {self._said()}.")

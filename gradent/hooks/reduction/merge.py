@@ -11,9 +11,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from gradent.hooks.forms import Deferred, Dense, Explicit, Form, Rows, Solid
-from gradent.kernels.plan import DEPTH, tile_room
-from gradent.kernels.reference import accumulator, put_product, spans
+from gradent.hooks.uses.formats import Deferred, Dense, Explicit, Form, Rows, Solid
+from gradent.kernels.common.cost import DEPTH, tile_room
+from gradent.kernels.common.numerics import accumulator, put_product, spans
 
 __all__ = ["first_of", "gathered", "merge_forms", "pair_of_dense", "row_count", "rows_of", "scattered", "stacked"]
 

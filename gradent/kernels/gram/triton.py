@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradent.kernels.fused.operands import Factors, Spans, blank, current_device
-from gradent.kernels.fused.tiles import (
+from gradent.kernels.common.triton_operands import Factors, Spans, blank, current_device
+from gradent.kernels.common.triton_tiles import (
     INTERPRETED,
     LOOSE,
     REACH,

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from gradent.errors import GradentWarning, ModelError
-from gradent.hooks.batching import group_rows, micro_batches
-from gradent.hooks.engine import NeedsSingleRows, run
-from gradent.hooks.micro import MicroBatch, Outcome
-from gradent.hooks.plain import is_plain, plain_rows, run_plainly
-from gradent.kernels.plan import DEFAULT_BUDGET
+from gradent.hooks.passes.autograd_engine import is_plain, plain_rows, run_plainly
+from gradent.hooks.passes.batching import group_rows, micro_batches
+from gradent.hooks.passes.hooks_engine import NeedsSingleRows, run
+from gradent.hooks.passes.microbatch import MicroBatch, Outcome
+from gradent.kernels.common.cost import DEFAULT_BUDGET
 from gradent.model.calls import observed
 from gradent.model.facts import announce_untrimmed, longest_input, require_causal, trims
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradent.kernels.queued import sent
-from gradent.kernels.reference import in_memory_order, reduce_tiles
+from gradent.kernels.common.numerics import in_memory_order, reduce_tiles
+from gradent.kernels.common.streams import sent
 
 __all__ = ["HELD", "Formed", "Slot", "SmallGradients", "is_small", "most_held", "row_gradients"]
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from gradent.audit.shell import Used
-from gradent.hooks.formed import is_small, most_held
+from gradent.hooks.reduction.small_gradients import is_small, most_held
 from gradent.hooks.uses.uses import COPIES
-from gradent.kernels.plan import batch_scratch, choose, tile_room
+from gradent.kernels.common.cost import batch_scratch, choose, tile_room
+from gradent.planning.trace import Used
 
 __all__ = ["Line", "Setting", "Totals", "plan_lines", "sum_lines"]
 
@@ -291,10 +291,10 @@ def _matrix(use: Used, setting: Setting, *, tied: bool) -> _Reduced:
 
 def _kernel(dtype: torch.dtype, pairs: int, length: int, height: int, width: int, setting: Setting) -> _Reduced:
     """What one launch of Triton's kernels for `pairs` pairs takes; the form is chosen as in `dispatch`."""
-    from gradent.kernels.fused.gram import gram_scratch  # noqa: PLC0415  (imports Triton)
-    from gradent.kernels.fused.operands import Spans  # noqa: PLC0415
-    from gradent.kernels.fused.outer import outer_scratch  # noqa: PLC0415
-    from gradent.kernels.fused.tiles import pick_gram, pick_outer  # noqa: PLC0415
+    from gradent.kernels.common.triton_operands import Spans  # noqa: PLC0415
+    from gradent.kernels.common.triton_tiles import pick_gram, pick_outer  # noqa: PLC0415
+    from gradent.kernels.gram.triton import gram_scratch  # noqa: PLC0415  (imports Triton)
+    from gradent.kernels.outer.triton import outer_scratch  # noqa: PLC0415
 
     plan = choose(length, length, height, width, itemsize=4, budget=setting.budget, price=setting.price)
     u, v = (torch.empty(pairs * length, size, dtype=dtype, device="meta") for size in (height, width))

@@ -11,17 +11,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradent.audit.plan import Line, Setting, Totals, plan_lines, sum_lines
-from gradent.audit.shell import Shell, inspect_model
 from gradent.errors import InputError
-from gradent.hooks.batching import group_rows, micro_batches
-from gradent.hooks.plain import EXACT, is_plain, rows_within
+from gradent.hooks.passes.autograd_engine import EXACT, is_plain, rows_within
+from gradent.hooks.passes.batching import group_rows, micro_batches
 from gradent.kernels import crossover, dispatch
-from gradent.kernels.plan import DEFAULT_BUDGET, parse_budget
-from gradent.kernels.reference import SMALL, accumulator
+from gradent.kernels.common.cost import DEFAULT_BUDGET, parse_budget
+from gradent.kernels.common.numerics import SMALL, accumulator
 from gradent.loading.models import check_device, check_dtype
 from gradent.loading.source import resolve_source
-from gradent.report.terminal.audit import printable
+from gradent.planning.cost import Line, Setting, Totals, plan_lines, sum_lines
+from gradent.planning.trace import Shell, inspect_model
+from gradent.text import printable
 
 __all__ = ["print_plan", "show_plan"]
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from gradent.hooks.capture.capture import Capture, Tap
 from gradent.hooks.capture.coverage import Survey
-from gradent.hooks.collector import Collector, Place
-from gradent.hooks.forms import Explicit
-from gradent.hooks.ledger import Ledger
-from gradent.hooks.micro import Forward, MicroBatch, Outcome
+from gradent.hooks.passes.microbatch import Forward, MicroBatch, Outcome
+from gradent.hooks.reduction.collector import Collector, Place
+from gradent.hooks.reduction.ledger import Ledger
+from gradent.hooks.uses.formats import Explicit
 from gradent.hooks.uses.uses import Layout
-from gradent.kernels.reference import accumulator
+from gradent.kernels.common.numerics import accumulator
 
 __all__ = ["NeedsSingleRows", "run"]
 

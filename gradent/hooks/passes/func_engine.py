@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from gradent.errors import GradentWarning
-from gradent.hooks.forms import Explicit
-from gradent.hooks.ledger import Ledger
-from gradent.hooks.micro import Outcome
-from gradent.kernels.plan import DEFAULT_BUDGET
+from gradent.hooks.passes.microbatch import Outcome
+from gradent.hooks.reduction.ledger import Ledger
+from gradent.hooks.uses.formats import Explicit
+from gradent.kernels.common.cost import DEFAULT_BUDGET
 from gradent.model.calls import forward_logits, observed
 from gradent.model.facts import check_causal, ignores_padding
 from gradent.model.logprobs import check_logps

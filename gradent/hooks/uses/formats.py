@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradent.kernels.plan import can_wait
-from gradent.kernels.queued import sent
-from gradent.kernels.reference import accumulator
+from gradent.kernels.common.cost import can_wait
+from gradent.kernels.common.numerics import accumulator
+from gradent.kernels.common.streams import sent
 
 __all__ = [
     "Deferred",

@@ -15,11 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gradent.kernels.dispatch import announce_budget, attempt, on_kernels
-from gradent.kernels.plan import DEPTH, can_wait, tile_room
-from gradent.kernels.precision import exactly
-from gradent.kernels.queued import sent
-from gradent.kernels.reference import (
+from gradent.kernels.common.cost import DEPTH, can_wait, tile_room
+from gradent.kernels.common.numerics import (
     accumulator,
     in_memory_order,
     products_fit,
@@ -29,6 +26,9 @@ from gradent.kernels.reference import (
     row_products,
     spans,
 )
+from gradent.kernels.common.precision import exactly
+from gradent.kernels.common.streams import sent
+from gradent.kernels.dispatch import announce_budget, attempt, on_kernels
 
 __all__ = ["reduce_shared"]
 
@@ -154,8 +154,8 @@ def _by_kernel(
     budget: int,
 ) -> tuple[Tensor, Tensor] | None:
     """The same by the kernel that stores the sum; None, and announced, if it is over the budget."""
-    from gradent.kernels.fused.operands import Spans  # noqa: PLC0415  (imports Triton)
-    from gradent.kernels.fused.outer import outer_scratch, outer_with_gradient  # noqa: PLC0415  (imports Triton)
+    from gradent.kernels.common.triton_operands import Spans  # noqa: PLC0415  (imports Triton)
+    from gradent.kernels.outer.triton import outer_scratch, outer_with_gradient  # noqa: PLC0415  (imports Triton)
 
     count, tokens, _ = u.shape
     powers, couples = _powers(factors), _couples(places, pairs)
