@@ -29,7 +29,7 @@ from rich.table import Table
 
 from benchmarks.append import append
 from gradent.hooks.reduction.ledger import Ledger
-from gradent.hooks.uses.formats import Dense, Rows
+from gradent.hooks.uses.formats import Factored, SparseRows
 from gradent.hooks.uses.uses import Layout, SumUse
 from gradent.hooks.views import View
 from gradent.kernels.common.cost import choose
@@ -96,7 +96,7 @@ def by_rows(case: Case) -> int:
     u, v = (torch.randn(case.tokens, size, dtype=torch.float32).to(case.dtype) for size in (case.rows, case.cols))
     for row in range(2 * case.pairs):
         count = case.lengths[row >= case.pairs]
-        ledger.add(0, row, (), Dense(u[:count], v[:count]))
+        ledger.add(0, row, (), Factored(u[:count], v[:count]))
     return taken(lambda: ledger.finish(0))
 
 
@@ -126,11 +126,11 @@ def by_tied_head(case: Case) -> int | None:
     ids = [torch.arange(0, case.rows, 2)[:count].flip(0) for count in case.lengths]
     u, v = (torch.randn(case.tokens, size).to(case.dtype) for size in (case.rows, case.cols))
     for row, count in enumerate(case.lengths):
-        ledger.add(0, row, (), Dense(u[:count], v[:count]))
+        ledger.add(0, row, (), Factored(u[:count], v[:count]))
     kept = 2 * len(ids[0]) * case.cols * accumulator(case.dtype).itemsize
     first = taken(lambda: ledger.shrink(0, ids.__getitem__)) - kept
     for row, some in enumerate(ids):
-        ledger.add(0, row, (), Rows(some, v[: len(some)]))
+        ledger.add(0, row, (), SparseRows(some, v[: len(some)]))
     return max(first, taken(lambda: ledger.finish(0)))
 
 

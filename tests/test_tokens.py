@@ -15,7 +15,7 @@ from gradent.hooks.cross import CrossLedger
 from gradent.hooks.passes.driver import agreement
 from gradent.hooks.strand import NoLockstep
 from gradent.hooks.token_ledger import TokenLedger
-from gradent.hooks.uses.formats import Dense, Explicit, Rows
+from gradent.hooks.uses.formats import Factored, Materialized, SparseRows
 from gradent.measure import measure
 from gradent.pairs import PairBatch
 from gradent.token_gram import TokenGram
@@ -112,19 +112,19 @@ def test_forms_of_every_kind(budget):
         return torch.randn(*shape, generator=draw, dtype=torch.float64)
 
     forms = [
-        [Dense(values(5, 6), values(5, 4))],
-        [Rows(torch.tensor([0, 5, 5]), values(3, 4))],
-        [Explicit(values(6, 4))],
-        [Dense(values(2, 6), values(2, 4)), Rows(torch.tensor([3]), values(1, 4)), Explicit(values(6, 4))],
+        [Factored(values(5, 6), values(5, 4))],
+        [SparseRows(torch.tensor([0, 5, 5]), values(3, 4))],
+        [Materialized(values(6, 4))],
+        [Factored(values(2, 6), values(2, 4)), SparseRows(torch.tensor([3]), values(1, 4)), Materialized(values(6, 4))],
     ]
     ledger = CrossLedger(5, budget=budget)
     dense = torch.zeros(5, 6, 4, dtype=torch.float64)
     for row, parts in enumerate(forms):
         for form in parts:
             ledger.add(0, row, (), form)
-            if isinstance(form, Dense):
+            if isinstance(form, Factored):
                 dense[row] += form.u.T @ form.v
-            elif isinstance(form, Rows):
+            elif isinstance(form, SparseRows):
                 dense[row].index_add_(0, form.ids, form.values)
             else:
                 dense[row] += form.grad

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.reduction.merge import merge_forms
-from gradent.hooks.uses.formats import Dense, Explicit, Form, Rows
+from gradent.hooks.uses.formats import Factored, Form, Materialized, SparseRows
 from gradent.kernels.common.numerics import accumulator
 from gradent.kernels.common.precision import exact_products
 from gradent.kernels.tokens import products
@@ -71,7 +71,7 @@ class CrossLedger(Ledger):
     def _slot_matrix(self, rows: Sequence[Sequence[Form]]) -> Tensor:
         """`⟨G_r, G_s⟩` of rows that have a gradient of one slot, `[n, n]` float64."""
         first = rows[0][0]
-        values = first.u if isinstance(first, Dense) else first.values if isinstance(first, Rows) else None
+        values = first.u if isinstance(first, Factored) else first.values if isinstance(first, SparseRows) else None
         shape, like = _shape(rows), values if values is not None else _grad(first)
         wide = accumulator(like.dtype)
         gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=like.device)
@@ -93,9 +93,9 @@ def _shape(rows: Sequence[Sequence[Form]]) -> tuple[int, int]:
     height = width = 1
     for forms in rows:
         for form in forms:
-            if isinstance(form, Dense):
+            if isinstance(form, Factored):
                 size = form.u.shape[1], form.v.shape[1]
-            elif isinstance(form, Rows):
+            elif isinstance(form, SparseRows):
                 size = int(form.ids.max()) + 1 if form.ids.numel() else 1, form.values.shape[1]
             else:
                 grad = _grad(form)
@@ -105,7 +105,7 @@ def _shape(rows: Sequence[Sequence[Form]]) -> tuple[int, int]:
 
 
 def _grad(form: Form) -> Tensor:
-    assert isinstance(form, Explicit)
+    assert isinstance(form, Materialized)
     return form.grad
 
 
@@ -113,9 +113,9 @@ def _tile(forms: Sequence[Form], top: slice, left: slice, dtype: torch.dtype) ->
     """A row's gradient in one tile, flattened."""
     total: Tensor | None = None
     for form in forms:
-        if isinstance(form, Dense):
+        if isinstance(form, Factored):
             part = form.u[:, top].to(dtype).T @ form.v[:, left].to(dtype)
-        elif isinstance(form, Rows):
+        elif isinstance(form, SparseRows):
             inside = (form.ids >= top.start) & (form.ids < top.stop)
             values = form.values[inside][:, left].to(dtype)
             part = values.new_zeros(top.stop - top.start, values.shape[1])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from gradent.hooks.uses.formats import Deferred, Dense, Explicit, Form
+from gradent.hooks.uses.formats import Factored, Form, LazyFactored, Materialized
 from gradent.hooks.uses.uses import Layout
 from gradent.hooks.views import View
 from gradent.kernels.common.numerics import accumulator
@@ -80,9 +80,9 @@ class FusedHeadUse:
                 hidden[at], weight, bias, targets[at], log_z[at], cotangent[at], saved.compute_dtype, saved.kernel_args
             )
             if self.bias:
-                yield row, (), Explicit(tokens.cotangent().sum(0))
+                yield row, (), Materialized(tokens.cotangent().sum(0))
             else:
-                yield row, (), Deferred(tokens.dense)
+                yield row, (), LazyFactored(tokens.dense)
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class _Tokens:
     dtype: torch.dtype
     arguments: dict[str, Any]
 
-    def dense(self) -> Dense:
-        return Dense(self.cotangent(), self.hidden.to(accumulator(self.hidden.dtype)))
+    def dense(self) -> Factored:
+        return Factored(self.cotangent(), self.hidden.to(accumulator(self.hidden.dtype)))
 
     @torch.no_grad()
     def cotangent(self) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradent.hooks.cross import CrossLedger
-from gradent.hooks.uses.formats import Dense, Explicit, Form, Rows
+from gradent.hooks.uses.formats import Factored, Form, Materialized, SparseRows
 from gradent.kernels.tokens import Block, Entries, flat_entries, lone_entries, shared_entries, tied_entries
 
 __all__ = ["Flat", "Lone", "Odd", "Part", "Shared", "TokenLedger"]
@@ -49,9 +49,9 @@ class Shared:
         """Each token's gradient."""
         for b in self.block.b:
             if self.looked_up:
-                yield Rows(self.block.a, b)
+                yield SparseRows(self.block.a, b)
             else:
-                yield Dense(b, self.block.a) if self.b_on_rows else Dense(self.block.a, b)
+                yield Factored(b, self.block.a) if self.b_on_rows else Factored(self.block.a, b)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Lone:
     def forms(self) -> Iterator[Form]:
         """Each token's gradient."""
         for u, v in zip(self.u, self.v, strict=True):
-            yield Dense(u[None], v[None])
+            yield Factored(u[None], v[None])
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Flat:
     def forms(self) -> Iterator[Form]:
         """Each token's gradient."""
         for grad in self.grads:
-            yield Explicit(grad)
+            yield Materialized(grad)
 
 
 @dataclass(frozen=True)

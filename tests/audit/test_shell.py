@@ -14,7 +14,7 @@ from gradent.audit.source import resolve_source
 from gradent.errors import ModelError
 from gradent.hooks.passes import driver
 from gradent.hooks.reduction import ledger
-from gradent.hooks.uses.formats import Deferred, Dense, Rows
+from gradent.hooks.uses.formats import Factored, LazyFactored, SparseRows
 from gradent.measure import measure
 from gradent.pairs import PairBatch
 from gradent.planning.trace import inspect_model
@@ -36,10 +36,10 @@ def meets(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> Seen:
 
     def watched(self: Any, param: int, row: int, slot: Any, form: Any) -> None:
         if row == 0:
-            form_ = form.make() if isinstance(form, Deferred) else form
-            if isinstance(form_, Dense):
+            form_ = form.make() if isinstance(form, LazyFactored) else form
+            if isinstance(form_, Factored):
                 found[param]["matrix"] += len(form_.u)
-            elif isinstance(form_, Rows):
+            elif isinstance(form_, SparseRows):
                 found[param]["lookup"] += len(form_.ids)
             else:
                 found[param]["explicit"] = 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.reduction.merge import gathered
-from gradent.hooks.uses.formats import Dense, Explicit, Form, Rows
+from gradent.hooks.uses.formats import Factored, Form, Materialized, SparseRows
 
 SHAPE = (9, 4)
 
@@ -19,25 +19,25 @@ def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def dense(seed: int, tokens: int = 5) -> Dense:
-    return Dense(draw(tokens, SHAPE[0], seed=seed), draw(tokens, SHAPE[1], seed=seed + 1))
+def dense(seed: int, tokens: int = 5) -> Factored:
+    return Factored(draw(tokens, SHAPE[0], seed=seed), draw(tokens, SHAPE[1], seed=seed + 1))
 
 
-def lookup(seed: int, tokens: int = 6) -> Rows:
+def lookup(seed: int, tokens: int = 6) -> SparseRows:
     ids = torch.randint(SHAPE[0], (tokens,), generator=torch.Generator().manual_seed(seed))
-    return Rows(ids, draw(tokens, SHAPE[1], seed=seed + 1))
+    return SparseRows(ids, draw(tokens, SHAPE[1], seed=seed + 1))
 
 
-def explicit(seed: int) -> Explicit:
-    return Explicit(draw(*SHAPE, seed=seed))
+def explicit(seed: int) -> Materialized:
+    return Materialized(draw(*SHAPE, seed=seed))
 
 
 def whole(forms: list[Form]) -> Tensor:
     total = torch.zeros(SHAPE, dtype=torch.float64)
     for form in forms:
-        if isinstance(form, Dense):
+        if isinstance(form, Factored):
             total += form.u.T @ form.v
-        elif isinstance(form, Rows):
+        elif isinstance(form, SparseRows):
             total.index_add_(0, form.ids, form.values)
         else:
             total += form.grad
@@ -130,7 +130,7 @@ def test_products_are_formed_as_they_arrive_where_that_is_less_to_hold() -> None
     long, short = draw(1, 50, 16, seed=1), draw(1, 50, 4, seed=2)
     assert ledger.folds(0, long, short) and not ledger.folds(0, long[:, :3], short[:, :3])
     assert not Ledger(1, budget=1024).folds(0, long, short), "the products of both rows, and a copy, take 2 KiB"
-    ledger.add(0, 0, (), Dense(long[0, :3], short[0, :3]))
+    ledger.add(0, 0, (), Factored(long[0, :3], short[0, :3]))
     assert not ledger.folds(0, long, short), "forms of two kinds are dear to reduce"
 
 
@@ -142,7 +142,7 @@ def test_a_tied_head_reduced_ahead_of_its_embedding(weighted: bool) -> None:
     for row in (0, 1):
         ledger.add(0, row, (), head[row])
     ledger.shrink(0, lambda row: embedding[row].ids)
-    assert not any(isinstance(form, Dense) for row in ledger._forms[0].values() for form in row[()])  # noqa: SLF001
+    assert not any(isinstance(form, Factored) for row in ledger._forms[0].values() for form in row[()])  # noqa: SLF001
     for row in (0, 1):
         ledger.add(0, row, (), embedding[row])
     ledger.finish(0)
@@ -157,10 +157,12 @@ def test_narrow_lookups_beside_other_uses_are_added_up_wide() -> None:
     ledger = Ledger(1, budget=2**20)
     for row in (0, 1):
         for part in values[2 * row : 2 * row + 2]:
-            ledger.add(0, row, (), Rows(ids, part))
+            ledger.add(0, row, (), SparseRows(ids, part))
         ledger.add(0, row, (), loose[row])
     ledger.finish(0)
-    sides = [[Rows(ids, part.double()) for part in values[2 * row : 2 * row + 2]] + [loose[row]] for row in (0, 1)]
+    sides = [
+        [SparseRows(ids, part.double()) for part in values[2 * row : 2 * row + 2]] + [loose[row]] for row in (0, 1)
+    ]
     torch.testing.assert_close(ledger.entries[0][0], truth(*sides), rtol=1e-6, atol=1e-6)
 
 
@@ -176,7 +178,7 @@ def test_lookups_before_a_head_without_tokens_are_kept() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_head_of_no_token_has_zero_rows(dtype: torch.dtype) -> None:
-    head = Dense(torch.zeros(0, 9, dtype=dtype), torch.zeros(0, 4, dtype=dtype))
+    head = Factored(torch.zeros(0, 9, dtype=dtype), torch.zeros(0, 4, dtype=dtype))
     assert torch.equal(gathered(head, torch.tensor([1, 3]), 2**10).double(), torch.zeros(2, 4, dtype=torch.float64))
 
 
@@ -233,10 +235,10 @@ def test_parts_of_a_tied_weight_wait_for_its_lookups() -> None:
     ledger, u, v = Ledger(1, budget=2**20), draw(2, 3, 9, seed=1), draw(2, 3, 4, seed=2)
     ids, values = torch.tensor([1, 2, 2]), draw(2, 3, 4, seed=3)
     for row in (0, 1):
-        ledger.add(0, row, (1,), Dense(u[row], v[row]))
+        ledger.add(0, row, (1,), Factored(u[row], v[row]))
     ledger.shrink(0, lambda row: ids)
     for row in (0, 1):
-        ledger.add(0, row, (0,), Rows(ids, values[row]))
+        ledger.add(0, row, (0,), SparseRows(ids, values[row]))
     ledger.finish(0)
     embedded = torch.zeros(2, 9, 4, dtype=torch.float64).index_add_(1, ids, values)
     x, y = torch.cat([(u.mT @ v).flatten(1), embedded.flatten(1)], 1)
@@ -246,10 +248,10 @@ def test_parts_of_a_tied_weight_wait_for_its_lookups() -> None:
 def test_a_weight_that_was_reduced_ahead_takes_lookups_alone() -> None:
     ledger, u, v = Ledger(1, budget=2**20), draw(2, 3, 9, seed=1), draw(2, 3, 4, seed=2)
     for row in (0, 1):
-        ledger.add(0, row, (), Dense(u[row], v[row]))
+        ledger.add(0, row, (), Factored(u[row], v[row]))
     ledger.shrink(0, lambda row: torch.tensor([], dtype=torch.int64))
     assert not ledger.whole(0, u, v)
     with pytest.raises(AssertionError, match="again"):
-        ledger.add(0, 0, (), Dense(u[0], v[0]))
+        ledger.add(0, 0, (), Factored(u[0], v[0]))
     with pytest.raises(AssertionError, match="again"):
         ledger.add_rows(0, [0, 1], (), u.mT @ v)

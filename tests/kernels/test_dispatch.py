@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 from gradent import measure
 from gradent.errors import GradentWarning, InputError
 from gradent.hooks.reduction.ledger import Ledger
-from gradent.hooks.uses.formats import Dense
+from gradent.hooks.uses.formats import Factored
 from gradent.kernels import dispatch
 from gradent.kernels.common.numerics import reduce_batch, reduce_dense
 from tests.batches import ragged
@@ -279,8 +279,8 @@ def test_the_ledger_tries_again_where_memory_runs_out(kernels: None, monkeypatch
 
     monkeypatch.setattr(outer, "outer_entries", fail)
     ledger = Ledger(1, budget=2**20)
-    ledger.add(0, 0, (), Dense(u[0], v[0]))
-    ledger.add(0, 1, (), Dense(u[1], v[1]))
+    ledger.add(0, 0, (), Factored(u[0], v[0]))
+    ledger.add(0, 1, (), Factored(u[1], v[1]))
     ledger.finish(0)
     assert len(tries) == 2
     torch.testing.assert_close(ledger.entries[0], whole(u[:2], v[:2]), rtol=2e-6, atol=1e-6)

@@ -11,7 +11,7 @@ from benchmarks import scratch
 from gradent.hooks.capture import Capture
 from gradent.hooks.passes.autograd_engine import plain_rows
 from gradent.hooks.reduction.ledger import Ledger
-from gradent.hooks.uses.formats import Dense, Explicit, Rows, bytes_scaled, scaled_rows
+from gradent.hooks.uses.formats import Factored, Materialized, SparseRows, bytes_scaled, scaled_rows
 from gradent.hooks.uses.uses import Layout, SumUse
 from gradent.kernels.common.numerics import reduce_dense, reduce_flat, reduce_tiles
 from gradent.kernels.with_weight_grad import reduce_shared
@@ -84,7 +84,7 @@ def test_the_count_can_fail() -> None:
 def test_lookups(budget: int) -> None:
     ledger = Ledger(1, budget=budget)
     for row in (0, 1):
-        ledger.add(0, row, (), Rows(torch.randint(5000, (500,)), torch.randn(500, 1024)))
+        ledger.add(0, row, (), SparseRows(torch.randint(5000, (500,)), torch.randn(500, 1024)))
     with LiveBytes() as live:
         ledger.finish(0)
     assert live.peak <= most(budget)
@@ -101,7 +101,7 @@ def test_what_waits_counts_beside_a_large_reduction() -> None:
             ledger.add_rows(number, [0, 1], (), grad)
             ledger.finish(number)
         for row in (0, 1):
-            ledger.add(9, row, (), Dense(u[row], v[row]))
+            ledger.add(9, row, (), Factored(u[row], v[row]))
         ledger.finish(9)
     assert live.peak <= budget
 
@@ -116,7 +116,7 @@ def test_a_tied_head_before_its_lookups(dtype: torch.dtype, budget: int, weighte
     ids, gradients = [torch.randint(words, (tokens,)) for _ in range(2)], []
     for row in (0, 1):
         u, v = torch.randn(tokens, words).to(dtype), torch.randn(tokens, width).to(dtype)
-        ledger.add(0, row, (), Dense(u, v))
+        ledger.add(0, row, (), Factored(u, v))
         gradients.append(u.double().T @ v.double())
     kept = 2 * 4 * len(torch.cat(ids).unique()) * width  # forms, as large as the lookups that are still to come
     with LiveBytes() as live:
@@ -124,7 +124,7 @@ def test_a_tied_head_before_its_lookups(dtype: torch.dtype, budget: int, weighte
     assert live.peak <= most(budget) + kept
     for row in (0, 1):
         values = torch.randn(tokens, width).to(dtype)
-        ledger.add(0, row, (), Rows(ids[row], values))
+        ledger.add(0, row, (), SparseRows(ids[row], values))
         gradients[row].index_add_(0, ids[row], values.double())
     with LiveBytes() as live:
         ledger.finish(0)
@@ -164,7 +164,7 @@ def test_sums_over_positions(kind: str, rows: int, dtype: torch.dtype, budget: i
 def test_gradients_formed_already(dtype: torch.dtype, budget: int) -> None:
     ledger = Ledger(2, budget=budget)
     for row in range(4):
-        ledger.add(0, row, (), Explicit(torch.randn(16, 300).to(dtype)))
+        ledger.add(0, row, (), Materialized(torch.randn(16, 300).to(dtype)))
     with LiveBytes() as live:
         ledger.finish(0)
     pair = 2 * 2 * 4 * 16 * 300  # held whole whatever the budget: `measure` counts explicit gradients before
@@ -205,7 +205,7 @@ def test_the_allocator_agrees(shape: tuple[int, int, int], dtype: torch.dtype, b
     reduce_dense(u[0], v[0], u[1], v[1], budget=budget)  # the crossover is timed once, with operands of its own
     ledger = Ledger(pairs, budget=budget)
     for row in range(2 * pairs):
-        ledger.add(0, row, (), Dense(u[row], v[row]))
+        ledger.add(0, row, (), Factored(u[row], v[row]))
     assert 0 < scratch.taken(lambda: ledger.finish(0)) <= budget
     assert scratch.taken(lambda: ledger.whole(1, u, v)) <= budget
 

@@ -14,7 +14,7 @@ from gradent.errors import GradentWarning
 from gradent.hooks.logprob import check_logps
 from gradent.hooks.passes.microbatch import Outcome
 from gradent.hooks.reduction.ledger import Ledger
-from gradent.hooks.uses.formats import Explicit
+from gradent.hooks.uses.formats import Materialized
 from gradent.kernels.common.cost import DEFAULT_BUDGET
 from gradent.model import forward_logits, observed
 from gradent.traits import check_causal, ignores_padding
@@ -74,7 +74,7 @@ def per_sample_pairs(
         for number, name in enumerate(parameters):
             for row in (0, 1):
                 grad = grads[name][row]
-                ledger.add(number, row, (), Explicit(grad.to_dense() if grad.is_sparse else grad))
+                ledger.add(number, row, (), Materialized(grad.to_dense() if grad.is_sparse else grad))
             ledger.finish(number)
         ledger.close()
         outcomes.append(([pair], Outcome(ledger.entries, logps.detach().double().cpu(), {})))

@@ -18,7 +18,7 @@ from gradent.hooks.graph import Survey
 from gradent.hooks.passes.microbatch import Forward, MicroBatch, Outcome
 from gradent.hooks.reduction.collector import Collector, Place
 from gradent.hooks.reduction.ledger import Ledger
-from gradent.hooks.uses.formats import Explicit
+from gradent.hooks.uses.formats import Materialized
 from gradent.hooks.uses.uses import Layout
 from gradent.kernels.common.numerics import accumulator
 
@@ -170,7 +170,7 @@ class _Run:
         grads = torch.autograd.grad(one.logps.sum(), inputs, allow_unused=True)
         for number, grad in zip(batch, grads[len(bottoms) :], strict=True):
             if grad is not None:
-                self.ledger.add(number, one.place.rows[0], (), Explicit(grad))
+                self.ledger.add(number, one.place.rows[0], (), Materialized(grad))
 
     def _deliver(self, one: _Pass, tap: Tap, cotangent: Tensor) -> None:
         if tap.use.view.param not in self._ignored:

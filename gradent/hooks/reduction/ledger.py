@@ -27,7 +27,7 @@ from gradent.hooks.reduction.merge import (
     stacked,
 )
 from gradent.hooks.reduction.small_gradients import Formed, Slot, SmallGradients, is_small, row_gradients
-from gradent.hooks.uses.formats import Dense, Explicit, Form, Rows, Solid
+from gradent.hooks.uses.formats import Factored, Form, Materialized, Solid, SparseRows
 from gradent.kernels.common.cost import tile_room
 from gradent.kernels.common.numerics import (
     accumulator,
@@ -101,7 +101,7 @@ class Ledger:
             slot: what of the parameter the form is the gradient of.
             form: the gradient, detached.
         """
-        if not isinstance(form, Rows):
+        if not isinstance(form, SparseRows):
             self._refuse_late(param)
         self._forms[param].setdefault(row, {}).setdefault(slot, []).append(form)
 
@@ -200,7 +200,7 @@ class Ledger:
             The answer; no where the parameter holds factors already.
         """
         held = [form for row in self._forms[param].values() for forms in row.values() for form in forms]
-        unmixed = all(isinstance(form, Explicit) for form in held)
+        unmixed = all(isinstance(form, Materialized) for form in held)
         return unmixed and self._ways(u, v)[0]
 
     def _ways(self, u: Tensor, v: Tensor) -> tuple[bool, bool]:
@@ -288,7 +288,7 @@ class Ledger:
         held = self._forms.pop(param, {})
         for one in self._formed.pop(param, []):
             for row, grad in zip(one.rows, one.grads, strict=True):
-                held.setdefault(row, {}).setdefault(one.slot, []).append(Explicit(grad))
+                held.setdefault(row, {}).setdefault(one.slot, []).append(Materialized(grad))
         return held
 
     def _pair_by_pair(self, param: int, held: dict[int, dict[Slot, list[Form]]]) -> Tensor:
@@ -314,14 +314,14 @@ class Ledger:
             lookups: row -> ids int64 `[T]` that the row's lookups, still to come, will touch.
         """
         held = [(slot, form) for row in self._forms[param].values() for slot, forms in row.items() for form in forms]
-        if self._formed.get(param) or any(slot or isinstance(form, Explicit) for slot, form in held):
+        if self._formed.get(param) or any(slot or isinstance(form, Materialized) for slot, form in held):
             return  # used loosely as well, or in parts: everything waits for the last use
         rows_held = self._forms.pop(param)
         ahead = []
         for pair in range(self._pairs):
             rows = (pair, pair + self._pairs)
             sides = [merge_forms(rows_held.get(row, {}).get((), [])) for row in rows]
-            dense = [first_of(side, Dense) for side in sides]
+            dense = [first_of(side, Factored) for side in sides]
             looked = [rows_of(side) for side in sides]
             for row, found in zip(rows, looked, strict=True):
                 for form in found:
@@ -371,20 +371,20 @@ class Ledger:
         root = self._root(param, slot)
         sides = (merge_forms(chosen), merge_forms(rejected))
         kinds = {type(form) for side in sides for form in side}
-        if kinds == {Dense}:
+        if kinds == {Factored}:
             (u_w, v_w), (u_l, v_l) = pair_of_dense(*sides)
             return reduce_pair(u_w, v_w, u_l, v_l, budget=self._room, weight=root)
-        if kinds == {Rows}:
+        if kinds == {SparseRows}:
             return self._rows(rows_of(sides[0]), rows_of(sides[1]), root)
-        if kinds == {Explicit}:
-            return reduce_flat(stacked(first_of(sides[0], Explicit), first_of(sides[1], Explicit), root))
+        if kinds == {Materialized}:
+            return reduce_flat(stacked(first_of(sides[0], Materialized), first_of(sides[1], Materialized), root))
         return self._mixed(sides, root)
 
-    def _kept(self, head: Dense, ids: Tensor) -> Rows:
+    def _kept(self, head: Factored, ids: Tensor) -> SparseRows:
         """What a head's gradient has on some rows."""
-        return Rows(ids, gathered(head, ids, self._room))
+        return SparseRows(ids, gathered(head, ids, self._room))
 
-    def _rows(self, chosen: Sequence[Rows], rejected: Sequence[Rows], root: Tensor | None) -> Tensor:
+    def _rows(self, chosen: Sequence[SparseRows], rejected: Sequence[SparseRows], root: Tensor | None) -> Tensor:
         """Gram entries of two sides' lookups, on the rows that either touches, a few columns at a time."""
         forms = [*chosen, *rejected]
         ids = torch.unique(torch.cat([form.ids for form in forms]))
@@ -415,14 +415,14 @@ class Ledger:
         ]
         return torch.stack([torch.as_tensor(product) for product in products])
 
-    def _product(self, x: Dense | Explicit, y: Dense | Explicit, weight: Tensor | None) -> Tensor:
+    def _product(self, x: Factored | Materialized, y: Factored | Materialized, weight: Tensor | None) -> Tensor:
         """`Σ G_x · G_y · weight`, float64 scalar, along the path that opt_einsum finds cheapest under the budget."""
         import opt_einsum  # noqa: PLC0415  (rare, and what else is measured goes without it)
 
         operands: list[Tensor] = []
         terms: list[str] = []
         for form, token in ((x, "t"), (y, "s")):
-            if isinstance(form, Dense):
+            if isinstance(form, Factored):
                 operands += [form.u.double(), form.v.double()]
                 terms += [f"{token}o", f"{token}i"]
             else:

@@ -11,13 +11,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from gradent.hooks.uses.formats import Deferred, Dense, Explicit, Form, Rows, Solid
+from gradent.hooks.uses.formats import Factored, Form, LazyFactored, Materialized, Solid, SparseRows
 from gradent.kernels.common.cost import DEPTH, tile_room
 from gradent.kernels.common.numerics import accumulator, put_product, spans
 
 __all__ = ["first_of", "gathered", "merge_forms", "pair_of_dense", "row_count", "rows_of", "scattered", "stacked"]
 
-F = TypeVar("F", Dense, Explicit)
+F = TypeVar("F", Factored, Materialized)
 
 
 def merge_forms(forms: Sequence[Form]) -> list[Solid]:
@@ -27,28 +27,28 @@ def merge_forms(forms: Sequence[Form]) -> list[Solid]:
         forms: of one row and slot.
 
     Returns:
-        Their sum as a `Dense`, every `Rows` and an `Explicit`, those of them that there are.
+        Their sum as a `Factored`, every `SparseRows` and an `Materialized`, those of them that there are.
     """
     merged: list[Solid] = []
-    solid = [form.make() if isinstance(form, Deferred) else form for form in forms]
-    dense = [form for form in solid if isinstance(form, Dense)]
-    rows = [form for form in solid if isinstance(form, Rows)]
-    explicit = [form for form in solid if isinstance(form, Explicit)]
+    solid = [form.make() if isinstance(form, LazyFactored) else form for form in forms]
+    dense = [form for form in solid if isinstance(form, Factored)]
+    rows = [form for form in solid if isinstance(form, SparseRows)]
+    explicit = [form for form in solid if isinstance(form, Materialized)]
     if dense:
         one = dense[0]
         merged.append(
-            one if len(dense) == 1 else Dense(torch.cat([f.u for f in dense]), torch.cat([f.v for f in dense]))
+            one if len(dense) == 1 else Factored(torch.cat([f.u for f in dense]), torch.cat([f.v for f in dense]))
         )
     merged += rows
     if explicit:
         total = explicit[0].grad.to(accumulator(explicit[0].grad.dtype))
         for form in explicit[1:]:
             total = total + form.grad
-        merged.append(Explicit(total))
+        merged.append(Materialized(total))
     return merged
 
 
-def rows_of(side: Sequence[Solid]) -> list[Rows]:
+def rows_of(side: Sequence[Solid]) -> list[SparseRows]:
     """The lookups among a row's merged forms.
 
     Args:
@@ -57,7 +57,7 @@ def rows_of(side: Sequence[Solid]) -> list[Rows]:
     Returns:
         All of them.
     """
-    return [form for form in side if isinstance(form, Rows)]
+    return [form for form in side if isinstance(form, SparseRows)]
 
 
 def first_of(side: Sequence[Solid], kind: type[F]) -> F | None:
@@ -74,7 +74,7 @@ def first_of(side: Sequence[Solid], kind: type[F]) -> F | None:
 
 
 def pair_of_dense(chosen: list[Solid], rejected: list[Solid]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The factors of two rows, of which at least one has a `Dense`; of no token where the other has none.
+    """The factors of two rows, of which at least one has a `Factored`; of no token where the other has none.
 
     Args:
         chosen: what `merge_forms` returned for the chosen row.
@@ -83,15 +83,15 @@ def pair_of_dense(chosen: list[Solid], rejected: list[Solid]) -> tuple[tuple[Ten
     Returns:
         `((u_w, v_w), (u_l, v_l))`.
     """
-    one, other = first_of(chosen, Dense), first_of(rejected, Dense)
+    one, other = first_of(chosen, Factored), first_of(rejected, Factored)
     some = one or other
     assert some is not None
-    empty = Dense(some.u[:0], some.v[:0])
+    empty = Factored(some.u[:0], some.v[:0])
     one, other = one or empty, other or empty
     return (one.u, one.v), (other.u, other.v)
 
 
-def stacked(chosen: Explicit | None, rejected: Explicit | None, root: Tensor | None) -> Tensor:
+def stacked(chosen: Materialized | None, rejected: Materialized | None, root: Tensor | None) -> Tensor:
     """The explicit gradients of two rows, of which at least one has one, in the accumulator's dtype.
 
     Args:
@@ -112,8 +112,8 @@ def stacked(chosen: Explicit | None, rejected: Explicit | None, root: Tensor | N
     return tile.view(2, -1)
 
 
-def gathered(dense: Dense, ids: Tensor, budget: int) -> Tensor:
-    """Some rows of a `Dense`'s gradient `uᵀv`.
+def gathered(dense: Factored, ids: Tensor, budget: int) -> Tensor:
+    """Some rows of a `Factored`'s gradient `uᵀv`.
 
     Args:
         dense: factors `[T, O]` and `[T, I]`.
@@ -146,15 +146,15 @@ def row_count(form: Solid) -> int:
     Returns:
         The number of rows.
     """
-    if isinstance(form, Dense):
+    if isinstance(form, Factored):
         return form.u.shape[1]
-    if isinstance(form, Rows):
+    if isinstance(form, SparseRows):
         return int(form.ids.max()) + 1 if form.ids.numel() else 0
     return form.grad.shape[0]
 
 
-def scattered(side: Sequence[Solid], height: int) -> list[Dense | Explicit]:
-    """A row's merged forms, with the sum of all its lookups as an `Explicit`.
+def scattered(side: Sequence[Solid], height: int) -> list[Factored | Materialized]:
+    """A row's merged forms, with the sum of all its lookups as an `Materialized`.
 
     Args:
         side: what `merge_forms` returned.
@@ -163,12 +163,12 @@ def scattered(side: Sequence[Solid], height: int) -> list[Dense | Explicit]:
     Returns:
         A form of each kind, at most.
     """
-    forms: list[Dense | Explicit] = [form for form in side if not isinstance(form, Rows)]
+    forms: list[Factored | Materialized] = [form for form in side if not isinstance(form, SparseRows)]
     lookups = rows_of(side)
     if lookups:
         values = lookups[0].values
         total = values.new_zeros(height, values.shape[1], dtype=accumulator(values.dtype))
         for form in lookups:
             total.index_add_(0, form.ids, form.values.to(total.dtype))
-        forms.append(Explicit(total))
+        forms.append(Materialized(total))
     return forms

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from gradent.hooks.uses.formats import Dense, Explicit, Form, Rows
+from gradent.hooks.uses.formats import Factored, Form, Materialized, SparseRows
 from gradent.hooks.views import View
 from gradent.kernels.common.numerics import accumulator
 
@@ -202,7 +202,7 @@ class MatrixUse(_WholeSlot):
         spans = layout.spans if us.shape[1] == layout.length else None
         for row, (u, v) in enumerate(zip(us, vs, strict=True)):
             span = slice(None) if spans is None else slice(*spans[row])
-            yield row, self.view.slot, Dense(u[span], v[span])
+            yield row, self.view.slot, Factored(u[span], v[span])
 
 
 @dataclass(frozen=True)
@@ -225,7 +225,7 @@ class GroupedUse:
         for expert, end in enumerate(self.ends.tolist()):
             if end > start:
                 u, v = self.inputs[start:end], cotangent[start:end]
-                yield 0, (expert,), Dense(v, u) if self.view.flipped else Dense(u, v)
+                yield 0, (expert,), Factored(v, u) if self.view.flipped else Factored(u, v)
             start = end
 
 
@@ -248,7 +248,7 @@ class LookupUse(_WholeSlot):
             if self.padding_idx is not None:
                 real = ids != self.padding_idx
                 ids, values = ids[real], values[real]
-            yield row, self.view.slot, Rows(ids, values)
+            yield row, self.view.slot, SparseRows(ids, values)
 
 
 def _gone(cut: Cut) -> Tensor:
@@ -274,11 +274,11 @@ class SumUse(_WholeSlot):
         """See `Use.forms`."""
         if self.view.ids is None:
             for row, grad in enumerate(self.gradients(cotangent, layout, budget)):
-                yield row, self.view.slot, Explicit(grad)
+                yield row, self.view.slot, Materialized(grad)
             return
         # Learned positions, added to every row of the batch.
         for row, summed in enumerate(self._summed(cotangent, layout, budget)):
-            yield row, (), Rows(self.view.ids.reshape(-1), summed.reshape(-1, self.view.shape[1]))
+            yield row, (), SparseRows(self.view.ids.reshape(-1), summed.reshape(-1, self.view.shape[1]))
 
     def gradients(self, cotangent: Tensor, layout: Layout, budget: int) -> Tensor:
         """Every row's gradient of the slot, where it is no lookup (`view.ids`).
