@@ -21,7 +21,7 @@ from gradent.gram import PairGram, sum_parameters
 from gradent.hooks.backward import mark_completions
 from gradent.hooks.pairing import Pairing
 from gradent.hooks.piggyback import Passed, Piggyback
-from gradent.kernels.common.cost import DEFAULT_BUDGET, parse_budget
+from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.measure import measure
 from gradent.metric import metric_roots
 from gradent.model import is_sharded, plain, trainable

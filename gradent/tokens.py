@@ -23,16 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from gradent.errors import GradentWarning
-from gradent.hooks.cross import CrossLedger
 from gradent.hooks.lockstep import Lockstep
 from gradent.hooks.passes.autograd_engine import is_plain, plain_rows, run_plainly
-from gradent.hooks.passes.batching import group_rows
-from gradent.hooks.passes.driver import agreement, announce_single_rows, measure_pairs, rows_share
+from gradent.hooks.passes.driver import agreement, announce_single_rows, measure_groups, rows_share
 from gradent.hooks.passes.hooks_engine import NeedsSingleRows, run
-from gradent.hooks.passes.microbatch import MicroBatch
+from gradent.hooks.passes.microbatch import MicroBatch, group_rows
+from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.strand import NoLockstep
-from gradent.kernels.common.cost import parse_budget
+from gradent.kernels.common.budget import least_budget, parse_budget
 from gradent.kernels.common.numerics import spans
+from gradent.kernels.common.wanted import Wanted
 from gradent.kernels.tokens import Entries
 from gradent.model import check_ids, input_device, observed, plain, trainable
 from gradent.pairs import PairBatch
@@ -224,12 +224,13 @@ def _in_step(pair: _Pair, *, check: bool) -> dict[str, Entries]:
 
 def _disagreement(pair: _Pair, entries: Mapping[str, Entries]) -> str:
     """What is wrong with the sum of a matrix, which is the pair's inner product; empty where nothing is."""
-    micro = MicroBatch(pair.rows, [[0], [1]], [pair.number])
-    if is_plain(micro.groups, plain_rows(pair.model, pair.tensors, pair.rows[0][0].device, pair.budget)):
-        outcome = run_plainly(pair.model, pair.tensors, micro, budget=pair.budget)
+    micro = MicroBatch.pair(pair.rows, pair.number)
+    ledger = Ledger(micro.wanted, budget=pair.budget)
+    if is_plain(micro.forwards, plain_rows(pair.model, pair.tensors, pair.rows[0][0].device, pair.budget)):
+        outcome = run_plainly(pair.model, pair.tensors, micro, ledger)
     else:
-        outcome = run(pair.model, pair.tensors, micro, budget=pair.budget, explicit_budget=None)
-    chosen_sq, rejected_sq, inner = torch.stack([entry.cpu()[0] for entry in outcome.entries.values()]).sum(0)
+        outcome = run(pair.model, pair.tensors, micro, ledger, explicit_budget=None)
+    chosen_sq, rejected_sq, inner = torch.stack([entry.cpu() for entry in outcome.entries.values()]).sum(0)
     total = sum(float(part.inner.sum()) for part in entries.values())
     error = abs(total - float(inner)) / max(float(chosen_sq * rejected_sq) ** 0.5, 1e-300)
     if error <= agreement(pair.model, pair.rows[0][0].device):
@@ -300,7 +301,16 @@ def _one_by_one(pair: _Pair) -> dict[str, Entries]:
     """Each token as a row of its own."""
     chosen, rejected = (_prefixes(*row) for row in pair.rows)
     if rows_share(pair.model, pair.parameters) is None:  # found out, once a model, by measuring a pair of it
-        measure_pairs(pair.model, pair.parameters, pair.rows, budget=pair.budget, weight=None, dropout=False)
+        measure_groups(
+            pair.model,
+            pair.parameters,
+            pair.rows,
+            [[0, 1]],
+            MicroBatch.pair(pair.rows, pair.number).names,
+            lambda wanted: Ledger(wanted, budget=pair.budget),
+            explicit_budget=None,
+            dropout=False,
+        )
     room = TOKENS.get(pair.rows[0][0].device.type, TOKENS["cuda"]) // max(len(ids) for ids, _ in pair.rows)
     blocks = pair.blocks(room)
     total: dict[str, Entries] = {}
@@ -325,9 +335,11 @@ def _cross(pair: _Pair, tokens: Sequence[Row]) -> dict[int, Tensor]:
     grouped = group_rows([len(ids) for ids, _ in tokens], tokens[0][0].device)
 
     def measured(groups: Sequence[Sequence[int]]) -> dict[int, Tensor]:
-        micro = MicroBatch(tokens, groups, [pair.number] * len(tokens))
-        ledger = CrossLedger(len(tokens), budget=pair.budget)
-        return run(pair.model, pair.tensors, micro, budget=pair.budget, explicit_budget=None, ledger=ledger).entries
+        wanted = Wanted.all(len(tokens))
+        micro = MicroBatch(tokens, groups, wanted, [f"pair {pair.number}, a token"] * len(tokens))
+        ledger = Ledger(wanted, budget=least_budget(pair.budget, len(tokens)))
+        entries = run(pair.model, pair.tensors, micro, ledger, explicit_budget=None).entries
+        return {number: wanted.matrix(entry.cpu()) for number, entry in entries.items()}
 
     try:
         return measured(grouped if rows_share(pair.model, pair.parameters) else single)

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 import gradent.traits
 from gradent.effects import token_effects
 from gradent.errors import GradentWarning, NonFiniteError
-from gradent.hooks.cross import CrossLedger
 from gradent.hooks.passes.driver import agreement
+from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.strand import NoLockstep
 from gradent.hooks.token_ledger import TokenLedger
 from gradent.hooks.uses.formats import Factored, Materialized, SparseRows
+from gradent.kernels.common.budget import least_budget
+from gradent.kernels.common.wanted import Wanted
 from gradent.measure import measure
 from gradent.pairs import PairBatch
 from gradent.token_gram import TokenGram
@@ -117,7 +119,7 @@ def test_forms_of_every_kind(budget):
         [Materialized(values(6, 4))],
         [Factored(values(2, 6), values(2, 4)), SparseRows(torch.tensor([3]), values(1, 4)), Materialized(values(6, 4))],
     ]
-    ledger = CrossLedger(5, budget=budget)
+    ledger = Ledger(Wanted.all(5), budget=least_budget(budget, 5))
     dense = torch.zeros(5, 6, 4, dtype=torch.float64)
     for row, parts in enumerate(forms):
         for form in parts:
@@ -129,7 +131,8 @@ def test_forms_of_every_kind(budget):
             else:
                 dense[row] += form.grad
     ledger.finish(0)
-    torch.testing.assert_close(ledger.entries[0], dense.flatten(1) @ dense.flatten(1).T)
+    products = ledger.wanted.matrix(ledger.entries[0])
+    torch.testing.assert_close(products, dense.flatten(1) @ dense.flatten(1).T)
 
 
 def test_a_model_that_changed_since_it_was_tried():

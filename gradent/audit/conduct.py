@@ -138,7 +138,6 @@ def _measure(setting: Setting, loss: Loss, plan: Plan, sweep: Sweep, quiet: bool
     pairs = plan.material.pairs.pairs
     cost = sum(pair.tokens for pair in pairs)
     sound = len(plan.targets) - len(sweep.failures)
-    sweep.agree_on_prices()
     with warnings_told(sweep.tell):
         if plan.reference.source is not None:
             with pair_progress("reference", len(pairs), cost, quiet=quiet) as advance:

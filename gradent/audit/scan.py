@@ -16,7 +16,7 @@ from torch import Tensor
 from gradent.audit.data import AuditPair
 from gradent.errors import GradentError, InputError, NonFiniteError
 from gradent.gram import PairGram
-from gradent.kernels.common.cost import parse_budget
+from gradent.kernels.common.budget import parse_budget
 from gradent.measure import measure, sequence_logps
 from gradent.pairs import PairBatch
 

@@ -17,7 +17,6 @@ from gradent.audit.scan import Reference, adapter_off, itself, scan_batches, sca
 from gradent.audit.targets import ReferenceChoice, Target
 from gradent.audit.token_scan import scan_tokens, token_cost
 from gradent.errors import GradentError
-from gradent.kernels import crossover
 
 __all__ = ["Sweep"]
 
@@ -63,20 +62,6 @@ class Sweep:
     tell: Callable[[str], None]
     failures: dict[str, str]
     token_failures: list[str] = field(default_factory=list)
-
-    def agree_on_prices(self) -> None:
-        """Settle which form reduces which layer: it hangs on a measured price, and last bits hang on the form.
-
-        All ranks, and an audit that goes on where another was killed, go by the price that was measured first.
-        """
-        kinds = {torch.float32} if self.dtype == "auto" else {torch.float32, getattr(torch, self.dtype)}
-        if self.ranks.first and self.journal.find("prices", "") is None:
-            for kind in sorted(kinds, key=str):
-                crossover.price(self.device, kind)
-            self.journal.append("prices", "", 0, crossover.known())
-        self.ranks.wait()
-        self.journal.refresh()
-        crossover.adopt(self.journal.find("prices", "") or {})
 
     def measure_reference(self, advance: Advance) -> None:
         """The log-probs of a reference that is a model of its own, once for all targets.

@@ -107,7 +107,7 @@ def audit_tokens(
         The record and the paths of the files.
     """
     from gradent.audit.prepare import prepare  # noqa: PLC0415
-    from gradent.kernels.common.cost import parse_budget  # noqa: PLC0415
+    from gradent.kernels.common.budget import parse_budget  # noqa: PLC0415
 
     started = time.monotonic()
     parse_budget(memory_budget)

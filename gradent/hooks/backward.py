@@ -18,8 +18,10 @@ from gradent.hooks.capture import Tap
 from gradent.hooks.clock import Clock, wait_for
 from gradent.hooks.pairing import Pairing, pair_rows
 from gradent.hooks.readout import Coefficients
-from gradent.hooks.reduction.collector import Collector, Place
+from gradent.hooks.reduction.collector import Collector
 from gradent.hooks.reduction.ledger import Ledger
+from gradent.hooks.reduction.reducers import Place
+from gradent.kernels.common.wanted import Wanted
 
 if TYPE_CHECKING:
     from gradent.hooks.forward import WatchedForward
@@ -186,7 +188,7 @@ class WatchedBackward:
         passed.c, passed.logps, self._rests = (torch.zeros(2 * pairs, dtype=torch.float64) for _ in range(3))
         passed.rows = [(torch.zeros(0), torch.zeros(0))] * (2 * pairs)
         passed.tokens = [torch.zeros(0)] * (2 * pairs)
-        self.collector = Collector(Ledger(pairs, budget=owner.budget, weight=owner.weight), owner.budget)
+        self.collector = Collector(Ledger(Wanted.pairs(pairs), budget=owner.budget, weight=owner.weight), owner.budget)
         for forward, tap in self.expected:
             self.collector.expect(tap, forward.place)
 
@@ -250,9 +252,8 @@ class WatchedBackward:
         collector.ledger.close()
         if any(float(moved) != 0 for moved in on_cpu(dict(enumerate(self._moved))).values()):
             self.fail("padding after the responses gets a gradient too, as if the model looked ahead")
-        chosen, rejected = self._rests.chunk(2)
-        rests = torch.stack([chosen**2, rejected**2, chosen * rejected], 1)
-        self.passed.entries = {number: entry * rests for number, entry in on_cpu(collector.ledger.entries).items()}
+        entries, wanted = on_cpu(collector.ledger.entries), collector.ledger.wanted
+        self.passed.entries = {n: wanted.scaled(entry, self._rests).view(-1, 3) for n, entry in entries.items()}
         self.passed.shared = collector.shared
         parameters = self.owner.parameters
         # What got a gradient from a hidden region, where no use of it was seen.

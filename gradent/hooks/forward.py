@@ -17,8 +17,8 @@ from gradent.hooks.clock import wait_for
 from gradent.hooks.fused_head import FusedHeadUse, find_fused_head
 from gradent.hooks.order import moves_rows
 from gradent.hooks.readout import FusedReadout, LogitsReadout, Readout, RewardReadout, find_readout
-from gradent.hooks.reduction.collector import Place
-from gradent.hooks.reduction.weight_grad_reuse import Sharing
+from gradent.hooks.reduction.reducers import Place
+from gradent.hooks.reduction.weight_grad_reuse import WeightGradReuse
 from gradent.hooks.regions import current_region, in_backward
 from gradent.hooks.uses.formats import split_factor
 from gradent.hooks.uses.uses import Layout
@@ -49,7 +49,9 @@ class WatchedForward:
         self._handles: list[RemovableHandle] = []
         self._reentered: nn.Module | None = None
         self._capture: Capture | None = None
-        self._sharing = Sharing(group.owner.parameters) if group.owner.share and not group.owner.sharded else None
+        self._sharing = (
+            WeightGradReuse(group.owner.parameters) if group.owner.share and not group.owner.sharded else None
+        )
         if group.owner.entries:
             self._adopt_whole_parameters()
             self._capture = Capture(

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradent.hooks.cross import CrossLedger
+from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.uses.formats import Factored, Form, Materialized, SparseRows
+from gradent.kernels.common.budget import least_budget
+from gradent.kernels.common.wanted import Wanted
 from gradent.kernels.tokens import Block, Entries, flat_entries, lone_entries, shared_entries, tied_entries
 
 __all__ = ["Flat", "Lone", "Odd", "Part", "Shared", "TokenLedger"]
@@ -197,13 +199,15 @@ class TokenLedger:
     def _general(self, slots: dict[Slot, list[Part]]) -> Entries:
         """Any parts: gradients are formed in tiles. Rare (a weight used in several ways, experts)."""
         chosen, rejected = self._sizes
-        ledger = CrossLedger(chosen + rejected, budget=self._budget)
+        wanted = Wanted.all(chosen + rejected)
+        ledger = Ledger(wanted, budget=least_budget(self._budget, wanted.rows))
         for slot, parts in slots.items():
             for part in parts:
                 for token, form in zip(part.tokens, part.forms(), strict=True):
                     ledger.add(0, token + part.side * chosen, slot, form)
         ledger.finish(0)
-        matrix = ledger.entries[0]
+        ledger.close()
+        matrix = wanted.matrix(ledger.entries[0].cpu())
         entries = Entries(self._sizes)
         entries.inner += matrix[:chosen, chosen:]
         entries.squares[0].add_(matrix.diagonal()[:chosen])

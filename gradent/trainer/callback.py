@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gradent.errors import InputError
 from gradent.hooks.pairing import Pairing
-from gradent.kernels.common.cost import parse_budget
+from gradent.kernels.common.budget import parse_budget
 from gradent.measure import sequence_logps
 from gradent.model import is_sharded
 from gradent.pairs import PairBatch

@@ -36,7 +36,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from gradent import losses
 from gradent.errors import InputError, ModelError, NonFiniteError
 from gradent.hooks.readout import FusedReadout
-from gradent.kernels.common.cost import parse_budget
+from gradent.kernels.common.budget import parse_budget
 from gradent.losses.designs import counting, normalized_weights
 from gradent.model import trainable
 from gradent.trainer.pairwise_config import PairwiseNormalizedDPOConfig

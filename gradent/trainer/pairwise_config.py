@@ -11,7 +11,7 @@ from trl.trainer.dpo_config import DPOConfig
 
 from gradent import losses
 from gradent.errors import InputError
-from gradent.kernels.common.cost import parse_budget
+from gradent.kernels.common.budget import parse_budget
 from gradent.losses.designs import SCALES
 from gradent.trainer.requirements import refuse_options, require_trl
 

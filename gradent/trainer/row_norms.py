@@ -23,7 +23,7 @@ from gradent.hooks.backward import WatchedBackward, Watching, addressed_to
 from gradent.hooks.clock import Clock
 from gradent.hooks.forward import WatchedForward
 from gradent.hooks.graph import Edge, survey
-from gradent.kernels.common.cost import DEFAULT_BUDGET
+from gradent.kernels.common.budget import DEFAULT_BUDGET
 from gradent.kernels.common.numerics import accumulator, reduce_flat
 from gradent.losses.base import describe_pairs
 
