@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from gradent.kernels.common.triton_tiles import Config, gram_configs, outer_configs
+from gradent.kernels.common.tiles import Config, gram_configs, outer_configs
 from gradent.kernels.gram.triton import gram_kernel
 from gradent.kernels.outer.triton import outer_kernel
 

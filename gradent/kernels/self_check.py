@@ -16,8 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
+from gradent.kernels.common.tiles import gram_configs, is_deep, outer_configs
 from gradent.kernels.common.triton_operands import Spans
-from gradent.kernels.common.triton_tiles import gram_configs, is_deep, outer_configs
 from gradent.kernels.gram.triton import gram_entries
 from gradent.kernels.outer.triton import outer_entries, outer_with_gradient
 

@@ -291,8 +291,8 @@ def _matrix(use: Used, setting: Setting, *, tied: bool) -> _Reduced:
 
 def _kernel(dtype: torch.dtype, pairs: int, length: int, height: int, width: int, setting: Setting) -> _Reduced:
     """What one launch of Triton's kernels for `pairs` pairs takes; the form is chosen as in `dispatch`."""
+    from gradent.kernels.common.tiles import pick_gram, pick_outer  # noqa: PLC0415
     from gradent.kernels.common.triton_operands import Spans  # noqa: PLC0415
-    from gradent.kernels.common.triton_tiles import pick_gram, pick_outer  # noqa: PLC0415
     from gradent.kernels.gram.triton import gram_scratch  # noqa: PLC0415  (imports Triton)
     from gradent.kernels.outer.triton import outer_scratch  # noqa: PLC0415
 

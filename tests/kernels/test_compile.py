@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from gradent.kernels.common.triton_tiles import gram_configs, outer_configs
+from gradent.kernels.common.tiles import gram_configs, outer_configs
 from gradent.kernels.self_check import DTYPES
 
 ROOT = Path(__file__).resolve().parents[2]
