@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ __all__ = [
     "gram_configs",
     "gram_tiles",
     "group_block",
+    "group_configs",
     "group_side",
     "is_deep",
     "outer_bytes",
@@ -117,15 +118,13 @@ def pick_outer(dtype: torch.dtype, rows: int, cols: int, pairs: int, *, store: b
     return _outer(dtype, height, width, store, deep)
 
 
-def pick_groups(
-    dtype: torch.dtype, rows: int, cols: int, sizes: Sequence[int], *, budget: int, deep: bool = True
-) -> GroupLaunch:
+def pick_groups(dtype: torch.dtype, rows: int, cols: int, sizes: Sequence[int], *, budget: int) -> GroupLaunch:
     """The launch for groups of `sizes` rows: tiles that stay in a cache, within the budget if any are."""
     wave, together = WAVE, min(len(sizes), WAVE)
-    config = pick_outer(dtype, rows, cols, together, store=False, deep=deep)
+    config = pick_outer(dtype, rows, cols, together, store=True)
     height, width = config.rows, config.cols
     while True:
-        launch = _group_launch(_outer(dtype, height, width, False, deep), rows, cols, sizes, wave, together)
+        launch = _group_launch(_grouped(dtype, height, width), rows, cols, sizes, wave, together)
         if launch.tiles <= CACHE and launch.scratch <= budget:
             return launch
         if max(height, width) > 32 or (together == launch.programs == 1 and max(height, width) > 16):
@@ -139,19 +138,30 @@ def pick_groups(
 
 
 def plan_groups(
-    dtype: torch.dtype, rows: int, cols: int, groups: Groups, *, budget: int, deep: bool = True
+    dtype: torch.dtype,
+    rows: int,
+    cols: int,
+    groups: Groups,
+    *,
+    budget: int,
+    deep: bool = True,
+    config: Config | None = None,
 ) -> GroupsPlan:
-    """How the outer kernels reduce groups of any size on an `[O, I]` weight."""
+    """How the outer kernels reduce groups of any size on an `[O, I]` weight; a given tile is for the larger ones."""
     pairs, sizes = sum(size in (1, 2) for size in groups.sizes), [size for size in groups.sizes if size > 2]
-    config, launch = None, None
+    small, large = None, None
     scratch = 8 * groups.count  # which of the sums go where
     if pairs:
-        config = pick_outer(dtype, rows, cols, pairs, store=False, deep=deep)
-        scratch += outer_bytes(rows, cols, pairs, config) + 2 * 3 * PARTIAL * pairs
+        small = pick_outer(dtype, rows, cols, pairs, store=False, deep=deep)
+        scratch += outer_bytes(rows, cols, pairs, small) + 2 * 3 * PARTIAL * pairs
     if sizes:
-        launch = pick_groups(dtype, rows, cols, sizes, budget=budget - scratch, deep=deep)
-        scratch += launch.scratch
-    return GroupsPlan(config, launch, scratch)
+        large = (
+            _group_launch(config, rows, cols, sizes, WAVE, min(len(sizes), WAVE))
+            if config
+            else pick_groups(dtype, rows, cols, sizes, budget=budget - scratch)
+        )
+        scratch += large.scratch
+    return GroupsPlan(small, large, scratch)
 
 
 def gram_configs(dtype: torch.dtype) -> list[Config]:
@@ -163,6 +173,11 @@ def outer_configs(dtype: torch.dtype, *, store: bool, deep: bool = True) -> list
     """Every configuration that `pick_outer` returns for a dtype, the smallest tile first."""
     sides = [(height, width) for height in _sides(dtype) for width in _sides(dtype)]
     return [_outer(dtype, *side, store, deep) for side in sides if not (store and side == (128, 128))]
+
+
+def group_configs(dtype: torch.dtype) -> list[Config]:
+    """Every configuration that `pick_groups` returns for a dtype, the smallest tile first."""
+    return [_grouped(dtype, config.rows, config.cols) for config in outer_configs(dtype, store=True)]
 
 
 def gram_bytes(dtype: torch.dtype, spans: Spans | Groups) -> int:
@@ -245,6 +260,11 @@ def _outer(dtype: torch.dtype, rows: int, cols: int, store: bool, deep: bool) ->
     elif deep and rows * cols == (128 * 64 if store else 128 * 128):
         return Config(rows=rows, cols=cols, depth=128, warps=warps, stages=2 if store else 3)
     return Config(rows=rows, cols=cols, depth=depth, warps=warps, stages=3)
+
+
+def _grouped(dtype: torch.dtype, rows: int, cols: int) -> Config:
+    config = _outer(dtype, rows, cols, False, False)
+    return config if dtype == torch.float32 else replace(config, depth=64)
 
 
 @lru_cache

@@ -30,7 +30,6 @@ from gradent.kernels.common.tiles import (
     outer_bytes,
     outer_tiles,
     pick_outer,
-    plan_groups,
     unit,
 )
 from gradent.kernels.common.triton_operands import CACHED, Factors, Groups, Spans, blank, current_device, on_device
@@ -91,14 +90,11 @@ def outer_products(
     groups: Groups,
     weight: Tensor | None = None,
     *,
-    budget: int,
-    plan: GroupsPlan | None = None,
+    plan: GroupsPlan,
     poison: bool = False,
 ) -> Tensor:
     """`⟨G_i, G_j⟩`, i ≤ j, in each group, float64 `[groups.count]`, from u `[N, O]`, v `[N, I]` and weight `[O, I]`."""
     factors, split = Factors(u, v, u, v, groups), _split(groups)
-    deep = is_deep(factors.device)
-    plan = plan or plan_groups(factors.widest, factors.rows, factors.cols, groups, budget=budget, deep=deep)
     sums = [torch.zeros(0, dtype=torch.float64, device=factors.device)]
     if plan.small:
         pairs = Factors(u, v, u, v, split.small)
