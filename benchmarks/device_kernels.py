@@ -174,7 +174,7 @@ class Operands:
             return 4 * pairs * tokens * rows * cols
         side = tokens
         if kernel:
-            from gradent.kernels.common.triton_tiles import pick_gram  # noqa: PLC0415  (imports Triton)
+            from gradent.kernels.common.tiles import pick_gram  # noqa: PLC0415
 
             side = min(tokens, pick_gram(dtype, tokens, pairs).rows)
         count, rest = divmod(tokens, side)
