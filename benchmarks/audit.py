@@ -42,11 +42,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.append import append
 from benchmarks.callback import make_tokenizer
-from gradent.audit.data import AuditPair
-from gradent.audit.load import load_model
-from gradent.audit.prepare import read_material
-from gradent.audit.scan import join_blocks, plan_batches, scan_batches
-from gradent.audit.source import resolve_source
+from gradent.auditing.measuring.batches import join_blocks, plan_batches, scan_batches
+from gradent.loading.models import load_model
+from gradent.loading.preferences import AuditPair
+from gradent.loading.prepare import read_material
+from gradent.loading.source import resolve_source
 
 WORDS = 2000
 SCALE = (64, 256, 1024, 4096)
@@ -54,7 +54,7 @@ BATCH = 8
 
 ONE_AUDIT = """
 import json, resource, sys, time
-import gradent.audit.conduct
+import gradent.auditing.pipeline
 from gradent import audit
 model, data, pairs, out = sys.argv[1:]
 began = time.process_time()

@@ -37,8 +37,8 @@ from trl import DPOConfig, DPOTrainer
 
 from benchmarks.append import append
 from benchmarks.callback import make_data, make_tokenizer
-from gradent.trainer.masked import TokenMaskedDPOConfig, TokenMaskedDPOTrainer
-from gradent.trainer.pairwise import PairwiseNormalizedDPOConfig, PairwiseNormalizedDPOTrainer
+from gradent.trainer.pairwise.trainer import PairwiseNormalizedDPOConfig, PairwiseNormalizedDPOTrainer
+from gradent.trainer.token_masking.trainer import TokenMaskedDPOConfig, TokenMaskedDPOTrainer
 
 TOKENS, PAIRS, WORDS = 128, 4, 4096
 BOUND = 2.0

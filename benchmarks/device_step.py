@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.device_bench import Bench, Times
 from gradent import PairBatch, attach, measure
-from gradent.gram import PairGram
 from gradent.kernels import availability
+from gradent.pair_gram import PairGram
 from gradent.recorder import WeightGrad
 
 __all__ = ["LoraLinear", "train"]

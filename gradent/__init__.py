@@ -4,26 +4,24 @@
 fall, `audit` does both for a model and a file of pairs.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from gradent.version import __version__
 
 if TYPE_CHECKING:
     from gradent import losses
-    from gradent.audit import audit
-    from gradent.effects import token_effects
+    from gradent.auditing.api import audit
     from gradent.errors import GradentError, GradentWarning
-    from gradent.gram import PairGram
-    from gradent.measure import measure
-    from gradent.pairs import PairBatch
+    from gradent.measurement import measure
+    from gradent.pair_gram import PairGram
+    from gradent.pairs.batch import PairBatch
     from gradent.recorder import attach
-    from gradent.token_gram import TokenGram
-    from gradent.tokens import measure_tokens
+    from gradent.theory.conditions import Verdict, verdict
+    from gradent.tokens.effects import token_effects
+    from gradent.tokens.gram import TokenGram
+    from gradent.tokens.matrix import measure_tokens
     from gradent.trainer import EntanglementCallback
-    from gradent.verdict import Verdict, verdict
 
 __all__ = [
     "EntanglementCallback",
@@ -49,17 +47,17 @@ _HOME = {
     "EntanglementCallback": "gradent.trainer",
     "GradentError": "gradent.errors",
     "GradentWarning": "gradent.errors",
-    "PairBatch": "gradent.pairs",
-    "PairGram": "gradent.gram",
-    "TokenGram": "gradent.token_gram",
-    "Verdict": "gradent.verdict",
+    "PairBatch": "gradent.pairs.batch",
+    "PairGram": "gradent.pair_gram",
+    "TokenGram": "gradent.tokens.gram",
+    "Verdict": "gradent.theory.conditions",
     "attach": "gradent.recorder",
-    "audit": "gradent.audit",
+    "audit": "gradent.auditing.api",
     "losses": "gradent.losses",
-    "measure": "gradent.measure",
-    "measure_tokens": "gradent.tokens",
-    "token_effects": "gradent.effects",
-    "verdict": "gradent.verdict",
+    "measure": "gradent.measurement",
+    "measure_tokens": "gradent.tokens.matrix",
+    "token_effects": "gradent.tokens.effects",
+    "verdict": "gradent.theory.conditions",
 }
 
 
@@ -72,14 +70,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps `gradent.measure`, `.verdict` and `.audit` the functions when the modules of those names are imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

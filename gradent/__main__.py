@@ -1,6 +1,6 @@
 """`python -m gradent` is `gradent`."""
 
-from gradent.cli import main
+from gradent.cli.app import main
 
 if __name__ == "__main__":
     main()

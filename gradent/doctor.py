@@ -20,10 +20,10 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from gradent.errors import InputError
-from gradent.files import first_line
 from gradent.kernels.availability import device_name, path
-from gradent.measure import measure
-from gradent.pairs import PairBatch
+from gradent.measurement import measure
+from gradent.pairs.batch import PairBatch
+from gradent.record.parquet import first_line
 from gradent.version import __version__
 
 __all__ = ["Check", "Report", "examine", "print_report", "scaled_error"]

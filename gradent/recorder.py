@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from gradent.errors import InputError, ModelError
-from gradent.gram import PairGram, sum_parameters
-from gradent.hooks.backward import mark_completions
-from gradent.hooks.pairing import Pairing
-from gradent.hooks.piggyback import Passed, Piggyback
+from gradent.hooks.piggyback.backward import mark_completions
+from gradent.hooks.piggyback.pairing import Pairing
+from gradent.hooks.piggyback.watcher import Passed, Piggyback
 from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
-from gradent.measure import measure
-from gradent.metric import metric_roots
-from gradent.model import is_sharded, plain, trainable
-from gradent.pairs import PairBatch
-from gradent.verdict import Verdict
+from gradent.measurement import measure
+from gradent.model.calls import is_sharded, plain, trainable
+from gradent.model.preconditioner import metric_roots
+from gradent.pair_gram import PairGram, sum_parameters
+from gradent.pairs.batch import PairBatch
+from gradent.theory.conditions import Verdict
 
 __all__ = ["Mode", "Recorder", "Recording", "WeightGrad", "attach", "join_recordings"]
 
@@ -80,7 +80,7 @@ def attach(
         mode: "auto" reads the entries off the loop's own backward, and where that cannot be exact measures the same
             batch in a pass of gradent's own, saying why once. "piggyback" never makes a pass of its own, "measure"
             always does.
-        pairing: which rows are chosen and which rejected; see `gradent.hooks.pairing.Pairing`.
+        pairing: which rows are chosen and which rejected; see `gradent.hooks.piggyback.pairing.Pairing`.
         by_module: also give each module's share.
         memory_budget: scratch of the reductions, as in `measure`.
         metric: None for the Euclidean inner product, or the Adam(W) optimizer whose geometry is to be used.

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from gradent.record import read_demo, read_pairs
-from gradent.report.curves import Curve, read_curves
+from gradent.record.curves import Curve, read_curves
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "img" / "demo.png"
 

@@ -27,7 +27,7 @@ from gradent.demo.findings import Finding, judge
 from gradent.demo.run import experiment
 from gradent.demo.settings import EMBEDDED, DemoSettings
 from gradent.demo.task import STYLES, USUAL_IF_RIGHT
-from gradent.report.curves import read_curves
+from gradent.record.curves import read_curves
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "demo.md"
 JOBS = 2

@@ -23,8 +23,8 @@ from gradent.demo.model import build_model, build_tokenizer
 from gradent.demo.settings import EMBEDDED
 from gradent.demo.task import find_label_words, make_task, tokenize_style
 from gradent.demo.train import one_thread, train_sft
-from gradent.token_gram import TokenGram
-from gradent.token_text import token_texts
+from gradent.text import token_texts
+from gradent.tokens.gram import TokenGram
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "img" / "tokens.png"
 STYLE = "prefix+suffix"

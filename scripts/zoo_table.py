@@ -20,7 +20,7 @@ import transformers
 from rich.progress import track
 
 from gradent.errors import GradentWarning
-from gradent.measure import measure
+from gradent.measurement import measure
 from tests.adapters import lora_everywhere
 from tests.batches import left_padded, ragged
 from tests.truth import TOLERANCE, Truth, logp_error, module_error, scaled_error, truth

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 
 # Token 0 is every tiny model's padding token; it stands in the text of the last pair, where it is a token like others.
 PAIRS = (

@@ -28,7 +28,7 @@ PRELOADED = [
     "peft",
     "pyarrow.parquet",
     "gradent.trainer",
-    "gradent.audit.conduct",
+    "gradent.auditing.pipeline",
 ]
 PATIENCE = 600
 

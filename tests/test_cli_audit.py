@@ -14,7 +14,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from gradent.cli import app
+from gradent.cli.app import app
 from gradent.record import read_summary
 from tests.audit.trained import train_run
 
@@ -35,7 +35,7 @@ def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr("gradent.cli._quieten_others", lambda: None)
+    monkeypatch.setattr("gradent.cli.app._quieten_others", lambda: None)
     return tmp_path
 
 

@@ -12,7 +12,7 @@ from click.testing import Result
 from transformers import GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
-from gradent.cli import app
+from gradent.cli.app import app
 from gradent.kernels.common.budget import parse_budget
 from tests.audit.made import save_lora
 from tests.zoo import build
@@ -23,7 +23,7 @@ def here(local_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`my-model` in the current directory, a console of 140 columns, other libraries let be."""
     monkeypatch.chdir(local_model.parent)
     monkeypatch.setenv("COLUMNS", "140")
-    monkeypatch.setattr("gradent.cli._quieten_others", lambda: None)
+    monkeypatch.setattr("gradent.cli.app._quieten_others", lambda: None)
     return local_model.parent
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from gradent import PairBatch, losses, measure, verdict
-from gradent.audit.variants import label_loss, read_hyperparameters
+from gradent.auditing.analysis.loss_grid import label_loss, read_hyperparameters
 from gradent.errors import InputError, NonFiniteError
-from gradent.gram import PairGram
 from gradent.losses.designs import SCALES, normalized_weights
+from gradent.pair_gram import PairGram
 
 BATCH = PairBatch.from_tokens(
     [([1, 30, 31], [40, 41, 50], [42, 41, 50]), ([1, 7], [9, 9, 3, 12], [9, 8]), ([5, 6, 7], [20, 21], [20, 22, 23])]

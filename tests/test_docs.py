@@ -21,7 +21,7 @@ import typer
 
 import gradent
 from gradent import EntanglementCallback, losses, trainer
-from gradent.cli import app
+from gradent.cli.app import app
 from gradent.hooks.rules import RULES
 from tests.pages import ROOT, commands, fences, run_python, train_my_run
 

@@ -17,14 +17,14 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from gradent import doctor
-from gradent.cli import app
-from gradent.measure import measure
+from gradent.cli.app import app
+from gradent.measurement import measure
 from gradent.version import __version__
 
 
 @pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("gradent.cli._quieten_others", lambda: None)
+    monkeypatch.setattr("gradent.cli.app._quieten_others", lambda: None)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("HOME", str(tmp_path / "home-of-somebody"))
 

@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from gradent.effects import token_effects
 from gradent.errors import GradentWarning, InputError, NonFiniteError
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
+from gradent.tokens.effects import token_effects
 from tests.adapters import build_adapted
 from tests.batches import ragged
 from tests.truth import call, untouched

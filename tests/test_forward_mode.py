@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradent import forward_mode
-from gradent.forward_mode import push, split
+from gradent.tokens import forward_mode
+from gradent.tokens.forward_mode import push, split
 
 IDS = torch.tensor([[3, 0, 2, 3], [1, 3, 0, 0]])
 MASK = torch.ones(4, 4, dtype=torch.bool).tril_()

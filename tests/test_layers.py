@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradent.layers import group_layers, layer_of
+from gradent.model.layer_names import group_layers, layer_of
 from tests.adapters import build_adapted, lora_everywhere
 from tests.zoo import build
 

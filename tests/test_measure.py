@@ -14,8 +14,8 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from gradent import PairBatch, measure
 from gradent.errors import GradentWarning, MemoryBudgetError, NonFiniteError, UncoveredParameterError
-from gradent.hooks.capture import Capture
-from gradent.measure import sequence_logps
+from gradent.hooks.capture.capture import Capture
+from gradent.measurement import sequence_logps
 from tests.batches import left_padded, ragged
 from tests.live import LiveBytes
 from tests.truth import TOLERANCE, assert_exact, scaled_error, truth

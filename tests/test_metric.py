@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from gradent.errors import InputError
-from gradent.measure import measure, sequence_logps
+from gradent.measurement import measure, sequence_logps
 from tests.batches import ragged
 from tests.truth import call
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from gradent.errors import InputError, ModelError, NotCausalError, NothingTrainableError
-from gradent.measure import measure, sequence_logps
-from gradent.model import observed
-from gradent.pairs import PairBatch
+from gradent.measurement import measure, sequence_logps
+from gradent.model.calls import observed
+from gradent.pairs.batch import PairBatch
 from tests.batches import ragged
 
 TINY_BERT = {"vocab_size": 97, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

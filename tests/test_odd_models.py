@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from gradent.errors import GradentError
-from gradent.measure import measure
+from gradent.measurement import measure
 from tests.batches import left_padded, ragged, square, uneven
 from tests.odd_models import ODD, build_odd
 from tests.odd_weights import CalledTwice

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradent.measure import measure
+from gradent.measurement import measure
 from tests.adapters import ADAPTERS, build_adapted
 from tests.batches import left_padded, ragged
 from tests.truth import assert_exact, truth, untouched

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gradent import audit
-from gradent.cli import main
+from gradent.cli.app import main
 from tests.pages import ROOT, commands, fences, run_python, train_my_run
 from tests.processes import call
 from tests.truth import TOLERANCE

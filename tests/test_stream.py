@@ -10,7 +10,7 @@ import pytest
 
 from gradent.errors import DataFileError, InputError
 from gradent.record import PAIR_COLUMNS, SCHEMA_VERSION
-from gradent.stream import PairStream, read_stream
+from gradent.record.stream import PairStream, read_stream
 
 
 def row(step: int, pair: int, inner: float = 0.5) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 
 from gradent.errors import InputError
-from gradent.token_gram import TokenGram
+from gradent.tokens.gram import TokenGram
 from tests.report.token_records import HOSTILE
 
 

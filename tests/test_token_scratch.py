@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from gradent.hooks.lockstep import Lockstep
-from gradent.hooks.strand import Strand
-from gradent.kernels.tokens import Block, shared_entries
-from gradent.pairs import PairBatch
-from gradent.tokens import measure_tokens
+from gradent.pairs.batch import PairBatch
+from gradent.tokens.contractions import Block, shared_entries
+from gradent.tokens.matrix import measure_tokens
+from gradent.tokens.row_pass import Strand
+from gradent.tokens.synchronized import Lockstep
 from tests.live import LiveBytes
 
 SMALL = 32 * 1024
@@ -151,7 +151,7 @@ def test_weights_that_are_used_again_and_again(rooms: list[int]) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_bound_can_fail(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Lockstep, "block_size", lambda self: 1000)
-    monkeypatch.setattr("gradent.hooks.lockstep._Run._step", lambda self, strand, lanes: lanes)
+    monkeypatch.setattr("gradent.tokens.synchronized._Run._step", lambda self, strand, lanes: lanes)
     assert scratch(make(MODELS[name]), pair(20, 40, 35), 2**20) > 2 * 2**20
 
 

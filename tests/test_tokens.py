@@ -8,26 +8,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import gradent.traits
-from gradent.effects import token_effects
+import gradent.model.facts
 from gradent.errors import GradentWarning, NonFiniteError
 from gradent.hooks.passes.driver import agreement
 from gradent.hooks.reduction.ledger import Ledger
-from gradent.hooks.strand import NoLockstep
-from gradent.hooks.token_ledger import TokenLedger
 from gradent.hooks.uses.formats import Factored, Materialized, SparseRows
 from gradent.kernels.common.budget import least_budget
 from gradent.kernels.common.wanted import Wanted
-from gradent.measure import measure
-from gradent.pairs import PairBatch
-from gradent.token_gram import TokenGram
-from gradent.tokens import measure_tokens
+from gradent.measurement import measure
+from gradent.pairs.batch import PairBatch
+from gradent.tokens.effects import token_effects
+from gradent.tokens.gram import TokenGram
+from gradent.tokens.ledger import TokenLedger
+from gradent.tokens.matrix import measure_tokens
+from gradent.tokens.row_pass import NoLockstep
 from tests.adapters import ADAPTERS, build_adapted
 from tests.batches import left_padded, ragged, square
 from tests.odd_models import ODD, build_odd
 from tests.token_models import TOKEN_MODELS
 from tests.truth import token_gradients, untouched
-from tests.zoo import MEASURABLE, build
+from tests.zoo import build
+from tests.zoo_prints import zoo
 
 MODELS = {
     **TOKEN_MODELS,
@@ -80,8 +81,8 @@ def test_token_by_token(monkeypatch, name):
     def refuse(*args, **kwargs):
         raise NoLockstep("it is a test")
 
-    monkeypatch.setattr("gradent.tokens.Lockstep", refuse)
-    monkeypatch.setattr("gradent.tokens.TOKENS", {"cpu": 12, "cuda": 12})
+    monkeypatch.setattr("gradent.tokens.matrix.Lockstep", refuse)
+    monkeypatch.setattr("gradent.tokens.matrix.TOKENS", {"cpu": 12, "cuda": 12})
     with pytest.warns(GradentWarning, match="one by one .* it is a test"):
         (single, *_) = measure_tokens(other, batch, memory_budget=512)
     assert_same(single, whole)
@@ -173,8 +174,8 @@ def test_a_matrix_that_does_not_add_up_is_not_returned(monkeypatch):
 
 def test_causality_is_looked_at_once_a_model_by_whoever_comes_first(monkeypatch):
     model, batch, looks = build("gpt2"), ragged(1), []
-    honest = gradent.traits.check_causal
-    monkeypatch.setattr("gradent.traits.check_causal", lambda *given: looks.append(honest(*given)))
+    honest = gradent.model.facts.check_causal
+    monkeypatch.setattr("gradent.model.facts.check_causal", lambda *given: looks.append(honest(*given)))
     for way in (measure_tokens, measure, token_effects, measure_tokens):
         way(model, batch)
     assert len(looks) == 1
@@ -210,7 +211,7 @@ def test_a_non_finite_token_is_named():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MEASURABLE)
+@pytest.mark.parametrize("name", zoo())
 def test_every_family_in_step(name):
     check_in_step(build(name))
 

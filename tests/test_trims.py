@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gradent.effects import token_effects
 from gradent.errors import GradentWarning
-from gradent.measure import sequence_logps
-from gradent.model import observed, takes_keep
-from gradent.pairs import PairBatch
-from gradent.tokens import measure_tokens
-from gradent.traits import trims
+from gradent.measurement import sequence_logps
+from gradent.model.calls import observed, takes_keep
+from gradent.model.facts import trims
+from gradent.pairs.batch import PairBatch
+from gradent.tokens.effects import token_effects
+from gradent.tokens.matrix import measure_tokens
 from tests.adapters import build_adapted
 from tests.batches import ragged
 from tests.hooks.test_trim import Odd, _broken, _heedless, _shifted, _short, head_inputs, late_answers

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradent.gram import PairGram
-from gradent.pairs import PairBatch
+from gradent.pair_gram import PairGram
+from gradent.pairs.batch import PairBatch
 from tests.batches import left_padded, ragged, square, uneven
 from tests.truth import TOLERANCE, Truth, assert_exact, logp_error, module_error, scaled_error, truth
 from tests.zoo import build

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from gradent import losses
 from gradent.errors import InputError, NonFiniteError
-from gradent.gram import PairGram
-from gradent.measure import measure, sequence_logps
-from gradent.pairs import PairBatch
-from gradent.verdict import CASES, Verdict, verdict
+from gradent.measurement import measure, sequence_logps
+from gradent.pair_gram import PairGram
+from gradent.pairs.batch import PairBatch
+from gradent.theory.conditions import CASES, Verdict, verdict
 
 F64 = torch.float64
 

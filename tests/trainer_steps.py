@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from trl.trainer.utils import add_fused_lm_head
 
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from gradent.gram import PairGram
-from gradent.pairs import PairBatch
+from gradent.pair_gram import PairGram
+from gradent.pairs.batch import PairBatch
 
 TOLERANCE: dict[str, float] = {
     "float64": 1e-9,

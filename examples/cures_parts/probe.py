@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from gradent import PairBatch, measure
 from gradent.demo.task import Task, draw_answers, tokenize_style
 from gradent.demo.train import sft_row
-from gradent.measure import sequence_logps
+from gradent.measurement import sequence_logps
 from gradent.record.masks import read_masks
 
 __all__ = ["FIGURES", "Probe", "Watch"]

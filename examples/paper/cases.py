@@ -15,9 +15,9 @@ from examples.paper.lab import Lab, Outcome
 from examples.paper.trainer import completion_logps
 from gradent import losses
 from gradent.demo.task import TokenPair, tokenize_style
-from gradent.measure import measure
-from gradent.pairs import PairBatch
-from gradent.verdict import CASES, verdict
+from gradent.measurement import measure
+from gradent.pairs.batch import PairBatch
+from gradent.theory.conditions import CASES, verdict
 
 __all__ = ["step_on_each", "table1"]
 

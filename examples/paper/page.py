@@ -13,7 +13,7 @@ import torch
 from examples.paper.claims import Claim
 from examples.paper.lab import Lab, Outcome
 from examples.paper.registry import NAMES, TRAINERS, trained_loss
-from gradent.audit.variants import label_loss
+from gradent.auditing.analysis.loss_grid import label_loss
 from gradent.kernels.availability import device_name
 
 __all__ = ["write_page"]

@@ -26,7 +26,7 @@ from gradent.demo.model import build_model, build_tokenizer
 from gradent.demo.task import STYLES, Statement, TokenPair, make_task, prompt_of, responses_of
 from gradent.demo.train import train_sft
 from gradent.errors import GradentWarning, InputError, PairError
-from gradent.pairs import PairBatch, tokenize_pair
+from gradent.pairs.batch import PairBatch, tokenize_pair
 
 __all__ = ["ARCHITECTURES", "Example", "Start", "load_examples", "load_pretrained", "load_start", "make_start"]
 

@@ -11,10 +11,10 @@ from examples.paper.draw import CHOSEN, REJECTED, Panel, Row, draw_panels, serie
 from examples.paper.lab import Lab, Outcome
 from examples.paper.sentiment import SentimentStart
 from gradent.demo.task import tokenize_style
-from gradent.pairs import PairBatch
-from gradent.token_gram import TokenGram
-from gradent.token_text import token_texts
-from gradent.tokens import measure_tokens
+from gradent.pairs.batch import PairBatch
+from gradent.text import token_texts
+from gradent.tokens.gram import TokenGram
+from gradent.tokens.matrix import measure_tokens
 
 __all__ = ["figure3", "figure4a", "figure4b", "look_at_tokens"]
 

@@ -18,11 +18,11 @@ from examples.paper.lab import Lab, Outcome
 from examples.paper.setups import F64, LearnableHead, LearnableLogits, V
 from gradent import losses
 from gradent.errors import GradentWarning
-from gradent.gram import PairGram
-from gradent.measure import measure
-from gradent.pairs import PairBatch
-from gradent.theory import Entries, corollary_2, theorem_1, theorem_3
-from gradent.verdict import verdict
+from gradent.measurement import measure
+from gradent.pair_gram import PairGram
+from gradent.pairs.batch import PairBatch
+from gradent.theory.closed_forms import Entries, corollary_2, theorem_1, theorem_3
+from gradent.theory.conditions import verdict
 
 __all__ = ["corollary2", "theorem1", "theorem3"]
 

@@ -19,8 +19,8 @@ from trl.trainer.utils import disable_dropout_in_model
 from gradent.demo.task import TokenPair
 from gradent.demo.train import PairCollator
 from gradent.losses import Loss
-from gradent.measure import sequence_logps
-from gradent.pairs import PairBatch
+from gradent.measurement import sequence_logps
+from gradent.pairs.batch import PairBatch
 
 __all__ = ["NumberedCollator", "PairTrainer", "completion_logps", "reference_logps"]
 

@@ -13,10 +13,10 @@ from examples.paper.settings import Settings
 from examples.paper.starts import Start
 from gradent import losses
 from gradent.demo.train import train_quietly, trainer_arguments
-from gradent.gram import PairGram
-from gradent.measure import measure
-from gradent.pairs import PairBatch
-from gradent.verdict import CASES, verdict
+from gradent.measurement import measure
+from gradent.pair_gram import PairGram
+from gradent.pairs.batch import PairBatch
+from gradent.theory.conditions import CASES, verdict
 
 __all__ = ["Row", "run_loss", "summarize"]
 

@@ -10,16 +10,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradent.audit.load import check_device, check_dtype
-from gradent.audit.source import resolve_source
-from gradent.audit.table import printable
 from gradent.errors import InputError
 from gradent.hooks.passes.autograd_engine import EXACT, is_plain, rows_within
 from gradent.hooks.passes.microbatch import group_rows, micro_batches
 from gradent.kernels.availability import device_name, path
 from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
+from gradent.loading.models import check_device, check_dtype
+from gradent.loading.source import resolve_source
 from gradent.planning.cost import CostSetting, Line, Totals, plan_lines, sum_lines
 from gradent.planning.trace import TracedModel, inspect_model
+from gradent.text import printable
 
 __all__ = ["print_plan", "show_plan"]
 

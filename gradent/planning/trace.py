@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gradent.audit.load import LOAD_ERRORS, load_config, not_causal, read_adapter
-from gradent.audit.source import ModelSource, brief, hint
 from gradent.errors import ModelError
-from gradent.hooks.capture import Capture
+from gradent.hooks.capture.capture import Capture
 from gradent.hooks.uses.uses import GroupedUse, Layout, LookupUse, MatrixUse, SumUse, Use
-from gradent.model import forward_logits, observed, trainable
-from gradent.traits import longest_input
+from gradent.loading.models import LOAD_ERRORS, load_config, not_causal, read_adapter
+from gradent.loading.source import ModelSource, brief, hint
+from gradent.model.calls import forward_logits, observed, trainable
+from gradent.model.facts import longest_input
 
 __all__ = ["ParameterUse", "TracedModel", "inspect_model", "watch"]
 

@@ -1,9 +1,8 @@
-"""What runs leave behind, versioned: parquet tables (`tables`) and JSON records (`documents`).
+"""What runs leave behind, versioned: parquet tables (`schema`) and JSON records (`documents`).
 
 Nothing here imports torch or, until a parquet file is touched, pyarrow: a report reads records and nothing else.
 """
 
-from gradent.files import SCHEMA_VERSION
 from gradent.record.documents import (
     AUDIT_FILES,
     DemoRecord,
@@ -16,7 +15,8 @@ from gradent.record.documents import (
     write_summary,
     write_token_record,
 )
-from gradent.record.tables import (
+from gradent.record.parquet import SCHEMA_VERSION
+from gradent.record.schema import (
     CASE_NAMES,
     MODULE_COLUMNS,
     PAIR_COLUMNS,

@@ -9,15 +9,15 @@ it to wandb; `compare` holds two audits against each other; `demo` writes the pa
 `window`, `words` and `wandb_panels` say and show what a running trainer measures.
 """
 
-from gradent.report.audit import write_audit_report
-from gradent.report.audit_figures import write_audit_figures
-from gradent.report.audit_wandb import stream_audit
-from gradent.report.compare import compare_rows, write_comparison
-from gradent.report.compare_table import print_comparison
+from gradent.report.audit.figures import write_audit_figures
+from gradent.report.audit.page import write_audit_report
+from gradent.report.audit.wandb import stream_audit
+from gradent.report.compare.page import compare_rows, write_comparison
 from gradent.report.demo import write_demo_report
+from gradent.report.live.wandb import wandb_dashboard
 from gradent.report.rebuild import write_report
-from gradent.report.tokens import write_token_report
-from gradent.report.wandb_panels import wandb_dashboard
+from gradent.report.terminal.compare import print_comparison
+from gradent.report.tokens.page import write_token_report
 
 __all__ = [
     "compare_rows",

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gradent.errors import DataFileError
-from gradent.report.audit import write_audit_report
-from gradent.report.audit_figures import write_audit_figures
+from gradent.report.audit.figures import write_audit_figures
+from gradent.report.audit.page import write_audit_report
 from gradent.report.demo import write_demo_report
-from gradent.report.tokens import write_token_report
+from gradent.report.tokens.page import write_token_report
 
 __all__ = ["write_report"]
 

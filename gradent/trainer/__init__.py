@@ -6,12 +6,12 @@ imported when one is asked for.
 
 from typing import TYPE_CHECKING, Any
 
-from gradent.trainer.callback import EntanglementCallback
-from gradent.trainer.step import StepRecord
+from gradent.trainer.callback.callback import EntanglementCallback
+from gradent.trainer.callback.step import StepRecord
 
 if TYPE_CHECKING:
-    from gradent.trainer.masked import TokenMaskedDPOConfig, TokenMaskedDPOTrainer
-    from gradent.trainer.pairwise import PairwiseNormalizedDPOConfig, PairwiseNormalizedDPOTrainer
+    from gradent.trainer.pairwise.trainer import PairwiseNormalizedDPOConfig, PairwiseNormalizedDPOTrainer
+    from gradent.trainer.token_masking.trainer import TokenMaskedDPOConfig, TokenMaskedDPOTrainer
 
 __all__ = [
     "EntanglementCallback",
@@ -25,11 +25,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in {"PairwiseNormalizedDPOConfig", "PairwiseNormalizedDPOTrainer"}:
-        from gradent.trainer import pairwise  # noqa: PLC0415  (imports TRL)
+        from gradent.trainer.pairwise import trainer as pairwise  # noqa: PLC0415  (imports TRL)
 
         return getattr(pairwise, name)
     if name in {"TokenMaskedDPOConfig", "TokenMaskedDPOTrainer"}:
-        from gradent.trainer import masked  # noqa: PLC0415  (imports TRL)
+        from gradent.trainer.token_masking import trainer as masked  # noqa: PLC0415  (imports TRL)
 
         return getattr(masked, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from gradent.audit.data import AuditPair
+from gradent.loading.preferences import AuditPair
 
 PAIRS = [
     {"prompt": "The film was", "chosen": " a quiet joy.", "rejected": " a loud bore."},

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from gradent import losses
-from gradent.gram import PairGram
+from gradent.pair_gram import PairGram
 from gradent.record import PAIR_COLUMNS
-from gradent.verdict import verdict
+from gradent.theory.conditions import verdict
 
 Floats = NDArray[np.float64]
 

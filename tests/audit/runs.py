@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 from safetensors.numpy import save_file
 
-from gradent.audit.checkpoints import find_run
+from gradent.loading.runs.discover import find_run
 
 TENSORS = {"a": numpy.ones((2, 3), "float32"), "b": numpy.zeros(4, "float32")}
 

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from gradent.audit.checkpoints import choose, find_run
 from gradent.errors import InputError
+from gradent.loading.runs.discover import choose, find_run
 from tests.audit.runs import make_adapter, make_full, make_run, problem, write_json
 
 

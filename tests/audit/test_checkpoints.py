@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from safetensors.numpy import save_file
 
-from gradent.audit.checkpoints import Checkpoint, choose, find_run, is_run
-from gradent.audit.load import load_model
-from gradent.audit.source import resolve_source
 from gradent.errors import InputError, ModelError
+from gradent.loading.models import load_model
+from gradent.loading.runs.discover import Checkpoint, choose, find_run, is_run
+from gradent.loading.source import resolve_source
 from tests.audit.runs import TENSORS, make_adapter, make_run, problem, write_json, write_state
 from tests.audit.trained import Trained, train_run
 
@@ -78,7 +78,7 @@ def test_no_pickle_of_a_run_is_opened_and_torch_is_not_imported(lora_run, tmp_pa
         "import sys\n"
         "opened = []\n"
         "sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' else None)\n"
-        "from gradent.audit.checkpoints import choose, find_run\n"
+        "from gradent.loading.runs.discover import choose, find_run\n"
         "choose(find_run(sys.argv[1]), 'all')\n"
         "assert any(name.endswith('adapter_model.safetensors') for name in opened)\n"
         "assert not [name for name in opened if name.endswith(('.bin', '.pt', '.pth'))]\n"

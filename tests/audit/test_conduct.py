@@ -12,10 +12,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradent import PairBatch, audit, losses, measure, verdict
-from gradent.audit import sweep
-from gradent.audit.run import AuditResult
+from gradent.auditing.api import AuditResult
+from gradent.auditing.measuring import sweep
 from gradent.errors import GradentWarning, InputError, ModelError
-from gradent.measure import sequence_logps
+from gradent.measurement import sequence_logps
 from gradent.record import read_modules, read_pairs, read_sample, read_summary
 from tests.audit.trained import Trained, train_run, word_pairs
 

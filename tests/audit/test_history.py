@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from gradent import EntanglementCallback
-from gradent.audit.checkpoints import find_run
-from gradent.audit.history import read_history
 from gradent.errors import DataFileError
+from gradent.loading.runs.discover import find_run
+from gradent.loading.runs.trainer_log import read_history
 from tests.audit.trained import Trained, train_run
 
 TRL = {"loss", "learning_rate", "logps/chosen", "logps/rejected"} | {

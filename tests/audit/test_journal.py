@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gradent.audit.journal import Journal, digest
+from gradent.auditing.state.journal import Journal, digest
 from gradent.errors import DataFileError, InputError
 
 ENTRIES = [

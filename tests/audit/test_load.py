@@ -22,9 +22,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from gradent.audit.load import check_vocabulary, load_config, load_model, load_tokenizer
-from gradent.audit.source import ModelSource, read_step, resolve_source
 from gradent.errors import InputError, ModelError, NotCausalError
+from gradent.loading.models import check_vocabulary, load_config, load_model, load_tokenizer
+from gradent.loading.source import ModelSource, read_step, resolve_source
 from tests.audit.made import save_lora
 
 TINY = {"vocab_size": 259, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -7,14 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gradent import losses
-from gradent.audit.mask_row import mask_changes
-from gradent.audit.recommend import recommend
-from gradent.audit.token_scan import token_rows
-from gradent.audit.what_if import what_if
-from gradent.report.audit_losses import loss_table
-from gradent.token_gram import TokenGram
+from gradent.auditing.analysis.recommendation import recommend
+from gradent.auditing.analysis.token_masking import mask_changes
+from gradent.auditing.analysis.what_if import what_if
+from gradent.auditing.measuring.tokens import token_rows
+from gradent.report.audit.losses import loss_table
+from gradent.tokens.gram import TokenGram
 from tests.audit.measured import columns_of, has_no_nan
 
 RESPONSES = {4: ([7, 1, 2, 3], [8, 1, 2, 3]), 9: ([5, 6], [5, 6, 7]), 2: ([1, 2], [1, 2])}
@@ -55,7 +57,7 @@ def pair_columns(grads: dict[int, tuple[np.ndarray, np.ndarray]]) -> dict[str, l
     return columns | {"pair": [2, 4, 9, 77]}
 
 
-@pytest.mark.parametrize("seed", range(5))
+@given(st.integers(0, 2**32 - 1))
 def test_changes_are_those_of_the_gradients(seed: int) -> None:
     tokens, grads = made(seed)
     found = mask_changes(tokens)
@@ -88,8 +90,8 @@ def test_the_row_and_its_cases() -> None:
 def test_without_tokens_the_row_says_what_to_do() -> None:
     tokens, grads = made()
     columns = pair_columns(grads)
-    for given in (None, {name: [] for name in tokens}):
-        row = what_if(columns, losses.get("dpo"), given)[-1]
+    for these in (None, {name: [] for name in tokens}):
+        row = what_if(columns, losses.get("dpo"), these)[-1]
         assert row["cases"] is None and "--token-pairs" in row["reason"] and row["pairs"] == 0
         assert "--token-pairs" in str(loss_table([row], "Losses").rows)
     old = {**tokens, "own_inner": [None] * len(tokens["pair"])}

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gradent.audit import prepare as module
-from gradent.audit.prepare import Prepared, prepare
 from gradent.errors import DataFileError, InputError, ModelError
+from gradent.loading import prepare as module
+from gradent.loading.prepare import Prepared, prepare
 from tests.audit.made import FORMATS, PAIRS, write_jsonl
 
 DEFAULTS: dict[str, Any] = {

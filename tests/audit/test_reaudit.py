@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from gradent import audit
-from gradent.audit import journal, sweep
-from gradent.audit.journal import JournalError
-from gradent.audit.run import AuditResult
+from gradent.auditing.api import AuditResult
+from gradent.auditing.measuring import sweep
+from gradent.auditing.state import journal
+from gradent.auditing.state.journal import JournalError
 from gradent.errors import GradentError, InputError, ModelError
 from gradent.record import read_pairs, read_summary, read_tokens
 from tests.audit.made import said, write_jsonl

@@ -10,8 +10,8 @@ from typing import Any
 import datasets
 import pytest
 
-from gradent.audit.rows import read_rows
 from gradent.errors import DataFileError
+from gradent.loading.preference_files import read_rows
 from tests.audit.made import FORMATS, KINDS, PAIRS, write_jsonl
 
 

@@ -15,11 +15,12 @@ from peft import PeftModel, TrainableTokensConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from gradent import PairBatch, audit, losses, measure, measure_tokens, verdict
-from gradent.audit import account as module
-from gradent.audit import scan, token_scan
-from gradent.audit.run import AuditResult
+from gradent.auditing import account as module
+from gradent.auditing.api import AuditResult
+from gradent.auditing.measuring import batches as scan
+from gradent.auditing.measuring import tokens as token_scan
 from gradent.errors import GradentWarning, InputError, NonFiniteError
-from gradent.measure import sequence_logps
+from gradent.measurement import sequence_logps
 from gradent.record import CASE_NAMES, PAIR_COLUMNS, read_pairs, read_summary, read_tokens
 from tests.audit.made import FORMATS, PAIRS, save_lora, write_jsonl
 

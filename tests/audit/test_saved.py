@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gradent.audit.checkpoints import find_run
+from gradent.loading.runs.discover import find_run
 from tests.audit.runs import make_run, problem, write_state
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from gradent import PairBatch, measure
-from gradent.audit import scan as module
-from gradent.audit.scan import (
+from gradent.auditing.measuring import batches as module
+from gradent.auditing.measuring.batches import (
     Scan,
     adapter_off,
     check_scan_settings,

@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gradent.audit.source import resolve_source
 from gradent.errors import ModelError
 from gradent.hooks.passes import driver
 from gradent.hooks.reduction import collector, ledger
 from gradent.hooks.uses.formats import Factored, LazyFactored, SparseRows
 from gradent.kernels.strategy import decide
-from gradent.measure import measure
-from gradent.pairs import PairBatch
+from gradent.loading.source import resolve_source
+from gradent.measurement import measure
+from gradent.pairs.batch import PairBatch
 from gradent.planning.trace import inspect_model
 from tests.adapters import ADAPTERS, adapt
 from tests.audit.made import save_lora

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gradent.audit.summary import most_entangled, summarize_columns, summarize_modules
+from gradent.auditing.analysis.distributions import most_entangled, summarize_columns, summarize_modules
 from gradent.record import CASE_NAMES, PAIR_COLUMNS
 
 CASES = [1, 2, 3, 4, 0, 1, 1, 2, 3]

@@ -12,8 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from gradent import audit
-from gradent.audit.run import AuditResult
-from gradent.audit.targets import find_targets
+from gradent.auditing.api import AuditResult
+from gradent.auditing.state.targets import find_targets
 from gradent.errors import InputError, ModelError
 from gradent.record import read_pairs
 from tests.audit.made import PAIRS, logp, save_lora, write_jsonl

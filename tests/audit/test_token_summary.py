@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from gradent.audit.token_scan import face_tokens, token_rows
-from gradent.audit.token_summary import rank_tokens, summarize_tokens
-from gradent.token_gram import TokenGram
+from gradent.auditing.analysis.tokens import rank_tokens, summarize_tokens
+from gradent.auditing.measuring.tokens import face_tokens, token_rows
+from gradent.tokens.gram import TokenGram
 
 RESPONSES = {7: ([1, 2, 3, 4], [1, 5, 3]), 2: ([6, 2], [6, 2, 9, 8]), 5: ([3], [4]), 9: ([1, 2, 3], [4, 2, 6])}
 

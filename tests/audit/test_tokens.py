@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from gradent import PairBatch, measure, measure_tokens
-from gradent.audit import prepare
-from gradent.audit.tokens import TokenAudit, audit_tokens
-from gradent.effects import token_effects
+from gradent.auditing.pair_tokens import TokenAudit, audit_tokens
 from gradent.errors import DataFileError, GradentError, InputError, MemoryBudgetError, NonFiniteError
+from gradent.loading import prepare
 from gradent.record import read_token_record
 from gradent.record.masks import MASK_COLUMNS, read_masks, write_masks
 from gradent.report import write_token_report
-from gradent.token_text import token_texts
+from gradent.text import token_texts
+from gradent.tokens.effects import token_effects
 from tests.audit.made import FORMATS, KINDS, PAIRS, save_lora, write_jsonl
 
 FILES = {"tokens.json", "tokens.png", "tokens.html"}
@@ -159,11 +159,11 @@ def test_a_nan_names_the_row(which, local_model, monkeypatch) -> None:
         return token_effects(*given, **options) * torch.nan
 
     if which == "effects":
-        monkeypatch.setattr("gradent.effects.token_effects", spoiled)
+        monkeypatch.setattr("gradent.tokens.effects.token_effects", spoiled)
     else:
         (gram,) = measure_tokens_of(local_model)
         gram.chosen_sq[0] = torch.inf
-        monkeypatch.setattr("gradent.tokens.measure_tokens", lambda *_, **__: [gram])
+        monkeypatch.setattr("gradent.tokens.matrix.measure_tokens", lambda *_, **__: [gram])
     with pytest.raises(NonFiniteError, match=r"pairs.jsonl:2: .*nan or inf.*--dtype"):
         run(local_model)
     assert not list((local_model.parent / "out").glob("*"))
@@ -180,7 +180,7 @@ def test_a_device_that_is_full(local_model, monkeypatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("gradent.tokens.measure_tokens", full)
+    monkeypatch.setattr("gradent.tokens.matrix.measure_tokens", full)
     with pytest.raises(GradentError, match=r"pairs.jsonl:2: the device ran out of memory.*--max-length"):
         run(local_model)
 

@@ -10,12 +10,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
-from gradent.cli import app
+from gradent.cli.app import app
 from gradent.demo import train
 from gradent.demo.model import build_model
 from gradent.demo.settings import EMBEDDED
 from gradent.demo.task import STYLES
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from scripts.token_claims import prepare, read_claims
 
 Fitted = tuple[PreTrainedModel, PreTrainedTokenizerBase, PairBatch]

@@ -26,12 +26,12 @@ from examples.paper.registry import NAMES, TRAINERS, trained_loss
 from examples.paper.settings import PAPER, SMALL, Lora
 from examples.paper.starts import Start, make_start
 from gradent import losses
-from gradent.audit.variants import label_loss
+from gradent.auditing.analysis.loss_grid import label_loss
 from gradent.demo.model import build_model, build_tokenizer
 from gradent.demo.statements import draw_statements
 from gradent.demo.task import STYLES, Statement
 from gradent.demo.train import one_thread
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from tests.pages import ROOT
 
 RUNNER = CliRunner()
@@ -335,7 +335,7 @@ def test_a_real_step_goes_the_way_of_the_case(start: Start) -> None:
 
 
 def test_the_diagonal_of_a_token_matrix(start: Start) -> None:
-    from gradent.tokens import measure_tokens  # noqa: PLC0415
+    from gradent.tokens.matrix import measure_tokens  # noqa: PLC0415
 
     tokens = start.tokenizer(" it has a positive sentiment based")["input_ids"]
     other = start.tokenizer(" it has a negative sentiment based")["input_ids"]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from gradent.hooks.cuts import byte_size, cut_order, find_order
-from gradent.hooks.strand import Arrival, Lanes, Strand
-from gradent.model import trainable
+from gradent.model.calls import trainable
+from gradent.tokens.row_pass import Arrival, Lanes, Strand
+from gradent.tokens.schedule import byte_size, cut_order, find_order
 from tests.zoo import build
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gradent.errors import ModelError
-from gradent.hooks.capture import Capture, Tap
+from gradent.hooks.capture.capture import Capture, Tap
 from gradent.hooks.uses.uses import Layout
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from gradent.errors import NonFiniteError
-from gradent.hooks.logprob import check_logps, sequence_logprobs
-from gradent.hooks.readout import LogitsReadout
+from gradent.hooks.piggyback.coefficients import LogitsReadout
+from gradent.model.logprobs import check_logps, sequence_logprobs
 
 IDS = torch.tensor([[3, 1, 4, 1, 5], [2, 6, 5, 3, 5]])
 MARKS = torch.tensor([[0, 0, 1, 1, 0], [0, 1, 1, 1, 1]], dtype=torch.bool)

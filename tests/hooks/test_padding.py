@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradent.kernels.common.numerics import Factors
 from gradent.kernels.dispatch import reduce_group
 from gradent.kernels.strategy import Product, Strategy, decide
-from gradent.model import trainable
+from gradent.model.calls import trainable
 from tests.batches import ragged
 from tests.hooks.watching import WAYS, error, set_up, watch
 from tests.trainer_steps import through_logits
@@ -55,7 +55,7 @@ def test_padding_that_gets_a_gradient_is_not_left_out(monkeypatch: pytest.Monkey
     assert passed.problem is None
     torch.testing.assert_close(sum(passed.entries.values()), want, rtol=1e-9, atol=0)
     # Where one does not wait for the answer, it is found out at the end, and there are no entries.
-    monkeypatch.setattr("gradent.hooks.forward.waits", lambda device: False)
+    monkeypatch.setattr("gradent.hooks.piggyback.forward.waits", lambda device: False)
     (passed,) = watch(model, lambda: through_logits(model, batch))
     assert "padding" in (passed.problem or "")
 
@@ -64,7 +64,7 @@ def test_padding_that_gets_a_gradient_is_not_left_out(monkeypatch: pytest.Monkey
 def test_a_shared_weight_gradient_leaves_nothing_out_that_is_not_zero(
     waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradent.hooks.forward.waits", lambda device: waits)
+    monkeypatch.setattr("gradent.hooks.piggyback.forward.waits", lambda device: waits)
     monkeypatch.setattr("gradent.kernels.with_weight_grad.batch_room", lambda *args: 0)
     gradients = []
     for watched in (False, True):
@@ -84,7 +84,7 @@ def test_a_shared_weight_gradient_leaves_nothing_out_that_is_not_zero(
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 def test_padding_takes_no_part(way: str, lora: bool, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the head the responses alone, of other matrices the rows up to their ends."""
-    monkeypatch.setattr("gradent.hooks.forward.waits", lambda device: waits)
+    monkeypatch.setattr("gradent.hooks.piggyback.forward.waits", lambda device: waits)
     reduced: list[tuple[int, int]] = []
 
     def reduce(factors: Factors, **options: object) -> Tensor:

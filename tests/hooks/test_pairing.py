@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradent.hooks.pairing import pair_rows
+from gradent.hooks.piggyback.pairing import pair_rows
 
 C = torch.tensor([-1.0, 2.0, -3.0, 4.0, -5.0, 6.0])
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gradent.hooks.piggyback import Piggyback
-from gradent.model import trainable
-from gradent.pairs import PairBatch
+from gradent.hooks.piggyback.watcher import Piggyback
+from gradent.model.calls import trainable
+from gradent.pairs.batch import PairBatch
 from tests.adapters import build_adapted, lora_everywhere
 from tests.batches import ragged
 from tests.hooks.watching import CHECKPOINTING, WAYS, error, prepare, set_up, watch
@@ -218,7 +218,7 @@ def test_an_error_of_its_own_does_not_reach_the_trainer(monkeypatch: pytest.Monk
         raise RuntimeError("out of order")
 
     model, batch = prepare(build("gpt2")), ragged()
-    monkeypatch.setattr("gradent.hooks.capture.Capture._record", broken)
+    monkeypatch.setattr("gradent.hooks.capture.capture.Capture._record", broken)
     (passed,) = watch(model, lambda: through_logits(model, batch))
     assert "out of order" in (passed.problem or "")
     assert all(parameter.grad is not None for parameter in model.parameters())

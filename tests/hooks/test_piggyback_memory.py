@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gradent.hooks.capture import Capture
-from gradent.hooks.piggyback import Piggyback
-from gradent.model import trainable
-from gradent.pairs import PairBatch
+from gradent.hooks.capture.capture import Capture
+from gradent.hooks.piggyback.watcher import Piggyback
+from gradent.model.calls import trainable
+from gradent.pairs.batch import PairBatch
 from tests.live import LiveBytes
 from tests.trainer_steps import through_logits
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradent.hooks import readout
-from gradent.hooks.readout import BLOCK, LogitsReadout
+from gradent.hooks.piggyback import coefficients as readout
+from gradent.hooks.piggyback.coefficients import BLOCK, LogitsReadout
 
 ROWS, LENGTH = 4, 9
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from trl.trainer.utils import add_fused_lm_head
 
-from gradent.hooks.piggyback import Piggyback
-from gradent.model import trainable
-from gradent.pairs import PairBatch
+from gradent.hooks.piggyback.watcher import Piggyback
+from gradent.model.calls import trainable
+from gradent.pairs.batch import PairBatch
 from tests.adapters import adapt, lora
 from tests.batches import ragged, square
 from tests.hooks.watching import error, prepare, watch

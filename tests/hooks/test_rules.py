@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gradent.errors import InputError
-from gradent.hooks.capture import Capture, Tap
+from gradent.hooks.capture.capture import Capture, Tap
 from gradent.hooks.rules import RULES, register_rule
 from gradent.hooks.uses.formats import Factored, Form, Materialized, SparseRows
 from gradent.hooks.uses.uses import Layout, SumUse
@@ -160,7 +160,7 @@ def test_rows_that_cannot_be_told_apart_are_declined(name: str) -> None:
 def test_a_rule_is_never_replaced_silently() -> None:
     with pytest.raises(InputError, match="already has the rule"):
         register_rule(F.linear)(lambda call: [])
-    assert RULES[F.linear].__module__ == "gradent.hooks.rules.matrix"
+    assert RULES[F.linear].__module__ == "gradent.hooks.rules.matmul"
 
 
 def test_a_new_rule_is_used_and_can_be_taken_back() -> None:

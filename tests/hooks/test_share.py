@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gradent.hooks.piggyback import Passed, Piggyback
-from gradent.model import trainable
+from gradent.hooks.piggyback.watcher import Passed, Piggyback
+from gradent.model.calls import trainable
 from tests.batches import ragged
 from tests.hooks.watching import CHECKPOINTING, WAYS, error, prepare, set_up, watch
 from tests.odd_skeleton import WIDTH, Skeleton, normal

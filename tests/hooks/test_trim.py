@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from gradent import GradentWarning, PairBatch, measure
-from gradent.measure import sequence_logps
+from gradent.measurement import sequence_logps
 from tests.batches import ragged
 from tests.truth import assert_exact, truth
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 from torch import Tensor, nn
 
-from gradent.hooks.piggyback import Passed, Piggyback
-from gradent.model import trainable
-from gradent.pairs import PairBatch
+from gradent.hooks.piggyback.watcher import Passed, Piggyback
+from gradent.model.calls import trainable
+from gradent.pairs.batch import PairBatch
 from tests.adapters import lora_everywhere
 from tests.batches import left_padded, ragged
 from tests.trainer_steps import through_fused_head, through_logits, with_fused_head

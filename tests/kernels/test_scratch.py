@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import scratch
-from gradent.hooks.capture import Capture
+from gradent.hooks.capture.capture import Capture
 from gradent.hooks.passes.autograd_engine import plain_rows
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.uses.formats import Factored, Materialized, SparseRows, bytes_scaled, scaled_rows

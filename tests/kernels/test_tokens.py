@@ -6,8 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradent.kernels import tokens as kernels
-from gradent.kernels.tokens import Block, Entries, flat_entries, lone_entries, products, shared_entries, tied_entries
+from gradent.tokens import contractions as kernels
+from gradent.tokens.contractions import (
+    Block,
+    Entries,
+    flat_entries,
+    lone_entries,
+    products,
+    shared_entries,
+    tied_entries,
+)
 
 SIZES = (4, 3)
 

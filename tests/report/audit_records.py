@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gradent.audit.summary import summarize_columns
-from gradent.audit.token_summary import summarize_tokens
+from gradent.auditing.analysis.distributions import summarize_columns
+from gradent.auditing.analysis.tokens import summarize_tokens
 from gradent.record import (
     CASE_NAMES,
     PAIR_COLUMNS,

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from gradent.report import write_audit_figures
-from gradent.report.figure import Bars, Chart, HeatMap, Line, Series
-from gradent.report.figure_text import describe_figure, tabulate_figure
-from gradent.report.numbers import change, count, fixed, number, percent, plural, signed_number, step_name
+from gradent.report.page.alt_text import describe_figure, tabulate_figure
+from gradent.report.page.charts import Bars, Chart, HeatMap, Line, Series
+from gradent.report.page.numbers import change, count, fixed, number, percent, plural, signed_number, step_name
 from tests.report.audit_records import EVIL, write_audit
 
 NAMES = [f"{name}.{form}" for name in ("logps", "cases", "what_if") for form in ("png", "svg")]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gradent.errors import DataFileError
-from gradent.layers import layer_of
+from gradent.model.layer_names import layer_of
 from gradent.record import (
     PAIR_COLUMNS,
     read_modules,
@@ -26,9 +26,9 @@ from gradent.record import (
     write_token_record,
 )
 from gradent.report import write_audit_report, write_report
-from gradent.report.audit_layers import kind_of
-from gradent.report.audit_read import read_audit
-from gradent.report.audit_steps import thin_out
+from gradent.report.audit.layers import kind_of
+from gradent.report.audit.records import read_audit
+from gradent.report.audit.steps import thin_out
 from tests.report.audit_records import EVIL, HOSTILE, without_numbers, write_audit
 from tests.report.browser import document, listening, needs_chromium
 from tests.report.test_page import figures, read

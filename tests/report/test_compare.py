@@ -12,8 +12,8 @@ from rich.console import Console
 from gradent.errors import DataFileError
 from gradent.record import PAIR_COLUMNS, read_pairs, read_sample, write_pairs, write_sample
 from gradent.report import compare_rows, print_comparison, write_comparison
-from gradent.report.compare import describe_difference
-from gradent.report.compare_match import compare_audits
+from gradent.report.compare.match import compare_audits
+from gradent.report.compare.page import describe_difference
 from tests.report.audit_records import EVIL, write_audit
 from tests.report.browser import document, listening, needs_chromium
 from tests.report.test_audit_page import attributes, text_of, titles

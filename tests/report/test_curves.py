@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gradent.errors import InputError
-from gradent.report.curves import mean_and_error, read_curves
+from gradent.record.curves import mean_and_error, read_curves
 
 ROWS = {
     "checkpoint": ["b", "b", "b", "b", "a", "a"],

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 
 from gradent.errors import DataFileError, InputError
-from gradent.files import write_table
 from gradent.record.masks import MASK_COLUMNS, mask_schema, read_masks, write_masks
-from gradent.record.tables import _TOKEN_TABLE
-from gradent.report.masks import write_mask_report
+from gradent.record.schema import TOKENS
+from gradent.report.tokens.masks import write_mask_report
 from tests.report.test_page import read
 from tests.report.test_tokens_page import blocks
 from tests.report.token_records import HOSTILE
@@ -102,7 +101,7 @@ def test_what_cannot_be_shown_is_refused(tmp_path: Path) -> None:
     write_masks(tmp_path / "masks.parquet", columns([], [0.5]))
     with pytest.raises(DataFileError, match="holds no token"):
         write_mask_report(tmp_path / "masks.parquet")
-    write_table(tmp_path / "tokens.parquet", _TOKEN_TABLE, {name: [] for name in _TOKEN_TABLE.columns})
+    TOKENS.write(tmp_path / "tokens.parquet", {name: [] for name in TOKENS.columns})
     with pytest.raises(DataFileError, match=r"not one of gradent's records of masks \(its schema is 'tokens'\)"):
         write_mask_report(tmp_path / "tokens.parquet")
 
@@ -110,7 +109,7 @@ def test_what_cannot_be_shown_is_refused(tmp_path: Path) -> None:
 def test_the_page_needs_no_torch(tmp_path: Path) -> None:
     write_masks(tmp_path / "masks.parquet", columns([(["a"], ["b"])], [0.9]))
     source = (
-        "import sys\nfrom gradent.report.masks import write_mask_report\n"
+        "import sys\nfrom gradent.report.tokens.masks import write_mask_report\n"
         f"write_mask_report({str(tmp_path / 'masks.parquet')!r}, {str(tmp_path / 'other.html')!r})\n"
         "print({'torch', 'transformers', 'trl'} & set(sys.modules))"
     )

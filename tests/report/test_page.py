@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 
 from gradent.errors import InputError
-from gradent.report.page import (
+from gradent.report.page.html import (
     Cell,
     Chart,
     HeatMap,

@@ -17,7 +17,7 @@ import pytest
 from gradent.errors import DataFileError
 from gradent.record import read_token_record, write_token_record
 from gradent.report import write_token_report
-from gradent.report.token_rows import rank_tokens, signed, token_rows
+from gradent.report.tokens.rows import rank_tokens, signed, token_rows
 from tests.report.test_page import figures, read
 from tests.report.token_records import HOSTILE, token_record
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from gradent.errors import GradentError, InputError
-from gradent.report.wandb_panels import Panels, wandb_dashboard
-from gradent.report.window import EntangledPair, Window
+from gradent.report.live.wandb import Panels, wandb_dashboard
+from gradent.report.live.window import EntangledPair, Window
 
 CASES = {"ideal": 0.25, "both_down": 0.5, "both_up": 0.25, "reversed": 0.0, "inactive": 0.0}
 
@@ -122,7 +122,7 @@ def test_without_plotly_the_rest_is_sent(
 
 def test_sending_imports_nothing_of_its_own() -> None:
     source = (
-        "import sys\nfrom gradent.report.wandb_panels import Panels\nfrom gradent.report.window import Window\n"
+        "import sys\nfrom gradent.report.live.wandb import Panels\nfrom gradent.report.live.window import Window\n"
         "Panels().send(Window(steps=[1], cases=[{}], pairs=[0]), {}, 1)\n"
         "print(*sorted({'wandb', 'plotly', 'torch'} & set(sys.modules)))"
     )

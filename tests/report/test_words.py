@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from gradent.errors import InputError
-from gradent.report.window import Window
-from gradent.report.words import DEFAULT_ALERT, Alert, Speaker, describe
+from gradent.report.live.alerts import DEFAULT_ALERT, Alert, Speaker, describe
+from gradent.report.live.window import Window
 
 NAMES = ("ideal", "both_down", "both_up", "reversed", "inactive")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from gradent.token_gram import match_tokens
+from gradent.tokens.gram import match_tokens
 
 HOSTILE = [
     "</script><img src=x onerror=alert(1)>", "<b>", "{{7*7}}", "$x$", "\u202eabc", "\x00", "\n", "\t", " ", "",

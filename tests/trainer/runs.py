@@ -22,7 +22,7 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.experimental.tpo import TPOConfig, TPOTrainer
 
-from gradent.pairs import PairBatch
+from gradent.pairs.batch import PairBatch
 from tests.truth import call
 
 WORDS = ("seven", "a red door", "rain", "no", "the long way", "it is late", "yes, of course", "blue")

@@ -33,24 +33,28 @@ def out_of_memory(*args: Any, **kwargs: Any) -> Any:
 
 
 FAULTS: dict[str, tuple[str, Fault, dict[str, Any]]] = {
-    "capture": ("gradent.hooks.capture.Capture._record", out_of_order, {}),
-    "capture, before": ("gradent.hooks.capture.Capture._before", out_of_order, {}),
-    "a forward's start": ("gradent.hooks.forward.WatchedForward.__init__", out_of_order, {}),
-    "readout": ("gradent.hooks.forward.find_readout", out_of_order, {}),
+    "capture": ("gradent.hooks.capture.capture.Capture._record", out_of_order, {}),
+    "capture, before": ("gradent.hooks.capture.capture.Capture._before", out_of_order, {}),
+    "a forward's start": ("gradent.hooks.piggyback.forward.WatchedForward.__init__", out_of_order, {}),
+    "readout": ("gradent.hooks.piggyback.forward.find_readout", out_of_order, {}),
     "ledger": ("gradent.hooks.reduction.ledger.Ledger.finish", out_of_order, {}),
     "reduction": ("gradent.hooks.reduction.ledger.Ledger._slot", out_of_memory, {"memory_budget": 4096}),
     "measuring pass": ("gradent.recorder.measure", out_of_memory, {"mode": "measure"}),
-    "pairing": ("gradent.hooks.backward.pair_rows", out_of_order, {}),
+    "pairing": ("gradent.hooks.piggyback.backward.pair_rows", out_of_order, {}),
     "arming": ("gradent.recorder.trainable", out_of_order, {}),
     "verdict": ("gradent.recorder.Verdict.from_weights", out_of_order, {}),
-    "rows": ("gradent.trainer.callback.to_rows", out_of_order, {"out": "records"}),
-    "layers": ("gradent.trainer.step.group_layers", out_of_order, {}),
-    "scalars": ("gradent.trainer.callback.summarize", out_of_order, {}),
-    "window": ("gradent.trainer.callback.to_window", out_of_order, {}),
-    "panels": ("gradent.report.wandb_panels.Panels.send", out_of_order, {}),
-    "realised": ("gradent.trainer.callback.sequence_logps", out_of_memory, {"realised": True}),
-    "probe": ("gradent.trainer.probe.measure", out_of_memory, {"probe_data": preferences(2), "probe_every": 1}),
-    "gathering": ("gradent.trainer.callback.gather", out_of_order, {}),
+    "rows": ("gradent.trainer.callback.callback.to_rows", out_of_order, {"out": "records"}),
+    "layers": ("gradent.trainer.callback.step.group_layers", out_of_order, {}),
+    "scalars": ("gradent.trainer.callback.callback.summarize", out_of_order, {}),
+    "window": ("gradent.trainer.callback.callback.to_window", out_of_order, {}),
+    "panels": ("gradent.report.live.wandb.Panels.send", out_of_order, {}),
+    "realised": ("gradent.trainer.callback.callback.sequence_logps", out_of_memory, {"realised": True}),
+    "probe": (
+        "gradent.trainer.callback.probe.measure",
+        out_of_memory,
+        {"probe_data": preferences(2), "probe_every": 1},
+    ),
+    "gathering": ("gradent.trainer.callback.callback.gather", out_of_order, {}),
 }
 # Faults below the trainer's own pass are told by the recorder; after them it measures in its own way, or passes on.
 QUIET = {"capture", "capture, before", "a forward's start", "readout", "ledger", "reduction", "pairing"}
@@ -215,7 +219,7 @@ def test_a_model_without_a_trainable_parameter_is_told(
     def frozen(*args: Any, **kwargs: Any) -> Any:
         raise InputError("nothing to see")
 
-    monkeypatch.setattr("gradent.trainer.callback.attach", frozen)
+    monkeypatch.setattr("gradent.trainer.callback.callback.attach", frozen)
     callback = EntanglementCallback(every=1)
     final(tiny_tokenizer, tmp_path, [callback])
     assert callback.errors == 1 and not callback.records

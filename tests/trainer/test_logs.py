@@ -13,7 +13,7 @@ import wandb
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from gradent import EntanglementCallback
-from gradent.layers import layer_of
+from gradent.model.layer_names import layer_of
 from tests.batches import ragged
 from tests.trainer.runs import llama, make_trainer, preferences, with_lora
 from tests.trainer.wandb_file import history

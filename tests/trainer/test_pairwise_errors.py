@@ -12,7 +12,7 @@ from trl import DPOConfig
 
 from gradent import GradentError
 from gradent.errors import InputError, ModelError
-from gradent.trainer.pairwise import PairwiseNormalizedDPOConfig, PairwiseNormalizedDPOTrainer
+from gradent.trainer.pairwise.trainer import PairwiseNormalizedDPOConfig, PairwiseNormalizedDPOTrainer
 from tests.trainer.runs import llama
 from tests.trainer.test_pairwise import SETTINGS, batch_gradient, make
 

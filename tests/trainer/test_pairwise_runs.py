@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from gradent import EntanglementCallback
-from gradent.measure import sequence_logps
-from gradent.pairs import PairBatch
+from gradent.measurement import sequence_logps
+from gradent.pairs.batch import PairBatch
 from tests.audit.trained import make_base
 from tests.processes import launch
 from tests.trainer import rank_pairwise

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gradent.stream import read_stream
+from gradent.record.stream import read_stream
 from tests.processes import launch
 from tests.trainer import rank_ddp, rank_fsdp
 from tests.trainer.rank_ddp import STEPS

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from gradent import EntanglementCallback, GradentError
-from gradent.stream import read_stream
+from gradent.record.stream import read_stream
 from tests.trainer.runs import Gradients, data_for, gradient_error, llama, make_trainer, weights_of, with_lora
 from tests.truth import assert_exact, truth
 

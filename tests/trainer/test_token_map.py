@@ -9,8 +9,8 @@ import torch
 
 from gradent import EntanglementCallback
 from gradent.errors import InputError
-from gradent.tokens import measure_tokens
-from gradent.trainer.window import to_window
+from gradent.tokens.matrix import measure_tokens
+from gradent.trainer.callback.window import to_window
 from tests.trainer.test_any_release import train
 
 

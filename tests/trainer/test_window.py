@@ -9,9 +9,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from gradent import EntanglementCallback
-from gradent.report.words import Alert
-from gradent.trainer.step import summarize, to_rows
-from gradent.trainer.window import to_window
+from gradent.report.live.alerts import Alert
+from gradent.trainer.callback.step import summarize, to_rows
+from gradent.trainer.callback.window import to_window
 from tests.trainer.runs import data_for, llama, make_trainer, preferences
 
 

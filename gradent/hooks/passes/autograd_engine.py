@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradent.errors import ModelError
-from gradent.hooks.graph import HIDDEN
+from gradent.hooks.capture.coverage import HIDDEN
 from gradent.hooks.passes.microbatch import Forward, MicroBatch, Outcome
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.kernels.common.precision import is_exact

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from gradent.errors import GradentWarning
-from gradent.hooks.logprob import check_rows
 from gradent.hooks.passes.microbatch import Outcome
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.uses.formats import Materialized
 from gradent.kernels.common.numerics import spans
 from gradent.kernels.common.wanted import Wanted
-from gradent.model import forward_logits, observed
-from gradent.traits import check_causal, ignores_padding
+from gradent.model.calls import forward_logits, observed
+from gradent.model.facts import check_causal, ignores_padding
+from gradent.model.logprobs import check_rows
 
 __all__ = ["parameters_kept", "per_sample_rows"]
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradent.hooks.capture import Capture, Tap
-from gradent.hooks.graph import Survey
+from gradent.hooks.capture.capture import Capture, Tap
+from gradent.hooks.capture.coverage import Survey
 from gradent.hooks.passes.microbatch import Forward, MicroBatch, Outcome
 from gradent.hooks.reduction.collector import Collector
 from gradent.hooks.reduction.ledger import Ledger

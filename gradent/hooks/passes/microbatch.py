@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from gradent.hooks.logprob import TILE, check_rows, sequence_logprobs
 from gradent.kernels.common.wanted import Wanted
-from gradent.model import forward_logits
+from gradent.model.calls import forward_logits
+from gradent.model.logprobs import TILE, check_rows, sequence_logprobs
 
 __all__ = ["Forward", "MicroBatch", "Outcome", "group_rows", "micro_batches"]
 

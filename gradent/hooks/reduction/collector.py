@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradent.hooks.capture import Tap
+from gradent.hooks.capture.capture import Tap
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.reduction.reducers import REDUCERS, Arrival, Place, add_gradients
 from gradent.hooks.reduction.weight_grad_reuse import takes_gradient

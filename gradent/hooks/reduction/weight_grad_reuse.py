@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from gradent.hooks.regions import current_region, packs_tensors
+from gradent.hooks.capture.checkpointing import current_region, packs_tensors
 
 __all__ = ["WeightGradReuse", "give", "takes_gradient"]
 

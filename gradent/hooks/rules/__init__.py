@@ -5,7 +5,7 @@ account for. What no rule accounts for is not lost: the coverage check finds the
 it is then measured explicitly, one row at a time.
 """
 
-from gradent.hooks.rules import elementwise, lookup, matrix, norm  # noqa: F401  (importing registers the rules)
+from gradent.hooks.rules import elementwise, embedding, matmul, norm  # noqa: F401  (importing registers the rules)
 from gradent.hooks.rules.registry import RULES, Call, register_rule
 
 __all__ = ["RULES", "Call", "register_rule"]

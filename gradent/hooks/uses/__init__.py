@@ -1,1 +1,1 @@
-"""Uses of a parameter in a forward pass, and the formats in which a row's gradient is held."""
+"""Uses of a parameter: which part of it meets which activations, and the form of its gradient."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gradent.hooks.uses.formats import Factored, Form, Materialized, SparseRows
-from gradent.hooks.views import View
+from gradent.hooks.uses.parameter_views import View
 from gradent.kernels.common.numerics import accumulator
 
 __all__ = ["COPIES", "Cut", "Factor", "GroupedUse", "Layout", "LookupUse", "MatrixUse", "SumUse", "Use"]

@@ -1,0 +1,1 @@
+"""From measured pairs to statements: dynamics, properties, what-if losses, a recommendation."""

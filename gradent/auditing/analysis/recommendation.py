@@ -1,0 +1,219 @@
+"""From the rows of a what-if to one to three sentences: would another loss help, or is the loss not the lever?
+
+The same pairs are judged under every loss, so two losses are compared as pairs are (McNemar): by how many pairs only
+one of them puts in case 1. Text and numbers only; whether they hold for a whole run nobody can say from one small step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gradent.auditing.analysis.loss_grid import NAMES, describe_setting
+
+__all__ = ["CLEARLY", "NEARLY_ALL", "recommend", "standard_errors"]
+
+CLEARLY = 2.8
+"""Standard errors from which a gain is more than sampling noise: of ten losses that gain nothing, one would pass it in
+one of twenty samples of pairs."""
+
+NEARLY_ALL = 0.95
+"""Share of the pairs that the run's loss moves from which there is little left to gain."""
+
+Row = Mapping[str, Any]
+
+_OTHERWISE = {
+    "both_down": "both fall",
+    "both_up": "both rise",
+    "reversed": "chosen falls and rejected rises",
+    "inactive": "the loss moves nothing",
+}
+_DESIGN = "pairwise normalization (the paper's Section 5.1)"
+
+
+def recommend(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """What the rows of `what_if` come to.
+
+    A loss whose λ·NLL term raises both log-probs on more pairs than it separates is not recommended, however many pairs
+    it leaves in case 1; `raises_both` lists those of the paper's losses.
+
+    Args:
+        rows: what `what_if` returned.
+
+    Returns:
+        None where nothing was measured, else `text`; `pairs`; `lever`: "none_needed" (the run's loss is ideal for
+        nearly all pairs that it moves), "loss", "hyperparameter" (of the run's own loss) or "none", None where the
+        run's loss has no numbers; `run`, `best`, `own` the labels of the run's loss, of the best other loss of the
+        paper and of the best setting of the run's own loss, each with its share in case 1 (`_ideal`), the latter two
+        with `_gained` and `_lost` (pairs, against the run's loss) and `_clear` (whether the gain exceeds sampling
+        noise); `design_ideal`; `raises_both` and `not_compared`, labels. What does not exist is None.
+    """
+    run = next((row for row in rows if row["group"] == "run"), None)
+    if run is None or not run["pairs"] or not any(row["cases"] for row in rows):
+        return None
+    paper = [row for row in rows if row["group"] == "paper" and row["loss"] != run["loss"]]
+    judged = [row for row in paper if row["cases"]]
+    same = [row for row in rows if row["group"] in {"paper", "sweep"} and row["loss"] == run["loss"] and row["cases"]]
+    best, own, design = _best(judged), _best(same), next(row for row in rows if _is_normalized(row))
+    facts: dict[str, Any] = {
+        "pairs": run["pairs"],
+        "lever": _find_lever(run, best, own),
+        "run": run["label"],
+        "run_ideal": _ideal(run),
+        **_compare("best", best),
+        **_compare("own", own),
+        "design_ideal": _ideal(design),
+        "raises_both": [row["label"] for row in judged if _raises_both(row)],
+        "not_compared": [row["label"] for row in paper if not row["cases"]],
+    }
+    return {"text": " ".join(_write(facts, run, best, own, judged)), **facts}
+
+
+def standard_errors(gained: int, lost: int) -> float:
+    """A gain in paired standard errors, McNemar's statistic with the continuity correction.
+
+    Args:
+        gained: pairs in case 1 with the other loss alone.
+        lost: pairs in case 1 with the run's loss alone.
+
+    Returns:
+        `(gained - lost - 1)/√(gained + lost)`; 0 where nothing is gained.
+    """
+    return (gained - lost - 1) / math.sqrt(gained + lost) if gained > lost else 0.0
+
+
+def _is_normalized(row: Row) -> bool:
+    return bool(row["group"] == "design" and row["loss"] == "pairwise_normalized")
+
+
+def _best(rows: Sequence[Row]) -> Row | None:
+    """The row with the largest share in case 1, those left out whose λ·NLL term raises both on more pairs than that."""
+    return max((row for row in rows if not _raises_both(row)), key=lambda row: row["cases"]["ideal"], default=None)
+
+
+def _raises_both(row: Row) -> bool:
+    return bool(row["hyperparameters"].get("lam", 0) > 0 and row["cases"]["both_up"] > row["cases"]["ideal"])
+
+
+def _ideal(row: Row | None) -> float | None:
+    return row["cases"]["ideal"] if row is not None and row["cases"] else None
+
+
+def _is_clear(row: Row | None) -> bool:
+    return row is not None and row["against_run"] is not None and standard_errors(**row["against_run"]) > CLEARLY
+
+
+def _compare(name: str, row: Row | None) -> dict[str, Any]:
+    against = (row or {}).get("against_run") or {"gained": None, "lost": None}
+    return {
+        name: row["label"] if row is not None else None,
+        f"{name}_ideal": _ideal(row),
+        f"{name}_gained": against["gained"],
+        f"{name}_lost": against["lost"],
+        f"{name}_clear": _is_clear(row),
+    }
+
+
+def _find_lever(run: Row, best: Row | None, own: Row | None) -> str | None:
+    if run["cases"] is None:
+        return None
+    moved = 1 - run["cases"]["inactive"]
+    if moved > 0 and run["cases"]["ideal"] >= NEARLY_ALL * moved:
+        return "none_needed"
+    clear = [(name, _ideal(row) or 0.0) for name, row in (("hyperparameter", own), ("loss", best)) if _is_clear(row)]
+    return max(clear, key=lambda each: each[1])[0] if clear else "none"
+
+
+def _write(facts: Mapping[str, Any], run: Row, best: Row | None, own: Row | None, judged: Sequence[Row]) -> list[str]:
+    if run["cases"] is None:
+        return _write_without_run(facts, run)
+    design = f"{_percent(facts['design_ideal'])} by construction"
+    sentences = [_open(run)]
+    if facts["lever"] == "none_needed":
+        return [*sentences, "That is nearly every pair that the loss moves: another loss has little to add."]
+    if facts["lever"] == "none":
+        compared = f" (the best, {best['label']}: {_percent(_ideal(best))})" if best is not None else ""
+        tried = " and no value tried of the run's own hyperparameters" if own is not None else ""
+        verb = "do" if tried else "does"
+        sentences.append(
+            f"None of the paper's other losses{compared}{tried} {verb} better by more than sampling noise, so the "
+            f"loss is not the lever; {_DESIGN} would make it {design}, if by little where the gradients are parallel."
+        )
+    elif facts["lever"] == "loss" and best is not None:
+        sentences.append(f"{best['label']} would make it {_reached(best)}; {_DESIGN} {design}.")
+    else:
+        sentences.append(f"{_propose(run, own)}; {_DESIGN} {design}.")
+    return [*sentences, *_last_sentence(facts, run, own, judged)]
+
+
+def _open(run: Row) -> str:
+    most = _find_rest(run)
+    rest = f"; on {_percent(run['cases'][most])} {_OTHERWISE[most]}" if run["cases"][most] >= 0.05 else ""
+    return (
+        f"With {run['label']}, case 1 (chosen rises, rejected falls) holds for {_percent(_ideal(run))} of "
+        f"{_count(run['pairs'])}, to first order and for one small step on each pair alone{rest}."
+    )
+
+
+def _find_rest(run: Row) -> str:
+    """The most frequent case but the ideal one."""
+    return max(_OTHERWISE, key=lambda name: float(run["cases"][name]))
+
+
+def _write_without_run(facts: Mapping[str, Any], run: Row) -> list[str]:
+    best = f"{_percent(facts['best_ideal'])} with {facts['best']} and " if facts["best"] is not None else ""
+    first = f"{run['label']} cannot be judged on these pairs: {run['reason']}"
+    if facts["design_ideal"] is None:
+        return [first]
+    return [
+        first,
+        f"To first order and for one small step on each of {_count(run['pairs'])} alone, case 1 (chosen rises, "
+        f"rejected falls) would hold for {best}{_percent(facts['design_ideal'])} by construction with {_DESIGN}.",
+    ]
+
+
+def _last_sentence(facts: Mapping[str, Any], run: Row, own: Row | None, judged: Sequence[Row]) -> list[str]:
+    """At most one sentence, the most useful that applies."""
+    if facts["lever"] == "loss" and _is_clear(own):
+        return [f"{_propose(run, own)}."]
+    if facts["not_compared"]:
+        return [f"{_join(facts['not_compared'])} could not be compared, for want of a reference's log-probs."]
+    raising = [row for row in judged if _raises_both(row)]
+    if raising and _find_rest(run) == "both_down":
+        most = max(raising, key=lambda row: row["cases"]["both_up"])
+        risen = _percent(most["cases"]["both_up"])
+        return [f"The log-likelihood term of {most['label']} raises chosen, but on {risen} rejected with it."]
+    return []
+
+
+def _propose(run: Row, own: Row | None) -> str:
+    """The best setting of the run's own loss, by what differs from the run's."""
+    if own is None:
+        return ""
+    mine = run["hyperparameters"]
+    setting = {name: value for name, value in own["hyperparameters"].items() if value != mine.get(name)}
+    return f"Within {NAMES.get(run['loss'], run['loss'])}, {describe_setting(setting)} would make it {_reached(own)}"
+
+
+def _reached(row: Row) -> str:
+    """The share in case 1 and, where it is no small one, the share on which both rise."""
+    both_up = row["cases"]["both_up"]
+    return _percent(_ideal(row)) + (f" (on {_percent(both_up)} both rise)" if both_up >= 0.1 else "")
+
+
+def _percent(share: float | None) -> str:
+    if share is None:
+        return "none"
+    if 0 < share < 0.005:
+        return "under 1%"
+    return "over 99%" if 0.995 < share < 1 else f"{share:.0%}"
+
+
+def _count(pairs: int) -> str:
+    return f"{pairs} pair" + ("" if pairs == 1 else "s")
+
+
+def _join(labels: Sequence[str]) -> str:
+    names = [label.partition(" (")[0] for label in labels]
+    return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])

@@ -1,0 +1,191 @@
+"""`audit`, what it takes and what it returns; `gradent.auditing.pipeline` does it.
+
+What needs torch is imported by the call, so that importing this module (and with it the command line) is quick.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gradent.errors import InputError
+from gradent.record import AUDIT_FILES, Summary
+from gradent.record.atomic import make_directory
+
+if TYPE_CHECKING:
+    from gradent.losses import Loss
+
+__all__ = ["AuditResult", "audit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditResult:
+    """What an audit found and where it put it.
+
+    Attributes:
+        summary: the contents of `summary.json`; its `left_out` names checkpoints that could not be measured.
+        pairs_path: `pairs.parquet`; `gradent.record.read_pairs` reads it.
+        summary_path: `summary.json`.
+        sample_path: `sample.parquet`, the texts of the pairs; `gradent.record.read_sample` reads it.
+        modules_path: `modules.parquet`, which `gradent.record.read_modules` reads; None with `by_module=False`.
+        tokens_path: `tokens.parquet`, which `gradent.record.read_tokens` reads; None where no tokens were measured.
+        report_path: `report.html`; None with `report=False`.
+    """
+
+    summary: Summary
+    pairs_path: Path
+    summary_path: Path
+    sample_path: Path
+    modules_path: Path | None = None
+    tokens_path: Path | None = None
+    report_path: Path | None = None
+
+
+def audit(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    *,
+    loss: str | Loss = "dpo",
+    out: str | os.PathLike[str],
+    checkpoints: str | Sequence[int] = "all",
+    base: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
+    reference: str | os.PathLike[str] | None = None,
+    split: str = "train",
+    max_length: int | None = None,
+    max_pairs: int | None = 256,
+    token_pairs: int | None = None,
+    batch_size: int = 8,
+    memory_budget: int | str | None = None,
+    engine: str = "hooks",
+    by_module: bool = True,
+    dtype: str = "float32",
+    device: str | None = None,
+    skip_bad_rows: bool = False,
+    add_eos: bool = True,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    report: bool = True,
+    wandb: str | None = None,
+    quiet: bool = False,
+) -> AuditResult:
+    """Measure gradient entanglement on preference pairs, at every checkpoint of a finished run or on one model.
+
+    Findings are appended to `out/journal/` as they come. Killed at any point and called again with the same arguments,
+    an audit goes on where it was, and its records are those of an undisturbed one. Under `accelerate launch` or
+    `torchrun` the ranks share the batches; `out` must then be one directory that all of them see.
+
+    Args:
+        model: directory of a TRL run (it holds `checkpoint-*`: full models or PEFT adapters), or directory or hub id of
+            a causal LM (all its parameters are measured), or of a PEFT adapter (its parameters are).
+        data: .jsonl, .json or .parquet file, dataset directory, or hub id, in one of TRL's preference formats.
+        loss: a name that `losses.get` knows, with its default hyperparameters, or a `Loss`.
+        out: directory for the records, made where needed; those of an earlier audit there are replaced or removed, its
+            journal is kept.
+        checkpoints: of a run, "all", "last", or steps ("0,200,400" or a sequence); 0 is the model before training.
+        base: of a run, the model that it started from, where its files do not say or have moved.
+        adapter: PEFT adapter on top of `model`; its parameters are then what is measured.
+        reference: directory or hub id of the reference model, for losses with a reference. Without it that is the model
+            that a run started from, or the base under an adapter, as in TRL; a single model without an adapter is its
+            own, as at the first step.
+        split: split of a dataset directory or hub dataset.
+        max_length: most tokens of prompt + response; the rest of the response is cut, as in TRL. Default: 1024, or
+            the model's number of positions if that is smaller.
+        max_pairs: measure that many pairs only, the same on every checkpoint: one of each of so many slices of like
+            length, drawn with `seed`. None for all.
+        token_pairs: also measure the token matrices of that many pairs (all, if there are no more) on the last
+            checkpoint and write `tokens.parquet`. They stand for the data: the middles of so many equal slices of the
+            measured pairs sorted by cosine, with no chance in it. `measure_tokens` does it, whatever the `engine`. None
+            for no tokens.
+        batch_size: most pairs a batch; pairs of like length share one.
+        memory_budget: bounds the scratch of the reductions, as in `measure` (bytes, or "512MiB").
+        engine: "hooks" or "func", as in `measure`.
+        by_module: also sum up which modules the cosine comes from, and write `modules.parquet`.
+        dtype: float32 on every device unless said otherwise: it is TRL's own default, and bfloat16 gradients keep
+            three digits, which inner products that cancel do not survive. "auto" is the checkpoint's dtype.
+        device: a torch device; by default "cuda" where there is one, else "cpu".
+        skip_bad_rows: go on without rows that cannot be used; they are counted and listed.
+        add_eos: append EOS to plain-string responses, as TRL's DPOTrainer does.
+        trust_remote_code: run code that the model's repository brings.
+        seed: of the draw of `max_pairs`.
+        report: also write `report.html` and `figures/`.
+        wandb: a wandb project to stream the records to.
+        quiet: print nothing.
+
+    Returns:
+        The summary and the paths of the files.
+
+    Raises:
+        InputError: `loss` is neither a name nor a `Loss`, or another audit is writing to `out`.
+        GradentError: whatever is wrong with the arguments, the data or the model, with the place and the remedy. A
+            checkpoint of a run that cannot be measured raises nothing: it is told of and listed in the summary's
+            `left_out`, unless none can.
+        KeyboardInterrupt: it was stopped; what was measured until then has been written as a partial record.
+    """
+    from gradent import losses  # noqa: PLC0415
+    from gradent.auditing.measuring.batches import check_scan_settings  # noqa: PLC0415
+    from gradent.auditing.measuring.tokens import check_token_pairs  # noqa: PLC0415
+    from gradent.auditing.pipeline import Setting, conduct  # noqa: PLC0415
+
+    objective = losses.get(loss) if isinstance(loss, str) else loss
+    if not isinstance(objective, losses.Loss):
+        raise InputError(f"loss is a {type(loss).__name__}; accepted: a name that losses.get knows, or a Loss.")
+    if objective.name == "token_masked":
+        raise InputError(
+            "loss is token_masked, and an audit measures whole responses, not kept tokens. Audit with the loss under "
+            "it (dpo); --token-pairs N then adds a what-if row that keeps the differing tokens alone."
+        )
+    check_scan_settings(batch_size=batch_size, engine=engine, memory_budget=memory_budget)
+    check_token_pairs(token_pairs)
+    if wandb is not None:
+        _check_wandb(wandb)
+    inside = Path(out).resolve().parent == Path(model).resolve()
+    if inside and re.fullmatch(r"checkpoint-\d+", Path(out).name):
+        raise InputError(
+            f"{out}: is named like a checkpoint of the run, and would be taken for one. Choose another --out."
+        )
+    if (Path(out) / "demo.json").exists():
+        raise InputError(f"{out}: holds the records of `gradent demo`, under the same names. Choose another --out.")
+    directory = make_directory(out, AUDIT_FILES)
+    setting = Setting(
+        model=os.fspath(model), data=os.fspath(data), checkpoints=checkpoints, base=_text(base),
+        adapter=_text(adapter), reference=_text(reference), split=split, max_length=max_length, max_pairs=max_pairs,
+        token_pairs=token_pairs, batch_size=batch_size, memory_budget=memory_budget, engine=engine,
+        by_module=by_module, dtype=dtype, device=device, skip_bad_rows=skip_bad_rows, add_eos=add_eos,
+        trust_remote_code=trust_remote_code, seed=seed,
+    )  # fmt: skip
+    summary = conduct(setting, objective, directory, report=report, wandb=wandb, quiet=quiet)
+    there = {name: directory / name for name in AUDIT_FILES}
+    return AuditResult(
+        summary=summary,
+        pairs_path=there["pairs.parquet"],
+        summary_path=there["summary.json"],
+        sample_path=there["sample.parquet"],
+        modules_path=there["modules.parquet"] if summary["modules"] is not None else None,
+        tokens_path=there["tokens.parquet"] if summary["tokens"] is not None else None,
+        report_path=there["report.html"] if report else None,
+    )
+
+
+def _check_wandb(project: str) -> None:
+    """Refuse what could not be streamed to, before anything is measured for it.
+
+    Args:
+        project: the wandb project.
+
+    Raises:
+        InputError: no name, or wandb is not installed.
+    """
+    if not project.strip():
+        raise InputError("wandb is an empty name; accepted is that of a project (command line: --wandb PROJECT).")
+    if importlib.util.find_spec("wandb") is None:
+        raise InputError("wandb is not installed: pip install wandb, or leave --wandb out.")
+
+
+def _text(name: str | os.PathLike[str] | None) -> str | None:
+    return None if name is None else os.fspath(name)

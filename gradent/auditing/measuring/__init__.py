@@ -1,0 +1,1 @@
+"""Measuring an audit's pairs, batch by batch."""

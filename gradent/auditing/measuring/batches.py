@@ -1,0 +1,298 @@
+"""One model over batches of pairs of like length: the Gram entries and the reference's log-probs of each.
+
+What a batch gives is plain numbers, so that it can be written down as it comes; `join_blocks` puts batches together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from gradent.errors import GradentError, InputError, NonFiniteError
+from gradent.kernels.common.budget import parse_budget
+from gradent.loading.preferences import AuditPair
+from gradent.measurement import measure, sequence_logps
+from gradent.pair_gram import PairGram
+from gradent.pairs.batch import PairBatch
+
+__all__ = [
+    "Block",
+    "Reference",
+    "Scan",
+    "adapter_off",
+    "check_scan_settings",
+    "itself",
+    "join_blocks",
+    "other_model",
+    "plan_batches",
+    "scan_batches",
+    "scan_reference",
+]
+
+Reference = Callable[[PairBatch, PairGram], tuple[Tensor, Tensor]]
+"""From a batch and its measurement to `(ref_chosen_logp, ref_rejected_logp)`, float64 `[B]` each."""
+
+Block = dict[str, Any]
+"""What one batch gave, as JSON: `positions` of its pairs and, a number each, the entries of `PairGram` and the
+reference's log-probs (absent without a reference); `modules` as in `Scan`; `coverage`."""
+
+_ENTRIES = ("chosen_sq", "rejected_sq", "inner", "chosen_logp", "rejected_logp", "chosen_len", "rejected_len")
+_REFERENCES = ("ref_chosen_logp", "ref_rejected_logp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """What batches of P pairs measured.
+
+    Attributes:
+        positions: of the P pairs among all pairs, increasing.
+        gram: entries of the P pairs, in that order, without `modules`.
+        ref_chosen_logp: the reference's log-probs, float64 `[P]`, or None without a reference.
+        ref_rejected_logp: likewise.
+        modules: `{module: [inner_m / (‖g_w‖‖g_l‖), chosen_sq_m / ‖g_w‖², rejected_sq_m / ‖g_l‖²]}`, float64 `[3]`, each
+            summed over the pairs whose cosine is defined; empty unless asked for.
+    """
+
+    positions: list[int]
+    gram: PairGram
+    ref_chosen_logp: Tensor | None = None
+    ref_rejected_logp: Tensor | None = None
+    modules: dict[str, Tensor] = field(default_factory=dict)
+
+
+def itself(batch: PairBatch, gram: PairGram) -> tuple[Tensor, Tensor]:
+    """The model as its own reference, as at the first step of training.
+
+    Args:
+        batch: the pairs.
+        gram: their measurement.
+
+    Returns:
+        The measured log-probs.
+    """
+    return gram.chosen_logp, gram.rejected_logp
+
+
+def adapter_off(model: Any) -> Reference:
+    """The base model under a PEFT adapter as the reference, as in TRL.
+
+    Args:
+        model: a `PeftModel`.
+
+    Returns:
+        The reference.
+    """
+
+    def reference(batch: PairBatch, gram: PairGram) -> tuple[Tensor, Tensor]:
+        with model.disable_adapter():
+            return sequence_logps(model, batch)
+
+    return reference
+
+
+def other_model(model: Any) -> Reference:
+    """A model of its own as the reference.
+
+    Args:
+        model: the reference model.
+
+    Returns:
+        The reference.
+    """
+    return lambda batch, gram: sequence_logps(model, batch)
+
+
+def check_scan_settings(*, batch_size: int, engine: str, memory_budget: int | str | None) -> None:
+    """Refuse what `scan_pairs` could not use, before a model is loaded for it.
+
+    Args:
+        batch_size: most pairs a batch.
+        engine: as in `measure`.
+        memory_budget: as in `measure`.
+
+    Raises:
+        InputError: one of them is malformed.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be at least 1 (command line: --batch-size).")
+    if engine not in {"hooks", "func"}:
+        raise InputError(f"engine is {engine!r}; accepted: 'hooks' and 'func' (command line: --engine).")
+    parse_budget(memory_budget)
+
+
+def plan_batches(pairs: Sequence[AuditPair], batch_size: int) -> list[list[int]]:
+    """Group pairs of like length, longest first: little padding, and what does not fit in memory fails at once.
+
+    Args:
+        pairs: the pairs.
+        batch_size: most pairs a batch.
+
+    Returns:
+        Positions in `pairs`, batch by batch.
+    """
+    order = sorted(range(len(pairs)), key=lambda position: -pairs[position].longest)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def scan_batches(
+    model: Any,
+    pairs: Sequence[AuditPair],
+    batches: Sequence[Sequence[int]],
+    *,
+    reference: Reference | None = None,
+    engine: str = "hooks",
+    by_module: bool = False,
+    memory_budget: int | str | None = None,
+) -> Iterator[Block]:
+    """Measure batch after batch.
+
+    Args:
+        model: a causal LM; its trainable parameters are what is measured.
+        pairs: all pairs.
+        batches: positions in `pairs`, batch by batch.
+        reference: where the reference's log-probs come from; None to go without.
+        engine: as in `measure`.
+        by_module: each module's part as well.
+        memory_budget: as in `measure`.
+
+    Yields:
+        What each batch gave.
+
+    Raises:
+        GradentError: what `measure` raises; a nan or an inf, or a device out of memory, with the row.
+    """
+    for positions in batches:
+        chunk = [pairs[position] for position in positions]
+        gram, references = _measure_batch(model, _to_batch(chunk), chunk, reference, engine, by_module, memory_budget)
+        yield {
+            "positions": list(positions),
+            **{name: getattr(gram, name).tolist() for name in _ENTRIES},
+            **{name: values.tolist() for name, values in zip(_REFERENCES, references, strict=False)},
+            "modules": _module_sums(gram),
+            "coverage": gram.coverage,
+        }
+
+
+def scan_reference(model: Any, pairs: Sequence[AuditPair], batches: Sequence[Sequence[int]]) -> Iterator[Block]:
+    """The log-probs of a reference model alone, batch after batch.
+
+    Args:
+        model: the reference model.
+        pairs: all pairs.
+        batches: positions in `pairs`, batch by batch.
+
+    Yields:
+        `ref_chosen_logp` and `ref_rejected_logp` of each batch.
+
+    Raises:
+        GradentError: a nan or an inf, or a device out of memory, with the row.
+    """
+    for positions in batches:
+        chunk = [pairs[position] for position in positions]
+        with _memory_told(chunk):
+            references = sequence_logps(model, _to_batch(chunk))
+        _check_reference(chunk, references)
+        yield {name: values.tolist() for name, values in zip(_REFERENCES, references, strict=True)}
+
+
+def join_blocks(blocks: Sequence[Mapping[str, Any]]) -> Scan:
+    """Put what batches gave together, whatever order they come in.
+
+    Args:
+        blocks: at least one, as `scan_batches` yields them; sums over modules are taken in the order given.
+
+    Returns:
+        The `Scan` of their pairs.
+    """
+    positions = torch.tensor([position for block in blocks for position in block["positions"]])
+    order = positions.argsort()
+    integers = {"chosen_len", "rejected_len"}
+    whole: dict[str, Tensor] = {}
+    for name in (*_ENTRIES, *_REFERENCES):
+        if name in blocks[0]:
+            kind = torch.int64 if name in integers else torch.float64
+            whole[name] = torch.tensor([value for block in blocks for value in block[name]], dtype=kind)[order]
+    modules: dict[str, Tensor] = {}
+    for block in blocks:
+        for name, sums in block["modules"].items():
+            modules[name] = modules.get(name, torch.zeros(3, dtype=torch.float64)) + torch.tensor(
+                sums, dtype=torch.float64
+            )
+    coverage = min(float(block["coverage"]) for block in blocks)
+    gram = PairGram(
+        chosen_sq=whole["chosen_sq"],
+        rejected_sq=whole["rejected_sq"],
+        inner=whole["inner"],
+        chosen_logp=whole["chosen_logp"],
+        rejected_logp=whole["rejected_logp"],
+        chosen_len=whole["chosen_len"],
+        rejected_len=whole["rejected_len"],
+        coverage=coverage,
+    )
+    refs = {name: whole.get(name) for name in _REFERENCES}
+    return Scan(positions=positions[order].tolist(), gram=gram, modules=modules, **refs)
+
+
+def _to_batch(chunk: Sequence[AuditPair]) -> PairBatch:
+    return PairBatch.from_tokens([(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in chunk])
+
+
+def _measure_batch(
+    model: Any,
+    batch: PairBatch,
+    chunk: Sequence[AuditPair],
+    reference: Reference | None,
+    engine: str,
+    by_module: bool,
+    memory_budget: int | str | None,
+) -> tuple[PairGram, tuple[Tensor, ...]]:
+    try:
+        kind = cast(Literal["hooks", "func"], engine)  # `measure` refuses any other
+        with _memory_told(chunk):
+            gram = measure(model, batch, engine=kind, by_module=by_module, memory_budget=memory_budget)
+            references = () if reference is None else reference(batch, gram)
+    except NonFiniteError as error:
+        if len(chunk) > 1:  # one by one, to tell which
+            for number, pair in enumerate(chunk):
+                _measure_batch(model, batch.select([number]), [pair], reference, engine, by_module, memory_budget)
+        raise NonFiniteError(f"{', '.join(pair.where for pair in chunk)}: {error}") from error
+    _check_reference(chunk, references)  # `measure` has refused what is not finite in its own numbers
+    return gram, references
+
+
+@contextmanager
+def _memory_told(chunk: Sequence[AuditPair]) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise GradentError(
+            f"The device ran out of memory on a batch of {len(chunk)} pairs of up to {chunk[0].longest} tokens (the "
+            f"longest at {chunk[0].where}). Try a smaller --batch-size, --memory-budget or --max-length, or --dtype "
+            "bfloat16."
+        ) from error
+
+
+def _check_reference(chunk: Sequence[AuditPair], references: Sequence[Tensor]) -> None:
+    if not references:
+        return
+    finite = torch.stack(list(references)).isfinite().all(0)
+    if not bool(finite.all()):
+        where = chunk[int(finite.int().argmin())].where
+        raise NonFiniteError(
+            f"{where}: a log-prob of this pair under the reference is nan or inf. Try --dtype float32 (or float64); if "
+            "it stays, the reference's weights are damaged, or the row must be left out."
+        )
+
+
+def _module_sums(gram: PairGram) -> dict[str, list[float]]:
+    defined = (gram.chosen_sq > 0) & (gram.rejected_sq > 0)
+    scales = torch.stack([(gram.chosen_sq * gram.rejected_sq).sqrt(), gram.chosen_sq, gram.rejected_sq])[:, defined]
+    sums = {}
+    for name, (chosen_sq, rejected_sq, inner) in (gram.modules or {}).items():
+        sums[name] = (torch.stack([inner, chosen_sq, rejected_sq])[:, defined] / scales).sum(1).tolist()
+    return sums

@@ -1,0 +1,1 @@
+"""What an audit remembers: its targets, its journal, its ranks."""

@@ -1,0 +1,184 @@
+"""What an audit measures: one model, or checkpoints of a run; and which reference it holds against them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from gradent.auditing.state.journal import digest
+from gradent.errors import InputError
+from gradent.loading.runs.discover import Checkpoint, Run, choose, find_run, is_run
+from gradent.loading.source import ModelSource, read_adapter_file, read_step, resolve_source
+
+__all__ = ["ReferenceChoice", "Target", "choose_reference", "find_targets"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One model to measure.
+
+    Attributes:
+        name: what records call it.
+        step: the trainer's step at which it was saved.
+        source: where it is; None where it cannot be measured.
+        problem: why not; None where it can.
+    """
+
+    name: str
+    step: int
+    source: ModelSource | None
+    problem: str | None = None
+
+    @cached_property
+    def identity(self) -> str:
+        """Changes where the target's files change; as they were when it was first asked for."""
+        return digest([self.name, self.step, _model_files(self.source)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceChoice:
+    """Where the reference's log-probs come from.
+
+    Attributes:
+        kind: "none", "self" (each model is its own), "adapter_off" or "model".
+        source: of the model that is loaded for it, first and alone; None where none is.
+        given: what the user passed for it, if anything.
+    """
+
+    kind: str
+    source: ModelSource | None = None
+    given: str | None = None
+
+    @cached_property
+    def identity(self) -> str:
+        """Changes where the reference's files change; as they were when it was first asked for."""
+        return digest(_model_files(self.source))
+
+
+def find_targets(
+    model: str, *, adapter: str | None, base: str | None, checkpoints: str | Sequence[int]
+) -> tuple[list[Target], Run | None]:
+    """Tell a run from a single model, and choose what of it to measure.
+
+    Args:
+        model: directory of a run, or directory or hub id of a causal LM or a PEFT adapter.
+        adapter: PEFT adapter on `model`, which is then no run.
+        base: the model that the run started from, where its files do not say.
+        checkpoints: as in `audit`.
+
+    Returns:
+        What to measure, by step, and the run; None for a single model.
+
+    Raises:
+        InputError: arguments that do not go together, or steps that are not there.
+    """
+    if not is_run(model):
+        if base is not None:
+            raise InputError(
+                f"{model}: is not a run (it has no checkpoint-* in it), and base={base!r} is given. Leave --base out."
+            )
+        if checkpoints != "all":
+            raise InputError(
+                f"{model}: is not a run (it has no checkpoint-* in it), and checkpoints={checkpoints!r} is asked for. "
+                "Leave --checkpoints out, or give the directory that holds checkpoint-*."
+            )
+        source = resolve_source(model, adapter)
+        return [Target(name=source.name, step=read_step(source), source=source)], None
+    if adapter is not None:
+        raise InputError(
+            f"{model}: is a run (it has checkpoint-* in it), and --adapter {adapter} is given. Leave --adapter out; "
+            "for one adapter alone, give the base model as MODEL."
+        )
+    run = find_run(model, base=base)
+    targets = [_to_target(each, run) for each in choose(run, checkpoints)]
+    return targets, run
+
+
+def choose_reference(
+    targets: Sequence[Target], run: Run | None, given: str | None, *, needed: str | None, tell: Callable[[str], None]
+) -> ReferenceChoice:
+    """Choose the reference that the run had.
+
+    Args:
+        targets: what is measured.
+        run: the run, if it is one.
+        given: directory or hub id that the user passed.
+        needed: the loss that cannot do without; None where it can.
+        tell: announces a choice that was made for the user.
+
+    Returns:
+        The choice.
+
+    Raises:
+        InputError: the loss needs a reference, and nothing says which model the run started from.
+    """
+    if given is not None:
+        return ReferenceChoice(kind="model", source=resolve_source(given), given=given)
+    source = next(target.source for target in targets if target.source is not None)
+    if run is None:
+        return _reference_of_one(source, needed, tell)
+    if run.base is None and needed is None:
+        return ReferenceChoice(kind="none")
+    if run.base is None:
+        raise InputError(
+            f"{run.directory}: {needed} needs the log-probs of a reference, and nothing in this run says which model "
+            "it started from (no base_model in a README.md). Pass it with --base (or another one with --reference)."
+        )
+    if source.adapter is not None and _trains_biases(source.adapter):
+        tell(
+            f"The adapters train biases of the base; the reference is the base {run.base} as it was, whereas in TRL "
+            "they stay as trained where an adapter is switched off."
+        )
+    else:
+        tell(f"The reference is {run.base}, which the run started from (--reference for another).")
+    kind = "adapter_off" if run.kind == "adapter" else "model"
+    return ReferenceChoice(kind=kind, source=ModelSource(base=run.base, adapter=None, name=run.base))
+
+
+def _reference_of_one(source: ModelSource, needed: str | None, tell: Callable[[str], None]) -> ReferenceChoice:
+    if source.adapter is None and needed is None:
+        return ReferenceChoice(kind="none")
+    if source.adapter is None:
+        tell(
+            "The model is its own reference, as at the first step of training: the loss sees log-ratios of 0. If it "
+            "has been trained on preferences already, pass the model it started from with --reference."
+        )
+        return ReferenceChoice(kind="self")
+    tell(f"The reference is the base {source.base} without the adapter, as in TRL (--reference for another).")
+    if _trains_biases(source.adapter):
+        tell(
+            "The adapter trains biases of the base, and they stay as trained where it is switched off, in TRL as "
+            f"well. For the base as it was, pass --reference {source.base}."
+        )
+    return ReferenceChoice(kind="adapter_off")
+
+
+def _trains_biases(adapter: str) -> bool:
+    return str(read_adapter_file(adapter).get("bias", "none")) != "none"
+
+
+def _to_target(checkpoint: Checkpoint, run: Run) -> Target:
+    problem, source = checkpoint.problem, None
+    if problem is None and checkpoint.kind == "adapter":
+        if run.base is None:
+            problem = f"{checkpoint.path}: nothing says which base model this adapter belongs to. Pass --base."
+        else:
+            source = ModelSource(base=run.base, adapter=checkpoint.path, name=checkpoint.name)
+    elif problem is None:
+        source = ModelSource(base=checkpoint.path, adapter=None, name=checkpoint.name)
+    return Target(name=checkpoint.name, step=checkpoint.step, source=source, problem=problem)
+
+
+def _model_files(source: ModelSource | None) -> list[Any] | None:
+    return None if source is None else [_files(source.base), _files(source.adapter)]
+
+
+def _files(name: str | None) -> list[tuple[str, int, int]] | str | None:
+    """Name, size and time of the files that make a model; a hub id stands for itself."""
+    if name is None or not Path(name).is_dir():
+        return name
+    files = [path for kind in ("*.safetensors", "*.index.json", "*config.json") for path in Path(name).glob(kind)]
+    return sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)

@@ -1,0 +1,1 @@
+"""The command line: `gradent demo`, `audit`, `report`, `compare`, `tokens`, `plan`, `doctor`."""

@@ -1,0 +1,349 @@
+"""Watching one forward pass: every use of a trainable parameter, whatever the module it happens in.
+
+A `TorchFunctionMode` sees each torch function that the model's code calls. Calls without a trainable operand pass
+through untouched. For the others the function's rule says which uses it accounts for; a hook on the output then
+receives the cotangent. No module is modified and nothing is hung on the user's parameters: when the graph of the pass
+goes, so does everything here.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from gradent.hooks.capture.checkpointing import current_region, in_backward
+from gradent.hooks.capture.coverage import Edge, Survey, edges_between, node_of, survey
+from gradent.hooks.capture.row_order import in_order
+from gradent.hooks.overhead import Clock
+from gradent.hooks.rules import RULES, Call
+from gradent.hooks.uses.parameter_views import View, follow
+from gradent.hooks.uses.uses import Layout, Use
+
+__all__ = ["Capture", "Tap"]
+
+_T = TypeVar("_T")
+
+_Key = tuple[Any, tuple[tuple[int, tuple[int, ...]], ...]]
+"""A torch function and the slots among its operands: what a call is recognised by when it is computed again."""
+
+
+@dataclass(eq=False)
+class Tap:
+    """A recorded use, the node whose cotangent it waits for, and the edges into the parameter that it accounts for.
+
+    Attributes:
+        use: the use; hollow while `ready` is false.
+        node: the node of the operator's output.
+        edges: edges into the parameter that the use accounts for.
+        ready: the use holds its operands. In a checkpointed region they come when they are computed again.
+        early: a cotangent that arrived before the operands.
+    """
+
+    use: Use
+    node: Node
+    edges: frozenset[Edge]
+    ready: bool = True
+    early: Tensor | None = None
+
+
+class _Seen(NamedTuple):
+    """What is noted of a call with a trainable operand before it runs."""
+
+    tracked: list[Tensor]
+    operands: list[tuple[Tensor, Node | None]]
+    region: Any
+    again: bool
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A call in a checkpointed region, to be recognised when it is computed again."""
+
+    taps: Sequence[Tap]
+    shape: torch.Size
+
+
+class Capture(TorchFunctionMode):
+    """Records the uses of `parameters` in the forward pass that runs inside `with capture:`.
+
+    Started again while a checkpointed region is computed again, it takes from there the operands that the forward pass
+    did not keep.
+
+    Args:
+        parameters: the trainable parameters; a parameter's number is its place here.
+        layout: the rows of the forward.
+        deliver: called with `(tap, cotangent)` when a tap's cotangent arrives during the backward pass. It must not
+            keep or modify the cotangent beyond what the rule's forms keep.
+        late: called with each tap that is recorded while a backward pass runs (reentrant checkpointing). Given, the
+            capture holds no activation of a checkpointed region, and is to be started again when one is recomputed.
+
+        on_error: called with an error of the capture's own while the model runs, which then goes on unwatched; without
+            it such an error is raised.
+        clock: counts the time that the capture itself takes.
+
+    Attributes:
+        parameters: the trainable parameters.
+        taps: what was recorded, in forward order.
+        meets_hooks: whether the model's own code registered a hook on a tensor.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        layout: Layout,
+        deliver: Callable[[Tap, Tensor], None],
+        *,
+        late: Callable[[Tap], None] | None = None,
+        on_error: Callable[[Exception], None] | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        super().__init__()
+        self.taps: list[Tap] = []
+        self.meets_hooks = False
+        self._layout = layout
+        self._deliver = deliver
+        self._late = late
+        self._on_error = on_error
+        self._clock = Clock() if clock is None else clock
+        self._blind = False
+        self.parameters = parameters
+        # A tensor's view, and its node when it was made: one that is changed in place afterwards has another.
+        self._views: dict[int, tuple[View, Node | None]] = {
+            id(parameter): (View(number, (), tuple(parameter.shape)), None)
+            for number, parameter in enumerate(parameters)
+        }
+        self._leaves: dict[Node, int] = {}
+        self._nodes: dict[int, Node | None] = {}
+        self._ordered: set[Node] = set()
+        self._held: list[Tensor] = []  # views must stay alive: their id is their key
+        self._handles: list[RemovableHandle] = []
+        self._pending: weakref.WeakKeyDictionary[Any, dict[_Key, deque[_Pending]]] = weakref.WeakKeyDictionary()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.register_hook:
+            self.meets_hooks = True
+        if self._blind or not torch.is_grad_enabled() or not self._concerns(args, kwargs):
+            return func(*args, **kwargs)
+        seen = self._guarded(self._before, func, args, kwargs)
+        out = func(*args, **kwargs)
+        if seen is not None and isinstance(out, Tensor) and out.grad_fn is not None:
+            self._guarded(self._after, func, args, kwargs, out, seen)
+        return out
+
+    def _concerns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a tracked tensor may be among a call's arguments: a quick look, for most calls have none."""
+        views = self._views
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if id(value) in views or isinstance(value, (list, tuple)):
+                return True
+        return False
+
+    def _guarded(self, function: Callable[..., _T], *args: Any) -> _T | None:
+        if self._on_error is None:
+            return function(*args)
+        try:
+            with self._clock:
+                return function(*args)
+        except Exception as error:  # noqa: BLE001  (what is observed must not suffer from being observed)
+            self._blind = True
+            self._on_error(error)
+            return None
+
+    def _before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen | None:
+        """What has to be noted before an operator runs; None where it is of no interest."""
+        tensors = _tensors((*args, *kwargs.values()))
+        tracked = [tensor for tensor in tensors if self._find(tensor) is not None]
+        if not tracked:
+            return None
+        region = None if self._late is None else current_region()
+        again = region is not None and in_backward()
+        # The operator may be where the computation is cut short: its operands are taken now.
+        if again and self._refill(region, self._key(func, tracked), args, kwargs):
+            return None
+        return _Seen(tracked, [(tensor, self._node(tensor)) for tensor in tensors], region, again)
+
+    def _after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor, seen: _Seen) -> None:
+        if seen.again or not self._record(func, seen, args, kwargs, out):
+            self._follow(func, args, kwargs, out, seen.tracked)
+
+    def _key(self, func: Any, tracked: list[Tensor]) -> _Key:
+        views = (self._find(tensor) for tensor in tracked)
+        return func, tuple((view.param, view.slot) for view in views if view is not None)
+
+    def _uses(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[Use]:
+        rule = RULES.get(func)
+        return rule(Call(args, kwargs, out, self._layout, self._find, self._in_order)) if rule else []
+
+    def _in_order(self, tensor: Tensor) -> bool:
+        return in_order(tensor, self._layout.rows, self._layout.length, self._ordered)
+
+    def _record(
+        self,
+        func: Any,
+        seen: _Seen,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Tensor,
+    ) -> bool:
+        """Record the uses that the call's rule accounts for; whether there is any."""
+        region = seen.region
+        taps = [self._tap(use, out, seen.operands, region is not None) for use in self._uses(func, args, kwargs, out)]
+        if self._late is not None and in_backward():
+            for tap in taps:
+                self._late(tap)
+        if taps and region is not None:
+            key = self._key(func, seen.tracked)
+            self._pending.setdefault(region, {}).setdefault(key, deque()).append(_Pending(taps, out.shape))
+        return bool(taps)
+
+    def _follow(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor, tracked: list[Tensor]
+    ) -> None:
+        given = self._find(tracked[0]) if len(tracked) == 1 else None
+        view = None if given is None else follow(func, given, tracked[0], args, kwargs, out)
+        if view is not None and id(out) not in self._views:  # a cast with nothing to do returns its argument
+            self._views[id(out)] = (view, out.grad_fn)
+            self._held.append(out)
+
+    def _tap(self, use: Use, out: Tensor, operands: list[tuple[Tensor, Node | None]], hollow: bool) -> Tap:
+        node = out.grad_fn
+        assert node is not None
+        stops = [operand for _, operand in operands if operand is not None]
+        edges: set[Edge] = set()
+        for tensor, operand in operands:
+            if operand is not None and self._find(tensor) == use.view:
+                edges |= edges_between(node, operand, stops)
+        kept = use.hollow if hollow else use
+        tap = Tap(kept, node, frozenset(edges), ready=kept is use)
+        self.taps.append(tap)
+        # A partial: a function and the two cells that it closes over are more for the garbage collector to walk.
+        handle = out.register_hook(partial(self._arrive, tap))  # type: ignore[no-untyped-call]
+        self._handles.append(handle)
+        return tap
+
+    def _arrive(self, tap: Tap, cotangent: Tensor) -> None:
+        if tap.ready:
+            self._deliver(tap, cotangent)
+        else:
+            tap.early = cotangent
+
+    def _refill(self, region: Any, key: _Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Give a call's taps their operands, now that they have been computed again; whether it was a recorded call."""
+        calls = self._pending.get(region, {}).get(key)
+        if not calls:
+            return False
+        call = calls.popleft()
+        uses = self._uses(key[0], args, kwargs, torch.empty(call.shape, device="meta"))
+        for tap, use in zip(call.taps, uses, strict=False):
+            if tap.use.view == use.view and not tap.ready:
+                tap.use, tap.ready = use, True
+                if tap.early is not None:
+                    cotangent, tap.early = tap.early, None
+                    self._deliver(tap, cotangent)
+        return True
+
+    def _find(self, operand: Any) -> View | None:
+        found = self._views.get(id(operand))
+        return found[0] if found is not None and found[1] is operand.grad_fn else None
+
+    def _node(self, tensor: Tensor) -> Node | None:
+        """`node_of`, which for a leaf takes an operator to find out; of a tracked one it is remembered."""
+        if tensor.grad_fn is not None or id(tensor) not in self._views:
+            return node_of(tensor)
+        if id(tensor) not in self._nodes:
+            self._nodes[id(tensor)] = node_of(tensor)
+        return self._nodes[id(tensor)]
+
+    @property
+    def leaves(self) -> dict[Node, int]:
+        """The nodes at which the parameters' gradients arrive, with their numbers."""
+        numbers = {self._node(parameter): number for number, parameter in enumerate(self.parameters)}
+        return {node: number for node, number in numbers.items() if node is not None} | self._leaves
+
+    def adopt(self, number: int, tensor: Tensor) -> None:
+        """Take a tensor for a parameter: the whole one that stands in for its shards while a module runs.
+
+        Args:
+            number: the parameter's number.
+            tensor: the leaf that operators will see.
+        """
+        if id(tensor) not in self._views:
+            self._views[id(tensor)] = (View(number, (), tuple(tensor.shape)), None)
+            self._held.append(tensor)
+            node = node_of(tensor)
+            if node is not None:
+                self._leaves[node] = number
+
+    def start(self) -> None:
+        """Watch from here on: `__enter__`, where the end is in another function."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def stop(self) -> None:
+        """Watch no more: `__exit__`."""
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Let go of the pass.
+
+        Its graph holds the hooks, which hold this object, which holds the graph's nodes: a ring through C++ that the
+        garbage collector does not see, and that would keep every activation.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self.taps.clear()
+        self._pending.clear()
+        self._leaves.clear()
+        self._nodes.clear()
+        self._ordered.clear()
+        self._handles.clear()
+        self._views.clear()
+        self._held.clear()
+        self._deliver = _nowhere
+
+    def survey(self, loss: Tensor, without: frozenset[int] = frozenset(), *, opaque: bool = False) -> Survey:
+        """What of the graph below `loss` the recorded uses account for.
+
+        Args:
+            loss: the scalar whose backward will run.
+            without: numbers of parameters whose recorded uses are to be disregarded.
+            opaque: go on past regions whose graph is hidden, instead of raising.
+
+        Returns:
+            The survey; `missed` then includes those of `without` that the loss depends on.
+        """
+        assert loss.grad_fn is not None
+        taps = [tap for tap in self.taps if tap.use.view.param not in without]
+        claimed: dict[Edge, frozenset[Node]] = {}
+        for tap in taps:
+            for edge in tap.edges:
+                claimed[edge] = claimed.get(edge, frozenset()) | {tap.node}
+        parameters = self.leaves
+        return survey(loss.grad_fn, claimed, frozenset(tap.node for tap in taps), parameters, opaque=opaque)
+
+
+def _nowhere(tap: Tap, cotangent: Tensor) -> None:
+    """Where cotangents go once a pass has been closed."""
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among a call's arguments, one level of lists and tuples deep."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found.extend(item for item in value if isinstance(item, Tensor))
+    return found

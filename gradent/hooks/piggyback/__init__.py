@@ -1,0 +1,1 @@
+"""Reading the Gram entries off a trainer's own backward pass."""

@@ -1,0 +1,84 @@
+"""Matrix products: linear layers, HF's Conv1D, raw `x @ W`, fused experts. `G = Σ_t b_t a_tᵀ`, kept factored."""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gradent.hooks.rules.elementwise import sum_use
+from gradent.hooks.rules.registry import Call, register_rule
+from gradent.hooks.uses.parameter_views import View
+from gradent.hooks.uses.uses import GroupedUse, MatrixUse, Use
+
+__all__: list[str] = []
+
+
+def _is_matrix(view: View | None) -> TypeGuard[View]:
+    return view is not None and view.plain and len(view.shape) == 2
+
+
+@register_rule(F.linear)
+def linear(call: Call) -> list[Use]:
+    """`F.linear(input, weight, bias)`, weight `[O, I]`."""
+    named = call.bind("input", "weight", "bias", bias=None)
+    if named is None:
+        return []
+    uses: list[Use] = []
+    weight = call.find(named["weight"])
+    if _is_matrix(weight) and call.find(named["input"]) is None and call.splits(named["input"]):
+        uses.append(MatrixUse(weight, named["input"].detach(), swapped=weight.flipped))
+    return uses + sum_use(call, named["bias"], None, named["input"])
+
+
+@register_rule(torch.matmul, torch.Tensor.matmul, torch.mm, torch.Tensor.mm)
+def matmul(call: Call) -> list[Use]:
+    """`x @ V` with V `[I, O]`, and `V @ x` with V `[O, I]`, the other operand free of parameters."""
+    left, right = call.args if len(call.args) == 2 else (None, None)
+    if not isinstance(left, Tensor) or not isinstance(right, Tensor):
+        return []
+    for view, other, on_right in ((call.find(right), left, True), (call.find(left), right, False)):
+        if not _is_matrix(view) or call.find(other) is not None:
+            continue
+        if other.dim() < 2 and not on_right:
+            continue
+        if not on_right and call.layout.rows > 1 and other.dim() < 3:
+            continue  # [I, tokens]: rows would have to be told apart along the last axis
+        use = MatrixUse(view, other.detach(), swapped=view.flipped != on_right, transposed=not on_right)
+        if on_right:
+            return [use] if call.splits(other) else []
+        return [use] if all(call.layout.splits(tensor.mT, 1) for tensor in (other, call.out)) else []
+    return []
+
+
+@register_rule(torch.addmm, torch.Tensor.addmm)
+def addmm(call: Call) -> list[Use]:
+    """`addmm(bias, x, V)` with V `[I, O]`: HF's Conv1D."""
+    named = call.bind("input", "mat1", "mat2")
+    if named is None:
+        return []
+    uses: list[Use] = []
+    view = call.find(named["mat2"])
+    if _is_matrix(view) and call.find(named["mat1"]) is None and call.splits(named["mat1"]):
+        uses.append(MatrixUse(view, named["mat1"].detach(), swapped=not view.flipped))
+    return uses + sum_use(call, named["input"], None, named["mat1"])
+
+
+def grouped(call: Call) -> list[Use]:
+    """`grouped_mm(x, V, offs=ends)` with V `[E, I, O]`, x sorted by expert: one row a forward only."""
+    named = call.bind("mat_a", "mat_b", "offs", "bias", "out_dtype", offs=None, bias=None, out_dtype=None)
+    if named is None or call.layout.rows != 1 or named["offs"] is None or call.out.dim() != 2:
+        return []
+    view = call.find(named["mat_b"])
+    if view is None or view.slot or not view.plain or len(view.shape) != 3 or call.find(named["mat_a"]) is not None:
+        return []
+    # In the call's orientation G_V is [I, O]; a flipped view means that the parameter is [E, O, I].
+    return [GroupedUse(view, named["mat_a"].detach(), named["offs"])] if named["bias"] is None else []
+
+
+# torch.nn.functional.grouped_mm calls this one, under whose name alone it can be seen.
+GROUPED_MM = getattr(torch, "_grouped_mm", None)
+if GROUPED_MM is not None:
+    register_rule(GROUPED_MM)(grouped)

@@ -1,0 +1,1 @@
+"""Finding and reading what an audit needs: models, adapters, preference data."""

@@ -1,0 +1,300 @@
+"""Models and tokenizers from directories and hub ids: safetensors only, no remote code unless asked, nothing random.
+
+A checkpoint that lacks some of its model's weights is refused: transformers would fill the gap with random numbers,
+and every figure of the audit would be about those.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gradent.errors import InputError, ModelError, NotCausalError
+from gradent.loading.source import ModelSource, brief, hint, some
+from gradent.model.calls import input_device, observed
+from gradent.model.facts import check_causal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "DTYPES",
+    "LOAD_ERRORS",
+    "check_device",
+    "check_dtype",
+    "check_vocabulary",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "not_causal",
+    "read_adapter",
+]
+
+DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
+LOAD_ERRORS = (Exception,)
+"""What from_pretrained raises for files that are missing, damaged, of another shape, or need another package: there is
+no end to it, since a damaged config reaches any line of a model's code. Each is told with the file's place."""
+
+
+def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a full model.
+
+    Args:
+        base: directory or hub id.
+        trust_remote_code: run code that the model's repository brings.
+
+    Returns:
+        A transformers configuration.
+
+    Raises:
+        NotCausalError: an encoder-decoder model.
+        ModelError: there is none, or it cannot be read.
+    """
+    from transformers import AutoConfig  # noqa: PLC0415
+
+    if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
+        raise ModelError(
+            f"{base}: the model cannot be loaded, for there is no config.json in it. Save the whole model there "
+            "(save_pretrained), or copy its config.json from where the weights come from."
+        )
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    except LOAD_ERRORS as error:
+        raise ModelError(f"{base}: the model cannot be loaded ({brief(error)}).{hint(base)}") from error
+    kernel = getattr(config, "_attn_implementation", None)
+    if isinstance(kernel, str) and "/" in kernel and not trust_remote_code:
+        raise ModelError(
+            f"{base}: its config asks for attention code from a repository ({kernel!r}), which gradent does not fetch. "
+            "Remove attn_implementation from its config.json, or pass --trust-remote-code if you trust it."
+        )
+    if config.is_encoder_decoder:
+        raise NotCausalError(
+            f"{base}: {type(config).__name__} is an encoder-decoder model; gradent measures causal LMs (decoder-only: "
+            "Llama, Qwen, GPT-2, Mistral, ...)."
+        )
+    return config
+
+
+def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with the adapter where there is one (it may carry the run's chat template), else the base's.
+
+    Args:
+        source: of the model.
+        trust_remote_code: run code that the model's repository brings.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ModelError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    place = source.base
+    if source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file():
+        place = source.adapter
+    try:
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except LOAD_ERRORS as error:
+        raise ModelError(
+            f"{place}: its tokenizer cannot be loaded ({brief(error)}). Save the tokenizer into the model's directory "
+            "with tokenizer.save_pretrained."
+        ) from error
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    trainable: bool = True,
+) -> Any:
+    """The causal LM, with its adapter's parameters trainable (all parameters where there is no adapter).
+
+    Args:
+        source: of the model.
+        dtype: one of `DTYPES`; `auto` is the checkpoint's own.
+        device: a torch device.
+        trust_remote_code: run code that the model's repository brings.
+        trainable: False for a reference, which needs no gradient.
+
+    Returns:
+        A `PreTrainedModel` or `PeftModel` in evaluation mode on `device`.
+
+    Raises:
+        InputError: an unknown dtype or a device that is not there.
+        NotCausalError: an encoder, an encoder-decoder, or a model whose later tokens change earlier predictions.
+        ModelError: files missing, damaged or pickled only, weights missing, or an adapter that does not fit.
+    """
+    check_dtype(dtype)
+    place = check_device(device)
+    model = _load_base(source.base, dtype, trust_remote_code)
+    if source.adapter is not None:
+        model = _load_adapter(model, source.adapter, source.base, trainable)
+    try:
+        model = model.to(place).eval()
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"{source.name}: does not fit on {device}. Try --dtype bfloat16, or --device cpu.") from error
+    if not trainable:
+        model.requires_grad_(False)
+    try:
+        with observed(model):
+            check_causal(model, torch.tensor([1, 2, 3, 4], device=input_device(model)))
+    except NotCausalError as error:
+        raise NotCausalError(f"{source.base}: {error}") from error
+    return model
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, rows: int, source: str, used: tuple[int, str] | None = None
+) -> None:
+    """Refuse a tokenizer that is not this model's: ids beyond the embedding.
+
+    Tokens that were added to the tokenizer alone (a pad token, mostly) are harmless while no pair uses them.
+
+    Args:
+        tokenizer: the tokenizer.
+        rows: rows of the model's input embedding.
+        source: the model's name, for the message.
+        used: largest token id that occurs in the pairs, and where.
+
+    Raises:
+        ModelError: the tokenizer's own vocabulary, or a token that a pair uses, has no row in the embedding.
+    """
+    added = set(tokenizer.added_tokens_decoder)
+    largest = max((number for number in tokenizer.get_vocab().values() if number not in added), default=-1)
+    if largest >= rows:
+        raise ModelError(
+            f"{source}: the tokenizer's vocabulary does not match the model: its ids go up to {largest}, and the "
+            f"model's embedding has {rows} rows (0 to {rows - 1}). Use the tokenizer that the model was trained with."
+        )
+    if used is not None and used[0] >= rows:
+        token = tokenizer.convert_ids_to_tokens(used[0])
+        raise ModelError(
+            f"{used[1]}: contains token {token!r} with id {used[0]}, and the embedding of {source} has {rows} rows "
+            f"(0 to {rows - 1}). The token was added to the tokenizer but not to the model: use the model's own "
+            "tokenizer, or resize the model's embeddings and train them."
+        )
+
+
+def _load_base(base: str, dtype: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    config = load_config(base, trust_remote_code=trust_remote_code)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            base,
+            config=config,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # they are in the report, and refused below
+            output_loading_info=True,
+        )
+    except LOAD_ERRORS as error:
+        if "Unrecognized configuration class" in str(error):
+            raise not_causal(base, config) from error
+        raise ModelError(f"{base}: the model cannot be loaded ({brief(error)}).{hint(base)}") from error
+    model, report = loaded
+    other = {key: f"{key} (saved {list(saved)}, needed {list(own)})" for key, saved, own in report["mismatched_keys"]}
+    lacking = sorted(set(report["missing_keys"]) - set(other)) + sorted(other.values())
+    if lacking:
+        raise ModelError(
+            f"{base}: the checkpoint lacks weights that {type(model).__name__} needs, or has them in another shape: "
+            f"{some(lacking)}. They would be random numbers. Is it a classifier, an encoder or a partial checkpoint? "
+            "Give a complete causal LM."
+        )
+    return model
+
+
+def _load_adapter(model: Any, adapter: str, base: str, trainable: bool) -> Any:
+    from peft import PeftModel, get_peft_model_state_dict  # noqa: PLC0415
+    from safetensors import safe_open  # noqa: PLC0415
+
+    try:
+        read_adapter(adapter, trainable=trainable)
+        model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+        with safe_open(Path(adapter) / "adapter_model.safetensors", framework="pt") as file:
+            saved = set(file.keys())
+    except ModelError:
+        raise
+    except LOAD_ERRORS as error:
+        raise ModelError(
+            f"{adapter}: the adapter cannot be put on {base} ({brief(error)}). Is it an adapter for this base?"
+        ) from error
+    # Without embeddings: PEFT adds them to what it saves where it sees fit, and asks the hub about it.
+    lacking = sorted(set(get_peft_model_state_dict(model, save_embedding_layers=False)) - saved)
+    if lacking:
+        raise ModelError(
+            f"{adapter}: the adapter's file lacks weights that it needs on {base}: {some(lacking)}. They would stay "
+            "at their initial values. Is it an adapter for this base?"
+        )
+    return model
+
+
+def read_adapter(adapter: str, *, trainable: bool = True) -> Any:
+    """The configuration of a PEFT adapter.
+
+    Args:
+        adapter: its directory.
+        trainable: refuse an adapter whose parameters cannot be trained again.
+
+    Returns:
+        A PEFT configuration.
+
+    Raises:
+        ModelError: a prompt-learning adapter, with `trainable`.
+    """
+    from peft import PeftConfig  # noqa: PLC0415
+
+    config = PeftConfig.from_pretrained(adapter)
+    if trainable and config.is_prompt_learning:
+        raise ModelError(
+            f"{adapter}: {config.peft_type.value} adapters are saved without what trains them, and PEFT does not "
+            "load them for training. In Python, call gradent.measure on the model while it trains."
+        )
+    return config
+
+
+def not_causal(base: str, config: Any) -> NotCausalError:
+    """What to say of a configuration for which transformers has no causal LM."""
+    return NotCausalError(
+        f"{base}: transformers knows no causal LM for {type(config).__name__} (an encoder-only model?). "
+        "gradent measures decoder-only models (Llama, Qwen, GPT-2, Mistral, ...)."
+    )
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a dtype that is none of `DTYPES`.
+
+    Args:
+        dtype: what the user gave.
+
+    Raises:
+        InputError: another one.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)} (command line: --dtype).")
+
+
+def check_device(device: str) -> torch.device:
+    """A torch device that can be used here.
+
+    Args:
+        device: its name.
+
+    Returns:
+        The device.
+
+    Raises:
+        InputError: it is unknown, or not there.
+    """
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place).cpu()  # what cannot be read back, such as "meta", is of no use
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {device!r} cannot be used here ({brief(error)}). Try --device cpu.") from error
+    return place

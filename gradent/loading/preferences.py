@@ -1,0 +1,302 @@
+"""From rows to token pairs: TRL's preference formats, checked row by row, tokenized as TRL's DPOTrainer does it.
+
+A row is `prompt`, `chosen`, `rejected` as strings or as lists of messages, or `chosen` and `rejected` alone with the
+prompt as their common beginning. TRL's own helpers tell the formats apart and take the prompt out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from gradent.errors import DataFileError, InputError, PairError
+from gradent.loading.preference_files import Row
+from gradent.loading.stratify import draw_in_slices
+from gradent.pairs.batch import tokenize_pair
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["AuditPair", "PairSet", "SkippedRow", "prepare_pairs"]
+
+Parts = tuple[Any, Any, Any]
+"""Prompt, chosen and rejected of a row: all strings, or all lists of messages."""
+
+_LISTED = 5  # further bad rows that an error names
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditPair:
+    """One usable pair.
+
+    Attributes:
+        row: row of the data, counted from 0.
+        where: file and line, as errors name it.
+        prompt_ids: tokens that both responses share as their context.
+        chosen_ids: tokens of the chosen response.
+        rejected_ids: tokens of the rejected response.
+        chosen_text: the chosen response as one string, for tables.
+        rejected_text: the rejected response as one string, for tables.
+        prompt_text: the prompt as one string, for tables.
+        truncated: responses (0, 1 or 2) that lost their end to `max_length`.
+    """
+
+    row: int
+    where: str
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    chosen_text: str
+    rejected_text: str
+    prompt_text: str = ""
+    truncated: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of both rows, prompts included: what measuring the pair costs."""
+        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer of the two rows, prompt included."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedRow:
+    """A row that was left out, and why."""
+
+    row: int
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSet:
+    """The pairs to measure, in order of their rows, and the rows that were left out."""
+
+    pairs: list[AuditPair]
+    skipped: list[SkippedRow] = field(default_factory=list)
+
+
+def prepare_pairs(
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = 1024,
+    add_eos: bool = True,
+    skip_bad_rows: bool = False,
+    max_pairs: int | None = None,
+    seed: int = 0,
+) -> PairSet:
+    """Check and tokenize the rows.
+
+    Args:
+        rows: what `read_rows` returned.
+        tokenizer: the model's tokenizer.
+        max_length: most tokens of prompt + response; a longer response loses its end, as in TRL.
+        add_eos: append EOS to plain-string responses, as TRL's DPOTrainer does (chat templates end turns themselves).
+        skip_bad_rows: leave out rows that cannot be used and list them, instead of raising.
+        max_pairs: measure that many usable rows; None for all. They stand for the data: the rows, sorted by the
+            length of both responses in characters, are cut into that many slices of equal count, and each slice gives
+            one row, drawn with `seed`.
+        seed: of that draw.
+
+    Returns:
+        The pairs in order of their rows, and the rows left out.
+
+    Raises:
+        DataFileError: a row is unusable (and `skip_bad_rows` is off), or all are; names file, line and the first few.
+            What a row says is checked for every row of the data, drawn or not.
+        InputError: messages, but a tokenizer without a chat template; `max_pairs` below 1.
+    """
+    if max_pairs is not None and max_pairs < 1:
+        raise InputError(f"max_pairs is {max_pairs}; it must be at least 1 (command line: --max-pairs).")
+    readable, skipped = _read(rows)
+    pairs: list[AuditPair] = []
+    for candidates in draw_in_slices([_length(parts) for _, parts in readable], max_pairs, seed):
+        for number in candidates:  # the first that can be used
+            row, parts = readable[number]
+            try:
+                pairs.append(_to_pair(row, parts, tokenizer, max_length=max_length, add_eos=add_eos))
+                break
+            except (DataFileError, PairError) as error:
+                skipped.append(_skip(row, error))
+    pairs.sort(key=lambda pair: pair.row)
+    skipped.sort(key=lambda bad: bad.row)
+    if skipped and not (skip_bad_rows and pairs):
+        raise DataFileError(_describe_bad(skipped, rows=len(rows), anything_left=bool(pairs)))
+    return PairSet(pairs=pairs, skipped=skipped)
+
+
+def _read(rows: Sequence[Row]) -> tuple[list[tuple[Row, Parts]], list[SkippedRow]]:
+    """The rows that hold a pair, each with its prompt, chosen and rejected; and the others."""
+    readable, skipped = [], []
+    for row in rows:
+        try:
+            if row.problem is not None:
+                raise DataFileError(f"{row.where}: {row.problem}")
+            readable.append((row, _split_row(row.where, row.values)))
+        except (DataFileError, PairError) as error:
+            skipped.append(_skip(row, error))
+    return readable, skipped
+
+
+def _skip(row: Row, error: Exception) -> SkippedRow:
+    return SkippedRow(row=row.index, where=row.where, reason=str(error))
+
+
+def _length(parts: Parts) -> int:
+    """Characters of both responses."""
+    return sum(len(_plain(response)) for response in parts[1:])
+
+
+def _describe_bad(skipped: Sequence[SkippedRow], *, rows: int, anything_left: bool) -> str:
+    lines = [skipped[0].reason]
+    others = skipped[1 : 1 + _LISTED]
+    if others:
+        more = len(skipped) - 1 - len(others)
+        listed = ", ".join(bad.where for bad in others) + (f" and {more} more" if more else "")
+        lines.append(f"{len(skipped) - 1} other rows cannot be used either: {listed}.")
+    if anything_left:
+        lines.append(
+            "Correct the data, or pass --skip-bad-rows to go on without such rows (they are counted and listed)."
+        )
+    elif rows == 1:
+        lines.append("No usable row is left: correct this one, or choose another.")
+    else:
+        lines.append("No usable row is left: correct the data.")
+    return "\n".join(lines)
+
+
+def _to_pair(
+    row: Row, parts: Parts, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, add_eos: bool
+) -> AuditPair:
+    prompt, chosen, rejected = parts
+    if not isinstance(chosen, str) and not tokenizer.chat_template:
+        raise InputError(
+            f"{row.where}: the row holds messages, but the tokenizer has no chat template to render them with. "
+            "Use the model's instruction-tuned tokenizer, set tokenizer.chat_template and save it with the model, or "
+            "give the data as plain strings."
+        )
+    whole = _tokenize(tokenizer, prompt, chosen, rejected, max_length=None, add_eos=add_eos, where=row.where)
+    rows = len(whole[0]) + len(whole[1]), len(whole[0]) + len(whole[2])
+    truncated = 0 if max_length is None else sum(length > max_length for length in rows)
+    ids = whole
+    if truncated:
+        ids = _tokenize(tokenizer, prompt, chosen, rejected, max_length=max_length, add_eos=add_eos, where=row.where)
+    return AuditPair(
+        row=row.index,
+        where=row.where,
+        prompt_ids=ids[0],
+        chosen_ids=ids[1],
+        rejected_ids=ids[2],
+        chosen_text=_plain(chosen),
+        rejected_text=_plain(rejected),
+        prompt_text=_plain(prompt),
+        truncated=truncated,
+    )
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Any,
+    chosen: Any,
+    rejected: Any,
+    *,
+    max_length: int | None,
+    add_eos: bool,
+    where: str,
+) -> tuple[list[int], list[int], list[int]]:
+    from jinja2 import TemplateError  # noqa: PLC0415
+
+    try:
+        return tokenize_pair(tokenizer, prompt, chosen, rejected, max_length=max_length, add_eos=add_eos, where=where)
+    except (TemplateError, TypeError, KeyError, UnicodeError) as error:
+        if any("\ud800" <= letter <= "\udfff" for letter in json.dumps([prompt, chosen, rejected], ensure_ascii=False)):
+            raise DataFileError(
+                f"{where}: the text holds half of a surrogate pair (\\ud800 to \\udfff), which is no character. Repair "
+                "or remove the row."
+            ) from error
+        raise DataFileError(f"{where}: the tokenizer's chat template refuses the messages ({error}).") from error
+
+
+def _split_row(where: str, values: Any) -> Parts:
+    """Prompt, chosen and rejected of one row, all strings or all messages."""
+    if not isinstance(values, Mapping):
+        raise DataFileError(f"{where}: the row is a {type(values).__name__}; an object with keys is expected.")
+    missing = [key for key in ("chosen", "rejected") if key not in values]
+    if missing:
+        raise DataFileError(
+            f"{where}: missing {' and '.join(map(repr, missing))}; the row has {sorted(map(str, values))}. Accepted: "
+            "prompt, chosen and rejected, or chosen and rejected that begin with the same prompt."
+        )
+    for key in ("tools", "chat_template_kwargs", "images", "image"):
+        if values.get(key):
+            raise DataFileError(
+                f"{where}: the row carries {key!r}, which gradent does not read, so its tokens would not be those that "
+                f"TRL trains on. Remove {key!r} to audit the row without it."
+            )
+    kinds = {key: _kind(where, key, values[key]) for key in ("chosen", "rejected")}
+    if kinds["chosen"] != kinds["rejected"]:
+        raise DataFileError(
+            f"{where}: chosen is {kinds['chosen']} but rejected is {kinds['rejected']}; both must be alike."
+        )
+    if values["chosen"] == values["rejected"]:
+        raise PairError(f"{where}: chosen equals rejected; such a pair has no preference to learn. Remove it.")
+    return _take_prompt(where, values, kinds["chosen"])
+
+
+def _take_prompt(where: str, values: Mapping[str, Any], kind: str) -> Parts:
+    from trl.data_utils import maybe_extract_prompt  # noqa: PLC0415
+
+    if "prompt" in values:
+        prompt_kind = "text" if values["prompt"] == "" else _kind(where, "prompt", values["prompt"])
+        if (prompt_kind, kind) == ("messages", "text"):
+            raise DataFileError(f"{where}: prompt is messages but chosen and rejected are text; all must be alike.")
+        explicit = prompt_kind == kind
+    else:
+        explicit = False
+    # TRL's extraction needs a common beginning: with none it indexes the last element and cuts at random.
+    if not explicit and values["chosen"][0] != values["rejected"][0]:
+        raise DataFileError(
+            f"{where}: no 'prompt', and chosen and rejected do not begin alike, so there is no prompt to take out. "
+            "Add a 'prompt', or let both begin with it."
+        )
+    example = {key: values[key] for key in ("prompt", "chosen", "rejected") if key in values}
+    split = maybe_extract_prompt(example)
+    return split["prompt"], split["chosen"], split["rejected"]
+
+
+def _kind(where: str, key: str, value: Any) -> str:
+    """`text` or `messages`, as TRL's own helper sees it, after the checks that the helper leaves out."""
+    from trl.data_utils import is_conversational  # noqa: PLC0415
+
+    if isinstance(value, str | list) and not value:
+        raise PairError(f"{where}: {key} is empty; it needs at least one token. Remove this pair.")
+    if isinstance(value, str):
+        return "text"
+    if is_conversational({key: value}):
+        for number, message in enumerate(value):
+            if not (isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message):
+                raise DataFileError(f"{where}: {key}[{number}] is not a message; each needs 'role' and 'content'.")
+        return "messages"
+    raise DataFileError(
+        f"{where}: {key} is {_describe(value)}; accepted is a string, or a list of messages "
+        '([{"role": "user", "content": "..."}, ...]).'
+    )
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "null"
+    return f"a {type(value).__name__}" + (f" of {type(value[0]).__name__}" if isinstance(value, list) else "")
+
+
+def _plain(response: Any) -> str:
+    """A prompt or response as one string: itself, or the contents of its messages."""
+    if isinstance(response, str):
+        return response
+    return "\n".join(str(message["content"]) for message in response)

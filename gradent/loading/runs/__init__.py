@@ -1,0 +1,1 @@
+"""What a trainer left behind: checkpoints, adapters and their base, the log."""

@@ -1,0 +1,260 @@
+"""Whether a model's files are whole, told from names, sizes and headers: nothing is loaded, and no pickle is opened.
+
+A run may come from anywhere. What is read of it is bounded, and links that lead out of it are not followed.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from gradent.errors import DataFileError, ModelError
+from gradent.loading.source import brief, some
+from gradent.text import quoted
+
+__all__ = ["CONFIGS", "check_links", "check_weights", "kind_of", "leads_outside", "read_object"]
+
+CONFIGS = {"full": "config.json", "adapter": "adapter_config.json"}
+"""Kind of a model to the file that describes it."""
+
+_MOST_JSON = 256 * 2**20
+_MOST_HEADER = 100_000_000  # safetensors' own bound
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_TEMPLATES = "additional_chat_templates"  # the one directory in a model's that is read
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_TRAINER_STATE = ("training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*")
+_AGAIN = "It was cut off while it was saved or copied, or damaged: copy it again from where the run was trained."
+
+
+def kind_of(directory: Path) -> str | None:
+    """What a directory seems to hold, whole or not.
+
+    Args:
+        directory: of a checkpoint.
+
+    Returns:
+        "adapter" (a PEFT adapter), "full", or None where there are neither a config nor weights.
+    """
+    names = _names(directory)
+    if CONFIGS["adapter"] in names or any(name.startswith("adapter_model.") for name in names):
+        return "adapter"
+    if CONFIGS["full"] in names or _INDEX in names or any(_is_weights(name) for name in names):
+        return "full"
+    return None
+
+
+def check_weights(directory: Path, kind: str | None) -> None:
+    """Refuse a directory whose weights are missing, pickled, sharded for training only, or not whole.
+
+    Args:
+        directory: of a full model or of an adapter.
+        kind: what `kind_of` said.
+
+    Raises:
+        ModelError: what is wrong, and what to do.
+    """
+    names = _names(directory)
+    tensors = [name for name in names if name.endswith(".safetensors")]
+    if kind == "adapter":
+        tensors = [name for name in tensors if name == _ADAPTER_WEIGHTS]
+    if not tensors and _INDEX not in names:
+        _refuse_without_tensors(directory, kind, names)
+    needed = CONFIGS[kind or "full"]
+    if needed not in names:
+        raise ModelError(
+            f"{directory}: weights without {needed}, so they cannot be told what model they are of. Copy {needed} "
+            "there from the run's other checkpoints, or from where it was trained."
+        )
+    if kind != "adapter" and "model.safetensors" in names:
+        tensors = ["model.safetensors"]  # which transformers prefers to shards
+    elif kind != "adapter" and _INDEX in names:
+        tensors = _shards(directory, names)
+    for name in sorted(tensors):
+        _check_tensors(directory / name)
+
+
+def check_links(directory: Path, root: Path) -> None:
+    """Refuse a checkpoint that is, or holds, a link out of its run: what it shows would not be the run's.
+
+    What is never opened (optimizer states and other pickles, directories) may lie anywhere.
+
+    Args:
+        directory: of the checkpoint, or the run itself.
+        root: the run's directory, resolved.
+
+    Raises:
+        ModelError: a link that leads outside, or a directory that cannot be read.
+    """
+    problem = (
+        "is a link that leads out of the run's directory, and is not followed. If you trust the run, put what it "
+        "points at in its place: copy the run with its links resolved (cp -rL RUN COPY) and audit the copy."
+    )
+    if leads_outside(directory, root):
+        raise ModelError(f"{directory}: {problem}")
+    try:
+        for place in (directory, directory / _TEMPLATES):
+            for path in sorted(place.iterdir()) if place.is_dir() else ():
+                opened = path.name == _TEMPLATES or not (path.is_dir() or _is_pickle(path.name))
+                if path.is_symlink() and opened and leads_outside(path, root):
+                    raise ModelError(f"{directory}: in it, {quoted(path.name)} {problem}")
+    except OSError as error:
+        raise ModelError(f"{directory}: cannot be read ({error.strerror}). Check its permissions.") from error
+
+
+def leads_outside(path: Path, root: Path) -> bool:
+    """Whether a path, its links followed, ends outside of a directory.
+
+    Args:
+        path: any path.
+        root: the directory, resolved.
+
+    Returns:
+        True for what is outside.
+    """
+    return not Path(os.path.realpath(path)).is_relative_to(root)
+
+
+def read_object(path: Path, most: int = _MOST_JSON) -> dict[str, Any]:
+    """A JSON object of a bounded size.
+
+    Args:
+        path: the file.
+        most: the largest size that is read, in bytes.
+
+    Returns:
+        The object.
+
+    Raises:
+        DataFileError: no regular file, too large, not JSON, or JSON of another kind.
+    """
+    if not os.path.isfile(path):
+        raise DataFileError(f"{path}: there is no such file. Copy it again from where the run was trained.")
+    try:
+        with open(path, "rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            if size > most:
+                raise DataFileError(
+                    f"{path}: {size} bytes, which is no sound size for this file: up to {most} ({most >> 20} MiB) are "
+                    "read. Remove it, or put the right file in its place."
+                )
+            content = json.loads(handle.read(most))
+    except OSError as error:
+        raise DataFileError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataFileError(f"{path}: cannot be read as JSON ({brief(error)}). {_AGAIN}") from error
+    if not isinstance(content, dict):
+        raise DataFileError(f"{path}: holds a {type(content).__name__}; a JSON object is expected. {_AGAIN}")
+    return content
+
+
+def _names(directory: Path) -> set[str]:
+    """Everything that stands in a directory and is there: a link to nothing is not."""
+    try:
+        return {name for name in os.listdir(directory) if os.path.exists(directory / name)}
+    except OSError as error:
+        raise ModelError(f"{directory}: cannot be read ({error.strerror}). Check its permissions.") from error
+
+
+def _is_pickle(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in _PICKLED)
+
+
+def _is_weights(name: str) -> bool:
+    """Safetensors, or a pickle that is none of the trainer's own."""
+    own = any(fnmatch.fnmatch(name, pattern) for pattern in _TRAINER_STATE)
+    return name.endswith(".safetensors") or (_is_pickle(name) and not own)
+
+
+def _refuse_without_tensors(directory: Path, kind: str | None, names: set[str]) -> None:
+    sharded = sorted(name for name in names if name.startswith("pytorch_model_fsdp"))
+    if sharded:
+        whole = directory / sharded[0]
+        remedy = (
+            f"put it together once: accelerate merge-weights {whole} {directory}"
+            if os.path.isdir(whole)
+            else f"load it once into the base with torch.load({str(whole)!r}, weights_only=True), and save_pretrained"
+        )
+        raise ModelError(
+            f"{directory}: saved by FSDP as {some(sharded)}, which only training can read; gradent reads safetensors. "
+            f"If you trust it, {remedy}"
+        )
+    engine = sorted(name for name in names if name.startswith("global_step"))
+    if engine:
+        raise ModelError(
+            f"{directory}: saved by DeepSpeed as {some(engine)}, which only training can read; gradent reads "
+            "safetensors. If you trust it, put it together once: python -m deepspeed.utils.zero_to_fp32 "
+            f"{directory} {directory} --safe_serialization"
+        )
+    pickled = sorted(name for name in names if _is_weights(name) and not name.endswith(".safetensors"))
+    if pickled:
+        loader = (
+            f"PeftModel.from_pretrained(base_model, {str(directory)!r})"
+            if kind == "adapter"
+            else f"AutoModelForCausalLM.from_pretrained({str(directory)!r}, use_safetensors=False)"
+        )
+        raise ModelError(
+            f"{directory}: only pickled weights ({some(pickled)}), which can run code when they are loaded; gradent "
+            f"reads safetensors. If you trust the file, convert it once: {loader}.save_pretrained({str(directory)!r})"
+        )
+    wanted = _ADAPTER_WEIGHTS if kind == "adapter" else "*.safetensors"
+    raise ModelError(
+        f"{directory}: no weights in it (no {wanted} file). It was left off while it was saved, or copied without "
+        "its weights: copy it again from where the run was trained, or remove it."
+    )
+
+
+def _shards(directory: Path, names: set[str]) -> list[str]:
+    """The files that an index names, all of them beside it."""
+    index = directory / _INDEX
+    tensors = read_object(index).get("weight_map")
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(name, str) for name in tensors.values()):
+        raise ModelError(f"{index}: its weight_map does not name a file for each weight. {_AGAIN}")
+    shards = sorted(set(tensors.values()))
+    odd = [name for name in shards if "/" in name or "\\" in name or not name.endswith(".safetensors")]
+    if odd:
+        raise ModelError(
+            f"{index}: names {some([quoted(name) for name in odd])} as a file of weights; accepted are the names of "
+            "*.safetensors files that stand beside it. Do not load this checkpoint unless you know who made it."
+        )
+    missing = [name for name in shards if name not in names]
+    if missing:
+        raise ModelError(
+            f"{directory}: {len(missing)} of {len(shards)} files of weights that {_INDEX} names are missing: "
+            f"{some([quoted(name) for name in missing])}. It was left off while it was saved or copied: copy it again "
+            "from where the run was trained."
+        )
+    return shards
+
+
+def _check_tensors(path: Path) -> None:
+    """A safetensors file is 8 bytes (the header's length), the header (JSON), and the data that the header lays out."""
+    if not os.path.isfile(path):
+        raise ModelError(f"{path}: is not a regular file; the weights themselves are expected there. {_AGAIN}")
+    try:
+        with open(path, "rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            length = int.from_bytes(handle.read(8), "little")
+            if size < 8 or length > min(size - 8, _MOST_HEADER):
+                said = f" where its header should take {length}" if size >= 8 else ""
+                raise ModelError(f"{path}: is no whole safetensors file: it has {size} bytes{said}. {_AGAIN}")
+            header = json.loads(handle.read(length))
+        data = _data_length(header)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"{path}: the header of this safetensors file cannot be read ({brief(error)}). {_AGAIN}"
+        ) from error
+    if 8 + length + data != size:
+        raise ModelError(f"{path}: has {size} bytes, and {8 + length + data} by its own header. {_AGAIN}")
+
+
+def _data_length(header: dict[str, Any]) -> int:
+    spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+    if not all(isinstance(end, int) and isinstance(start, int) and 0 <= start <= end for start, end in spans):
+        raise ValueError("data_offsets are not what they should be")
+    return max((end for _, end in spans), default=0)

@@ -1,0 +1,1 @@
+"""Preference pairs as tensors: `PairBatch`."""

@@ -1,0 +1,107 @@
+"""The section on other losses: what each would do with the gradients that the run has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gradent.report.audit.records import AuditRecords
+from gradent.report.audit.steps import STEP
+from gradent.report.page.cases import CASES, case_series, share_of
+from gradent.report.page.charts import Bars, Chart, Line
+from gradent.report.page.html import Cell, Section, Table
+from gradent.report.page.numbers import NOTHING, number, percent, plural
+
+__all__ = ["describe_row", "loss_bars", "loss_section", "loss_table", "shown_rows"]
+
+_SHOWN = ("run", "paper", "design")
+_LINES = 4  # as many as the page has colours for
+_TEXT = (
+    "The same measured gradients, judged under each loss by Condition 2: the loss adds only its weights d_w and d_l. "
+    "It speaks of one small step on a pair alone, from the weights that this run arrived at; a run that had trained "
+    "with another loss would have arrived elsewhere. Chosen rises where d_w/d_l is at least the first bound, rejected "
+    "falls where it is at most the second (medians over pairs with a positive inner product). Token masking is another "
+    "step, on the differing tokens alone, and of the pairs whose tokens were measured."
+)
+
+
+def loss_section(records: AuditRecords) -> Section | None:
+    """Other losses on the run's gradients."""
+    rows = records.summary["what_if"]
+    if not rows:
+        return None
+    shown, sweeps = shown_rows(rows), [row for row in rows if row.get("group") == "sweep"]
+    parts: list[Bars | Chart | Table] = []
+    if any(row.get("cases") for row in shown):
+        parts.append(loss_bars(shown))
+    parts.append(loss_table(shown, "Losses on the gradients of the last checkpoint"))
+    lines = _over_steps(shown, records.summary["recommendation"] or {})
+    if lines:
+        title = "Case 1 over the run, by loss"
+        parts.append(Chart(STEP, "share of pairs in case 1", lines, percent=True, title=title))
+    if sweeps:
+        folded = f"{len(sweeps)} more settings: hyperparameters varied one at a time"
+        parts.append(loss_table(sweeps, "Hyperparameters varied", folded))
+    return Section("What if: other losses", _TEXT, parts, "Decides: whether another loss, or another β, would help.")
+
+
+def shown_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows that are not sweeps: the run's loss, the paper's, the designs."""
+    return [row for group in _SHOWN for row in rows if row.get("group") == group]
+
+
+def loss_bars(rows: Sequence[Mapping[str, Any]], title: str = "") -> Bars:
+    """Stacked shares of the cases, a bar each loss that could be judged."""
+    there = [row for row in rows if row.get("cases")]
+    shares = {case: [_nan(share_of(row["cases"], case)) for row in there] for case in CASES}
+    return Bars("loss", "share of pairs", [describe_row(row) for row in there], case_series(shares), title, True)
+
+
+def loss_table(rows: Sequence[Mapping[str, Any]], caption: str, folded: str = "") -> Table:
+    """A row a loss, with shares, ratio and bounds."""
+    header = ["Loss", *(label.partition(":")[0].capitalize() for label in CASES.values())]
+    header += ["Median d_w/d_l", "Chosen rises from", "Rejected falls to", "Within both"]
+    return Table(header, [_row(row) for row in rows], folded, caption, figures_from=1)
+
+
+def describe_row(row: Mapping[str, Any]) -> str:
+    """A loss's name, with what it is to the run."""
+    name = str(row.get("label") or row.get("loss") or "a loss")
+    if row.get("loss") == "token_masked" and row.get("cases"):
+        return f"{name}, {plural(int(row.get('pairs') or 0), 'pair')}"
+    return name + (", this run's" if row.get("group") == "run" else "")
+
+
+def _row(row: Mapping[str, Any]) -> list[Cell | str]:
+    lines = [describe_row(row)]
+    if row.get("group") == "design" and row.get("cases"):
+        masked = row.get("loss") == "token_masked"
+        about = "whose tokens were measured (Section 5.2" if masked else "by construction (Section 5.1"
+        lines.append(f"{about} of the paper)")
+    if row.get("reason"):
+        lines.append(str(row["reason"]))
+    within = row.get("within")
+    return [
+        Cell(tuple(lines)),
+        *(percent(share_of(row.get("cases"), case)) for case in CASES),
+        *(number(row.get(name)) for name in ("ratio", "needs_at_least", "needs_at_most")),
+        NOTHING if within is None else percent(float(within)),
+    ]
+
+
+def _over_steps(rows: Sequence[Mapping[str, Any]], recommended: Mapping[str, Any]) -> list[Line]:
+    """The run's loss, the best other one and the designs, where there are several steps."""
+    wanted = [row for row in rows if row.get("group") == "run"]
+    wanted += [row for row in rows if row.get("group") == "paper" and row.get("label") == recommended.get("best")]
+    wanted += [row for row in rows if row.get("group") == "design"]
+    lines = []
+    for row in wanted[:_LINES]:
+        points = [point for point in row.get("ideal_by_step") or [] if point[0] is not None]
+        if len(points) > 1:
+            steps, shares = [float(point[0]) for point in points], [_nan(point[1]) for point in points]
+            lines.append(Line(describe_row(row), steps, shares))
+    return lines
+
+
+def _nan(value: float | None) -> float:
+    return float("nan") if value is None else float(value)

@@ -1,0 +1,135 @@
+"""The page of `gradent audit`, from the records in its directory alone: what to do first, then why.
+
+Sections are made in `audit_steps`, `audit_dynamics`, `audit_losses`, `audit_pairs`, `audit_layers`, `audit_tokens` and
+`audit_settings`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from gradent.report.audit.dynamics import dynamics_section
+from gradent.report.audit.layers import layer_section
+from gradent.report.audit.losses import loss_section
+from gradent.report.audit.pairs import pair_section, property_section
+from gradent.report.audit.records import AuditRecords, Measured, read_audit
+from gradent.report.audit.settings import describe_loss, describe_reference, settings_section
+from gradent.report.audit.steps import case_section, cosine_section, logp_section
+from gradent.report.audit.tokens import token_section
+from gradent.report.page.html import BigNumber, Notice, Numbers, Page, Section, Table, write_page
+from gradent.report.page.numbers import count, fixed, percent, plural, step_name
+
+__all__ = ["write_audit_report"]
+
+
+def write_audit_report(directory: str | os.PathLike[str]) -> Path:
+    """Write `report.html` beside an audit's records."""
+    records = read_audit(directory)
+    return write_page(records.directory / "report.html", _to_page(records))
+
+
+def _to_page(records: AuditRecords) -> Page:
+    summary = records.summary
+    sections = [
+        _first_section(records),
+        logp_section(records),
+        case_section(records),
+        cosine_section(records),
+        dynamics_section(records),
+        loss_section(records),
+        pair_section(records),
+        property_section(records),
+        layer_section(records),
+        token_section(records),
+        settings_section(records),
+    ]
+    return Page(
+        title=f"Audit of {records.name}",
+        lead=_lead(records),
+        facts=_facts(records),
+        sections=[section for section in sections if section is not None],
+        foot=f"gradent {summary['gradent_version']}, schema version {summary['schema_version']}. The numbers behind "
+        "this page are in the records beside it.",
+        notices=_notices(records),
+    )
+
+
+def _lead(records: AuditRecords) -> str:
+    pairs = plural(len(records.last.pairs), "pair") if records.last else "no pair"
+    if len(records.measured) > 1:
+        return f"The same {pairs} of the data, measured at {len(records.measured)} checkpoints of the run."
+    return f"{pairs} of the data, measured on one model.".capitalize()
+
+
+def _facts(records: AuditRecords) -> list[tuple[str, str]]:
+    summary = records.summary
+    model, run = summary["model"], summary["run"]
+    facts = [
+        (
+            "Model",
+            f"{model.get('checkpoint')}: {count(model.get('trainable_parameters'))} parameters measured, "
+            f"{model.get('dtype')}",
+        ),
+        ("Data", str(summary["data"].get("source"))),
+        ("Loss", describe_loss(summary["loss"])),
+        ("Reference", describe_reference(summary["reference"])),
+    ]
+    if run is not None:
+        kind = {"full": "full fine-tuning", "adapter": "adapter"}.get(str(run.get("kind")), str(run.get("kind")))
+        facts.append(("Run", f"{kind}, started from {run.get('base') or 'a model that its files do not name'}"))
+    return facts
+
+
+def _notices(records: AuditRecords) -> list[Notice]:
+    summary, notices = records.summary, []
+    if not summary["complete"]:
+        asked = (summary["run"] or {}).get("asked") or []
+        held = len(records.measured)
+        of = f" of {len(asked)} checkpoints" if asked else ""
+        notices.append(
+            Notice(
+                "This audit is not complete.",
+                f"It was stopped before everything was measured: pairs of {held}{of or ' checkpoint(s)'} are here, and "
+                "at some of them perhaps not all pairs. The same command goes on where it stopped.",
+                warns=True,
+            )
+        )
+    if summary["left_out"]:
+        reasons = "\n".join(
+            f"{each.get('checkpoint')} ({step_name(each.get('step'))}): {each.get('reason')}"
+            for each in summary["left_out"]
+        )
+        title = f"{plural(len(summary['left_out']), 'checkpoint')} could not be measured"
+        notices.append(Notice(title, reasons, warns=True))
+    return notices
+
+
+def _first_section(records: AuditRecords) -> Section:
+    recommendation = records.summary["recommendation"] or {}
+    text = recommendation.get("text") or "There is no recommendation: nothing was measured that one could rest on."
+    first, last = records.first, records.last
+    parts: list[Notice | Numbers | Table] = [Notice("", str(text))]
+    if first is not None and last is not None:
+        parts.append(Numbers(_big_numbers(first, last)))
+    return Section(
+        "What to do",
+        "",
+        parts,
+        "Decides: whether to change the loss, its hyperparameters, or the data. The text speaks of the last measured "
+        "checkpoint, to first order.",
+    )
+
+
+def _big_numbers(first: Measured, last: Measured) -> list[BigNumber]:
+    start = "" if first is last else f"at {step_name(first.step)}; now {step_name(last.step)}"
+    figures = {
+        "Case 1: chosen rises, rejected falls": ([each.share("ideal") for each in (first, last)], percent),
+        "Case 2: both fall": ([each.share("both_down") for each in (first, last)], percent),
+        "Median cosine": ([each.quantile("cosine", 0.5) for each in (first, last)], fixed),
+    }
+    numbers = []
+    for name, ((before, now), shown) in figures.items():
+        note = f"{shown(before)} {start}" if start else f"of {plural(len(last.pairs), 'pair')}"
+        numbers.append(BigNumber(name, shown(now), note))
+    return numbers

@@ -1,0 +1,163 @@
+"""Sections on the pairs themselves: the most and the least entangled, and what goes with entanglement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gradent.record import CASE_NAMES
+from gradent.report.audit.records import AuditRecords, Measured
+from gradent.report.page.cases import CASES
+from gradent.report.page.html import Cell, Fold, Quote, Section, Table
+from gradent.report.page.numbers import NOTHING, count, fixed, number, percent, plural
+
+__all__ = ["pair_quotes", "pair_section", "property_section", "ranked_pairs"]
+
+_RANKED = 8  # pairs at each end
+_LONGEST = 5000  # characters of a text
+
+_COUNTED = {
+    "prompt_len": "Prompt",
+    "chosen_len": "Chosen",
+    "rejected_len": "Rejected",
+    "shared_prefix": "Shared start",
+    "shared_suffix": "Shared end",
+    "edit_distance": "Edits",
+}
+
+
+def ranked_pairs(measured: Measured, most: int) -> tuple[list[int], list[int]]:
+    """Places of the pairs at both ends of the cosine."""
+    cosine = measured.columns["cosine"]
+    order = [int(place) for place in np.argsort(-cosine, kind="stable") if math.isfinite(cosine[place])]
+    top = order[:most]
+    return top, order[len(top) :][::-1][:most]
+
+
+def pair_section(records: AuditRecords) -> Section:
+    """The pairs at both ends, with their properties and texts."""
+    title, serves = "Which pairs", "Decides: which pairs to rewrite, to filter, or to look at first."
+    last = records.last
+    if last is None:
+        return Section(title, "No pair was measured.", [], serves)
+    top, bottom = ranked_pairs(last, _RANKED)
+    parts: list[Table | Fold] = []
+    for places, name in ((top, "The most entangled pairs"), (bottom, "The least entangled pairs")):
+        if places:
+            parts.append(_pair_table(records, places, name))
+            parts.append(
+                Fold(f"{name}: their texts", [quote for place in places for quote in pair_quotes(records, place)])
+            )
+    text = "Rows of the data are counted from 0."
+    if records.sample:
+        text += " Lengths, shared parts and edits (that make one response the other) are counted in tokens."
+    else:
+        text += " Texts and properties are in sample.parquet, which is not beside this page."
+    if len(records.measured) > 1:
+        text += f" Cosines are those of the first measured checkpoint and of the last, step {last.step:,}."
+    return Section(title, text, parts, serves)
+
+
+def property_section(records: AuditRecords) -> Section | None:
+    """What goes with entanglement."""
+    rows = records.summary["properties"]
+    if not rows:
+        return None
+    quarters = max((len(row.get("groups") or []) for row in rows), default=0)
+    names = ["Lowest quarter", "Second", "Third", "Highest quarter"]
+    if quarters != len(names):
+        names = [f"Group {place + 1}" for place in range(quarters)]
+    table = Table(
+        ["Property", "ρ", "95% interval", "Pairs", *names],
+        [_property_row(row, quarters) for row in rows],
+        caption="Spearman's ρ of each property with the cosine, and the pairs in groups by that property",
+        figures_from=1,
+    )
+    return Section(
+        "What goes with entanglement",
+        "Spearman's rank correlation of a property of the pair with its cosine at the last checkpoint, with its 95% "
+        "interval: one that holds 0 may be chance. Beside it, the pairs in groups by the property: its range, their "
+        "cosine, and their share in case 1. A relation in this sample is no cause by itself.",
+        [table],
+        "Decides: which kind of pair to collect more of, and which to avoid.",
+    )
+
+
+def _property_row(row: Mapping[str, Any], quarters: int) -> list[Cell | str]:
+    unit = row.get("unit")
+    low, high = row.get("low"), row.get("high")
+    known = low is not None and high is not None
+    interval = f"{fixed(low)} to {fixed(high)}" if known else NOTHING
+    groups = [_group_cell(group) for group in row.get("groups") or []]
+    label = str(row.get("label") or row.get("property") or "")
+    return [
+        Cell((label, *(str(each) for each in (unit, row.get("reason")) if each))),
+        fixed(row.get("spearman")),
+        interval,
+        count(row.get("pairs")),
+        *groups,
+        *[""] * (quarters - len(groups)),
+    ]
+
+
+def _group_cell(group: Mapping[str, Any]) -> Cell:
+    low, high = group.get("low"), group.get("high")
+    span = _edge(low) if low == high else f"{_edge(low)} to {_edge(high)}"
+    return Cell((span, f"cosine {fixed(group.get('cosine'))}", f"case 1 {percent(group.get('ideal'))}"))
+
+
+def _edge(value: float | None) -> str:
+    return count(value) if value is not None and float(value).is_integer() else number(value)
+
+
+def _pair_table(records: AuditRecords, places: Sequence[int], caption: str) -> Table:
+    first, last = records.first, records.last
+    assert first is not None
+    assert last is not None
+    several, before = len(records.measured) > 1, dict(zip(first.pairs, first.columns["cosine"], strict=True))
+    header = ["Row", "Case", "Cosine", *(["At first"] if several else []), "Chosen log-prob", "Rejected log-prob"]
+    counted = _COUNTED if records.sample else {}
+    rows: list[list[Cell | str]] = []
+    for place in places:
+        pair, values = last.pairs[place], {name: float(each[place]) for name, each in last.columns.items()}
+        known = records.sample.get(pair, {})
+        rows.append([
+            _pair_cell(pair, known),
+            CASES[CASE_NAMES[int(values["case"])]],
+            fixed(values["cosine"]),
+            *([fixed(before.get(pair))] if several else []),
+            number(values["chosen_logp"]),
+            number(values["rejected_logp"]),
+            *(count(known.get(name)) for name in counted),
+        ])  # fmt: skip
+    return Table([*header, *counted.values()], rows, caption=caption, figures_from=2)
+
+
+def _pair_cell(pair: int, known: Mapping[str, Any]) -> Cell:
+    cut = f"{plural(known['truncated'], 'response')} cut" if known.get("truncated") else ""
+    return Cell(tuple(filter(None, (f"{pair:,}", cut))))
+
+
+def pair_quotes(records: AuditRecords, place: int) -> list[Quote]:
+    """The texts of a pair of the last checkpoint."""
+    last = records.last
+    assert last is not None
+    pair = last.pairs[place]
+    known = records.sample.get(pair)
+    if known is None:
+        known = next((each for each in records.summary["most_entangled"] if each.get("pair") == pair), {})
+    where = f" ({known['where']})" if known.get("where") else ""
+    found = [
+        Quote(f"Row {pair:,}{where}: {side}", _shorten(str(known[side])))
+        for side in ("prompt", "chosen", "rejected")
+        if known.get(side) is not None
+    ]
+    return found or [Quote(f"Row {pair:,}", "Its text is not in the records.")]
+
+
+def _shorten(text: str) -> str:
+    left = len(text) - _LONGEST
+    return text if left <= 0 else f"{text[:_LONGEST]}…\n({left:,} more characters are in sample.parquet)"

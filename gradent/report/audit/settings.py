@@ -1,0 +1,80 @@
+"""The last section of an audit's page: what was measured with what, what was skipped, and what to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gradent.report.audit.records import AuditRecords
+from gradent.report.page.html import Notice, Section, Table
+from gradent.report.page.numbers import count, plural
+
+__all__ = ["describe_loss", "describe_reference", "list_settings", "settings_section"]
+
+_SKIPPED = 100
+_REFERENCES = {
+    "none": "none",
+    "self": "the model itself",
+    "adapter_off": "its base without the adapter",
+    "model": "",
+}
+
+
+def settings_section(records: AuditRecords) -> Section:
+    """Settings, data, skipped rows and notes."""
+    summary = records.summary
+    rows = [[name, value] for name, value in list_settings(summary).items()]
+    parts: list[Table | Notice] = [Table(["Setting", "Value"], rows, "All settings", "As they were applied")]
+    skipped = summary["data"].get("skipped") or []
+    if skipped:
+        shown = [[count(bad.get("row")), str(bad.get("where")), str(bad.get("reason"))] for bad in skipped[:_SKIPPED]]
+        more = f"; {len(skipped) - _SKIPPED:,} more in summary.json" if len(skipped) > _SKIPPED else ""
+        folded = f"{plural(len(skipped), 'row')} skipped, with the reasons"
+        parts.append(Table(["Row", "Where", "Reason"], shown, folded, f"Rows that could not be used{more}"))
+    parts += [Notice("Note", str(note)) for note in summary["notes"]]
+    return Section(
+        "Settings and data",
+        _describe_data(summary["data"]),
+        parts,
+        "Decides: whether two audits can be compared, and how to run this one again.",
+    )
+
+
+def describe_loss(loss: Mapping[str, Any]) -> str:
+    """A loss and its hyperparameters."""
+    hyper = ", ".join(f"{name}={value}" for name, value in loss.items() if name != "name")
+    return f"{loss.get('name', 'unnamed')}" + (f" ({hyper})" if hyper else "")
+
+
+def describe_reference(reference: Mapping[str, Any]) -> str:
+    """Where the reference's log-probs come from."""
+    kind = str(reference.get("kind"))
+    return _REFERENCES.get(kind, kind) or str(reference.get("source") or "the model that the run started from")
+
+
+def list_settings(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Everything that was set, by name: what two audits are compared by."""
+    found = {"loss": describe_loss(summary["loss"]), "reference": describe_reference(summary["reference"])}
+    found |= {f"data: {name}": str(summary["data"].get(name)) for name in ("source", "rows", "measured")}
+    found |= {f"model: {name}": _text(value) for name, value in summary["model"].items() if name != "coverage"}
+    if isinstance(summary["model"].get("coverage"), float):
+        found["model: coverage"] = f"{summary['model']['coverage']:.4g}"
+    found |= {f"run: {name}": _text(value) for name, value in (summary["run"] or {}).items()}
+    found |= {name: _text(value) for name, value in summary["settings"].items()}
+    return {**found, "gradent": str(summary["gradent_version"])}
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(f"{each:,}" if isinstance(each, int) else str(each) for each in value) or "none"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _describe_data(data: Mapping[str, Any]) -> str:
+    cut = data.get("truncated_responses")
+    text = f"{count(data.get('measured'))} of the {count(data.get('rows'))} rows of the data were to be measured."
+    return text + (f" {plural(cut, 'response')} lost the end to max_length." if cut else "")

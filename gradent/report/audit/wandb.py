@@ -1,0 +1,162 @@
+"""An audit as one wandb run, from its records alone: curves over the run's steps, tables, the page and the files."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gradent.errors import GradentError, InputError
+from gradent.record import AUDIT_FILES, CASE_NAMES
+from gradent.report.audit.losses import describe_row
+from gradent.report.audit.pairs import ranked_pairs
+from gradent.report.audit.records import AuditRecords, Measured, read_audit
+from gradent.report.page.cases import CASES, share_of
+from gradent.text import printable
+
+__all__ = ["stream_audit"]
+
+_STEP = "gradent/step"
+_PAIRS = 50  # of the table of pairs
+_LONGEST = 2000  # characters of a text in it
+_MEANS = {
+    "gradent/chosen_logp": "chosen_logp",
+    "gradent/rejected_logp": "rejected_logp",
+    "gradent/chosen_change": "chosen_change",
+    "gradent/rejected_change": "rejected_change",
+}
+
+
+def stream_audit(directory: str | os.PathLike[str], project: str, *, name: str | None = None) -> str:
+    """Send an audit's records to wandb as one run."""
+    records = read_audit(directory)
+    try:
+        import wandb  # noqa: PLC0415
+    except ImportError as error:
+        raise InputError("Streaming to wandb needs wandb, which is not installed: pip install wandb.") from error
+    if wandb.run is not None:
+        raise InputError(
+            f"A wandb run is active ({wandb.run.name}), and an audit is a run of its own. Call wandb.finish() first."
+        )
+    try:
+        run = wandb.init(
+            project=project, name=name or printable(records.name), job_type="audit", config=_config(records)
+        )
+        try:
+            _log(wandb, run, records)
+        finally:
+            place = str(run.url or Path(run.dir).parent)
+            run.finish()
+    except wandb.Error as error:
+        raise GradentError(f"wandb did not take the audit in {directory}: {error}") from error
+    return place
+
+
+def _log(wandb: Any, run: Any, records: AuditRecords) -> None:
+    run.define_metric(_STEP)
+    run.define_metric("gradent/*", step_metric=_STEP)
+    for row in _rows(records):
+        run.log(row)
+    tables = {"gradent/what_if": _loss_table(wandb, records), "gradent/pairs": _pair_table(wandb, records)}
+    shown: dict[str, Any] = {key: table for key, table in tables.items() if table is not None}
+    page = records.directory / "report.html"
+    if page.is_file():
+        shown["gradent/report"] = wandb.Html(page.read_text("utf-8"), inject=False)
+    if shown:
+        run.log({**shown, _STEP: records.last.step if records.last else 0})
+    for key, value in _summary(records).items():
+        run.summary[key] = value
+    run.log_artifact(_artifact(wandb, run, records))
+
+
+def _rows(records: AuditRecords) -> Iterator[dict[str, float]]:
+    """A row a step: what was measured there, what was logged there, or both."""
+    rows: dict[float, dict[str, float]] = {}
+    curves = (records.summary["history"] or {}).get("curves") or {}
+    for key, points in curves.items():
+        for step, value in points:
+            if step is not None and value is not None:
+                rows.setdefault(float(step), {})[f"gradent/logged/{printable(key)}"] = float(value)
+    for measured in records.measured:
+        rows.setdefault(float(measured.step), {}).update(_measured(measured))
+    for step, row in sorted(rows.items()):
+        yield {_STEP: step, **row}
+
+
+def _measured(measured: Measured) -> dict[str, float]:
+    row = {
+        "gradent/cosine": measured.mean("cosine"),
+        "gradent/cosine_median": measured.quantile("cosine", 0.5),
+        **{f"gradent/case/{case}": measured.share(case) for case in CASES},
+        **{key: measured.mean(column) for key, column in _MEANS.items()},
+        "gradent/pairs_measured": float(len(measured.pairs)),
+    }
+    return {key: value for key, value in row.items() if math.isfinite(value)}
+
+
+def _loss_table(wandb: Any, records: AuditRecords) -> Any:
+    rows = records.summary["what_if"]
+    if not rows:
+        return None
+    figures = ("ratio", "needs_at_least", "needs_at_most", "within")
+    data = [
+        [
+            printable(describe_row(row)),
+            str(row.get("group")),
+            row.get("pairs"),
+            *(share_of(row.get("cases"), case) for case in CASES),
+            *(row.get(figure) for figure in figures),
+            printable(str(row.get("reason") or "")),
+        ]
+        for row in rows
+    ]
+    return wandb.Table(columns=["loss", "group", "pairs", *CASES, *figures, "reason"], data=data)
+
+
+def _pair_table(wandb: Any, records: AuditRecords) -> Any:
+    last = records.last
+    if last is None:
+        return None
+    data = []
+    for place in ranked_pairs(last, _PAIRS)[0]:
+        texts = records.sample.get(last.pairs[place], {})
+        data.append([
+            last.pairs[place],
+            float(last.columns["cosine"][place]),
+            CASE_NAMES[int(last.columns["case"][place])],
+            *(printable(str(texts.get(side, "")))[:_LONGEST] for side in ("prompt", "chosen", "rejected")),
+        ])  # fmt: skip
+    return wandb.Table(columns=["row", "cosine", "case", "prompt", "chosen", "rejected"], data=data)
+
+
+def _artifact(wandb: Any, run: Any, records: AuditRecords) -> Any:
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"audit-{run.id}")
+    artifact = wandb.Artifact(name, type="gradent-audit", metadata={"complete": records.summary["complete"]})
+    for file in AUDIT_FILES:
+        if (records.directory / file).is_file():
+            artifact.add_file(str(records.directory / file))
+    for path in sorted((records.directory / "figures").glob("*.*")):
+        artifact.add_file(str(path), name=f"figures/{path.name}")
+    return artifact
+
+
+def _summary(records: AuditRecords) -> dict[str, Any]:
+    recommendation = records.summary["recommendation"] or {}
+    onset = (records.summary["dynamics"] or {}).get("onset") or {}
+    found = {
+        "gradent/recommendation": recommendation.get("text") and printable(str(recommendation["text"])),
+        "gradent/onset": onset.get("measured"),
+        "gradent/complete": records.summary["complete"],
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _config(records: AuditRecords) -> dict[str, Any]:
+    summary = records.summary
+    parts = {name: summary[name] for name in ("loss", "reference", "settings", "run")}
+    data = {name: value for name, value in summary["data"].items() if name != "skipped"}
+    model = {name: value for name, value in summary["model"].items() if name != "coverage"}
+    return {**parts, "data": data, "model": model, "gradent": summary["gradent_version"]}

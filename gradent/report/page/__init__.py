@@ -1,0 +1,1 @@
+"""One self-contained HTML page: parts, charts, numbers."""

@@ -1,0 +1,90 @@
+"""Figures for those who do not see them: each as a table of its numbers, and in a sentence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from gradent.report.page.charts import Bars, Chart, HeatMap, Line
+from gradent.report.page.numbers import NOTHING, number, percent
+from gradent.report.page.parts import Table
+
+__all__ = ["describe_figure", "tabulate_figure"]
+
+_MOST_CELLS = 2500  # of a table that a figure brings along
+_FOLDED = "The numbers of this figure"
+
+
+def tabulate_figure(figure: Chart | HeatMap | Bars) -> Table | None:
+    """A figure's numbers."""
+    if isinstance(figure, Chart):
+        header, rows = _chart_rows(figure)
+    elif isinstance(figure, Bars):
+        header = [figure.label, *(series.name for series in figure.series)]
+        shown = percent if figure.percent else number
+        rows = [
+            [name, *(shown(series.values[place]) for series in figure.series)]
+            for place, name in enumerate(figure.names)
+        ]
+    else:
+        header = [figure.y_label, *figure.columns]
+        if len(figure.rows) * len(header) > _MOST_CELLS:
+            return None
+        rows = [[name, *map(number, row)] for name, row in zip(figure.rows, figure.values, strict=True)]
+    if len(rows) * len(header) > _MOST_CELLS:
+        return None
+    return Table(header, rows, _FOLDED, _name(figure), figures_from=1)
+
+
+def describe_figure(figure: Chart | HeatMap | Bars) -> str:
+    """What a figure shows, in words: axes, and of each line or piece where it starts and ends."""
+    name = _name(figure)
+    if isinstance(figure, HeatMap):
+        return f"{name}: {figure.y_label} by {figure.x_label}"
+    if isinstance(figure, Bars):
+        return f"{name}: {len(figure.names)} bars of {', '.join(series.name for series in figure.series)}."
+    shown = percent if figure.percent else number
+    parts = [f"{name}."]
+    for line in figure.lines:
+        there = [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
+        if there:
+            (first, start), (last, end) = there[0], there[-1]
+            parts.append(f"{line.name}: {shown(start)} at {_place(first)}, {shown(end)} at {_place(last)}.")
+    return " ".join(parts + [f"Marked at {_place(x)}: {text}." for x, text in figure.marks])
+
+
+def _name(figure: Chart | HeatMap | Bars) -> str:
+    if isinstance(figure, Chart):
+        axes = f"{figure.y_label} over {figure.x_label}"
+    elif isinstance(figure, Bars):
+        axes = f"{figure.value_label} by {figure.label}"
+    else:
+        axes = figure.name
+    return f"{figure.title} ({axes})" if figure.title else axes
+
+
+def _chart_rows(chart: Chart) -> tuple[list[str], list[list[str]]]:
+    cells = [_line_cells(line, percent=chart.percent) for line in chart.lines]
+    places = sorted({x for each in cells for x in each})
+    rows = [[_place(x), *(each.get(x, NOTHING) for each in cells)] for x in places]
+    return [chart.x_label, *(line.name for line in chart.lines)], rows
+
+
+def _line_cells(line: Line, *, percent: bool) -> dict[float, str]:
+    low, high = line.edges()
+    return {
+        x: _value(y, low[place : place + 1], high[place : place + 1], even=bool(len(line.band)), share=percent)
+        for place, (x, y) in enumerate(zip(line.x, line.y, strict=True))
+    }
+
+
+def _value(y: float, low: Sequence[float], high: Sequence[float], *, even: bool, share: bool) -> str:
+    shown = percent if share else number
+    text = shown(y)
+    if not len(low) or not (math.isfinite(low[0]) and math.isfinite(high[0])):
+        return text
+    return f"{text} ± {shown((high[0] - low[0]) / 2)}" if even else f"{text} ({shown(low[0])} to {shown(high[0])})"
+
+
+def _place(x: float) -> str:
+    return f"{x:,.0f}" if x == int(x) else number(x)

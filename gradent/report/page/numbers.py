@@ -1,0 +1,57 @@
+"""Numbers as text. What does not exist (None, nan) is a dash, everywhere the same one."""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["NOTHING", "change", "count", "fixed", "number", "percent", "plural", "signed_number", "step_name"]
+
+NOTHING = "-"
+
+
+def number(value: float | None) -> str:
+    """A number to three digits."""
+    if value is None or math.isnan(value):
+        return NOTHING
+    if not (value and 1e-3 <= abs(value) < 1e6):
+        return f"{value:.3g}"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def signed_number(value: float | None) -> str:
+    """A number to three digits with its sign, for what can be of either."""
+    text = number(value)
+    return text if text == NOTHING or text.startswith("-") else f"+{text}"
+
+
+def fixed(value: float | None) -> str:
+    """A number between -1 and 1, to three decimals with its sign: a cosine, a correlation, a part of one."""
+    return NOTHING if value is None or math.isnan(value) else f"{value:+.3f}"
+
+
+def percent(value: float | None) -> str:
+    """A share of 1 as percent."""
+    return NOTHING if value is None or math.isnan(value) else f"{100 * value:.1f}%"
+
+
+def count(value: float | None) -> str:
+    """A whole number."""
+    return NOTHING if value is None or math.isnan(value) else f"{value:,.0f}"
+
+
+def change(first: float | None, last: float | None, error: float | None = None) -> str:
+    """The way from one number to another."""
+    if first is None or last is None or math.isnan(first) or math.isnan(last):
+        return NOTHING
+    spread = "" if error is None or not math.isfinite(error) else f" ± {number(error)}"
+    return signed_number(last - first) + spread
+
+
+def plural(amount: int, noun: str) -> str:
+    """A number of things."""
+    return f"{amount:,} {noun}" + ("" if amount == 1 else "s")
+
+
+def step_name(step: float | None) -> str:
+    """A training step in words."""
+    return "an unknown step" if step is None else f"step {step:,.0f}"

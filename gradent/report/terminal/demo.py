@@ -1,0 +1,66 @@
+"""What a demo prints: how far each style moved, and which of the paper's findings showed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gradent.record import DemoRecord
+from gradent.record.curves import mean_and_error, read_curves
+from gradent.report.demo import describe_evidence
+
+__all__ = ["print_findings"]
+
+
+def print_findings(columns: Mapping[str, Sequence[Any]], record: DemoRecord, console: Console) -> None:
+    """Print both tables of a demo."""
+    model, settings = record["model"], record["settings"]
+    name = model["source"] or "the embedded model"
+    console.print(
+        Text(
+            f"\nDPO on {name} ({model['architecture']}, {model['parameters']:,} parameters), {settings['dpo_steps']} "
+            f"steps, seed {settings['seed']}; means over {settings['probe']} held-out pairs\n",
+            "bold",
+        ),
+        soft_wrap=True,
+    )
+    console.print(_style_table(columns))
+    console.print(Text("\nThe paper's findings, as measured in this run (± one standard error over the pairs)\n"))
+    console.print(_finding_table(record["findings"]))
+    count = sum(bool(finding["appears"]) for finding in record["findings"])
+    console.print(
+        Text(
+            f"\n{count} of {len(record['findings'])} findings appear: every mean has the finding's sign by more than "
+            f"two standard errors. Took {record['seconds']:.0f} s."
+        ),
+        soft_wrap=True,
+    )
+
+
+def _style_table(columns: Mapping[str, Sequence[Any]]) -> Table:
+    table = Table(box=None, pad_edge=True, padding=(0, 1), header_style="dim")
+    table.add_column("style", no_wrap=True)
+    for name in ("log π(chosen)", "log π(rejected)", "cosine"):
+        table.add_column(Text(f"{name}\nfirst → last"), justify="right", no_wrap=True)
+    table.add_column(Text("cosine\nmean"), justify="right")
+    curves = {name: read_curves(columns, name) for name in ("chosen_logp", "rejected_logp", "cosine")}
+    for style, cosine in curves["cosine"].items():
+        cells = [f"{curve[style].mean[0]:+.2f} → {curve[style].mean[-1]:+.2f}" for curve in curves.values()]
+        table.add_row(Text(style), *cells, f"{mean_and_error(cosine.over_steps)[0]:+.2f}")
+    return table
+
+
+def _finding_table(findings: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=True, padding=(0, 1), header_style="dim")
+    table.add_column("finding", ratio=3)
+    table.add_column("measured", ratio=3)
+    table.add_column("in this run", no_wrap=True)
+    for finding in findings:
+        measured = "\n".join(describe_evidence(each) for each in finding["evidence"])
+        appears = Text("appears", "green") if finding["appears"] else Text("does not appear", "bold red")
+        table.add_row(Text(f"{finding['claim']}\n", end="") + Text(finding["rule"], "dim"), Text(measured), appears)
+    return table

@@ -1,0 +1,149 @@
+"""The page of exported token masks, from `masks.parquet` alone: which tokens a masked loss contrasts."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gradent.errors import DataFileError, InputError
+from gradent.record.masks import read_masks
+from gradent.report.page.html import BigNumber, Notice, Numbers, Page, Part, Section, Table, Word, Words, write_page
+from gradent.report.page.numbers import count, number, percent, plural
+from gradent.text import visible
+from gradent.version import __version__
+
+__all__ = ["mask_words", "write_mask_report"]
+
+_SIDES = ("chosen", "rejected")
+_LISTED = 15  # tokens in each of the two tables
+_LABEL = 18  # characters of a token in a table
+
+_LEGEND = ("left out, mask below 1/2", "kept, mask above 1/2")
+
+_Row = dict[str, Any]
+
+
+def write_mask_report(
+    masks: str | os.PathLike[str], page: str | os.PathLike[str] | None = None, *, pairs: int = 50
+) -> Path:
+    """Write a page of a file of masks: both responses of every pair, coloured by mask, kept tokens in bold."""
+    if pairs < 1:
+        raise InputError(f"write_mask_report: pairs={pairs!r}; accepted is a number of pairs >= 1.")
+    source = Path(masks)
+    rows: list[_Row] = read_masks(source).to_pylist()
+    if not rows:
+        raise DataFileError(f"{masks}: holds no token. Export the masks of data with at least one pair.")
+    target = source.with_suffix(".html") if page is None else Path(page)
+    return write_page(target, _to_page(rows, source.name, pairs))
+
+
+def _to_page(rows: Sequence[_Row], source: str, limit: int) -> Page:
+    numbers = sorted({row["pair"] for row in rows})
+    shown = set(numbers[:limit])
+    notices = []
+    if len(numbers) > limit:
+        text = f"The first {limit:,} of {len(numbers):,} pairs are shown; shares and tables are over all of them."
+        notices.append(Notice("Not all pairs are on this page", text))
+    return Page(
+        title="Token masks: which tokens the loss contrasts",
+        lead="A loss with token masks sums the log-ratios of kept tokens alone. "
+        f"It keeps {_share_kept(rows, 'chosen')} of the chosen and {_share_kept(rows, 'rejected')} of the rejected "
+        "tokens.",
+        facts=[
+            ("Masks", source),
+            ("Data", f"{plural(len(numbers), 'pair')}, {plural(len(rows), 'response token')}"),
+            ("Mask", "m = σ(k(u − r)), from a token's learned score u; it is kept where u ≥ r, so where m ≥ 1/2"),
+        ],
+        sections=[
+            Section("How much is kept", "", [_numbers(rows)]),
+            Section(
+                "The responses",
+                "Tokens in bold are kept. The deeper the colour, the farther a mask is from 1/2.",
+                [_words([row for row in rows if row["pair"] in shown])],
+            ),
+            _ranking(rows, kept=True),
+            _ranking(rows, kept=False),
+        ],
+        foot=f"gradent {__version__}. The numbers behind this page are in {source}.",
+        notices=notices,
+    )
+
+
+def _of(rows: Sequence[_Row], side: str) -> list[_Row]:
+    return [row for row in rows if row["side"] == side]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _share_kept(rows: Sequence[_Row], side: str) -> str:
+    return percent(_mean([float(row["kept"]) for row in _of(rows, side)]))
+
+
+def _numbers(rows: Sequence[_Row]) -> Numbers:
+    figures = []
+    for side in _SIDES:
+        part = _of(rows, side)
+        note = f"{count(sum(row['kept'] for row in part))} of {plural(len(part), 'token')}"
+        figures.append(BigNumber(f"Kept of {side}", _share_kept(rows, side), note))
+        figures.append(BigNumber(f"Mean mask of {side}", number(_mean([row["mask"] for row in part]))))
+    return Numbers(figures)
+
+
+def mask_words(responses: Sequence[tuple[str, Sequence[tuple[str, float, bool]]]]) -> Words:
+    """Responses, coloured by mask, kept tokens in bold."""
+    return Words(
+        [(title, [_word(place, *token, note="") for place, token in enumerate(tokens)]) for title, tokens in responses],
+        *_LEGEND,
+    )
+
+
+def _word(place: int, text: str, mask: float, kept: bool, *, note: str) -> Word:
+    state = "kept" if kept else "left out"
+    return Word(
+        text=(text or visible("")).replace("\n", "⏎\n"),
+        value=mask - 0.5,
+        note=f"{place} · {visible(text, _LABEL)}: {state}, mask {number(mask)}{note}",
+        strong=kept,
+    )
+
+
+def _words(rows: Sequence[_Row]) -> Words:
+    texts: dict[tuple[int, str], list[Word]] = {}
+    order = {side: place for place, side in enumerate(_SIDES)}
+    for row in sorted(rows, key=lambda row: (row["pair"], order.get(row["side"], len(order)), row["position"])):
+        note = f", score {number(row['score'])}"
+        word = _word(row["position"], row["token"], row["mask"], row["kept"], note=note)
+        texts.setdefault((row["pair"], row["side"]), []).append(word)
+    titled = [(f"Pair {pair}, {side}", words) for (pair, side), words in texts.items()]
+    return Words(titled, *_LEGEND)
+
+
+def _ranking(rows: Sequence[_Row], *, kept: bool) -> Section:
+    """The tokens that were kept, or left out, the greatest number of times."""
+    groups: dict[str, list[_Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["token"]].append(row)
+    times = {text: sum(row["kept"] is kept for row in group) for text, group in groups.items()}
+    ranked = sorted((text for text in groups if times[text]), key=lambda text: (-times[text], text))[:_LISTED]
+    state = "kept" if kept else "left out"
+    title = f"The tokens most often {state}"
+    if not ranked:
+        return Section(title, f"No token is {state}.", [])
+    cells = [
+        [
+            visible(text, _LABEL),
+            count(times[text]),
+            count(len(groups[text])),
+            percent(times[text] / len(groups[text])),
+            number(_mean([row["mask"] for row in groups[text]])),
+        ]
+        for text in ranked
+    ]
+    header = ("Token", f"Times {state}", "Times in all", "Share", "Mean mask")
+    parts: list[Part] = [Table(header, cells, caption=title, figures_from=1)]
+    return Section(title, "", parts)

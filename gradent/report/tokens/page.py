@@ -1,0 +1,242 @@
+"""The page of one pair's tokens, from the `tokens.json` in its directory.
+
+Letters: T_w and T_l completion tokens of chosen and rejected; a a chosen token, b a rejected one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gradent.record import TokenRecord, read_token_record
+from gradent.report.page.html import Cell, HeatMap, Page, Quote, Section, Table, Word, Words, write_page
+from gradent.report.page.numbers import percent
+from gradent.report.tokens.masks import mask_words
+from gradent.report.tokens.rows import TokenRow, rank_tokens, signed, token_rows
+from gradent.text import visible
+
+__all__ = ["write_token_report"]
+
+_SIDES = ("chosen", "rejected")
+_RANKED = 10  # tokens in each of the two tables
+_MODULES = 15
+
+
+def write_token_report(directory: str | os.PathLike[str]) -> Path:
+    """Write `tokens.html` beside a pair's record.
+
+    Args:
+        directory: holds `tokens.json`.
+
+    Returns:
+        The page.
+    """
+    place = Path(directory)
+    return write_page(place / "tokens.html", _to_page(read_token_record(place / "tokens.json")))
+
+
+def _to_page(record: TokenRecord) -> Page:
+    rows = token_rows(record)
+    entangling, disentangling = rank_tokens(rows, _RANKED)
+    sections = [
+        Section("The prompt", "", [Quote("Tokens that both responses follow", record["prompt"]["text"])]),
+        Section(
+            "What a margin step does to each token",
+            "First-order change of each token's log-prob where log π(chosen) − log π(rejected) is raised, in nats per "
+            "unit of learning rate. A chosen token that falls is dragged along by what pushes rejected down. Tokens "
+            "in bold tell the responses apart; the others are in both.",
+            [_words(rows, "effect", "falls", "rises", bad_above=False)],
+        ),
+        Section(
+            "Which tokens entangle",
+            "Each token's inner product with the gradient of the whole other response. An entangling token rises and "
+            "falls with the other response; a disentangling one is held against it. Over the tokens of either "
+            "response these add up to ⟨g_w, g_l⟩.",
+            [_words(rows, "entanglement", "disentangles", "entangles", bad_above=True)],
+        ),
+        *([_mask_section(record)] if record["masks"] else []),
+        Section(
+            "Token by token",
+            "Cosines of the gradients of chosen tokens (downwards) and rejected tokens (to the right). Outlined: the "
+            "same token in both responses. A token's gradient runs through all positions before it.",
+            [_heat_map(record, rows)],
+        ),
+        _ranking("entangling", entangling),
+        _ranking("disentangling", disentangling),
+    ]
+    if record["modules"]:
+        sections.append(_module_section(record["modules"]))
+    everything = _table(rows, "All tokens of both responses, with their numbers")
+    sections.append(Section("All tokens", "Positions are counted from 0.", [everything]))
+    return Page(
+        title=f"Tokens of pair {record['data']['row']}: what pulls chosen and rejected along",
+        lead=_lead(record),
+        facts=_facts(record),
+        sections=sections,
+        foot=f"gradent {record['gradent_version']}, schema version {record['schema_version']}. The numbers behind this "
+        "page are in tokens.json beside it.",
+    )
+
+
+def _mask_section(record: TokenRecord) -> Section:
+    """Which tokens a masked loss keeps, and how that goes with what tells the responses apart."""
+    masks = record["masks"] or {}
+    shared = {side: {pair[number] for pair in record["alignment"]} for number, side in enumerate(_SIDES)}
+    kept = {True: [], False: []}  # type: dict[bool, list[bool]]
+    words = []
+    for side in _SIDES:
+        part = masks[side]
+        for place, each in enumerate(part["kept"]):
+            kept[place in shared[side]].append(each)
+        texts = record[side]["tokens"]  # type: ignore[literal-required]
+        words.append((f"{side.capitalize()} response", list(zip(texts, part["mask"], part["kept"], strict=True))))
+    shares = [
+        f"{sum(kept[same])} of {len(kept[same])} {name} tokens ({percent(sum(kept[same]) / len(kept[same]))})"
+        for same, name in ((False, "differing"), (True, "identical"))
+        if kept[same]
+    ]
+    return Section(
+        "Which tokens the masked loss keeps",
+        f"By {masks['source']}: {' and '.join(shares)}. Tokens in bold are kept; the deeper the colour, the farther a "
+        "mask is from 1/2.",
+        [mask_words(words)],
+    )
+
+
+def _lead(record: TokenRecord) -> str:
+    sums = [sum(record["chosen"]["effects"]), sum(record["rejected"]["effects"])]
+    moves = ["raises" if value > 0 else "lowers" if value < 0 else "leaves" for value in sums]
+    case = {
+        ("raises", "lowers"): "as a preference loss is meant to",
+        ("lowers", "lowers"): "so both fall",
+        ("raises", "raises"): "so both rise",
+    }.get((moves[0], moves[1]), "")
+    return (
+        "To first order, a small step that raises log π(chosen) − log π(rejected) on this pair alone "
+        f"{moves[0]} chosen ({signed(sums[0])} nats per unit of learning rate) and {moves[1]} rejected "
+        f"({signed(sums[1])})" + (f", {case}." if case else ".")
+    )
+
+
+def _facts(record: TokenRecord) -> list[tuple[str, str]]:
+    model, data, split = record["model"], record["data"], record["split"]
+    chosen, rejected = record["chosen"], record["rejected"]
+    inner = split["identical"] + split["differing"]
+    norms = math.sqrt(chosen["sq"]), math.sqrt(rejected["sq"])
+    cosine = inner / (norms[0] * norms[1]) if norms[0] * norms[1] else math.nan
+    parts = [
+        f"{name} tokens {signed(split[name])}" + (f" ({split[name] / inner or 0.0:.0%})" if inner else "")
+        for name in ("identical", "differing")
+    ]
+    facts = [
+        ("Model", f"{model['checkpoint']}, {model['trainable_parameters']:,} parameters measured, {model['dtype']}"),
+        ("Data", str(data["source"])),
+        ("Pair", f"row {data['row']}, counted from 0, of {data['rows']} ({data['where']})"),
+        (
+            "Lengths",
+            f"{len(chosen['ids'])} chosen and {len(rejected['ids'])} rejected tokens, {split['identical_tokens']} of "
+            f"them the same ones, after {len(record['prompt']['ids'])} tokens of prompt",
+        ),
+        ("Log-probs", f"chosen {chosen['logp']:.4g}, rejected {rejected['logp']:.4g} nats"),
+        ("Gradients", "g_w = ∇ log π(chosen), g_l = ∇ log π(rejected), over all measured parameters"),
+        ("Cosine", "none: a gradient is zero" if math.isnan(cosine) else f"{cosine:+.4f}"),
+        ("⟨g_w, g_l⟩", f"{signed(inner)}, with ‖g_w‖ {signed(norms[0])[1:]} and ‖g_l‖ {signed(norms[1])[1:]}"),
+        ("Split of it", " and ".join(parts)),
+    ]
+    return facts + [("Note", note) for note in record["notes"]]
+
+
+def _words(rows: Sequence[TokenRow], figure: str, below: str, above: str, *, bad_above: bool) -> Words:
+    texts, values = [], [float(getattr(row, figure)) for row in rows]
+    for side in ("chosen", "rejected"):
+        pieces = [
+            Word(
+                text=(row.text or visible("")).replace("\n", "⏎\n"),
+                value=value,
+                note=f"{row.name}: {_verb(value, below, above)} ({signed(value)}), {row.kind}",
+                strong=not row.identical,
+            )
+            for row, value in zip(rows, values, strict=True)
+            if row.side == side
+        ]
+        texts.append((f"{side.capitalize()} response", pieces))
+    largest = max(map(abs, values))
+    return Words(texts, f"{below}, down to {signed(-largest)}", f"{above}, up to {signed(largest)}", bad_above)
+
+
+def _verb(value: float, below: str, above: str) -> str:
+    return above if value > 0 else below if value < 0 else "neither"
+
+
+def _heat_map(record: TokenRecord, rows: Sequence[TokenRow]) -> HeatMap:
+    names = {side: [row.name for row in rows if row.side == side] for side in ("chosen", "rejected")}
+    norms = {side: np.array([row.norm for row in rows if row.side == side]) for side in ("chosen", "rejected")}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosines = np.array(record["inner"], dtype=np.float64) / (norms["chosen"][:, None] * norms["rejected"][None])
+    return HeatMap(
+        x_label="rejected",
+        y_label="chosen",
+        columns=names["rejected"],
+        rows=names["chosen"],
+        values=cosines.tolist(),
+        name="cosine",
+        marked=[(a, b) for a, b in record["alignment"]],
+    )
+
+
+def _ranking(kind: str, rows: Sequence[TokenRow]) -> Section:
+    title = f"The most {kind} tokens"
+    return Section(title, "", [_table(rows)]) if rows else Section(title, f"No token is {kind} in this pair.", [])
+
+
+def _table(rows: Sequence[TokenRow], folded: str = "") -> Table:
+    header = [
+        "Rank" if not folded else "",
+        "Response",
+        "Position",
+        "Token",
+        "Kind",
+        "Entanglement",
+        "Share",
+        "Norm",
+        "Margin step",
+    ]
+    cells: list[list[Cell | str]] = [
+        [
+            str(number),
+            row.side,
+            str(row.position),
+            visible(row.text),
+            row.kind,
+            signed(row.entanglement),
+            "-" if row.share is None else f"{row.share:+.1%}",
+            f"{row.norm:.3g}",
+            signed(row.effect),
+        ]
+        for number, row in enumerate(rows, start=1)
+    ]
+    return Table(header, cells, folded)
+
+
+def _module_section(modules: dict[str, list[float]]) -> Section:
+    whole = [sum(part[number] for part in modules.values()) for number in range(3)]
+    ranked = sorted(modules.items(), key=lambda item: -abs(item[1][2]))
+    rows = [
+        [
+            name,
+            signed(part[2]),
+            *(f"{part[number] / whole[number]:+.1%}" if whole[number] else "-" for number in (2, 0, 1)),
+        ]
+        for name, part in ranked[:_MODULES]
+    ]
+    more = len(ranked) - len(rows)
+    return Section(
+        "Where it comes from",
+        "The modules with the largest parts of ⟨g_w, g_l⟩, and their shares of it and of the squared norms."
+        + (f" {more} more are in tokens.json." if more > 0 else ""),
+        [Table(("Module", "Part", "Share of ⟨g_w, g_l⟩", "Of ‖g_w‖²", "Of ‖g_l‖²"), rows)],
+    )

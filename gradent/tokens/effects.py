@@ -1,0 +1,160 @@
+"""What a small step does to every token: `token_effects`.
+
+`⟨∇_θ log π(y^a), v⟩` of all tokens at once is the derivative of their log-probs along v: one forward that carries
+tangents, whatever the number of tokens. A backward pass checks it.
+
+Letters: B pairs, T completion tokens of a row, L tokens of a row, V vocabulary, v the direction.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from gradent.errors import InputError, NonFiniteError
+from gradent.model.calls import check_ids, forward_marked, input_device, observed, plain, trainable
+from gradent.model.facts import require_causal
+from gradent.model.logprobs import check_logps, sequence_logprobs
+from gradent.pairs.batch import PairBatch
+from gradent.tokens.directions import OWN, check_toward, dot, given_vector, planned_step
+from gradent.tokens.tangents import Claim, Differentiate, Direction, Row, backward
+
+__all__ = ["token_effects"]
+
+
+def token_effects(
+    model: nn.Module,
+    batch: PairBatch,
+    toward: str | Mapping[str, Tensor] | Tensor = "rejected",
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Tensor:
+    """How far a step along v moves the log-prob of every completion token, to first order: `⟨∇log π(y^a), v⟩`.
+
+    Exact, by forward-mode differentiation, whatever the number of tokens: "rejected" and "chosen" cost about one and a
+    half times a pair's two forward and backward passes, "margin" about two times, "step" and a vector about once a pair
+    and half of it a call. A pair's rows share a padded forward, if the first pair of the model shows that they can. A
+    backward pass of every pair (of the first one, if v is the same for all) checks the sum
+    over a row; where they differ, or torch has no forward derivative of the model, every token has a backward of its
+    own, with a warning. The model is left as it was, as by `measure`.
+
+    Args:
+        model: a causal language model, as in `measure`; in eval mode meanwhile.
+        batch: B preference pairs.
+        toward: what v is. "rejected": `g_l = ∇log π(y_l|x)` of the token's own pair: over chosen tokens the effects sum
+            to the pair's `inner`, over rejected ones to `rejected_sq`. "chosen": `g_w`. "margin": `g_w - g_l`, the
+            paper's Theorem 3 token by token. "step": what `optimizer.step()` would add to the parameters now. Or a
+            vector of the user's: `{parameter name: tensor of its shape}`, names left out being zero, or one flat
+            tensor over the trainable parameters in `named_parameters` order.
+        optimizer: for "step": an optimizer over the model's parameters, whose `.grad`s are as its step would find them
+            (clipped and unscaled, if they are to be). A copy of it is stepped.
+
+    Returns:
+        float64 `[T]` on the CPU, T the marked tokens of all rows, in the order of
+        `batch.input_ids[batch.completion_mask.bool()]`; `PairBatch.split_tokens` gives each pair its own. In nats (for
+        "step": by that step; otherwise a unit of v).
+
+    Raises:
+        InputError: an unknown `toward`, a vector or an optimizer that does not fit the model, no `.grad` to step from,
+            or token ids outside the model's vocabulary.
+        ModelError: nothing trainable, not a causal language model, no logits, or reentrant gradient checkpointing.
+        NonFiniteError: a nan or inf in the logits, in a gradient, in the step or in an effect.
+
+    Example:
+        >>> effects = token_effects(model, batch)  # doctest: +SKIP
+        >>> [chosen.sum() for chosen, _ in batch.split_tokens(effects)]  # doctest: +SKIP
+    """
+    model = plain(model)
+    parameters = trainable(model)
+    check_toward(toward, optimizer)
+    half, device = len(batch), input_device(model)
+    rows = [batch.row(index) for index in range(2 * half)]
+    check_ids(model, torch.cat([ids for ids, _ in rows]))
+    rows = [(ids.to(device), marks.to(device)) for ids, marks in rows]
+    differentiate = Differentiate(model, parameters)
+    effects: list[Tensor] = [torch.empty(0)] * (2 * half)
+    with torch.enable_grad(), observed(model):
+        fixed = None if isinstance(toward, str) and toward in OWN else _fixed(toward, optimizer, parameters)
+        require_causal(model, rows[0][0])
+        for pair in range(half):
+            two = (rows[pair], rows[half + pair])
+            trim = differentiate.trim(two[0][0])
+            if fixed is None:
+                direction = _own(model, parameters, two, pair, str(toward), trim=trim)
+            else:
+                direction = fixed if pair else _checked(fixed, model, parameters, two, trim=trim)
+            effects[pair], effects[half + pair] = differentiate(two, pair, direction)
+    return torch.cat(effects)
+
+
+def _own(
+    model: nn.Module, parameters: Mapping[str, Tensor], two: Sequence[Row], pair: int, toward: str, *, trim: bool
+) -> Direction:
+    """The direction that is a pair's own."""
+    if toward != "margin":
+        chosen = toward == "chosen"
+        vector, norm = _gradient(model, parameters, two[0 if chosen else 1], pair, chosen=chosen, trim=trim)
+        return Direction(vector, norm, Claim(float(chosen), float(not chosen), norm**2, norm**2))
+    vector, norm = _gradient(model, parameters, two[0], pair, chosen=True, trim=trim)
+    taken, other = _gradient(model, parameters, two[1], pair, chosen=False, trim=trim)
+    for name, part in taken.items():
+        vector[name] = vector[name] - part if name in vector else -part
+    square = sum(dot(vector, vector).values())
+    return Direction(vector, math.sqrt(square), Claim(1.0, -1.0, square, (norm + other) * math.sqrt(square)))
+
+
+def _fixed(
+    toward: str | Mapping[str, Tensor] | Tensor, optimizer: object, parameters: Mapping[str, Tensor]
+) -> Direction:
+    """The direction that is the same for all pairs."""
+    if isinstance(toward, str):
+        vector = planned_step(optimizer, parameters)
+    else:
+        vector = given_vector(toward, parameters)
+    squares = dot(vector, vector)
+    for name, square in squares.items():
+        if math.isfinite(square):
+            continue
+        if isinstance(toward, str):
+            raise NonFiniteError(
+                f"non-finite step: {type(optimizer).__name__} would move {name!r} by a nan or an inf. Look for it in "
+                "the parameter's .grad: a gradient scaler skips such a step."
+            )
+        raise InputError(
+            f"token_effects: toward holds a nan or an inf for {name!r}, or its square overflows; every element must be "
+            "finite. Find where the vector was made, or leave the parameter out."
+        )
+    moving = {name: part.to(parameters[name].device) for name, part in vector.items() if squares[name]}
+    return Direction(moving, math.sqrt(sum(squares.values())))
+
+
+def _checked(
+    direction: Direction, model: nn.Module, parameters: Mapping[str, Tensor], two: Sequence[Row], *, trim: bool
+) -> Direction:
+    """The direction, with what a backward pass of the rejected row says of it."""
+    gradient, norm = _gradient(model, parameters, two[1], 0, chosen=False, trim=trim)
+    value = sum(dot(gradient, direction.vector).values())
+    return replace(direction, claim=Claim(0.0, 1.0, value, norm * direction.norm))
+
+
+def _gradient(
+    model: nn.Module, parameters: Mapping[str, Tensor], row: Row, pair: int, *, chosen: bool, trim: bool
+) -> tuple[dict[str, Tensor], float]:
+    """`∇_θ log π(y|x)` by parameter, those that have none left out, and its norm."""
+    ids, marks = row
+    logp = sequence_logprobs(*forward_marked(model, ids[None], marks[None], trim=trim))
+    check_logps(logp, [pair], [chosen])
+    grads = backward(logp.sum(), parameters, keep=False)
+    squares = dot(grads, grads)
+    for name, square in squares.items():
+        if not math.isfinite(square):
+            raise NonFiniteError(
+                f"non-finite gradient: pair {pair}, {'chosen' if chosen else 'rejected'}, has a nan or inf in the "
+                f"gradient of {name!r}. Try a wider dtype (bfloat16 or float32 instead of float16), or check the "
+                "checkpoint for nan."
+            )
+    return grads, math.sqrt(sum(squares.values()))

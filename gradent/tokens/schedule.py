@@ -1,0 +1,167 @@
+"""Where a backward pass can be cut: its nodes in the order in which they run, and what is under way between any two.
+
+A pass that is run piece by piece gives the same gradients, and lets several passes keep step with one another.
+
+Letters: L tokens of the row, V its vocabulary.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch.autograd.graph import GradientEdge, Node
+
+from gradent.hooks.capture.coverage import Edge
+
+__all__ = ["Order", "byte_size", "cut_order", "find_order"]
+
+
+@dataclass(frozen=True)
+class Order:
+    """The nodes below a model's output that lead to a recorded use or to an unrecorded parameter.
+
+    Attributes:
+        nodes: every node after all of its consumers, as autograd would run them.
+        pending: edges whose gradients are under way before the node of the same place runs, one entry more than nodes.
+        costs: bytes of those gradients.
+        leaves: number of a parameter that no rule recorded -> places of the nodes whose gradient it collects.
+        sinks: nodes with nothing of interest below them.
+    """
+
+    nodes: list[Node]
+    pending: list[tuple[GradientEdge, ...]]
+    costs: list[int]
+    leaves: dict[int, list[int]]
+    sinks: frozenset[Node]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The kinds of the nodes: equal for two passes of the same code over rows of other lengths."""
+        return [node.name() for node in self.nodes]
+
+
+def byte_size(edge: GradientEdge) -> int:
+    """Bytes of the gradient that arrives at an edge."""
+    meta = edge.node._input_metadata[edge.output_nr]  # noqa: SLF001  (torch has no public name for it)
+    return int(math.prod(meta.shape) * meta.dtype.itemsize)
+
+
+def find_order(
+    root: GradientEdge, claimed: frozenset[Edge], uses: frozenset[Node], parameters: Mapping[Node, int]
+) -> Order:
+    """Walk the graph below `root`.
+
+    Args:
+        root: the model's output.
+        claimed: edges that recorded uses account for; they are not followed.
+        uses: output nodes of the recorded uses.
+        parameters: the nodes that accumulate each trainable parameter's gradient, with its number.
+
+    Returns:
+        The order.
+    """
+    below, useful = _useful(root.node, claimed, uses, parameters)
+    children = {
+        node: [(child, nr) for child, nr in below[node] if child in useful and child not in parameters]
+        for node in useful
+        if node not in parameters
+    }
+    waiting: dict[Node, int] = defaultdict(int)
+    for each in children.values():
+        for child, _ in each:
+            waiting[child] += 1
+    nodes: list[Node] = []
+    alive: dict[tuple[Node, int], GradientEdge] = {(root.node, root.output_nr): root}
+    arriving: dict[Node, list[tuple[Node, int]]] = defaultdict(list, {root.node: [(root.node, root.output_nr)]})
+    pending: list[tuple[GradientEdge, ...]] = [(root,)]
+    costs = [byte_size(root)]
+    leaves: dict[int, list[int]] = defaultdict(list)
+    # The engine runs what was made last first; the number breaks ties, nodes do not compare.
+    ready = [(-root.node._sequence_nr(), 0, root.node)]  # noqa: SLF001  (torch has no public name for it)
+    pushed, cost = 0, costs[0]
+    while ready:
+        node = heapq.heappop(ready)[2]
+        for edge in arriving.pop(node):
+            cost -= byte_size(alive.pop(edge))
+        for child, nr in children[node]:
+            if (child, nr) not in alive:
+                alive[child, nr] = GradientEdge(child, nr)
+                arriving[child].append((child, nr))
+                cost += byte_size(alive[child, nr])
+            waiting[child] -= 1
+            if not waiting[child]:
+                pushed += 1
+                heapq.heappush(ready, (-child._sequence_nr(), pushed, child))  # noqa: SLF001  (as above)
+        for child, _ in below[node]:
+            if child in parameters:
+                leaves[parameters[child]].append(len(nodes))
+        nodes.append(node)
+        pending.append(tuple(alive.values()))
+        costs.append(cost)
+    sinks = frozenset(node for node in nodes if not children[node])
+    return Order(nodes, pending, costs, dict(leaves), sinks)
+
+
+def _children(node: Node, claimed: frozenset[Edge]) -> list[tuple[Node, int]]:
+    return [
+        (child, nr)
+        for number, (child, nr) in enumerate(node.next_functions)
+        if child is not None and (node, number) not in claimed
+    ]
+
+
+def _useful(
+    root: Node, claimed: frozenset[Edge], uses: frozenset[Node], parameters: Mapping[Node, int]
+) -> tuple[dict[Node, list[tuple[Node, int]]], set[Node]]:
+    """Every node's edges, and the nodes at or above a use or an unrecorded parameter."""
+    useful: set[Node] = set()
+    below: dict[Node, list[tuple[Node, int]]] = {}
+    closed: set[Node] = set()
+    stack = [root]
+    while stack:
+        node = stack[-1]
+        if node not in below:
+            below[node] = _children(node, claimed)
+            stack.extend(child for child, _ in below[node] if child not in below)
+            continue
+        stack.pop()
+        if node in closed:
+            continue
+        closed.add(node)
+        if node in uses or node in parameters or any(child in useful for child, _ in below[node]):
+            useful.add(node)
+    return below, useful
+
+
+def cut_order(order: Order, start: int, held: Sequence[int], limit: int) -> list[int]:
+    """Places at which to cut the pass, so that little is held in each piece.
+
+    A cut lies where all that is under way arrives at one node. Elsewhere one edge may lie below another, and autograd,
+    asked for both, would go on through the upper one.
+
+    Args:
+        order: of the pass.
+        start: the place of its first node.
+        held: bytes that each node makes one hold until the piece it is in has run, for every pass that keeps step.
+        limit: bytes that a piece may hold, where it can be cut at all.
+
+    Returns:
+        Places, increasing, from `start` to the number of nodes.
+    """
+    cuts, used, ahead, last = [start], 0, 0, start
+    for place in range(start, len(order.nodes)):
+        single = len({edge.node for edge in order.pending[place]}) == 1
+        if single and place > start:
+            if used and used + ahead > limit:
+                cuts.append(last)
+                used = 0
+            used, ahead, last = used + ahead, 0, place
+        ahead += held[place]
+    if used and used + ahead > limit:
+        cuts.append(last)
+    return [*cuts, len(order.nodes)] if cuts[-1] < len(order.nodes) else cuts

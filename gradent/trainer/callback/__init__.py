@@ -1,0 +1,1 @@
+"""`EntanglementCallback` and what it keeps of a step."""

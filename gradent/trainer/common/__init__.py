@@ -1,0 +1,1 @@
+"""What both trainers ask of TRL."""
