@@ -1,7 +1,7 @@
 """The one decision: which reducer takes a product, in which form and tiles, on which backend, and why.
 
-`decide` is a function of numbers alone: no tensors, no caches, and Triton is imported only where its kernels are to
-run. What reduces calls it (`gradent.hooks.reduction`, `gradent.kernels.dispatch`), and `gradent plan` prints it.
+`decide` is a function of numbers alone: no tensors, no caches, no Triton. What reduces calls it
+(`gradent.hooks.reduction`, `gradent.kernels.dispatch`), and `gradent plan` prints it.
 
 Letters: N rows, n rows of a group, T tokens, O and I the two sides of a weight, D directions.
 """
@@ -16,6 +16,8 @@ import torch
 from gradent.kernels.common.budget import batch_room, waiting_limits
 from gradent.kernels.common.cost import DEPTH, GRAM_COST, Tiling, batch_scratch, cheapest
 from gradent.kernels.common.numerics import accumulator
+from gradent.kernels.common.tiles import gram_bytes, outer_bytes, pick_gram, pick_outer, plan_groups
+from gradent.kernels.common.triton_operands import Groups, Spans
 
 __all__ = ["Product", "Reducer", "Strategy", "decide"]
 
@@ -161,8 +163,6 @@ def _lacking(product: Product) -> str:
         return ""
     if product.directions:
         return "in torch, since Triton's kernels have no products with directions"
-    if len(product.lengths) != 2:
-        return "in torch, since Triton's kernels take groups of two rows alone"
     return ""
 
 
@@ -251,10 +251,8 @@ def _materialized(product: Product, budget: int) -> Strategy:
 
 def _by_kernel(product: Product, groups: int, room: int) -> Strategy:
     """One launch of Triton's kernels for some groups; `refused` says what it would hold if that does not fit."""
-    from gradent.kernels.kernel_cost import kernel_cost  # noqa: PLC0415  (imports Triton)
-
     tiling = _tiling(product, max(room, 1), "triton")
-    tile, scratch, flops = kernel_cost(tiling.form, product, groups, tiling.flops)
+    tile, scratch, flops = _kernel_cost(tiling.form, product, groups, room, tiling.flops)
     is_alone = not product.is_complete or groups * len(product.lengths) < product.rows
     share = "each group" if is_alone else "all groups"
     return Strategy(
@@ -268,3 +266,31 @@ def _by_kernel(product: Product, groups: int, room: int) -> Strategy:
         refused=scratch if scratch > room else 0,
         why=f"{tiling.form} is the cheaper form, in one launch of Triton's kernel for {share}",
     )
+
+
+def _kernel_cost(
+    form: Literal["gram", "outer"], product: Product, groups: int, room: int, flops: int
+) -> tuple[tuple[int, int], int, int]:
+    """`(tile, scratch, flops of a group)` of one launch for some groups of n rows; `flops` as torch counts them."""
+    length, count = max(product.lengths), len(product.lengths)
+    members = [range(group * count, group * count + count) for group in range(groups)]
+    rows = Spans.padded(groups, length) if count == 2 else Groups.padded(length, [length] * (groups * count), members)
+    wide = torch.float32 if torch.float32 in product.dtypes else product.dtypes[1]
+    copied = 0
+    if count != 2 and not product.is_complete:  # rows of one group are put side by side
+        copied = sum(product.lengths) * sum(
+            side * dtype.itemsize for side, dtype in zip((product.out, product.inp), product.dtypes, strict=True)
+        )
+    if form == "outer" and count == 2:
+        config = pick_outer(wide, product.out, product.inp, groups, store=False)
+        return (config.rows, config.cols), outer_bytes(product.out, product.inp, groups, config), flops
+    if form == "outer":
+        assert isinstance(rows, Groups)
+        plan = plan_groups(wide, product.out, product.inp, rows, budget=room - copied)
+        config = plan.large.config if plan.large else plan.small or pick_outer(wide, 1, 1, 1, store=False)
+        return (config.rows, config.cols), plan.scratch + copied, flops
+    config = pick_gram(wide, length, rows.pairs)
+    whole, rest = divmod(length, config.rows)
+    triangle = (length**2 + whole * config.rows**2 + rest**2) // 2  # tiles on and below the diagonal
+    blocks = count * triangle + count * (count - 1) // 2 * length**2
+    return (config.rows, config.cols), gram_bytes(wide, rows) + copied, 2 * (product.out + product.inp) * blocks
