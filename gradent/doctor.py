@@ -1,6 +1,6 @@
 """`gradent doctor`: what a bug report needs, and whether this installation measures truly.
 
-Nothing personal is in it: no host, no user, no environment, and of paths the cache file's alone, below `~`.
+Nothing personal is in it: no host, no user, no environment, no path.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import os
 import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -21,7 +20,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from gradent.errors import InputError
-from gradent.kernels import crossover, dispatch
+from gradent.kernels.availability import device_name, path
 from gradent.measurement import measure
 from gradent.pairs.batch import PairBatch
 from gradent.record.parquet import first_line
@@ -65,7 +64,6 @@ class Report(TypedDict):
     threads: int
     devices: list[dict[str, Any]]
     kernels: list[dict[str, Any]]
-    cache: str
     checks: list[Check]
     passed: bool
 
@@ -88,11 +86,8 @@ def examine() -> Report:
         | {package: _version(package) for package in PACKAGES},
         system=f"{platform.system()} {platform.machine()}",
         threads=torch.get_num_threads(),
-        devices=[
-            {"device": str(place), "name": crossover.device_name(place), "memory": _memory(place)} for place in places
-        ],
+        devices=[{"device": str(place), "name": device_name(place), "memory": _memory(place)} for place in places],
         kernels=[_kernels(place, dtype) for place in places for dtype in DTYPES],
-        cache=_below_home(crossover.cache_file()),
         checks=checks,
         passed=all(check["passed"] for check in checks),
     )
@@ -111,12 +106,7 @@ def print_report(report: Report, console: Console, *, as_json: bool = False) -> 
         memory = f", {device['memory'] / 2**30:.0f} GiB" if device["memory"] else ""
         facts.add_row(device["device"], f"{device['name']}{memory}")
     for kernels in report["kernels"]:
-        source = "measured" if kernels["measured"] else "not measured: the machine was too busy, or short of memory"
-        facts.add_row(
-            f"{kernels['device']} {kernels['dtype']}",
-            f"reduced by {kernels['path']}; a gram flop costs {kernels['price']:.2g} outer flops ({source})",
-        )
-    facts.add_row("cache", Text(report["cache"], overflow="fold"))
+        facts.add_row(f"{kernels['device']} {kernels['dtype']}", f"reduced by {kernels['path']}")
     console.print(facts)
     console.print()
     for check in report["checks"]:
@@ -203,11 +193,9 @@ def _llama() -> nn.Module:
 def _kernels(place: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     facts: dict[str, Any] = {"device": str(place), "dtype": str(dtype).removeprefix("torch.")}
     try:
-        path = dispatch.path(place, dtype)
+        return facts | {"path": path(place, dtype)}
     except InputError as error:  # GRADENT_KERNELS asks for what there is not: the checks fail for it
-        return facts | {"path": f"nothing: {error}", "price": 1.0, "measured": False}
-    price = crossover.price(place, dtype)
-    return facts | {"path": path, "price": price, "measured": crossover.is_measured(place, dtype)}
+        return facts | {"path": f"nothing: {error}"}
 
 
 def _version(package: str) -> str:
@@ -224,11 +212,3 @@ def _memory(place: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not every system says
         return 0
-
-
-def _below_home(path: Path) -> str:
-    """A path without the user's name, where it lies in the home directory."""
-    try:
-        return str(Path("~") / path.absolute().relative_to(Path.home()))
-    except (ValueError, RuntimeError):
-        return str(path)

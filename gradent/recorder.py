@@ -21,7 +21,7 @@ from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.observation import BackwardObservation, mark_completions
 from gradent.hooks.piggyback.pairing import Pairing
 from gradent.hooks.piggyback.watcher import Piggyback
-from gradent.kernels.common.cost import DEFAULT_BUDGET, parse_budget
+from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.measurement import measure
 from gradent.model.parameters import is_sharded, trainable, unwrap_compiled
 from gradent.model.preconditioner import metric_roots

@@ -16,7 +16,7 @@ from torch import Tensor
 from gradent.auditing.console import make_tell, warnings_as_notes
 from gradent.auditing.measuring.tokens import named_errors, refuse_non_finite
 from gradent.auditing.state.config import TokenConfig
-from gradent.kernels.common.cost import parse_budget
+from gradent.kernels.common.budget import parse_budget
 from gradent.loading.preferences import AuditPair
 from gradent.loading.prepare import Prepared, prepare
 from gradent.measurement import measure

@@ -154,7 +154,6 @@ def _measure_targets(sweep: Sweep) -> None:
     plan, quiet = sweep.plan, sweep.config.quiet
     cost = sum(pair.tokens for pair in plan.pairs)
     sound = len(plan.targets) - len(sweep.failures)
-    sweep.agree_on_prices()
     with warnings_as_notes(sweep.tell):
         if plan.reference.source is not None:
             with pair_progress("reference", len(plan.pairs), cost, quiet=quiet) as advance:

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradent.hooks.uses.formats import Dense, Explicit, Form, Rows
-from gradent.tokens.all_pairs import AllPairsLedger
+from gradent.hooks.reduction.ledger import Ledger
+from gradent.hooks.uses.formats import Factored, Form, Materialized, SparseRows
+from gradent.kernels.common.budget import least_budget
+from gradent.kernels.common.wanted import Wanted
 from gradent.tokens.contractions import (
     Block,
     Entries,
@@ -56,9 +58,9 @@ class SharedFactor:
         """Each token's gradient."""
         for b in self.block.b:
             if self.is_lookup:
-                yield Rows(self.block.a, b)
+                yield SparseRows(self.block.a, b)
             else:
-                yield Dense(b, self.block.a) if self.b_on_rows else Dense(self.block.a, b)
+                yield Factored(b, self.block.a) if self.b_on_rows else Factored(self.block.a, b)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class RankOne:
     def forms(self) -> Iterator[Form]:
         """Each token's gradient."""
         for u, v in zip(self.u, self.v, strict=True):
-            yield Dense(u[None], v[None])
+            yield Factored(u[None], v[None])
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Gradients:
     def forms(self) -> Iterator[Form]:
         """Each token's gradient."""
         for grad in self.grads:
-            yield Explicit(grad)
+            yield Materialized(grad)
 
 
 @dataclass(frozen=True)
@@ -176,13 +178,15 @@ class TokenLedger:
     def _reduce_any(self, slots: dict[Slot, list[Part]]) -> Entries:
         """Entries of any parts, formed in tiles: rare (a weight used in several ways, experts)."""
         chosen, rejected = self._sizes
-        ledger = AllPairsLedger(chosen + rejected, budget=self._budget)
+        wanted = Wanted.all(chosen + rejected)
+        ledger = Ledger(wanted, budget=least_budget(self._budget, wanted.rows))
         for slot, parts in slots.items():
             for part in parts:
                 for token, form in zip(part.tokens, part.forms(), strict=True):
                     ledger.add(0, token + part.side * chosen, slot, form)
         ledger.finish(0)
-        matrix = ledger.entries[0]
+        ledger.close()
+        matrix = wanted.matrix(ledger.entries[0].cpu())
         entries = Entries(self._sizes)
         entries.inner += matrix[:chosen, chosen:]
         entries.squares[0].add_(matrix.diagonal()[:chosen])

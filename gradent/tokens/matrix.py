@@ -22,18 +22,18 @@ from torch import Tensor, nn
 
 from gradent import notices
 from gradent.hooks.passes.autograd_engine import is_plain, plain_rows, run_plainly
-from gradent.hooks.passes.batching import group_rows
-from gradent.hooks.passes.driver import announce_single_rows, measure_pairs, rows_share
+from gradent.hooks.passes.driver import announce_single_rows, measure_groups, rows_share
 from gradent.hooks.passes.hooks_engine import NeedsSingleRows, run
-from gradent.hooks.passes.microbatch import MicroBatch
-from gradent.kernels.common.cost import parse_budget
+from gradent.hooks.passes.microbatch import MicroBatch, group_rows
+from gradent.hooks.reduction.ledger import Ledger
+from gradent.kernels.common.budget import least_budget, parse_budget
 from gradent.kernels.common.numerics import spans
+from gradent.kernels.common.wanted import Wanted
 from gradent.model.autograd import quiet_vmap
 from gradent.model.facts import computing_dtypes, facts, ignores_padding, require_causal, tolerance, trims
 from gradent.model.observed import observed
 from gradent.model.parameters import check_ids, input_device, trainable, unwrap_compiled
 from gradent.pairs.batch import PairBatch
-from gradent.tokens.all_pairs import AllPairsLedger
 from gradent.tokens.contractions import Entries
 from gradent.tokens.gram import TokenGram
 from gradent.tokens.row_pass import NoSharedBackward
@@ -218,12 +218,13 @@ def _together(pair: _Pair, *, check: bool) -> dict[str, Entries]:
 
 def _contradiction(pair: _Pair, entries: Mapping[str, Entries]) -> str:
     """How the sum of the matrix differs from the pair's inner product, measured as a whole; empty where it agrees."""
-    micro = MicroBatch(pair.rows, [[0], [1]], [pair.number])
-    if is_plain(micro.groups, plain_rows(pair.model, pair.tensors, pair.rows[0][0].device, pair.budget)):
-        outcome = run_plainly(pair.model, pair.tensors, micro, budget=pair.budget)
+    micro = MicroBatch.pair(pair.rows, pair.number)
+    ledger = Ledger(micro.wanted, budget=pair.budget)
+    if is_plain(micro.forwards, plain_rows(pair.model, pair.tensors, pair.rows[0][0].device, pair.budget)):
+        outcome = run_plainly(pair.model, pair.tensors, micro, ledger)
     else:
-        outcome = run(pair.model, pair.tensors, micro, budget=pair.budget, explicit_budget=None)
-    chosen_sq, rejected_sq, inner = torch.stack([entry.cpu()[0] for entry in outcome.entries.values()]).sum(0)
+        outcome = run(pair.model, pair.tensors, micro, ledger, explicit_budget=None)
+    chosen_sq, rejected_sq, inner = torch.stack([entry.cpu() for entry in outcome.entries.values()]).sum(0)
     total = sum(float(part.inner.sum()) for part in entries.values())
     error = abs(total - float(inner)) / max(float(chosen_sq * rejected_sq) ** 0.5, 1e-300)
     if error <= tolerance("batched rows", computing_dtypes(pair.model, pair.rows[0][0].device)):
@@ -284,7 +285,16 @@ def _one_by_one(pair: _Pair) -> dict[str, Entries]:
     """The entries by module, each token measured as a row of its own."""
     chosen, rejected = (_prefixes(*row) for row in pair.rows)
     if rows_share(pair.model, pair.parameters) is None:  # found out, once a model, by measuring a pair of it
-        measure_pairs(pair.model, pair.parameters, pair.rows, budget=pair.budget, weight=None, dropout=False)
+        measure_groups(
+            pair.model,
+            pair.parameters,
+            pair.rows,
+            [[0, 1]],
+            MicroBatch.pair(pair.rows, pair.number).names,
+            lambda wanted: Ledger(wanted, budget=pair.budget),
+            explicit_budget=None,
+            dropout=False,
+        )
     room = TOKENS.get(pair.rows[0][0].device.type, TOKENS["cuda"]) // max(len(ids) for ids, _ in pair.rows)
     blocks = pair.blocks(room)
     total: dict[str, Entries] = {}
@@ -309,9 +319,11 @@ def _all_products(pair: _Pair, tokens: Sequence[Row]) -> dict[int, Tensor]:
     grouped = group_rows([len(ids) for ids, _ in tokens], tokens[0][0].device)
 
     def measured(groups: Sequence[Sequence[int]]) -> dict[int, Tensor]:
-        micro = MicroBatch(tokens, groups, [pair.number] * len(tokens))
-        ledger = AllPairsLedger(len(tokens), budget=pair.budget)
-        return run(pair.model, pair.tensors, micro, budget=pair.budget, explicit_budget=None, ledger=ledger).entries
+        wanted = Wanted.all(len(tokens))
+        micro = MicroBatch(tokens, groups, wanted, [f"pair {pair.number}, a token"] * len(tokens))
+        ledger = Ledger(wanted, budget=least_budget(pair.budget, len(tokens)))
+        entries = run(pair.model, pair.tensors, micro, ledger, explicit_budget=None).entries
+        return {number: wanted.matrix(entry.cpu()) for number, entry in entries.items()}
 
     try:
         return measured(grouped if rows_share(pair.model, pair.parameters) else single)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradent.errors import GradentError, InputError, NonFiniteError
-from gradent.kernels.common.cost import parse_budget
+from gradent.kernels.common.budget import parse_budget
 from gradent.loading.preferences import AuditPair
 from gradent.measurement import measure, sequence_logps
 from gradent.pair_gram import PairGram

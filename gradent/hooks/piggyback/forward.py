@@ -22,8 +22,9 @@ from gradent.hooks.piggyback.coefficients import Coefficients, FusedReadout, Log
 from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.guard import Guard
 from gradent.hooks.piggyback.trl_fused_head import FusedHeadUse, find_fused_head
-from gradent.hooks.reduction.collector import Collector, Place
-from gradent.hooks.reduction.weight_grad_reuse import Sharing
+from gradent.hooks.reduction.collector import Collector
+from gradent.hooks.reduction.reducers import Place
+from gradent.hooks.reduction.weight_grad_reuse import WeightGradReuse
 from gradent.hooks.uses.formats import split_factor
 from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View
@@ -76,11 +77,11 @@ class WatchedForward:
         self._queue: list[tuple[Tap, Tensor]] = []
         self._handles: list[RemovableHandle] = []
         self._recomputed: nn.Module | None = None
-        self._sharing: Sharing | None = None
+        self._sharing: WeightGradReuse | None = None
         self._capture: Capture | None = None
         if config.has_entries:
             if config.should_share and not config.sharded:
-                self._sharing = Sharing(config.tensors)
+                self._sharing = WeightGradReuse(config.tensors)
             self._capture = Capture(
                 config.tensors,
                 self.layout,

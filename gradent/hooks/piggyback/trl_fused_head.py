@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from gradent.hooks.uses.formats import Deferred, Dense, Explicit, Form
+from gradent.hooks.uses.formats import Factored, Form, LazyFactored, Materialized
 from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View
 from gradent.kernels.common.numerics import accumulator
@@ -71,9 +71,9 @@ class FusedHeadUse:
             parts = hidden[at], weight, bias, targets[at], log_z[at], grad_output[at]
             tokens = _Tokens(*parts, saved.compute_dtype, saved.kernel_args)
             if self.bias:
-                yield row, (), Explicit(tokens.grad_logits().sum(0))
+                yield row, (), Materialized(tokens.grad_logits().sum(0))
             else:
-                yield row, (), Deferred(tokens.dense)
+                yield row, (), LazyFactored(tokens.dense)
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class _Tokens:
     dtype: torch.dtype
     arguments: dict[str, Any]
 
-    def dense(self) -> Dense:
-        return Dense(self.grad_logits(), self.hidden.to(accumulator(self.hidden.dtype)))
+    def dense(self) -> Factored:
+        return Factored(self.grad_logits(), self.hidden.to(accumulator(self.hidden.dtype)))
 
     @torch.no_grad()
     def grad_logits(self) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from gradent.hooks.uses.formats import Dense, Explicit, Form, Rows
+from gradent.hooks.uses.formats import Factored, Form, Materialized, SparseRows
 from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View
 from gradent.kernels.common.numerics import accumulator
@@ -114,7 +114,7 @@ class MatrixUse(_WholeSlot):
         spans = layout.spans if us.shape[1] == layout.length else None
         for row, (u, v) in enumerate(zip(us, vs, strict=True)):
             span = slice(None) if spans is None else slice(*spans[row])
-            yield row, self.view.slot, Dense(u[span], v[span])
+            yield row, self.view.slot, Factored(u[span], v[span])
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class GroupedUse:
         for expert, end in enumerate(self.ends.tolist()):
             if end > start:
                 u, v = self.inputs[start:end], grad_output[start:end]
-                yield 0, (expert,), Dense(v, u) if self.view.flipped else Dense(u, v)
+                yield 0, (expert,), Factored(v, u) if self.view.flipped else Factored(u, v)
             start = end
 
 
@@ -160,7 +160,7 @@ class LookupUse(_WholeSlot):
             if self.padding_idx is not None:
                 real = ids != self.padding_idx
                 ids, values = ids[real], values[real]
-            yield row, self.view.slot, Rows(ids, values)
+            yield row, self.view.slot, SparseRows(ids, values)
 
 
 def _dropped(cut: Cut) -> Tensor:
@@ -186,11 +186,11 @@ class SumUse(_WholeSlot):
         """See `Use`."""
         if self.view.ids is None:
             for row, grad in enumerate(self.gradients(grad_output, layout, budget)):
-                yield row, self.view.slot, Explicit(grad)
+                yield row, self.view.slot, Materialized(grad)
             return
         # Learned positions, added to every row of the batch.
         for row, summed in enumerate(self._summed(grad_output, layout, budget)):
-            yield row, (), Rows(self.view.ids.reshape(-1), summed.reshape(-1, self.view.shape[1]))
+            yield row, (), SparseRows(self.view.ids.reshape(-1), summed.reshape(-1, self.view.shape[1]))
 
     def gradients(self, grad_output: Tensor, layout: Layout, budget: int) -> Tensor:
         """Every row's gradient of the slot, `[R, *slot]`, wide, where it is no lookup (`view.ids`)."""

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainingArguments
 from gradent.distributed import gather, is_first
 from gradent.errors import InputError
 from gradent.hooks.piggyback.pairing import Pairing
-from gradent.kernels.common.cost import parse_budget
+from gradent.kernels.common.budget import parse_budget
 from gradent.measurement import sequence_logps
 from gradent.model.parameters import is_sharded
 from gradent.notices import Notices, log

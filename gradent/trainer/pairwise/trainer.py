@@ -37,7 +37,7 @@ from gradent import losses
 from gradent.errors import InputError, ModelError, NonFiniteError
 from gradent.hooks.piggyback.coefficients import FusedReadout
 from gradent.hooks.piggyback.config import WatchConfig
-from gradent.kernels.common.cost import DEFAULT_BUDGET, parse_budget
+from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.losses.designs import counting, normalized_weights
 from gradent.model.parameters import trainable
 from gradent.notices import Notices, warn
