@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gradent.errors import InputError, ModelError, NotCausalError
-from gradent.loading.source import ModelSource, brief, hint, some
+from gradent.loading.files import brief, hint, some
+from gradent.loading.source import ModelSource
 from gradent.model.calls import input_device, observed
 from gradent.model.facts import check_causal
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gradent.errors import GradentError, InputError
-from gradent.loading.source import brief
-from gradent.loading.weight_files import CONFIGS, check_weights, kind_of, leads_outside, shown
+from gradent.loading.files import brief, is_hub_id, leads_outside, shown
+from gradent.loading.weight_files import CONFIGS, check_weights, kind_of
 
 __all__ = ["base_of_adapters", "base_of_card", "base_problem", "check_given"]
 
@@ -18,7 +18,7 @@ _MOST_CARD = 256 * 2**10  # bytes; a model card is a page
 
 def check_given(base: str) -> None:
     """Refuse a base that the user gave and that cannot be one."""
-    if not os.path.isdir(base) and not _is_hub_id(base):
+    if not os.path.isdir(base) and not is_hub_id(base):
         raise InputError(
             f"base {shown(base, 400)}: there is no such directory, and it is no hub id (owner/name) either. Give the "
             "directory or hub id of the full model that training started from (command line: --base)."
@@ -44,7 +44,7 @@ def base_problem(base: str | None, run: str) -> str | None:
         return f"its adapter_config.json names no base model. {remedy}"
     if not os.path.isabs(base) and ".." in Path(base).parts:
         return f"the base that it names, {shown(base)}, is a path out of here, and is not followed. {remedy}"
-    if not os.path.isdir(base) and not _is_hub_id(base):
+    if not os.path.isdir(base) and not is_hub_id(base):
         return f"the base that it names, {shown(base, 400)}, does not exist here. {remedy}"
     problem = _directory_problem(base)
     return None if problem is None else f"its base cannot be used: {problem} {remedy}"
@@ -89,14 +89,3 @@ def _directory_problem(base: str) -> str | None:
     except GradentError as error:
         return str(error)
     return None
-
-
-def _is_hub_id(name: str) -> bool:
-    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
-    from huggingface_hub.utils._validators import validate_repo_id  # noqa: PLC0415
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True

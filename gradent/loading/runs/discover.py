@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gradent.errors import GradentError, InputError, ModelError
+from gradent.loading.files import shown, some
 from gradent.loading.runs.base_model import base_of_adapters, base_of_card, base_problem, check_given
-from gradent.loading.runs.checkpoint import STATE, Checkpoint, Saved, State, look_at, read_state
-from gradent.loading.source import some
-from gradent.loading.weight_files import kind_of, shown
+from gradent.loading.runs.checkpoint import Checkpoint, Saved, look_at, read_own_state
+from gradent.loading.source import STATE, State
+from gradent.loading.weight_files import kind_of
 
 __all__ = ["Checkpoint", "Run", "choose", "find_run", "is_run"]
 
@@ -119,7 +120,7 @@ def _look_at_root(
     """The state in the run's own directory, and the model there if it is a later one than every checkpoint's."""
     last = looked[-1].checkpoint
     try:
-        state = read_state(directory / STATE, root)
+        state = read_own_state(directory / STATE, root)
     except GradentError as error:
         notes.append(f"The trainer's state in the run's own directory is not read. {error}")
         state = None

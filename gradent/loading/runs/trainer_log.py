@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradent.loading.source import some
-from gradent.loading.weight_files import read_object, shown
+from gradent.loading.files import read_object, shown, some
 
 __all__ = ["History", "read_history"]
 
