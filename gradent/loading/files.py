@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
+
 from gradent.errors import DataFileError
 
 __all__ = ["AGAIN", "brief", "hint", "is_hub_id", "leads_outside", "read_object", "shown", "some"]
@@ -17,9 +20,6 @@ _MOST_JSON = 256 * 2**20
 
 def is_hub_id(name: str) -> bool:
     """Whether a text can be a hub id: `name` or `owner/name`."""
-    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415  (slow)
-    from huggingface_hub.utils._validators import validate_repo_id  # noqa: PLC0415
-
     try:
         validate_repo_id(name)
     except HFValidationError:

@@ -183,8 +183,8 @@ def _read_dataset(source: str, split: str) -> list[Row]:
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, DataFileError):
             raise
-        here = Path(source).is_dir()
-        hint = "Check the files, and --split." if here else f"There is no such directory here. {_DATA_ACCEPTED}"
+        is_here = Path(source).is_dir()
+        hint = "Check the files, and --split." if is_here else f"There is no such directory here. {_DATA_ACCEPTED}"
         cause = error.__cause__ or error  # "An error occurred while generating the dataset" says nothing
         raise DataFileError(
             f"{source}: datasets cannot read it ({' '.join(str(cause).split())[:300]}). {hint}"

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from transformers.utils.peft_utils import find_adapter_config_file
+
 from gradent.errors import DataFileError, InputError, ModelError
 from gradent.loading.files import brief, hint, is_hub_id, read_object, shown
 from gradent.loading.weight_files import require_tensors
@@ -49,22 +52,21 @@ class State:
 def resolve_source(model: str, adapter: str | None = None, *, weights: bool = True) -> ModelSource:
     """Tell a full model from an adapter, and find the adapter's base."""
     _check_exists(model)
-    own = _adapter_directory(model)
-    if own is not None and adapter is not None:
+    directory = _adapter_directory(model)
+    source = ModelSource(base=model, adapter=None, name=model)
+    if directory is not None and adapter is not None:
         raise InputError(
             f"{model} is itself a PEFT adapter (it has an adapter_config.json), and --adapter {adapter} was given as "
             "well. Give the base model as MODEL with one --adapter, or merge the first adapter into the base."
         )
-    if own is not None:
-        source = ModelSource(base=_base_of(model, own), adapter=own, name=model)
+    if directory is not None:
+        source = ModelSource(base=_base_of(model, directory), adapter=directory, name=model)
     elif adapter is not None:
         _check_exists(adapter)
         directory = _adapter_directory(adapter)
         if directory is None:
             raise InputError(f"{adapter}: not a PEFT adapter, for it has no adapter_config.json. Check --adapter.")
         source = ModelSource(base=model, adapter=directory, name=adapter)
-    else:
-        source = ModelSource(base=model, adapter=None, name=model)
     if not weights:
         return source
     if Path(source.base).is_dir():  # a hub id is left to from_pretrained
@@ -117,9 +119,6 @@ def _adapter_directory(name: str) -> str | None:
     """The local directory of a PEFT adapter, fetched from the hub where needed; None if `name` is no adapter."""
     if Path(name).is_dir():
         return name if (Path(name) / "adapter_config.json").is_file() else None
-    from huggingface_hub import snapshot_download  # noqa: PLC0415
-    from transformers.utils.peft_utils import find_adapter_config_file  # noqa: PLC0415
-
     try:
         if find_adapter_config_file(name) is None:
             return None

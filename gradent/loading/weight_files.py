@@ -99,18 +99,18 @@ def _is_pickle(name: str) -> bool:
 
 def _is_weights(name: str) -> bool:
     """Safetensors, or a pickle that is none of the trainer's own."""
-    own = any(fnmatch.fnmatch(name, pattern) for pattern in _TRAINER_STATE)
-    return name.endswith(".safetensors") or (_is_pickle(name) and not own)
+    is_trainers = any(fnmatch.fnmatch(name, pattern) for pattern in _TRAINER_STATE)
+    return name.endswith(".safetensors") or (_is_pickle(name) and not is_trainers)
 
 
 def _refuse_without_tensors(directory: Path, kind: str | None, names: set[str]) -> None:
     sharded = sorted(name for name in names if name.startswith("pytorch_model_fsdp"))
     if sharded:
-        whole = directory / sharded[0]
+        saved = directory / sharded[0]
         remedy = (
-            f"put it together once: accelerate merge-weights {whole} {directory}"
-            if os.path.isdir(whole)
-            else f"load it once into the base with torch.load({str(whole)!r}, weights_only=True), and save_pretrained"
+            f"put it together once: accelerate merge-weights {saved} {directory}"
+            if os.path.isdir(saved)
+            else f"load it once into the base with torch.load({str(saved)!r}, weights_only=True), and save_pretrained"
         )
         raise ModelError(
             f"{directory}: saved by FSDP as {some(sharded)}, which only training can read; gradent reads safetensors. "
@@ -173,8 +173,8 @@ def _check_tensors(path: Path) -> None:
             size = os.fstat(handle.fileno()).st_size
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > min(size - 8, _MOST_HEADER):
-                said = f" where its header should take {length}" if size >= 8 else ""
-                raise ModelError(f"{path}: is no whole safetensors file: it has {size} bytes{said}. {AGAIN}")
+                stated = f" where its header should take {length}" if size >= 8 else ""
+                raise ModelError(f"{path}: is no whole safetensors file: it has {size} bytes{stated}. {AGAIN}")
             header = json.loads(handle.read(length))
         data = _data_length(header)
     except OSError as error:

@@ -19,13 +19,14 @@ from gradent.auditing.measuring.batches import (
     Reference,
     Scan,
     adapter_off,
-    check_scan_settings,
     itself,
     join_blocks,
     plan_batches,
     scan_batches,
     scan_reference,
 )
+from gradent.auditing.pipeline import check
+from gradent.auditing.state.config import AuditConfig
 from gradent.errors import GradentError, InputError, NonFiniteError, NothingTrainableError
 from gradent.measurement import sequence_logps
 from tests.audit.made import logp, tokenized
@@ -225,8 +226,8 @@ def test_nothing_trainable(tiny_gpt2) -> None:
         ({"memory_budget": "lots"}, "memory_budget='lots'"),
     ],
 )
-def test_settings_that_cannot_be(settings, message) -> None:
+def test_settings_that_cannot_be(settings, message, tmp_path) -> None:
     good = {"batch_size": 1, "engine": "hooks", "memory_budget": None}
-    check_scan_settings(**good)
+    check(AuditConfig(model="", data="", out=tmp_path, **good))
     with pytest.raises(InputError, match=message):
-        check_scan_settings(**{**good, **settings})
+        check(AuditConfig(model="", data="", out=tmp_path, **{**good, **settings}))

@@ -14,13 +14,14 @@ from gradent.auditing.measuring import sweep
 from gradent.auditing.measuring import tokens as module
 from gradent.auditing.measuring.sweep import Sweep
 from gradent.auditing.measuring.tokens import (
-    check_token_pairs,
     choose_pairs,
     face_tokens,
     scan_tokens,
     token_cost,
     token_rows,
 )
+from gradent.auditing.pipeline import check
+from gradent.auditing.state.config import AuditConfig
 from gradent.auditing.state.journal import Journal
 from gradent.auditing.state.targets import Target
 from gradent.distributed import Ranks
@@ -76,11 +77,11 @@ def test_pairs_without_a_cosine_have_their_share() -> None:
 
 
 @pytest.mark.parametrize("count", [0, -1])
-def test_a_number_of_pairs_that_is_none(count) -> None:
+def test_a_number_of_pairs_that_is_none(count, tmp_path) -> None:
     with pytest.raises(InputError, match=rf"token_pairs is {count}; .*--token-pairs"):
-        check_token_pairs(count)
-    check_token_pairs(1)
-    check_token_pairs(None)
+        check(AuditConfig(model="", data="", out=tmp_path, token_pairs=count))
+    check(AuditConfig(model="", data="", out=tmp_path, token_pairs=1))
+    check(AuditConfig(model="", data="", out=tmp_path, token_pairs=None))
 
 
 FACING: dict[str, tuple[str, str, list[tuple[int, int]]]] = {

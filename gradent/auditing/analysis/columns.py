@@ -23,16 +23,7 @@ from gradent.record import MODULE_COLUMNS, PAIR_COLUMNS, SAMPLE_COLUMNS, TOKEN_C
 from gradent.record.table import Floats, Table, stack
 from gradent.theory.conditions import Verdict, verdict
 
-__all__ = [
-    "JUDGED",
-    "TargetRecord",
-    "collect",
-    "gram_of",
-    "judge",
-    "module_table",
-    "sample_table",
-    "token_table",
-]
+__all__ = ["JUDGED", "TargetRecord", "collect", "gram_of", "judge", "module_table", "sample_table", "token_table"]
 
 JUDGED = ("d_w", "d_l", "chosen_change", "rejected_change", "case")
 

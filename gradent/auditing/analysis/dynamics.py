@@ -114,8 +114,8 @@ def _describe_whole(checkpoints: Mapping[int, Table], intervals: Sequence[Mappin
     for interval in intervals:
         predicted += (interval["step_size"] or 0.0) * _matrix(tables[interval["from"]], _CHANGES)
     sizes = [interval["step_size"] for interval in intervals if interval["step_size"] is not None]
-    whole = _compare(change, predicted, sum(sizes) if sizes else None, predicted)
-    return {"whole": {"from": first, "to": last, **whole}, "cases_realised": _realised(change)}
+    total = _compare(change, predicted, sum(sizes) if sizes else None, predicted)
+    return {"whole": {"from": first, "to": last, **total}, "cases_realised": _realised(change)}
 
 
 def _matrix(table: Table, names: Sequence[str]) -> Floats:
@@ -157,8 +157,8 @@ def _mean(values: Floats) -> float | None:
 
 def measured_onset(points: Sequence[tuple[int, Mapping[int, Floats]]]) -> int | None:
     """The first step from which on both mean log-probs stay below their start."""
-    # Below means: by more than two standard errors of the mean change, over the pairs measured both there and at the
-    # start (the changes are paired, so what pairs differ in does not blur them).
+    # Below means: by more than two standard errors of the mean change, over the pairs of both; being paired, changes
+    # are not blurred by what pairs differ in.
     onset = None
     for step, logps in reversed(points[1:]):
         shared = [pair for pair in points[0][1] if pair in logps]
@@ -174,13 +174,9 @@ def measured_onset(points: Sequence[tuple[int, Mapping[int, Floats]]]) -> int | 
 
 def logged_onset(curves: Mapping[str, Sequence[Sequence[Any]]]) -> tuple[int | None, list[str]]:
     """The first logged step from which on both curves of log-probs stay below their level at the start."""
-    # The curves are those of an evaluation set if they have twelve points at least (all points are of the same pairs),
-    # else those of the training batches, likewise. The rule, for each of the two:
-    # - smoothed: the running median of w points about each point (an odd number near a tenth of them, 5 at least); near
-    # the ends the w outermost points; - level at the start: the median of the first w points; - noise of one point:
-    # 1.4826/√2 times the median size of the differences of neighbours, which a trend hardly   touches; of the
-    # difference of two medians of w points: √2·1.2533/√w times that; - below: the smoothed curve is under the level by
-    # more than twice that noise.
+    # Curves of an evaluation set come first: its points are all of the same pairs. Below means: the running median
+    # of w points is under its start by more than twice the noise of the difference of two such medians, √2·1.2533/√w
+    # times that of a point, i.e. 1.4826/√2 times the median difference of neighbours, which a trend hardly touches.
     for keys in _candidates(curves):
         chosen, rejected = (_read_curve(curves[key]) for key in keys)
         steps = sorted(chosen.keys() & rejected.keys())
@@ -212,8 +208,8 @@ def _is_below(values: Floats) -> NDArray[np.bool_]:
 def _candidates(curves: Mapping[str, Sequence[Any]]) -> list[list[str]]:
     """Pairs of keys: evaluation sets first, the longest of them first."""
     prefixes = [key.removesuffix(CHOSEN) for key in curves if key.endswith(CHOSEN)]
-    both = [[prefix + CHOSEN, prefix + REJECTED] for prefix in prefixes if prefix + REJECTED in curves]
-    return sorted(both, key=lambda keys: (not keys[0].startswith("eval"), -len(curves[keys[0]])))
+    keys_of = [[prefix + CHOSEN, prefix + REJECTED] for prefix in prefixes if prefix + REJECTED in curves]
+    return sorted(keys_of, key=lambda keys: (not keys[0].startswith("eval"), -len(curves[keys[0]])))
 
 
 def _read_curve(points: Sequence[Sequence[Any]]) -> dict[int, float]:

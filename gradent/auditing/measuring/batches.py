@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradent.errors import GradentError, InputError, NonFiniteError
-from gradent.kernels.plan import parse_budget
+from gradent.errors import GradentError, NonFiniteError
 from gradent.loading.preferences import AuditPair
 from gradent.measurement import measure, sequence_logps
 from gradent.pair_gram import PairGram
@@ -29,7 +28,6 @@ __all__ = [
     "Reference",
     "Scan",
     "adapter_off",
-    "check_scan_settings",
     "itself",
     "join_blocks",
     "plan_batches",
@@ -75,15 +73,6 @@ def adapter_off(model: Any) -> Reference:
     return reference
 
 
-def check_scan_settings(*, batch_size: int, engine: str, memory_budget: int | str | None) -> None:
-    """Refuse what `scan_batches` could not use, before a model is loaded for it."""
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be at least 1 (command line: --batch-size).")
-    if engine not in {"hooks", "func"}:
-        raise InputError(f"engine is {engine!r}; accepted: 'hooks' and 'func' (command line: --engine).")
-    parse_budget(memory_budget)
-
-
 def plan_batches(pairs: Sequence[AuditPair], batch_size: int) -> list[list[int]]:
     """Group pairs of like length, longest first: little padding, and what does not fit in memory fails at once."""
     order = sorted(range(len(pairs)), key=lambda position: -pairs[position].longest)
@@ -96,14 +85,12 @@ def scan_batches(
     batches: Sequence[Sequence[int]],
     *,
     reference: Reference | None = None,
-    engine: str = "hooks",
-    by_module: bool = False,
-    memory_budget: int | str | None = None,
+    **options: Any,
 ) -> Iterator[Block]:
-    """What `measure` gives of each batch, with the reference's log-probs; an error names the row."""
+    """What `measure` with these options gives of each batch, and the reference's log-probs; an error names the row."""
     for positions in batches:
         chunk = [pairs[position] for position in positions]
-        gram, references = _measure_batch(model, _to_batch(chunk), chunk, reference, engine, by_module, memory_budget)
+        gram, references = _measure_batch(model, chunk, reference, options)
         yield {
             "positions": list(positions),
             **{name: getattr(gram, name).tolist() for name in ENTRIES},
@@ -142,23 +129,17 @@ def _to_batch(chunk: Sequence[AuditPair]) -> PairBatch:
 
 
 def _measure_batch(
-    model: Any,
-    batch: PairBatch,
-    chunk: Sequence[AuditPair],
-    reference: Reference | None,
-    engine: str,
-    by_module: bool,
-    memory_budget: int | str | None,
+    model: Any, chunk: Sequence[AuditPair], reference: Reference | None, options: Mapping[str, Any]
 ) -> tuple[PairGram, tuple[Tensor, ...]]:
+    batch = _to_batch(chunk)
     try:
-        kind = cast(Literal["hooks", "func"], engine)  # `measure` refuses any other
         with _memory_errors(chunk):
-            gram = measure(model, batch, engine=kind, by_module=by_module, memory_budget=memory_budget)
+            gram = measure(model, batch, **options)
             references = () if reference is None else reference(batch, gram)
     except NonFiniteError as error:
         if len(chunk) > 1:  # one by one, to tell which
-            for number, pair in enumerate(chunk):
-                _measure_batch(model, batch.select([number]), [pair], reference, engine, by_module, memory_budget)
+            for pair in chunk:
+                _measure_batch(model, [pair], reference, options)
         raise NonFiniteError(f"{', '.join(pair.where for pair in chunk)}: {error}") from error
     _check_reference(chunk, references)  # `measure` has refused what is not finite in its own numbers
     return gram, references

@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml  # type: ignore[import-untyped]  # huggingface_hub's
+from huggingface_hub.repocard import metadata_load
+
 from gradent.errors import GradentError, InputError
 from gradent.loading.files import brief, is_hub_id, leads_outside, shown
 from gradent.loading.weight_files import CONFIGS, check_weights, kind_of
@@ -59,9 +62,6 @@ def base_of_card(directory: Path, root: Path) -> tuple[str | None, str]:
         return None, "its README.md is a link that leads out of the run's directory, and is not followed"
     if card.stat().st_size > _MOST_CARD:
         return None, f"its README.md is larger than {_MOST_CARD >> 10} KiB, and is not read"
-    import yaml  # type: ignore[import-untyped]  # noqa: PLC0415  # huggingface_hub's
-    from huggingface_hub.repocard import metadata_load  # noqa: PLC0415
-
     try:
         named = (metadata_load(card) or {}).get("base_model")
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
