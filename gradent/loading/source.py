@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from gradent.errors import DataFileError, InputError, ModelError
 from gradent.loading.files import brief, hint, is_hub_id, read_object, shown
@@ -119,6 +118,8 @@ def _adapter_directory(name: str) -> str | None:
     """The local directory of a PEFT adapter, fetched from the hub where needed; None if `name` is no adapter."""
     if Path(name).is_dir():
         return name if (Path(name) / "adapter_config.json").is_file() else None
+    from transformers.utils.peft_utils import find_adapter_config_file  # noqa: PLC0415  (a run is found without it)
+
     try:
         if find_adapter_config_file(name) is None:
             return None
