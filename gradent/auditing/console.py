@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 from gradent.errors import GradentWarning
-from gradent.report.terminal.audit import printable
+from gradent.text import printable
 
 __all__ = ["make_tell", "pair_progress", "warnings_as_notes"]
 

@@ -16,19 +16,18 @@ from torch import Tensor
 from gradent.auditing.console import make_tell, warnings_as_notes
 from gradent.auditing.measuring.tokens import named_errors, refuse_non_finite
 from gradent.auditing.state.config import TokenConfig
-from gradent.kernels.plan import parse_budget
+from gradent.kernels.common.cost import parse_budget
 from gradent.loading.preferences import AuditPair
 from gradent.loading.prepare import Prepared, describe_model, prepare
 from gradent.measurement import measure
 from gradent.pair_gram import PairGram
 from gradent.pairs.batch import PairBatch
 from gradent.record import TokenRecord, write_token_record
+from gradent.record.atomic import make_directory
 from gradent.record.masks import read_pair_masks
-from gradent.record.parquet import make_directory
-from gradent.report.terminal.audit import printable
 from gradent.report.tokens.page import write_token_report
 from gradent.report.tokens.rows import TokenRow, rank_tokens, signed, token_rows
-from gradent.text import token_texts, visible
+from gradent.text import printable, token_texts, visible
 from gradent.tokens.effects import token_effects
 from gradent.tokens.gram import TokenGram
 from gradent.tokens.matrix import measure_tokens

@@ -26,12 +26,12 @@ from gradent.auditing.state.targets import AuditPlan, choose_reference, find_tar
 from gradent.auditing.write import write_records
 from gradent.distributed import Ranks, join
 from gradent.errors import GradentError, InputError, ModelError
-from gradent.kernels.plan import parse_budget
+from gradent.kernels.common.cost import parse_budget
 from gradent.loading.models import check_device, check_dtype
 from gradent.loading.prepare import choose_device, read_material
 from gradent.record import AUDIT_FILES, Summary, read_summary
+from gradent.record.atomic import make_directory
 from gradent.record.json_lines import digest
-from gradent.record.parquet import make_directory
 from gradent.report.terminal.audit import print_summary
 from gradent.version import __version__
 

@@ -30,7 +30,7 @@ def readable_errors(*, loads_models: bool = True) -> Iterator[None]:
             _quieten_others()
         yield
     except GradentError as error:
-        from gradent.report.terminal.audit import printable  # noqa: PLC0415
+        from gradent.text import printable  # noqa: PLC0415
 
         lines = printable(str(error)).replace("\n", "\n  ")
         console.print(Text("error", "bold red"), Text(f"({type(error).__name__})\n  {lines}"), soft_wrap=True)

@@ -24,6 +24,6 @@ _SHARED = options(TokenConfig, "model", "adapter", "dtype", "device", "trust_rem
 def plan(**values: Any) -> None:
     """See beforehand how each layer would be measured, and what that costs; the model's weights are not read."""
     with readable_errors():
-        from gradent.audit.plan_table import show_plan  # noqa: PLC0415  (imports torch)
+        from gradent.planning.command import show_plan  # noqa: PLC0415  (imports torch)
 
         show_plan(**values, console=Console(highlight=False))

@@ -12,7 +12,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from gradent.errors import DataFileError
 
-__all__ = ["AGAIN", "brief", "hint", "is_hub_id", "leads_outside", "read_object", "shown", "some"]
+__all__ = ["AGAIN", "brief", "hint", "is_hub_id", "leads_outside", "read_object", "some"]
 
 AGAIN = "It was cut off while it was saved or copied, or damaged: copy it again from where the run was trained."
 _MOST_JSON = 256 * 2**20
@@ -52,11 +52,6 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataFileError(f"{path}: holds a {type(content).__name__}; a JSON object is expected. {AGAIN}")
     return content
-
-
-def shown(text: str, most: int = 100) -> str:
-    """A name from a file that is not trusted, as a message may have it: quoted, escaped, and not without end."""
-    return repr(text if len(text) <= most else text[:most] + "...")
 
 
 def some(names: list[str], count: int = 3) -> str:

@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from gradent.errors import InputError, ModelError, NotCausalError
 from gradent.loading.files import brief, hint, some
 from gradent.loading.source import ModelSource
-from gradent.model.calls import input_device, observed
 from gradent.model.facts import check_causal
+from gradent.model.observed import observed
+from gradent.model.parameters import input_device
 
 __all__ = [
     "DTYPES",

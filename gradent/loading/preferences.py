@@ -18,7 +18,7 @@ from trl.data_utils import is_conversational, maybe_extract_prompt
 
 from gradent.errors import DataFileError, InputError, PairError
 from gradent.loading.preference_files import Row
-from gradent.pairs.batch import tokenize_pair
+from gradent.pairs.tokenize import tokenize_pair
 
 __all__ = ["AuditPair", "PairSet", "SkippedRow", "draw_in_slices", "prepare_pairs"]
 

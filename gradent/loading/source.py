@@ -10,20 +10,11 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from gradent.errors import DataFileError, InputError, ModelError
-from gradent.loading.files import brief, hint, is_hub_id, read_object, shown
+from gradent.loading.files import brief, hint, is_hub_id, read_object
 from gradent.loading.weight_files import require_tensors
+from gradent.text import quoted
 
-__all__ = [
-    "STATE",
-    "ModelSource",
-    "State",
-    "brief",
-    "hint",
-    "read_adapter_file",
-    "read_state",
-    "read_step",
-    "resolve_source",
-]
+__all__ = ["STATE", "ModelSource", "State", "read_adapter_file", "read_state", "read_step", "resolve_source"]
 
 STATE = "trainer_state.json"
 _ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "*token*", "*.jinja", "vocab*", "merges.txt"]
@@ -102,7 +93,7 @@ def read_state(path: Path) -> State | None:
     step, log = content.get("global_step"), content.get("log_history")
     if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 10**18:
         raise DataFileError(
-            f"{path}: global_step is {shown(repr(step))}; a whole number is expected. Correct it, or remove the file."
+            f"{path}: global_step is {quoted(repr(step))}; a whole number is expected. Correct it, or remove the file."
         )
     lines = len(log) if isinstance(log, list) else 0
     return State(path=path, step=step, lines=lines, best=content.get("best_model_checkpoint") is not None)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from gradent.errors import ModelError
-from gradent.loading.files import AGAIN, brief, leads_outside, read_object, shown, some
+from gradent.loading.files import AGAIN, brief, leads_outside, read_object, some
+from gradent.text import quoted
 
 __all__ = ["CONFIGS", "check_links", "check_weights", "kind_of", "require_tensors"]
 
@@ -80,7 +81,7 @@ def check_links(directory: Path, root: Path) -> None:
             for path in sorted(place.iterdir()) if place.is_dir() else ():
                 opened = path.name == _TEMPLATES or not (path.is_dir() or _is_pickle(path.name))
                 if path.is_symlink() and opened and leads_outside(path, root):
-                    raise ModelError(f"{directory}: in it, {shown(path.name)} {problem}")
+                    raise ModelError(f"{directory}: in it, {quoted(path.name)} {problem}")
     except OSError as error:
         raise ModelError(f"{directory}: cannot be read ({error.strerror}). Check its permissions.") from error
 
@@ -151,14 +152,14 @@ def _shards(directory: Path, names: set[str]) -> list[str]:
     odd = [name for name in shards if "/" in name or "\\" in name or not name.endswith(".safetensors")]
     if odd:
         raise ModelError(
-            f"{index}: names {some([shown(name) for name in odd])} as a file of weights; accepted are the names of "
+            f"{index}: names {some([quoted(name) for name in odd])} as a file of weights; accepted are the names of "
             "*.safetensors files that stand beside it. Do not load this checkpoint unless you know who made it."
         )
     missing = [name for name in shards if name not in names]
     if missing:
         raise ModelError(
             f"{directory}: {len(missing)} of {len(shards)} files of weights that {_INDEX} names are missing: "
-            f"{some([shown(name) for name in missing])}. It was left off while it was saved or copied: copy it again "
+            f"{some([quoted(name) for name in missing])}. It was left off while it was saved or copied: copy it again "
             "from where the run was trained."
         )
     return shards

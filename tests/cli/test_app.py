@@ -184,7 +184,7 @@ def test_errors_are_shown_as_they_are(monkeypatch) -> None:
         raise GradentError("[red]x[/red] [/] :smile: \x1b[2J\nsecond line")
 
     monkeypatch.setattr(scan, "measure", fail)
-    assert_refused(audit(), re.escape("  [red]x[/red] [/] :smile: �[2J\n  second line"))
+    assert_refused(audit(), re.escape("  [red]x[/red] [/] :smile: \\x1b[2J\n  second line"))
 
 
 def test_every_option_reaches_the_audit(here) -> None:

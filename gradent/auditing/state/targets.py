@@ -12,7 +12,8 @@ from gradent.auditing.state.config import AuditConfig
 from gradent.errors import InputError
 from gradent.loading.preferences import AuditPair
 from gradent.loading.prepare import Material
-from gradent.loading.runs.discover import Checkpoint, Run, choose, find_run, is_run
+from gradent.loading.runs.checkpoint import Checkpoint
+from gradent.loading.runs.discover import Run, choose, find_run, is_run
 from gradent.loading.source import ModelSource, read_adapter_file, read_step, resolve_source
 from gradent.record.json_lines import digest
 

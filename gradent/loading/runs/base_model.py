@@ -11,8 +11,9 @@ import yaml  # type: ignore[import-untyped]  # huggingface_hub's
 from huggingface_hub.repocard import metadata_load
 
 from gradent.errors import GradentError, InputError
-from gradent.loading.files import brief, is_hub_id, leads_outside, shown
+from gradent.loading.files import brief, is_hub_id, leads_outside
 from gradent.loading.weight_files import CONFIGS, check_weights, kind_of
+from gradent.text import quoted
 
 __all__ = ["base_of_adapters", "base_of_card", "base_problem", "check_given"]
 
@@ -23,7 +24,7 @@ def check_given(base: str) -> None:
     """Refuse a base that the user gave and that cannot be one."""
     if not os.path.isdir(base) and not is_hub_id(base):
         raise InputError(
-            f"base {shown(base, 400)}: there is no such directory, and it is no hub id (owner/name) either. Give the "
+            f"base {quoted(base, 400)}: there is no such directory, and it is no hub id (owner/name) either. Give the "
             "directory or hub id of the full model that training started from (command line: --base)."
         )
     problem = _directory_problem(base)
@@ -46,9 +47,9 @@ def base_problem(base: str | None, run: str) -> str | None:
     if base is None:
         return f"its adapter_config.json names no base model. {remedy}"
     if not os.path.isabs(base) and ".." in Path(base).parts:
-        return f"the base that it names, {shown(base)}, is a path out of here, and is not followed. {remedy}"
+        return f"the base that it names, {quoted(base)}, is a path out of here, and is not followed. {remedy}"
     if not os.path.isdir(base) and not is_hub_id(base):
-        return f"the base that it names, {shown(base, 400)}, does not exist here. {remedy}"
+        return f"the base that it names, {quoted(base, 400)}, does not exist here. {remedy}"
     problem = _directory_problem(base)
     return None if problem is None else f"its base cannot be used: {problem} {remedy}"
 
@@ -73,7 +74,7 @@ def base_of_card(directory: Path, root: Path) -> tuple[str | None, str]:
     if not isinstance(named, str):
         return None, "the base_model of its model card is not a single name"
     if base_problem(named, "RUN") is not None:
-        return None, f"the base_model of its model card, {shown(named)}, is no model that can be used here"
+        return None, f"the base_model of its model card, {quoted(named)}, is no model that can be used here"
     return named, ""
 
 

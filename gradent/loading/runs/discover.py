@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gradent.errors import GradentError, InputError, ModelError
-from gradent.loading.files import shown, some
+from gradent.loading.files import some
 from gradent.loading.runs.base_model import base_of_adapters, base_of_card, base_problem, check_given
 from gradent.loading.runs.checkpoint import Checkpoint, Saved, look_at, read_own_state
 from gradent.loading.source import STATE, State
 from gradent.loading.weight_files import kind_of
+from gradent.text import quoted
 
 __all__ = ["Checkpoint", "Run", "choose", "find_run", "is_run"]
 
@@ -110,7 +111,7 @@ def _numbered(directory: Path, notes: list[str]) -> list[tuple[int, str]]:
             numbered.append((int(match[1]), name))
         elif match or _BEGUN.fullmatch(name):
             why = "not a directory" if match else "an unfinished save, or not named checkpoint-<step>"
-            notes.append(f"{directory}: {shown(name)} is left aside: {why}.")
+            notes.append(f"{directory}: {quoted(name)} is left aside: {why}.")
     return sorted(numbered)
 
 
@@ -166,8 +167,8 @@ def _on_base(saved: Saved, base: str | None, problem: str | None, run: str) -> S
         problem = base_problem(None, run)
     elif saved.base != base:
         problem = (
-            f"an adapter for another base, {shown(saved.base, 400)}; those of this run are for "
-            f"{shown(str(base), 400)}. If it is the same model elsewhere, run: gradent audit {run} --base DIR"
+            f"an adapter for another base, {quoted(saved.base, 400)}; those of this run are for "
+            f"{quoted(str(base), 400)}. If it is the same model elsewhere, run: gradent audit {run} --base DIR"
         )
     if problem is None:
         return saved
@@ -205,7 +206,7 @@ def _read_steps(spec: str | Sequence[int]) -> set[int]:
         for part in parts
     )
     if not parts or not is_whole:
-        raise InputError(f"checkpoints is {shown(str(spec))}; {accepted}")
+        raise InputError(f"checkpoints is {quoted(str(spec))}; {accepted}")
     return {int(part) for part in parts}
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradent.loading.files import read_object, shown, some
+from gradent.loading.files import read_object, some
+from gradent.text import quoted
 
 __all__ = ["History", "read_history"]
 
@@ -55,7 +56,7 @@ def read_history(path: str | os.PathLike[str]) -> History:
                 continue
             points.setdefault(key, {}).pop(step, None)  # what was logged of this step before
             if (number := _finite(value)) is None:
-                odd[f"{shown(key)} is no finite number"] += 1
+                odd[f"{quoted(key)} is no finite number"] += 1
             else:
                 points[key][step] = number
     curves = {key: sorted(curve.items()) for key, curve in sorted(points.items()) if curve}

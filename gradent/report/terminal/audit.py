@@ -13,9 +13,9 @@ from rich.text import Text
 from gradent.record import Summary
 from gradent.report.audit.settings import describe_loss, describe_reference
 from gradent.report.page.numbers import fixed, percent
-from gradent.text import visible
+from gradent.text import printable, visible
 
-__all__ = ["print_summary", "printable"]
+__all__ = ["print_summary"]
 
 _ARROWS = {
     "ideal": ("rises", "falls"),
@@ -34,11 +34,6 @@ def print_summary(summary: Summary, console: Console) -> None:
     """Print the tables of one audit."""
     for part in _render(summary, console.width):
         console.print(part)
-
-
-def printable(text: str) -> str:
-    """Text as a terminal may have it: line ends stay, other control characters (escape sequences, say) do not."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in text)
 
 
 def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
@@ -191,7 +186,7 @@ def _token_table(tokens: dict[str, Any]) -> Table:
     table = _new_table("", "token", "sum", "mean", "times", text=2)
     for kind in ("entangling", "disentangling"):
         for number, row in enumerate(tokens[kind][:_TOKENS_SHOWN]):
-            text = Text(printable(visible(row["token"], _TOKEN_WIDTH)))
+            text = Text(visible(row["token"], _TOKEN_WIDTH))
             head = "" if number else kind
             table.add_row(head, text, fixed(row["sum"]), f"{row['mean']:+.4f}", str(row["count"]))
     return table

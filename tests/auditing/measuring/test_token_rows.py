@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from gradent import PairBatch, measure, measure_tokens
@@ -58,15 +60,14 @@ def test_chosen_pairs_are_quantiles_of_the_cosine(pairs, count, chosen) -> None:
     assert choose_pairs(cosines[::-1], count) == sorted(pairs - 1 - place for place in chosen)
 
 
-@pytest.mark.parametrize("count", range(1, 40))
-def test_chosen_pairs_are_as_many_as_asked_and_as_the_data_is(count) -> None:
-    draw = torch.Generator().manual_seed(count)
-    cosines = torch.rand(37, generator=draw).pow(3).tolist()
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=40, unique=True), st.integers(1, 45))
+def test_chosen_pairs_are_as_many_as_asked_and_as_the_data_is(cosines, count) -> None:
+    pairs = len(cosines)
     chosen = choose_pairs(cosines, count)
     assert chosen == sorted(set(chosen)) == choose_pairs(list(cosines), count)
-    assert len(chosen) == min(count, 37)
+    assert len(chosen) == min(count, pairs)
     ranks = sorted(sorted(cosines).index(cosines[place]) for place in chosen)
-    slices = [37 * number / len(ranks) for number in range(len(ranks) + 1)]
+    slices = [pairs * number / len(ranks) for number in range(len(ranks) + 1)]
     assert all(low - 1 < rank < high for low, rank, high in zip(slices, ranks, slices[1:], strict=False))
 
 
