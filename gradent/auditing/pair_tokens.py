@@ -135,12 +135,8 @@ def _write(directory: Path, content: dict[str, Any], gram: TokenGram) -> TokenAu
     for earlier in (record_path, picture_path, page_path):  # another pair's files must not stand beside these
         earlier.unlink(missing_ok=True)
     record = write_token_record(record_path, content)
-    gram.plot(
-        record["chosen"]["tokens"],
-        record["rejected"]["tokens"],
-        path=picture_path,
-        title=f"Row {record['data']['row']} of {record['data']['source']} on {record['model']['checkpoint']}",
-    )
+    title = f"Row {record['data']['row']} of {record['data']['source']} on {record['model']['checkpoint']}"
+    gram.plot(record["chosen"]["tokens"], record["rejected"]["tokens"], path=picture_path, title=title)
     page = write_token_report(directory)
     return TokenAudit(record=record, record_path=record_path, picture_path=picture_path, page_path=page)
 

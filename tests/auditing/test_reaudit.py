@@ -138,7 +138,7 @@ def test_tokens_that_fail_leave_the_rest_whole(trained, tmp_path, monkeypatch) -
     def fail(*_: Any, **__: Any) -> None:
         raise GradentError("pairs.jsonl:3: no memory")
 
-    monkeypatch.setattr(sweep, "scan_tokens", fail)
+    monkeypatch.setattr(sweep, "measure_pair_tokens", fail)
     summary = run(trained, tmp_path / "out", token_pairs=2).summary
     assert summary["tokens"] is None and summary["complete"]
     assert [(each["step"], "no memory" in each["reason"]) for each in summary["left_out"]] == [(6, True)]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradent.auditing.analysis.distributions import mean
 from gradent.record import CASE_NAMES
 from gradent.record.table import Floats, Table
 
@@ -135,9 +136,9 @@ def _compare(change: Floats, predicted: Floats, size: float | None, direction: F
     for column, side in enumerate(("chosen", "rejected")):
         signed = direction[:, column] != 0
         agree = np.sign(change[signed, column]) == np.sign(direction[signed, column])
-        figures[f"{side}_change"] = _mean(change[:, column])
-        figures[f"{side}_predicted"] = _mean(predicted[:, column])
-        figures[f"{side}_sign"] = _mean(agree.astype(np.float64))
+        figures[f"{side}_change"] = mean(change[:, column])
+        figures[f"{side}_predicted"] = mean(predicted[:, column])
+        figures[f"{side}_sign"] = mean(agree.astype(np.float64))
     total = float((change**2).sum())
     explained = 1 - float(((change - predicted) ** 2).sum()) / total if total > 0 else None
     return {**figures, "step_size": size, "explained": explained}
@@ -149,10 +150,6 @@ def _realised(change: Floats) -> dict[str, float] | None:
     moved = 1 + (change[:, 0] < 0) + 2 * (change[:, 1] > 0)  # the numbers of the cases, as in `verdict`
     case = np.where((change == 0).all(axis=1), 0, moved)
     return {name: float((case == number).mean()) for number, name in CASE_NAMES.items()}
-
-
-def _mean(values: Floats) -> float | None:
-    return float(values.mean()) if values.size else None
 
 
 def measured_onset(points: Sequence[tuple[int, Mapping[int, Floats]]]) -> int | None:

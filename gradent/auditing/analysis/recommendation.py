@@ -42,7 +42,8 @@ def recommend(rows: Sequence[Row]) -> dict[str, Any] | None:
     paper = [row for row in rows if row["group"] == "paper" and row["loss"] != run["loss"]]
     judged = [row for row in paper if row["cases"]]
     same = [row for row in rows if row["group"] in {"paper", "sweep"} and row["loss"] == run["loss"] and row["cases"]]
-    best, tuned, design = _best(judged), _best(same), next(row for row in rows if _is_normalized(row))
+    best, tuned = _best(judged), _best(same)
+    design = next(row for row in rows if row["group"] == "design" and row["loss"] == "pairwise_normalized")
     facts: dict[str, Any] = {
         "pairs": run["pairs"],
         "lever": _find_lever(run, best, tuned),
@@ -60,10 +61,6 @@ def recommend(rows: Sequence[Row]) -> dict[str, Any] | None:
 def standard_errors(gained: int, lost: int) -> float:
     """A gain in paired standard errors, McNemar's statistic with the continuity correction."""
     return (gained - lost - 1) / math.sqrt(gained + lost) if gained > lost else 0.0
-
-
-def _is_normalized(row: Row) -> bool:
-    return bool(row["group"] == "design" and row["loss"] == "pairwise_normalized")
 
 
 def _best(rows: Sequence[Row]) -> Row | None:

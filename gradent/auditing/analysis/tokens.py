@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gradent.auditing.analysis.distributions import mean
 from gradent.record.table import Floats, Table
 
 __all__ = ["rank_tokens", "summarize_tokens"]
@@ -44,8 +45,8 @@ def summarize_tokens(tokens: Columns, pairs: Columns) -> dict[str, Any]:
         "identical_tokens": int(identical.sum()),
         # The mean cosine and its two parts.
         "cosine": {
-            "mean": _mean(inner[scaled] / norm[scaled]),
-            **{kind: _mean(part[scaled] / norm[scaled]) for kind, part in parts.items()},
+            "mean": mean(inner[scaled] / norm[scaled]),
+            **{kind: mean(part[scaled] / norm[scaled]) for kind, part in parts.items()},
         },
         # A part over the whole of its pair, which means little where the whole is near zero.
         "share": {kind: _quartiles(part[inner != 0] / inner[inner != 0]) for kind, part in parts.items()},
@@ -98,10 +99,6 @@ def _count(table: Table, column: str, *, sign: int) -> dict[str, Any]:
     expected = int((sign * entries > 0).sum())
     name = "positive" if sign > 0 else "negative"
     return {"count": len(entries), name: expected, "share": expected / len(entries) if len(entries) else None}
-
-
-def _mean(values: Floats) -> float | None:
-    return float(values.mean()) if len(values) else None
 
 
 def _quartiles(values: Floats) -> dict[str, float | None]:

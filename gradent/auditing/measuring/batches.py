@@ -24,15 +24,15 @@ from gradent.record.table import Floats, Table, stack
 __all__ = [
     "ENTRIES",
     "REFERENCES",
+    "BatchResults",
     "Block",
     "Reference",
-    "Scan",
     "adapter_off",
     "itself",
     "join_blocks",
+    "measure_batches",
+    "measure_reference",
     "plan_batches",
-    "scan_batches",
-    "scan_reference",
 ]
 
 Reference = Callable[[PairBatch, PairGram], tuple[Tensor, Tensor]]
@@ -40,14 +40,14 @@ Reference = Callable[[PairBatch, PairGram], tuple[Tensor, Tensor]]
 
 Block = dict[str, Any]
 """What one batch gave, as JSON: `positions` of its pairs and, a number each, the entries of `PairGram` and the
-reference's log-probs (absent without a reference); `modules` as in `Scan`; `coverage`."""
+reference's log-probs (absent without a reference); `modules` as in `BatchResults`; `coverage`."""
 
 ENTRIES = ("chosen_sq", "rejected_sq", "inner", "chosen_logp", "rejected_logp", "chosen_len", "rejected_len")
 REFERENCES = ("ref_chosen_logp", "ref_rejected_logp")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scan:
+class BatchResults:
     """What batches of P pairs measured."""
 
     # `position` among all pairs, increasing; `ENTRIES`; and `REFERENCES` where there is a reference; `[P]` each.
@@ -79,7 +79,7 @@ def plan_batches(pairs: Sequence[AuditPair], batch_size: int) -> list[list[int]]
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def scan_batches(
+def measure_batches(
     model: Any,
     pairs: Sequence[AuditPair],
     batches: Sequence[Sequence[int]],
@@ -100,7 +100,7 @@ def scan_batches(
         }
 
 
-def scan_reference(model: Any, pairs: Sequence[AuditPair], batches: Sequence[Sequence[int]]) -> Iterator[Block]:
+def measure_reference(model: Any, pairs: Sequence[AuditPair], batches: Sequence[Sequence[int]]) -> Iterator[Block]:
     """The log-probs of a reference model alone, of each batch; an error names the row."""
     for positions in batches:
         chunk = [pairs[position] for position in positions]
@@ -110,7 +110,7 @@ def scan_reference(model: Any, pairs: Sequence[AuditPair], batches: Sequence[Seq
         yield {name: values.tolist() for name, values in zip(REFERENCES, references, strict=True)}
 
 
-def join_blocks(blocks: Sequence[Mapping[str, Any]]) -> Scan:
+def join_blocks(blocks: Sequence[Mapping[str, Any]]) -> BatchResults:
     """Put what batches gave together, whatever order they come in; at least one block."""
     names = [*ENTRIES, *(name for name in REFERENCES if name in blocks[0])]
     table = stack(
@@ -121,7 +121,7 @@ def join_blocks(blocks: Sequence[Mapping[str, Any]]) -> Scan:
         for name, sums in block["modules"].items():
             modules[name] = modules.get(name, 0.0) + np.array(sums)
     coverage = min(float(block["coverage"]) for block in blocks)
-    return Scan(table=table.select(np.argsort(table["position"])), modules=modules, coverage=coverage)
+    return BatchResults(table=table.select(np.argsort(table["position"])), modules=modules, coverage=coverage)
 
 
 def _to_batch(chunk: Sequence[AuditPair]) -> PairBatch:

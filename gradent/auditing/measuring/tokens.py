@@ -26,9 +26,9 @@ from gradent.tokens.matrix import measure_tokens
 __all__ = [
     "choose_pairs",
     "face_tokens",
+    "measure_pair_tokens",
     "named_errors",
     "refuse_non_finite",
-    "scan_tokens",
     "token_cost",
     "token_rows",
 ]
@@ -96,7 +96,7 @@ def token_cost(pair: AuditPair) -> int:
     return sum(n * prompt + n * (n + 1) // 2 for n in (len(pair.chosen_ids), len(pair.rejected_ids)))
 
 
-def scan_tokens(
+def measure_pair_tokens(
     model: Any, tokenizer: Any, pair: AuditPair, *, memory_budget: int | str | None = None
 ) -> dict[str, list[Any]]:
     """The columns of `record.TOKEN_COLUMNS` but `checkpoint` and `step` for one pair; an error names the row."""

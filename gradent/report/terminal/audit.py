@@ -80,7 +80,7 @@ def _checkpoint_table(checkpoints: Sequence[dict[str, Any]]) -> Table:
     table = _new_table("step", "pairs", "cosine", "ideal", "both down", "both up", "reversed", "chosen", "rejected")
     for checkpoint in checkpoints:
         cases = [percent(checkpoint["cases"][name]["share"]) for name in ("ideal", "both_down", "both_up", "reversed")]
-        logps = [_nats(checkpoint["logps"][name]) for name in ("chosen_logp", "rejected_logp")]
+        logps = [_number(checkpoint["logps"][name], ".1f") for name in ("chosen_logp", "rejected_logp")]
         table.add_row(
             str(checkpoint["step"]), str(checkpoint["pairs"]), fixed(checkpoint["cosine"]["p50"]), *cases, *logps
         )
@@ -199,9 +199,5 @@ def _new_table(*names: str, text: int = 0) -> Table:
     return table
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
-def _nats(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def _number(value: float | None, form: str = ".3g") -> str:
+    return "-" if value is None else format(value, form)

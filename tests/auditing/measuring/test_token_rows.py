@@ -18,7 +18,7 @@ from gradent.auditing.measuring.sweep import Sweep
 from gradent.auditing.measuring.tokens import (
     choose_pairs,
     face_tokens,
-    scan_tokens,
+    measure_pair_tokens,
     token_cost,
     token_rows,
 )
@@ -136,7 +136,7 @@ def own_inner(model: torch.nn.Module, prompt: list[int], response: list[int]) ->
 
 def test_rows_are_those_of_measure_tokens(tiny_gpt2, tiny_tokenizer) -> None:
     for each in PAIRS:
-        tokens = scan_tokens(tiny_gpt2, tiny_tokenizer, each)
+        tokens = measure_pair_tokens(tiny_gpt2, tiny_tokenizer, each)
         assert set(tokens) == set(TOKEN_COLUMNS) - {"checkpoint", "step"}
         assert set(tokens["pair"]) == {each.row}
         batch = PairBatch.from_tokens([(each.prompt_ids, each.chosen_ids, each.rejected_ids)])
@@ -193,14 +193,14 @@ def test_texts_are_those_of_the_tokenizer(tiny_gpt2, tiny_tokenizer) -> None:
     def ids(text: str) -> list[int]:
         return tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    tokens = scan_tokens(tiny_gpt2, tiny_tokenizer, tokenized(0, [1], ids("a b"), [*ids("é"), 2]))
+    tokens = measure_pair_tokens(tiny_gpt2, tiny_tokenizer, tokenized(0, [1], ids("a b"), [*ids("é"), 2]))
     assert tokens["token"] == ["a", " ", "b", "\\xc3", "\\xa9", "<eos>"]
 
 
 def test_the_longest_pair_comes_first_and_the_bar_adds_up(tmp_path, monkeypatch) -> None:
     measured: list[AuditPair] = []
     monkeypatch.setattr(sweep, "open_model", lambda *_, **__: None)
-    monkeypatch.setattr(sweep, "scan_tokens", lambda model, tokenizer, pair, **_: measured.append(pair) or {})
+    monkeypatch.setattr(sweep, "measure_pair_tokens", lambda model, tokenizer, pair, **_: measured.append(pair) or {})
     source = ModelSource(base="model", adapter=None, name="model")
     target = Target(name="model", step=0, source=source)
     config: Any = SimpleNamespace(memory_budget=None)
@@ -224,7 +224,7 @@ def test_the_memory_budget_is_passed_on(tiny_gpt2, tiny_tokenizer, monkeypatch) 
         return measure_tokens(model, batch, **options)
 
     monkeypatch.setattr(module, "measure_tokens", spy)
-    scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[0], memory_budget="64MiB")
+    measure_pair_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[0], memory_budget="64MiB")
     assert seen == ["64MiB"]
 
 
@@ -232,7 +232,7 @@ def test_what_is_not_finite_names_the_row(tiny_gpt2, tiny_tokenizer) -> None:
     with torch.no_grad():
         tiny_gpt2.get_input_embeddings().weight[80] = torch.nan
     with pytest.raises(NonFiniteError, match=r"^pairs.jsonl:5: "):
-        scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[2])
+        measure_pair_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[2])
 
 
 @pytest.mark.parametrize("name", ["inner", "chosen_sq", "rejected_sq"])
@@ -244,7 +244,7 @@ def test_an_entry_that_is_not_finite_names_the_row(name, tiny_gpt2, tiny_tokeniz
 
     monkeypatch.setattr(module, "measure_tokens", overflow)
     with pytest.raises(NonFiniteError, match=r"^pairs.jsonl:8: .*--dtype float32.*--token-pairs"):
-        scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[0])
+        measure_pair_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[0])
 
 
 def test_a_device_out_of_memory_says_on_which_pair(tiny_gpt2, tiny_tokenizer, monkeypatch) -> None:
@@ -253,4 +253,4 @@ def test_a_device_out_of_memory_says_on_which_pair(tiny_gpt2, tiny_tokenizer, mo
 
     monkeypatch.setattr(module, "measure_tokens", fail)
     with pytest.raises(GradentError, match=r"^pairs.jsonl:2: .*out of memory.*8 tokens.*--memory-budget"):
-        scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[1])
+        measure_pair_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[1])
