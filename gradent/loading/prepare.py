@@ -62,7 +62,7 @@ def describe_model(model: Any, source: ModelSource, step: int, device: str) -> d
 
 
 def choose_device(device: str | None, local: int = 0) -> str:
-    """Where models go."""
+    """The device that the user asked for, else this rank's GPU, else the CPU."""
     if device is not None:
         return device
     if not torch.cuda.is_available():

@@ -153,7 +153,7 @@ def _realised(change: Floats) -> dict[str, float] | None:
 
 
 def measured_onset(points: Sequence[tuple[int, Mapping[int, Floats]]]) -> int | None:
-    """The first step from which on both mean log-probs stay below their start."""
+    """The first step from which on both mean log-probs stay below their start, the first point; None if they do not."""
     # Below means: by more than two standard errors of the mean change, over the pairs of both; being paired, changes
     # are not blurred by what pairs differ in.
     onset = None
@@ -170,7 +170,7 @@ def measured_onset(points: Sequence[tuple[int, Mapping[int, Floats]]]) -> int | 
 
 
 def logged_onset(curves: Mapping[str, Sequence[Sequence[Any]]]) -> tuple[int | None, list[str]]:
-    """The first logged step from which on both curves of log-probs stay below their level at the start."""
+    """The first logged step from which on both curves of log-probs stay below their start, and the keys of the two."""
     # Curves of an evaluation set come first: its points are all of the same pairs. Below means: the running median
     # of w points is under its start by more than twice the noise of the difference of two such medians, √2·1.2533/√w
     # times that of a point, i.e. 1.4826/√2 times the median difference of neighbours, which a trend hardly touches.
@@ -189,7 +189,7 @@ def logged_onset(curves: Mapping[str, Sequence[Sequence[Any]]]) -> tuple[int | N
 
 
 def smooth(values: Floats, width: int) -> Floats:
-    """The running median of `width` points about each point, shifted inwards near the ends."""
+    """The running median of `width` points about each of `[n]`, shifted inwards near the ends."""
     windows = np.median(np.lib.stride_tricks.sliding_window_view(values, width), axis=1)
     at = np.clip(np.arange(len(values)) - width // 2, 0, len(windows) - 1)
     return np.asarray(windows[at], dtype=np.float64)

@@ -50,12 +50,13 @@ def summarize_properties(pairs: Mapping[str, Any], sample: Mapping[str, Any]) ->
 
 
 def rank_correlation(x: Floats, y: Floats) -> tuple[float, float | None, float | None] | None:
-    """Spearman's ρ, ties at their average rank, with its 95% interval."""
+    """Spearman's ρ of x and y, `[n]` each, and its 95% interval; None where one of them is constant or empty."""
     if not len(x) or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     rho = float(np.clip(np.corrcoef(_ranks(x), _ranks(y))[0, 1], -1, 1))
     if len(x) <= 3 or math.isclose(abs(rho), 1, abs_tol=1e-12):
         return rho, None, None
+    # Fisher's interval, with the variance (1 + ρ²/2)/(n - 3) of Bonett and Wright (2000).
     centre, reach = math.atanh(rho), _NORMAL_95 * math.sqrt((1 + rho**2 / 2) / (len(x) - 3))
     return rho, math.tanh(centre - reach), math.tanh(centre + reach)
 

@@ -33,7 +33,7 @@ _DESIGN = "pairwise normalization (the paper's Section 5.1)"
 
 
 def recommend(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """What the rows of `what_if` come to."""
+    """What the rows of `what_if` come to, as text and as the numbers that it rests on; None where none was measured."""
     # A loss whose λ·NLL term raises both log-probs on more pairs than it separates is not recommended, however many
     # pairs it leaves in case 1; `raises_both` lists those of the paper's losses.
     run = next((row for row in rows if row["group"] == "run"), None)
@@ -46,7 +46,7 @@ def recommend(rows: Sequence[Row]) -> dict[str, Any] | None:
     design = next(row for row in rows if row["group"] == "design" and row["loss"] == "pairwise_normalized")
     facts: dict[str, Any] = {
         "pairs": run["pairs"],
-        "lever": _find_lever(run, best, tuned),
+        "lever": _find_lever(run, best, tuned),  # none_needed, loss, hyperparameter (of the run's own loss) or none
         "run": run["label"],
         "run_ideal": _ideal(run),
         **_compare("best", best),

@@ -33,7 +33,7 @@ class Target:
 
     @cached_property
     def identity(self) -> str:
-        """Changes where the target's files change; as they were when it was first asked for."""
+        """A digest of its name, step and files, as they are when it is first asked for."""
         return digest([self.name, self.step, _model_files(self.source)])
 
 
@@ -47,7 +47,7 @@ class ReferenceChoice:
 
     @cached_property
     def identity(self) -> str:
-        """Changes where the reference's files change; as they were when it was first asked for."""
+        """A digest of its files, as they are when it is first asked for."""
         return digest(_model_files(self.source))
 
 

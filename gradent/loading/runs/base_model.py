@@ -36,13 +36,13 @@ def check_given(base: str) -> None:
 
 
 def base_of_adapters(named: Sequence[str | None]) -> str | None:
-    """The base that the adapters of one run have in common."""
+    """The base that most of a run's adapters name, of several the later; None where none is named."""
     counts = Counter(base for base in reversed(named) if base)
     return counts.most_common(1)[0][0] if counts else None
 
 
 def base_problem(base: str | None, run: str) -> str | None:
-    """Why a base cannot be used, as far as it can be told without loading it or asking the hub."""
+    """Why a base cannot be used, told without loading it or asking the hub, and the remedy; else None."""
     remedy = f"Run: gradent audit {run} --base DIR, with the model that training started from."
     if base is None:
         return f"its adapter_config.json names no base model. {remedy}"

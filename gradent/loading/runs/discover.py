@@ -85,7 +85,7 @@ def find_run(path: str | os.PathLike[str], *, base: str | None = None) -> Run:
 
 
 def choose(run: Run, spec: str | Sequence[int]) -> list[Checkpoint]:
-    """The checkpoints that are asked for."""
+    """The checkpoints of "all", "last" or steps, by step; those with a problem are among them, to be left out."""
     known = [*([] if run.start is None else [run.start]), *run.checkpoints]
     if isinstance(spec, str) and spec.strip() == "all":
         chosen = known
