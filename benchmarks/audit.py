@@ -43,7 +43,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks.append import append
 from benchmarks.callback import make_tokenizer
 from gradent.auditing.analysis.columns import gram_of
-from gradent.auditing.measuring.batches import join_blocks, plan_batches, scan_batches
+from gradent.auditing.measuring.batches import join_blocks, measure_batches, plan_batches
 from gradent.loading.config import LoadConfig
 from gradent.loading.models import load_model
 from gradent.loading.preferences import AuditPair
@@ -148,7 +148,7 @@ def compare(place: str, data: str, kind: str, max_length: int, count: int, round
         apart = by_script(model, drawn)
         seconds["script"].append(time.process_time() - began)
         began = time.process_time()
-        gram = gram_of(join_blocks(list(scan_batches(model, drawn, batches))).table)
+        gram = gram_of(join_blocks(list(measure_batches(model, drawn, batches))).table)
         seconds["scan"].append(time.process_time() - began)
     scale = (apart[:, 0] * apart[:, 1]).sqrt()
     ratios = [script / scan for script, scan in zip(seconds["script"][1:], seconds["scan"][1:], strict=True)]

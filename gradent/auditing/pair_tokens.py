@@ -18,7 +18,7 @@ from gradent.auditing.measuring.tokens import named_errors, refuse_non_finite
 from gradent.auditing.state.config import TokenConfig
 from gradent.kernels.common.budget import parse_budget
 from gradent.loading.preferences import AuditPair
-from gradent.loading.prepare import Prepared, prepare
+from gradent.loading.prepare import Prepared, describe_model, prepare
 from gradent.measurement import measure
 from gradent.pair_gram import PairGram
 from gradent.pairs.batch import PairBatch
@@ -52,7 +52,7 @@ class TokenAudit:
 class _Measured:
     """Whole responses, token matrix, and both responses' effects of a margin step."""
 
-    whole: PairGram
+    pair: PairGram
     gram: TokenGram
     effects: tuple[Tensor, Tensor]
 
@@ -66,13 +66,16 @@ def audit_tokens(config: TokenConfig) -> TokenAudit:
     tell = make_tell(notes, config.quiet)
     ready = prepare(config, tell, only=config.pair)
     (pair,) = ready.material.pairs.pairs
-    masks = (
-        None if config.masks is None else read_pair_masks(config.masks, pair.row, (pair.chosen_ids, pair.rejected_ids))
-    )
+    responses = pair.chosen_ids, pair.rejected_ids
+    masks = None if config.masks is None else read_pair_masks(config.masks, pair.row, responses)
     with warnings_as_notes(tell):
         measured = _measure(ready.model, pair, config)
     content = {
-        **_describe(ready, pair, config),
+        "model": describe_model(ready.model, ready.source, ready.step, ready.device),
+        "data": {
+            "source": config.data, "split": config.split, "row": pair.row, "rows": ready.material.rows,
+            "where": pair.where, "truncated": pair.truncated,
+        },
         **_figures(ready, pair, measured),
         "masks": masks,
         "settings": {
@@ -93,32 +96,18 @@ def _measure(model: Any, pair: AuditPair, config: TokenConfig) -> _Measured:
     batch = PairBatch.from_tokens([(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)])
     budget = config.memory_budget
     with named_errors(pair, "tokens", ", or --dtype bfloat16"):
-        whole = measure(model, batch, by_module=config.by_module, memory_budget=budget)
+        pair_gram = measure(model, batch, by_module=config.by_module, memory_budget=budget)
         (gram,) = measure_tokens(model, batch, memory_budget=budget, progress=not config.quiet)
         (effects,) = batch.split_tokens(token_effects(model, batch, toward="margin"))
     refuse_non_finite(pair, (gram.inner.flatten(), gram.chosen_sq, gram.rejected_sq, *effects), "another --pair")
-    return _Measured(whole=whole, gram=gram, effects=effects)
-
-
-def _describe(ready: Prepared, pair: AuditPair, config: TokenConfig) -> dict[str, Any]:
-    return {
-        "model": ready.describe_model(),
-        "data": {
-            "source": config.data,
-            "split": config.split,
-            "row": pair.row,
-            "rows": ready.material.rows,
-            "where": pair.where,
-            "truncated": pair.truncated,
-        },
-    }
+    return _Measured(pair=pair_gram, gram=gram, effects=effects)
 
 
 def _figures(ready: Prepared, pair: AuditPair, measured: _Measured) -> dict[str, Any]:
-    gram, whole, split = measured.gram, measured.whole, measured.gram.split()
+    gram, total, split = measured.gram, measured.pair, measured.gram.split()
     sides = {
-        "chosen": (pair.chosen_ids, gram.chosen_sq, measured.effects[0], whole.chosen_logp, whole.chosen_sq),
-        "rejected": (pair.rejected_ids, gram.rejected_sq, measured.effects[1], whole.rejected_logp, whole.rejected_sq),
+        "chosen": (pair.chosen_ids, gram.chosen_sq, measured.effects[0], total.chosen_logp, total.chosen_sq),
+        "rejected": (pair.rejected_ids, gram.rejected_sq, measured.effects[1], total.rejected_logp, total.rejected_sq),
     }
     responses = {
         side: {
@@ -131,14 +120,13 @@ def _figures(ready: Prepared, pair: AuditPair, measured: _Measured) -> dict[str,
         }
         for side, (ids, squares, effects, logp, square) in sides.items()
     }
-    parts = None if whole.modules is None else whole.modules.items()
     return {
         "prompt": {"ids": pair.prompt_ids, "text": str(ready.material.tokenizer.decode(pair.prompt_ids))},
         **responses,
         "inner": gram.inner.tolist(),
-        "alignment": [list(each) for each in gram.alignment],
+        "alignment": [list(match) for match in gram.alignment],
         "split": {**asdict(split), "identical": split.identical, "differing": split.differing},
-        "modules": None if parts is None else {name: [float(each) for each in part] for name, part in parts},
+        "modules": total.modules and {name: [*map(float, parts)] for name, parts in total.modules.items()},
     }
 
 
@@ -147,12 +135,8 @@ def _write(directory: Path, content: dict[str, Any], gram: TokenGram) -> TokenAu
     for earlier in (record_path, picture_path, page_path):  # another pair's files must not stand beside these
         earlier.unlink(missing_ok=True)
     record = write_token_record(record_path, content)
-    gram.plot(
-        record["chosen"]["tokens"],
-        record["rejected"]["tokens"],
-        path=picture_path,
-        title=f"Row {record['data']['row']} of {record['data']['source']} on {record['model']['checkpoint']}",
-    )
+    title = f"Row {record['data']['row']} of {record['data']['source']} on {record['model']['checkpoint']}"
+    gram.plot(record["chosen"]["tokens"], record["rejected"]["tokens"], path=picture_path, title=title)
     page = write_token_report(directory)
     return TokenAudit(record=record, record_path=record_path, picture_path=picture_path, page_path=page)
 

@@ -17,15 +17,16 @@ from gradent import losses
 from gradent.auditing.analysis.columns import TargetRecord, collect
 from gradent.auditing.analysis.summary import summarize
 from gradent.auditing.console import make_tell, pair_progress, warnings_as_notes
-from gradent.auditing.measuring.batches import check_scan_settings, plan_batches
+from gradent.auditing.measuring.batches import plan_batches
 from gradent.auditing.measuring.sweep import Sweep
-from gradent.auditing.measuring.tokens import check_token_pairs, token_cost
+from gradent.auditing.measuring.tokens import token_cost
 from gradent.auditing.state.config import AuditConfig
 from gradent.auditing.state.journal import Journal, JournalError, only_audit
 from gradent.auditing.state.targets import AuditPlan, choose_reference, find_targets
 from gradent.auditing.write import write_records
 from gradent.distributed import Ranks, join
 from gradent.errors import GradentError, InputError, ModelError
+from gradent.kernels.common.cost import parse_budget
 from gradent.loading.models import check_device, check_dtype
 from gradent.loading.prepare import choose_device, read_material
 from gradent.record import AUDIT_FILES, Summary, read_summary
@@ -34,7 +35,7 @@ from gradent.record.json_lines import digest
 from gradent.report.terminal.audit import print_summary
 from gradent.version import __version__
 
-__all__ = ["run"]
+__all__ = ["check", "run"]
 
 Tell = Callable[[str], None]
 
@@ -42,7 +43,7 @@ Tell = Callable[[str], None]
 def run(config: AuditConfig) -> Summary:
     """Do an audit; returns the summary on every rank."""
     started = time.monotonic()
-    config = _check(config)
+    config = check(config)
     ranks = join(config.device)
     config = replace(config, quiet=config.quiet or not ranks.is_first)
     notes: list[str] = []
@@ -76,7 +77,7 @@ def run(config: AuditConfig) -> Summary:
     return summary
 
 
-def _check(config: AuditConfig) -> AuditConfig:
+def check(config: AuditConfig) -> AuditConfig:
     """The options with a `Loss` in place of its name; refuses what no audit can do, before a model is loaded for it."""
     loss, out = config.loss, config.out
     loss = losses.get(loss) if isinstance(loss, str) else loss
@@ -87,8 +88,12 @@ def _check(config: AuditConfig) -> AuditConfig:
             "loss is token_masked, and an audit measures whole responses, not kept tokens. Audit with the loss under "
             "it (dpo); --token-pairs N then adds a what-if row that keeps the differing tokens alone."
         )
-    check_scan_settings(batch_size=config.batch_size, engine=config.engine, memory_budget=config.memory_budget)
-    check_token_pairs(config.token_pairs)
+    for name, count in (("batch_size", config.batch_size), ("token_pairs", config.token_pairs)):
+        if count is not None and count < 1:
+            raise InputError(f"{name} is {count}; it must be at least 1 (command line: --{name.replace('_', '-')}).")
+    if config.engine not in {"hooks", "func"}:
+        raise InputError(f"engine is {config.engine!r}; accepted: 'hooks' and 'func' (command line: --engine).")
+    parse_budget(config.memory_budget)
     if config.wandb is not None and not config.wandb.strip():
         raise InputError("wandb is an empty name; accepted is that of a project (command line: --wandb PROJECT).")
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
@@ -111,7 +116,7 @@ def _prepare(config: AuditConfig, tell: Tell) -> AuditPlan:
     for note in training_run.notes if training_run is not None else []:
         tell(note)
     reference = choose_reference(targets, training_run, config, tell)
-    # The run's own tokenizer is what it training_run with, the last one first; a base may lack its chat template.
+    # The run's own tokenizer is what it trained with, the last one first; a base may lack its chat template.
     sources = [target.source for target in reversed(targets) if target.source is not None]
     material = read_material(sources, config, tell)
     batches = plan_batches(material.pairs.pairs, config.batch_size)

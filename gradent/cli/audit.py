@@ -30,8 +30,8 @@ def audit(**values: Any) -> None:
     with readable_errors():
         from gradent import losses  # noqa: PLC0415  (imports torch)
 
-        given = {name: values.pop(name) for name in _HYPERPARAMETERS}
-        loss = losses.get(values.pop("loss"), **{name: value for name, value in given.items() if value is not None})
+        hyperparameters = {name: value for name in _HYPERPARAMETERS if (value := values.pop(name)) is not None}
+        loss = losses.get(values.pop("loss"), **hyperparameters)
         result = run_audit(**read_options(AuditConfig, values), loss=loss)
         files = (
             result.report_path, result.pairs_path, result.sample_path, result.modules_path, result.tokens_path,

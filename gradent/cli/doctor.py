@@ -12,9 +12,7 @@ from gradent.cli.console import readable_errors
 __all__ = ["doctor"]
 
 
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for a bug report.")] = False,
-) -> None:
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for a bug report.")] = False) -> None:
     """Check this installation: versions, devices, how gradients are reduced, and two models against plain autograd."""
     with readable_errors():
         from gradent.doctor import examine, print_report  # noqa: PLC0415

@@ -20,16 +20,18 @@ Command = TypeVar("Command", bound=Callable[..., None])
 def options(config: type, *names: str) -> list[inspect.Parameter]:
     """Typer's parameters for a config's options (those named, else all): required, its own, then inherited ones."""
     parameters = []
-    for name, (option, default) in sorted(_read(config).items(), key=lambda item: _rank(config, item)):
-        if names and name not in names:
-            continue
+    known = _read(config)
+    for name in sorted(
+        names or known, key=lambda name: (known[name][1] is not MISSING, name not in config.__annotations__)
+    ):
+        option, default = known[name]
         kind: Any = option.kind | None if default is None else option.kind
         if option.is_argument:
             declared: Any = typer.Argument(help=option.help)
         else:
             flags = [option.flags] if option.flags else []
             declared = typer.Option(*flags, help=option.help, rich_help_panel=option.panel)
-        if _is_negated(option):
+        if option.flags.startswith("--no-"):
             name, default = f"no_{name}", not default
         if default is MISSING:
             default = inspect.Parameter.empty
@@ -58,33 +60,24 @@ def takes(parameters: Iterable[inspect.Parameter]) -> Callable[[Command], Comman
 def read_options(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """A config's options by the names and types of its fields, from what typer read."""
     known = _read(config)
-    found = {}
+    result = {}
     for name, value in values.items():
         if name in known and isinstance(known[name][1], int) and isinstance(value, str):
             value = _read_count(value, f"--{name.replace('_', '-')}")
         is_negated = name.startswith("no_") and name[3:] in known
-        found[name[3:] if is_negated else name] = not value if is_negated else value
-    return found
+        result[name[3:] if is_negated else name] = not value if is_negated else value
+    return result
 
 
 def _read(config: type) -> dict[str, tuple[Option, Any]]:
     """Name -> the option and its default, of every field that is an option."""
     hints = get_type_hints(config, include_extras=True)
-    found = {}
+    result = {}
     for field in fields(config):
         option = next(iter(getattr(hints[field.name], "__metadata__", ())), None)
         if isinstance(option, Option):
-            found[field.name] = option, field.default
-    return found
-
-
-def _rank(config: type, item: tuple[str, tuple[Option, Any]]) -> tuple[bool, bool]:
-    name, (_, default) = item
-    return default is not MISSING, name not in config.__annotations__
-
-
-def _is_negated(option: Option) -> bool:
-    return option.flags.startswith("--no-")
+            result[field.name] = option, field.default
+    return result
 
 
 def _read_count(text: str, option: str) -> int | None:

@@ -37,8 +37,7 @@ class LoadConfig:
     ] = False
     split: Annotated[str, Option("Split of a dataset.", DATA)] = "train"
     max_length: Annotated[
-        int | None,
-        Option("Most tokens of prompt + response. [default: 1024, or what the model can take]", DATA, int),
+        int | None, Option("Most tokens of prompt + response. [default: 1024, or what the model can take]", DATA, int)
     ] = None
     max_pairs: Annotated[
         int | None, Option("Measure that many pairs, drawn with --seed from slices of like length, or all.", DATA)

@@ -7,18 +7,19 @@ and every figure of the audit would be about those.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from gradent.errors import InputError, ModelError, NotCausalError
-from gradent.loading.source import ModelSource, brief, hint, some
+from gradent.loading.files import brief, hint, some
+from gradent.loading.source import ModelSource
 from gradent.model.facts import check_causal
 from gradent.model.observed import observed
 from gradent.model.parameters import input_device
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = [
     "DTYPES",
@@ -41,8 +42,6 @@ no end to it, since a damaged config reaches any line of a model's code. Each is
 
 def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a full model."""
-    from transformers import AutoConfig  # noqa: PLC0415
-
     if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
         raise ModelError(
             f"{base}: the model cannot be loaded, for there is no config.json in it. Save the whole model there "
@@ -68,8 +67,6 @@ def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer saved with the adapter, which may carry the run's chat template, else the base's."""
-    from transformers import AutoTokenizer  # noqa: PLC0415
-
     place = source.base
     if source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file():
         place = source.adapter
@@ -132,8 +129,6 @@ def check_vocabulary(
 
 
 def _load_base(base: str, dtype: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
-
     config = load_config(base, trust_remote_code=trust_remote_code)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -150,7 +145,9 @@ def _load_base(base: str, dtype: str, trust_remote_code: bool) -> Any:
             raise not_causal(base, config) from error
         raise ModelError(f"{base}: the model cannot be loaded ({brief(error)}).{hint(base)}") from error
     model, report = loaded
-    other = {key: f"{key} (saved {list(saved)}, needed {list(own)})" for key, saved, own in report["mismatched_keys"]}
+    other = {
+        key: f"{key} (saved {list(saved)}, needed {list(needed)})" for key, saved, needed in report["mismatched_keys"]
+    }
     lacking = sorted(set(report["missing_keys"]) - set(other)) + sorted(other.values())
     if lacking:
         raise ModelError(
@@ -162,9 +159,6 @@ def _load_base(base: str, dtype: str, trust_remote_code: bool) -> Any:
 
 
 def _load_adapter(model: Any, adapter: str, base: str, trainable: bool) -> Any:
-    from peft import PeftModel, get_peft_model_state_dict  # noqa: PLC0415
-    from safetensors import safe_open  # noqa: PLC0415
-
     try:
         read_adapter(adapter, trainable=trainable)
         model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
@@ -188,8 +182,6 @@ def _load_adapter(model: Any, adapter: str, base: str, trainable: bool) -> Any:
 
 def read_adapter(adapter: str, *, trainable: bool = True) -> Any:
     """The configuration of a PEFT adapter."""
-    from peft import PeftConfig  # noqa: PLC0415
-
     config = PeftConfig.from_pretrained(adapter)
     if trainable and config.is_prompt_learning:
         raise ModelError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gradent.errors import DataFileError
+from gradent.loading.files import is_hub_id
 
 __all__ = ["Row", "read_rows"]
 
@@ -50,7 +51,7 @@ def read_rows(source: str | os.PathLike[str], split: str = "train") -> list[Row]
             rows = list(reader(path))
         except OSError as error:
             raise DataFileError(f"{source}: cannot be read ({error.strerror or error}).") from error
-    elif path.is_dir() or _is_hub_id(str(source)):
+    elif path.is_dir() or _may_be_dataset(str(source)):
         rows = _read_dataset(str(source), split)
     else:
         raise DataFileError(f"{source}: there is no such file or directory. {_DATA_ACCEPTED}")
@@ -59,12 +60,10 @@ def read_rows(source: str | os.PathLike[str], split: str = "train") -> list[Row]
     return rows
 
 
-def _is_hub_id(text: str) -> bool:
-    """`owner/name`, or a bare name without a dot: `pairs.josnl` is a file that is not there."""
-    parts = text.split("/")
-    plain = all(part and part.strip(".") and not set(part) & set("\\ ~:") for part in parts)
+def _may_be_dataset(text: str) -> bool:
+    """A hub id that does not look like a file: `pairs.josnl` is a file that is not there."""
     suffix = Path(text).suffix.lower()
-    return plain and (not suffix if len(parts) == 1 else len(parts) == 2 and suffix not in _SUFFIXES)
+    return is_hub_id(text) and (suffix not in _SUFFIXES if "/" in text else not suffix)
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -148,10 +147,8 @@ def _decode(content: bytes, *, first: bool) -> tuple[str, str | None]:
     try:
         return content.decode("utf-8-sig" if first else "utf-8"), None
     except UnicodeDecodeError as error:
-        return (
-            "",
-            f"not UTF-8 text (byte 0x{content[error.start]:02x} at offset {error.start}). Save the file as UTF-8.",
-        )
+        place = f"byte 0x{content[error.start]:02x} at offset {error.start}"
+        return "", f"not UTF-8 text ({place}). Save the file as UTF-8."
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -186,8 +183,8 @@ def _read_dataset(source: str, split: str) -> list[Row]:
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, DataFileError):
             raise
-        here = Path(source).is_dir()
-        hint = "Check the files, and --split." if here else f"There is no such directory here. {_DATA_ACCEPTED}"
+        is_here = Path(source).is_dir()
+        hint = "Check the files, and --split." if is_here else f"There is no such directory here. {_DATA_ACCEPTED}"
         cause = error.__cause__ or error  # "An error occurred while generating the dataset" says nothing
         raise DataFileError(
             f"{source}: datasets cannot read it ({' '.join(str(cause).split())[:300]}). {hint}"

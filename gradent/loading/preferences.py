@@ -7,19 +7,20 @@ prompt as their common beginning. TRL's own helpers tell the formats apart and t
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import is_conversational, maybe_extract_prompt
 
 from gradent.errors import DataFileError, InputError, PairError
 from gradent.loading.preference_files import Row
-from gradent.loading.stratify import draw_in_slices
 from gradent.pairs.tokenize import tokenize_pair
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-__all__ = ["AuditPair", "PairSet", "SkippedRow", "prepare_pairs"]
+__all__ = ["AuditPair", "PairSet", "SkippedRow", "draw_in_slices", "prepare_pairs"]
 
 Parts = tuple[Any, Any, Any]
 """Prompt, chosen and rejected of a row: all strings, or all lists of messages."""
@@ -99,6 +100,20 @@ def prepare_pairs(
     return PairSet(pairs=pairs, skipped=skipped)
 
 
+def draw_in_slices(sizes: Sequence[int], count: int | None, seed: int) -> list[list[int]]:
+    """Cut items, sorted by size, into slices of equal count, and shuffle each: its first item is the one drawn."""
+    # Stratified sampling, one draw a stratum: long and short items are there in their true proportions, in every
+    # sample. The items after the first stand in for it, where it proves to be of no use.
+    if count is None or count >= len(sizes):
+        return [[position] for position in range(len(sizes))]
+    order = sorted(range(len(sizes)), key=lambda position: (sizes[position], position))
+    chance = random.Random(seed)
+    slices = [order[part * len(order) // count : (part + 1) * len(order) // count] for part in range(count)]
+    for positions in slices:
+        chance.shuffle(positions)
+    return slices
+
+
 def _read(rows: Sequence[Row]) -> tuple[list[tuple[Row, Parts]], list[SkippedRow]]:
     """The rows that hold a pair, each with its prompt, chosen and rejected; and the others."""
     readable, skipped = [], []
@@ -149,12 +164,11 @@ def _to_pair(
             "Use the model's instruction-tuned tokenizer, set tokenizer.chat_template and save it with the model, or "
             "give the data as plain strings."
         )
-    whole = _tokenize(tokenizer, prompt, chosen, rejected, max_length=None, add_eos=add_eos, where=row.where)
-    rows = len(whole[0]) + len(whole[1]), len(whole[0]) + len(whole[2])
-    truncated = 0 if max_length is None else sum(length > max_length for length in rows)
-    ids = whole
+    ids = _tokenize(tokenizer, parts, max_length=None, add_eos=add_eos, where=row.where)
+    lengths = len(ids[0]) + len(ids[1]), len(ids[0]) + len(ids[2])
+    truncated = 0 if max_length is None else sum(length > max_length for length in lengths)
     if truncated:
-        ids = _tokenize(tokenizer, prompt, chosen, rejected, max_length=max_length, add_eos=add_eos, where=row.where)
+        ids = _tokenize(tokenizer, parts, max_length=max_length, add_eos=add_eos, where=row.where)
     return AuditPair(
         row=row.index,
         where=row.where,
@@ -169,21 +183,12 @@ def _to_pair(
 
 
 def _tokenize(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Any,
-    chosen: Any,
-    rejected: Any,
-    *,
-    max_length: int | None,
-    add_eos: bool,
-    where: str,
+    tokenizer: PreTrainedTokenizerBase, parts: Parts, *, max_length: int | None, add_eos: bool, where: str
 ) -> tuple[list[int], list[int], list[int]]:
-    from jinja2 import TemplateError  # noqa: PLC0415
-
     try:
-        return tokenize_pair(tokenizer, prompt, chosen, rejected, max_length=max_length, add_eos=add_eos, where=where)
+        return tokenize_pair(tokenizer, *parts, max_length=max_length, add_eos=add_eos, where=where)
     except (TemplateError, TypeError, KeyError, UnicodeError) as error:
-        if any("\ud800" <= letter <= "\udfff" for letter in json.dumps([prompt, chosen, rejected], ensure_ascii=False)):
+        if any("\ud800" <= letter <= "\udfff" for letter in json.dumps(parts, ensure_ascii=False)):
             raise DataFileError(
                 f"{where}: the text holds half of a surrogate pair (\\ud800 to \\udfff), which is no character. Repair "
                 "or remove the row."
@@ -218,17 +223,13 @@ def _split_row(where: str, values: Any) -> Parts:
 
 
 def _take_prompt(where: str, values: Mapping[str, Any], kind: str) -> Parts:
-    from trl.data_utils import maybe_extract_prompt  # noqa: PLC0415
-
     if "prompt" in values:
         prompt_kind = "text" if values["prompt"] == "" else _kind(where, "prompt", values["prompt"])
         if (prompt_kind, kind) == ("messages", "text"):
             raise DataFileError(f"{where}: prompt is messages but chosen and rejected are text; all must be alike.")
-        explicit = prompt_kind == kind
-    else:
-        explicit = False
+    is_explicit = "prompt" in values and prompt_kind == kind
     # TRL's extraction needs a common beginning: with none it indexes the last element and cuts at random.
-    if not explicit and values["chosen"][0] != values["rejected"][0]:
+    if not is_explicit and values["chosen"][0] != values["rejected"][0]:
         raise DataFileError(
             f"{where}: no 'prompt', and chosen and rejected do not begin alike, so there is no prompt to take out. "
             "Add a 'prompt', or let both begin with it."
@@ -240,8 +241,6 @@ def _take_prompt(where: str, values: Mapping[str, Any], kind: str) -> Parts:
 
 def _kind(where: str, key: str, value: Any) -> str:
     """`text` or `messages`, as TRL's own helper sees it, after the checks that the helper leaves out."""
-    from trl.data_utils import is_conversational  # noqa: PLC0415
-
     if isinstance(value, str | list) and not value:
         raise PairError(f"{where}: {key} is empty; it needs at least one token. Remove this pair.")
     if isinstance(value, str):

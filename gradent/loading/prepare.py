@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from gradent.errors import InputError, ModelError
 from gradent.loading.config import LoadConfig
@@ -15,18 +16,7 @@ from gradent.loading.preference_files import Row, read_rows
 from gradent.loading.preferences import AuditPair, PairSet, prepare_pairs
 from gradent.loading.source import ModelSource, read_step, resolve_source
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "Material",
-    "Prepared",
-    "choose_device",
-    "describe_model",
-    "open_model",
-    "prepare",
-    "read_material",
-]
+__all__ = ["Material", "Prepared", "choose_device", "describe_model", "open_model", "prepare", "read_material"]
 
 _DEFAULT_MAX_LENGTH = 1024  # TRL's DPOConfig
 
@@ -55,28 +45,24 @@ class Prepared:
     step: int  # the trainer's step at which it was saved; 0 if it does not say
     device: str  # where the model is
 
-    def describe_model(self) -> dict[str, Any]:
-        """What a record says of the model: checkpoint, base, adapter, step, parameter counts, dtype and device."""
-        return describe_model(self.model, self.source, self.step, self.device)
-
 
 def describe_model(model: Any, source: ModelSource, step: int, device: str) -> dict[str, Any]:
-    """What a record says of a model."""
+    """What a record says of a model, of the step at which it was saved and of its place."""
     parameters = list(model.parameters())
     return {
         "checkpoint": source.name,
         "base": source.base,
         "adapter": source.adapter,
         "step": step,
-        "trainable_parameters": sum(each.numel() for each in parameters if each.requires_grad),
-        "parameters": sum(each.numel() for each in parameters),
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "parameters": sum(parameter.numel() for parameter in parameters),
         "dtype": str(parameters[0].dtype).removeprefix("torch."),
         "device": device,
     }
 
 
 def choose_device(device: str | None, local: int = 0) -> str:
-    """Where models go."""
+    """The device that the user asked for, else this rank's GPU, else the CPU."""
     if device is not None:
         return device
     if not torch.cuda.is_available():
@@ -174,8 +160,8 @@ def _has_eos(tokenizer: PreTrainedTokenizerBase, tell: Tell) -> bool:
 
 
 def _largest_id(pairs: Sequence[AuditPair]) -> tuple[int, str]:
-    each = ((max(*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids), pair.where) for pair in pairs)
-    return max(each, key=lambda one: one[0])
+    largest = ((max(*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids), pair.where) for pair in pairs)
+    return max(largest, key=lambda item: item[0])
 
 
 def _tell_about_pairs(pairs: PairSet, rows: int, limit: int, seed: int, tell: Tell) -> None:

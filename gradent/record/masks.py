@@ -47,11 +47,13 @@ def read_pair_masks(
     masks: dict[str, Any] = {"source": Path(path).name}
     for side, tokens in zip(("chosen", "rejected"), ids, strict=True):
         part = sorted((row for row in rows if row["side"] == side), key=lambda row: row["position"])
-        theirs = [row["token_id"] for row in part]
-        if theirs != list(tokens):
-            at = next((n for n, (a, b) in enumerate(zip(theirs, tokens, strict=False)) if a != b), None)
+        ids_there = [row["token_id"] for row in part]
+        if ids_there != list(tokens):
+            at = next((n for n, (a, b) in enumerate(zip(ids_there, tokens, strict=False)) if a != b), None)
             where = (
-                f"they differ from token {at} on" if at is not None else f"{len(theirs)} against {len(tokens)} tokens"
+                f"they differ from token {at} on"
+                if at is not None
+                else f"{len(ids_there)} against {len(tokens)} tokens"
             )
             raise InputError(
                 f"{path}: the masks of row {pair}, {side}, are of other tokens than are measured ({where}). "

@@ -23,16 +23,7 @@ from gradent.record import MODULE_COLUMNS, PAIR_COLUMNS, SAMPLE_COLUMNS, TOKEN_C
 from gradent.record.table import Floats, Table, stack
 from gradent.theory.conditions import Verdict, verdict
 
-__all__ = [
-    "JUDGED",
-    "TargetRecord",
-    "collect",
-    "gram_of",
-    "judge",
-    "module_table",
-    "sample_table",
-    "token_table",
-]
+__all__ = ["JUDGED", "TargetRecord", "collect", "gram_of", "judge", "module_table", "sample_table", "token_table"]
 
 JUDGED = ("d_w", "d_l", "chosen_change", "rejected_change", "case")
 
@@ -44,7 +35,7 @@ class TargetRecord:
     target: Target
     model: dict[str, Any]  # what the record says of the model, coverage included
     table: Table  # `record.PAIR_COLUMNS`
-    sums: dict[str, Floats]  # `Scan.modules`
+    sums: dict[str, Floats]  # `BatchResults.modules`
     is_whole: bool  # whether every pair was measured
 
     @property
@@ -69,11 +60,13 @@ def collect(plan: AuditPlan, journal: Journal, failures: Collection[str], loss: 
     for target in plan.targets:
         blocks = [] if target.name in failures else _blocks(target, plan, journal, needed=loss.needs_reference)
         if blocks:
-            scan = join_blocks(blocks)
-            model = {**(journal.find("model", target.identity) or {}), "coverage": scan.coverage}
-            table = _pair_table(target, scan.table, loss, plan.pairs)
+            results = join_blocks(blocks)
+            model = {**(journal.find("model", target.identity) or {}), "coverage": results.coverage}
+            table = _pair_table(target, results.table, loss, plan.pairs)
             is_whole = len(blocks) == len(plan.batches)
-            records.append(TargetRecord(target=target, model=model, table=table, sums=scan.modules, is_whole=is_whole))
+            records.append(
+                TargetRecord(target=target, model=model, table=table, sums=results.modules, is_whole=is_whole)
+            )
     return records
 
 
@@ -97,7 +90,7 @@ def _blocks(target: Target, plan: AuditPlan, journal: Journal, *, needed: bool) 
 
 
 def _pair_table(target: Target, entries: Table, loss: Loss, pairs: Sequence[AuditPair]) -> Table:
-    """The rows of `pairs.parquet` for one target, from its `Scan.table`; nan where there is no cosine or reference."""
+    """The rows of `pairs.parquet` for one target, from its `BatchResults.table`; nan for no cosine or reference."""
     count = entries.rows
     entries = Table({**dict.fromkeys(REFERENCES, np.full(count, np.nan)), **entries})
     judged = judge(entries, loss)

@@ -10,7 +10,7 @@ import numpy as np
 from gradent.record import CASE_NAMES
 from gradent.record.table import Floats, Table
 
-__all__ = ["most_entangled", "summarize_columns", "summarize_modules"]
+__all__ = ["mean", "most_entangled", "summarize_columns", "summarize_modules"]
 
 PERCENTILES = (5, 25, 50, 75, 95)
 _MEANS = ("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp", "chosen_len", "rejected_len")
@@ -28,7 +28,7 @@ def summarize_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
         },
         "weights": _summarize_weights(table),
         "norms": _summarize_norms(table),
-        "logps": {name: _mean(table[name]) for name in _MEANS},
+        "logps": {name: mean(table[name]) for name in _MEANS},
     }
 
 
@@ -40,7 +40,7 @@ def most_entangled(cosines: Sequence[float | None] | Floats, count: int = 5) -> 
 
 
 def summarize_modules(sums: Mapping[str, Sequence[float] | Floats], pairs: int) -> dict[str, dict[str, float]]:
-    """Means over pairs of `Scan.modules`: over all modules they add up to the mean cosine, and the shares to 1."""
+    """Means over pairs of `BatchResults.modules`: over all modules they add up to the mean cosine, or to 1."""
     names = ("cosine_part", "chosen_share", "rejected_share")
     return {
         module: {name: float(total) / pairs for name, total in zip(names, totals, strict=True)}
@@ -54,7 +54,7 @@ def _summarize_cosine(cosine: Floats) -> dict[str, Any]:
     names = ["min", *(f"p{percent}" for percent in PERCENTILES), "max"]
     marks = np.percentile(defined, [0, *PERCENTILES, 100]) if defined.size else [None] * len(names)
     figures |= {name: None if mark is None else float(mark) for name, mark in zip(names, marks, strict=True)}
-    return {**figures, "mean": _mean(cosine), "share_positive": _mean((defined > 0).astype(np.float64))}
+    return {**figures, "mean": mean(cosine), "share_positive": mean((defined > 0).astype(np.float64))}
 
 
 def _summarize_weights(table: Table) -> dict[str, Any]:
@@ -76,23 +76,24 @@ def _summarize_weights(table: Table) -> dict[str, Any]:
         "needs_at_least": _median(inner / table["chosen_sq"][binding]),
         "needs_at_most": _median(table["rejected_sq"][binding] / inner),
         "balanced_ratio": _median(np.sqrt(table["rejected_sq"][binding] / table["chosen_sq"][binding])),
-        "share_chosen_rises": _mean((table["chosen_change"][active] >= 0).astype(np.float64)),
-        "share_rejected_falls": _mean((table["rejected_change"][active] <= 0).astype(np.float64)),
+        "share_chosen_rises": mean((table["chosen_change"][active] >= 0).astype(np.float64)),
+        "share_rejected_falls": mean((table["rejected_change"][active] <= 0).astype(np.float64)),
     }
 
 
 def _summarize_norms(table: Table) -> dict[str, Any]:
     chosen, rejected = np.sqrt(table["chosen_sq"]), np.sqrt(table["rejected_sq"])
     return {
-        "chosen_mean": _mean(chosen),
-        "rejected_mean": _mean(rejected),
+        "chosen_mean": mean(chosen),
+        "rejected_mean": mean(rejected),
         "chosen_median": _median(chosen),
         "rejected_median": _median(rejected),
-        "inner_mean": _mean(table["inner"]),
+        "inner_mean": mean(table["inner"]),
     }
 
 
-def _mean(values: Floats) -> float | None:
+def mean(values: Floats) -> float | None:
+    """The mean of the finite values; None without any."""
     defined = values[np.isfinite(values)]
     return float(defined.mean()) if defined.size else None
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradent.auditing.analysis.distributions import mean
 from gradent.record import CASE_NAMES
 from gradent.record.table import Floats, Table
 
@@ -114,8 +115,8 @@ def _describe_whole(checkpoints: Mapping[int, Table], intervals: Sequence[Mappin
     for interval in intervals:
         predicted += (interval["step_size"] or 0.0) * _matrix(tables[interval["from"]], _CHANGES)
     sizes = [interval["step_size"] for interval in intervals if interval["step_size"] is not None]
-    whole = _compare(change, predicted, sum(sizes) if sizes else None, predicted)
-    return {"whole": {"from": first, "to": last, **whole}, "cases_realised": _realised(change)}
+    total = _compare(change, predicted, sum(sizes) if sizes else None, predicted)
+    return {"whole": {"from": first, "to": last, **total}, "cases_realised": _realised(change)}
 
 
 def _matrix(table: Table, names: Sequence[str]) -> Floats:
@@ -135,9 +136,9 @@ def _compare(change: Floats, predicted: Floats, size: float | None, direction: F
     for column, side in enumerate(("chosen", "rejected")):
         signed = direction[:, column] != 0
         agree = np.sign(change[signed, column]) == np.sign(direction[signed, column])
-        figures[f"{side}_change"] = _mean(change[:, column])
-        figures[f"{side}_predicted"] = _mean(predicted[:, column])
-        figures[f"{side}_sign"] = _mean(agree.astype(np.float64))
+        figures[f"{side}_change"] = mean(change[:, column])
+        figures[f"{side}_predicted"] = mean(predicted[:, column])
+        figures[f"{side}_sign"] = mean(agree.astype(np.float64))
     total = float((change**2).sum())
     explained = 1 - float(((change - predicted) ** 2).sum()) / total if total > 0 else None
     return {**figures, "step_size": size, "explained": explained}
@@ -151,14 +152,10 @@ def _realised(change: Floats) -> dict[str, float] | None:
     return {name: float((case == number).mean()) for number, name in CASE_NAMES.items()}
 
 
-def _mean(values: Floats) -> float | None:
-    return float(values.mean()) if values.size else None
-
-
 def measured_onset(points: Sequence[tuple[int, Mapping[int, Floats]]]) -> int | None:
-    """The first step from which on both mean log-probs stay below their start."""
-    # Below means: by more than two standard errors of the mean change, over the pairs measured both there and at the
-    # start (the changes are paired, so what pairs differ in does not blur them).
+    """The first step from which on both mean log-probs stay below their start, the first point; None if they do not."""
+    # Below means: by more than two standard errors of the mean change, over the pairs of both; being paired, changes
+    # are not blurred by what pairs differ in.
     onset = None
     for step, logps in reversed(points[1:]):
         shared = [pair for pair in points[0][1] if pair in logps]
@@ -173,14 +170,10 @@ def measured_onset(points: Sequence[tuple[int, Mapping[int, Floats]]]) -> int | 
 
 
 def logged_onset(curves: Mapping[str, Sequence[Sequence[Any]]]) -> tuple[int | None, list[str]]:
-    """The first logged step from which on both curves of log-probs stay below their level at the start."""
-    # The curves are those of an evaluation set if they have twelve points at least (all points are of the same pairs),
-    # else those of the training batches, likewise. The rule, for each of the two:
-    # - smoothed: the running median of w points about each point (an odd number near a tenth of them, 5 at least); near
-    # the ends the w outermost points; - level at the start: the median of the first w points; - noise of one point:
-    # 1.4826/√2 times the median size of the differences of neighbours, which a trend hardly   touches; of the
-    # difference of two medians of w points: √2·1.2533/√w times that; - below: the smoothed curve is under the level by
-    # more than twice that noise.
+    """The first logged step from which on both curves of log-probs stay below their start, and the keys of the two."""
+    # Curves of an evaluation set come first: its points are all of the same pairs. Below means: the running median
+    # of w points is under its start by more than twice the noise of the difference of two such medians, √2·1.2533/√w
+    # times that of a point, i.e. 1.4826/√2 times the median difference of neighbours, which a trend hardly touches.
     for keys in _candidates(curves):
         chosen, rejected = (_read_curve(curves[key]) for key in keys)
         steps = sorted(chosen.keys() & rejected.keys())
@@ -196,7 +189,7 @@ def logged_onset(curves: Mapping[str, Sequence[Sequence[Any]]]) -> tuple[int | N
 
 
 def smooth(values: Floats, width: int) -> Floats:
-    """The running median of `width` points about each point, shifted inwards near the ends."""
+    """The running median of `width` points about each of `[n]`, shifted inwards near the ends."""
     windows = np.median(np.lib.stride_tricks.sliding_window_view(values, width), axis=1)
     at = np.clip(np.arange(len(values)) - width // 2, 0, len(windows) - 1)
     return np.asarray(windows[at], dtype=np.float64)
@@ -212,8 +205,8 @@ def _is_below(values: Floats) -> NDArray[np.bool_]:
 def _candidates(curves: Mapping[str, Sequence[Any]]) -> list[list[str]]:
     """Pairs of keys: evaluation sets first, the longest of them first."""
     prefixes = [key.removesuffix(CHOSEN) for key in curves if key.endswith(CHOSEN)]
-    both = [[prefix + CHOSEN, prefix + REJECTED] for prefix in prefixes if prefix + REJECTED in curves]
-    return sorted(both, key=lambda keys: (not keys[0].startswith("eval"), -len(curves[keys[0]])))
+    keys_of = [[prefix + CHOSEN, prefix + REJECTED] for prefix in prefixes if prefix + REJECTED in curves]
+    return sorted(keys_of, key=lambda keys: (not keys[0].startswith("eval"), -len(curves[keys[0]])))
 
 
 def _read_curve(points: Sequence[Sequence[Any]]) -> dict[int, float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,32 +44,25 @@ def summarize_properties(pairs: Mapping[str, Any], sample: Mapping[str, Any]) ->
     rows = rows.select(np.isfinite(rows["cosine"]))
     places = {pair: place for place, pair in enumerate(texts["pair"].tolist())}
     texts = texts.select(np.array([places[pair] for pair in rows["pair"].tolist()], dtype=np.int64))
-    found = [_summarize(each, rows["cosine"], rows["case"] == _IDEAL) for each in _properties(rows, texts)]
-    return sorted(found, key=lambda row: (row["spearman"] is None, -abs(row["spearman"] or 0.0)))
+    ideal = rows["case"] == _IDEAL
+    summaries = [_summarize(*description, rows["cosine"], ideal) for description in _properties(rows, texts)]
+    return sorted(summaries, key=lambda row: (row["spearman"] is None, -abs(row["spearman"] or 0.0)))
 
 
 def rank_correlation(x: Floats, y: Floats) -> tuple[float, float | None, float | None] | None:
-    """Spearman's ρ, ties at their average rank, with its 95% interval."""
+    """Spearman's ρ of x and y, `[n]` each, and its 95% interval; None where one of them is constant or empty."""
     if not len(x) or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     rho = float(np.clip(np.corrcoef(_ranks(x), _ranks(y))[0, 1], -1, 1))
     if len(x) <= 3 or math.isclose(abs(rho), 1, abs_tol=1e-12):
         return rho, None, None
+    # Fisher's interval, with the variance (1 + ρ²/2)/(n - 3) of Bonett and Wright (2000).
     centre, reach = math.atanh(rho), _NORMAL_95 * math.sqrt((1 + rho**2 / 2) / (len(x) - 3))
     return rho, math.tanh(centre - reach), math.tanh(centre + reach)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Property:
-    """A property of the pairs, float64 `[n]`, and how a table names it."""
-
-    name: str
-    label: str
-    unit: str
-    values: Floats
-
-
-def _properties(rows: Table, texts: Table) -> Iterator[_Property]:
+def _properties(rows: Table, texts: Table) -> list[tuple[str, str, str, Floats]]:
+    """Name, label, unit and values `[n]` of each property of the pairs."""
     longer = np.maximum(texts["chosen_len"], texts["rejected_len"])
     shorter = np.minimum(texts["chosen_len"], texts["rejected_len"])
     chosen = rows["chosen_logp"] / rows["chosen_len"]
@@ -79,42 +71,49 @@ def _properties(rows: Table, texts: Table) -> Iterator[_Property]:
     ratio = rows["chosen_len"] / rows["rejected_len"]
     margin = rows["chosen_logp"] - rows["ref_chosen_logp"] - (rows["rejected_logp"] - rows["ref_rejected_logp"])
     averaged = "nats a token, each response averaged over its own"
-    listed = [
+    properties = [
         ("edit_distance", "Edit distance", of_longer, texts["edit_distance"] / longer),
         ("shared_prefix", "Shared beginning", of_shorter, texts["shared_prefix"] / shorter),
         ("shared_suffix", "Shared end", of_shorter, texts["shared_suffix"] / shorter),
         ("length_ratio", "Length ratio", "chosen tokens for each rejected token", ratio),
-        ("length", "Length of both responses", "tokens", rows["chosen_len"] + rows["rejected_len"]),
+        (
+            "length",
+            "Length of both responses",
+            "tokens",
+            (rows["chosen_len"] + rows["rejected_len"]).astype(np.float64),
+        ),
         ("chosen_logp", "Log-prob of chosen", "nats a token", chosen),
         ("rejected_logp", "Log-prob of rejected", "nats a token", rejected),
         ("margin", "Margin log π(y_w) - log π(y_l)", averaged, chosen - rejected),
-        ("reference_margin", "Margin against the reference", "nats, summed over the responses", margin),
     ]
-    for name, label, unit, values in listed:
-        if name != "reference_margin" or np.isfinite(values).any():
-            yield _Property(name=name, label=label, unit=unit, values=values)
+    if np.isfinite(margin).any():
+        properties.append(
+            ("reference_margin", "Margin against the reference", "nats, summed over the responses", margin)
+        )
+    return properties
 
 
-def _summarize(each: _Property, cosine: Floats, ideal: NDArray[np.bool_]) -> dict[str, Any]:
-    there = np.isfinite(each.values)
-    values, cosine, ideal = each.values[there], cosine[there], ideal[there]
-    correlation: tuple[float | None, float | None, float | None] | None = None
-    reason = None
+def _summarize(
+    name: str, label: str, unit: str, values: Floats, cosine: Floats, ideal: NDArray[np.bool_]
+) -> dict[str, Any]:
+    defined = np.isfinite(values)
+    values, cosine, ideal = values[defined], cosine[defined], ideal[defined]
+    correlation, reason = None, None
     if len(values) < FEWEST:
         reason = f"fewer than {FEWEST} pairs"
     else:
         correlation = rank_correlation(values, cosine)
-    if correlation is None and reason is None:
-        reason = f"{'the property' if np.ptp(values) == 0 else 'the cosine'} is the same for all pairs"
+        if correlation is None:
+            reason = f"{'the property' if np.ptp(values) == 0 else 'the cosine'} is the same for all pairs"
     rho, low, high = correlation or (None, None, None)
     return {
-        "property": each.name,
-        "label": each.label,
-        "unit": each.unit,
+        "property": name,
+        "label": label,
+        "unit": unit,
         "spearman": rho,
-        "low": low,
+        "low": low,  # the interval of `rank_correlation`
         "high": high,
-        "reason": reason,
+        "reason": reason,  # why there is no correlation
         "pairs": len(values),
         "groups": list(_groups(values, cosine, ideal)) if len(values) >= FEWEST else [],
     }

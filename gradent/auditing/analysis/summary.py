@@ -43,13 +43,7 @@ class Outcome:
 
 
 def summarize(
-    config: AuditConfig,
-    plan: AuditPlan,
-    records: list[TargetRecord],
-    sweep: Sweep,
-    notes: list[str],
-    *,
-    complete: bool,
+    config: AuditConfig, plan: AuditPlan, records: list[TargetRecord], sweep: Sweep, notes: list[str], *, complete: bool
 ) -> Outcome:
     """The tables and the summary of what was measured."""
     failures, journal, loss = sweep.failures, sweep.journal, config.loss
@@ -65,7 +59,7 @@ def summarize(
     rows = what_if(table, loss, tokens)
     history = _read_history(plan.run, notes)
     kept_notes = [entry["text"] for entry in journal.all("note")]
-    given = plan.reference.given or (plan.reference.source.base if plan.reference.source is not None else None)
+    reference = plan.reference.passed or (plan.reference.source.base if plan.reference.source is not None else None)
     left_out = [(target, failures[target.name]) for target in plan.targets if target.name in failures]
     left_out += [(last.target, f"Its tokens alone: {reason}") for reason in sweep.token_failures]
     summary = {
@@ -92,7 +86,7 @@ def summarize(
         **summarize_columns(last.table),
         "most_entangled": _describe_most_entangled(last, plan),
         "modules": last.modules,
-        "reference": {"kind": plan.reference.kind, "source": given},
+        "reference": {"kind": plan.reference.kind, "source": reference},
         "data": _describe_data(config, plan),
         "tokens": summarize_tokens(tokens, last.table) if tokens is not None else None,
         "loss": {"name": loss.name, **read_hyperparameters(loss)},
@@ -109,7 +103,7 @@ def summarize(
 
 def preview(text: str, other: str, width: int = 160) -> str:
     """A line of one response from just before the point where it leaves the other, in printable characters."""
-    common = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(text, other, strict=False)))
+    common = sum(1 for _ in takewhile(lambda letters: letters[0] == letters[1], zip(text, other, strict=False)))
     start = common - _CONTEXT if common > 2 * _CONTEXT else 0
     line = ("…" if start else "") + text[start : start + 4 * width]
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in line).split())
@@ -118,7 +112,7 @@ def preview(text: str, other: str, width: int = 160) -> str:
 
 def _with_start(table: Table, plan: AuditPlan) -> Table:
     """The table, with the reference's log-probs only where it is the model that the run started from."""
-    if plan.run is not None and plan.reference.given is None:
+    if plan.run is not None and plan.reference.passed is None:
         return table
     nothing = np.full(table.rows, np.nan)
     return Table({**table, "ref_chosen_logp": nothing, "ref_rejected_logp": nothing})

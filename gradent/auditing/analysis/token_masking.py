@@ -39,10 +39,10 @@ def mask_changes(columns: Columns) -> Table:
     """First-order changes of both whole log-probs by a step on differing tokens alone, with `d_w = d_l = 1`."""
     tokens = Table.read(columns)
     pairs, which = np.unique(tokens["pair"], return_inverse=True)
-    is_chosen, own, other = tokens["side"] == "chosen", tokens["own_inner"], tokens["entanglement"]
+    is_chosen, with_own, with_other = tokens["side"] == "chosen", tokens["own_inner"], tokens["entanglement"]
     changes = {
-        "chosen_change": np.where(is_chosen, own, -other),
-        "rejected_change": np.where(is_chosen, other, -own),
+        "chosen_change": np.where(is_chosen, with_own, -with_other),
+        "rejected_change": np.where(is_chosen, with_other, -with_own),
         "differing": np.ones(tokens.rows),  # how many tokens differ
     }
     is_left_out = tokens["identical"]
@@ -71,8 +71,8 @@ def mask_row(columns: Columns | None, last: Table, run: Tensor | None) -> dict[s
     against = None
     if run is not None:
         places = {pair: place for place, pair in enumerate(last["pair"].tolist())}
-        theirs = run[[places[pair] for pair in changes["pair"].tolist()]]
-        against = {"gained": int(((case == 1) & (theirs != 1)).sum()), "lost": int(((case != 1) & (theirs == 1)).sum())}
+        before = run[[places[pair] for pair in changes["pair"].tolist()]]
+        against = {"gained": int(((case == 1) & (before != 1)).sum()), "lost": int(((case != 1) & (before == 1)).sum())}
     moved = bool(active.any())
     return {
         **empty,

@@ -1,7 +1,7 @@
 """From the columns of `tokens.parquet` to what `summary.json` says of tokens. Numbers in, numbers out: no torch.
 
 A pair's `⟨g_w, g_l⟩` is split as by `TokenGram.split`: an entry of two identical tokens is theirs, one of two differing
-tokens theirs, and of one of each half goes to either. Entanglement sums over a side to the whole, so that a kind's part
+tokens theirs, and of one of each half goes to either. Entanglement sums over a side to the inner, so that a kind's part
 is half of what its tokens sum to over both sides.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gradent.auditing.analysis.distributions import mean
 from gradent.record.table import Floats, Table
 
 __all__ = ["rank_tokens", "summarize_tokens"]
@@ -34,9 +35,9 @@ def summarize_tokens(tokens: Columns, pairs: Columns) -> dict[str, Any]:
         kind: np.bincount(which, weights=np.where(mask, halves, 0.0))
         for kind, mask in (("identical", identical), ("differing", ~identical))
     }
-    whole, norm = parts["identical"] + parts["differing"], np.array([norms[pair] for pair in numbers.tolist()])
+    inner, norm = parts["identical"] + parts["differing"], np.array([norms[pair] for pair in numbers.tolist()])
     scaled = norm > 0  # pairs that have a cosine
-    total = float(whole.sum())
+    total = float(inner.sum())
     return {
         "pairs": len(numbers),
         "undefined": int((~scaled).sum()),
@@ -44,11 +45,11 @@ def summarize_tokens(tokens: Columns, pairs: Columns) -> dict[str, Any]:
         "identical_tokens": int(identical.sum()),
         # The mean cosine and its two parts.
         "cosine": {
-            "mean": _mean(whole[scaled] / norm[scaled]),
-            **{kind: _mean(part[scaled] / norm[scaled]) for kind, part in parts.items()},
+            "mean": mean(inner[scaled] / norm[scaled]),
+            **{kind: mean(part[scaled] / norm[scaled]) for kind, part in parts.items()},
         },
         # A part over the whole of its pair, which means little where the whole is near zero.
-        "share": {kind: _quartiles(part[whole != 0] / whole[whole != 0]) for kind, part in parts.items()},
+        "share": {kind: _quartiles(part[inner != 0] / inner[inner != 0]) for kind, part in parts.items()},
         "sum": {
             "inner": total,
             **{kind: float(part.sum()) for kind, part in parts.items()},
@@ -60,7 +61,7 @@ def summarize_tokens(tokens: Columns, pairs: Columns) -> dict[str, Any]:
     }
 
 
-def rank_tokens(tokens: Columns, norms: Mapping[int, float], kept: int = KEPT) -> dict[str, Any]:
+def rank_tokens(tokens: Columns, norms: Mapping[int, float], most: int = KEPT) -> dict[str, Any]:
     """The texts whose tokens entangle and disentangle most over all pairs, as parts of the pairs' cosines."""
     # Entanglement is taken over ‖g_w‖‖g_l‖ of its pair, so that no pair outweighs the others; a pair without a cosine
     # has no part in it.
@@ -70,14 +71,14 @@ def rank_tokens(tokens: Columns, norms: Mapping[int, float], kept: int = KEPT) -
     for pair, text, entanglement, identical in zip(*columns, strict=True):
         if norms[pair] > 0:
             occurrences[text].append((float(entanglement / norms[pair]), identical))
-    recurring = sum(len(found) >= RECURRING for found in occurrences.values())
+    recurring = sum(len(marks) >= RECURRING for marks in occurrences.values())
     least = RECURRING if recurring >= 5 else 1
-    ranked = [_token_row(text, found) for text, found in occurrences.items() if len(found) >= least]
+    ranked = [_token_row(text, marks) for text, marks in occurrences.items() if len(marks) >= least]
     ranked.sort(key=lambda row: (-row["sum"], row["token"]))
     return {
         "least_count": least,  # texts that occur less often are left out
-        "entangling": [row for row in ranked if row["sum"] > 0][:kept],
-        "disentangling": [row for row in reversed(ranked) if row["sum"] < 0][:kept],
+        "entangling": [row for row in ranked if row["sum"] > 0][:most],
+        "disentangling": [row for row in reversed(ranked) if row["sum"] < 0][:most],
     }
 
 
@@ -98,10 +99,6 @@ def _count(table: Table, column: str, *, sign: int) -> dict[str, Any]:
     expected = int((sign * entries > 0).sum())
     name = "positive" if sign > 0 else "negative"
     return {"count": len(entries), name: expected, "share": expected / len(entries) if len(entries) else None}
-
-
-def _mean(values: Floats) -> float | None:
-    return float(values.mean()) if len(values) else None
 
 
 def _quartiles(values: Floats) -> dict[str, float | None]:

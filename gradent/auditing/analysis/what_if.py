@@ -84,9 +84,9 @@ def _row(verdicts: Sequence[Verdict | str], checkpoints: Sequence[Table], run: T
     if isinstance(last, Verdict):
         figures |= _summarize(last, checkpoints[-1])
         if run is not None:
-            here, there = last.case == _IDEAL, run == _IDEAL
+            after, before = last.case == _IDEAL, run == _IDEAL
             # Pairs that are in case 1 here and not with the run's loss, and the reverse.
-            figures["against_run"] = {"gained": int((here & ~there).sum()), "lost": int((there & ~here).sum())}
+            figures["against_run"] = {"gained": int((after & ~before).sum()), "lost": int((before & ~after).sum())}
     return {
         "reason": last if isinstance(last, str) else None,  # why there are no numbers
         "pairs": checkpoints[-1].rows,

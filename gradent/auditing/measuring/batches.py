@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gradent.errors import GradentError, InputError, NonFiniteError
 from gradent.kernels.common.budget import parse_budget
+from gradent.errors import GradentError, NonFiniteError
 from gradent.loading.preferences import AuditPair
 from gradent.measurement import measure, sequence_logps
 from gradent.pair_gram import PairGram
@@ -25,16 +26,15 @@ from gradent.record.table import Floats, Table, stack
 __all__ = [
     "ENTRIES",
     "REFERENCES",
+    "BatchResults",
     "Block",
     "Reference",
-    "Scan",
     "adapter_off",
-    "check_scan_settings",
     "itself",
     "join_blocks",
+    "measure_batches",
+    "measure_reference",
     "plan_batches",
-    "scan_batches",
-    "scan_reference",
 ]
 
 Reference = Callable[[PairBatch, PairGram], tuple[Tensor, Tensor]]
@@ -42,14 +42,14 @@ Reference = Callable[[PairBatch, PairGram], tuple[Tensor, Tensor]]
 
 Block = dict[str, Any]
 """What one batch gave, as JSON: `positions` of its pairs and, a number each, the entries of `PairGram` and the
-reference's log-probs (absent without a reference); `modules` as in `Scan`; `coverage`."""
+reference's log-probs (absent without a reference); `modules` as in `BatchResults`; `coverage`."""
 
 ENTRIES = ("chosen_sq", "rejected_sq", "inner", "chosen_logp", "rejected_logp", "chosen_len", "rejected_len")
 REFERENCES = ("ref_chosen_logp", "ref_rejected_logp")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scan:
+class BatchResults:
     """What batches of P pairs measured."""
 
     # `position` among all pairs, increasing; `ENTRIES`; and `REFERENCES` where there is a reference; `[P]` each.
@@ -75,35 +75,24 @@ def adapter_off(model: Any) -> Reference:
     return reference
 
 
-def check_scan_settings(*, batch_size: int, engine: str, memory_budget: int | str | None) -> None:
-    """Refuse what `scan_batches` could not use, before a model is loaded for it."""
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be at least 1 (command line: --batch-size).")
-    if engine not in {"hooks", "func"}:
-        raise InputError(f"engine is {engine!r}; accepted: 'hooks' and 'func' (command line: --engine).")
-    parse_budget(memory_budget)
-
-
 def plan_batches(pairs: Sequence[AuditPair], batch_size: int) -> list[list[int]]:
     """Group pairs of like length, longest first: little padding, and what does not fit in memory fails at once."""
     order = sorted(range(len(pairs)), key=lambda position: -pairs[position].longest)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def scan_batches(
+def measure_batches(
     model: Any,
     pairs: Sequence[AuditPair],
     batches: Sequence[Sequence[int]],
     *,
     reference: Reference | None = None,
-    engine: str = "hooks",
-    by_module: bool = False,
-    memory_budget: int | str | None = None,
+    **options: Any,
 ) -> Iterator[Block]:
-    """What `measure` gives of each batch, with the reference's log-probs; an error names the row."""
+    """What `measure` with these options gives of each batch, and the reference's log-probs; an error names the row."""
     for positions in batches:
         chunk = [pairs[position] for position in positions]
-        gram, references = _measure_batch(model, _to_batch(chunk), chunk, reference, engine, by_module, memory_budget)
+        gram, references = _measure_batch(model, chunk, reference, options)
         yield {
             "positions": list(positions),
             **{name: getattr(gram, name).tolist() for name in ENTRIES},
@@ -113,7 +102,7 @@ def scan_batches(
         }
 
 
-def scan_reference(model: Any, pairs: Sequence[AuditPair], batches: Sequence[Sequence[int]]) -> Iterator[Block]:
+def measure_reference(model: Any, pairs: Sequence[AuditPair], batches: Sequence[Sequence[int]]) -> Iterator[Block]:
     """The log-probs of a reference model alone, of each batch; an error names the row."""
     for positions in batches:
         chunk = [pairs[position] for position in positions]
@@ -123,7 +112,7 @@ def scan_reference(model: Any, pairs: Sequence[AuditPair], batches: Sequence[Seq
         yield {name: values.tolist() for name, values in zip(REFERENCES, references, strict=True)}
 
 
-def join_blocks(blocks: Sequence[Mapping[str, Any]]) -> Scan:
+def join_blocks(blocks: Sequence[Mapping[str, Any]]) -> BatchResults:
     """Put what batches gave together, whatever order they come in; at least one block."""
     names = [*ENTRIES, *(name for name in REFERENCES if name in blocks[0])]
     table = stack(
@@ -134,7 +123,7 @@ def join_blocks(blocks: Sequence[Mapping[str, Any]]) -> Scan:
         for name, sums in block["modules"].items():
             modules[name] = modules.get(name, 0.0) + np.array(sums)
     coverage = min(float(block["coverage"]) for block in blocks)
-    return Scan(table=table.select(np.argsort(table["position"])), modules=modules, coverage=coverage)
+    return BatchResults(table=table.select(np.argsort(table["position"])), modules=modules, coverage=coverage)
 
 
 def _to_batch(chunk: Sequence[AuditPair]) -> PairBatch:
@@ -142,23 +131,17 @@ def _to_batch(chunk: Sequence[AuditPair]) -> PairBatch:
 
 
 def _measure_batch(
-    model: Any,
-    batch: PairBatch,
-    chunk: Sequence[AuditPair],
-    reference: Reference | None,
-    engine: str,
-    by_module: bool,
-    memory_budget: int | str | None,
+    model: Any, chunk: Sequence[AuditPair], reference: Reference | None, options: Mapping[str, Any]
 ) -> tuple[PairGram, tuple[Tensor, ...]]:
+    batch = _to_batch(chunk)
     try:
-        kind = cast(Literal["hooks", "func"], engine)  # `measure` refuses any other
         with _memory_errors(chunk):
-            gram = measure(model, batch, engine=kind, by_module=by_module, memory_budget=memory_budget)
+            gram = measure(model, batch, **options)
             references = () if reference is None else reference(batch, gram)
     except NonFiniteError as error:
         if len(chunk) > 1:  # one by one, to tell which
-            for number, pair in enumerate(chunk):
-                _measure_batch(model, batch.select([number]), [pair], reference, engine, by_module, memory_budget)
+            for pair in chunk:
+                _measure_batch(model, [pair], reference, options)
         raise NonFiniteError(f"{', '.join(pair.where for pair in chunk)}: {error}") from error
     _check_reference(chunk, references)  # `measure` has refused what is not finite in its own numbers
     return gram, references

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from gradent.auditing.measuring.batches import Reference, adapter_off, itself, scan_batches, scan_reference
-from gradent.auditing.measuring.tokens import scan_tokens, token_cost
+from gradent.auditing.measuring.batches import Reference, adapter_off, itself, measure_batches, measure_reference
+from gradent.auditing.measuring.tokens import measure_pair_tokens, token_cost
 from gradent.auditing.state.config import AuditConfig
 from gradent.auditing.state.journal import Journal, JournalError
 from gradent.auditing.state.targets import AuditPlan, Target
@@ -45,7 +45,7 @@ class Sweep:
         if source is None or not missing:
             return
         model = self._open(source, trainable=False)
-        blocks = scan_reference(model, self.plan.pairs, [self.plan.batches[number] for number in missing])
+        blocks = measure_reference(model, self.plan.pairs, [self.plan.batches[number] for number in missing])
         for number, block in zip(missing, blocks, strict=True):
             self.journal.append("reference", identity, number, block)
             advance(*self._cost(number))
@@ -77,7 +77,7 @@ class Sweep:
         model = self._open(target.source)
         budget = self.config.memory_budget
         for pair in sorted(missing, key=token_cost, reverse=True):  # what cannot be done fails at once
-            columns = scan_tokens(model, self.plan.material.tokenizer, pair, memory_budget=budget)
+            columns = measure_pair_tokens(model, self.plan.material.tokenizer, pair, memory_budget=budget)
             self.journal.append("tokens", target.identity, pair.row, columns)
             advance(1, token_cost(pair))
 
@@ -89,7 +89,7 @@ class Sweep:
         if self.journal.find("model", target.identity) is None:
             description = describe_model(model, target.source, target.step, self.device)
             self.journal.append("model", target.identity, 0, description)
-        blocks = scan_batches(
+        blocks = measure_batches(
             model, self.plan.pairs, [self.plan.batches[number] for number in missing],
             reference=self._reference_in_place(model), engine=self.config.engine, by_module=self.config.by_module,
             memory_budget=self.config.memory_budget,

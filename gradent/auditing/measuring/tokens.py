@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradent.errors import GradentError, InputError, NonFiniteError
+from gradent.errors import GradentError, NonFiniteError
 from gradent.loading.preferences import AuditPair
 from gradent.pairs.batch import PairBatch
 from gradent.record import TOKEN_COLUMNS
@@ -24,26 +24,16 @@ from gradent.tokens.gram import TokenGram, match_tokens
 from gradent.tokens.matrix import measure_tokens
 
 __all__ = [
-    "check_token_pairs",
     "choose_pairs",
     "face_tokens",
+    "measure_pair_tokens",
     "named_errors",
     "refuse_non_finite",
-    "scan_tokens",
     "token_cost",
     "token_rows",
 ]
 
 Matches = Sequence[tuple[int, int]]
-
-
-def check_token_pairs(count: int | None) -> None:
-    """Refuse a number of pairs that cannot be measured, before a model is loaded for it."""
-    if count is not None and count < 1:
-        raise InputError(
-            f"token_pairs is {count}; it must be at least 1, or left out to measure no tokens (command line: "
-            "--token-pairs)."
-        )
 
 
 def choose_pairs(cosines: Sequence[float | None] | Floats, count: int) -> list[int]:
@@ -69,9 +59,9 @@ def face_tokens(matched: Matches, chosen_len: int, rejected_len: int) -> list[tu
 
 
 def token_rows(
-    pair: int, gram: TokenGram, own: tuple[Tensor, Tensor], texts: tuple[Sequence[str], Sequence[str]]
+    pair: int, gram: TokenGram, own_inner: tuple[Tensor, Tensor], texts: tuple[Sequence[str], Sequence[str]]
 ) -> dict[str, list[Any]]:
-    """The rows of one pair, chosen tokens first; `own` holds `⟨g^a, g_w⟩` `[T_w]` and `⟨g^b, g_l⟩` `[T_l]`."""
+    """The rows of one pair, chosen tokens first; `own_inner` holds `⟨g^a, g_w⟩` `[T_w]` and `⟨g^b, g_l⟩` `[T_l]`."""
     ids = gram.chosen_ids.tolist(), gram.rejected_ids.tolist()
     matched = match_tokens(*ids)
     faced = face_tokens(matched, len(ids[0]), len(ids[1]))
@@ -91,7 +81,7 @@ def token_rows(
         columns["entanglement"] += entanglements[side].tolist()
         columns["aligned_inner"] += [aligned.get(place) for place in range(count)]
         columns["facing_inner"] += [facing.get(place) for place in range(count)]
-        columns["own_inner"] += own[side].tolist()
+        columns["own_inner"] += own_inner[side].tolist()
     return columns
 
 
@@ -106,7 +96,7 @@ def token_cost(pair: AuditPair) -> int:
     return sum(n * prompt + n * (n + 1) // 2 for n in (len(pair.chosen_ids), len(pair.rejected_ids)))
 
 
-def scan_tokens(
+def measure_pair_tokens(
     model: Any, tokenizer: Any, pair: AuditPair, *, memory_budget: int | str | None = None
 ) -> dict[str, list[Any]]:
     """The columns of `record.TOKEN_COLUMNS` but `checkpoint` and `step` for one pair; an error names the row."""

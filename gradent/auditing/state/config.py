@@ -48,8 +48,7 @@ class AuditConfig(LoadConfig):
         Option("Of a run: all, last, or steps such as 0,200,400; 0 is the model before training.", MODEL),
     ] = "all"
     base: Annotated[
-        str | None,
-        Option("Of a run: the model that it started from, where its files do not say or have moved.", MODEL),
+        str | None, Option("Of a run: the model that it started from, where its files do not say or have moved.", MODEL)
     ] = None
     reference: Annotated[
         str | None,

@@ -33,7 +33,7 @@ class Target:
 
     @cached_property
     def identity(self) -> str:
-        """Changes where the target's files change; as they were when it was first asked for."""
+        """A digest of its name, step and files, as they are when it is first asked for."""
         return digest([self.name, self.step, _model_files(self.source)])
 
 
@@ -43,11 +43,11 @@ class ReferenceChoice:
 
     kind: str  # "none", "self" (each model is its own), "adapter_off" or "model"
     source: ModelSource | None = None  # of the model that is loaded for it, first and alone; None where none is
-    given: str | None = None  # what the user passed for it, if anything
+    passed: str | None = None  # what the user passed for it, if anything
 
     @cached_property
     def identity(self) -> str:
-        """Changes where the reference's files change; as they were when it was first asked for."""
+        """A digest of its files, as they are when it is first asked for."""
         return digest(_model_files(self.source))
 
 
@@ -95,7 +95,7 @@ def find_targets(config: AuditConfig) -> tuple[list[Target], Run | None]:
 def choose_reference(targets: Sequence[Target], run: Run | None, config: AuditConfig, tell: Tell) -> ReferenceChoice:
     """The reference that the user passed, or else the one that the run had; a choice made for the user is told."""
     if config.reference is not None:
-        return ReferenceChoice(kind="model", source=resolve_source(config.reference), given=config.reference)
+        return ReferenceChoice(kind="model", source=resolve_source(config.reference), passed=config.reference)
     source = next(target.source for target in targets if target.source is not None)
     needed = config.loss.name if config.loss.needs_reference else None  # the loss that cannot do without
     if run is None:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradent.loading.source import some
-from gradent.loading.weight_files import read_object
+from gradent.loading.files import read_object, some
 from gradent.text import quoted
 
 __all__ = ["History", "read_history"]
@@ -95,8 +94,8 @@ def _finite(value: Any) -> float | None:
 def _problems(path: Path, odd: Counter[str], curves: Mapping[str, Any], lines: int) -> list[str]:
     problems = []
     if odd:
-        each = [f"{count} times: {what}" for what, count in odd.most_common()]
-        problems.append(f"{path}: {sum(odd.values())} values are left out of the curves. {some(each, 5)}.")
+        counted = [f"{count} times: {what}" for what, count in odd.most_common()]
+        problems.append(f"{path}: {sum(odd.values())} values are left out of the curves. {some(counted, 5)}.")
     if not curves:
         problems.append(
             f"{path}: none of its {lines} log entries holds a loss, a log-prob or a reward, so there are no curves of "

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradent.record import Summary
+from gradent.report.audit.settings import describe_loss, describe_reference
 from gradent.report.page.numbers import fixed, percent
 from gradent.text import printable, visible
 
@@ -23,7 +24,6 @@ _ARROWS = {
     "reversed": ("falls", "rises"),
     "inactive": ("-", "-"),
 }
-_REFERENCES = {"none": "none", "self": "the model itself", "adapter_off": "its base without the adapter", "model": ""}
 _MODULES_SHOWN = 12
 _TOKENS_SHOWN = 5
 _TOKEN_WIDTH = 24  # characters of a token
@@ -38,13 +38,12 @@ def print_summary(summary: Summary, console: Console) -> None:
 
 def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
     model, loss, data = summary["model"], summary["loss"], summary["data"]
-    hyper = ", ".join(f"{name}={value}" for name, value in loss.items() if name != "name")
     run = summary["run"]
     facts = {
         **({"model": model["checkpoint"]} if run is None else {"run": run["directory"]}),
         "data": f"{data['source']}, {data['measured']} pairs",
-        "loss": loss["name"] + (f" ({hyper})" if hyper else ""),
-        "reference": _REFERENCES[summary["reference"]["kind"]] or summary["reference"]["source"],
+        "loss": describe_loss(loss),
+        "reference": describe_reference(summary["reference"]),
     }
     yield Text("")
     for name, fact in facts.items():
@@ -52,8 +51,8 @@ def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
     if run is not None:
         yield Text("\nCheckpoint by checkpoint, over the same pairs: median cosine, cases, mean log-probs in nats")
         yield _checkpoint_table(summary["checkpoints"])
-    for each in summary["left_out"]:
-        yield Text(f"left out: {printable(each['checkpoint'])}: {printable(each['reason'])}", "red")
+    for target in summary["left_out"]:
+        yield Text(f"left out: {printable(target['checkpoint'])}: {printable(target['reason'])}", "red")
     where = "" if run is None else printable(f" at step {model['step']} ({model['checkpoint']})")
     yield Text(f"\nCosine of the gradients of log π(chosen) and log π(rejected){where}")
     yield _cosine_table(summary["cosine"])
@@ -79,10 +78,12 @@ def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
 
 def _checkpoint_table(checkpoints: Sequence[dict[str, Any]]) -> Table:
     table = _new_table("step", "pairs", "cosine", "ideal", "both down", "both up", "reversed", "chosen", "rejected")
-    for each in checkpoints:
-        cases = [percent(each["cases"][name]["share"]) for name in ("ideal", "both_down", "both_up", "reversed")]
-        logps = [_nats(each["logps"][name]) for name in ("chosen_logp", "rejected_logp")]
-        table.add_row(str(each["step"]), str(each["pairs"]), fixed(each["cosine"]["p50"]), *cases, *logps)
+    for checkpoint in checkpoints:
+        cases = [percent(checkpoint["cases"][name]["share"]) for name in ("ideal", "both_down", "both_up", "reversed")]
+        logps = [_number(checkpoint["logps"][name], ".1f") for name in ("chosen_logp", "rejected_logp")]
+        table.add_row(
+            str(checkpoint["step"]), str(checkpoint["pairs"]), fixed(checkpoint["cosine"]["p50"]), *cases, *logps
+        )
     return table
 
 
@@ -135,12 +136,12 @@ def _pair_table(pairs: list[dict[str, Any]]) -> Table:
 
 def _module_table(modules: dict[str, dict[str, float]], width: int) -> Table:
     ranked = sorted(modules.items(), key=lambda item: -abs(item[1]["cosine_part"]))
-    whole = sum(part["cosine_part"] for part in modules.values())
+    total = sum(part["cosine_part"] for part in modules.values())
     table = _new_table("module", "cosine", "share", "‖g_w‖²", "‖g_l‖²", text=1)
     room = max(20, width - _MODULE_FIGURES)
     for full, part in ranked[:_MODULES_SHOWN]:
         name = full.removesuffix(".default")  # what PEFT calls the only adapter
-        share = percent(part["cosine_part"] / whole) if whole else "-"
+        share = percent(part["cosine_part"] / total) if total else "-"
         table.add_row(
             Text(name if len(name) <= room else "…" + name[1 - room :]),  # a name's end tells more than its beginning
             fixed(part["cosine_part"]),
@@ -198,9 +199,5 @@ def _new_table(*names: str, text: int = 0) -> Table:
     return table
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
-def _nats(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def _number(value: float | None, form: str = ".3g") -> str:
+    return "-" if value is None else format(value, form)

@@ -16,13 +16,14 @@ from gradent.auditing.measuring import sweep
 from gradent.auditing.measuring import tokens as module
 from gradent.auditing.measuring.sweep import Sweep
 from gradent.auditing.measuring.tokens import (
-    check_token_pairs,
     choose_pairs,
     face_tokens,
-    scan_tokens,
+    measure_pair_tokens,
     token_cost,
     token_rows,
 )
+from gradent.auditing.pipeline import check
+from gradent.auditing.state.config import AuditConfig
 from gradent.auditing.state.journal import Journal
 from gradent.auditing.state.targets import Target
 from gradent.distributed import Ranks
@@ -77,11 +78,11 @@ def test_pairs_without_a_cosine_have_their_share() -> None:
 
 
 @pytest.mark.parametrize("count", [0, -1])
-def test_a_number_of_pairs_that_is_none(count) -> None:
+def test_a_number_of_pairs_that_is_none(count, tmp_path) -> None:
     with pytest.raises(InputError, match=rf"token_pairs is {count}; .*--token-pairs"):
-        check_token_pairs(count)
-    check_token_pairs(1)
-    check_token_pairs(None)
+        check(AuditConfig(model="", data="", out=tmp_path, token_pairs=count))
+    check(AuditConfig(model="", data="", out=tmp_path, token_pairs=1))
+    check(AuditConfig(model="", data="", out=tmp_path, token_pairs=None))
 
 
 FACING: dict[str, tuple[str, str, list[tuple[int, int]]]] = {
@@ -135,7 +136,7 @@ def own_inner(model: torch.nn.Module, prompt: list[int], response: list[int]) ->
 
 def test_rows_are_those_of_measure_tokens(tiny_gpt2, tiny_tokenizer) -> None:
     for each in PAIRS:
-        tokens = scan_tokens(tiny_gpt2, tiny_tokenizer, each)
+        tokens = measure_pair_tokens(tiny_gpt2, tiny_tokenizer, each)
         assert set(tokens) == set(TOKEN_COLUMNS) - {"checkpoint", "step"}
         assert set(tokens["pair"]) == {each.row}
         batch = PairBatch.from_tokens([(each.prompt_ids, each.chosen_ids, each.rejected_ids)])
@@ -192,14 +193,14 @@ def test_texts_are_those_of_the_tokenizer(tiny_gpt2, tiny_tokenizer) -> None:
     def ids(text: str) -> list[int]:
         return tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    tokens = scan_tokens(tiny_gpt2, tiny_tokenizer, tokenized(0, [1], ids("a b"), [*ids("é"), 2]))
+    tokens = measure_pair_tokens(tiny_gpt2, tiny_tokenizer, tokenized(0, [1], ids("a b"), [*ids("é"), 2]))
     assert tokens["token"] == ["a", " ", "b", "\\xc3", "\\xa9", "<eos>"]
 
 
 def test_the_longest_pair_comes_first_and_the_bar_adds_up(tmp_path, monkeypatch) -> None:
     measured: list[AuditPair] = []
     monkeypatch.setattr(sweep, "open_model", lambda *_, **__: None)
-    monkeypatch.setattr(sweep, "scan_tokens", lambda model, tokenizer, pair, **_: measured.append(pair) or {})
+    monkeypatch.setattr(sweep, "measure_pair_tokens", lambda model, tokenizer, pair, **_: measured.append(pair) or {})
     source = ModelSource(base="model", adapter=None, name="model")
     target = Target(name="model", step=0, source=source)
     config: Any = SimpleNamespace(memory_budget=None)
@@ -223,7 +224,7 @@ def test_the_memory_budget_is_passed_on(tiny_gpt2, tiny_tokenizer, monkeypatch) 
         return measure_tokens(model, batch, **options)
 
     monkeypatch.setattr(module, "measure_tokens", spy)
-    scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[0], memory_budget="64MiB")
+    measure_pair_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[0], memory_budget="64MiB")
     assert seen == ["64MiB"]
 
 
@@ -231,7 +232,7 @@ def test_what_is_not_finite_names_the_row(tiny_gpt2, tiny_tokenizer) -> None:
     with torch.no_grad():
         tiny_gpt2.get_input_embeddings().weight[80] = torch.nan
     with pytest.raises(NonFiniteError, match=r"^pairs.jsonl:5: "):
-        scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[2])
+        measure_pair_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[2])
 
 
 @pytest.mark.parametrize("name", ["inner", "chosen_sq", "rejected_sq"])
@@ -243,7 +244,7 @@ def test_an_entry_that_is_not_finite_names_the_row(name, tiny_gpt2, tiny_tokeniz
 
     monkeypatch.setattr(module, "measure_tokens", overflow)
     with pytest.raises(NonFiniteError, match=r"^pairs.jsonl:8: .*--dtype float32.*--token-pairs"):
-        scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[0])
+        measure_pair_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[0])
 
 
 def test_a_device_out_of_memory_says_on_which_pair(tiny_gpt2, tiny_tokenizer, monkeypatch) -> None:
@@ -252,4 +253,4 @@ def test_a_device_out_of_memory_says_on_which_pair(tiny_gpt2, tiny_tokenizer, mo
 
     monkeypatch.setattr(module, "measure_tokens", fail)
     with pytest.raises(GradentError, match=r"^pairs.jsonl:2: .*out of memory.*8 tokens.*--memory-budget"):
-        scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[1])
+        measure_pair_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[1])

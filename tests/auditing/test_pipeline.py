@@ -226,7 +226,7 @@ def test_stopped_by_ctrl_c_a_partial_record_is_left_and_the_same_call_goes_on(
 
 def test_a_second_audit_of_one_directory_is_refused(trained, tmp_path, monkeypatch) -> None:
     refused: list[str] = []
-    real = sweep.scan_batches
+    real = sweep.measure_batches
 
     def meanwhile(*arguments: Any, **options: Any) -> Any:
         if not refused:
@@ -235,7 +235,7 @@ def test_a_second_audit_of_one_directory_is_refused(trained, tmp_path, monkeypat
             refused.append(str(caught.value))
         return real(*arguments, **options)
 
-    monkeypatch.setattr(sweep, "scan_batches", meanwhile)
+    monkeypatch.setattr(sweep, "measure_batches", meanwhile)
     assert run(trained, tmp_path / "out", checkpoints="last").summary["complete"]
     assert refused
     run(trained, tmp_path / "out", checkpoints="last", loss="simpo")
@@ -244,13 +244,13 @@ def test_a_second_audit_of_one_directory_is_refused(trained, tmp_path, monkeypat
 def test_what_was_warned_of_is_still_on_record_where_an_audit_went_on(trained, tmp_path, monkeypatch) -> None:
     import warnings  # noqa: PLC0415
 
-    real = sweep.scan_batches
+    real = sweep.measure_batches
 
     def warn(*arguments: Any, **options: Any) -> Any:
         warnings.warn("one row at a time", GradentWarning, stacklevel=1)
         return real(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(sweep, "scan_batches", warn)
+        patched.setattr(sweep, "measure_batches", warn)
         assert run(trained, tmp_path / "out", checkpoints="last").summary["notes"].count("one row at a time") == 1
     assert run(trained, tmp_path / "out", checkpoints="last").summary["notes"].count("one row at a time") == 1

@@ -16,16 +16,17 @@ from gradent.auditing.analysis.columns import gram_of
 from gradent.auditing.measuring import batches as module
 from gradent.auditing.measuring.batches import (
     REFERENCES,
+    BatchResults,
     Reference,
-    Scan,
     adapter_off,
-    check_scan_settings,
     itself,
     join_blocks,
+    measure_batches,
+    measure_reference,
     plan_batches,
-    scan_batches,
-    scan_reference,
 )
+from gradent.auditing.pipeline import check
+from gradent.auditing.state.config import AuditConfig
 from gradent.errors import GradentError, InputError, NonFiniteError, NothingTrainableError
 from gradent.measurement import sequence_logps
 from tests.audit.made import logp, tokenized
@@ -42,9 +43,9 @@ PAIRS = [
 ]
 
 
-def scan_pairs(model: torch.nn.Module, pairs=PAIRS, *, batch_size: int = 8, **options) -> Scan:
+def scan_pairs(model: torch.nn.Module, pairs=PAIRS, *, batch_size: int = 8, **options) -> BatchResults:
     """One pass over all pairs; what each batch gave goes through JSON, as in an audit's journal."""
-    blocks = scan_batches(model, pairs, plan_batches(pairs, batch_size), **options)
+    blocks = measure_batches(model, pairs, plan_batches(pairs, batch_size), **options)
     return join_blocks([json.loads(json.dumps(block)) for block in blocks])
 
 
@@ -53,7 +54,7 @@ def other_model(model: torch.nn.Module) -> Reference:
     return lambda batch, gram: sequence_logps(model, batch)
 
 
-def references(scan: Scan) -> tuple[Tensor, Tensor]:
+def references(scan: BatchResults) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(scan.table["ref_chosen_logp"]), torch.from_numpy(scan.table["ref_rejected_logp"])
 
 
@@ -156,7 +157,7 @@ def test_batches_hold_pairs_of_like_length_longest_first() -> None:
 
 
 def test_batches_can_be_joined_in_any_order_and_in_part(tiny_gpt2) -> None:
-    blocks = list(scan_batches(tiny_gpt2, PAIRS, plan_batches(PAIRS, 2), by_module=True))
+    blocks = list(measure_batches(tiny_gpt2, PAIRS, plan_batches(PAIRS, 2), by_module=True))
     whole = join_blocks(blocks).table
     assert whole["position"].tolist() == list(range(len(PAIRS)))
     assert join_blocks(blocks[::-1]).table["inner"].tolist() == whole["inner"].tolist()
@@ -168,7 +169,7 @@ def test_batches_can_be_joined_in_any_order_and_in_part(tiny_gpt2) -> None:
 
 def test_the_reference_alone(tiny_llama) -> None:
     batches = plan_batches(PAIRS, 2)
-    blocks = list(scan_reference(tiny_llama.double(), PAIRS, batches))
+    blocks = list(measure_reference(tiny_llama.double(), PAIRS, batches))
     found = {position: at for block, positions in zip(blocks, batches, strict=True) for position, *at in zip(
         positions, block["ref_chosen_logp"], block["ref_rejected_logp"], strict=True
     )}  # fmt: skip
@@ -179,7 +180,7 @@ def test_the_reference_alone(tiny_llama) -> None:
     )  # fmt: skip
     spoil(tiny_llama, 64)
     with pytest.raises(NonFiniteError, match=r"^pairs.jsonl:3: .*reference"):
-        list(scan_reference(tiny_llama, PAIRS, batches))
+        list(measure_reference(tiny_llama, PAIRS, batches))
 
 
 def spoil(model: torch.nn.Module, token: int) -> None:
@@ -225,8 +226,8 @@ def test_nothing_trainable(tiny_gpt2) -> None:
         ({"memory_budget": "lots"}, "memory_budget='lots'"),
     ],
 )
-def test_settings_that_cannot_be(settings, message) -> None:
+def test_settings_that_cannot_be(settings, message, tmp_path) -> None:
     good = {"batch_size": 1, "engine": "hooks", "memory_budget": None}
-    check_scan_settings(**good)
+    check(AuditConfig(model="", data="", out=tmp_path, **good))
     with pytest.raises(InputError, match=message):
-        check_scan_settings(**{**good, **settings})
+        check(AuditConfig(model="", data="", out=tmp_path, **{**good, **settings}))

@@ -22,7 +22,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from gradent.errors import InputError, ModelError, NotCausalError
+from gradent.errors import DataFileError, InputError, ModelError, NotCausalError
 from gradent.loading.models import check_vocabulary, load_config, load_model, load_tokenizer
 from gradent.loading.source import ModelSource, read_step, resolve_source
 from tests.audit.made import save_lora
@@ -274,5 +274,5 @@ def test_the_step_of_a_checkpoint(local_model, tmp_path) -> None:
     assert read_step(ModelSource(base=str(local_model), adapter=str(adapter), name="a")) == 7
     for content in ("{", "[]", '{"global_step": null}'):
         state.write_text(content)
-        with pytest.raises(ModelError, match=r"trainer_state.json: "):
+        with pytest.raises(DataFileError, match=r"trainer_state.json: "):
             read_step(full(local_model))

@@ -12,10 +12,9 @@ import pytest
 from gradent import audit
 from gradent.auditing.api import AuditResult
 from gradent.auditing.measuring import sweep
-from gradent.auditing.state import journal
 from gradent.auditing.state.journal import JournalError
 from gradent.errors import GradentError, InputError, ModelError
-from gradent.record import read_pairs, read_summary, read_tokens
+from gradent.record import json_lines, read_pairs, read_summary, read_tokens
 from tests.audit.made import said, write_jsonl
 from tests.audit.trained import Trained, train_run
 
@@ -84,7 +83,7 @@ def test_a_full_disk_stops_the_audit_and_spoils_nothing(part, trained, tmp_path,
         return real(file, line)
 
     with monkeypatch.context() as patched:
-        patched.setattr(journal.os, "write", full)
+        patched.setattr(json_lines.os, "write", full)
         with pytest.raises(JournalError, match=r"No space left on device.*run the same command again"):
             run(trained, tmp_path / "out")
     result = run(trained, tmp_path / "out")
@@ -139,7 +138,7 @@ def test_tokens_that_fail_leave_the_rest_whole(trained, tmp_path, monkeypatch) -
     def fail(*_: Any, **__: Any) -> None:
         raise GradentError("pairs.jsonl:3: no memory")
 
-    monkeypatch.setattr(sweep, "scan_tokens", fail)
+    monkeypatch.setattr(sweep, "measure_pair_tokens", fail)
     summary = run(trained, tmp_path / "out", token_pairs=2).summary
     assert summary["tokens"] is None and summary["complete"]
     assert [(each["step"], "no memory" in each["reason"]) for each in summary["left_out"]] == [(6, True)]

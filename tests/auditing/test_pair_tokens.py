@@ -28,6 +28,8 @@ FILES = {"tokens.json", "tokens.png", "tokens.html"}
 def run(model: Path, rows: list[Any] = PAIRS, **options: Any) -> TokenAudit:
     data = write_jsonl(model.parent / "pairs.jsonl", rows)
     arguments = {"pair": 1, "out": model.parent / "out", "quiet": True, **options}
+    if "adapter" in arguments:
+        arguments["adapter"] = str(arguments["adapter"])
     return audit_tokens(TokenConfig(model=str(model), data=str(data), **arguments))
 
 
