@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradent.figures.charts import Chart, Line
 from gradent.record import CASE_NAMES, DemoRecord, read_demo, read_pairs
 from gradent.record.curves import read_curves
-from gradent.report.page.html import Cell, Chart, Line, Page, Section, Table, write_page
+from gradent.report.page.html import Page, Section, write_page
+from gradent.report.page.parts import Cell, Table
 
 __all__ = ["describe_evidence", "write_demo_report"]
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from gradent.figures.charts import Chart, Line, fill_gap
 from gradent.report.audit.records import AuditRecords
 from gradent.report.audit.steps import STEP
 from gradent.report.page.cases import CASES, share_of
-from gradent.report.page.charts import Chart, Line
-from gradent.report.page.html import Section, Table
+from gradent.report.page.html import Section
 from gradent.report.page.numbers import count, number, percent, signed_number
+from gradent.report.page.parts import Table
 
 __all__ = ["dynamics_section"]
 
@@ -58,7 +59,7 @@ def _chart(intervals: list[Mapping[str, Any]]) -> Chart:
     lines = []
     for side in ("chosen", "rejected"):
         for kind, name in (("change", "realised"), ("predicted", "predicted")):
-            values = [_nan(each.get(f"{side}_{kind}")) for each in intervals]
+            values = [fill_gap(each.get(f"{side}_{kind}")) for each in intervals]
             lines.append(Line(f"{side}, {name}", steps, values, colour=side, dashed=kind == "predicted"))
     title = "Change of the mean log-prob since the checkpoint before"
     return Chart(STEP, "change of mean log π, nats", lines, zero=True, title=title)
@@ -93,7 +94,3 @@ def _cases(records: AuditRecords, realised: Mapping[str, Any]) -> Table:
     ]
     caption = "What became of the pairs over the run, beside what a small step on each alone would do to it now"
     return Table(["Case", "Realised over the run", "Predicted, last checkpoint"], rows, caption=caption, figures_from=1)
-
-
-def _nan(value: float | None) -> float:
-    return float("nan") if value is None else float(value)

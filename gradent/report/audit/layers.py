@@ -10,10 +10,12 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from gradent.figures.charts import HeatMap, fill_gap
 from gradent.model.layer_names import layer_of, unwrapped
 from gradent.report.audit.records import AuditRecords
-from gradent.report.page.html import HeatMap, Section, Table
+from gradent.report.page.html import Section
 from gradent.report.page.numbers import fixed, percent
+from gradent.report.page.parts import Table
 
 __all__ = ["kind_of", "layer_section"]
 
@@ -74,16 +76,14 @@ def _bare(module: str) -> str:
 def _rows(records: AuditRecords) -> list[tuple[int, str, str, tuple[float, float, float]]]:
     """Place of the checkpoint, its label, a module and its figures; of the summary where there is no table."""
     names = ("cosine_part", "chosen_share", "rejected_share")
-    table = records.modules
-    if table is None:
+    if records.modules is None:
         modules = records.summary["modules"] or {}
         return [(0, "last", name, _figures(part.get(each) for each in names)) for name, part in modules.items()]
-    keys = sorted(set(zip(table["step"], table["checkpoint"], strict=True)))
-    places = {key: place for place, key in enumerate(keys)}
-    columns = (table[name] for name in ("step", "checkpoint", "module", *names))
+    keys = sorted({(row["step"], row["checkpoint"]) for row in records.modules})
+    places = {key: (place, _label(*key, keys)) for place, key in enumerate(keys)}
     return [
-        (places[step, checkpoint], _label(step, checkpoint, keys), module, _figures(figures))
-        for step, checkpoint, module, *figures in zip(*columns, strict=True)
+        (*places[row["step"], row["checkpoint"]], row["module"], _figures(row[name] for name in names))
+        for row in records.modules
     ]
 
 
@@ -93,7 +93,7 @@ def _label(step: int, checkpoint: str, keys: Sequence[tuple[int, str]]) -> str:
 
 
 def _figures(values: Iterable[Any]) -> tuple[float, float, float]:
-    first, second, third = (math.nan if value is None else float(value) for value in values)
+    first, second, third = map(fill_gap, values)
     return first, second, third
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from gradent.report.page.charts import Bars, Chart, HeatMap, Line
+from gradent.figures.charts import Bars, Chart, Figure, HeatMap, Line
 from gradent.report.page.numbers import NOTHING, number, percent
 from gradent.report.page.parts import Table
 
@@ -15,7 +15,7 @@ _MOST_CELLS = 2500  # of a table that a figure brings along
 _FOLDED = "The numbers of this figure"
 
 
-def tabulate_figure(figure: Chart | HeatMap | Bars) -> Table | None:
+def tabulate_figure(figure: Figure) -> Table | None:
     """A figure's numbers."""
     if isinstance(figure, Chart):
         header, rows = _chart_rows(figure)
@@ -27,7 +27,7 @@ def tabulate_figure(figure: Chart | HeatMap | Bars) -> Table | None:
             for place, name in enumerate(figure.names)
         ]
     else:
-        header = [figure.y_label, *figure.columns]
+        header = [figure.y_label, *map(str, figure.columns)]
         if len(figure.rows) * len(header) > _MOST_CELLS:
             return None
         rows = [[name, *map(number, row)] for name, row in zip(figure.rows, figure.values, strict=True)]
@@ -36,7 +36,7 @@ def tabulate_figure(figure: Chart | HeatMap | Bars) -> Table | None:
     return Table(header, rows, _FOLDED, _name(figure), figures_from=1)
 
 
-def describe_figure(figure: Chart | HeatMap | Bars) -> str:
+def describe_figure(figure: Figure) -> str:
     """What a figure shows, in words: axes, and of each line or piece where it starts and ends."""
     name = _name(figure)
     if isinstance(figure, HeatMap):
@@ -53,7 +53,7 @@ def describe_figure(figure: Chart | HeatMap | Bars) -> str:
     return " ".join(parts + [f"Marked at {_place(x)}: {text}." for x, text in figure.marks])
 
 
-def _name(figure: Chart | HeatMap | Bars) -> str:
+def _name(figure: Figure) -> str:
     if isinstance(figure, Chart):
         axes = f"{figure.y_label} over {figure.x_label}"
     elif isinstance(figure, Bars):

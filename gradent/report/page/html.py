@@ -16,33 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from gradent.errors import InputError
+from gradent.figures.charts import Bars, Figure, HeatMap
+from gradent.figures.plotly import plotly_json
 from gradent.report.page.alt_text import describe_figure, tabulate_figure
-from gradent.report.page.charts import Bars, Chart, HeatMap, Line, Series
-from gradent.report.page.parts import BigNumber, Cell, Fold, Notice, Numbers, Part, Quote, Table, Word, Words
-from gradent.report.page.plotly import bars_figure, chart_figure, heat_figure
-from gradent.text import printable
+from gradent.report.page.parts import Cell, Fold, Notice, Numbers, Part, Quote, Table, Word, Words
+from gradent.text import printable, visible
 
-__all__ = [
-    "Bars",
-    "BigNumber",
-    "Cell",
-    "Chart",
-    "Fold",
-    "HeatMap",
-    "Line",
-    "Notice",
-    "Numbers",
-    "Page",
-    "Part",
-    "Quote",
-    "Section",
-    "Series",
-    "Table",
-    "Word",
-    "Words",
-    "render_page",
-    "write_page",
-]
+__all__ = ["Page", "Section", "render_page", "write_page"]
 
 _CONTENTS = 5  # sections from which on a page lists them
 _BAR, _BARS_ROOM = 2.1, 9.0  # heights in rem: of a lying bar, and of what stands around all bars
@@ -115,7 +95,7 @@ def write_page(path: str | os.PathLike[str], page: Page) -> Path:
 
 def _to_part(part: Part) -> dict[str, Any]:
     """What the template reads: the part's kind and its contents."""
-    if isinstance(part, Chart | HeatMap | Bars):
+    if isinstance(part, Figure):
         return _to_figure(part)
     if isinstance(part, Quote):
         return {"kind": "quote", "title": part.title, "text": part.text}
@@ -130,22 +110,19 @@ def _to_part(part: Part) -> dict[str, Any]:
     return _to_table(part)
 
 
-def _to_figure(part: Chart | HeatMap | Bars) -> dict[str, Any]:
+def _to_figure(figure: Figure) -> dict[str, Any]:
     """A figure as JSON, with its title, what it shows in words, and its numbers as a table (None where too many)."""
-    table = tabulate_figure(part)
+    table = tabulate_figure(figure)
     size: dict[str, Any] = {"height": ""}
-    if isinstance(part, HeatMap):
-        size, figure = {"rows": len(part.rows), "columns": len(part.columns)}, heat_figure(part)
-    elif isinstance(part, Bars):
-        figure = bars_figure(part)
-        size["height"] = "" if part.upright else f"{_BARS_ROOM + _BAR * len(part.names):.1f}rem"
-    else:
-        figure = chart_figure(part)
+    if isinstance(figure, HeatMap):
+        size = {"rows": len(figure.rows), "columns": len(figure.columns)}
+    elif isinstance(figure, Bars) and not figure.upright:
+        size["height"] = f"{_BARS_ROOM + _BAR * len(figure.names):.1f}rem"
     return {
         "kind": "figure",
-        "figure": _json(figure),
-        "title": part.title,
-        "label": describe_figure(part),
+        "figure": _json(plotly_json(figure)),
+        "title": figure.title,
+        "label": describe_figure(figure),
         "table": None if table is None else _to_table(table),
         **size,
     }
@@ -194,10 +171,21 @@ def _to_words(words: Words) -> dict[str, Any]:
         return ("above" if value > 0 else "below") + (" red" if (value > 0) == words.bad_above else " blue")
 
     texts = [
-        (title, [{"word": word, "depth": depth(word.value), "mood": mood(word.value)} for word in pieces])
+        (
+            title,
+            [
+                {"word": word, "text": _word_text(word), "depth": depth(word.value), "mood": mood(word.value)}
+                for word in pieces
+            ],
+        )
         for title, pieces in words.texts
     ]
     return {"texts": texts, "ends": [(words.below, mood(-1.0)), (words.above, mood(1.0))] if limit else []}
+
+
+def _word_text(word: Word) -> str:
+    """A line end is seen and ends the line."""
+    return (word.text or visible("")).replace("\n", "⏎\n")
 
 
 def _json(figure: dict[str, Any]) -> str:

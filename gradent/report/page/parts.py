@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradent.report.page.charts import Bars, Chart, HeatMap
+from gradent.figures.charts import Figure
 
 __all__ = ["BigNumber", "Cell", "Fold", "Notice", "Numbers", "Part", "Quote", "Table", "Word", "Words"]
 
@@ -95,4 +95,4 @@ class Fold:
     parts: Sequence[Table | Quote]
 
 
-Part = Table | Chart | HeatMap | Bars | Quote | Words | Numbers | Notice | Fold
+Part = Table | Figure | Quote | Words | Numbers | Notice | Fold

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
+from gradent.figures.charts import HeatMap
 from gradent.record import TokenRecord, read_token_record
-from gradent.report.page.html import Cell, HeatMap, Page, Quote, Section, Table, Word, Words, write_page
+from gradent.report.page.html import Page, Section, write_page
 from gradent.report.page.numbers import percent
+from gradent.report.page.parts import Cell, Quote, Table, Word, Words
 from gradent.report.tokens.masks import mask_words
 from gradent.report.tokens.rows import TokenRow, rank_tokens, signed, token_rows
 from gradent.text import visible
@@ -155,7 +157,7 @@ def _words(rows: Sequence[TokenRow], figure: str, below: str, above: str, *, bad
     for side in ("chosen", "rejected"):
         pieces = [
             Word(
-                text=(row.text or visible("")).replace("\n", "⏎\n"),
+                text=row.text,
                 value=value,
                 note=f"{row.name}: {_verb(value, below, above)} ({signed(value)}), {row.kind}",
                 strong=not row.identical,
