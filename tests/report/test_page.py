@@ -59,7 +59,7 @@ def evil_page():
 
 def test_text_is_escaped(evil_page):
     shown = read(evil_page)
-    assert shown.tags.count("script") == 3  # the figure, plotly.js, the drawing
+    assert shown.tags.count("script") == 3  # the figure, plotly.js, the page's own
     assert shown.text.count(EVIL) >= 9
     assert "<script>alert" not in evil_page
 

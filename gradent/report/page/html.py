@@ -63,7 +63,6 @@ def render_page(page: Page) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_shown
     )
-    template = environment.from_string((Path(__file__).parent / "page.html.j2").read_text("utf-8"))
     sections: list[dict[str, Any]] = [
         {
             "title": section.title,
@@ -74,13 +73,18 @@ def render_page(page: Page) -> str:
         for section in page.sections
     ]
     kinds = {part["kind"] for section in sections for part in section["parts"]}
-    return template.render(
+    return environment.from_string(_file("page.html.j2")).render(
         page=page,
         sections=sections,
         contents=len(sections) >= _CONTENTS,
+        css=_file("page.css"),
         plotlyjs=get_plotlyjs() if "figure" in kinds else "",
-        words="words" in kinds,
+        script=_file("page.js") if {"figure", "words"} & kinds else "",
     )
+
+
+def _file(name: str) -> str:
+    return (Path(__file__).parent / name).read_text("utf-8")
 
 
 def write_page(path: str | os.PathLike[str], page: Page) -> Path:
