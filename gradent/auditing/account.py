@@ -31,6 +31,7 @@ from gradent.loading.runs.discover import Run
 from gradent.loading.runs.trainer_log import read_history
 from gradent.losses import Loss
 from gradent.record import AUDIT_FILES, write_modules, write_pairs, write_sample, write_summary, write_tokens
+from gradent.report.rebuild import write_audit
 
 __all__ = ["Plan", "Records", "Setting", "summarize", "write_records"]
 
@@ -245,8 +246,4 @@ def write_records(directory: Path, records: Records, started: float, *, report: 
     seconds = round(time.monotonic() - started, 3)
     write_summary(directory / "summary.json", {**records.summary, "seconds": seconds})
     if report:
-        from gradent.report.audit.figures import write_audit_figures  # noqa: PLC0415  (imports matplotlib)
-        from gradent.report.audit.page import write_audit_report  # noqa: PLC0415  (imports jinja2 and plotly)
-
-        write_audit_report(directory)
-        write_audit_figures(directory)
+        write_audit(directory)

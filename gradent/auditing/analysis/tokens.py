@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
+
+from gradent.record.token_rows import rank_ends
 
 __all__ = ["rank_tokens", "summarize_tokens"]
 
@@ -84,12 +87,9 @@ def rank_tokens(tokens: Columns, norms: Mapping[int, float], kept: int = KEPT) -
     recurring = sum(len(each) >= RECURRING for each in found.values())
     least = RECURRING if recurring >= 5 else 1
     rows = [_token_row(text, each) for text, each in found.items() if len(each) >= least]
-    ordered = sorted(rows, key=lambda row: (-row["sum"], row["token"]))
-    return {
-        "least_count": least,
-        "entangling": [row for row in ordered if row["sum"] > 0][:kept],
-        "disentangling": [row for row in reversed(ordered) if row["sum"] < 0][:kept],
-    }
+    rows.sort(key=itemgetter("token"), reverse=True)  # of equal sums
+    entangling, disentangling = rank_ends(rows, itemgetter("sum"), kept)
+    return {"least_count": least, "entangling": entangling, "disentangling": disentangling}
 
 
 def _token_row(text: str, occurrences: Sequence[tuple[float, bool]]) -> dict[str, Any]:

@@ -14,12 +14,16 @@ from gradent.report.audit.losses import loss_bars
 from gradent.report.audit.records import AuditRecords, read_audit
 from gradent.report.audit.steps import case_chart, logp_chart
 
-__all__ = ["write_audit_figures"]
+__all__ = ["draw_audit", "write_audit_figures"]
 
 
 def write_audit_figures(directory: str | os.PathLike[str]) -> list[Path]:
     """Write the main curves into `figures/` beside an audit's records; those of an earlier audit go."""
-    records = read_audit(directory)
+    return draw_audit(read_audit(directory))
+
+
+def draw_audit(records: AuditRecords) -> list[Path]:
+    """The same, of records that are read already."""
     place = make_directory(records.directory / "figures")
     written = []
     for name, describe in _FIGURES.items():

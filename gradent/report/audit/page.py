@@ -21,12 +21,16 @@ from gradent.report.page.html import Page, Section, write_page
 from gradent.report.page.numbers import count, fixed, percent, plural, step_name
 from gradent.report.page.parts import BigNumber, Notice, Numbers, Table
 
-__all__ = ["write_audit_report"]
+__all__ = ["write_audit_page", "write_audit_report"]
 
 
 def write_audit_report(directory: str | os.PathLike[str]) -> Path:
     """Write `report.html` beside an audit's records."""
-    records = read_audit(directory)
+    return write_audit_page(read_audit(directory))
+
+
+def write_audit_page(records: AuditRecords) -> Path:
+    """The same, of records that are read already."""
     return write_page(records.directory / "report.html", _to_page(records))
 
 

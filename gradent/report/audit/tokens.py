@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gradent.record.token_rows import name_token
 from gradent.report.audit.records import AuditRecords, Row
 from gradent.report.page.html import Section
 from gradent.report.page.numbers import count, fixed, percent, plural, signed_number
-from gradent.report.page.parts import Table, Word, Words
+from gradent.report.page.parts import Table, Word, Words, scaled_words
 from gradent.text import visible
 
 __all__ = ["token_section"]
@@ -88,20 +89,18 @@ def _coloured(records: AuditRecords, tokens: Sequence[Row]) -> list[Words]:
 
 
 def _words(title: str, rows: Sequence[Row], scale: float) -> Words:
-    texts, largest = [], 0.0
+    texts = []
     for side in ("chosen", "rejected"):
         tokens = sorted((row for row in rows if row["side"] == side), key=lambda row: row["position"])
         words = [_word(row, scale) for row in tokens[:_TOKENS]]
-        largest = max([largest, *(abs(word.value) for word in words if math.isfinite(word.value))])
         if len(tokens) > _TOKENS:
             words.append(Word("…", math.nan, f"{len(tokens) - _TOKENS:,} more tokens are in tokens.parquet"))
         texts.append((f"{title}: {side}", words))
-    below, above = f"disentangles, down to {signed_number(-largest)}", f"entangles, up to {signed_number(largest)}"
-    return Words(texts, below, above, bad_above=True)
+    return scaled_words(texts, "disentangles", "entangles", bad_above=True)
 
 
 def _word(row: Row, scale: float) -> Word:
     value, text, kind = row["entanglement"] / scale, row["token"], "identical" if row["identical"] else "differing"
     verb = "entangles" if value > 0 else "disentangles" if value < 0 else "neither"
-    note = f"{row['position']} · {visible(text, 18)}: {verb} ({signed_number(value)} of the cosine), {kind}"
+    note = f"{name_token(row['position'], text)}: {verb} ({signed_number(value)} of the cosine), {kind}"
     return Word(text, value, note, strong=not row["identical"])

@@ -10,6 +10,7 @@ from typing import Any
 
 from gradent.errors import DataFileError, InputError
 from gradent.record.masks import read_masks
+from gradent.record.token_rows import name_token
 from gradent.report.page.html import Page, Section, write_page
 from gradent.report.page.numbers import count, number, percent, plural
 from gradent.report.page.parts import BigNumber, Notice, Numbers, Part, Table, Word, Words
@@ -108,7 +109,7 @@ def _word(place: int, text: str, mask: float, kept: bool, *, note: str) -> Word:
     return Word(
         text=text,
         value=mask - 0.5,
-        note=f"{place} · {visible(text, _LABEL)}: {state}, mask {number(mask)}{note}",
+        note=f"{name_token(place, text)}: {state}, mask {number(mask)}{note}",
         strong=kept,
     )
 
