@@ -108,7 +108,7 @@ def print_plan(lines: Sequence[Line], totals: Totals, setting: Setting, shell: S
     """
     kernels = setting.operands is not None
     names = ("layers", "O×I", "r", "form", *(["path"] if kernels else []), "tile", "FLOPs", "scratch", "share")
-    rows = [
+    rows: list[list[str | Text]] = [
         [
             Text(printable(line.name) + (f" ×{line.count}" if line.count > 1 else ""), overflow="fold"),
             (f"{line.slots}×" if line.slots > 1 else "") + "×".join(map(str, line.shape)),

@@ -83,7 +83,7 @@ def letters_of(*files: str) -> frozenset[int]:
 
 def escape_missing(text: str, letters: frozenset[int]) -> str:
     r"""Characters that no font has by their numbers, `\u5c4b`: an empty box would tell nothing."""
-    return "".join(each if ord(each) in letters else each.encode("unicode_escape").decode() for each in text)
+    return "".join(letter if ord(letter) in letters else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def _draw_lines(axes: Axes, chart: Chart) -> None:

@@ -100,7 +100,7 @@ def draw_tokens(picture: TokenPicture) -> Figure:
     """Draw the matrix, chosen tokens downwards, rejected tokens to the right, with strips of entanglement."""
     figure, heat = new_figure(_DPI), picture.heat
     fonts, letters = _fonts()
-    labels = [_labels(texts, letters) for texts in (heat.rows, heat.columns)]
+    labels = [_labels(texts, letters) for texts in (heat.rows, [*map(str, heat.columns)])]
     plan = _plan(heat, labels, letters)
     figure.set_size_inches(plan.width, plan.height)
     text = {"fontfamily": fonts, "parse_math": False, "usetex": False, "color": "black"}

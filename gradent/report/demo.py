@@ -104,7 +104,7 @@ def _finding_table(findings: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
         (
             Cell((finding["claim"], finding["rule"])),
-            Cell(tuple(describe_evidence(each) for each in finding["evidence"])),
+            Cell(tuple(describe_evidence(evidence) for evidence in finding["evidence"])),
             Cell(("appears",), "good") if finding["appears"] else Cell(("does not appear",), "bad"),
         )
         for finding in findings

@@ -70,12 +70,9 @@ def _lead(records: AuditRecords) -> str:
 def _facts(records: AuditRecords) -> list[tuple[str, str]]:
     summary = records.summary
     model, run = summary["model"], summary["run"]
+    parameters = f"{count(model.get('trainable_parameters'))} parameters measured, {model.get('dtype')}"
     facts = [
-        (
-            "Model",
-            f"{model.get('checkpoint')}: {count(model.get('trainable_parameters'))} parameters measured, "
-            f"{model.get('dtype')}",
-        ),
+        ("Model", f"{model.get('checkpoint')}: {parameters}"),
         ("Data", str(summary["data"].get("source"))),
         ("Loss", describe_loss(summary["loss"])),
         ("Reference", describe_reference(summary["reference"])),
@@ -89,21 +86,17 @@ def _facts(records: AuditRecords) -> list[tuple[str, str]]:
 def _notices(records: AuditRecords) -> list[Notice]:
     summary, notices = records.summary, []
     if not summary["complete"]:
-        asked = (summary["run"] or {}).get("asked") or []
-        held = len(records.measured)
-        of = f" of {len(asked)} checkpoints" if asked else ""
-        notices.append(
-            Notice(
-                "This audit is not complete.",
-                f"It was stopped before everything was measured: pairs of {held}{of or ' checkpoint(s)'} are here, and "
-                "at some of them perhaps not all pairs. The same command goes on where it stopped.",
-                warns=True,
-            )
+        asked = (summary["run"] or {}).get("asked")
+        of = f" of {len(asked)} checkpoints" if asked else " checkpoint(s)"
+        text = (
+            f"It was stopped before everything was measured: pairs of {len(records.measured)}{of} are here, and at "
+            "some of them perhaps not all pairs. The same command goes on where it stopped."
         )
+        notices.append(Notice("This audit is not complete.", text, warns=True))
     if summary["left_out"]:
         reasons = "\n".join(
-            f"{each.get('checkpoint')} ({step_name(each.get('step'))}): {each.get('reason')}"
-            for each in summary["left_out"]
+            f"{row.get('checkpoint')} ({step_name(row.get('step'))}): {row.get('reason')}"
+            for row in summary["left_out"]
         )
         title = f"{plural(len(summary['left_out']), 'checkpoint')} could not be measured"
         notices.append(Notice(title, reasons, warns=True))
@@ -129,12 +122,12 @@ def _first_section(records: AuditRecords) -> Section:
 def _big_numbers(first: Measured, last: Measured) -> list[BigNumber]:
     start = "" if first is last else f"at {step_name(first.step)}; now {step_name(last.step)}"
     figures = {
-        "Case 1: chosen rises, rejected falls": ([each.share("ideal") for each in (first, last)], percent),
-        "Case 2: both fall": ([each.share("both_down") for each in (first, last)], percent),
-        "Median cosine": ([each.quantile("cosine", 0.5) for each in (first, last)], fixed),
+        "Case 1: chosen rises, rejected falls": (first.share("ideal"), last.share("ideal"), percent),
+        "Case 2: both fall": (first.share("both_down"), last.share("both_down"), percent),
+        "Median cosine": (first.quantile("cosine", 0.5), last.quantile("cosine", 0.5), fixed),
     }
     numbers = []
-    for name, ((before, now), shown) in figures.items():
+    for name, (before, now, shown) in figures.items():
         note = f"{shown(before)} {start}" if start else f"of {plural(len(last.pairs), 'pair')}"
         numbers.append(BigNumber(name, shown(now), note))
     return numbers

@@ -115,13 +115,14 @@ class AuditRecords:
 
     def mean_line(self, column: str, name: str) -> Line:
         """Means of a column over steps, with their standard errors."""
-        means, errors = [each.mean(column) for each in self.measured], [each.error(column) for each in self.measured]
-        return Line(name, self.steps, means, errors)
+        statistics = [(measured.mean(column), measured.error(column)) for measured in self.measured]
+        means, errors = zip(*statistics, strict=True) if statistics else ((), ())
+        return Line(name, self.steps, list(means), list(errors))
 
     def quartile_line(self, column: str, name: str) -> Line:
         """Medians of a column over steps, in a band of its quartiles."""
-        low, middle, high = ([each.quantile(column, share) for each in self.measured] for share in (0.25, 0.5, 0.75))
-        return Line(name, self.steps, middle, low=low, high=high)
+        quartiles = [[measured.quantile(column, share) for measured in self.measured] for share in (0.25, 0.5, 0.75)]
+        return Line(name, self.steps, quartiles[1], low=quartiles[0], high=quartiles[2])
 
 
 def read_audit(directory: str | os.PathLike[str]) -> AuditRecords:
@@ -155,5 +156,5 @@ def _by_checkpoint(table: pa.Table) -> list[Measured]:
     for (step, name), places in sorted(rows.items(), key=lambda item: item[0][0]):
         at = np.array(places)
         at = at[np.argsort(values["pair"][at], kind="stable")]
-        checkpoints.append(Measured(name, step, {column: each[at] for column, each in values.items()}))
+        checkpoints.append(Measured(name, step, {column: numbers[at] for column, numbers in values.items()}))
     return checkpoints

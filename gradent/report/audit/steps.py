@@ -108,13 +108,13 @@ def _logp_table(measured: Sequence[Measured]) -> Table:
     names = ("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp")
     rows = [
         [
-            f"{each.step:,}",
-            each.name,
-            *(change(0.0, each.mean(name), each.error(name)) for name in names[:2]),
-            *(number(each.mean(name)) for name in names[2:]),
-            f"{len(each.pairs):,}",
+            f"{checkpoint.step:,}",
+            checkpoint.name,
+            *(change(0.0, checkpoint.mean(name), checkpoint.error(name)) for name in names[:2]),
+            *(number(checkpoint.mean(name)) for name in names[2:]),
+            f"{len(checkpoint.pairs):,}",
         ]
-        for each in measured
+        for checkpoint in measured
     ]
     header = ["Step", "Checkpoint", "Chosen", "Rejected", "Reference, chosen", "Reference, rejected", "Pairs"]
     folded = "Log-probs at every checkpoint" if len(measured) > 1 else ""
@@ -136,11 +136,11 @@ def case_section(records: AuditRecords) -> Section:
 def case_chart(records: AuditRecords) -> Chart | Bars | None:
     """Shares of the cases: stacked over steps, or a bar where one checkpoint was measured."""
     measured, label = records.measured, "share of pairs"
-    shares = {case: [each.share(case) for each in measured] for case in CASES}
+    shares = {case: [checkpoint.share(case) for checkpoint in measured] for case in CASES}
     if len(measured) > 1:
         lines = [Line(CASES[case], records.steps, shares[case], colour=case) for case in CASES]
         return Chart(STEP, label, lines, percent=True, stacked=True)
-    names = [each.name for each in measured]
+    names = [checkpoint.name for checkpoint in measured]
     return Bars("checkpoint", label, names, case_series(shares), percent=True) if names else None
 
 
@@ -180,12 +180,12 @@ def _cosine_table(measured: Sequence[Measured]) -> Table:
     shares = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
     rows = [
         [
-            f"{each.step:,}",
-            *(fixed(each.quantile("cosine", share)) for share in shares.values()),
-            fixed(each.mean("cosine")),
-            percent(_share_positive(each.finite("cosine"))),
+            f"{checkpoint.step:,}",
+            *(fixed(checkpoint.quantile("cosine", share)) for share in shares.values()),
+            fixed(checkpoint.mean("cosine")),
+            percent(_share_positive(checkpoint.finite("cosine"))),
         ]
-        for each in measured
+        for checkpoint in measured
     ]
     folded = "Cosines at every checkpoint" if len(measured) > 1 else ""
     header = ["Step", *shares, "Mean", "Positive"]

@@ -75,7 +75,7 @@ def _ranking(tokens: Mapping[str, Any], kind: str) -> Table:
 def _coloured(records: AuditRecords, tokens: Sequence[Row]) -> list[Words]:
     """The responses of the pairs with the largest cosine among those whose tokens were measured."""
     step = max((row["step"] for row in tokens), default=-1)
-    measured = next((each for each in reversed(records.measured) if each.step == step), None)
+    measured = next((measured for measured in reversed(records.measured) if measured.step == step), None)
     if measured is None:
         return []
     columns = (measured.columns[name].tolist() for name in ("pair", "chosen_sq", "rejected_sq", "cosine"))

@@ -80,7 +80,7 @@ def _match(first: AuditRecords, second: AuditRecords) -> tuple[list[tuple[int, i
     apart = "so figures are over different pairs, and their differences are not paired."
     if first.sample and second.sample:
         rows = first.last.pairs
-        same = [each for each in common if _texts(first, rows[each[0]]) == _texts(second, rows[each[0]])]
+        same = [both for both in common if _texts(first, rows[both[0]]) == _texts(second, rows[both[0]])]
         if not same:
             return [], f"The audits have no pair in common (by row and text), {apart}"
         left = len(common) - len(same)
@@ -91,10 +91,8 @@ def _match(first: AuditRecords, second: AuditRecords) -> tuple[list[tuple[int, i
         return [], f"The audits are of different data, {apart}"
     if not common:
         return [], f"The audits are of the same data and measured no row in common, {apart}"
-    return (
-        common,
-        f"{plural(len(common), 'pair')} were measured in both, matched by row alone: texts are not with both.",
-    )
+    pairs = plural(len(common), "pair")
+    return common, f"{pairs} were measured in both, matched by row alone: texts are not with both."
 
 
 def _texts(records: AuditRecords, pair: int) -> tuple[Any, ...] | None:

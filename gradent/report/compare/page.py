@@ -155,7 +155,7 @@ def _loss_section(both: Comparison) -> Section | None:
     rows = []
     for name in names:
         cases = [(table.get(name) or {}).get("cases") for table in tables]
-        ideal, down = ([fill_gap(share_of(each, case)) for each in cases] for case in ("ideal", "both_down"))
+        ideal, down = ([fill_gap(share_of(shares, case)) for shares in cases] for case in ("ideal", "both_down"))
         rows.append([name, *map(percent, ideal), change(*(100 * share for share in ideal)), *map(percent, down)])
     header = ["Loss", "Case 1 in A", "In B", "Points", "Case 2 in A", "In B"]
     caption = "Shares of the pairs that each audit measured (of token masking: whose tokens it measured)"

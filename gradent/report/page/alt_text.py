@@ -46,9 +46,9 @@ def describe_figure(figure: Figure) -> str:
     shown = percent if figure.percent else number
     parts = [f"{name}."]
     for line in figure.lines:
-        there = [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
-        if there:
-            (first, start), (last, end) = there[0], there[-1]
+        points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
+        if points:
+            (first, start), (last, end) = points[0], points[-1]
             parts.append(f"{line.name}: {shown(start)} at {_place(first)}, {shown(end)} at {_place(last)}.")
     return " ".join(parts + [f"Marked at {_place(x)}: {text}." for x, text in figure.marks])
 
@@ -65,8 +65,8 @@ def _name(figure: Figure) -> str:
 
 def _chart_rows(chart: Chart) -> tuple[list[str], list[list[str]]]:
     cells = [_line_cells(line, percent=chart.percent) for line in chart.lines]
-    places = sorted({x for each in cells for x in each})
-    rows = [[_place(x), *(each.get(x, NOTHING) for each in cells)] for x in places]
+    places = sorted({x for column in cells for x in column})
+    rows = [[_place(x), *(column.get(x, NOTHING) for column in cells)] for x in places]
     return [chart.x_label, *(line.name for line in chart.lines)], rows
 
 

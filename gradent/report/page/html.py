@@ -110,7 +110,7 @@ def _to_part(part: Part) -> dict[str, Any]:
     if isinstance(part, Notice):
         return {"kind": "notice", "notice": part}
     if isinstance(part, Fold):
-        return {"kind": "fold", "title": part.title, "parts": [_to_part(each) for each in part.parts]}
+        return {"kind": "fold", "title": part.title, "parts": [_to_part(inner) for inner in part.parts]}
     return _to_table(part)
 
 
@@ -134,9 +134,10 @@ def _to_figure(figure: Figure) -> dict[str, Any]:
 
 def _to_table(table: Table) -> dict[str, Any]:
     first = len(table.header) if table.figures_from is None else table.figures_from
+    has_names = table.figures_from is not None
     rows = [
-        [_to_cell(cell, column >= first, column == 0 and table.figures_from is not None) for column, cell in each]
-        for each in (enumerate(row) for row in table.rows)
+        [_to_cell(cell, column >= first, column == 0 and has_names) for column, cell in enumerate(row)]
+        for row in table.rows
     ]
     header = [(name, "num" if column >= first else "") for column, name in enumerate(table.header)]
     label = table.caption or table.folded or ", ".join(name for name in table.header if name)
@@ -147,14 +148,13 @@ def _to_table(table: Table) -> dict[str, Any]:
         "folded": table.folded,
         "caption": table.caption,
         "label": label,
-        "measured": table.figures_from is not None,
+        "measured": has_names,
     }
 
 
 def _to_cell(cell: Cell | str, figure: bool, names: bool) -> dict[str, Any]:
-    whole = cell if isinstance(cell, Cell) else Cell((cell,))
-    classes = " ".join(each for each in (whole.mood, "num" if figure else "") if each)
-    return {"lines": whole.lines, "classes": classes, "names": names}
+    cell = Cell((cell,)) if isinstance(cell, str) else cell
+    return {"lines": cell.lines, "classes": " ".join([cell.mood, "num" if figure else ""]).strip(), "names": names}
 
 
 def _shown(value: Any) -> Any:

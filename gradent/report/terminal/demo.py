@@ -58,7 +58,7 @@ def _style_table(columns: Mapping[str, Sequence[Any]]) -> Table:
 
 def _finding_table(findings: Sequence[Mapping[str, Any]]) -> Table:
     columns = Column("finding", ratio=3), Column("measured", ratio=3), Column("in this run", no_wrap=True)
-    rows = [
+    rows: list[list[str | Text]] = [
         [
             Text(f"{finding['claim']}\n", end="") + Text(finding["rule"], "dim"),
             "\n".join(describe_evidence(evidence) for evidence in finding["evidence"]),

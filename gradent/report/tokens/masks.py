@@ -107,10 +107,7 @@ def mask_words(responses: Sequence[tuple[str, Sequence[tuple[str, float, bool]]]
 def _word(place: int, text: str, mask: float, kept: bool, *, note: str) -> Word:
     state = "kept" if kept else "left out"
     return Word(
-        text=text,
-        value=mask - 0.5,
-        note=f"{name_token(place, text)}: {state}, mask {number(mask)}{note}",
-        strong=kept,
+        text=text, value=mask - 0.5, note=f"{name_token(place, text)}: {state}, mask {number(mask)}{note}", strong=kept
     )
 
 

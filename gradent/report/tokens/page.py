@@ -88,25 +88,24 @@ def _to_page(record: TokenRecord) -> Page:
 def _mask_section(record: TokenRecord) -> Section:
     """Which tokens a masked loss keeps, and how that goes with what tells the responses apart."""
     masks = record["masks"] or {}
-    shared = {side: {pair[number] for pair in record["alignment"]} for number, side in enumerate(_SIDES)}
-    kept = {True: [], False: []}  # type: dict[bool, list[bool]]
-    words = []
-    for side in _SIDES:
-        part = masks[side]
-        for place, each in enumerate(part["kept"]):
-            kept[place in shared[side]].append(each)
-        texts = record[side]["tokens"]  # type: ignore[literal-required]
-        words.append((f"{side.capitalize()} response", list(zip(texts, part["mask"], part["kept"], strict=True))))
+    states: dict[str, list[bool]] = {"differing": [], "identical": []}
+    responses = []
+    for place, side in enumerate(_SIDES):
+        shared = {pair[place] for pair in record["alignment"]}
+        tokens = list(zip(record[side]["tokens"], masks[side]["mask"], masks[side]["kept"], strict=True))  # type: ignore[literal-required]
+        responses.append((f"{side.capitalize()} response", tokens))
+        for position, (_, _, is_kept) in enumerate(tokens):
+            states["identical" if position in shared else "differing"].append(is_kept)
     shares = [
-        f"{sum(kept[same])} of {len(kept[same])} {name} tokens ({percent(sum(kept[same]) / len(kept[same]))})"
-        for same, name in ((False, "differing"), (True, "identical"))
-        if kept[same]
+        f"{sum(kept)} of {len(kept)} {name} tokens ({percent(sum(kept) / len(kept))})"
+        for name, kept in states.items()
+        if kept
     ]
     return Section(
         "Which tokens the masked loss keeps",
         f"By {masks['source']}: {' and '.join(shares)}. Tokens in bold are kept; the deeper the colour, the farther a "
         "mask is from 1/2.",
-        [mask_words(words)],
+        [mask_words(responses)],
     )
 
 
@@ -211,13 +210,13 @@ def _table(rows: Sequence[TokenRow], folded: str = "") -> Table:
 
 
 def _module_section(modules: dict[str, list[float]]) -> Section:
-    whole = [sum(part[number] for part in modules.values()) for number in range(3)]
+    totals = [sum(column) for column in zip(*modules.values(), strict=True)]
     ranked = sorted(modules.items(), key=lambda item: -abs(item[1][2]))
     rows = [
         [
             name,
             signed_number(part[2]),
-            *(f"{part[number] / whole[number]:+.1%}" if whole[number] else "-" for number in (2, 0, 1)),
+            *(f"{part[number] / totals[number]:+.1%}" if totals[number] else "-" for number in (2, 0, 1)),
         ]
         for name, part in ranked[:_MODULES]
     ]
