@@ -18,8 +18,6 @@ from gradent.losses.token_masked import hard_mask, masked_logps, soft_mask, spar
 from gradent.trainer.token_masking.config import TokenMaskedDPOConfig
 from gradent.trainer.token_masking.head import MaskHead
 from gradent.trainer.token_masking.trainer import TokenMaskedDPOTrainer
-from gradent.trainer.token_masking.head import MaskHead
-from gradent.trainer.token_masking.trainer import TokenMaskedDPOConfig, TokenMaskedDPOTrainer
 from tests.covering import cross
 from tests.trainer.runs import data_for, llama, weights_of, with_lora
 

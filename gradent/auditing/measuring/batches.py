@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradent.errors import GradentError, InputError, NonFiniteError
-from gradent.kernels.common.budget import parse_budget
 from gradent.errors import GradentError, NonFiniteError
 from gradent.loading.preferences import AuditPair
 from gradent.measurement import measure, sequence_logps
