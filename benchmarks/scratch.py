@@ -30,8 +30,9 @@ from rich.table import Table
 from benchmarks.append import append
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.uses.formats import Dense, Rows
+from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View
-from gradent.hooks.uses.uses import Layout, SumUse
+from gradent.hooks.uses.uses import SumUse
 from gradent.kernels.common.cost import choose
 from gradent.kernels.common.numerics import accumulator, row_products
 

@@ -23,7 +23,7 @@ from gradent.hooks.piggyback.pairing import Pairing
 from gradent.hooks.piggyback.watcher import Piggyback
 from gradent.kernels.common.cost import DEFAULT_BUDGET, parse_budget
 from gradent.measurement import measure
-from gradent.model.calls import is_sharded, plain, trainable
+from gradent.model.parameters import is_sharded, trainable, unwrap_compiled
 from gradent.model.preconditioner import metric_roots
 from gradent.notices import Notices
 from gradent.pair_gram import PairGram, sum_parameters
@@ -132,11 +132,11 @@ def attach(
         model=watched,
         budget=parse_budget(memory_budget) or DEFAULT_BUDGET,
         pairing=pairing,
-        has_entries=mode != "measure" and watched is plain(model),
+        has_entries=mode != "measure" and watched is unwrap_compiled(model),
         is_trusted=trusted,
         should_share=weight_grad is not None,
     )
-    return Recorder(plain(model), config, mode=mode, by_module=by_module, metric=metric)
+    return Recorder(unwrap_compiled(model), config, mode=mode, by_module=by_module, metric=metric)
 
 
 class Recorder:

@@ -36,6 +36,7 @@ import tokenizers
 import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.budgets import tell
 from tests.shared import remember_session
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -65,6 +66,11 @@ def pytest_collection_finish() -> None:
 def pytest_unconfigure() -> None:
     """So that the interpreter takes everything down in order."""
     gc.unfreeze()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Files that took longer than they should."""
+    tell(terminalreporter)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

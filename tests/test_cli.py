@@ -32,7 +32,7 @@ def here(local_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`my-model` and `pairs.jsonl` in the current directory, a console of 100 columns, other libraries let be."""
     monkeypatch.chdir(local_model.parent)
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr("gradent.cli.app._quieten_others", lambda: None)
+    monkeypatch.setattr("gradent.cli.console._quieten_others", lambda: None)
     write_jsonl(local_model.parent / "pairs.jsonl", PAIRS)
     return local_model.parent
 

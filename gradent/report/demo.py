@@ -9,7 +9,9 @@ from typing import Any
 
 from gradent.record import CASE_NAMES, DemoRecord, read_demo, read_pairs
 from gradent.record.curves import read_curves
-from gradent.report.page.html import Cell, Chart, Line, Page, Section, Table, write_page
+from gradent.report.page.charts import Chart
+from gradent.report.page.html import Line, Page, Section, Table, write_page
+from gradent.report.page.parts import Cell
 
 __all__ = ["describe_evidence", "write_demo_report"]
 

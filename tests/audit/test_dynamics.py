@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradent.auditing.analysis.dynamics import dynamics
-from gradent.auditing.analysis.onset import FEWEST_POINTS, logged_onset, measured_onset, smooth
+from gradent.auditing.analysis.dynamics import FEWEST_POINTS, dynamics, logged_onset, measured_onset, smooth
 from tests.audit.measured import columns_of, drawn, has_no_nan, stacked
 
 KEYS = {

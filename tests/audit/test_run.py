@@ -15,7 +15,7 @@ from peft import PeftModel, TrainableTokensConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from gradent import PairBatch, audit, losses, measure, measure_tokens, verdict
-from gradent.auditing import account as module
+from gradent.auditing import write as module
 from gradent.auditing.api import AuditResult
 from gradent.auditing.measuring import batches as scan
 from gradent.auditing.measuring import tokens as token_scan

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from gradent import losses
 from gradent.auditing.analysis.loss_grid import SWEEPS, label_loss
-from gradent.auditing.analysis.recommendation import CLEARLY, standard_errors
-from gradent.auditing.analysis.what_if import recommend, what_if
+from gradent.auditing.analysis.recommendation import CLEARLY, recommend, standard_errors
+from gradent.auditing.analysis.what_if import what_if
 from gradent.losses import LOSSES
 from gradent.theory.conditions import verdict
 from tests.audit.measured import columns_of, drawn, gram_of, has_no_nan, references_of, stacked

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradent.kernels.dispatch import reduce_pair
-from gradent.model.calls import trainable
+from gradent.model.parameters import trainable
 from tests.batches import ragged
 from tests.hooks.watching import WAYS, error, set_up, watch
 from tests.trainer_steps import through_logits

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.watcher import Piggyback
-from gradent.model.calls import trainable
+from gradent.model.parameters import trainable
 from gradent.pairs.batch import PairBatch
 from tests.adapters import build_adapted, lora_everywhere
 from tests.batches import ragged

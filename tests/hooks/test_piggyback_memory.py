@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gradent.hooks.capture.capture import Capture
 from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.watcher import Piggyback
-from gradent.model.calls import trainable
+from gradent.model.parameters import trainable
 from gradent.pairs.batch import PairBatch
 from tests.live import LiveBytes
 from tests.trainer_steps import through_logits

@@ -14,7 +14,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.watcher import Piggyback
-from gradent.model.calls import trainable
+from gradent.model.parameters import trainable
 from gradent.pairs.batch import PairBatch
 from tests.adapters import adapt, lora
 from tests.batches import ragged, square

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.observation import BackwardObservation
 from gradent.hooks.piggyback.watcher import Piggyback
-from gradent.model.calls import trainable
+from gradent.model.parameters import trainable
 from tests.batches import ragged
 from tests.hooks.watching import CHECKPOINTING, WAYS, error, prepare, set_up, watch
 from tests.odd_skeleton import WIDTH, Skeleton, normal

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.observation import BackwardObservation
 from gradent.hooks.piggyback.watcher import Piggyback
-from gradent.model.calls import trainable
+from gradent.model.parameters import trainable
 from gradent.pairs.batch import PairBatch
 from tests.adapters import lora_everywhere
 from tests.batches import left_padded, ragged

@@ -12,7 +12,8 @@ from gradent.hooks.capture.capture import Capture
 from gradent.hooks.passes.autograd_engine import plain_rows
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.uses.formats import Dense, Explicit, Rows, bytes_scaled, scaled_rows
-from gradent.hooks.uses.uses import Layout, SumUse
+from gradent.hooks.uses.layout import Layout
+from gradent.hooks.uses.uses import SumUse
 from gradent.kernels.common.numerics import reduce_dense, reduce_flat, reduce_tiles
 from gradent.kernels.with_weight_grad import reduce_shared
 from tests.live import LiveBytes

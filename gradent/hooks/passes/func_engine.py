@@ -15,9 +15,10 @@ from gradent.hooks.passes.microbatch import Outcome
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.uses.formats import Explicit
 from gradent.kernels.common.cost import DEFAULT_BUDGET
-from gradent.model.calls import forward_logits, observed
+from gradent.model.calls import forward_logits
 from gradent.model.facts import check_causal, ignores_padding
 from gradent.model.logprobs import check_logps
+from gradent.model.observed import observed
 
 __all__ = ["parameters_kept", "per_sample_pairs"]
 

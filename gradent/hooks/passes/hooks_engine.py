@@ -19,7 +19,7 @@ from gradent.hooks.passes.microbatch import Forward, MicroBatch, Outcome
 from gradent.hooks.reduction.collector import Collector, Place
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.uses.formats import Explicit
-from gradent.hooks.uses.uses import Layout
+from gradent.hooks.uses.layout import Layout
 from gradent.kernels.common.numerics import accumulator
 
 __all__ = ["NeedsSingleRows", "run"]

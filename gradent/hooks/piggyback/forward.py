@@ -25,10 +25,10 @@ from gradent.hooks.piggyback.trl_fused_head import FusedHeadUse, find_fused_head
 from gradent.hooks.reduction.collector import Collector, Place
 from gradent.hooks.reduction.weight_grad_reuse import Sharing
 from gradent.hooks.uses.formats import split_factor
+from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View
-from gradent.hooks.uses.uses import Layout
 from gradent.kernels.common.streams import at_once
-from gradent.model.calls import output_embeddings
+from gradent.model.parameters import output_embeddings
 
 __all__ = ["WatchedForward", "is_synchronous"]
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from gradent.hooks.uses.formats import Deferred, Dense, Explicit, Form
+from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View
-from gradent.hooks.uses.uses import Layout
 from gradent.kernels.common.numerics import accumulator
 
 __all__ = ["FusedHeadUse", "find_fused_head"]
@@ -54,8 +54,8 @@ class FusedHeadUse:
     depth: int = 0
 
     @property
-    def hollow(self) -> FusedHeadUse:
-        """See `Use.hollow`."""
+    def without_activations(self) -> FusedHeadUse:
+        """See `Use`."""
         return self
 
     def forms(self, grad_output: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:

@@ -21,7 +21,7 @@ from gradent.hooks.piggyback.backward import WatchedBackward
 from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.forward import WatchedForward
 from gradent.hooks.piggyback.observation import BackwardObservation
-from gradent.model.calls import is_observed
+from gradent.model.observed import is_observed
 
 __all__ = ["Piggyback"]
 

@@ -16,7 +16,8 @@ from gradent.hooks.capture.capture import Tap
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.reduction.weight_grad_reuse import give, is_shared
 from gradent.hooks.uses.formats import bytes_scaled, scaled, scaled_gradients, scaled_rows
-from gradent.hooks.uses.uses import Layout, LookupUse, MatrixUse, SumUse, Use
+from gradent.hooks.uses.layout import Layout
+from gradent.hooks.uses.uses import LookupUse, MatrixUse, SumUse, Use
 from gradent.kernels.common.numerics import row_products
 from gradent.kernels.common.precision import exact_products
 from gradent.kernels.dispatch import on_kernels
@@ -74,7 +75,7 @@ class Collector:
         """
         with torch.no_grad(), exact_products(cotangent.device):
             self._take(tap, cotangent, place, factors)
-        tap.use = tap.use.hollow  # the graph lets go of its activations as the backward passes them
+        tap.use = tap.use.without_activations  # the graph lets go of its activations as the backward passes them
 
     def _take(self, tap: Tap, cotangent: Tensor, place: Place, factors: Sequence[float] | None) -> None:
         use, param = tap.use, tap.use.view.param

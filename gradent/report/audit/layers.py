@@ -12,7 +12,8 @@ from typing import Any
 
 from gradent.model.layer_names import layer_of, unwrapped
 from gradent.report.audit.records import AuditRecords
-from gradent.report.page.html import HeatMap, Section, Table
+from gradent.report.page.charts import HeatMap
+from gradent.report.page.html import Section, Table
 from gradent.report.page.numbers import fixed, percent
 
 __all__ = ["kind_of", "layer_section"]

@@ -9,8 +9,9 @@ from gradent.report.audit.records import AuditRecords
 from gradent.report.audit.steps import STEP
 from gradent.report.page.cases import CASES, case_series, share_of
 from gradent.report.page.charts import Bars, Chart, Line
-from gradent.report.page.html import Cell, Section, Table
+from gradent.report.page.html import Section, Table
 from gradent.report.page.numbers import NOTHING, number, percent, plural
+from gradent.report.page.parts import Cell
 
 __all__ = ["describe_row", "loss_bars", "loss_section", "loss_table", "shown_rows"]
 

@@ -17,8 +17,9 @@ from gradent.report.audit.records import AuditRecords, Measured, read_audit
 from gradent.report.audit.settings import describe_loss, describe_reference, settings_section
 from gradent.report.audit.steps import case_section, cosine_section, logp_section
 from gradent.report.audit.tokens import token_section
-from gradent.report.page.html import BigNumber, Notice, Numbers, Page, Section, Table, write_page
+from gradent.report.page.html import Page, Section, Table, write_page
 from gradent.report.page.numbers import count, fixed, percent, plural, step_name
+from gradent.report.page.parts import BigNumber, Notice, Numbers
 
 __all__ = ["write_audit_report"]
 

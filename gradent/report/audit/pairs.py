@@ -11,8 +11,9 @@ import numpy as np
 from gradent.record import CASE_NAMES
 from gradent.report.audit.records import AuditRecords, Measured
 from gradent.report.page.cases import CASES
-from gradent.report.page.html import Cell, Fold, Quote, Section, Table
+from gradent.report.page.html import Section, Table
 from gradent.report.page.numbers import NOTHING, count, fixed, number, percent, plural
+from gradent.report.page.parts import Cell, Fold, Quote
 
 __all__ = ["pair_quotes", "pair_section", "property_section", "ranked_pairs"]
 

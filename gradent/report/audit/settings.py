@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradent.report.audit.records import AuditRecords
-from gradent.report.page.html import Notice, Section, Table
+from gradent.report.page.html import Section, Table
 from gradent.report.page.numbers import count, plural
+from gradent.report.page.parts import Notice
 
 __all__ = ["describe_loss", "describe_reference", "list_settings", "settings_section"]
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradent.report.audit.records import AuditRecords
-from gradent.report.page.html import Section, Table, Word, Words
+from gradent.report.page.html import Section, Table
 from gradent.report.page.numbers import count, fixed, percent, plural, signed_number
+from gradent.report.page.parts import Word, Words
 from gradent.text import visible
 
 __all__ = ["token_section"]

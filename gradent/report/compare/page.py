@@ -19,8 +19,9 @@ from gradent.report.audit.steps import STEP
 from gradent.report.compare.match import Compared, Comparison, compare_audits, compare_rows
 from gradent.report.page.cases import CASES, CASES_EXPLAINED, case_series, share_of
 from gradent.report.page.charts import Bars, Chart, Line
-from gradent.report.page.html import Cell, Fold, Notice, Page, Section, Table, write_page
+from gradent.report.page.html import Page, Section, Table, write_page
 from gradent.report.page.numbers import NOTHING, change, count, fixed, number, percent, plural, step_name
+from gradent.report.page.parts import Cell, Fold, Notice
 
 __all__ = ["compare_rows", "describe_difference", "write_comparison"]
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from gradent.errors import DataFileError, InputError
 from gradent.record.masks import read_masks
-from gradent.report.page.html import BigNumber, Notice, Numbers, Page, Part, Section, Table, Word, Words, write_page
+from gradent.report.page.html import Page, Part, Section, Table, write_page
 from gradent.report.page.numbers import count, number, percent, plural
+from gradent.report.page.parts import BigNumber, Notice, Numbers, Word, Words
 from gradent.text import visible
 from gradent.version import __version__
 

@@ -21,7 +21,7 @@ from gradent.errors import InputError
 from gradent.hooks.piggyback.pairing import Pairing
 from gradent.kernels.common.cost import parse_budget
 from gradent.measurement import sequence_logps
-from gradent.model.calls import is_sharded
+from gradent.model.parameters import is_sharded
 from gradent.notices import Notices, log
 from gradent.pairs.batch import PairBatch
 from gradent.record.stream import PairStream

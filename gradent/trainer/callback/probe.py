@@ -10,7 +10,8 @@ from torch import nn
 
 from gradent.errors import InputError
 from gradent.measurement import measure
-from gradent.pairs.batch import PairBatch, tokenize_pair
+from gradent.pairs.batch import PairBatch
+from gradent.pairs.tokenize import tokenize_pair
 from gradent.theory.conditions import Verdict
 from gradent.trainer.callback.step import case_shares, finite_means, gram_values
 

@@ -39,7 +39,7 @@ from gradent.hooks.piggyback.coefficients import FusedReadout
 from gradent.hooks.piggyback.config import WatchConfig
 from gradent.kernels.common.cost import DEFAULT_BUDGET, parse_budget
 from gradent.losses.designs import counting, normalized_weights
-from gradent.model.calls import trainable
+from gradent.model.parameters import trainable
 from gradent.notices import Notices, warn
 from gradent.trainer.common.trl_requirements import make_config, require_unsharded
 from gradent.trainer.pairwise.config import METHOD, PairwiseNormalizedDPOConfig
