@@ -68,7 +68,17 @@ class StepRecord:
     def of(
         cls, step: int, recording: Recording, *, realised: Tensor | None = None, tokens: TokenMap | None = None
     ) -> StepRecord:
-        """The record of a recording with modules, and of the changes that the step made, `[2, k]`."""
+        """The record of a recording.
+
+        Args:
+            step: number of the step.
+            recording: what was harvested, with modules.
+            realised: how much chosen and rejected log-probs moved with the optimizer's step, `[2, k]`.
+            tokens: the token matrix of the most entangled pair.
+
+        Returns:
+            The record.
+        """
         chosen_realised, rejected_realised = (None, None) if realised is None else realised.unbind(0)
         names = ("gram", "verdict", "source", "overhead_s", "inactive", "unpaired", "batch")
         return cls(
