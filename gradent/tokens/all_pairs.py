@@ -44,11 +44,11 @@ class AllPairsLedger(Ledger):
 
     def finish(self, param: int) -> None:
         """Reduce a parameter."""
-        held = self._pop(param)
+        forms = self._pop(param)
         total = torch.zeros(self._rows_count, self._rows_count, dtype=torch.float64)
-        for slot in sorted({slot for row in held.values() for slot in row}):
-            rows = [row for row in sorted(held) if slot in held[row]]
-            part = self._slot_matrix([merge_forms(held[row][slot]) for row in rows])
+        for slot in sorted({slot for row in forms.values() for slot in row}):
+            rows = [row for row in sorted(forms) if slot in forms[row]]
+            part = self._slot_matrix([merge_forms(forms[row][slot]) for row in rows])
             at = torch.tensor(rows)
             total[at[:, None], at[None]] += part.cpu()
         self.entries[param] = total

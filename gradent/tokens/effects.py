@@ -101,12 +101,13 @@ def _pair_direction(
         chosen = toward == "chosen"
         vector, norm = _gradient(model, parameters, sides[0 if chosen else 1], pair, chosen=chosen, trim=trim)
         return Direction(vector, norm, ExpectedSum(float(chosen), float(not chosen), norm**2, norm**2))
-    vector, norm = _gradient(model, parameters, sides[0], pair, chosen=True, trim=trim)
-    taken, other = _gradient(model, parameters, sides[1], pair, chosen=False, trim=trim)
-    for name, part in taken.items():
+    vector, chosen_norm = _gradient(model, parameters, sides[0], pair, chosen=True, trim=trim)
+    rejected, rejected_norm = _gradient(model, parameters, sides[1], pair, chosen=False, trim=trim)
+    for name, part in rejected.items():
         vector[name] = vector[name] - part if name in vector else -part
     square = sum(dot(vector, vector).values())
-    return Direction(vector, math.sqrt(square), ExpectedSum(1.0, -1.0, square, (norm + other) * math.sqrt(square)))
+    norm = math.sqrt(square)
+    return Direction(vector, norm, ExpectedSum(1.0, -1.0, square, (chosen_norm + rejected_norm) * norm))
 
 
 def _shared_direction(

@@ -84,11 +84,11 @@ def _plain(values: Any) -> bool:
 
 def _joined(value: Tensor, parts: Sequence[Tensor | None]) -> Tensor:
     """x with the sum of the given tangents, each a tensor of its own, the first of x's shape and dtype."""
-    found = [part for part in parts if part is not None]
-    if not found:
+    tangents = [part for part in parts if part is not None]
+    if not tangents:
         return value
-    total = found[0]
-    for part in found[1:]:
+    total = tangents[0]
+    for part in tangents[1:]:
         total += part
     dual: Tensor = forward_ad.make_dual(value, total)  # type: ignore[no-untyped-call]
     return dual

@@ -150,14 +150,16 @@ class TokenGram:
                 matplotlib is not installed.
 
         Example:
-            >>> gram.plot([tokenizer.decode(each) for each in gram.chosen_ids], path="tokens.png")  # doctest: +SKIP
+            >>> gram.plot([tokenizer.decode(token) for token in gram.chosen_ids], path="tokens.png")  # doctest: +SKIP
         """
         from gradent.figures.token_heatmap import TokenPicture, draw_tokens, write_figure  # noqa: PLC0415
 
         picture = TokenPicture(
             cosine=self.cosine.numpy(),
-            chosen=[str(each) for each in self.chosen_ids.tolist()] if chosen_tokens is None else chosen_tokens,
-            rejected=[str(each) for each in self.rejected_ids.tolist()] if rejected_tokens is None else rejected_tokens,
+            chosen=[str(token) for token in self.chosen_ids.tolist()] if chosen_tokens is None else chosen_tokens,
+            rejected=[str(token) for token in self.rejected_ids.tolist()]
+            if rejected_tokens is None
+            else rejected_tokens,
             chosen_entanglement=self.chosen_entanglement.numpy(),
             rejected_entanglement=self.rejected_entanglement.numpy(),
             alignment=self.alignment,

@@ -37,10 +37,10 @@ def current_region() -> Any:
     pack = inspect.unwrap(hooks[0])
     if getattr(pack, "__module__", None) != _MODULE:
         return None
-    held = _closure(pack)
-    if "frame" in held:
-        return held["frame"]
-    reference = held.get("target_frame_ref")
+    variables = _closure(pack)
+    if "frame" in variables:
+        return variables["frame"]
+    reference = variables.get("target_frame_ref")
     return reference() if callable(reference) else None
 
 
@@ -48,10 +48,10 @@ def _closure(function: Callable[..., Any]) -> dict[str, Any]:
     code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
     if code is None or cells is None:
         return {}
-    held = {}
+    variables = {}
     for name, cell in zip(code.co_freevars, cells, strict=True):
         try:
-            held[name] = cell.cell_contents
+            variables[name] = cell.cell_contents
         except ValueError:  # an empty cell
             continue
-    return held
+    return variables
