@@ -166,8 +166,8 @@ class Loss(ABC):
             InputError: an argument that the loss uses is missing, is not of shape `[B]`, or a length is under 1.
             NonFiniteError: a nan or an inf in an argument that the loss uses, or in a weight.
         """
-        values = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, chosen_len, rejected_len)
-        named = dict(zip(ARGUMENTS, values, strict=True)) | dict(zip(NORMS, (chosen_norm, rejected_norm), strict=True))
+        arguments = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, chosen_len, rejected_len)
+        named = dict(zip(ARGUMENTS, arguments, strict=True)) | dict(zip(NORMS, (chosen_norm, rejected_norm), strict=True))
         terms = self._read(named, also=NORMS if self.needs_norms else ())
         with torch.no_grad():
             d_w, d_l = self._weights(terms)
@@ -202,8 +202,8 @@ class Loss(ABC):
             InputError: as `weights`.
             NonFiniteError: a nan or an inf in an argument that the loss uses.
         """
-        values = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, chosen_len, rejected_len)
-        return self._value(self._read(dict(zip(ARGUMENTS, values, strict=True))))
+        arguments = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, chosen_len, rejected_len)
+        return self._value(self._read(dict(zip(ARGUMENTS, arguments, strict=True))))
 
     def _uses(self) -> Sequence[str]:
         """The arguments, beyond the two log-probs, without which this loss cannot be computed."""
