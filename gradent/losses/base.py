@@ -167,9 +167,7 @@ class Loss(ABC):
             NonFiniteError: a nan or an inf in an argument that the loss uses, or in a weight.
         """
         arguments = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, chosen_len, rejected_len)
-        named = dict(zip(ARGUMENTS, arguments, strict=True)) | dict(
-            zip(NORMS, (chosen_norm, rejected_norm), strict=True)
-        )
+        named = dict(zip(ARGUMENTS + NORMS, (*arguments, chosen_norm, rejected_norm), strict=True))
         terms = self._read(named, also=NORMS if self.needs_norms else ())
         with torch.no_grad():
             d_w, d_l = self._weights(terms)

@@ -41,7 +41,7 @@ class SharedFactor:
 
     @property
     def is_lookup(self) -> bool:
-        """Whether the shared operand are ids."""
+        """Whether the shared operand is a list of ids."""
         return self.a.dtype == torch.int64
 
 
@@ -93,7 +93,7 @@ class TokenEntries:
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:
-    """`left rightᵀ` of `[m, K]` and `[n, K]`, float64 `[m, n]`, in runs of products as long as float32 bears."""
+    """`left rightᵀ`, float64 `[m, n]`, of `[m, K]` and `[n, K]`: float32 products of short runs, summed in float64."""
     gram = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
     for span in spans(left.shape[1], RUN):
         gram += (left[:, span] @ right[:, span].T).double()
@@ -123,7 +123,7 @@ def _add_tile(entries: TokenEntries, tile: Sequence[Gradients]) -> None:
 
 
 def _square(values: Tensor) -> Tensor:
-    """`‖row‖²` of `[m, K]`, float64 `[m]`."""
+    """Squared norms of the rows of `[m, K]`, float64 `[m]`."""
     total = torch.zeros(len(values), dtype=torch.float64, device=values.device)
     for span in spans(values.shape[1], RUN):
         total += values[:, span].square().sum(1).double()
@@ -131,7 +131,7 @@ def _square(values: Tensor) -> Tensor:
 
 
 def shared_entries(blocks: Sequence[SharedFactor], sizes: tuple[int, int], budget: int) -> TokenEntries:
-    """Entries of blocks of one weight, at most one a token, by the cheaper of the two ways."""
+    """Entries of blocks of one weight, at most one a token, by the cheaper of Gram and outer form."""
     entries = TokenEntries(sizes)
     if not blocks:
         return entries
@@ -190,7 +190,7 @@ def _add_columns(
     kernel: Tensor,
     others: Sequence[tuple[list[SharedFactor], Tensor]],
 ) -> None:
-    """What some columns of a block's output gradients add to its squares and to its products with the chosen tokens."""
+    """Add the share of some columns of b to a block's squares and to its products with the chosen tokens."""
     wide = kernel.dtype
     columns = right.b[:, :, span].to(wide)
     moved = torch.matmul(kernel, columns)  # [n, M, step]
@@ -205,7 +205,7 @@ def _add_columns(
 
 
 def prefix_families(blocks: Sequence[SharedFactor]) -> list[list[SharedFactor]]:
-    """Blocks of one side whose operands are prefixes of one another (to rounding), the longest first in each family."""
+    """Blocks of one side grouped by operand: the longest first, the others' operands its prefixes up to rounding."""
     families: list[list[SharedFactor]] = []
     for block in sorted(blocks, key=lambda block: -block.b.shape[1]):
         home = next((family for family in families if _is_prefix(block.a, family[0].a)), None)
@@ -266,7 +266,7 @@ def tied_entries(
     sizes: tuple[int, int],
     budget: int,
 ) -> TokenEntries:
-    """What a tied head, u on the rows `ids` alone, and its embedding add to the entries of either: their products."""
+    """Cross terms of a tied head, u on the rows `ids` alone, and its embedding: to be added to the entries of both."""
     entries = TokenEntries(sizes)
     for head in heads:
         side, tokens, u, v = head.side, head.tokens, head.u, head.v

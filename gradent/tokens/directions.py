@@ -31,7 +31,7 @@ _WINDOW = {"cpu": 2**14, "cuda": 2**26}
 
 
 def check_toward(toward: object, optimizer: object) -> None:
-    """Refuse a `toward` that is unknown, and "step" without an optimizer or an optimizer without "step"."""
+    """Refuse an unknown `toward`, "step" without an optimizer, and an optimizer without "step"."""
     if not isinstance(toward, (str, Mapping, Tensor)):
         raise InputError(f"token_effects: toward is a {type(toward).__name__}; {_ACCEPTED}.")
     if isinstance(toward, str) and toward not in (*OWN, "step"):
@@ -83,7 +83,7 @@ def given_vector(toward: Mapping[str, Tensor] | Tensor, parameters: Mapping[str,
 
 @torch.no_grad()
 def planned_step(optimizer: object, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`θ_after - θ_before` by parameter, found by stepping a copy of the optimizer on the parameters' `.grad`s."""
+    """`θ_after - θ_before` by parameter, from stepping a copy of the optimizer on the parameters' `.grad`s."""
     if type(optimizer).__name__ == "AcceleratedOptimizer":  # any other wrapper may have a step of its own
         optimizer = getattr(optimizer, "optimizer", None)
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -144,7 +144,7 @@ def _stepped(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str, float]:
-    """`⟨left, right⟩` of every parameter that both have, a window at a time; the windows' sums are added in float64."""
+    """`⟨left, right⟩` of every parameter that both have, in windows whose sums are added in float64."""
     products = {}
     for name in filter(right.__contains__, left):
         flat = left[name].flatten()

@@ -76,7 +76,7 @@ class SynchronizedPasses:
         self._passes.clear()
 
     def block_size(self) -> int:
-        """Tokens of chosen and rejected together that fit the budget."""
+        """Number of chosen and rejected tokens together that fit the budget."""
         piece = flow = 0
         passes = [row_pass for row_pass, _ in self._passes]
         for row_pass in passes:
@@ -177,7 +177,7 @@ class _Run:
                     self.ledger.reduce_head(param, torch.cat([use.ids.reshape(-1) for use in lookups]))
 
     def cut(self) -> list[list[int]]:
-        """Where each pass is cut: alike, where the passes are alike."""
+        """Places at which each pass is cut, the same for passes through the same nodes."""
         longest = max(self._running, key=lambda row_pass: row_pass.layout.length)
         names = longest.schedule.names
         count = sum(map(len, self._running.values()))
@@ -211,7 +211,7 @@ class _Run:
                 self._finish(param)
 
     def _step(self, row_pass: RowPass, count: int) -> int:
-        """Tokens that are taken at once: their temporaries are some times their largest gradient."""
+        """Tokens taken at once: their temporaries are several times their largest gradient."""
         fit = max(1, self._budget // 4 // (8 * row_pass.widest))
         return -(-count // -(-count // fit))
 
@@ -245,7 +245,7 @@ class _Run:
                 self.ledger.add(param, where, OtherForm(side, [token], form))
 
     def _take(self, row_pass: RowPass, arrival: Arrival | LeafGradients) -> None:
-        """Keep what has arrived at a use, in the smaller of its forms."""
+        """Keep what has arrived at a use, as gradients or as output gradients, whichever are smaller."""
         if isinstance(arrival, LeafGradients):
             grads = arrival.grads.to(accumulator(arrival.grads.dtype))
             if (row_pass, arrival.param) in self._buffers:

@@ -25,12 +25,12 @@ def in_backward() -> bool:
 
 
 def packs_tensors() -> bool:
-    """Whether something packs what the graph saves: checkpointing, offloading."""
+    """Whether saved tensors are packed, by checkpointing or offloading."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # noqa: SLF001  (as above)
 
 
 def current_region() -> Any:
-    """The frame of the checkpointed region that is running, the same object in both of its forwards; None outside."""
+    """The frame of the checkpointed region that runs, the same in both of its forwards; None outside."""
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)  # noqa: SLF001  (as above)
     if hooks is None:
         return None
