@@ -37,7 +37,7 @@ from cures_parts.starts import Generated, Start, Tweets
 from cures_parts.tuning import choose_masks, choose_rate
 
 from gradent.demo.train import one_thread
-from gradent.record.parquet import make_directory
+from gradent.record.atomic import make_directory
 
 Row = dict[str, Any]
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from gradent.errors import InputError, NonFiniteError, UncoveredParameterError
-from gradent.hooks.batching import group_rows
-from gradent.hooks.driver import measure_pairs
-from gradent.hooks.micro import Outcome
-from gradent.kernels.plan import parse_budget
+from gradent.hooks.passes.batching import group_rows
+from gradent.hooks.passes.driver import measure_pairs
+from gradent.hooks.passes.func_engine import per_sample_pairs
+from gradent.hooks.passes.microbatch import Outcome
+from gradent.kernels.common.cost import parse_budget
 from gradent.model.calls import forward_marked
 from gradent.model.facts import ignores_padding, trims
 from gradent.model.logprobs import sequence_logprobs
@@ -25,7 +26,6 @@ from gradent.model.parameters import check_ids, input_device, trainable, unwrap_
 from gradent.model.preconditioner import metric_roots
 from gradent.pair_gram import ModuleGram, PairGram, on_cpu, sum_parameters
 from gradent.pairs.batch import PairBatch
-from gradent.per_sample import per_sample_pairs
 
 __all__ = ["measure", "sequence_logps"]
 

@@ -1,4 +1,4 @@
-"""What a token looks like: its own text, and that text with nothing in it that acts, hides or breaks a line."""
+"""Text as it is shown: tokens by their own text, and any text with nothing in it that acts, hides or misleads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Container, Iterable
 from typing import Any, SupportsInt
 
-__all__ = ["readable", "token_texts", "visible"]
+__all__ = ["printable", "quoted", "token_texts", "visible"]
 
 _MARKS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
 _PIECE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name for a byte
@@ -38,7 +38,7 @@ def token_texts(tokenizer: Any, ids: Iterable[SupportsInt]) -> list[str]:
     """
     inner = getattr(tokenizer, "tokenizer", tokenizer)
     added = inner.added_tokens_decoder
-    numbers = [int(each) for each in ids]
+    numbers = [int(number) for number in ids]
     texts = {number: _text_of(inner, number, added) for number in set(numbers)}
     return [texts[number] for number in numbers]
 
@@ -60,30 +60,21 @@ def _text_of(tokenizer: Any, number: int, added: Container[int]) -> str:
     return bytes([int(byte[1], 16)]).decode("utf-8", "backslashreplace") if byte else str(piece).replace("▁", " ")
 
 
-def visible(text: str, width: int | None = None) -> str:
-    r"""A text on one line in which everything is seen: `␣` for a space, `⏎` for a line's end, `\x00` for a NUL.
-
-    Args:
-        text: any text.
-        width: most characters; None for all.
-
-    Returns:
-        Printable characters only (no control character, no change of direction), at least one.
-    """
-    line = "".join(_MARKS.get(letter) or _escape(letter) for letter in text) or "(empty)"
+def visible(text: str, width: int | None = None, *, space: str = "␣") -> str:
+    r"""A text on one line of at most `width` characters: `␣` for a space, `⏎` for a line end, `\x00` for NUL."""
+    marks = {**_MARKS, " ": space}
+    line = "".join(marks.get(letter) or _escape(letter) for letter in text) or "(empty)"
     return line if width is None or len(line) <= width else line[: width - 1] + "…"
 
 
-def readable(text: str) -> str:
-    """A text of several lines as it reads: spaces and line ends stay, control characters are shown as in `visible`.
-
-    Args:
-        text: any text.
-
-    Returns:
-        Printable characters, spaces, tabs and line ends only.
-    """
+def printable(text: str) -> str:
+    r"""A text of several lines for a terminal, a page or a file: other control characters are written as `\x1b`."""
     return "".join(letter if letter in " \n\t" else _MARKS.get(letter) or _escape(letter) for letter in text)
+
+
+def quoted(text: str, width: int = 100) -> str:
+    """A name from an untrusted file as a message has it: in quotes, escaped, and cut behind `width` characters."""
+    return repr(text if len(text) <= width else text[:width] + "...")
 
 
 def _escape(letter: str) -> str:

@@ -9,7 +9,7 @@ import tokenizers
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from gradent.text import readable, token_texts, visible
+from gradent.text import printable, token_texts, visible
 from tests.report.token_records import HOSTILE
 
 TEXT = "Häuser größer 屋  \n\t$x$ <b>é"
@@ -90,13 +90,13 @@ def test_pieces_that_are_bytes() -> None:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_nothing_acts(text) -> None:
-    for shown in (visible(text), visible(3 * text, 7), readable(text)):
+    for shown in (visible(text), visible(3 * text, 7), printable(text)):
         assert all(letter.isprintable() or letter in "\n\t" for letter in shown)
     assert visible(text) and visible(text).isprintable() and " " not in visible(text)
-    assert readable(readable(text)) == readable(text)
+    assert printable(printable(text)) == printable(text)
 
 
 def test_spaces_and_line_ends_are_seen() -> None:
     assert visible(" a\n\tb\r") == "␣a⏎⇥b␍"
-    assert readable(" a\n\tb\r\x00") == " a\n\tb␍\\x00"
+    assert printable(" a\n\tb\r\x00") == " a\n\tb␍\\x00"
     assert (visible(""), visible("abcdef", 4), visible("abcd", 4)) == ("(empty)", "abc…", "abcd")

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import gradent.model.facts
 from gradent.errors import GradentWarning, NonFiniteError
-from gradent.hooks.driver import agreement
-from gradent.hooks.forms import Dense, Explicit, Rows
+from gradent.hooks.passes.driver import agreement
+from gradent.hooks.uses.formats import Dense, Explicit, Rows
 from gradent.measurement import measure
 from gradent.pairs.batch import PairBatch
 from gradent.tokens.all_pairs import AllPairsLedger
@@ -25,7 +25,8 @@ from tests.batches import left_padded, ragged, square
 from tests.odd_models import ODD, build_odd
 from tests.token_models import TOKEN_MODELS
 from tests.truth import token_gradients, untouched
-from tests.zoo import MEASURABLE, build
+from tests.zoo import build
+from tests.zoo_prints import zoo
 
 MODELS = {
     **TOKEN_MODELS,
@@ -207,7 +208,7 @@ def test_a_non_finite_token_is_named():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MEASURABLE)
+@pytest.mark.parametrize("name", zoo())
 def test_every_family_in_step(name):
     check_in_step(build(name))
 

@@ -16,7 +16,7 @@ from examples.paper.starts import Start, load_start, make_start
 from examples.paper.watch import run_loss
 from gradent.demo.train import one_thread
 from gradent.errors import InputError
-from gradent.record.parquet import make_directory
+from gradent.record.atomic import make_directory
 
 __all__ = ["Lab", "Outcome"]
 

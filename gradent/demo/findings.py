@@ -21,19 +21,12 @@ _SUFFIXED = ("short suffix", "long suffix", "prefix+suffix")
 
 @dataclass(frozen=True)
 class Evidence:
-    """One measured mean.
+    """One measured mean."""
 
-    Attributes:
-        label: what was averaged.
-        mean: over the probe pairs; None where no pair has a value.
-        error: standard error of the mean; None where there are fewer than two values.
-        wanted: the sign that the finding names, +1 or -1.
-    """
-
-    label: str
-    mean: float | None
-    error: float | None
-    wanted: int
+    label: str  # what was averaged
+    mean: float | None  # over the probe pairs; None where no pair has a value
+    error: float | None  # standard error of the mean; None where there are fewer than two values
+    wanted: int  # the sign that the finding names, +1 or -1
 
     @property
     def holds(self) -> bool:
@@ -55,11 +48,7 @@ class Finding:
         return all(each.holds for each in self.evidence)
 
     def to_record(self) -> dict[str, Any]:
-        """The finding as `demo.json` holds it.
-
-        Returns:
-            `claim`, `rule`, `appears` and `evidence`, each piece with its own `holds`.
-        """
+        """The finding as `demo.json` holds it."""
         return {
             "claim": self.claim,
             "rule": self.rule,
@@ -69,15 +58,7 @@ class Finding:
 
 
 def judge(columns: Mapping[str, Sequence[Any]]) -> list[Finding]:
-    """Hold the paper's findings against a demo's rows.
-
-    Args:
-        columns: columns of the demo's `pairs.parquet`; `checkpoint` is the style, one style's rows hold every probe
-            pair at every measured step, and pair i of every style is about the same statement.
-
-    Returns:
-        The findings of Section 4.3 in the paper's order, then that rejected falls everywhere.
-    """
+    """Hold the paper's findings against a demo's rows."""
     chosen = {style: curve.change for style, curve in read_curves(columns, "chosen_logp").items()}
     rejected = {style: curve.change for style, curve in read_curves(columns, "rejected_logp").items()}
     cosine = {style: curve.over_steps for style, curve in read_curves(columns, "cosine").items()}

@@ -17,11 +17,7 @@ _POSITIONS = 64
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer with one token for every word of the task.
-
-    Returns:
-        The tokenizer; ids 0, 1 and 2 are pad, EOS and unknown.
-    """
+    """A tokenizer with one token for every word of the task."""
     vocabulary = {word: number for number, word in enumerate([*_SPECIALS, *word_list()])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -35,15 +31,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(vocabulary: int, seed: int) -> Any:
-    """A Llama of 2 layers and width 96 with random weights.
-
-    Args:
-        vocabulary: number of tokens.
-        seed: of the weights; the global random state is left alone.
-
-    Returns:
-        A float32 `LlamaForCausalLM` in evaluation mode.
-    """
+    """A Llama of 2 layers and width 96 with random weights."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=96,

@@ -21,7 +21,7 @@ from rich.text import Text
 from gradent.demo.settings import EMBEDDED, PRETRAINED, DemoSettings
 from gradent.errors import InputError
 from gradent.record import PAIR_COLUMNS, write_demo, write_pairs
-from gradent.record.parquet import make_directory
+from gradent.record.atomic import make_directory
 from gradent.report import write_demo_report
 
 if TYPE_CHECKING:
@@ -35,22 +35,7 @@ _LARGEST_SEED = 2**32 - 1
 
 
 def run_demo(*, out: str | os.PathLike[str], model: str | None = None, steps: int | None = None, seed: int = 0) -> int:
-    """Run the paper's sentiment experiment in miniature: SFT, then DPO once a style, measured every few steps.
-
-    Args:
-        out: directory for `report.html`, `pairs.parquet` and `demo.json`, made where needed; those of an earlier demo
-            there are replaced.
-        model: directory or hub id of a causal LM; None for a small one built on the spot, which needs no network.
-        steps: DPO steps of each style; None for the demo's own.
-        seed: of the data, the embedded model's weights and the training; runs of one seed on one machine are equal.
-
-    Returns:
-        The exit code, 0. A finding of the paper that does not appear is a result, not an error.
-
-    Raises:
-        InputError: `out` cannot be written to, a package is missing, `steps` or `seed` is out of range, or the model's
-            tokenizer cannot do the task.
-    """
+    """Run the paper's sentiment experiment in miniature: SFT, then DPO once a style, measured every few steps."""
     started = time.monotonic()
     directory = make_directory(out, ("pairs.parquet", "demo.json", "report.html"))
     settings = _choose_settings(model, steps, seed)
@@ -82,18 +67,7 @@ def run_demo(*, out: str | os.PathLike[str], model: str | None = None, steps: in
 def experiment(
     settings: DemoSettings, *, model: str | None = None, seed: int = 0, quiet: bool = False
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """Train and measure, without writing anything.
-
-    Args:
-        settings: how much of everything.
-        model: as in `run_demo`.
-        seed: as in `run_demo`.
-        quiet: show no progress.
-
-    Returns:
-        `(columns, about)`: the columns of `pairs.parquet`, `checkpoint` being the style, and the keys `model` and
-        `styles` of `record.DemoRecord`.
-    """
+    """Train and measure, without writing anything."""
     from gradent.demo.task import STYLES, find_label_words, make_task  # noqa: PLC0415
     from gradent.demo.train import one_thread, train_dpo, train_sft  # noqa: PLC0415
 
@@ -217,7 +191,7 @@ def _to_columns(runs: dict[str, list[Measured]], beta: float) -> dict[str, list[
                 "checkpoint": [style] * len(gram),
                 "step": [each.step] * len(gram),
                 "pair": list(range(len(gram))),
-                "cosine": [None if value != value else value for value in gram.cosine.tolist()],
+                "cosine": gram.cosine.tolist(),
                 "ref_chosen_logp": start.chosen_logp.tolist(),
                 "ref_rejected_logp": start.rejected_logp.tolist(),
             }

@@ -15,37 +15,24 @@ __all__ = ["EMBEDDED", "PRETRAINED", "DemoSettings"]
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """How much is drawn, trained and measured.
+    """How much is drawn, trained and measured."""
 
-    Attributes:
-        train: statements for SFT and DPO.
-        probe: held-out statements; one pair each is measured in every style.
-        usual_if_wrong: chance that a word of an SFT answer with the wrong label is the style's own; well below that of
-            an answer with the right label (0.7), as Theorem 3 assumes.
-        sft_steps: optimizer steps of SFT, AdamW, linear decay.
-        sft_lr: its learning rate.
-        sft_batch: answers a step.
-        dpo_optimizer: `optim` of transformers' TrainingArguments.
-        dpo_lr: learning rate of DPO, constant. With SGD the step is `dpo_lr` times the gradient of the batch's mean
-            loss: the plain descent of the paper's conditions, without clipping.
-        dpo_batch: pairs a step.
-        dpo_steps: optimizer steps of each style's DPO run.
-        measure_every: steps between measurements; step 0 and the last step are always measured.
-        beta: of DPO; 0.1 as in the paper.
-    """
-
-    train: int = 1024
-    probe: int = 48
+    train: int = 1024  # statements for SFT and DPO
+    probe: int = 48  # held-out statements; one pair each is measured in every style
+    # chance that a word of an SFT answer with the wrong label is the style's own; well below that of an answer
+    # with the right label (0.7), as Theorem 3 assumes
     usual_if_wrong: float = 0.15
-    sft_steps: int = 1000
-    sft_lr: float = 5e-3
-    sft_batch: int = 32
-    dpo_optimizer: str = "sgd"
+    sft_steps: int = 1000  # optimizer steps of SFT, AdamW, linear decay
+    sft_lr: float = 5e-3  # its learning rate
+    sft_batch: int = 32  # answers a step
+    dpo_optimizer: str = "sgd"  # `optim` of transformers' TrainingArguments
+    # learning rate of DPO, constant. With SGD the step is `dpo_lr` times the gradient of the batch's mean loss:
+    # the plain descent of the paper's conditions, without clipping
     dpo_lr: float = 1e-2
-    dpo_batch: int = 32
-    dpo_steps: int = 60
-    measure_every: int = 5
-    beta: float = 0.1
+    dpo_batch: int = 32  # pairs a step
+    dpo_steps: int = 60  # optimizer steps of each style's DPO run
+    measure_every: int = 5  # steps between measurements; step 0 and the last step are always measured
+    beta: float = 0.1  # of DPO; 0.1 as in the paper
 
 
 EMBEDDED = DemoSettings()

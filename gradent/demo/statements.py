@@ -50,15 +50,7 @@ class Statement:
 
 
 def draw_statements(rng: random.Random, count: int) -> list[Statement]:
-    """Distinct generated statements, positive and negative by turns.
-
-    Args:
-        rng: what they are drawn with.
-        count: how many.
-
-    Returns:
-        The statements.
-    """
+    """Distinct generated statements, positive and negative by turns."""
     drawn: dict[str, Statement] = {}
     while len(drawn) < count:
         positive = len(drawn) % 2 == 0
@@ -69,29 +61,13 @@ def draw_statements(rng: random.Random, count: int) -> list[Statement]:
 
 
 def statement_words() -> set[str]:
-    """Every word of the generated statements.
-
-    Returns:
-        The words.
-    """
+    """Every word of the generated statements."""
     parts = (_OPENERS, _SUBJECTS, _VERBS, _DEGREES, _POSITIVE, _NEGATIVE, _TAILS)
     return {word for text in chain(*parts) for word in text.split()}
 
 
 def divide_statements(rng: random.Random, statements: Sequence[Statement], count: int) -> list[Statement]:
-    """Some of the given statements, shuffled, positive and negative by turns.
-
-    Args:
-        rng: what they are shuffled with.
-        statements: what there is.
-        count: how many are wanted.
-
-    Returns:
-        `count` statements; the first is positive.
-
-    Raises:
-        InputError: there are too few of a sentiment.
-    """
+    """Some of the given statements, shuffled, positive and negative by turns."""
     sides: list[list[Statement]] = []
     for positive, name in ((True, "positive"), (False, "negative")):
         side = [statement for statement in statements if statement.positive is positive]
@@ -109,24 +85,7 @@ def divide_statements(rng: random.Random, statements: Sequence[Statement], count
 def read_statements(
     path: str | os.PathLike[str], *, text: str = "text", label: str = "label", longest: int = LONGEST
 ) -> list[Statement]:
-    """Read statements from a JSONL file: an object a line, with the statement's text and its sentiment.
-
-    Blanks at a text's ends are dropped, and every run of blanks in it becomes one space. What is too long, was there
-    before, or is there with both sentiments is left out, and a warning says how many of each.
-
-    Args:
-        path: the file, UTF-8. Empty lines are passed over.
-        text: key of the text.
-        label: key of the sentiment, "positive" or "negative".
-        longest: characters of a statement, at most.
-
-    Returns:
-        Distinct statements in the order of the file.
-
-    Raises:
-        DataFileError: the file cannot be read, or a line is not such an object.
-        InputError: no statement is left.
-    """
+    """Distinct statements of a JSONL file; a warning counts those that are too long, repeated or contradictory."""
     seen: dict[str, set[bool]] = {}
     rows = too_long = 0
     for content, positive in _labelled(Path(path), text, label):

@@ -89,19 +89,12 @@ USUAL_IF_WRONG = 0.15
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Everything that is drawn before a model is involved.
+    """Everything that is drawn before a model is involved."""
 
-    Attributes:
-        train: statements that SFT and DPO train on.
-        probe: held-out statements, half of each sentiment; their pairs are measured.
-        sft: `(prompt, answer)` texts, each answer with a space in front.
-        label_words: the words for (positive, negative).
-    """
-
-    train: tuple[Statement, ...]
-    probe: tuple[Statement, ...]
-    sft: tuple[tuple[str, str], ...]
-    label_words: tuple[str, str]
+    train: tuple[Statement, ...]  # statements that SFT and DPO train on
+    probe: tuple[Statement, ...]  # held-out statements, half of each sentiment; their pairs are measured
+    sft: tuple[tuple[str, str], ...]  # `(prompt, answer)` texts, each answer with a space in front
+    label_words: tuple[str, str]  # the words for (positive, negative)
 
 
 def make_task(
@@ -114,24 +107,7 @@ def make_task(
     usual_if_wrong: float = USUAL_IF_WRONG,
     statements: Sequence[Statement] | None = None,
 ) -> Task:
-    """Draw a task.
-
-    Args:
-        seed: the same seed draws the same task.
-        train: training statements.
-        probe: held-out statements, none of them among the training ones.
-        answers: answers for SFT, over the training statements in turn.
-        label_words: what the two labels are called.
-        usual_if_wrong: chance that a word of an answer with the wrong label is the style's own. At `USUAL_IF_RIGHT`,
-            Theorem 3's assumption is gone.
-        statements: to draw from, such as those of `read_statements`; None to generate them. They must be distinct.
-
-    Returns:
-        The task.
-
-    Raises:
-        InputError: `statements` holds too few of a sentiment, or one twice.
-    """
+    """Draw a task."""
     rng = random.Random(seed)
     if statements is None:
         drawn = draw_statements(rng, probe + train)
@@ -149,44 +125,18 @@ def draw_answers(
     statements: Sequence[Statement],
     label_words: tuple[str, str],
 ) -> tuple[tuple[str, str], ...]:
-    """Answers with the right label, worded as SFT's are: held-out ones, where the statements are.
-
-    Args:
-        seed: the same seed draws the same answers.
-        statements: one answer each.
-        label_words: the words for (positive, negative).
-
-    Returns:
-        `(prompt, answer)` texts, each answer with a space in front.
-    """
+    """Answers with the right label, worded as SFT's are: held-out ones, where the statements are."""
     rng = random.Random(seed)
     return tuple(_word_answer(rng, statement, label_words, False, USUAL_IF_RIGHT) for statement in statements)
 
 
 def prompt_of(statement: Statement, style: str) -> str:
-    """The prompt that asks for a statement's sentiment in one of the styles.
-
-    Args:
-        statement: what is judged.
-        style: a key of `STYLES`.
-
-    Returns:
-        The text, without a space at its end.
-    """
+    """The prompt that asks for a statement's sentiment in one of the styles."""
     return _PROMPT.format(statement=statement.text, cue=_CUES[style])
 
 
 def responses_of(statement: Statement, style: str, label_words: tuple[str, str]) -> tuple[str, str]:
-    """The pair of a statement in one of the styles.
-
-    Args:
-        statement: what is judged.
-        style: a key of `STYLES`.
-        label_words: the words for (positive, negative).
-
-    Returns:
-        `(chosen, rejected)`, each with a space in front.
-    """
+    """The pair of a statement in one of the styles."""
     right, wrong = label_words if statement.positive else label_words[::-1]
     return " " + STYLES[style].format(label=right), " " + STYLES[style].format(label=wrong)
 
@@ -194,19 +144,7 @@ def responses_of(statement: Statement, style: str, label_words: tuple[str, str])
 def tokenize_style(
     tokenizer: PreTrainedTokenizerBase, statements: Sequence[Statement], style: str, label_words: tuple[str, str]
 ) -> list[TokenPair]:
-    """The pairs of some statements in one of the styles, as token ids without EOS.
-
-    EOS would be one more token that chosen and rejected share: a single token with it is a short suffix.
-
-    Args:
-        tokenizer: the model's.
-        statements: what is judged.
-        style: a key of `STYLES`.
-        label_words: the words for (positive, negative).
-
-    Returns:
-        One `(prompt_ids, chosen_ids, rejected_ids)` a statement.
-    """
+    """Token ids of the pairs of some statements in one style; no EOS, which would be one more shared token."""
     return [
         tokenize_pair(
             tokenizer,
@@ -220,17 +158,7 @@ def tokenize_style(
 
 
 def find_label_words(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The first of `LABEL_WORDS` that a tokenizer has as single tokens.
-
-    Args:
-        tokenizer: the model's.
-
-    Returns:
-        Words for (positive, negative) such that in every style chosen and rejected differ in exactly one token.
-
-    Raises:
-        InputError: there is no such pair.
-    """
+    """The first of `LABEL_WORDS` that a tokenizer has as single tokens."""
     probe = [Statement("the concert", True)]
     for words in LABEL_WORDS:
         if all(_differ_in_one_token(tokenize_style(tokenizer, probe, style, words)[0]) for style in STYLES):
@@ -243,11 +171,7 @@ def find_label_words(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
 
 
 def word_list() -> list[str]:
-    """Every word and mark of the statements, prompts and answers: the embedded tokenizer's vocabulary.
-
-    Returns:
-        The words, sorted, without duplicates.
-    """
+    """Every word and mark of the statements, prompts and answers: the embedded tokenizer's vocabulary."""
     texts = [_PROMPT.format(statement="", cue=cue).replace(":", " :") for cue in _CUES.values()]
     texts += [response.format(label="").replace(".", " .") for response in STYLES.values()]
     words = {word for text in texts for word in text.split()}

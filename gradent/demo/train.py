@@ -51,16 +51,7 @@ class Measured:
 def train_sft(
     model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, settings: DemoSettings, *, seed: int, advance: Advance
 ) -> None:
-    """Fine-tune a model on the task's answers, the loss on the answers alone.
-
-    Args:
-        model: a causal LM; its parameters are changed, nothing else of it.
-        tokenizer: its tokenizer.
-        task: the task.
-        settings: of SFT.
-        seed: of the order of the answers.
-        advance: called after every step.
-    """
+    """Fine-tune a model on the task's answers, the loss on the answers alone."""
     trained = copy.deepcopy(model)  # TRL replaces the forward of the model that it is given
     rows = datasets.Dataset.from_list([sft_row(tokenizer, *texts) for texts in task.sft])
     with trainer_arguments(seed) as common:
@@ -93,20 +84,7 @@ def train_dpo(
     seed: int,
     advance: Advance,
 ) -> list[Measured]:
-    """Run TRL's DPOTrainer on one style's pairs, and measure the probe pairs on the way.
-
-    Args:
-        model: the model after SFT, which is also the reference; it is left as it is.
-        tokenizer: its tokenizer.
-        task: the task.
-        style: a key of `STYLES`.
-        settings: of DPO.
-        seed: of the order of the pairs.
-        advance: called after every step.
-
-    Returns:
-        Measurements at step 0, every `settings.measure_every` steps and at the last step.
-    """
+    """Run TRL's DPOTrainer on one style's pairs, and measure the probe pairs on the way."""
     pairs = tokenize_style(tokenizer, task.train, style, task.label_words)
     watch = _Watch(
         PairBatch.from_tokens(tokenize_style(tokenizer, task.probe, style, task.label_words)),
@@ -168,26 +146,13 @@ class _Watch(TrainerCallback):
 
 
 class PairCollator:
-    """Batches of gradent's own token ids in TRL's layout: what is trained on is tokenized as what is measured.
-
-    TRL's tokenization appends EOS, which would give the single token a suffix.
-
-    Args:
-        pairs: token ids by the dataset's column `pair`.
-    """
+    """Batches of gradent's own token ids in TRL's layout, without the EOS that TRL's tokenization appends."""
 
     def __init__(self, pairs: Sequence[TokenPair]) -> None:
         self._pairs = pairs
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """A batch of B pairs.
-
-        Args:
-            rows: B rows of the dataset; only their `pair` is read.
-
-        Returns:
-            `input_ids`, `attention_mask` and `completion_mask`, each int64 `[2B, L]`, chosen rows first.
-        """
+        """A batch of B pairs."""
         batch = PairBatch.from_tokens([self._pairs[row["pair"]] for row in rows])
         return {
             "input_ids": batch.input_ids,
@@ -200,14 +165,7 @@ class SplitCollator(PairCollator):
     """The same batches as TRL's `CPOTrainer` takes them: chosen and rejected apart, with labels."""
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """A batch of B pairs.
-
-        Args:
-            rows: B rows of the dataset; only their `pair` is read.
-
-        Returns:
-            `chosen_input_ids`, `chosen_attention_mask`, `chosen_labels` and the same of rejected, int64 `[B, L]`.
-        """
+        """A batch of B pairs."""
         both = super().__call__(rows)
         both["labels"] = both["input_ids"].masked_fill(both.pop("completion_mask") == 0, -100)
         return {
@@ -218,16 +176,7 @@ class SplitCollator(PairCollator):
 
 
 def sft_row(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> dict[str, list[int]]:
-    """An answer as SFT sees it, EOS behind it.
-
-    Args:
-        tokenizer: the model's.
-        prompt: what is asked.
-        answer: what is answered, with a space in front.
-
-    Returns:
-        `input_ids`, and `completion_mask`, which is 1 at the answer's tokens.
-    """
+    """An answer as SFT sees it, EOS behind it."""
     prompt_ids = list(tokenizer(prompt)["input_ids"])
     ids = [*list(tokenizer(prompt + answer)["input_ids"]), tokenizer.eos_token_id]
     marks = [0] * len(prompt_ids) + [1] * (len(ids) - len(prompt_ids))
@@ -235,15 +184,7 @@ def sft_row(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> dic
 
 
 def pair_rows(task: Task, style: str) -> Any:
-    """The pairs of the training statements, as TRL's dataset.
-
-    Args:
-        task: the task.
-        style: a key of `STYLES`.
-
-    Returns:
-        A `Dataset` with `prompt`, `chosen`, `rejected`, and `pair`, the statement's number, for `PairCollator`.
-    """
+    """The pairs of the training statements, as TRL's dataset."""
     rows = []
     for number, statement in enumerate(task.train):
         chosen, rejected = responses_of(statement, style, task.label_words)
@@ -254,14 +195,7 @@ def pair_rows(task: Task, style: str) -> Any:
 
 
 def padded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy with a pad token: trainers set one on the tokenizer that they are given.
-
-    Args:
-        tokenizer: the model's; it is left as it is.
-
-    Returns:
-        The copy.
-    """
+    """A copy with a pad token: trainers set one on the tokenizer that they are given."""
     tokenizer = copy.deepcopy(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -270,11 +204,7 @@ def padded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread for torch: as fast for a model this small, far faster on a busy machine, and the same sums on any.
-
-    Yields:
-        Nothing.
-    """
+    """One thread for torch: as fast for a model this small, far faster on a busy machine, and the same sums on any."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -285,14 +215,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def trainer_arguments(seed: int) -> Iterator[dict[str, Any]]:
-    """Arguments of every run: float32, nothing saved, nothing reported, nothing printed.
-
-    Args:
-        seed: of the run.
-
-    Yields:
-        Keywords of a `TrainingArguments`; the directory in them goes when the context is left.
-    """
+    """Arguments of every run: float32, nothing saved, nothing reported, nothing printed."""
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
@@ -316,11 +239,7 @@ def trainer_arguments(seed: int) -> Iterator[dict[str, Any]]:
 
 
 def train_quietly(trainer: Any) -> None:
-    """Train without a printed line.
-
-    Args:
-        trainer: of transformers.
-    """
+    """Train without a printed line."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.train()

@@ -57,28 +57,15 @@ _HELP = (
 
 @dataclass(frozen=True, kw_only=True)
 class TokenPicture:
-    """What is drawn.
+    """What is drawn."""
 
-    Attributes:
-        cosine: of the gradients of chosen and rejected tokens, float64 `[T_w, T_l]`; nan where a token has none.
-        chosen: the chosen tokens' texts, T_w of them.
-        rejected: the rejected tokens' texts, T_l of them.
-        chosen_entanglement: `⟨∇log π(y_w^a), g_l⟩`, float64 `[T_w]`.
-        rejected_entanglement: `⟨∇log π(y_l^b), g_w⟩`, float64 `[T_l]`.
-        alignment: `(a, b)` of the tokens that are the same in both responses.
-        title: above the picture; empty for none.
-
-    Raises:
-        InputError: texts that are not one a token.
-    """
-
-    cosine: Floats
-    chosen: Sequence[str]
-    rejected: Sequence[str]
-    chosen_entanglement: Floats
-    rejected_entanglement: Floats
-    alignment: Sequence[tuple[int, int]]
-    title: str = ""
+    cosine: Floats  # of the gradients of chosen and rejected tokens, float64 `[T_w, T_l]`; nan where a token has none
+    chosen: Sequence[str]  # the chosen tokens' texts, T_w of them
+    rejected: Sequence[str]  # the rejected tokens' texts, T_l of them
+    chosen_entanglement: Floats  # `⟨∇log π(y_w^a), g_l⟩`, float64 `[T_w]`
+    rejected_entanglement: Floats  # `⟨∇log π(y_l^b), g_w⟩`, float64 `[T_l]`
+    alignment: Sequence[tuple[int, int]]  # `(a, b)` of the tokens that are the same in both responses
+    title: str = ""  # above the picture; empty for none
 
     def __post_init__(self) -> None:
         for side, texts, count in zip(
@@ -112,15 +99,7 @@ class _Plan:
 
 
 def draw_tokens(picture: TokenPicture) -> Figure:
-    """Draw the matrix, chosen tokens downwards, rejected tokens to the right, with strips of entanglement.
-
-    Args:
-        picture: what to draw.
-
-    Returns:
-        The figure, at most about 17 inches a side whatever the number of tokens; labels shrink, then every other one
-        (and so on) is left out.
-    """
+    """Draw the matrix, chosen tokens downwards, rejected tokens to the right, with strips of entanglement."""
     figure = new_figure(_DPI)
     fonts, letters = _fonts()
     labels = [_labels(texts, letters) for texts in (picture.chosen, picture.rejected)]
@@ -137,18 +116,7 @@ def draw_tokens(picture: TokenPicture) -> Figure:
 
 
 def new_figure(dpi: int, **options: Any) -> Figure:
-    """An empty white figure on a canvas of its own: pyplot and its backend are not touched.
-
-    Args:
-        dpi: dots to an inch.
-        options: further ones of matplotlib's `Figure`.
-
-    Returns:
-        The figure.
-
-    Raises:
-        InputError: matplotlib is not installed.
-    """
+    """An empty white figure on a canvas of its own: pyplot and its backend are not touched."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
         from matplotlib.figure import Figure  # noqa: PLC0415
@@ -163,18 +131,7 @@ def new_figure(dpi: int, **options: Any) -> Figure:
 
 
 def write_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    """Write a figure as PNG.
-
-    Args:
-        figure: what `draw_tokens` returned.
-        path: the file; its name ends in .png and its directory must be there.
-
-    Returns:
-        The file.
-
-    Raises:
-        InputError: another ending, or the file cannot be written.
-    """
+    """Write a figure as PNG."""
     target, content = Path(path), io.BytesIO()
     if target.suffix.lower() != ".png":
         raise InputError(

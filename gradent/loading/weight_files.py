@@ -13,8 +13,9 @@ from typing import Any
 
 from gradent.errors import DataFileError, ModelError
 from gradent.loading.source import brief, some
+from gradent.text import quoted
 
-__all__ = ["CONFIGS", "check_links", "check_weights", "kind_of", "leads_outside", "read_object", "shown"]
+__all__ = ["CONFIGS", "check_links", "check_weights", "kind_of", "leads_outside", "read_object"]
 
 CONFIGS = {"full": "config.json", "adapter": "adapter_config.json"}
 """Kind of a model to the file that describes it."""
@@ -30,14 +31,7 @@ _AGAIN = "It was cut off while it was saved or copied, or damaged: copy it again
 
 
 def kind_of(directory: Path) -> str | None:
-    """What a directory seems to hold, whole or not.
-
-    Args:
-        directory: of a checkpoint.
-
-    Returns:
-        "adapter" (a PEFT adapter), "full", or None where there are neither a config nor weights.
-    """
+    """What a directory seems to hold, whole or not."""
     names = _names(directory)
     if CONFIGS["adapter"] in names or any(name.startswith("adapter_model.") for name in names):
         return "adapter"
@@ -47,15 +41,7 @@ def kind_of(directory: Path) -> str | None:
 
 
 def check_weights(directory: Path, kind: str | None) -> None:
-    """Refuse a directory whose weights are missing, pickled, sharded for training only, or not whole.
-
-    Args:
-        directory: of a full model or of an adapter.
-        kind: what `kind_of` said.
-
-    Raises:
-        ModelError: what is wrong, and what to do.
-    """
+    """Refuse a directory whose weights are missing, pickled, sharded for training only, or not whole."""
     names = _names(directory)
     tensors = [name for name in names if name.endswith(".safetensors")]
     if kind == "adapter":
@@ -77,17 +63,8 @@ def check_weights(directory: Path, kind: str | None) -> None:
 
 
 def check_links(directory: Path, root: Path) -> None:
-    """Refuse a checkpoint that is, or holds, a link out of its run: what it shows would not be the run's.
-
-    What is never opened (optimizer states and other pickles, directories) may lie anywhere.
-
-    Args:
-        directory: of the checkpoint, or the run itself.
-        root: the run's directory, resolved.
-
-    Raises:
-        ModelError: a link that leads outside, or a directory that cannot be read.
-    """
+    """Refuse a checkpoint that is, or holds, a link out of its run: what it shows would not be the run's."""
+    # What is never opened (optimizer states and other pickles, directories) may lie anywhere.
     problem = (
         "is a link that leads out of the run's directory, and is not followed. If you trust the run, put what it "
         "points at in its place: copy the run with its links resolved (cp -rL RUN COPY) and audit the copy."
@@ -99,37 +76,18 @@ def check_links(directory: Path, root: Path) -> None:
             for path in sorted(place.iterdir()) if place.is_dir() else ():
                 opened = path.name == _TEMPLATES or not (path.is_dir() or _is_pickle(path.name))
                 if path.is_symlink() and opened and leads_outside(path, root):
-                    raise ModelError(f"{directory}: in it, {shown(path.name)} {problem}")
+                    raise ModelError(f"{directory}: in it, {quoted(path.name)} {problem}")
     except OSError as error:
         raise ModelError(f"{directory}: cannot be read ({error.strerror}). Check its permissions.") from error
 
 
 def leads_outside(path: Path, root: Path) -> bool:
-    """Whether a path, its links followed, ends outside of a directory.
-
-    Args:
-        path: any path.
-        root: the directory, resolved.
-
-    Returns:
-        True for what is outside.
-    """
+    """Whether a path, its links followed, ends outside of a directory."""
     return not Path(os.path.realpath(path)).is_relative_to(root)
 
 
 def read_object(path: Path, most: int = _MOST_JSON) -> dict[str, Any]:
-    """A JSON object of a bounded size.
-
-    Args:
-        path: the file.
-        most: the largest size that is read, in bytes.
-
-    Returns:
-        The object.
-
-    Raises:
-        DataFileError: no regular file, too large, not JSON, or JSON of another kind.
-    """
+    """A JSON object of a bounded size."""
     if not os.path.isfile(path):
         raise DataFileError(f"{path}: there is no such file. Copy it again from where the run was trained.")
     try:
@@ -148,19 +106,6 @@ def read_object(path: Path, most: int = _MOST_JSON) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DataFileError(f"{path}: holds a {type(content).__name__}; a JSON object is expected. {_AGAIN}")
     return content
-
-
-def shown(text: str, most: int = 100) -> str:
-    """A name from a file that is not trusted, as a message may have it: quoted, escaped, and not without end.
-
-    Args:
-        text: the name.
-        most: letters that are kept.
-
-    Returns:
-        The quoted name.
-    """
-    return repr(text if len(text) <= most else text[:most] + "...")
 
 
 def _names(directory: Path) -> set[str]:
@@ -229,14 +174,14 @@ def _shards(directory: Path, names: set[str]) -> list[str]:
     odd = [name for name in shards if "/" in name or "\\" in name or not name.endswith(".safetensors")]
     if odd:
         raise ModelError(
-            f"{index}: names {some([shown(name) for name in odd])} as a file of weights; accepted are the names of "
+            f"{index}: names {some([quoted(name) for name in odd])} as a file of weights; accepted are the names of "
             "*.safetensors files that stand beside it. Do not load this checkpoint unless you know who made it."
         )
     missing = [name for name in shards if name not in names]
     if missing:
         raise ModelError(
             f"{directory}: {len(missing)} of {len(shards)} files of weights that {_INDEX} names are missing: "
-            f"{some([shown(name) for name in missing])}. It was left off while it was saved or copied: copy it again "
+            f"{some([quoted(name) for name in missing])}. It was left off while it was saved or copied: copy it again "
             "from where the run was trained."
         )
     return shards

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gradent.errors import NonFiniteError
-from gradent.kernels.reference import accumulator
+from gradent.kernels.common.numerics import accumulator
 
 __all__ = ["check_logps", "sequence_logprobs"]
 

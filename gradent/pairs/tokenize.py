@@ -26,7 +26,7 @@ def tokenize_pair(
     add_eos: bool = False,
     where: str = "pair",
 ) -> tuple[list[int], list[int], list[int]]:
-    """`(prompt_ids, chosen_ids, rejected_ids)`, truncated, of strings or messages; errors call the pair `where`."""
+    """`(prompt_ids, chosen_ids, rejected_ids)`, truncated, of strings or message lists; `where` is for errors."""
     if len({isinstance(part, str) for part in (prompt, chosen, rejected)}) != 1:
         kinds = ", ".join(type(part).__name__ for part in (prompt, chosen, rejected))
         raise InputError(

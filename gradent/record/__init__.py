@@ -1,4 +1,4 @@
-"""What runs leave behind, versioned: parquet tables (`tables`) and JSON records (`documents`).
+"""What runs leave behind, versioned: parquet tables (`schema`) and JSON records (`documents`).
 
 Nothing here imports torch or, until a parquet file is touched, pyarrow: a report reads records and nothing else.
 """

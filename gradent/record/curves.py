@@ -21,15 +21,10 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Curve:
-    """One column of one checkpoint.
+    """One column of one checkpoint."""
 
-    Attributes:
-        steps: int64 `[S]`, increasing.
-        values: `[S, P]`, pairs in increasing order; nan where the column holds null.
-    """
-
-    steps: NDArray[np.int64]
-    values: Floats
+    steps: NDArray[np.int64]  # int64 `[S]`, increasing
+    values: Floats  # `[S, P]`, pairs in increasing order; nan where the column holds null
 
     @property
     def mean(self) -> Floats:
@@ -58,14 +53,7 @@ class Curve:
 
 
 def mean_and_error(values: Floats) -> tuple[float, float]:
-    """Mean and its standard error over pairs that have a value.
-
-    Args:
-        values: `[P]`, nan where there is none.
-
-    Returns:
-        `(mean, error)`: nan, nan without any value; the error is inf for a single one, which shows no spread.
-    """
+    """Mean and its standard error over pairs that have a value."""
     there = values[np.isfinite(values)]
     if there.size == 0:
         return float("nan"), float("nan")
@@ -74,18 +62,7 @@ def mean_and_error(values: Floats) -> tuple[float, float]:
 
 
 def read_curves(columns: Mapping[str, Sequence[Any]], name: str) -> dict[str, Curve]:
-    """The curves of one column, by checkpoint.
-
-    Args:
-        columns: columns of `pairs.parquet`, at least `checkpoint`, `step`, `pair` and `name`.
-        name: the column to follow.
-
-    Returns:
-        Checkpoints in the order of their first rows.
-
-    Raises:
-        InputError: a checkpoint does not hold every one of its pairs at every one of its steps, once.
-    """
+    """The curves of one column, by checkpoint."""
     cells: dict[str, dict[tuple[int, int], float]] = {}
     rows = zip(columns["checkpoint"], columns["step"], columns["pair"], columns[name], strict=True)
     for checkpoint, step, pair, value in rows:

@@ -1,20 +1,26 @@
-"""The JSON records that runs leave behind: an audit's summary, a demo's findings, the tokens of one pair."""
+"""The JSON records that runs leave behind: an audit's summary, a demo's findings, the tokens of one pair.
+
+Each kind has a `write` and a `read` (`DocumentKind`), which are functions as well: `write_summary`, `read_summary` ...
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, Generic, TypedDict, TypeVar, cast
 
 from gradent.errors import DataFileError, InputError
-from gradent.record.parquet import SCHEMA_VERSION, check_version, first_line, write_whole
+from gradent.record.atomic import write_whole
+from gradent.record.parquet import SCHEMA_VERSION, check_version, first_line
 from gradent.version import __version__
 
 __all__ = [
     "AUDIT_FILES",
     "DemoRecord",
+    "DocumentKind",
     "Summary",
     "TokenRecord",
     "read_demo",
@@ -25,10 +31,7 @@ __all__ = [
     "write_token_record",
 ]
 
-_SUMMARY_SCHEMA = "gradent.audit_summary"
-_DEMO_SCHEMA = "gradent.demo"
-_TOKEN_SCHEMA = "gradent.token_pair"
-
+Document = TypeVar("Document", bound=Mapping[str, Any])
 
 AUDIT_FILES = (
     "summary.json",
@@ -149,94 +152,97 @@ class TokenRecord(TypedDict):
     seconds: float
 
 
-def write_summary(path: str | os.PathLike[str], summary: Mapping[str, Any]) -> Summary:
-    """Write `summary.json` in one piece, with the schema's name and version and gradent's version filled in.
+@dataclass(frozen=True, kw_only=True)
+class DocumentKind(Generic[Document]):
+    """A kind of JSON record that gradent writes and reads.
 
-    Args:
-        path: the file to write; its directory is made where needed.
-        summary: every key of `Summary`; `schema`, `schema_version` and `gradent_version` may be missing, and this
-            gradent's own are written. No nan, no inf.
-
-    Returns:
-        The whole summary as written.
-
-    Raises:
-        InputError: a key is missing or unknown, or a value is not JSON.
+    Attributes:
+        schema: its schema's name.
+        keys: the type that lists its keys.
+        noun: several of them, in messages.
+        command: of gradent, that writes it.
+        writer: the function that writes it, in messages.
+        added: keys that were added later: they may be missing, and are then None.
+        indent: of the JSON text; None for one line.
+        check: called with the path and the record that was read.
     """
-    return cast(Summary, _write_document(path, _SUMMARY_SCHEMA, Summary, summary, "write_summary"))
+
+    schema: str
+    keys: type[Document]
+    noun: str
+    command: str
+    writer: str
+    added: Sequence[str] = ()
+    indent: int | None = 2
+    check: Callable[[str | os.PathLike[str], Any], None] | None = None
+
+    def write(self, path: str | os.PathLike[str], record: Mapping[str, Any]) -> Document:
+        """Write a record in one piece, with the schema's name and version and gradent's version filled in.
+
+        Args:
+            path: the file to write; its directory is made where needed.
+            record: every key of the record; `schema`, `schema_version` and `gradent_version` may be missing, and this
+                gradent's own are written. No nan, no inf.
+
+        Returns:
+            The record as written.
+
+        Raises:
+            InputError: a key is missing or unknown, or a value is not JSON.
+        """
+        content = {**record, "schema": self.schema, "schema_version": SCHEMA_VERSION, "gradent_version": __version__}
+        missing, unknown = (sorted(names) for names in (self._names - set(content), set(content) - self._names))
+        if missing or unknown:
+            raise InputError(f"{self.writer}: missing keys {missing}, unknown {unknown}.")
+        try:
+            text = json.dumps(content, indent=self.indent, ensure_ascii=False, allow_nan=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{self.writer}: a value is not JSON: {error}") from error
+        # A lone surrogate (JSON admits "\ud800") has no UTF-8: written as "?", since only previews can hold one.
+        write_whole(Path(path), lambda handle: handle.write(text.encode("utf-8", errors="replace")))
+        return cast(Document, content)
+
+    def read(self, path: str | os.PathLike[str]) -> Document:
+        """Read a record that gradent wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The record.
+
+        Raises:
+            DataFileError: the file is missing, not JSON, not of this kind, of a newer schema, lacks a key, or its lists
+                do not fit each other.
+        """
+        try:
+            content = json.loads(Path(path).read_bytes())
+        except FileNotFoundError as error:
+            raise DataFileError(
+                f"{path}: there is no such file. `gradent {self.command} ... --out DIR` writes it."
+            ) from error
+        except (OSError, ValueError) as error:
+            raise DataFileError(f"{path}: not a readable JSON file ({first_line(error)}).") from error
+        if not isinstance(content, dict) or content.get("schema") != self.schema:
+            raise DataFileError(
+                f"{path}: JSON, but not one of gradent's {self.noun} (its `schema` is not {self.schema!r})."
+            )
+        check_version(path, str(content.get("schema_version", "")))
+        content = {**dict.fromkeys(self.added), **content}
+        missing = sorted(self._names - set(content))
+        if missing:
+            raise DataFileError(f"{path}: keys missing: {', '.join(missing)}. Run the {self.command} again.")
+        if self.check is not None:
+            self.check(path, content)
+        return cast(Document, content)
+
+    @property
+    def _names(self) -> set[str]:
+        return set(self.keys.__annotations__)
 
 
-def read_summary(path: str | os.PathLike[str]) -> Summary:
-    """Read a `summary.json` that gradent wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The summary.
-
-    Raises:
-        DataFileError: the file is missing, not JSON, not gradent's, of a newer schema, or lacks a key.
-    """
-    return cast(Summary, _read_document(path, _SUMMARY_SCHEMA, Summary, "summaries", "audit"))
-
-
-def write_demo(path: str | os.PathLike[str], record: Mapping[str, Any]) -> DemoRecord:
-    """Write `demo.json` in one piece, with the schema's name and version and gradent's version filled in.
-
-    Args:
-        path: the file to write; its directory is made where needed.
-        record: every key of `DemoRecord`; `schema`, `schema_version` and `gradent_version` may be missing, and this
-            gradent's own are written. No nan, no inf.
-
-    Returns:
-        The whole record as written.
-    """
-    return cast(DemoRecord, _write_document(path, _DEMO_SCHEMA, DemoRecord, record, "write_demo"))
-
-
-def read_demo(path: str | os.PathLike[str]) -> DemoRecord:
-    """Read a `demo.json` that gradent wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The record.
-    """
-    return cast(DemoRecord, _read_document(path, _DEMO_SCHEMA, DemoRecord, "demos", "demo"))
-
-
-def write_token_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> TokenRecord:
-    """Write `tokens.json` in one piece, with the schema's name and version and gradent's version filled in.
-
-    Args:
-        path: the file to write; its directory is made where needed.
-        record: every key of `TokenRecord`; `schema`, `schema_version` and `gradent_version` may be missing, and this
-            gradent's own are written. No nan, no inf.
-
-    Returns:
-        The whole record as written.
-    """
-    whole = _write_document(path, _TOKEN_SCHEMA, TokenRecord, record, "write_token_record", indent=None)
-    return cast(TokenRecord, whole)
-
-
-def read_token_record(path: str | os.PathLike[str]) -> TokenRecord:
-    """Read a `tokens.json` that gradent wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The record.
-
-    Raises:
-        DataFileError: the file is missing, not such a record, of a newer schema, or its lists are not one number a
-            token.
-    """
-    whole = _read_document(path, _TOKEN_SCHEMA, TokenRecord, "token records", "tokens", added=("masks",))
-    record = cast(TokenRecord, whole)
+def _check_lengths(path: str | os.PathLike[str], record: TokenRecord) -> None:
+    """Refuse a token record whose lists are not one number a token."""
     for side in ("chosen", "rejected"):
         masks = (record["masks"] or {}).get(side, {})
         wrong = {name: len(values) for name, values in masks.items() if len(values) != len(record[side]["ids"])}
@@ -248,45 +254,17 @@ def read_token_record(path: str | os.PathLike[str]) -> TokenRecord:
     shape = len(record["chosen"]["ids"]), len(record["rejected"]["ids"])
     if [len(row) for row in record["inner"]] != [shape[1]] * shape[0]:
         raise DataFileError(f"{path}: inner is not a matrix of {shape[0]} rows of {shape[1]} numbers.")
-    return record
 
 
-def _write_document(
-    path: str | os.PathLike[str],
-    schema: str,
-    kind: type,
-    content: Mapping[str, Any],
-    writer: str,
-    indent: int | None = 2,
-) -> dict[str, Any]:
-    whole = {**content, "schema": schema, "schema_version": SCHEMA_VERSION, "gradent_version": __version__}
-    keys = set(kind.__annotations__)
-    if set(whole) != keys:
-        raise InputError(f"{writer}: missing keys {sorted(keys - set(whole))}, unknown {sorted(set(whole) - keys)}.")
-    try:
-        text = json.dumps(whole, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{writer}: a value is not JSON: {error}") from error
-    # A lone surrogate (JSON admits "\ud800") has no UTF-8: written as "?", since only previews can hold one.
-    write_whole(Path(path), lambda handle: handle.write(text.encode("utf-8", errors="replace")))
-    return whole
+SUMMARY = DocumentKind(
+    schema="gradent.audit_summary", keys=Summary, noun="summaries", command="audit", writer="write_summary"
+)
+DEMO = DocumentKind(schema="gradent.demo", keys=DemoRecord, noun="demos", command="demo", writer="write_demo")
+TOKEN_PAIR = DocumentKind(
+    schema="gradent.token_pair", keys=TokenRecord, noun="token records", command="tokens", writer="write_token_record",
+    added=("masks",), indent=None, check=_check_lengths,
+)  # fmt: skip
 
-
-def _read_document(
-    path: str | os.PathLike[str], schema: str, kind: type, noun: str, command: str, added: Sequence[str] = ()
-) -> dict[str, Any]:
-    """The document. Keys that were `added` to its kind later may be missing, and are then None."""
-    try:
-        content = json.loads(Path(path).read_bytes())
-    except FileNotFoundError as error:
-        raise DataFileError(f"{path}: there is no such file. `gradent {command} ... --out DIR` writes it.") from error
-    except (OSError, ValueError) as error:
-        raise DataFileError(f"{path}: not a readable JSON file ({first_line(error)}).") from error
-    if not isinstance(content, dict) or content.get("schema") != schema:
-        raise DataFileError(f"{path}: JSON, but not one of gradent's {noun} (its `schema` is not {schema!r}).")
-    check_version(path, str(content.get("schema_version", "")))
-    content = {**dict.fromkeys(added), **content}
-    missing = sorted(set(kind.__annotations__) - set(content))
-    if missing:
-        raise DataFileError(f"{path}: keys missing: {', '.join(missing)}. Run the {command} again.")
-    return content
+write_summary, read_summary = SUMMARY.write, SUMMARY.read
+write_demo, read_demo = DEMO.write, DEMO.read
+write_token_record, read_token_record = TOKEN_PAIR.write, TOKEN_PAIR.read

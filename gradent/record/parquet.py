@@ -1,33 +1,21 @@
-"""Files of records: each appears whole or not at all, and its schema version is checked when it is read.
-
-This file imports neither torch nor, until a parquet file is touched, pyarrow.
-"""
+"""Parquet tables with a schema and its version in their metadata. pyarrow is imported when a table is touched."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from gradent.errors import DataFileError, InputError
+from gradent.record.atomic import write_whole
 from gradent.version import __version__
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = [
-    "SCHEMA_VERSION",
-    "TableKind",
-    "check_version",
-    "first_line",
-    "make_directory",
-    "read_table",
-    "table_schema",
-    "write_table",
-    "write_whole",
-]
+__all__ = ["SCHEMA_VERSION", "TableKind", "check_version", "first_line"]
 
 SCHEMA_VERSION = 1
 """Version of all records. It grows when a column or key changes meaning or goes; a reader refuses what is newer."""
@@ -39,7 +27,7 @@ _WRITER_KEY = b"gradent.version"
 
 @dataclass(frozen=True, kw_only=True)
 class TableKind:
-    """A kind of parquet file that gradent writes.
+    """A kind of parquet file that gradent writes and reads.
 
     Attributes:
         name: its schema's name; the file is usually `{name}.parquet`.
@@ -50,131 +38,95 @@ class TableKind:
 
     name: str
     columns: Mapping[str, str]
-    nullable: frozenset[str]
+    nullable: frozenset[str] = frozenset()
     writer: str = "gradent audit ... --out DIR"
 
+    def schema(self) -> pa.Schema:
+        """The Arrow schema, with the schema version in its metadata.
 
-def make_directory(out: str | os.PathLike[str], files: Sequence[str] = ()) -> Path:
-    """The directory that files will go to, made and looked at before any work that would be lost without it.
+        Returns:
+            The columns in order; only those that may be missing are nullable.
+        """
+        pyarrow, _ = _import_pyarrow()
+        fields = [
+            pyarrow.field(name, getattr(pyarrow, arrow)(), nullable=name in self.nullable)
+            for name, arrow in self.columns.items()
+        ]
+        version = {_VERSION_KEY: str(SCHEMA_VERSION).encode(), _WRITER_KEY: __version__.encode()}
+        return pyarrow.schema(fields, metadata={_SCHEMA_KEY: self.name.encode(), **version})
 
-    Args:
-        out: the directory.
-        files: names of the files that will be written there.
+    def write(self, path: str | os.PathLike[str], columns: Mapping[str, Sequence[Any]]) -> None:
+        """Write a table in one piece: the file appears complete, or the one that was there stays.
 
-    Returns:
-        Its path.
+        Args:
+            path: the file to write; its directory is made where needed.
+            columns: one sequence per column, all of one length; None or nan where a nullable value is missing. A lone
+                surrogate in a text has no UTF-8 and is written as "?".
 
-    Raises:
-        InputError: it cannot be made or written to, or a directory stands where a file is to go.
-    """
-    directory = Path(out)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be made a directory ({error.strerror}). Choose another --out.") from error
-    if not os.access(directory, os.W_OK):
-        raise InputError(f"{out}: this directory cannot be written to. Choose another --out.")
-    for name in files:
-        if (directory / name).is_dir():
-            raise InputError(
-                f"{directory / name}: is a directory, where a file is to be written. Choose another --out."
+        Raises:
+            InputError: a column is missing, unknown, of another length, or holds what its type cannot.
+        """
+        pyarrow, parquet = _import_pyarrow()
+        writer = f"write_{self.name}"
+        if set(columns) != set(self.columns):
+            missing, unknown = sorted(set(self.columns) - set(columns)), sorted(set(columns) - set(self.columns))
+            accepted = [*self.columns]
+            raise InputError(f"{writer}: missing columns {missing}, unknown columns {unknown}; it takes {accepted}.")
+        try:
+            arrays = [
+                # from_pandas: nan is null.
+                pyarrow.array([*map(_encodable, columns[field.name])], field.type, from_pandas=field.nullable)
+                for field in self.schema()
+            ]
+            table = pyarrow.table(arrays, schema=self.schema())
+            table.validate(full=True)
+        except (pyarrow.ArrowException, TypeError) as error:
+            raise InputError(f"{writer}: the columns do not fit the schema of {self.name}.parquet: {error}") from error
+        for name in set(self.columns) - self.nullable:
+            if table[name].null_count:
+                raise InputError(f"{writer}: column {name} holds {table[name].null_count} nulls; it may hold none.")
+        write_whole(Path(path), lambda handle: parquet.write_table(table, handle))
+
+    def read(self, path: str | os.PathLike[str]) -> pa.Table:
+        """Read a table that gradent wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            The table. A nullable column that is not there, in a record of before it was added, holds only nulls.
+
+        Raises:
+            DataFileError: the file is missing, not parquet, not of this kind, of a newer schema, or lacks a column.
+        """
+        pyarrow, parquet = _import_pyarrow()
+        try:
+            table = parquet.read_table(path, partitioning=None)
+        except FileNotFoundError as error:
+            raise DataFileError(f"{path}: there is no such file. `{self.writer}` writes it.") from error
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataFileError(f"{path}: not a readable parquet file ({first_line(error)}).") from error
+        metadata = table.schema.metadata or {}
+        name = metadata.get(_SCHEMA_KEY, b"").decode(errors="replace")
+        if name != self.name:
+            raise DataFileError(
+                f"{path}: a parquet file, but not one of gradent's records of {self.name} (its schema is {name!r})."
             )
-    return directory
-
-
-def table_schema(kind: TableKind) -> pa.Schema:
-    """The Arrow schema of a kind of table, with the schema version in its metadata.
-
-    Args:
-        kind: the kind.
-
-    Returns:
-        Its columns in order; only those that may be missing are nullable.
-    """
-    pyarrow, _ = _import_pyarrow()
-    fields = [
-        pyarrow.field(name, getattr(pyarrow, arrow)(), nullable=name in kind.nullable)
-        for name, arrow in kind.columns.items()
-    ]
-    version = {_VERSION_KEY: str(SCHEMA_VERSION).encode(), _WRITER_KEY: __version__.encode()}
-    return pyarrow.schema(fields, metadata={_SCHEMA_KEY: kind.name.encode(), **version})
-
-
-def write_table(path: str | os.PathLike[str], kind: TableKind, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Write a table in one piece: the file appears complete, or the one that was there stays.
-
-    Args:
-        path: the file to write; its directory is made where needed.
-        kind: the kind of table.
-        columns: one sequence per column of `kind`, all of one length; None where a nullable value is missing. A lone
-            surrogate in a text has no UTF-8 and is written as "?".
-
-    Raises:
-        InputError: a column is missing, unknown, of another length, or holds what its type cannot.
-    """
-    pyarrow, parquet = _import_pyarrow()
-    writer = f"write_{kind.name}"
-    if set(columns) != set(kind.columns):
-        missing, unknown = sorted(set(kind.columns) - set(columns)), sorted(set(columns) - set(kind.columns))
-        raise InputError(f"{writer}: missing columns {missing}, unknown columns {unknown}; it takes {[*kind.columns]}.")
-    try:
-        values = {name: [_encodable(value) for value in columns[name]] for name in kind.columns}
-        table = pyarrow.table(values, schema=table_schema(kind))
-        table.validate(full=True)
-    except (pyarrow.ArrowException, TypeError) as error:
-        raise InputError(f"{writer}: the columns do not fit the schema of {kind.name}.parquet: {error}") from error
-    for name in set(kind.columns) - kind.nullable:
-        if table[name].null_count:
-            raise InputError(f"{writer}: column {name} holds {table[name].null_count} nulls; it may hold none.")
-    write_whole(Path(path), lambda handle: parquet.write_table(table, handle))
-
-
-def read_table(path: str | os.PathLike[str], kind: TableKind) -> pa.Table:
-    """Read a table that gradent wrote.
-
-    Args:
-        path: the file.
-        kind: the kind of table that it is to hold.
-
-    Returns:
-        The table, with the columns of `kind`. One that may hold nulls and is not there, in a record of before it was
-        added, holds nothing but nulls.
-
-    Raises:
-        DataFileError: the file is missing, not parquet, not of this kind, of a newer schema, or lacks another column.
-    """
-    pyarrow, parquet = _import_pyarrow()
-    try:
-        table = parquet.read_table(path, partitioning=None)
-    except FileNotFoundError as error:
-        raise DataFileError(f"{path}: there is no such file. `{kind.writer}` writes it.") from error
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataFileError(f"{path}: not a readable parquet file ({first_line(error)}).") from error
-    metadata = table.schema.metadata or {}
-    found = metadata.get(_SCHEMA_KEY, b"").decode(errors="replace")
-    if found != kind.name:
-        raise DataFileError(
-            f"{path}: a parquet file, but not one of gradent's records of {kind.name} (its schema is {found!r})."
-        )
-    check_version(path, metadata.get(_VERSION_KEY, b"").decode(errors="replace"))
-    for name in sorted(kind.nullable - set(table.column_names)):  # of before there was such a column
-        table = table.append_column(name, pyarrow.nulls(len(table), getattr(pyarrow, kind.columns[name])()))
-    wrong = [name for name, arrow in kind.columns.items() if not _has_column(table, name, arrow)]
-    if wrong:
-        raise DataFileError(f"{path}: columns missing or of another type: {', '.join(wrong)}. Run the audit again.")
-    return table
+        check_version(path, metadata.get(_VERSION_KEY, b"").decode(errors="replace"))
+        types = {name: getattr(pyarrow, arrow)() for name, arrow in self.columns.items()}
+        for name in sorted(self.nullable - set(table.column_names)):
+            table = table.append_column(name, pyarrow.nulls(len(table), types[name]))
+        wrong = [
+            name for name, kind in types.items()
+            if name not in table.column_names or table.schema.field(name).type != kind
+        ]  # fmt: skip
+        if wrong:
+            raise DataFileError(f"{path}: columns missing or of another type: {', '.join(wrong)}. Run the audit again.")
+        return table
 
 
 def check_version(path: str | os.PathLike[str], text: str) -> None:
-    """Refuse a record whose schema this gradent does not know.
-
-    Args:
-        path: the record's file.
-        text: the schema version that it states.
-
-    Raises:
-        DataFileError: no whole number, or newer than `SCHEMA_VERSION`.
-    """
+    """Refuse a record whose schema version, as it states it in `text`, is not known to this gradent."""
     if not text.isdecimal():
         raise DataFileError(f"{path}: its schema version is {text!r}; a whole number is expected.")
     if int(text) > SCHEMA_VERSION:
@@ -184,49 +136,13 @@ def check_version(path: str | os.PathLike[str], text: str) -> None:
         )
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write beside `path`, flush to disk, then rename over it: no reader ever sees half a file.
-
-    Args:
-        path: the file; its directory is made where needed.
-        write: called with the open binary file.
-
-    Raises:
-        InputError: the file cannot be written there.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as handle:
-            write(handle)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write there ({error.strerror}). Choose another --out directory.") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, on one line.
-
-    Args:
-        error: the error.
-
-    Returns:
-        The first line of its message, or its type where it has none.
-    """
+    """The first line of an error's message, or its type where it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _encodable(value: Any) -> Any:
     return value.encode("utf-8", errors="replace").decode() if isinstance(value, str) else value
-
-
-def _has_column(table: pa.Table, name: str, kind: str) -> bool:
-    pyarrow, _ = _import_pyarrow()
-    return name in table.column_names and bool(table.schema.field(name).type == getattr(pyarrow, kind)())
 
 
 def _import_pyarrow() -> tuple[Any, Any]:

@@ -1,25 +1,23 @@
 """The parquet tables that runs leave behind, each with the schema version in its metadata.
 
 `pairs.parquet` has a row a pair and checkpoint, `tokens.parquet` a row a token, `modules.parquet` a row a module and
-checkpoint, `sample.parquet` a row a measured pair with its texts.
+checkpoint, `sample.parquet` a row a measured pair with its texts. Each kind of table has a `schema`, a `write` and a
+`read` (`TableKind`), which are also functions: `pair_schema`, `write_pairs`, `read_pairs` and so on.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-from gradent.record.parquet import TableKind, read_table, table_schema, write_table
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from gradent.record.parquet import TableKind
 
 __all__ = [
     "CASE_NAMES",
+    "MODULES",
     "MODULE_COLUMNS",
+    "PAIRS",
     "PAIR_COLUMNS",
+    "SAMPLE",
     "SAMPLE_COLUMNS",
+    "TOKENS",
     "TOKEN_COLUMNS",
     "pair_schema",
     "read_modules",
@@ -124,117 +122,14 @@ overlapping that beginning) that the responses share, of insertions, deletions a
 the other; `truncated` is how many of the two responses lost their end.
 """
 
-_PAIR_TABLE = TableKind(name="pairs", columns=PAIR_COLUMNS, nullable=NULLABLE)
-_TOKEN_TABLE = TableKind(
+PAIRS = TableKind(name="pairs", columns=PAIR_COLUMNS, nullable=NULLABLE)
+TOKENS = TableKind(
     name="tokens", columns=TOKEN_COLUMNS, nullable=frozenset({"aligned_inner", "facing_inner", "own_inner"})
 )
-_MODULE_TABLE = TableKind(name="modules", columns=MODULE_COLUMNS, nullable=frozenset())
-_SAMPLE_TABLE = TableKind(name="sample", columns=SAMPLE_COLUMNS, nullable=frozenset())
+MODULES = TableKind(name="modules", columns=MODULE_COLUMNS)
+SAMPLE = TableKind(name="sample", columns=SAMPLE_COLUMNS)
 
-
-def pair_schema() -> pa.Schema:
-    """The Arrow schema of `pairs.parquet`, with the schema version in its metadata.
-
-    Returns:
-        Columns as in `PAIR_COLUMNS`; only those that may be missing are nullable.
-    """
-    return table_schema(_PAIR_TABLE)
-
-
-def write_pairs(path: str | os.PathLike[str], columns: Mapping[str, Sequence[Any]]) -> None:
-    """Write `pairs.parquet` in one piece: the file appears complete, or the one that was there stays.
-
-    Args:
-        path: the file to write; its directory is made where needed.
-        columns: one sequence per name of `PAIR_COLUMNS`, all of one length; None where a nullable number is missing.
-    """
-    write_table(path, _PAIR_TABLE, columns)
-
-
-def read_pairs(path: str | os.PathLike[str]) -> pa.Table:
-    """Read a `pairs.parquet` that gradent wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The table, with the columns of `PAIR_COLUMNS`.
-    """
-    return read_table(path, _PAIR_TABLE)
-
-
-def token_schema() -> pa.Schema:
-    """The Arrow schema of `tokens.parquet`, with the schema version in its metadata.
-
-    Returns:
-        Columns as in `TOKEN_COLUMNS`; only those that may be missing are nullable.
-    """
-    return table_schema(_TOKEN_TABLE)
-
-
-def write_tokens(path: str | os.PathLike[str], columns: Mapping[str, Sequence[Any]]) -> None:
-    """Write `tokens.parquet` in one piece.
-
-    Args:
-        path: the file to write; its directory is made where needed.
-        columns: one sequence per name of `TOKEN_COLUMNS`, all of one length; None where a nullable number is missing. A
-            lone surrogate in a token's text has no UTF-8 and is written as "?".
-    """
-    write_table(path, _TOKEN_TABLE, columns)
-
-
-def read_tokens(path: str | os.PathLike[str]) -> pa.Table:
-    """Read a `tokens.parquet` that gradent wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The table, with the columns of `TOKEN_COLUMNS`.
-    """
-    return read_table(path, _TOKEN_TABLE)
-
-
-def write_modules(path: str | os.PathLike[str], columns: Mapping[str, Sequence[Any]]) -> None:
-    """Write `modules.parquet` in one piece.
-
-    Args:
-        path: the file to write; its directory is made where needed.
-        columns: one sequence per name of `MODULE_COLUMNS`, all of one length.
-    """
-    write_table(path, _MODULE_TABLE, columns)
-
-
-def read_modules(path: str | os.PathLike[str]) -> pa.Table:
-    """Read a `modules.parquet` that gradent wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The table, with the columns of `MODULE_COLUMNS`.
-    """
-    return read_table(path, _MODULE_TABLE)
-
-
-def write_sample(path: str | os.PathLike[str], columns: Mapping[str, Sequence[Any]]) -> None:
-    """Write `sample.parquet` in one piece.
-
-    Args:
-        path: the file to write; its directory is made where needed.
-        columns: one sequence per name of `SAMPLE_COLUMNS`, all of one length. A lone surrogate in a text has no UTF-8
-            and is written as "?".
-    """
-    write_table(path, _SAMPLE_TABLE, columns)
-
-
-def read_sample(path: str | os.PathLike[str]) -> pa.Table:
-    """Read a `sample.parquet` that gradent wrote.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The table, with the columns of `SAMPLE_COLUMNS`.
-    """
-    return read_table(path, _SAMPLE_TABLE)
+pair_schema, write_pairs, read_pairs = PAIRS.schema, PAIRS.write, PAIRS.read
+token_schema, write_tokens, read_tokens = TOKENS.schema, TOKENS.write, TOKENS.read
+write_modules, read_modules = MODULES.write, MODULES.read
+write_sample, read_sample = SAMPLE.write, SAMPLE.read

@@ -9,7 +9,9 @@ from typing import Any
 
 from gradent.record import CASE_NAMES, DemoRecord, read_demo, read_pairs
 from gradent.record.curves import read_curves
-from gradent.report.page.html import Cell, Chart, Line, Page, Section, Table, write_page
+from gradent.report.page.charts import Chart
+from gradent.report.page.html import Line, Page, Section, Table, write_page
+from gradent.report.page.parts import Cell
 
 __all__ = ["describe_evidence", "write_demo_report"]
 
@@ -17,28 +19,14 @@ _STEP = "DPO step"
 
 
 def write_demo_report(directory: str | os.PathLike[str]) -> Path:
-    """Write `report.html` beside a demo's records.
-
-    Args:
-        directory: holds `pairs.parquet` and `demo.json`.
-
-    Returns:
-        The page.
-    """
+    """Write `report.html` beside a demo's records."""
     place = Path(directory)
     columns = read_pairs(place / "pairs.parquet").to_pydict()
     return write_page(place / "report.html", _to_page(columns, read_demo(place / "demo.json")))
 
 
 def describe_evidence(evidence: Mapping[str, Any]) -> str:
-    """One measured mean as text.
-
-    Args:
-        evidence: a piece of a finding's `evidence` in `demo.json`.
-
-    Returns:
-        Such as `long suffix: -2.04 ± 0.03`.
-    """
+    """One measured mean as text."""
     mean, error = evidence["mean"], evidence["error"]
     value = "no value" if mean is None else f"{mean:+.3f}"
     return f"{evidence['label']}: {value}" + ("" if error is None else f" ± {error:.3f}")

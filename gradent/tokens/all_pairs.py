@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gradent.hooks.forms import Dense, Explicit, Form, Rows
-from gradent.hooks.ledger import Ledger
-from gradent.hooks.merging import merge_forms
-from gradent.kernels.precision import exact_products
-from gradent.kernels.reference import accumulator, spans
+from gradent.hooks.reduction.ledger import Ledger
+from gradent.hooks.reduction.merge import merge_forms
+from gradent.hooks.uses.formats import Dense, Explicit, Form, Rows
+from gradent.kernels.common.numerics import accumulator, spans
+from gradent.kernels.common.precision import exact_products
 from gradent.tokens.contractions import products
 
 __all__ = ["AllPairsLedger"]

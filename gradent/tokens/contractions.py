@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradent.kernels.reference import RUN, accumulator, spans
+from gradent.kernels.common.numerics import RUN, accumulator, spans
 
 __all__ = [
     "Gradients",

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gradent import notices
 from gradent.errors import InputError
-from gradent.kernels.precision import exactly
-from gradent.kernels.reference import accumulator, spans
+from gradent.kernels.common.numerics import accumulator, spans
+from gradent.kernels.common.precision import exactly
 
 __all__ = ["OWN", "check_toward", "dot", "given_vector", "planned_step"]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradent.hooks.forms import Dense, Explicit, Form, Rows
+from gradent.hooks.uses.formats import Dense, Explicit, Form, Rows
 from gradent.tokens.all_pairs import AllPairsLedger
 from gradent.tokens.contractions import (
     Gradients,

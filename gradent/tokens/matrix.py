@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from gradent import notices
-from gradent.hooks.batching import group_rows
-from gradent.hooks.driver import announce_single_rows, measure_pairs, rows_share
-from gradent.hooks.engine import NeedsSingleRows, run
-from gradent.hooks.micro import MicroBatch
-from gradent.hooks.plain import is_plain, plain_rows, run_plainly
-from gradent.kernels.plan import parse_budget
-from gradent.kernels.reference import spans
+from gradent.hooks.passes.autograd_engine import is_plain, plain_rows, run_plainly
+from gradent.hooks.passes.batching import group_rows
+from gradent.hooks.passes.driver import announce_single_rows, measure_pairs, rows_share
+from gradent.hooks.passes.hooks_engine import NeedsSingleRows, run
+from gradent.hooks.passes.microbatch import MicroBatch
+from gradent.kernels.common.cost import parse_budget
+from gradent.kernels.common.numerics import spans
 from gradent.model.autograd import quiet_vmap
 from gradent.model.facts import computing_dtypes, facts, ignores_padding, require_causal, tolerance, trims
 from gradent.model.observed import observed

@@ -22,7 +22,7 @@ from gradent.hooks.capture.capture import Capture, Tap
 from gradent.hooks.capture.coverage import Survey
 from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.uses import MatrixUse, SumUse
-from gradent.kernels.reference import accumulator, spans
+from gradent.kernels.common.numerics import accumulator, spans
 from gradent.model.calls import forward_logits
 from gradent.model.facts import tolerance
 from gradent.model.logprobs import check_logps

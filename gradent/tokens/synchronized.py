@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from gradent.hooks.capture.capture import Tap
 from gradent.hooks.uses.uses import LookupUse, MatrixUse, SumUse
-from gradent.kernels.precision import exact_products
-from gradent.kernels.reference import accumulator, spans
+from gradent.kernels.common.numerics import accumulator, spans
+from gradent.kernels.common.precision import exact_products
 from gradent.tokens.contractions import Gradients, RankOne, SharedFactor, TokenEntries
 from gradent.tokens.ledger import OtherForm, TokenLedger
 from gradent.tokens.row_pass import Arrival, LeafGradients, RowPass, RowTokens

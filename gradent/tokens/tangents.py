@@ -16,13 +16,13 @@ from torch.func import functional_call
 
 from gradent import notices
 from gradent.errors import NonFiniteError
-from gradent.kernels.reference import accumulator, spans
+from gradent.hooks.passes.func_engine import parameters_kept
+from gradent.kernels.common.numerics import accumulator, spans
 from gradent.model.autograd import row_gradients
 from gradent.model.calls import forward_logits, forward_marked
 from gradent.model.facts import computing_dtypes, facts, tolerance, trims
 from gradent.model.logprobs import TILE, check_logps
 from gradent.model.parameters import input_device
-from gradent.per_sample import parameters_kept
 from gradent.tokens.directions import dot
 from gradent.tokens.forward_mode import push, split
 

@@ -10,8 +10,10 @@ import pytest
 from rich.console import Console
 
 from gradent.auditing.analysis.distributions import summarize_columns, summarize_modules
+from gradent.auditing.analysis.summary import preview
 from gradent.record import PAIR_COLUMNS
-from gradent.report.terminal.audit import preview, print_summary, printable
+from gradent.report.terminal.audit import print_summary
+from gradent.text import printable
 
 HOSTILE = "[red]a[/red] [/] [link=x]b :smile: \\[c]"
 
@@ -113,7 +115,7 @@ def test_escape_sequences_do_not_reach_the_terminal() -> None:
     text = printed(summary(model={"checkpoint": escape}, data={"source": escape, "measured": 3}))
     assert "\x1b" not in text and "\x07" not in text
     assert "\x1b" not in preview(escape, "") and "\x07" not in preview(escape, "")
-    assert printable(f"a\n{escape}\u202eb") == "a\n�]0;owned��[2J�b"
+    assert printable(f"a\n{escape}\u202eb") == r"a§\x1b]0;owned\x07\x1b[2J\u202eb".replace("§", "\n")
 
 
 TOKENS: dict[str, Any] = {

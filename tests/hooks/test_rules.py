@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gradent.errors import InputError
 from gradent.hooks.capture.capture import Capture, Tap
-from gradent.hooks.forms import Dense, Explicit, Form, Rows
 from gradent.hooks.rules import RULES, register_rule
+from gradent.hooks.uses.formats import Dense, Explicit, Form, Rows
 from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.uses import SumUse
 

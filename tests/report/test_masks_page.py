@@ -12,8 +12,7 @@ import pytest
 
 from gradent.errors import DataFileError, InputError
 from gradent.record.masks import MASK_COLUMNS, mask_schema, read_masks, write_masks
-from gradent.record.parquet import write_table
-from gradent.record.schema import _TOKEN_TABLE
+from gradent.record.schema import TOKENS
 from gradent.report.tokens.masks import write_mask_report
 from tests.report.test_page import read
 from tests.report.test_tokens_page import blocks
@@ -102,7 +101,7 @@ def test_what_cannot_be_shown_is_refused(tmp_path: Path) -> None:
     write_masks(tmp_path / "masks.parquet", columns([], [0.5]))
     with pytest.raises(DataFileError, match="holds no token"):
         write_mask_report(tmp_path / "masks.parquet")
-    write_table(tmp_path / "tokens.parquet", _TOKEN_TABLE, {name: [] for name in _TOKEN_TABLE.columns})
+    TOKENS.write(tmp_path / "tokens.parquet", {name: [] for name in TOKENS.columns})
     with pytest.raises(DataFileError, match=r"not one of gradent's records of masks \(its schema is 'tokens'\)"):
         write_mask_report(tmp_path / "tokens.parquet")
 

@@ -9,20 +9,9 @@ from html.parser import HTMLParser
 import pytest
 
 from gradent.errors import InputError
-from gradent.report.page.html import (
-    Cell,
-    Chart,
-    HeatMap,
-    Line,
-    Page,
-    Quote,
-    Section,
-    Table,
-    Word,
-    Words,
-    render_page,
-    write_page,
-)
+from gradent.report.page.charts import Chart, HeatMap
+from gradent.report.page.html import Line, Page, Section, Table, render_page, write_page
+from gradent.report.page.parts import Cell, Quote, Word, Words
 
 EVIL = "<script>alert(1)</script>&\"'</td>{{ 7*7 }}"
 

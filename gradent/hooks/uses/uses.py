@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from gradent.hooks.forms import Dense, Explicit, Form, Rows
+from gradent.hooks.uses.formats import Dense, Explicit, Form, Rows
 from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View
-from gradent.kernels.reference import accumulator
+from gradent.kernels.common.numerics import accumulator
 
 __all__ = ["COPIES", "Cut", "Factor", "GroupedUse", "LookupUse", "MatrixUse", "SumUse", "Use"]
 

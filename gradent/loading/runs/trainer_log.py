@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gradent.loading.source import some
-from gradent.loading.weight_files import read_object, shown
+from gradent.loading.weight_files import read_object
+from gradent.text import quoted
 
 __all__ = ["History", "read_history"]
 
@@ -28,32 +29,19 @@ _TRAINED = (
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """The curves of a run.
+    """The curves of a run."""
 
-    Attributes:
-        source: the file, with the name of the checkpoint it stands in.
-        curves: of each key that was logged, (step, value) by step; finite numbers only.
-        problems: what could not be read, counted.
-    """
-
-    source: str
+    source: str  # the file, with the name of the checkpoint it stands in
+    # of each key that was logged, (step, value) by step; finite numbers only
     curves: dict[str, list[tuple[int, float]]]
-    problems: list[str]
+    problems: list[str]  # what could not be read, counted
 
 
 def read_history(path: str | os.PathLike[str]) -> History:
-    """Read the losses, log-probs, rewards and entanglement that a trainer logged.
-
-    Kept are TRL's `loss`, `logps/*` and `rewards/*`, the same of evaluations (`eval_loss`, and `eval_NAME_loss` where
-    there were several), `learning_rate`, and what gradent's own callback logged (`gradent/*`). Where a step was logged
-    twice, as by a run that was taken up again, the later entry holds.
-
-    Args:
-        path: a trainer_state.json.
-
-    Returns:
-        The curves; none, and a problem, where nothing was logged.
-    """
+    """Read the losses, log-probs, rewards and entanglement that a trainer logged."""
+    # Kept are TRL's `loss`, `logps/*` and `rewards/*`, the same of evaluations (`eval_loss`, and `eval_NAME_loss` where
+    # there were several), `learning_rate`, and what gradent's own callback logged (`gradent/*`). Where a step was
+    # logged twice, as by a run that was taken up again, the later entry holds.
     path = Path(path)
     log = read_object(path).get("log_history")
     source = f"{path.parent.name}/{path.name}" if path.parent.name.startswith("checkpoint-") else path.name
@@ -69,7 +57,7 @@ def read_history(path: str | os.PathLike[str]) -> History:
                 continue
             points.setdefault(key, {}).pop(step, None)  # what was logged of this step before
             if (number := _finite(value)) is None:
-                odd[f"{shown(key)} is no finite number"] += 1
+                odd[f"{quoted(key)} is no finite number"] += 1
             else:
                 points[key][step] = number
     curves = {key: sorted(curve.items()) for key, curve in sorted(points.items()) if curve}

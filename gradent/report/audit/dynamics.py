@@ -25,14 +25,7 @@ _EXPLAINED = (
 
 
 def dynamics_section(records: AuditRecords) -> Section | None:
-    """Predicted against realised changes of the log-probs.
-
-    Args:
-        records: of the audit.
-
-    Returns:
-        The section; None where a single checkpoint was measured.
-    """
+    """Predicted against realised changes of the log-probs."""
     dynamics = records.summary["dynamics"]
     if dynamics is None:
         return None

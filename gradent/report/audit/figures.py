@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradent.figures.token_heatmap import new_figure
-from gradent.record.parquet import make_directory, write_whole
+from gradent.record.atomic import make_directory, write_whole
 from gradent.report.audit.losses import describe_row, shown_rows
 from gradent.report.audit.records import AuditRecords, read_audit
 from gradent.report.audit.steps import STEP, has_curve, logp_lines
@@ -39,18 +39,7 @@ _FORMATS: dict[str, dict[str, Any]] = {
 
 
 def write_audit_figures(directory: str | os.PathLike[str]) -> list[Path]:
-    """Write the main curves of an audit into `figures/` beside its records.
-
-    Args:
-        directory: holds the records.
-
-    Returns:
-        `logps`, `cases` and `what_if`, each as .png and .svg. Those that the records have nothing for are left out
-        (curves of a single checkpoint, say), and removed where an earlier audit left them.
-
-    Raises:
-        InputError: matplotlib is not installed, or the files cannot be written.
-    """
+    """Write the main curves of an audit into `figures/` beside its records."""
     records = read_audit(directory)
     place = make_directory(records.directory / "figures")
     written = []
@@ -182,6 +171,6 @@ def _names(labels: Sequence[str]) -> list[str]:
     from matplotlib import font_manager  # noqa: PLC0415
 
     letters = font_manager.get_font(font_manager.findfont(_FONT)).get_charmap()
-    shown = [visible(label).replace("␣", " ") for label in labels]
+    shown = [visible(label, space=" ") for label in labels]
     drawn = ["".join(each if ord(each) in letters else f"\\u{ord(each):04x}" for each in label) for label in shown]
     return [label if len(label) <= _LABEL else label[: _LABEL - 1] + "…" for label in drawn]

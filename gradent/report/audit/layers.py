@@ -12,7 +12,8 @@ from typing import Any
 
 from gradent.model.layer_names import layer_of, unwrapped
 from gradent.report.audit.records import AuditRecords
-from gradent.report.page.html import HeatMap, Section, Table
+from gradent.report.page.charts import HeatMap
+from gradent.report.page.html import Section, Table
 from gradent.report.page.numbers import fixed, percent
 
 __all__ = ["kind_of", "layer_section"]
@@ -26,15 +27,7 @@ _SLACK = 1e-9
 
 
 def kind_of(module: str) -> str:
-    """What a module is in every layer.
-
-    Args:
-        module: its dotted name.
-
-    Returns:
-        The name behind its first number, less further numbers (of experts) and what an adapter adds; without a number,
-        the whole.
-    """
+    """What a module is in every layer."""
     parts = _bare(module).split(".")
     numbered = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
     if numbered is None:
@@ -43,14 +36,7 @@ def kind_of(module: str) -> str:
 
 
 def layer_section(records: AuditRecords) -> Section:
-    """Layers and kinds of modules, by their parts of the cosine.
-
-    Args:
-        records: of the audit.
-
-    Returns:
-        The section; without records of modules, a line on how to get them.
-    """
+    """Layers and kinds of modules, by their parts of the cosine."""
     title = "Layers"
     serves = "Decides: where to look for the entanglement, and which layers an adapter might leave out."
     rows = _rows(records)

@@ -9,8 +9,9 @@ from gradent.report.audit.records import AuditRecords
 from gradent.report.audit.steps import STEP
 from gradent.report.page.cases import CASES, case_series, share_of
 from gradent.report.page.charts import Bars, Chart, Line
-from gradent.report.page.html import Cell, Section, Table
+from gradent.report.page.html import Section, Table
 from gradent.report.page.numbers import NOTHING, number, percent, plural
+from gradent.report.page.parts import Cell
 
 __all__ = ["describe_row", "loss_bars", "loss_section", "loss_table", "shown_rows"]
 
@@ -26,14 +27,7 @@ _TEXT = (
 
 
 def loss_section(records: AuditRecords) -> Section | None:
-    """Other losses on the run's gradients.
-
-    Args:
-        records: of the audit.
-
-    Returns:
-        The section; None where the record has no such rows.
-    """
+    """Other losses on the run's gradients."""
     rows = records.summary["what_if"]
     if not rows:
         return None
@@ -53,57 +47,26 @@ def loss_section(records: AuditRecords) -> Section | None:
 
 
 def shown_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows that are not sweeps: the run's loss, the paper's, the designs.
-
-    Args:
-        rows: `what_if` of a summary.
-
-    Returns:
-        Those, in that order.
-    """
+    """The rows that are not sweeps: the run's loss, the paper's, the designs."""
     return [row for group in _SHOWN for row in rows if row.get("group") == group]
 
 
 def loss_bars(rows: Sequence[Mapping[str, Any]], title: str = "") -> Bars:
-    """Stacked shares of the cases, a bar each loss that could be judged.
-
-    Args:
-        rows: of `what_if`.
-        title: of the chart.
-
-    Returns:
-        The chart.
-    """
+    """Stacked shares of the cases, a bar each loss that could be judged."""
     there = [row for row in rows if row.get("cases")]
     shares = {case: [_nan(share_of(row["cases"], case)) for row in there] for case in CASES}
     return Bars("loss", "share of pairs", [describe_row(row) for row in there], case_series(shares), title, True)
 
 
 def loss_table(rows: Sequence[Mapping[str, Any]], caption: str, folded: str = "") -> Table:
-    """A row a loss, with shares, ratio and bounds.
-
-    Args:
-        rows: of `what_if`.
-        caption: of the table.
-        folded: hides it behind this text.
-
-    Returns:
-        The table; a loss without numbers says why.
-    """
+    """A row a loss, with shares, ratio and bounds."""
     header = ["Loss", *(label.partition(":")[0].capitalize() for label in CASES.values())]
     header += ["Median d_w/d_l", "Chosen rises from", "Rejected falls to", "Within both"]
     return Table(header, [_row(row) for row in rows], folded, caption, figures_from=1)
 
 
 def describe_row(row: Mapping[str, Any]) -> str:
-    """A loss's name, with what it is to the run.
-
-    Args:
-        row: of `what_if`.
-
-    Returns:
-        Such as `DPO (β=0.1), this run's`.
-    """
+    """A loss's name, with what it is to the run."""
     name = str(row.get("label") or row.get("loss") or "a loss")
     if row.get("loss") == "token_masked" and row.get("cases"):
         return f"{name}, {plural(int(row.get('pairs') or 0), 'pair')}"

@@ -17,22 +17,15 @@ from gradent.report.audit.records import AuditRecords, Measured, read_audit
 from gradent.report.audit.settings import describe_loss, describe_reference, settings_section
 from gradent.report.audit.steps import case_section, cosine_section, logp_section
 from gradent.report.audit.tokens import token_section
-from gradent.report.page.html import BigNumber, Notice, Numbers, Page, Section, Table, write_page
+from gradent.report.page.html import Page, Section, Table, write_page
 from gradent.report.page.numbers import count, fixed, percent, plural, step_name
+from gradent.report.page.parts import BigNumber, Notice, Numbers
 
 __all__ = ["write_audit_report"]
 
 
 def write_audit_report(directory: str | os.PathLike[str]) -> Path:
-    """Write `report.html` beside an audit's records.
-
-    Args:
-        directory: holds `summary.json` and `pairs.parquet`; `sample.parquet`, `modules.parquet` and `tokens.parquet`
-            are shown where they are there.
-
-    Returns:
-        The page.
-    """
+    """Write `report.html` beside an audit's records."""
     records = read_audit(directory)
     return write_page(records.directory / "report.html", _to_page(records))
 

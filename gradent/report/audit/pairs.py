@@ -11,8 +11,9 @@ import numpy as np
 from gradent.record import CASE_NAMES
 from gradent.report.audit.records import AuditRecords, Measured
 from gradent.report.page.cases import CASES
-from gradent.report.page.html import Cell, Fold, Quote, Section, Table
+from gradent.report.page.html import Section, Table
 from gradent.report.page.numbers import NOTHING, count, fixed, number, percent, plural
+from gradent.report.page.parts import Cell, Fold, Quote
 
 __all__ = ["pair_quotes", "pair_section", "property_section", "ranked_pairs"]
 
@@ -30,15 +31,7 @@ _COUNTED = {
 
 
 def ranked_pairs(measured: Measured, most: int) -> tuple[list[int], list[int]]:
-    """Places of the pairs at both ends of the cosine.
-
-    Args:
-        measured: the pairs of a checkpoint.
-        most: pairs at each end.
-
-    Returns:
-        `(largest, smallest)`, each from its end inwards; pairs without a cosine are in neither, and none is in both.
-    """
+    """Places of the pairs at both ends of the cosine."""
     cosine = measured.columns["cosine"]
     order = [int(place) for place in np.argsort(-cosine, kind="stable") if math.isfinite(cosine[place])]
     top = order[:most]
@@ -46,14 +39,7 @@ def ranked_pairs(measured: Measured, most: int) -> tuple[list[int], list[int]]:
 
 
 def pair_section(records: AuditRecords) -> Section:
-    """The pairs at both ends, with their properties and texts.
-
-    Args:
-        records: of the audit.
-
-    Returns:
-        The section.
-    """
+    """The pairs at both ends, with their properties and texts."""
     title, serves = "Which pairs", "Decides: which pairs to rewrite, to filter, or to look at first."
     last = records.last
     if last is None:
@@ -77,14 +63,7 @@ def pair_section(records: AuditRecords) -> Section:
 
 
 def property_section(records: AuditRecords) -> Section | None:
-    """What goes with entanglement.
-
-    Args:
-        records: of the audit.
-
-    Returns:
-        The section; None where the record has no properties.
-    """
+    """What goes with entanglement."""
     rows = records.summary["properties"]
     if not rows:
         return None
@@ -164,15 +143,7 @@ def _pair_cell(pair: int, known: Mapping[str, Any]) -> Cell:
 
 
 def pair_quotes(records: AuditRecords, place: int) -> list[Quote]:
-    """The texts of a pair of the last checkpoint.
-
-    Args:
-        records: of the audit.
-        place: of the pair among those measured.
-
-    Returns:
-        Prompt, chosen and rejected, as far as the records have them.
-    """
+    """The texts of a pair of the last checkpoint."""
     last = records.last
     assert last is not None
     pair = last.pairs[place]

@@ -25,16 +25,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Measured:
-    """The pairs of one checkpoint.
+    """The pairs of one checkpoint."""
 
-    Attributes:
-        name: of the checkpoint.
-        step: of the trainer.
-        columns: figures by name of the column of `pairs.parquet`, `[P]` each; nan where there is none. `pair` as well.
-    """
-
-    name: str
-    step: int
+    name: str  # of the checkpoint
+    step: int  # of the trainer
+    # figures by name of the column of `pairs.parquet`, `[P]` each; nan where there is none. `pair` as well
     columns: dict[str, Floats]
 
     @property
@@ -64,23 +59,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class AuditRecords:
-    """Everything that a report of an audit reads.
+    """Everything that a report of an audit reads."""
 
-    Attributes:
-        directory: of the records.
-        summary: `summary.json`.
-        measured: the checkpoints, by step.
-        sample: rows of `sample.parquet` by pair; empty without the file.
-        modules: columns of `modules.parquet`; None without the file.
-        tokens: columns of `tokens.parquet`; None without the file.
-    """
-
-    directory: Path
-    summary: Summary
-    measured: Sequence[Measured]
-    sample: dict[int, dict[str, Any]]
-    modules: dict[str, list[Any]] | None
-    tokens: dict[str, list[Any]] | None
+    directory: Path  # of the records
+    summary: Summary  # `summary.json`
+    measured: Sequence[Measured]  # the checkpoints, by step
+    sample: dict[int, dict[str, Any]]  # rows of `sample.parquet` by pair; empty without the file
+    modules: dict[str, list[Any]] | None  # columns of `modules.parquet`; None without the file
+    tokens: dict[str, list[Any]] | None  # columns of `tokens.parquet`; None without the file
 
     @cached_property
     def name(self) -> str:
@@ -105,15 +91,7 @@ class AuditRecords:
 
 
 def read_audit(directory: str | os.PathLike[str]) -> AuditRecords:
-    """Read an audit's records.
-
-    Args:
-        directory: holds `summary.json` and `pairs.parquet`; `sample.parquet`, `modules.parquet` and `tokens.parquet`
-            may be missing.
-
-    Returns:
-        The records.
-    """
+    """Read an audit's records."""
     place = Path(directory)
     summary = read_summary(place / "summary.json")
     columns = read_pairs(place / "pairs.parquet").to_pydict()

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradent.report.audit.records import AuditRecords
-from gradent.report.page.html import Notice, Section, Table
+from gradent.report.page.html import Section, Table
 from gradent.report.page.numbers import count, plural
+from gradent.report.page.parts import Notice
 
 __all__ = ["describe_loss", "describe_reference", "list_settings", "settings_section"]
 
@@ -21,14 +22,7 @@ _REFERENCES = {
 
 
 def settings_section(records: AuditRecords) -> Section:
-    """Settings, data, skipped rows and notes.
-
-    Args:
-        records: of the audit.
-
-    Returns:
-        The section.
-    """
+    """Settings, data, skipped rows and notes."""
     summary = records.summary
     rows = [[name, value] for name, value in list_settings(summary).items()]
     parts: list[Table | Notice] = [Table(["Setting", "Value"], rows, "All settings", "As they were applied")]
@@ -48,40 +42,19 @@ def settings_section(records: AuditRecords) -> Section:
 
 
 def describe_loss(loss: Mapping[str, Any]) -> str:
-    """A loss and its hyperparameters.
-
-    Args:
-        loss: as a summary has it.
-
-    Returns:
-        Such as `dpo (beta=0.1)`.
-    """
+    """A loss and its hyperparameters."""
     hyper = ", ".join(f"{name}={value}" for name, value in loss.items() if name != "name")
     return f"{loss.get('name', 'unnamed')}" + (f" ({hyper})" if hyper else "")
 
 
 def describe_reference(reference: Mapping[str, Any]) -> str:
-    """Where the reference's log-probs come from.
-
-    Args:
-        reference: as a summary has it.
-
-    Returns:
-        In words, or the model's name.
-    """
+    """Where the reference's log-probs come from."""
     kind = str(reference.get("kind"))
     return _REFERENCES.get(kind, kind) or str(reference.get("source") or "the model that the run started from")
 
 
 def list_settings(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Everything that was set, by name: what two audits are compared by.
-
-    Args:
-        summary: of an audit.
-
-    Returns:
-        Names and values as text.
-    """
+    """Everything that was set, by name: what two audits are compared by."""
     found = {"loss": describe_loss(summary["loss"]), "reference": describe_reference(summary["reference"])}
     found |= {f"data: {name}": str(summary["data"].get(name)) for name in ("source", "rows", "measured")}
     found |= {f"model: {name}": _text(value) for name, value in summary["model"].items() if name != "coverage"}

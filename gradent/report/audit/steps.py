@@ -31,14 +31,7 @@ _BINS = 24
 
 
 def logp_section(records: AuditRecords) -> Section:
-    """Log-probs over steps, measured and logged, with the onset of the fall.
-
-    Args:
-        records: of the audit.
-
-    Returns:
-        The section; a table instead of curves where one checkpoint was measured and nothing was logged.
-    """
+    """Log-probs over steps, measured and logged, with the onset of the fall."""
     title, serves = "Log-probs of chosen and rejected", "Decides: whether training drags chosen down, and since when."
     lines, marks = logp_lines(records), _marks(records)
     if not has_curve(lines):
@@ -57,15 +50,7 @@ def logp_section(records: AuditRecords) -> Section:
 
 
 def logp_lines(records: AuditRecords, suffix: str = "") -> list[Line]:
-    """Curves of the two log-probs, measured, and logged where the trainer's log is there.
-
-    Args:
-        records: of the audit.
-        suffix: added to the lines' names.
-
-    Returns:
-        The measured two, from the reference's log-probs at step 0 where it is the run's start; then the logged ones.
-    """
+    """Curves of the two log-probs, measured, and logged where the trainer's log is there."""
     lines = []
     for side in ("chosen", "rejected"):
         values = [each.mean(f"{side}_logp") for each in records.measured]
@@ -85,26 +70,12 @@ def logp_lines(records: AuditRecords, suffix: str = "") -> list[Line]:
 
 
 def has_curve(lines: Sequence[Line]) -> bool:
-    """Whether lines are more than points.
-
-    Args:
-        lines: of a chart.
-
-    Returns:
-        True where one of them goes from one x to another.
-    """
+    """Whether lines are more than points."""
     return any(len(set(line.x)) > 1 for line in lines)
 
 
 def thin_out(points: Sequence[Sequence[float | None]]) -> tuple[list[float], list[float]]:
-    """A logged curve of at most 400 points: where there are more, means of so many neighbours.
-
-    Args:
-        points: `[step, value]`, the value None where there is none.
-
-    Returns:
-        Steps and values.
-    """
+    """A logged curve of at most 400 points: where there are more, means of so many neighbours."""
     table = np.array([[math.nan if each is None else each for each in point] for point in points], dtype=np.float64)
     parts = np.array_split(table, min(_POINTS, len(table)))
     x, y = [], []
@@ -116,14 +87,7 @@ def thin_out(points: Sequence[Sequence[float | None]]) -> tuple[list[float], lis
 
 
 def describe_onset(records: AuditRecords) -> str:
-    """When both log-probs began to fall.
-
-    Args:
-        records: of the audit.
-
-    Returns:
-        A sentence or two; empty where it was not asked (a single checkpoint).
-    """
+    """When both log-probs began to fall."""
     dynamics = records.summary["dynamics"]
     if dynamics is None:
         return ""
@@ -143,14 +107,7 @@ def describe_onset(records: AuditRecords) -> str:
 
 
 def case_section(records: AuditRecords) -> Section:
-    """Cases of the pairs over steps.
-
-    Args:
-        records: of the audit.
-
-    Returns:
-        The section.
-    """
+    """Cases of the pairs over steps."""
     measured = records.measured
     shares = {case: [each.share(case) for each in measured] for case in CASES}
     loss = str(records.summary["loss"].get("name", "the loss"))
@@ -170,14 +127,7 @@ def case_section(records: AuditRecords) -> Section:
 
 
 def cosine_section(records: AuditRecords) -> Section:
-    """Cosines over steps as median and quartiles, and their distribution at the last checkpoint.
-
-    Args:
-        records: of the audit.
-
-    Returns:
-        The section.
-    """
+    """Cosines over steps as median and quartiles, and their distribution at the last checkpoint."""
     parts: list[Chart | Bars | Table] = []
     if len(records.measured) > 1:
         quartiles = [[each.quantile("cosine", share) for each in records.measured] for share in (0.25, 0.5, 0.75)]

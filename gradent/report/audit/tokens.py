@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradent.report.audit.records import AuditRecords
-from gradent.report.page.html import Section, Table, Word, Words
+from gradent.report.page.html import Section, Table
 from gradent.report.page.numbers import count, fixed, percent, plural, signed_number
+from gradent.report.page.parts import Word, Words
 from gradent.text import visible
 
 __all__ = ["token_section"]
@@ -19,14 +20,7 @@ _TOKENS = 400  # of a response
 
 
 def token_section(records: AuditRecords) -> Section:
-    """Tokens by what they add to the cosines.
-
-    Args:
-        records: of the audit.
-
-    Returns:
-        The section; without tokens, a line on how to get them.
-    """
+    """Tokens by what they add to the cosines."""
     title = "Tokens"
     serves = "Decides: whether it is the shared wording or what differs that ties the responses together."
     tokens = records.summary["tokens"]

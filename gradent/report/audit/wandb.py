@@ -15,7 +15,7 @@ from gradent.report.audit.losses import describe_row
 from gradent.report.audit.pairs import ranked_pairs
 from gradent.report.audit.records import AuditRecords, Measured, read_audit
 from gradent.report.page.cases import CASES, share_of
-from gradent.text import readable
+from gradent.text import printable
 
 __all__ = ["stream_audit"]
 
@@ -31,24 +31,7 @@ _MEANS = {
 
 
 def stream_audit(directory: str | os.PathLike[str], project: str, *, name: str | None = None) -> str:
-    """Send an audit's records to wandb as one run.
-
-    Each measured checkpoint is a row of `gradent/...` over the step metric `gradent/step`, each logged curve of the
-    trainer one of `gradent/logged/...`; tables hold the losses and the most entangled pairs; the files go up as an
-    artifact of the type "gradent-audit", and the page, where there is one, is shown in the run as well.
-
-    Args:
-        directory: holds the records.
-        project: the wandb project.
-        name: of the run; by default what was audited.
-
-    Returns:
-        The run's address; in wandb's offline mode, the directory that `wandb sync` takes.
-
-    Raises:
-        InputError: wandb is not installed, or a run of it is active.
-        GradentError: wandb does not take it (no account, no network).
-    """
+    """Send an audit's records to wandb as one run."""
     records = read_audit(directory)
     try:
         import wandb  # noqa: PLC0415
@@ -59,7 +42,9 @@ def stream_audit(directory: str | os.PathLike[str], project: str, *, name: str |
             f"A wandb run is active ({wandb.run.name}), and an audit is a run of its own. Call wandb.finish() first."
         )
     try:
-        run = wandb.init(project=project, name=name or _plain(records.name), job_type="audit", config=_config(records))
+        run = wandb.init(
+            project=project, name=name or printable(records.name), job_type="audit", config=_config(records)
+        )
         try:
             _log(wandb, run, records)
         finally:
@@ -94,7 +79,7 @@ def _rows(records: AuditRecords) -> Iterator[dict[str, float]]:
     for key, points in curves.items():
         for step, value in points:
             if step is not None and value is not None:
-                rows.setdefault(float(step), {})[f"gradent/logged/{_plain(key)}"] = float(value)
+                rows.setdefault(float(step), {})[f"gradent/logged/{printable(key)}"] = float(value)
     for measured in records.measured:
         rows.setdefault(float(measured.step), {}).update(_measured(measured))
     for step, row in sorted(rows.items()):
@@ -119,12 +104,12 @@ def _loss_table(wandb: Any, records: AuditRecords) -> Any:
     figures = ("ratio", "needs_at_least", "needs_at_most", "within")
     data = [
         [
-            _plain(describe_row(row)),
+            printable(describe_row(row)),
             str(row.get("group")),
             row.get("pairs"),
             *(share_of(row.get("cases"), case) for case in CASES),
             *(row.get(figure) for figure in figures),
-            _plain(str(row.get("reason") or "")),
+            printable(str(row.get("reason") or "")),
         ]
         for row in rows
     ]
@@ -142,7 +127,7 @@ def _pair_table(wandb: Any, records: AuditRecords) -> Any:
             last.pairs[place],
             float(last.columns["cosine"][place]),
             CASE_NAMES[int(last.columns["case"][place])],
-            *(_plain(str(texts.get(side, "")))[:_LONGEST] for side in ("prompt", "chosen", "rejected")),
+            *(printable(str(texts.get(side, "")))[:_LONGEST] for side in ("prompt", "chosen", "rejected")),
         ])  # fmt: skip
     return wandb.Table(columns=["row", "cosine", "case", "prompt", "chosen", "rejected"], data=data)
 
@@ -162,7 +147,7 @@ def _summary(records: AuditRecords) -> dict[str, Any]:
     recommendation = records.summary["recommendation"] or {}
     onset = (records.summary["dynamics"] or {}).get("onset") or {}
     found = {
-        "gradent/recommendation": recommendation.get("text") and _plain(str(recommendation["text"])),
+        "gradent/recommendation": recommendation.get("text") and printable(str(recommendation["text"])),
         "gradent/onset": onset.get("measured"),
         "gradent/complete": records.summary["complete"],
     }
@@ -175,8 +160,3 @@ def _config(records: AuditRecords) -> dict[str, Any]:
     data = {name: value for name, value in summary["data"].items() if name != "skipped"}
     model = {name: value for name, value in summary["model"].items() if name != "coverage"}
     return {**parts, "data": data, "model": model, "gradent": summary["gradent_version"]}
-
-
-def _plain(text: str) -> str:
-    """What wandb's file formats take: no lone surrogate, no control character."""
-    return readable(text)

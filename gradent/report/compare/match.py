@@ -30,60 +30,33 @@ _NUMBERS = {name: number for number, name in CASE_NAMES.items()}
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """One figure of two audits.
+    """One figure of two audits."""
 
-    Attributes:
-        name: what it is, with its unit.
-        first: in the first audit; nan where it does not exist.
-        second: in the second.
-        difference: second minus first.
-        error: standard error of the difference; nan where none is stated, inf for a single pair.
-        pairs: pairs that the difference is over; None where it is not over the same pairs.
-        share: whether the figure is a share of 1.
-    """
-
-    name: str
-    first: float
-    second: float
-    difference: float
-    error: float
-    pairs: int | None
-    share: bool = False
+    name: str  # what it is, with its unit
+    first: float  # in the first audit; nan where it does not exist
+    second: float  # in the second
+    difference: float  # second minus first
+    error: float  # standard error of the difference; nan where none is stated, inf for a single pair
+    pairs: int | None  # pairs that the difference is over; None where it is not over the same pairs
+    share: bool = False  # whether the figure is a share of 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Two audits and what there is to say of both.
+    """Two audits and what there is to say of both."""
 
-    Attributes:
-        first: one audit.
-        second: the other.
-        places: of the pairs that are the same, their places at the last checkpoint of either.
-        matching: how pairs were matched, or why not, in a sentence.
-        settings: `(name, first, second)` of the settings that differ.
-        rows: the figures.
-        transitions: of the same pairs, how many are in a case of the first audit and in one of the second, by names.
-    """
-
-    first: AuditRecords
-    second: AuditRecords
-    places: Sequence[tuple[int, int]]
-    matching: str
-    settings: Sequence[tuple[str, str, str]]
-    rows: Sequence[Compared]
+    first: AuditRecords  # one audit
+    second: AuditRecords  # the other
+    places: Sequence[tuple[int, int]]  # of the pairs that are the same, their places at the last checkpoint of either
+    matching: str  # how pairs were matched, or why not, in a sentence
+    settings: Sequence[tuple[str, str, str]]  # `(name, first, second)` of the settings that differ
+    rows: Sequence[Compared]  # the figures
+    # of the same pairs, how many are in a case of the first audit and in one of the second, by names
     transitions: dict[tuple[str, str], int]
 
 
 def compare_audits(directory_a: str | os.PathLike[str], directory_b: str | os.PathLike[str]) -> Comparison:
-    """Read two audits and hold them against each other.
-
-    Args:
-        directory_a: the records of the first.
-        directory_b: the records of the second.
-
-    Returns:
-        The comparison, at the last checkpoint of each.
-    """
+    """Read two audits and hold them against each other."""
     first, second = read_audit(directory_a), read_audit(directory_b)
     places, matching = _match(first, second)
     return Comparison(
@@ -98,15 +71,7 @@ def compare_audits(directory_a: str | os.PathLike[str], directory_b: str | os.Pa
 
 
 def compare_rows(directory_a: str | os.PathLike[str], directory_b: str | os.PathLike[str]) -> list[Compared]:
-    """The figures of two audits side by side, as a terminal may print them.
-
-    Args:
-        directory_a: the records of the first.
-        directory_b: the records of the second.
-
-    Returns:
-        Cosine, shares of the cases, log-probs and their margin; none where one audit measured nothing.
-    """
+    """The figures of two audits side by side, as a terminal may print them."""
     return list(compare_audits(directory_a, directory_b).rows)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gradent.record import CASE_NAMES
-from gradent.record.parquet import make_directory
+from gradent.record.atomic import make_directory
 from gradent.report.audit.losses import shown_rows
 from gradent.report.audit.pairs import pair_quotes
 from gradent.report.audit.records import AuditRecords
@@ -19,8 +19,9 @@ from gradent.report.audit.steps import STEP
 from gradent.report.compare.match import Compared, Comparison, compare_audits, compare_rows
 from gradent.report.page.cases import CASES, CASES_EXPLAINED, case_series, share_of
 from gradent.report.page.charts import Bars, Chart, Line
-from gradent.report.page.html import Cell, Fold, Notice, Page, Section, Table, write_page
+from gradent.report.page.html import Page, Section, Table, write_page
 from gradent.report.page.numbers import NOTHING, change, count, fixed, number, percent, plural, step_name
+from gradent.report.page.parts import Cell, Fold, Notice
 
 __all__ = ["compare_rows", "describe_difference", "write_comparison"]
 
@@ -31,30 +32,14 @@ _CLEAR = 2.0  # standard errors from which a difference is marked
 def write_comparison(
     directory_a: str | os.PathLike[str], directory_b: str | os.PathLike[str], out: str | os.PathLike[str]
 ) -> Path:
-    """Write the page of two audits.
-
-    Args:
-        directory_a: the records of the first, A.
-        directory_b: the records of the second, B.
-        out: the page; in a directory, `compare.html` of it.
-
-    Returns:
-        The page.
-    """
+    """Write the page of two audits."""
     target = Path(out) / "compare.html" if Path(out).is_dir() else Path(out)
     make_directory(target.parent, [target.name])
     return write_page(target, _to_page(compare_audits(directory_a, directory_b)))
 
 
 def describe_difference(row: Compared) -> str:
-    """A difference with its standard error.
-
-    Args:
-        row: of a comparison.
-
-    Returns:
-        Such as `+0.052 ± 0.011`, of shares in percentage points; a dash where there is none.
-    """
+    """A difference with its standard error."""
     if not row.share:
         return change(row.first, row.first + row.difference, row.error)
     text = change(0.0, 100 * row.difference, 100 * row.error)

@@ -16,15 +16,7 @@ _FOLDED = "The numbers of this figure"
 
 
 def tabulate_figure(figure: Chart | HeatMap | Bars) -> Table | None:
-    """A figure's numbers.
-
-    Args:
-        figure: the figure.
-
-    Returns:
-        A folded table: a row for each x of a chart, each bar, or each row of a heat map. None where that would be more
-        than 2,500 cells, which nobody reads.
-    """
+    """A figure's numbers."""
     if isinstance(figure, Chart):
         header, rows = _chart_rows(figure)
     elif isinstance(figure, Bars):
@@ -45,14 +37,7 @@ def tabulate_figure(figure: Chart | HeatMap | Bars) -> Table | None:
 
 
 def describe_figure(figure: Chart | HeatMap | Bars) -> str:
-    """What a figure shows, in words: axes, and of each line or piece where it starts and ends.
-
-    Args:
-        figure: the figure.
-
-    Returns:
-        A sentence or several.
-    """
+    """What a figure shows, in words: axes, and of each line or piece where it starts and ends."""
     name = _name(figure)
     if isinstance(figure, HeatMap):
         return f"{name}: {figure.y_label} by {figure.x_label}"

@@ -34,27 +34,12 @@ CASES_EXPLAINED = (
 
 
 def case_series(shares: Mapping[str, list[float]]) -> list[Series]:
-    """The pieces of stacked bars.
-
-    Args:
-        shares: a list of shares by name of the case.
-
-    Returns:
-        A series a case, in the order of `CASES`.
-    """
+    """The pieces of stacked bars."""
     return [Series(label, shares[name], name) for name, label in CASES.items()]
 
 
 def share_of(cases: Mapping[str, Any] | None, name: str) -> float | None:
-    """A case's share, whether the records have it as a number or with its count.
-
-    Args:
-        cases: `{name: share}` or `{name: {"count": ..., "share": ...}}`; None where there are none.
-        name: of the case.
-
-    Returns:
-        The share; None where there is none.
-    """
+    """A case's share, whether the records have it as a number or with its count."""
     found = None if cases is None else cases.get(name)
     share = found.get("share") if isinstance(found, Mapping) else found
     return None if share is None else float(share)

@@ -13,34 +13,19 @@ __all__ = ["Bars", "Chart", "HeatMap", "Line", "Series"]
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart; nan leaves a gap.
+    """One line of a chart; nan leaves a gap."""
 
-    Attributes:
-        name: of the line.
-        x: as many as `y`.
-        y: the values.
-        band: half the width of a band around `y`; empty for none.
-        low: lower edge of a band that is not even around `y`, with `high`; empty for none.
-        high: its upper edge.
-        colour: a colour of the page by its name (`chosen`, `both_down`, ...); empty for the line's own number.
-        dashed: thin and broken, without points: what stands beside the thing measured.
-    """
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    band: Sequence[float] = ()
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
-    colour: str = ""
-    dashed: bool = False
+    name: str  # of the line
+    x: Sequence[float]  # as many as `y`
+    y: Sequence[float]  # the values
+    band: Sequence[float] = ()  # half the width of a band around `y`; empty for none
+    low: Sequence[float] = ()  # lower edge of a band that is not even around `y`, with `high`; empty for none
+    high: Sequence[float] = ()  # its upper edge
+    colour: str = ""  # a colour of the page by its name (`chosen`, `both_down`, ...); empty for the line's own number
+    dashed: bool = False  # thin and broken, without points: what stands beside the thing measured
 
     def edges(self) -> tuple[Sequence[float], Sequence[float]]:
-        """Lower and upper edge of the band; empty where there is none.
-
-        Returns:
-            Two sequences as long as `y`, or two empty ones.
-        """
+        """Lower and upper edge of the band; empty where there is none."""
         if len(self.band):
             halves = list(zip(self.y, self.band, strict=True))
             return [y - half for y, half in halves], [y + half for y, half in halves]
@@ -49,27 +34,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over a common x axis.
+    """Lines over a common x axis."""
 
-    Attributes:
-        x_label: with its unit.
-        y_label: with its unit.
-        lines: in order.
-        zero: draw the line y = 0.
-        title: above the chart; empty for none.
-        percent: values are shares of 1.
-        stacked: lines are parts of one whole, one on top of the other.
-        marks: `(x, text)` of upright lines.
-    """
-
-    x_label: str
-    y_label: str
-    lines: Sequence[Line]
-    zero: bool = False
-    title: str = ""
-    percent: bool = False
-    stacked: bool = False
-    marks: Sequence[tuple[float, str]] = ()
+    x_label: str  # with its unit
+    y_label: str  # with its unit
+    lines: Sequence[Line]  # in order
+    zero: bool = False  # draw the line y = 0
+    title: str = ""  # above the chart; empty for none
+    percent: bool = False  # values are shares of 1
+    stacked: bool = False  # lines are parts of one whole, one on top of the other
+    marks: Sequence[tuple[float, str]] = ()  # `(x, text)` of upright lines
 
 
 @dataclass(frozen=True)
@@ -83,51 +57,29 @@ class Series:
 
 @dataclass(frozen=True)
 class Bars:
-    """Bars made of pieces, one on the other.
+    """Bars made of pieces, one on the other."""
 
-    Attributes:
-        label: of a bar.
-        value_label: of the values, with their unit.
-        names: a name each bar.
-        series: the pieces, each with a value a bar.
-        title: above the chart; empty for none.
-        percent: values are shares of 1, and a bar goes up to 1.
-        upright: bars stand; else they lie, with room for long names.
-        places: where the bars stand on an axis of numbers; empty for one after the other, each with its name.
-    """
-
-    label: str
-    value_label: str
-    names: Sequence[str]
-    series: Sequence[Series]
-    title: str = ""
-    percent: bool = False
-    upright: bool = False
+    label: str  # of a bar
+    value_label: str  # of the values, with their unit
+    names: Sequence[str]  # a name each bar
+    series: Sequence[Series]  # the pieces, each with a value a bar
+    title: str = ""  # above the chart; empty for none
+    percent: bool = False  # values are shares of 1, and a bar goes up to 1
+    upright: bool = False  # bars stand; else they lie, with room for long names
+    # where the bars stand on an axis of numbers; empty for one after the other, each with its name
     places: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A matrix in colours from one sign over 0 to the other, its rows downwards.
+    """A matrix in colours from one sign over 0 to the other, its rows downwards."""
 
-    Attributes:
-        x_label: of the columns.
-        y_label: of the rows.
-        columns: a name each, no two alike.
-        rows: a name each, no two alike.
-        values: one sequence a row; nan leaves a gap.
-        name: what a value is.
-        marked: `(row, column)` of entries with an outline.
-        limit: where the colours end; values beyond have the last one.
-        title: above the map; empty for none.
-    """
-
-    x_label: str
-    y_label: str
-    columns: Sequence[str]
-    rows: Sequence[str]
-    values: Sequence[Sequence[float]]
-    name: str
-    marked: Sequence[tuple[int, int]] = ()
-    limit: float = 1.0
-    title: str = ""
+    x_label: str  # of the columns
+    y_label: str  # of the rows
+    columns: Sequence[str]  # a name each, no two alike
+    rows: Sequence[str]  # a name each, no two alike
+    values: Sequence[Sequence[float]]  # one sequence a row; nan leaves a gap
+    name: str  # what a value is
+    marked: Sequence[tuple[int, int]] = ()  # `(row, column)` of entries with an outline
+    limit: float = 1.0  # where the colours end; values beyond have the last one
+    title: str = ""  # above the map; empty for none

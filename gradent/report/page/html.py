@@ -20,7 +20,7 @@ from gradent.report.page.alt_text import describe_figure, tabulate_figure
 from gradent.report.page.charts import Bars, Chart, HeatMap, Line, Series
 from gradent.report.page.parts import BigNumber, Cell, Fold, Notice, Numbers, Part, Quote, Table, Word, Words
 from gradent.report.page.plotly import bars_figure, chart_figure, heat_figure
-from gradent.text import readable
+from gradent.text import printable
 
 __all__ = [
     "Bars",
@@ -60,37 +60,18 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A report.
+    """A report."""
 
-    Attributes:
-        title: of the page.
-        lead: what was done, in a sentence or two.
-        facts: name and value of what a reader must know of the run.
-        sections: in order.
-        foot: a closing line.
-        notices: what must be seen before anything else.
-    """
-
-    title: str
-    lead: str
-    facts: Sequence[tuple[str, str]] = ()
-    sections: Sequence[Section] = field(default_factory=tuple)
-    foot: str = ""
-    notices: Sequence[Notice] = ()
+    title: str  # of the page
+    lead: str  # what was done, in a sentence or two
+    facts: Sequence[tuple[str, str]] = ()  # name and value of what a reader must know of the run
+    sections: Sequence[Section] = field(default_factory=tuple)  # in order
+    foot: str = ""  # a closing line
+    notices: Sequence[Notice] = ()  # what must be seen before anything else
 
 
 def render_page(page: Page) -> str:
-    """The page as HTML.
-
-    Args:
-        page: the report.
-
-    Returns:
-        One self-contained document, about 5 MB because plotly.js is in it.
-
-    Raises:
-        InputError: jinja2 or plotly is not installed.
-    """
+    """The page as HTML."""
     try:
         import jinja2  # noqa: PLC0415
         from plotly.offline import get_plotlyjs  # noqa: PLC0415
@@ -123,18 +104,7 @@ def render_page(page: Page) -> str:
 
 
 def write_page(path: str | os.PathLike[str], page: Page) -> Path:
-    """Write the page.
-
-    Args:
-        path: the file; its directory must be there.
-        page: the report.
-
-    Returns:
-        The file.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
+    """Write the page."""
     target, text = Path(path), render_page(page)
     try:
         target.write_text(text, encoding="utf-8")
@@ -208,7 +178,7 @@ def _to_cell(cell: Cell | str, figure: bool, names: bool) -> dict[str, Any]:
 
 def _shown(value: Any) -> Any:
     """What the template is about to print: a text that changes its reading direction would change its neighbours'."""
-    return readable(value) if type(value) is str else value
+    return printable(value) if type(value) is str else value
 
 
 def _to_words(words: Words) -> dict[str, Any]:

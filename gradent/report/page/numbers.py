@@ -10,14 +10,7 @@ NOTHING = "-"
 
 
 def number(value: float | None) -> str:
-    """A number to three digits.
-
-    Args:
-        value: any; None and nan are nothing.
-
-    Returns:
-        Such as `0.0415`, `2,230` or `1.2e-07`.
-    """
+    """A number to three digits."""
     if value is None or math.isnan(value):
         return NOTHING
     if not (value and 1e-3 <= abs(value) < 1e6):
@@ -26,65 +19,28 @@ def number(value: float | None) -> str:
 
 
 def signed_number(value: float | None) -> str:
-    """A number to three digits with its sign, for what can be of either.
-
-    Args:
-        value: any; None and nan are nothing.
-
-    Returns:
-        Such as `+0.0415`.
-    """
+    """A number to three digits with its sign, for what can be of either."""
     text = number(value)
     return text if text == NOTHING or text.startswith("-") else f"+{text}"
 
 
 def fixed(value: float | None) -> str:
-    """A number between -1 and 1, to three decimals with its sign: a cosine, a correlation, a part of one.
-
-    Args:
-        value: any; None and nan are nothing.
-
-    Returns:
-        Such as `+0.062`.
-    """
+    """A number between -1 and 1, to three decimals with its sign: a cosine, a correlation, a part of one."""
     return NOTHING if value is None or math.isnan(value) else f"{value:+.3f}"
 
 
 def percent(value: float | None) -> str:
-    """A share of 1 as percent.
-
-    Args:
-        value: any; None and nan are nothing.
-
-    Returns:
-        Such as `23.4%`.
-    """
+    """A share of 1 as percent."""
     return NOTHING if value is None or math.isnan(value) else f"{100 * value:.1f}%"
 
 
 def count(value: float | None) -> str:
-    """A whole number.
-
-    Args:
-        value: any; None and nan are nothing.
-
-    Returns:
-        Such as `12,345`.
-    """
+    """A whole number."""
     return NOTHING if value is None or math.isnan(value) else f"{value:,.0f}"
 
 
 def change(first: float | None, last: float | None, error: float | None = None) -> str:
-    """The way from one number to another.
-
-    Args:
-        first: where it starts.
-        last: where it ends.
-        error: the standard error of the difference, where there is one.
-
-    Returns:
-        Such as `-1.25 ± 0.04`, or a dash where an end is missing.
-    """
+    """The way from one number to another."""
     if first is None or last is None or math.isnan(first) or math.isnan(last):
         return NOTHING
     spread = "" if error is None or not math.isfinite(error) else f" ± {number(error)}"
@@ -92,25 +48,10 @@ def change(first: float | None, last: float | None, error: float | None = None) 
 
 
 def plural(amount: int, noun: str) -> str:
-    """A number of things.
-
-    Args:
-        amount: how many.
-        noun: one of them; its plural takes an s.
-
-    Returns:
-        Such as `1 pair` or `12 pairs`.
-    """
+    """A number of things."""
     return f"{amount:,} {noun}" + ("" if amount == 1 else "s")
 
 
 def step_name(step: float | None) -> str:
-    """A training step in words.
-
-    Args:
-        step: the number; None where it is not known.
-
-    Returns:
-        Such as `step 1,200`.
-    """
+    """A training step in words."""
     return "an unknown step" if step is None else f"step {step:,.0f}"

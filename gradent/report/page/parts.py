@@ -23,21 +23,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells or plain strings under a header.
+    """Rows of cells or plain strings under a header."""
 
-    Attributes:
-        header: a name each column.
-        rows: as many cells a row.
-        folded: where not empty, the table is hidden behind this text until asked for.
-        caption: what the table shows; read out before it, and shown where it stands.
-        figures_from: the column from which on cells are figures, set to the right; None for none. The first cell of a
-            row of such a table names the row.
-    """
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[Cell | str]]
-    folded: str = ""
-    caption: str = ""
+    header: Sequence[str]  # a name each column
+    rows: Sequence[Sequence[Cell | str]]  # as many cells a row
+    folded: str = ""  # where not empty, the table is hidden behind this text until asked for
+    caption: str = ""  # what the table shows; read out before it, and shown where it stands
+    # the column from which on cells are figures, set to the right; None for none. The first cell of a row of
+    # such a table names the row
     figures_from: int | None = None
 
 
@@ -51,39 +44,22 @@ class Quote:
 
 @dataclass(frozen=True)
 class Word:
-    """A piece of coloured text.
+    """A piece of coloured text."""
 
-    Attributes:
-        text: as it reads.
-        value: above 0, below 0, or nan for neither; it gives the colour.
-        note: the value and whatever else there is to say, in words; shown when the piece is pointed at or stepped to.
-        strong: whether it is set in bold.
-    """
-
-    text: str
-    value: float
-    note: str
-    strong: bool = False
+    text: str  # as it reads
+    value: float  # above 0, below 0, or nan for neither; it gives the colour
+    note: str  # the value and whatever else there is to say, in words; shown when the piece is pointed at or stepped to
+    strong: bool = False  # whether it is set in bold
 
 
 @dataclass(frozen=True)
 class Words:
-    """Texts whose pieces are coloured by their values, all on one scale.
+    """Texts whose pieces are coloured by their values, all on one scale."""
 
-    Depth goes with the square root of a value, so that small ones are seen beside large ones. Pieces below 0 are also
-    underlined by dots, those above 0 by a line.
-
-    Attributes:
-        texts: a title and its pieces, each.
-        below: what a value below 0 means, in a word or two.
-        above: what a value above 0 means.
-        bad_above: whether it is the values above 0 that are red.
-    """
-
-    texts: Sequence[tuple[str, Sequence[Word]]]
-    below: str
-    above: str
-    bad_above: bool = False
+    texts: Sequence[tuple[str, Sequence[Word]]]  # a title and its pieces, each
+    below: str  # what a value below 0 means, in a word or two
+    above: str  # what a value above 0 means
+    bad_above: bool = False  # whether it is the values above 0 that are red
 
 
 @dataclass(frozen=True)

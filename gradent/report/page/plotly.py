@@ -1,34 +1,28 @@
 """Line charts, bars and heat maps as figures of plotly.js.
 
 Colours are set in the page, which knows light from dark. plotly reads some HTML tags in its labels, so every label goes
-through `plain`; a nan is a gap.
+through `_label`; a nan is a gap.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 from gradent.report.page.charts import Bars, Chart, HeatMap, Line
-from gradent.text import readable
+from gradent.text import printable
 
-__all__ = ["bars_figure", "chart_figure", "heat_figure", "plain"]
+__all__ = ["bars_figure", "chart_figure", "heat_figure"]
 
 _FEW = 6  # columns whose names may find room side by side
 _LEAST_TEXT = 0.06  # of a whole: a piece of a bar that holds its own figure
-_LABEL = 30  # characters of a bar's name
+_LONGEST = 30  # characters of a bar's name
 
 
 def chart_figure(chart: Chart) -> dict[str, Any]:
-    """Traces and layout of a chart.
-
-    Args:
-        chart: the chart.
-
-    Returns:
-        What plotly.js draws; each trace's `meta` is its colour: a name, or the number of its line.
-    """
+    """Traces and layout of a chart."""
     traces: list[dict[str, Any]] = []
     for number, line in enumerate(chart.lines):
         x, colour = list(map(float, line.x)), line.colour or number
@@ -37,46 +31,38 @@ def chart_figure(chart: Chart) -> dict[str, Any]:
             band = {"x": x + x[::-1], "y": _gaps([*high, *reversed(low)]), "fill": "toself", "hoverinfo": "skip"}
             traces.append({**band, "line": {"width": 0}, "mode": "lines", "showlegend": False, "meta": colour})
         traces.append({"x": x, "y": _gaps(line.y), **_drawn(line, chart), "meta": colour})
-    y_axis = {"title": {"text": plain(chart.y_label), "standoff": 12}, "zeroline": chart.zero, "automargin": True}
+    y_axis = {"title": {"text": _label(chart.y_label), "standoff": 12}, "zeroline": chart.zero, "automargin": True}
     if chart.percent:
         y_axis["tickformat"] = ".0%"
     if chart.stacked:
         y_axis["range"] = [0, 1] if chart.percent else None
-    layout = {"xaxis": {"title": {"text": plain(chart.x_label)}, "zeroline": False}, "yaxis": y_axis}
+    layout = {"xaxis": {"title": {"text": _label(chart.x_label)}, "zeroline": False}, "yaxis": y_axis}
     places = [float(x) for line in chart.lines for x in line.x]
     return {"data": traces, "layout": {**_marked(layout, chart.marks, places), "hovermode": "x unified"}}
 
 
 def bars_figure(bars: Bars) -> dict[str, Any]:
-    """Traces and layout of a chart of bars.
-
-    Args:
-        bars: the chart.
-
-    Returns:
-        What plotly.js draws; each trace's `meta` is its colour's name. Without `places`, bars stand at whole numbers,
-        which bear their names: two of one name stay two.
-    """
+    """Traces and layout of a chart of bars."""
     places, form = list(bars.places or range(len(bars.names))), ".1%" if bars.percent else ",.6~g"
-    names = [plain(name if len(name) <= _LABEL else name[: _LABEL - 1] + "…") for name in bars.names]
+    names = [_label(name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…") for name in bars.names]
     across, along = ("x", "y") if bars.upright else ("y", "x")
     traces = []
     for series in bars.series:
         values = _gaps(series.values)
-        shown = f"%{{customdata}}<br>{plain(series.name)} %{{{along}:{form}}}<extra></extra>"
+        shown = f"%{{customdata}}<br>{_label(series.name)} %{{{along}:{form}}}<extra></extra>"
         trace: dict[str, Any] = {
-            "type": "bar", across: places, along: values, "name": plain(series.name), "meta": series.colour,
+            "type": "bar", across: places, along: values, "name": _label(series.name), "meta": series.colour,
             "hovertemplate": shown, "orientation": "v" if bars.upright else "h", "customdata": names,
         }  # fmt: skip
         if bars.percent:
             trace |= {"text": [_piece(value) for value in values], "textposition": "inside", "textangle": 0}
             trace["insidetextanchor"] = "middle"
         traces.append(trace)
-    value_axis: dict[str, Any] = {"title": {"text": plain(bars.value_label)}, "zeroline": False}
+    value_axis: dict[str, Any] = {"title": {"text": _label(bars.value_label)}, "zeroline": False}
     value_axis |= {"tickformat": ".0%", "range": [0, 1]} if bars.percent else {}
     name_axis: dict[str, Any] = {"automargin": True, "zeroline": False}
     name_axis |= {} if bars.places else {"tickvals": places, "ticktext": names}
-    name_axis |= {"title": {"text": plain(bars.label)}} if bars.upright else {"autorange": "reversed"}
+    name_axis |= {"title": {"text": _label(bars.label)}} if bars.upright else {"autorange": "reversed"}
     axes = {f"{across}axis": {**name_axis, "showgrid": False}, f"{along}axis": value_axis}
     layout = {
         **axes,
@@ -89,19 +75,12 @@ def bars_figure(bars: Bars) -> dict[str, Any]:
 
 
 def heat_figure(heat: HeatMap) -> dict[str, Any]:
-    """Trace and layout of a heat map.
-
-    Args:
-        heat: the heat map.
-
-    Returns:
-        What plotly.js draws; values are rounded to four decimals.
-    """
-    name, x_label, y_label = plain(heat.name), plain(heat.x_label), plain(heat.y_label)
+    """Trace and layout of a heat map."""
+    name, x_label, y_label = _label(heat.name), _label(heat.x_label), _label(heat.y_label)
     trace = {
         "type": "heatmap",
-        "x": [plain(each) for each in heat.columns],
-        "y": [plain(each) for each in heat.rows],
+        "x": [_label(each) for each in heat.columns],
+        "y": [_label(each) for each in heat.rows],
         "z": [_gaps([round(value, 4) for value in row]) for row in heat.values],
         "zmin": -heat.limit,
         "zmax": heat.limit,
@@ -128,21 +107,14 @@ def heat_figure(heat: HeatMap) -> dict[str, Any]:
     return {"data": [trace], "layout": layout}
 
 
-def plain(text: str) -> str:
-    """A text as plotly is to show it: it reads some tags and entities in its labels, and without these letters not.
-
-    Args:
-        text: any text.
-
-    Returns:
-        The text with `&`, `<` and `>` as entities, and control characters written out.
-    """
-    return readable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+def _label(text: str) -> str:
+    """A text as plotly shows it: plotly reads some tags and entities in its labels."""
+    return escape(printable(text), quote=False)
 
 
 def _drawn(line: Line, chart: Chart) -> dict[str, Any]:
     """How a line looks, and what is said where it is pointed at."""
-    name, form = plain(line.name), ".1%" if chart.percent else ".4~g" if line.dashed else ".3f"
+    name, form = _label(line.name), ".1%" if chart.percent else ".4~g" if line.dashed else ".3f"
     style: dict[str, Any] = {"name": name, "hovertemplate": f"%{{y:{form}}}<extra>{name}</extra>"}
     if chart.stacked:
         return {**style, "mode": "lines", "stackgroup": "all", "line": {"width": 0.5}}
@@ -165,7 +137,7 @@ def _marked(layout: dict[str, Any], marks: Sequence[tuple[float, str]], places: 
     ]
     annotations = [
         {
-            "x": x, "yref": "paper", "y": 1 - 0.09 * number, "yanchor": "top", "text": plain(text), "showarrow": False,
+            "x": x, "yref": "paper", "y": 1 - 0.09 * number, "yanchor": "top", "text": _label(text), "showarrow": False,
             "xanchor": "right" if x > (low + high) / 2 else "left", "xshift": -4 if x > (low + high) / 2 else 4,
             "font": {"size": 12},
         }

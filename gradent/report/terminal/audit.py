@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -13,9 +12,9 @@ from rich.text import Text
 
 from gradent.record import Summary
 from gradent.report.page.numbers import fixed, percent
-from gradent.text import visible
+from gradent.text import printable, visible
 
-__all__ = ["preview", "print_summary", "printable"]
+__all__ = ["print_summary"]
 
 _ARROWS = {
     "ideal": ("rises", "falls"),
@@ -25,7 +24,6 @@ _ARROWS = {
     "inactive": ("-", "-"),
 }
 _REFERENCES = {"none": "none", "self": "the model itself", "adapter_off": "its base without the adapter", "model": ""}
-_CONTEXT = 12  # characters that two responses share and that are shown before they part
 _MODULES_SHOWN = 12
 _TOKENS_SHOWN = 5
 _TOKEN_WIDTH = 24  # characters of a token
@@ -33,44 +31,9 @@ _MODULE_FIGURES = 42  # columns of the module table that are not the module's na
 
 
 def print_summary(summary: Summary, console: Console) -> None:
-    """Print the tables of one audit.
-
-    Args:
-        summary: what `summary.json` holds.
-        console: where to.
-    """
+    """Print the tables of one audit."""
     for part in _render(summary, console.width):
         console.print(part)
-
-
-def preview(text: str, other: str, width: int = 160) -> str:
-    """A short piece of one response from just before the point where it leaves the other, in printable characters.
-
-    Args:
-        text: the response to show.
-        other: the other response of the pair.
-        width: most characters.
-
-    Returns:
-        One line; an ellipsis stands for what was cut.
-    """
-    common = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(text, other, strict=False)))
-    start = common - _CONTEXT if common > 2 * _CONTEXT else 0
-    line = ("…" if start else "") + text[start : start + 4 * width]
-    line = " ".join("".join(letter if letter.isprintable() else " " for letter in line).split())
-    return line if len(line) <= width else line[: width - 1] + "…"
-
-
-def printable(text: str) -> str:
-    """Text as a terminal may have it: line ends stay, other control characters (escape sequences, say) do not.
-
-    Args:
-        text: any text.
-
-    Returns:
-        The text with "�" for what is not printable.
-    """
-    return "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in text)
 
 
 def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
@@ -222,7 +185,7 @@ def _token_table(tokens: dict[str, Any]) -> Table:
     table = _new_table("", "token", "sum", "mean", "times", text=2)
     for kind in ("entangling", "disentangling"):
         for number, row in enumerate(tokens[kind][:_TOKENS_SHOWN]):
-            text = Text(printable(visible(row["token"], _TOKEN_WIDTH)))
+            text = Text(visible(row["token"], _TOKEN_WIDTH))
             head = "" if number else kind
             table.add_row(head, text, fixed(row["sum"]), f"{row['mean']:+.4f}", str(row["count"]))
     return table

@@ -21,19 +21,13 @@ _WIDTH = 60  # characters of a setting
 def print_comparison(
     directory_a: str | os.PathLike[str], directory_b: str | os.PathLike[str], console: Console
 ) -> None:
-    """Print two audits side by side.
-
-    Args:
-        directory_a: the records of the first, A.
-        directory_b: the records of the second, B.
-        console: where to.
-    """
+    """Print two audits side by side."""
     both = compare_audits(directory_a, directory_b)
     if both.settings:
         console.print(Text("What differs in the settings", "bold"))
         table = _new_table("", "A", "B", text=3)
         for each in both.settings:
-            table.add_row(*(Text(_plain(value), overflow="fold") for value in each))
+            table.add_row(*(Text(visible(value, _WIDTH, space=" "), overflow="fold") for value in each))
         console.print(table)
     console.print(Text(f"\n{both.matching}", overflow="fold"))
     table = _new_table("", "A", "B", "B minus A", "same pairs", text=1)
@@ -51,7 +45,3 @@ def _new_table(*names: str, text: int) -> Table:
     for place, name in enumerate(names):
         table.add_column(Text(name), justify="left" if place < text else "right", no_wrap=place >= text)
     return table
-
-
-def _plain(text: str) -> str:
-    return visible(text, _WIDTH).replace("␣", " ")

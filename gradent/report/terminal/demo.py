@@ -17,13 +17,7 @@ __all__ = ["print_findings"]
 
 
 def print_findings(columns: Mapping[str, Sequence[Any]], record: DemoRecord, console: Console) -> None:
-    """Print both tables of a demo.
-
-    Args:
-        columns: of its `pairs.parquet`.
-        record: its `demo.json`.
-        console: where to.
-    """
+    """Print both tables of a demo."""
     model, settings = record["model"], record["settings"]
     name = model["source"] or "the embedded model"
     console.print(

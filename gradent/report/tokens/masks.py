@@ -10,8 +10,9 @@ from typing import Any
 
 from gradent.errors import DataFileError, InputError
 from gradent.record.masks import read_masks
-from gradent.report.page.html import BigNumber, Notice, Numbers, Page, Part, Section, Table, Word, Words, write_page
+from gradent.report.page.html import Page, Part, Section, Table, write_page
 from gradent.report.page.numbers import count, number, percent, plural
+from gradent.report.page.parts import BigNumber, Notice, Numbers, Word, Words
 from gradent.text import visible
 from gradent.version import __version__
 
@@ -29,20 +30,7 @@ _Row = dict[str, Any]
 def write_mask_report(
     masks: str | os.PathLike[str], page: str | os.PathLike[str] | None = None, *, pairs: int = 50
 ) -> Path:
-    """Write a page of a file of masks: both responses of every pair, coloured by mask, kept tokens in bold.
-
-    Args:
-        masks: a file that `TokenMaskedDPOTrainer.export_masks` wrote.
-        page: the HTML file; by default beside `masks` under the same name.
-        pairs: how many pairs are shown at most, from the first on; shares and tables are over all of them.
-
-    Returns:
-        The page.
-
-    Raises:
-        InputError: `pairs` is below 1.
-        DataFileError: there is no such file, it is not one of masks, or it holds no token.
-    """
+    """Write a page of a file of masks: both responses of every pair, coloured by mask, kept tokens in bold."""
     if pairs < 1:
         raise InputError(f"write_mask_report: pairs={pairs!r}; accepted is a number of pairs >= 1.")
     source = Path(masks)
@@ -108,14 +96,7 @@ def _numbers(rows: Sequence[_Row]) -> Numbers:
 
 
 def mask_words(responses: Sequence[tuple[str, Sequence[tuple[str, float, bool]]]]) -> Words:
-    """Responses, coloured by mask, kept tokens in bold.
-
-    Args:
-        responses: titles, each with `(text, soft mask, whether it is kept)` of every token.
-
-    Returns:
-        The part of a page.
-    """
+    """Responses, coloured by mask, kept tokens in bold."""
     return Words(
         [(title, [_word(place, *token, note="") for place, token in enumerate(tokens)]) for title, tokens in responses],
         *_LEGEND,

@@ -13,8 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from gradent.record import TokenRecord, read_token_record
-from gradent.report.page.html import Cell, HeatMap, Page, Quote, Section, Table, Word, Words, write_page
+from gradent.report.page.charts import HeatMap
+from gradent.report.page.html import Page, Section, Table, write_page
 from gradent.report.page.numbers import percent
+from gradent.report.page.parts import Cell, Quote, Word, Words
 from gradent.report.tokens.masks import mask_words
 from gradent.report.tokens.rows import TokenRow, rank_tokens, signed, token_rows
 from gradent.text import visible

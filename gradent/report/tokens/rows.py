@@ -21,27 +21,16 @@ _LABEL = 18  # characters of a token in its name
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRow:
-    """What there is to say of one token.
+    """What there is to say of one token."""
 
-    Attributes:
-        side: `chosen` or `rejected`.
-        position: in its response, counted from 0.
-        text: the token's text.
-        identical: whether the other response has it too, by the alignment of the two.
-        entanglement: `⟨∇log π(token), g⟩`, g the gradient of the other response.
-        share: of the pair's inner product; None where that is zero.
-        norm: `‖∇log π(token)‖`.
-        effect: first-order change of its log-prob per unit of a margin step.
-    """
-
-    side: str
-    position: int
-    text: str
-    identical: bool
-    entanglement: float
-    share: float | None
-    norm: float
-    effect: float
+    side: str  # `chosen` or `rejected`
+    position: int  # in its response, counted from 0
+    text: str  # the token's text
+    identical: bool  # whether the other response has it too, by the alignment of the two
+    entanglement: float  # `⟨∇log π(token), g⟩`, g the gradient of the other response
+    share: float | None  # of the pair's inner product; None where that is zero
+    norm: float  # `‖∇log π(token)‖`
+    effect: float  # first-order change of its log-prob per unit of a margin step
 
     @property
     def kind(self) -> str:
@@ -55,14 +44,7 @@ class TokenRow:
 
 
 def token_rows(record: TokenRecord) -> list[TokenRow]:
-    """Every token of both responses.
-
-    Args:
-        record: of the pair.
-
-    Returns:
-        The T_w chosen tokens, then the T_l rejected ones.
-    """
+    """Every token of both responses."""
     inner = np.array(record["inner"], dtype=np.float64)
     whole = float(inner.sum())
     rows = []
@@ -87,30 +69,14 @@ def token_rows(record: TokenRecord) -> list[TokenRow]:
 
 
 def rank_tokens(rows: Sequence[TokenRow], count: int) -> tuple[list[TokenRow], list[TokenRow]]:
-    """The tokens at both ends.
-
-    Args:
-        rows: of `token_rows`.
-        count: most tokens of each kind.
-
-    Returns:
-        `(entangling, disentangling)`: the largest positive entanglements, and the most negative ones; fewer than
-        `count` where fewer are positive or negative.
-    """
+    """The tokens at both ends."""
     ordered = sorted(rows, key=lambda row: row.entanglement)
     entangling = [row for row in reversed(ordered) if row.entanglement > 0]
     return entangling[:count], [row for row in ordered if row.entanglement < 0][:count]
 
 
 def signed(value: float) -> str:
-    """A number with its sign, to three digits; an exponent only where it is very large or very small.
-
-    Args:
-        value: finite.
-
-    Returns:
-        Such as `+2,230`, `-0.0415` or `+1.2e-07`.
-    """
+    """A number with its sign, to three digits; an exponent only where it is very large or very small."""
     if not (value and 1e-3 <= abs(value) < 1e6):
         return f"{value:+.3g}"
     return f"{value:+,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
