@@ -99,8 +99,7 @@ def print_report(report: Report, console: Console, *, as_json: bool = False) -> 
         console.print(Text(json.dumps(report, indent=2, ensure_ascii=False)), soft_wrap=True)
         return
     facts = Table.grid(padding=(0, 2))
-    for package, version in report["versions"].items():
-        facts.add_row(package, version)
+    facts.add_row("versions", ", ".join(f"{package} {version}" for package, version in report["versions"].items()))
     facts.add_row("system", f"{report['system']}, {report['threads']} threads of torch")
     for device in report["devices"]:
         memory = f", {device['memory'] / 2**30:.0f} GiB" if device["memory"] else ""
@@ -112,8 +111,8 @@ def print_report(report: Report, console: Console, *, as_json: bool = False) -> 
     for check in report["checks"]:
         failed = ("FAIL", "bold red") if _is_run(check) else ("----", "bold yellow")
         verdict = Text("pass", "bold green") if check["passed"] else Text(*failed)
-        found = check["failure"] or f"scaled error {check['error']:.1e}, limit {check['limit']:.0e}"
-        console.print(verdict, Text(f"{check['model']}: measure against plain autograd: {found}"))
+        result = check["failure"] or f"scaled error {check['error']:.1e}, limit {check['limit']:.0e}"
+        console.print(verdict, Text(f"{check['model']}: measure against plain autograd: {result}"))
     if any(not check["passed"] and _is_run(check) for check in report["checks"]):
         console.print(
             Text(
@@ -140,15 +139,15 @@ def _check(name: str, build: Callable[[], nn.Module], dtype: torch.dtype, limit:
             model = build().eval()
         batch = PairBatch.from_tokens([PAIR])
         gram = measure(model.to(place, dtype), batch)
-        found = scaled_error(gram, _truth(model if dtype == torch.bfloat16 else model.to("cpu", torch.float64), batch))
-        if math.isfinite(found):
-            check["error"], check["passed"] = found, found <= limit
+        error = scaled_error(gram, _truth(model if dtype == torch.bfloat16 else model.to("cpu", torch.float64), batch))
+        if math.isfinite(error):
+            check["error"], check["passed"] = error, error <= limit
         else:
             check["failure"] = f"what was measured is not finite: {gram.chosen_sq}, {gram.rejected_sq}, {gram.inner}"
-    except ModuleNotFoundError as error:
-        check["failure"] = f"{MISSING}: pip install {error.name}"
-    except Exception as error:  # noqa: BLE001  (whatever goes wrong is what the report is for)
-        check["failure"] = f"{type(error).__name__}: {first_line(error)}"
+    except ModuleNotFoundError as missing:
+        check["failure"] = f"{MISSING}: pip install {missing.name}"
+    except Exception as failure:  # noqa: BLE001  (whatever goes wrong is what the report is for)
+        check["failure"] = f"{type(failure).__name__}: {first_line(failure)}"
     return check
 
 

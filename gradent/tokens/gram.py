@@ -150,7 +150,7 @@ class TokenGram:
                 matplotlib is not installed.
 
         Example:
-            >>> gram.plot([tokenizer.decode(each) for each in gram.chosen_ids], path="tokens.png")  # doctest: +SKIP
+            >>> gram.plot([tokenizer.decode(token) for token in gram.chosen_ids], path="tokens.png")  # doctest: +SKIP
         """
         from gradent.figures.charts import token_cosines  # noqa: PLC0415
         from gradent.figures.token_heatmap import TokenPicture, draw_tokens, write_figure  # noqa: PLC0415

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from gradent.hooks.uses.formats import Factored, Form, LazyFactored, Materialized
 from gradent.hooks.capture.capture import Tap
-from gradent.hooks.uses.formats import Deferred, Dense, Explicit, Form
+from gradent.hooks.uses.formats import Factored, Form, LazyFactored, Materialized
 from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View
 from gradent.kernels.common.numerics import accumulator
