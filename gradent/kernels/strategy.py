@@ -144,17 +144,20 @@ def decide(product: Product, budget: int) -> Strategy:
     refused = 0
     if product.is_complete and room > 0:
         if product.has_kernels:
-            strategy = _by_kernel(product, -(-product.rows // len(product.lengths)), room)
+            strategy = _by_kernel(product, room)
             if not strategy.refused:
                 return strategy
             refused = strategy.refused
-        if product.batch_bytes <= batch_room(room, product.device) and _tiling(product, room).form == "outer":
+        if (
+            product.batch_bytes <= batch_room(room, product.device)
+            and _tiling(product, room + product.copied).form == "outer"
+        ):
             why = "the outer form is the cheaper one, and the gradients of all rows fit at once"
             return replace(_all_rows("outer", product, why), refused=refused)
     if is_smaller:
         why = "the gradients are smaller than their factors, so they are formed as they arrive"
         return _all_rows("queue" if is_small else "materialize", product, why)
-    return _group_by_group(product, max(1, room))
+    return _group_by_group(product, room + product.copied)  # rows are scaled one by one
 
 
 def _lacking(product: Product) -> str:
@@ -209,7 +212,7 @@ def _tiling(product: Product, room: int, backend: Literal["torch", "triton"] = "
 def _group_by_group(product: Product, room: int) -> Strategy:
     refused = 0
     if product.has_kernels:
-        strategy = _by_kernel(product, 1, room)
+        strategy = _by_kernel(product, room, is_alone=True)
         if not strategy.refused:
             return strategy
         refused = strategy.refused
@@ -249,11 +252,11 @@ def _materialized(product: Product, budget: int) -> Strategy:
     return Strategy(reducer="group_by_group", scratch=count * size, flops=flops, rows=count, why=why)
 
 
-def _by_kernel(product: Product, groups: int, room: int) -> Strategy:
-    """One launch of Triton's kernels for some groups; `refused` says what it would hold if that does not fit."""
-    tiling = _tiling(product, max(room, 1), "triton")
+def _by_kernel(product: Product, room: int, *, is_alone: bool = False) -> Strategy:
+    """One launch of Triton's kernels, for one group or for all; `refused` is what it would hold if that does not fit."""
+    groups = 1 if is_alone else -(-product.rows // len(product.lengths))
+    tiling = _tiling(product, room + product.copied, "triton")  # for the form alone
     tile, scratch, flops = _kernel_cost(tiling.form, product, groups, room, tiling.flops)
-    is_alone = not product.is_complete or groups * len(product.lengths) < product.rows
     share = "each group" if is_alone else "all groups"
     return Strategy(
         reducer="group_by_group" if is_alone else tiling.form,
