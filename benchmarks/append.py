@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from gradent.kernels.crossover import device_name
+from gradent.kernels.availability import device_name
 
 __all__ = ["append"]
 

@@ -5,12 +5,12 @@ Letters: O and I the two sides of a weight, T tokens of both rows of a pair.
 
 from __future__ import annotations
 
-import torch
+import math
+from collections.abc import Sequence
+from itertools import pairwise
 
-from benchmarks.crossover import crossing
 from benchmarks.device_bench import Bench
 from benchmarks.device_kernels import Case, Operands, runs_kernels
-from gradent.kernels import crossover
 
 __all__ = ["cross"]
 
@@ -20,12 +20,9 @@ STEPS = (0.25, 0.5, 0.71, 1.0, 1.41, 2.0, 3.0)
 
 
 def cross(bench: Bench) -> None:
-    """Where gram and outer cross, beside the rule `T = ⅔h` and the crossing that the plan goes by."""
+    """Where gram and outer cross, beside the rule `T = ⅔h` that the plan goes by."""
     able = runs_kernels(bench.device)
     path = "triton" if able else "torch"
-    asked = path if bench.device.type == "cuda" else "torch"  # the interpreter would take minutes for it
-    price = crossover.price(bench.device, torch.bfloat16, path=asked)
-    bench.put("price", dtype="bfloat16", path=asked, ratio=price, note="of a gram flop, in outer flops")
     for rows, cols in ((24, 24),) if bench.toy else CROSSED:
         rule = 2 / 3 * rows * cols / (rows + cols)
         ratios: dict[int, float] = {}
@@ -35,7 +32,7 @@ def cross(bench: Bench) -> None:
                 break
             ratios[tokens] = _both(bench, Case(rows, cols, tokens, 1), rule, able=able)
         if len(ratios) > 1:
-            _crossing(bench, (rows, cols), rule, ratios, path, price)
+            _crossing(bench, (rows, cols), rule, ratios, path)
 
 
 def _both(bench: Bench, case: Case, rule: float, *, able: bool) -> float:
@@ -58,11 +55,18 @@ def _both(bench: Bench, case: Case, rule: float, *, able: bool) -> float:
     return ratio
 
 
-def _crossing(
-    bench: Bench, shape: tuple[int, int], rule: float, ratios: dict[int, float], path: str, price: float
-) -> None:
+def _crossing_of(lengths: Sequence[int], ratios: Sequence[float]) -> float | None:
+    """The last T at which gram's time over outer's passes 1; None where it does not."""
+    points = list(zip(lengths, ratios, strict=True))
+    for (low, below), (high, above) in reversed(list(pairwise(points))):
+        if below < 1 <= above:
+            return low * (high / low) ** (math.log(1 / below) / math.log(above / below))
+    return None
+
+
+def _crossing(bench: Bench, shape: tuple[int, int], rule: float, ratios: dict[int, float], path: str) -> None:
     """A row of where they cross, and of what the rule's choice costs at worst."""
-    found = crossing(list(ratios), list(ratios.values()))
+    found = _crossing_of(list(ratios), list(ratios.values()))
     costs = (max(1.0, ratio if tokens < rule else 1 / ratio) for tokens, ratio in ratios.items())
     bench.put(
         "crossing",
@@ -74,5 +78,5 @@ def _crossing(
         ratio="" if found is None else found / rule,
         against="⅔h",
         rule=rule,
-        note=f"the rule at worst {max(costs):.2f} times the faster form; the plan crosses near {rule / price:.0f}",
+        note=f"the rule at worst {max(costs):.2f} times the faster form",
     )

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.device_bench import Bench, Times
-from gradent.kernels import dispatch
-from gradent.kernels.common.cost import DEFAULT_BUDGET, choose
-from gradent.kernels.common.numerics import reduce_planned
+from gradent.kernels import availability, dispatch
+from gradent.kernels.common.budget import DEFAULT_BUDGET
+from gradent.kernels.common.cost import cheapest
+from gradent.kernels.common.wanted import Wanted
+from gradent.kernels.gram.reference import reduce_gram
+from gradent.kernels.outer.reference import reduce_outer
 
 __all__ = ["Case", "Operands", "check", "gemm", "kernels", "runs_kernels"]
 
@@ -85,7 +88,7 @@ def check(bench: Bench) -> None:
             wrong = self_check(bench.device)
             bench.put(what, median_ms=(time.perf_counter() - began) * 1e3, rounds=1, note=wrong or "passed")
     for dtype in (torch.bfloat16, torch.float32):
-        bench.put("path", dtype=str(dtype).removeprefix("torch."), path=dispatch.path(bench.device, dtype))
+        bench.put("path", dtype=str(dtype).removeprefix("torch."), path=availability.path(bench.device, dtype))
     if wrong:
         raise RuntimeError(f"the kernels' self-check failed: {wrong}")
 
@@ -136,21 +139,22 @@ class Operands:
     def by_torch(self, form: str) -> Tensor:
         """Entries `[k, 3]` of one form in torch's tiles, pair by pair, as without kernels."""
         tokens, rows, cols = self.case.tokens, self.case.rows, self.case.cols
-        price = 0.0 if form == "gram" else 1e9
-        plan = choose(
-            tokens,
-            tokens,
+        tiling = cheapest(
+            (tokens, tokens),
             rows,
             cols,
             itemsize=4,
             budget=DEFAULT_BUDGET,
             widen=self.case.dtype != torch.float32,
-            price=price,
+            gram_cost=0.0 if form == "gram" else 1e9,
         )
-        assert plan.form == form
+        assert tiling.form == form
         starts = range(0, self.half, tokens)
         cut = [[side[start : start + tokens] for side in self.sides] for start in starts]
-        return torch.stack([reduce_planned(*one, plan) for one in cut])
+        groups = [((u_w, v_w), (u_l, v_l)) for u_w, v_w, u_l, v_l in cut]
+        if form == "gram":
+            return torch.stack([reduce_gram(group, tiling, budget=DEFAULT_BUDGET) for group in groups])
+        return torch.stack([reduce_outer(group, tiling) for group in groups])
 
     def by_kernel(self, form: str) -> Any:
         """The same of a kernel, all pairs in one launch; of "store" with the gradient of the batch."""
@@ -170,7 +174,7 @@ class Operands:
             return 4 * pairs * tokens * rows * cols
         side = tokens
         if kernel:
-            from gradent.kernels.common.triton_tiles import pick_gram  # noqa: PLC0415  (imports Triton)
+            from gradent.kernels.common.tiles import pick_gram  # noqa: PLC0415
 
             side = min(tokens, pick_gram(dtype, tokens, pairs).rows)
         count, rest = divmod(tokens, side)
@@ -261,13 +265,13 @@ def _call(bench: Bench, given: Operands, times: dict[str, Times]) -> None:
     """A reduction as the ledger asks for it, the host's part included: nothing is queued ahead."""
     case = given.case
     u, v = (side.view(2 * case.pairs, case.tokens, -1) for side in (given.u, given.v))
-    call = {"reduce_pairs": lambda: dispatch.reduce_pairs(u, v, budget=DEFAULT_BUDGET)}
+    call = {"reduce_pairs": lambda: dispatch.reduce_rows(u, v, Wanted.pairs(case.pairs), budget=DEFAULT_BUDGET)}
     taken = bench.turns(call, rounds=25, seconds=0.5, ahead=False)["reduce_pairs"]
     bench.put(
         "reduce_pairs, host too",
         **case.columns,
         **taken.columns,
-        path=dispatch.path(bench.device, case.dtype),
+        path=availability.path(bench.device, case.dtype),
         ratio=taken.median / times["outer"].median,
         against="outer",
     )

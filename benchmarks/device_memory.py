@@ -15,8 +15,9 @@ from torch import Tensor
 
 from benchmarks.device_bench import Bench
 from benchmarks.device_kernels import runs_kernels
-from gradent.kernels import dispatch
-from gradent.kernels.common.cost import choose
+from gradent.kernels import availability, dispatch
+from gradent.kernels.common.cost import cheapest
+from gradent.kernels.common.wanted import Wanted
 
 __all__ = ["memory"]
 
@@ -109,7 +110,7 @@ def _group(bench: Bench, cases: list[Case], buffers: list[Tensor], ends: float) 
         cols=case.cols,
         tokens=case.tokens,
         pairs=case.pairs,
-        path=dispatch.path(bench.device, torch.bfloat16),
+        path=availability.path(bench.device, torch.bfloat16),
         budget_mib=case.budget / 2**20,
         peak_mib=peak / 2**20,
         of_budget=peak / case.budget,
@@ -126,19 +127,19 @@ def _ways(case: Case, buffers: list[Tensor]) -> list[tuple[str, Callable[[], Any
         for flat, size in zip(buffers, (case.rows, case.cols), strict=True)
     )
     ways: list[tuple[str, Callable[[], Any]]] = [
-        ("pairs at once", lambda: dispatch.reduce_pairs(u, v, budget=case.budget))
+        ("pairs at once", lambda: dispatch.reduce_rows(u, v, Wanted.pairs(case.pairs), budget=case.budget))
     ]
     if case.pairs == 1:
-        sides = [part[: case.lengths[row]] for row in (0, 1) for part in (u[row], v[row])]
-        ways.append(("ragged pair", lambda: dispatch.reduce_pair(*sides, budget=case.budget)))
+        pair = [(u[row, : case.lengths[row]], v[row, : case.lengths[row]]) for row in (0, 1)]
+        ways.append(("ragged pair", lambda: dispatch.reduce_group(pair, budget=case.budget)))
     return ways
 
 
 def _launches(bench: Bench, case: Case) -> int:
     """About how many kernels torch's tiles would launch; 0 where Triton's kernels fit the budget."""
     tokens, rows, cols, pairs, budget = case
-    plan = choose(tokens, tokens, rows, cols, itemsize=4, budget=budget, widen=True)
-    if runs_kernels(bench.device) and dispatch.path(bench.device, torch.bfloat16) == "triton":
+    plan = cheapest((tokens, tokens), rows, cols, itemsize=4, budget=budget, widen=True)
+    if runs_kernels(bench.device) and availability.path(bench.device, torch.bfloat16) == "triton":
         from gradent.kernels.common.triton_operands import Spans  # noqa: PLC0415
         from gradent.kernels.gram.triton import gram_scratch  # noqa: PLC0415  (imports Triton)
         from gradent.kernels.outer.triton import outer_scratch  # noqa: PLC0415

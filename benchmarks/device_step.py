@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.device_bench import Bench, Times
 from gradent import PairBatch, attach, measure
-from gradent.kernels import dispatch
+from gradent.kernels import availability
 from gradent.pair_gram import PairGram
 from gradent.recorder import WeightGrad
 
@@ -190,7 +190,7 @@ def _run(bench: Bench, kind: str, sizes: Sizes, seconds: float) -> list[str]:
     job.overhead_s.clear()
     times = bench.turns(steps, rounds=ROUNDS, seconds=seconds, wall=True)
     peaks = {name: bench.peak(step) for name, step in steps.items()}
-    path = dispatch.path(bench.device, torch.bfloat16)
+    path = availability.path(bench.device, torch.bfloat16)
     given = {"dtype": "bfloat16", "tokens": sizes.tokens, "pairs": sizes.pairs, "path": path}
     for name, taken in times.items():
         note = ""

@@ -52,8 +52,9 @@ from benchmarks.append import append
 from benchmarks.peer_methods import METHODS, WATCHED, frozen_pass, plain_step, stack, trainable, unpadded
 from benchmarks.tokens import held
 from gradent import PairBatch
-from gradent.hooks.passes.batching import group_rows
-from gradent.kernels.common.cost import DEFAULT_BUDGET, choose
+from gradent.hooks.passes.microbatch import group_rows
+from gradent.kernels.common.budget import DEFAULT_BUDGET
+from gradent.kernels.common.cost import cheapest
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def floor_flops(model: nn.Module, batch: PairBatch) -> int:
     total = 0
     for pair in range(len(batch)):
         t_w, t_l = (len(batch.row(row)[0]) for row in (pair, pair + len(batch)))
-        total += sum(choose(t_w, t_l, *shape, itemsize=4, budget=DEFAULT_BUDGET).flops for shape in shapes)
+        total += sum(cheapest((t_w, t_l), *shape, itemsize=4, budget=DEFAULT_BUDGET).flops for shape in shapes)
     return total
 
 

@@ -29,12 +29,15 @@ from rich.table import Table
 
 from benchmarks.append import append
 from gradent.hooks.reduction.ledger import Ledger
-from gradent.hooks.uses.formats import Dense, Rows
+from gradent.hooks.reduction.reducers import REDUCERS, Arrival, Place
+from gradent.hooks.uses.formats import Factored, SparseRows
 from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View
-from gradent.hooks.uses.uses import SumUse
-from gradent.kernels.common.cost import choose
-from gradent.kernels.common.numerics import accumulator, row_products
+from gradent.hooks.uses.uses import MatrixUse, SumUse
+from gradent.kernels.common.cost import cheapest
+from gradent.kernels.common.numerics import accumulator
+from gradent.kernels.common.wanted import Wanted
+from gradent.kernels.strategy import Product, decide
 
 TOKENS = (1, 64, 512, 2048, 8192)
 SIZES = (16, 1024, 4096, 14336)
@@ -62,10 +65,9 @@ class Case(NamedTuple):
     def gflops(self) -> float:
         """Of all pairs."""
         wide = accumulator(self.dtype)
-        plan = choose(
-            *self.lengths, self.rows, self.cols, itemsize=wide.itemsize, budget=self.budget, widen=wide != self.dtype
-        )
-        return self.pairs * plan.flops / 1e9
+        widen = wide != self.dtype
+        sizes = self.lengths, self.rows, self.cols
+        return self.pairs * cheapest(*sizes, itemsize=wide.itemsize, budget=self.budget, widen=widen).flops / 1e9
 
 
 LARGEST = (
@@ -93,26 +95,31 @@ def taken(function: Callable[[], Any]) -> int:
 
 def by_rows(case: Case) -> int:
     """Scratch of `Ledger.finish`."""
-    ledger = Ledger(case.pairs, budget=case.budget)
+    ledger = Ledger(Wanted.pairs(case.pairs), budget=case.budget)
     u, v = (torch.randn(case.tokens, size, dtype=torch.float32).to(case.dtype) for size in (case.rows, case.cols))
     for row in range(2 * case.pairs):
         count = case.lengths[row >= case.pairs]
-        ledger.add(0, row, (), Dense(u[:count], v[:count]))
+        ledger.add(0, row, (), Factored(u[:count], v[:count]))
     return taken(lambda: ledger.finish(0))
 
 
 def by_batch(case: Case) -> int | None:
-    """Scratch of `Ledger.whole`, or of products that wait for others of their size; None where it is neither."""
-    ledger = Ledger(case.pairs, budget=case.budget)
-    shapes = [(2 * case.pairs, case.tokens, size) for size in (case.rows, case.cols)]
-    if not ledger.fits(*(torch.empty(1, dtype=case.dtype).expand(shape) for shape in shapes)):
+    """Scratch of all rows at once, reduced or left to wait for others of their size; None if `decide` is against it."""
+    wanted = Wanted.pairs(case.pairs)
+    product = Product(
+        rows=wanted.rows, lengths=(case.tokens,) * 2, out=case.rows, inp=case.cols, dtypes=(case.dtype, case.dtype),
+        is_complete=True,
+    )  # fmt: skip
+    strategy = decide(product, case.budget)
+    if strategy.reducer == "group_by_group":
         return None
-    u, v = (torch.randn(shape).to(case.dtype) for shape in shapes)
+    ledger = Ledger(wanted, budget=case.budget)
+    u, v = (torch.randn(wanted.rows, case.tokens, size).to(case.dtype) for size in (case.rows, case.cols))
+    use = MatrixUse(View(0, (), (case.rows, case.cols)), v, swapped=False)
+    arrival = Arrival(use, u, Place(Layout(wanted.rows, case.tokens), range(wanted.rows)))
 
     def reduce() -> None:
-        if ledger.gathers(u, v) or not ledger.whole(0, u, v):
-            assert ledger.folds(0, u, v)
-            ledger.add_rows(0, range(len(u)), (), row_products(u, v))
+        if not REDUCERS[strategy.reducer](ledger, arrival, strategy):
             ledger.finish(0)
             ledger.close()
 
@@ -123,15 +130,15 @@ def by_tied_head(case: Case) -> int | None:
     """Scratch of `Ledger.shrink`, and of `finish` with the lookups, whichever is more; None for several pairs."""
     if case.pairs > 1:
         return None
-    ledger = Ledger(1, budget=case.budget)
+    ledger = Ledger(Wanted.pairs(1), budget=case.budget)
     ids = [torch.arange(0, case.rows, 2)[:count].flip(0) for count in case.lengths]
     u, v = (torch.randn(case.tokens, size).to(case.dtype) for size in (case.rows, case.cols))
     for row, count in enumerate(case.lengths):
-        ledger.add(0, row, (), Dense(u[:count], v[:count]))
+        ledger.add(0, row, (), Factored(u[:count], v[:count]))
     kept = 2 * len(ids[0]) * case.cols * accumulator(case.dtype).itemsize
     first = taken(lambda: ledger.shrink(0, ids.__getitem__)) - kept
     for row, some in enumerate(ids):
-        ledger.add(0, row, (), Rows(some, v[: len(some)]))
+        ledger.add(0, row, (), SparseRows(some, v[: len(some)]))
     return max(first, taken(lambda: ledger.finish(0)))
 
 
@@ -169,8 +176,6 @@ def main(
     torch.set_num_threads(threads)
     console = Console(width=120)
     cases, dropped = sweep(gflops)
-    for dtype in DTYPES:  # once a machine, the crossover of the two contractions is timed: no part of a reduction
-        by_rows(Case(512, 4096, 1024, 1, dtype, BUDGETS[1]))
     found: dict[tuple[str, int, int, torch.dtype], list[tuple[int, Case]]] = defaultdict(list)
     began = time.perf_counter()
     for case in cases:

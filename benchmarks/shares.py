@@ -30,7 +30,7 @@ from benchmarks.append import append
 from benchmarks.peers import CASES, SIZES, build, draw
 from gradent import measure
 from gradent.hooks.reduction.collector import Collector
-from gradent.hooks.reduction.small_gradients import SmallGradients
+from gradent.hooks.reduction.small_gradients import SmallGradientQueue
 from gradent.hooks.uses.uses import LookupUse, SumUse
 
 MODEL = "GPT-2, full"
@@ -83,7 +83,7 @@ def main(
         for _ in range(rounds):
             seconds: dict[str, float] = defaultdict(float)
             arrive = watched(Collector, "arrive", lambda _, tap, b, *rest: kind_of(tap.use, b, vocabulary), seconds)
-            with arrive, watched(SmallGradients, "reduce", lambda *given: "biases and norms", seconds):
+            with arrive, watched(SmallGradientQueue, "reduce", lambda *given: "biases and norms", seconds):
                 began = time.process_time()
                 measure(model, batch)
                 found.append((time.process_time() - began, seconds))

@@ -1,6 +1,6 @@
 """`gradent doctor`: what a bug report needs, and whether this installation measures truly.
 
-Nothing personal is in it: no host, no user, no environment, and of paths the cache file's alone, below `~`.
+Nothing personal is in it: no host, no user, no environment, no path.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import os
 import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
@@ -21,7 +20,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from gradent.errors import InputError
-from gradent.kernels import crossover, dispatch
+from gradent.kernels.availability import device_name, path
 from gradent.measurement import measure
 from gradent.pairs.batch import PairBatch
 from gradent.record.parquet import first_line
@@ -65,7 +64,6 @@ class Report(TypedDict):
     threads: int
     devices: list[dict[str, Any]]
     kernels: list[dict[str, Any]]
-    cache: str
     checks: list[Check]
     passed: bool
 
@@ -88,11 +86,8 @@ def examine() -> Report:
         | {package: _version(package) for package in PACKAGES},
         system=f"{platform.system()} {platform.machine()}",
         threads=torch.get_num_threads(),
-        devices=[
-            {"device": str(place), "name": crossover.device_name(place), "memory": _memory(place)} for place in places
-        ],
+        devices=[{"device": str(place), "name": device_name(place), "memory": _memory(place)} for place in places],
         kernels=[_kernels(place, dtype) for place in places for dtype in DTYPES],
-        cache=_below_home(crossover.cache_file()),
         checks=checks,
         passed=all(check["passed"] for check in checks),
     )
@@ -104,26 +99,20 @@ def print_report(report: Report, console: Console, *, as_json: bool = False) -> 
         console.print(Text(json.dumps(report, indent=2, ensure_ascii=False)), soft_wrap=True)
         return
     facts = Table.grid(padding=(0, 2))
-    for package, version in report["versions"].items():
-        facts.add_row(package, version)
+    facts.add_row("versions", ", ".join(f"{package} {version}" for package, version in report["versions"].items()))
     facts.add_row("system", f"{report['system']}, {report['threads']} threads of torch")
     for device in report["devices"]:
         memory = f", {device['memory'] / 2**30:.0f} GiB" if device["memory"] else ""
         facts.add_row(device["device"], f"{device['name']}{memory}")
     for kernels in report["kernels"]:
-        source = "measured" if kernels["measured"] else "not measured: the machine was too busy, or short of memory"
-        facts.add_row(
-            f"{kernels['device']} {kernels['dtype']}",
-            f"reduced by {kernels['path']}; a gram flop costs {kernels['price']:.2g} outer flops ({source})",
-        )
-    facts.add_row("cache", Text(report["cache"], overflow="fold"))
+        facts.add_row(f"{kernels['device']} {kernels['dtype']}", f"reduced by {kernels['path']}")
     console.print(facts)
     console.print()
     for check in report["checks"]:
         failed = ("FAIL", "bold red") if _is_run(check) else ("----", "bold yellow")
         verdict = Text("pass", "bold green") if check["passed"] else Text(*failed)
-        found = check["failure"] or f"scaled error {check['error']:.1e}, limit {check['limit']:.0e}"
-        console.print(verdict, Text(f"{check['model']}: measure against plain autograd: {found}"))
+        result = check["failure"] or f"scaled error {check['error']:.1e}, limit {check['limit']:.0e}"
+        console.print(verdict, Text(f"{check['model']}: measure against plain autograd: {result}"))
     if any(not check["passed"] and _is_run(check) for check in report["checks"]):
         console.print(
             Text(
@@ -150,15 +139,15 @@ def _check(name: str, build: Callable[[], nn.Module], dtype: torch.dtype, limit:
             model = build().eval()
         batch = PairBatch.from_tokens([PAIR])
         gram = measure(model.to(place, dtype), batch)
-        found = scaled_error(gram, _truth(model if dtype == torch.bfloat16 else model.to("cpu", torch.float64), batch))
-        if math.isfinite(found):
-            check["error"], check["passed"] = found, found <= limit
+        error = scaled_error(gram, _truth(model if dtype == torch.bfloat16 else model.to("cpu", torch.float64), batch))
+        if math.isfinite(error):
+            check["error"], check["passed"] = error, error <= limit
         else:
             check["failure"] = f"what was measured is not finite: {gram.chosen_sq}, {gram.rejected_sq}, {gram.inner}"
-    except ModuleNotFoundError as error:
-        check["failure"] = f"{MISSING}: pip install {error.name}"
-    except Exception as error:  # noqa: BLE001  (whatever goes wrong is what the report is for)
-        check["failure"] = f"{type(error).__name__}: {first_line(error)}"
+    except ModuleNotFoundError as missing:
+        check["failure"] = f"{MISSING}: pip install {missing.name}"
+    except Exception as failure:  # noqa: BLE001  (whatever goes wrong is what the report is for)
+        check["failure"] = f"{type(failure).__name__}: {first_line(failure)}"
     return check
 
 
@@ -203,11 +192,9 @@ def _llama() -> nn.Module:
 def _kernels(place: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     facts: dict[str, Any] = {"device": str(place), "dtype": str(dtype).removeprefix("torch.")}
     try:
-        path = dispatch.path(place, dtype)
+        return facts | {"path": path(place, dtype)}
     except InputError as error:  # GRADENT_KERNELS asks for what there is not: the checks fail for it
-        return facts | {"path": f"nothing: {error}", "price": 1.0, "measured": False}
-    price = crossover.price(place, dtype)
-    return facts | {"path": path, "price": price, "measured": crossover.is_measured(place, dtype)}
+        return facts | {"path": f"nothing: {error}"}
 
 
 def _version(package: str) -> str:
@@ -224,11 +211,3 @@ def _memory(place: torch.device) -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not every system says
         return 0
-
-
-def _below_home(path: Path) -> str:
-    """A path without the user's name, where it lies in the home directory."""
-    try:
-        return str(Path("~") / path.absolute().relative_to(Path.home()))
-    except (ValueError, RuntimeError):
-        return str(path)

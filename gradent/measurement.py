@@ -1,11 +1,11 @@
-"""Gram entries of the chosen and rejected gradients, by a forward and a backward of gradent's own: `measure`.
+"""Inner products between responses' gradients, by a forward and a backward of gradent's own: `measure`, `measure_rows`.
 
-Letters: B pairs of the batch, k pairs of a micro-batch.
+Letters: B pairs, N rows of the batch, M entries of a micro-batch, D directions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -13,30 +13,36 @@ import torch
 from torch import Tensor, nn
 
 from gradent.errors import InputError, NonFiniteError, UncoveredParameterError
-from gradent.hooks.passes.batching import group_rows
-from gradent.hooks.passes.driver import measure_pairs
-from gradent.hooks.passes.func_engine import per_sample_pairs
-from gradent.hooks.passes.microbatch import Outcome
-from gradent.kernels.common.cost import parse_budget
+from gradent.hooks.passes.driver import measure_groups
+from gradent.hooks.passes.func_engine import per_sample_rows
+from gradent.hooks.passes.microbatch import Outcome, group_rows
+from gradent.hooks.reduction.ledger import Ledger
+from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
+from gradent.kernels.common.numerics import accumulator
+from gradent.kernels.common.wanted import Wanted
 from gradent.model.calls import forward_marked
 from gradent.model.facts import ignores_padding, trims
 from gradent.model.logprobs import sequence_logprobs
 from gradent.model.observed import observed
 from gradent.model.parameters import check_ids, input_device, trainable, unwrap_compiled
 from gradent.model.preconditioner import metric_roots
-from gradent.pair_gram import ModuleGram, PairGram, on_cpu, sum_parameters
+from gradent.pair_gram import ModuleGram, PairGram, on_cpu, sum_modules, sum_parameters
 from gradent.pairs.batch import PairBatch
+from gradent.pairs.row_batch import RowBatch
+from gradent.row_gram import RowGram
 
-__all__ = ["measure", "sequence_logps"]
+__all__ = ["measure", "measure_rows", "sequence_logps"]
 
 Row = tuple[Tensor, Tensor]
+RowsOutcome = tuple[list[int], Outcome]
+Engine = Literal["hooks", "func"]
 
 
 def measure(
     model: nn.Module,
     batch: PairBatch,
     *,
-    engine: Literal["hooks", "func"] = "hooks",
+    engine: Engine = "hooks",
     by_module: bool = False,
     memory_budget: int | str | None = None,
     metric: torch.optim.Optimizer | None = None,
@@ -76,21 +82,133 @@ def measure(
         >>> gram = measure(model, batch)  # doctest: +SKIP
         >>> gram.cosine  # doctest: +SKIP
     """
-    if engine not in ("hooks", "func"):
-        raise InputError(f"engine={engine!r} is unknown; accepted are 'hooks' (the default) and 'func'.")
     model = unwrap_compiled(model)
     parameters = trainable(model)
-    budget = parse_budget(memory_budget)
-    weight = None if metric is None else metric_roots(metric, parameters)
-    rows = _rows(model, batch)
-    with torch.enable_grad(), observed(model, dropout=dropout):
-        if engine == "hooks":
-            outcomes = measure_pairs(model, parameters, rows, budget=budget, weight=weight, dropout=dropout)
-        else:
-            outcomes = per_sample_pairs(model, parameters, rows, weight=weight, dropout=dropout)
-    outcomes = [(pairs, replace(outcome, entries=on_cpu(outcome.entries))) for pairs, outcome in outcomes]
-    _check_finite(list(parameters), outcomes)
-    return _gather(batch, parameters, outcomes, by_module=by_module, allow_uncovered=allow_uncovered)
+    count = len(batch)
+    names = [f"pair {row % count}, {'chosen' if row < count else 'rejected'}" for row in range(2 * count)]
+    outcomes = _measure(
+        model,
+        parameters,
+        _rows(model, batch),
+        [(pair, count + pair) for pair in range(count)],
+        names,
+        engine=engine,
+        memory_budget=memory_budget,
+        metric=metric,
+        dropout=dropout,
+    )
+    coverage, uncovered = _coverage(parameters, outcomes, allow_uncovered=allow_uncovered)
+    parts = [
+        (numbers[: len(numbers) // 2], {number: entry.view(-1, 3) for number, entry in outcome.entries.items()})
+        for numbers, outcome in outcomes
+    ]
+    modules = sum_parameters(list(parameters), parts, count)
+    totals = sum(modules.values(), torch.zeros(3, count, dtype=torch.float64))
+    shares: dict[str, ModuleGram] = {name: (entry[0], entry[1], entry[2]) for name, entry in modules.items()}
+    logps = _logps(outcomes, 2 * count)
+    return PairGram(
+        chosen_sq=totals[0],
+        rejected_sq=totals[1],
+        inner=totals[2],
+        chosen_logp=logps[:count],
+        rejected_logp=logps[count:],
+        chosen_len=batch.chosen_len.cpu(),
+        rejected_len=batch.rejected_len.cpu(),
+        coverage=coverage,
+        modules=shares if by_module else None,
+        uncovered=uncovered,
+    )
+
+
+def measure_rows(
+    model: nn.Module,
+    batch: RowBatch | PairBatch,
+    among: Literal["pairs", "groups", "all"] = "groups",
+    metric: torch.optim.Optimizer | None = None,
+    *,
+    engine: Engine = "hooks",
+    by_module: bool = False,
+    memory_budget: int | str | None = None,
+    directions: Sequence[Mapping[str, Tensor]] | None = None,
+    allow_uncovered: bool = False,
+) -> RowGram:
+    """Measure `⟨g_i, g_j⟩` between the gradients of a batch's responses, `g_i = ∇_θ log π(y_i|x_i)`.
+
+    `measure` is the case of pairs. The model is left as it was, as there. Rows whose products are wanted meet in
+    one backward pass: "all" holds the activations of the whole batch at once, the others those of a group at least.
+
+    Args:
+        model: a causal language model, as in `measure`.
+        batch: N responses in groups, or pairs, which are groups of two.
+        among: which products: of the two rows of each "pairs", of all rows of each of the "groups", or of "all" rows.
+        metric: None for the Euclidean inner product, or an Adam or AdamW optimizer, as in `measure`.
+        engine: "hooks" or "func", as in `measure`; "func" holds a gradient of the whole model for each row of a group.
+        by_module: also return each module's share.
+        memory_budget: as in `measure`.
+        directions: D directions, each a tensor for every trainable parameter's name, of its shape: `along` of the
+            result is then each row's inner product with them (a step, a momentum), in the same metric.
+        allow_uncovered: as in `measure`.
+
+    Returns:
+        The `RowGram` of the N rows, float64 on the CPU.
+
+    Raises:
+        InputError: "pairs" where a group has not two rows, an unknown value of an argument, directions that do not fit
+            the parameters, or token ids outside the model's vocabulary.
+        ModelError: nothing trainable, not a causal language model, or no logits.
+        UncoveredParameterError: a parameter cannot be measured within `memory_budget`.
+        NonFiniteError: a nan or inf in the logits or in a gradient, with the layer where it first appeared.
+        MemoryBudgetError: the budget is malformed, or smaller than one row of a tile.
+
+    Example:
+        >>> batch = RowBatch.from_tokens([([1, 2], [[3], [4, 5], [6]])])
+        >>> measure_rows(model, batch).products.shape  # doctest: +SKIP
+        torch.Size([3, 3])
+    """
+    model = unwrap_compiled(model)
+    parameters = trainable(model)
+    is_paired = isinstance(batch, PairBatch)
+    count = 2 * len(batch) if is_paired else len(batch)
+    group = torch.arange(count) % len(batch) if isinstance(batch, PairBatch) else batch.group.cpu()
+    names = [f"row {row} (group {number})" for row, number in enumerate(group.tolist())]
+    outcomes = _measure(
+        model,
+        parameters,
+        _rows(model, batch),
+        _groups(group, among),
+        names,
+        engine=engine,
+        memory_budget=memory_budget,
+        metric=metric,
+        directions=directions,
+    )
+    coverage, uncovered = _coverage(parameters, outcomes, allow_uncovered=allow_uncovered)
+    products = torch.full((count, count), float("nan"), dtype=torch.float64)
+    along = None if directions is None else torch.zeros(count, len(directions), dtype=torch.float64)
+    modules: dict[str, Tensor] = {}
+    for numbers, outcome in outcomes:
+        at, shares = (
+            torch.tensor(numbers),
+            sum_modules(list(parameters), outcome.entries, len(outcome.wanted.places[0])),
+        )
+        place = at[:, None], at[None]
+        total = sum(shares.values(), torch.zeros(len(outcome.wanted.places[0]), dtype=torch.float64))
+        products[place] = _filled(products[place], outcome.wanted.matrix(total))
+        if along is not None:
+            along[at] = outcome.wanted.along(total)
+        for name, share in shares.items() if by_module else ():
+            matrix = modules.setdefault(name, torch.full_like(products, float("nan")))
+            matrix[place] = _filled(matrix[place], outcome.wanted.matrix(share))
+    return RowGram(
+        products=products,
+        logp=_logps(outcomes, count),
+        length=batch.completion_mask.sum(1).cpu(),
+        group=group,
+        along=along,
+        coverage=coverage,
+        modules=modules if by_module else None,
+        uncovered=uncovered,
+    )
 
 
 @torch.no_grad()
@@ -122,38 +240,114 @@ def sequence_logps(model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor]:
     return result[: len(batch)], result[len(batch) :]
 
 
-def _rows(model: nn.Module, batch: PairBatch) -> list[Row]:
-    """The 2B rows without padding, on the model's device."""
+def _rows(model: nn.Module, batch: PairBatch | RowBatch) -> list[Row]:
+    """All rows without padding, on the model's device."""
     device = input_device(model)
-    rows = [batch.row(index) for index in range(2 * len(batch))]
+    rows = [batch.row(index) for index in range(len(batch.input_ids))]
     check_ids(model, torch.cat([ids for ids, _ in rows]))
     return [(ids.to(device), marks.to(device)) for ids, marks in rows]
 
 
-def _check_finite(names: Sequence[str], outcomes: Sequence[tuple[list[int], Outcome]]) -> None:
-    for pairs, outcome in outcomes:
+def _groups(group: Tensor, among: str) -> list[list[int]]:
+    """Rows whose products are wanted, from the group of each row int64 `[N]`."""
+    if among not in ("pairs", "groups", "all"):
+        raise InputError(f"among={among!r} is unknown; accepted are 'pairs', 'groups' and 'all'.")
+    if among == "all":
+        return [list(range(len(group)))]
+    members: dict[int, list[int]] = {}
+    for row, number in enumerate(group.tolist()):
+        members.setdefault(number, []).append(row)
+    odd = {number: len(rows) for number, rows in members.items() if len(rows) != 2}
+    if among == "pairs" and odd:
+        number, size = next(iter(odd.items()))
+        raise InputError(
+            f"among='pairs' needs groups of exactly two rows; group {number} has {size}. Use among='groups' for all "
+            "products within groups of any size, or among='all'."
+        )
+    return list(members.values())
+
+
+def _measure(
+    model: nn.Module,
+    parameters: dict[str, nn.Parameter],
+    rows: Sequence[Row],
+    groups: Sequence[Sequence[int]],
+    names: Sequence[str],
+    *,
+    engine: str,
+    memory_budget: int | str | None,
+    metric: torch.optim.Optimizer | None,
+    directions: Sequence[Mapping[str, Tensor]] | None = None,
+    dropout: bool = False,
+) -> list[RowsOutcome]:
+    """All products among the rows of each group, on the CPU: `(row numbers, outcome)` of each micro-batch."""
+    if engine not in ("hooks", "func"):
+        raise InputError(f"engine={engine!r} is unknown; accepted are 'hooks' (the default) and 'func'.")
+    budget = parse_budget(memory_budget)
+    weight = None if metric is None else metric_roots(metric, parameters)
+    along = None if not directions else _stacked(directions, parameters)
+
+    def make_ledger(wanted: Wanted) -> Ledger:
+        wanted = replace(wanted, directions=len(directions or ()))
+        return Ledger(wanted, budget=budget or DEFAULT_BUDGET, weight=weight, directions=along)
+
+    with torch.enable_grad(), observed(model, dropout=dropout):
+        if engine == "hooks":
+            outcomes = measure_groups(
+                model, parameters, rows, groups, names, make_ledger, explicit_budget=budget, dropout=dropout
+            )
+        else:
+            outcomes = per_sample_rows(model, parameters, rows, groups, names, make_ledger, dropout=dropout)
+    outcomes = [(numbers, replace(outcome, entries=on_cpu(outcome.entries))) for numbers, outcome in outcomes]
+    _check_finite(list(parameters), names, outcomes)
+    return outcomes
+
+
+def _stacked(directions: Sequence[Mapping[str, Tensor]], parameters: Mapping[str, Tensor]) -> Callable[[int], Tensor]:
+    """Parameter number -> all directions `[D, *shape]`, wide, on the parameter's device."""
+    for number, direction in enumerate(directions):
+        for name, parameter in parameters.items():
+            shape = tuple(direction[name].shape) if name in direction else None
+            if shape != tuple(parameter.shape):
+                raise InputError(
+                    f"directions[{number}] has {'nothing' if shape is None else list(shape)} for {name!r}; accepted is "
+                    f"a tensor of shape {list(parameter.shape)} for every trainable parameter's name."
+                )
+    named = list(parameters.items())
+
+    def along(number: int) -> Tensor:
+        name, parameter = named[number]
+        parts = [direction[name].detach().to(parameter.device) for direction in directions]
+        return torch.stack(parts).to(accumulator(parameter.dtype))
+
+    return along
+
+
+def _filled(before: Tensor, after: Tensor) -> Tensor:
+    """`after` where it is known, else `before`."""
+    return torch.where(after.isnan(), before, after)
+
+
+def _check_finite(parameters: Sequence[str], names: Sequence[str], outcomes: Sequence[RowsOutcome]) -> None:
+    for numbers, outcome in outcomes:
         if not outcome.entries or bool(torch.stack(list(outcome.entries.values())).isfinite().all()):
             continue
         for number, entry in outcome.entries.items():  # in the order of the backward pass
-            bad = (~torch.isfinite(entry)).any(1).nonzero()
+            bad = (~torch.isfinite(entry)).nonzero()
             if len(bad):
+                name = names[numbers[int(outcome.wanted.places[0][int(bad[0])])]]
                 raise NonFiniteError(
-                    f"non-finite gradient: pair {pairs[int(bad[0])]} has a nan or inf in the gradient of "
-                    f"{names[number]!r} (first in the backward pass), or its square overflows. Check the layers after "
-                    "it; try a wider dtype (bfloat16 or float32 instead of float16), or check the checkpoint for nan."
+                    f"non-finite gradient: {name} has a nan or inf in the gradient of {parameters[number]!r} (first in "
+                    "the backward pass), or its square overflows. Check the layers after it; try a wider dtype "
+                    "(bfloat16 or float32 instead of float16), or check the checkpoint for nan."
                 )
 
 
-def _gather(
-    batch: PairBatch,
-    parameters: dict[str, nn.Parameter],
-    outcomes: Sequence[tuple[list[int], Outcome]],
-    *,
-    by_module: bool,
-    allow_uncovered: bool,
-) -> PairGram:
-    """The `PairGram` of what the engine returned for groups of pairs."""
-    names, count = list(parameters), len(batch)
+def _coverage(
+    parameters: Mapping[str, Tensor], outcomes: Sequence[RowsOutcome], *, allow_uncovered: bool
+) -> tuple[float, dict[str, str]]:
+    """Share of the elements that were measured, and why what is left out is; an error unless that is allowed."""
+    names = list(parameters)
     uncovered = {names[number]: why for _, outcome in outcomes for number, why in outcome.uncovered.items()}
     total = sum(parameter.numel() for parameter in parameters.values())
     coverage = 1 - sum(parameters[name].numel() for name in uncovered) / total
@@ -164,22 +358,12 @@ def _gather(
             "Raise memory_budget, freeze them (requires_grad=False), or pass allow_uncovered=True to go on without "
             "them: coverage then reports the share."
         )
-    logps = torch.zeros(2 * count, dtype=torch.float64)
-    for pairs, outcome in outcomes:
-        logps[pairs] = outcome.logps[: len(pairs)]
-        logps[[count + pair for pair in pairs]] = outcome.logps[len(pairs) :]
-    modules = sum_parameters(names, [(pairs, outcome.entries) for pairs, outcome in outcomes], count)
-    totals = sum(modules.values(), torch.zeros(3, count, dtype=torch.float64))
-    shares: dict[str, ModuleGram] = {name: (entry[0], entry[1], entry[2]) for name, entry in modules.items()}
-    return PairGram(
-        chosen_sq=totals[0],
-        rejected_sq=totals[1],
-        inner=totals[2],
-        chosen_logp=logps[:count],
-        rejected_logp=logps[count:],
-        chosen_len=batch.chosen_len.cpu(),
-        rejected_len=batch.rejected_len.cpu(),
-        coverage=coverage,
-        modules=shares if by_module else None,
-        uncovered=uncovered,
-    )
+    return coverage, uncovered
+
+
+def _logps(outcomes: Sequence[RowsOutcome], count: int) -> Tensor:
+    """Log-probs of all rows, float64 `[N]`."""
+    logps = torch.zeros(count, dtype=torch.float64)
+    for numbers, outcome in outcomes:
+        logps[numbers] = outcome.logps
+    return logps

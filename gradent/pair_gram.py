@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
-__all__ = ["ModuleGram", "PairGram", "on_cpu", "sum_parameters"]
+__all__ = ["ModuleGram", "PairGram", "on_cpu", "sum_modules", "sum_parameters"]
 
 ModuleGram = tuple[Tensor, Tensor, Tensor]
 """`(chosen_sq, rejected_sq, inner)` of one module, each float64 `[B]`."""
@@ -101,37 +101,33 @@ class PairGram:
 def sum_parameters(
     names: Sequence[str], parts: Sequence[tuple[Sequence[int], Mapping[int, Tensor]]], pairs: int
 ) -> dict[str, Tensor]:
-    """Entries by module from entries by parameter.
-
-    Args:
-        names: the parameters' names; a parameter's number is its place here.
-        parts: `(pair numbers, {parameter number: float64 [k, 3]})` of groups of k pairs.
-        pairs: B.
-
-    Returns:
-        `{module name: float64 [3, B]}`, on the CPU, in the parameters' order; zeros where nothing was measured.
-    """
-    owners = [name.rpartition(".")[0] for name in names]
-    places = {name: place for place, name in enumerate(dict.fromkeys(owners))}
-    sums = torch.zeros(len(places), pairs, 3, dtype=torch.float64)
+    """Entries by module `[3, B]`, from `(pair numbers, {parameter number: [k, 3]})` of each group, float64."""
+    sums: dict[str, Tensor] = {name: torch.zeros(pairs, 3, dtype=torch.float64) for name in _owners(names)}
     for numbers, entries in parts:
-        if entries:
-            group = torch.zeros(len(places), len(numbers), 3, dtype=torch.float64)
-            held = on_cpu({number: entries[number] for number in sorted(entries)})
-            at = torch.tensor([places[owners[number]] for number in held])
-            sums[:, list(numbers)] += group.index_add_(0, at, torch.stack(list(held.values())))
-    return dict(zip(places, sums.mT, strict=True))
+        shares = sum_modules(names, entries, 3 * len(numbers))
+        for name, share in shares.items():
+            sums[name][list(numbers)] += share.view(-1, 3)
+    return {name: total.T for name, total in sums.items()}
+
+
+def sum_modules(names: Sequence[str], entries: Mapping[int, Tensor], count: int) -> dict[str, Tensor]:
+    """Entries by module, float64 `[count]` on the CPU in the parameters' order, from entries by parameter number."""
+    owners = _owners(names)
+    sums = torch.zeros(len(owners), count, dtype=torch.float64)
+    if entries:
+        held = on_cpu({number: entries[number] for number in sorted(entries)})
+        at = torch.tensor([owners[names[number].rpartition(".")[0]] for number in held])
+        sums.index_add_(0, at, torch.stack(list(held.values())).flatten(1))
+    return dict(zip(owners, sums, strict=True))
+
+
+def _owners(names: Sequence[str]) -> dict[str, int]:
+    """Module name -> its place among the modules that hold parameters of these names."""
+    return {name: place for place, name in enumerate(dict.fromkeys(name.rpartition(".")[0] for name in names))}
 
 
 def on_cpu(entries: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """The same tensors on the CPU, in one copy from each device: on a GPU every copy waits for all that is queued.
-
-    Args:
-        entries: tensors of one shape and dtype.
-
-    Returns:
-        Their copies, in the same order; those that are there already, as they are.
-    """
+    """Tensors of one shape on the CPU, in one copy a device: on a GPU every copy waits for all that is queued."""
     devices = {entry.device for entry in entries.values()} - {torch.device("cpu")}
     found = dict(entries)
     for device in devices:

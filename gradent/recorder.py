@@ -6,7 +6,7 @@ Letters: k pairs of a backward, the active ones those that the loss moves on bot
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import TracebackType
@@ -21,7 +21,7 @@ from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.observation import BackwardObservation, mark_completions
 from gradent.hooks.piggyback.pairing import Pairing
 from gradent.hooks.piggyback.watcher import Piggyback
-from gradent.kernels.common.cost import DEFAULT_BUDGET, parse_budget
+from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.measurement import measure
 from gradent.model.parameters import is_sharded, trainable, unwrap_compiled
 from gradent.model.preconditioner import metric_roots
@@ -30,10 +30,17 @@ from gradent.pair_gram import PairGram, sum_parameters
 from gradent.pairs.batch import PairBatch
 from gradent.theory.conditions import Verdict
 
-__all__ = ["Mode", "Recorder", "Recording", "WeightGrad", "attach", "check_choices", "join_recordings"]
+__all__ = ["CHOICES", "Mode", "Recorder", "Recording", "WeightGrad", "attach", "check_choices", "join_recordings"]
 
 Mode = Literal["auto", "piggyback", "measure"]
 WeightGrad = Literal["shared"]
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "mode": get_args(Mode),
+    "pairing": get_args(Pairing),
+    "weight_grad": (None, *get_args(WeightGrad)),
+}
+"""What the arguments of `attach` accept, where that can be listed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +74,12 @@ class Recording:
         return Verdict.from_weights(self.gram, self.d_w, self.d_l)
 
 
-def check_choices(place: str, choices: dict[str, tuple[Any, tuple[Any, ...]]]) -> None:
-    """Raise an `InputError` where an argument, `{name: (value, accepted values)}`, is none of what is accepted."""
-    for name, (value, accepted) in choices.items():
-        if value not in accepted:
-            raise InputError(f"{place}: {name}={value!r} is unknown; accepted are {', '.join(map(repr, accepted))}.")
+def check_choices(place: str, choices: Mapping[str, tuple[Any, ...]], **values: Any) -> None:
+    """Raise an `InputError` where a value is none of its choices."""
+    for name, accepted in choices.items():
+        if values[name] not in accepted:
+            listed = ", ".join(map(repr, accepted))
+            raise InputError(f"{place}: {name}={values[name]!r} is unknown; accepted are {listed}.")
 
 
 def attach(
@@ -119,14 +127,7 @@ def attach(
         ...     print(recorder.harvest().gram.cosine)
         ...     optimizer.step()
     """
-    check_choices(
-        "attach",
-        {
-            "mode": (mode, get_args(Mode)),
-            "pairing": (pairing, get_args(Pairing)),
-            "weight_grad": (weight_grad, (None, *get_args(WeightGrad))),
-        },
-    )
+    check_choices("attach", CHOICES, mode=mode, pairing=pairing, weight_grad=weight_grad)
     watched = model if compiled is None else compiled
     config = WatchConfig(
         model=watched,

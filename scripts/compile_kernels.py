@@ -32,9 +32,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from gradent.kernels.common.triton_tiles import Config, gram_configs, outer_configs
+from gradent.kernels.common.tiles import Config, gram_configs, group_configs, outer_configs
 from gradent.kernels.gram.triton import gram_kernel
-from gradent.kernels.outer.triton import outer_kernel
+from gradent.kernels.outer.triton import group_kernel, outer_kernel
 
 TARGET = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "sm90.csv"
 ARCH = 90
@@ -49,7 +49,9 @@ DTYPES = [
     (torch.float32, torch.bfloat16),
 ]
 UNITS = {"UNIT_O": 8, "UNIT_I": 8}
-"""Sizes and row strides of real layers, and of LoRA with r = 8, are multiples of 8: `unit` of `triton_tiles`."""
+"""Sizes and row strides of real layers, and of LoRA with r = 8, are multiples of 8: `unit` of `common/tiles.py`."""
+
+KERNELS = {"gram": gram_kernel, "outer": outer_kernel, "outer+gradient": outer_kernel, "groups": group_kernel}
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class Case:
     """A kernel as it is launched on contiguous operands, whose sizes are multiples of 8.
 
     Attributes:
-        kernel: "gram", "outer" or "outer+gradient".
+        kernel: one of `KERNELS`.
         u: dtype of u.
         v: dtype of v.
         weighted: with a metric.
@@ -74,13 +76,16 @@ class Case:
     def constants(self) -> dict[str, Any]:
         """Argument name -> value known when compiling."""
         wide = self.u != self.v
-        known: dict[str, Any] = {"uw_o": 1, "vw_i": 1, "ul_o": 1, "vl_i": 1, **UNITS}
-        known |= {"DEPTH": self.config.depth, "FAR": False}
+        strides = ("u_o", "v_i") if self.kernel == "groups" else ("uw_o", "vw_i", "ul_o", "vl_i")
+        known: dict[str, Any] = dict.fromkeys(strides, 1) | UNITS | {"DEPTH": self.config.depth, "FAR": False}
         if self.kernel == "gram":
             return {**known, "B": self.config.rows, "WIDE": False}
-        store = self.kernel != "outer"
-        known |= {"BO": self.config.rows, "BI": self.config.cols, "WEIGHTED": self.weighted, "STORE": store}
+        known |= {"BO": self.config.rows, "BI": self.config.cols, "WEIGHTED": self.weighted}
         known |= {"weight_i": 1} if self.weighted else {"weight": None}
+        if self.kernel == "groups":  # of more than four rows, which takes more registers
+            return {**known, "BLOCK": 8, "CHUNK": 32 * self.config.warps, "WIDE": wide}
+        store = self.kernel == "outer+gradient"
+        known["STORE"] = store
         return {**known, "WIDE": wide, **({} if store else {"coefficients": None, "gradient": None})}
 
 
@@ -92,6 +97,8 @@ def cases() -> Iterator[Case]:
         for store, name in ((False, "outer"), (True, "outer+gradient")):
             for config in outer_configs(wide, store=store):
                 yield from (Case(name, u, v, weighted, config) for weighted in (False, True))
+        for config in group_configs(wide):
+            yield from (Case("groups", u, v, weighted, config) for weighted in (False, True))
 
 
 def source(case: Case) -> tuple[ASTSource, dict[str, Any]]:
@@ -103,11 +110,11 @@ def source(case: Case) -> tuple[ASTSource, dict[str, Any]]:
     Returns:
         The kernel with the types, constants and multiples of its arguments, and the compiler's options.
     """
-    kernel = gram_kernel if case.kernel == "gram" else outer_kernel
-    types = {"u_w": case.u, "u_l": case.u, "v_w": case.v, "v_l": case.v}
+    kernel = KERNELS[case.kernel]
+    types = {"u": case.u, "v": case.v, "u_w": case.u, "u_l": case.u, "v_w": case.v, "v_l": case.v}
     pointers = {name: POINTERS[dtype] for name, dtype in types.items()}
     pointers |= {"weight": "*fp32", "coefficients": "*fp32", "gradient": "*fp32", "partials": "*fp64"}
-    pointers["spans"] = "*i64"
+    pointers |= {"spans": "*i64", "products": "*i64", "formed": "*fp32"}
     known = case.constants
     signature = {name: "constexpr" if name in known else pointers.get(name, "i32") for name in kernel.arg_names}
     # Memory begins at a multiple of 16 bytes; so does a stride of 0 count, which is that of a weight that is not there.
@@ -184,7 +191,7 @@ def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def main(
-    kernel: Annotated[str, typer.Option(help="gram, outer or outer+gradient; all by default.")] = "",
+    kernel: Annotated[str, typer.Option(help="gram, outer, outer+gradient or groups; all by default.")] = "",
     dtype: Annotated[str, typer.Option(help="Of u: float32, bfloat16 or float16; all by default.")] = "",
     target: Annotated[Path, typer.Option(help="The CSV.")] = TARGET,
     last: Annotated[bool, typer.Option(help="Only the last configuration of those: the largest tile.")] = False,

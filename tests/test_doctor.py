@@ -27,7 +27,6 @@ def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("gradent.cli.console._quieten_others", lambda: None)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("HOME", str(tmp_path / "home-of-somebody"))
-    monkeypatch.setenv("GRADENT_CACHE", str(tmp_path / "home-of-somebody" / "cache"))
 
 
 def run(*arguments: str) -> Result:
@@ -45,7 +44,7 @@ def test_this_installation_is_sound() -> None:
     assert report["threads"] == torch.get_num_threads()
     assert report["devices"][0]["device"] == "cpu"
     assert {kernels["dtype"] for kernels in report["kernels"]} == {"float32", "bfloat16", "float64"}
-    assert all(0.25 <= kernels["price"] <= 4 and kernels["path"] for kernels in report["kernels"])
+    assert all(kernels["path"] for kernels in report["kernels"])
     assert [(check["limit"], check["failure"]) for check in report["checks"]] == [
         (1e-12, None),
         (5e-6, None),
@@ -64,10 +63,8 @@ def test_words() -> None:
 def test_nothing_personal(monkeypatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "a-secret")
     told = run("--json").stdout + run().stdout
-    assert "~/cache/crossover.json" in told
-    for private in ("a-secret", "home-of-somebody", str(Path.cwd()), socket.gethostname()):
+    for private in ("a-secret", "home-of-somebody", str(Path.cwd()), socket.gethostname(), getpass.getuser()):
         assert private not in told
-    assert getpass.getuser() not in json.loads(run("--json").stdout)["cache"]
 
 
 def test_a_wrong_measurement_fails(monkeypatch) -> None:

@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from gradent import PairBatch, measure
 from gradent.errors import ModelError
-from gradent.hooks.passes import batching, driver
+from gradent.hooks.passes import driver, microbatch
 from tests.batches import ragged
 from tests.truth import assert_exact, truth
 
@@ -85,7 +85,7 @@ def test_long_rows_share_no_forward(
 ) -> None:
     model = adapted(tiny_llama).double()
     ruled = measure(model, ragged())
-    monkeypatch.setitem(batching.FILLS, "cpu", 1)
+    monkeypatch.setitem(microbatch.FILLS, "cpu", 1)
     plain = measure(model, ragged())
     assert not ways[-2] and ways[-1]
     assert_exact(plain, truth(model, ragged()), ragged(), 1e-10)

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gradent.pairs.batch import PairBatch
-from gradent.tokens.contractions import Block, shared_entries
+from gradent.tokens.contractions import SharedFactor, shared_entries
 from gradent.tokens.matrix import measure_tokens
 from gradent.tokens.row_pass import RowPass
 from gradent.tokens.synchronized import SynchronizedPasses
@@ -178,7 +178,7 @@ def test_what_arrives_is_gone_before_the_next_arrives(monkeypatch: pytest.Monkey
 def test_tiles(width: int, dtype: torch.dtype) -> None:
     budget, rows, counts = 2**20, (220, 215), (20, 15)
     blocks = [
-        Block(side, range(count), torch.randn(count, length, 96).to(dtype), torch.randn(length, width).to(dtype))
+        SharedFactor(side, range(count), torch.randn(count, length, 96).to(dtype), torch.randn(length, width).to(dtype))
         for side, (count, length) in enumerate(zip(counts, rows, strict=True))
     ]
     with LiveBytes() as live:

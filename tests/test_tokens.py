@@ -11,10 +11,12 @@ from torch import Tensor, nn
 import gradent.model.facts
 from gradent.errors import GradentWarning, NonFiniteError
 from gradent.hooks.passes.driver import agreement
-from gradent.hooks.uses.formats import Dense, Explicit, Rows
+from gradent.hooks.reduction.ledger import Ledger
+from gradent.hooks.uses.formats import Factored, Materialized, SparseRows
+from gradent.kernels.common.budget import least_budget
+from gradent.kernels.common.wanted import Wanted
 from gradent.measurement import measure
 from gradent.pairs.batch import PairBatch
-from gradent.tokens.all_pairs import AllPairsLedger
 from gradent.tokens.effects import token_effects
 from gradent.tokens.gram import TokenGram
 from gradent.tokens.ledger import TokenLedger
@@ -113,24 +115,25 @@ def test_forms_of_every_kind(budget):
         return torch.randn(*shape, generator=draw, dtype=torch.float64)
 
     forms = [
-        [Dense(values(5, 6), values(5, 4))],
-        [Rows(torch.tensor([0, 5, 5]), values(3, 4))],
-        [Explicit(values(6, 4))],
-        [Dense(values(2, 6), values(2, 4)), Rows(torch.tensor([3]), values(1, 4)), Explicit(values(6, 4))],
+        [Factored(values(5, 6), values(5, 4))],
+        [SparseRows(torch.tensor([0, 5, 5]), values(3, 4))],
+        [Materialized(values(6, 4))],
+        [Factored(values(2, 6), values(2, 4)), SparseRows(torch.tensor([3]), values(1, 4)), Materialized(values(6, 4))],
     ]
-    ledger = AllPairsLedger(5, budget=budget)
+    ledger = Ledger(Wanted.all(5), budget=least_budget(budget, 5))
     dense = torch.zeros(5, 6, 4, dtype=torch.float64)
     for row, parts in enumerate(forms):
         for form in parts:
             ledger.add(0, row, (), form)
-            if isinstance(form, Dense):
+            if isinstance(form, Factored):
                 dense[row] += form.u.T @ form.v
-            elif isinstance(form, Rows):
+            elif isinstance(form, SparseRows):
                 dense[row].index_add_(0, form.ids, form.values)
             else:
                 dense[row] += form.grad
     ledger.finish(0)
-    torch.testing.assert_close(ledger.entries[0], dense.flatten(1) @ dense.flatten(1).T)
+    products = ledger.wanted.matrix(ledger.entries[0])
+    torch.testing.assert_close(products, dense.flatten(1) @ dense.flatten(1).T)
 
 
 def test_a_model_that_changed_since_it_was_tried():

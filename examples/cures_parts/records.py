@@ -18,7 +18,7 @@ import torch
 import transformers
 import trl
 
-from gradent.kernels.crossover import device_name
+from gradent.kernels.availability import device_name
 
 __all__ = ["COLUMNS", "machine", "read", "write"]
 

@@ -14,7 +14,7 @@ from examples.paper.claims import Claim
 from examples.paper.lab import Lab, Outcome
 from examples.paper.registry import NAMES, TRAINERS, trained_loss
 from gradent.auditing.analysis.loss_grid import label_loss
-from gradent.kernels.crossover import device_name
+from gradent.kernels.availability import device_name
 
 __all__ = ["write_page"]
 

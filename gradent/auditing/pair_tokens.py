@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from gradent.auditing.console import make_tell, warnings_as_notes
 from gradent.auditing.measuring.tokens import named_errors, refuse_non_finite
 from gradent.auditing.state.config import TokenConfig
-from gradent.kernels.common.cost import parse_budget
+from gradent.kernels.common.budget import parse_budget
 from gradent.loading.preferences import AuditPair
 from gradent.loading.prepare import Prepared, describe_model, prepare
 from gradent.measurement import measure
@@ -25,8 +26,10 @@ from gradent.pairs.batch import PairBatch
 from gradent.record import TokenRecord, write_token_record
 from gradent.record.atomic import make_directory
 from gradent.record.masks import read_pair_masks
+from gradent.record.token_rows import TokenRow, list_tokens, rank_ends
+from gradent.report.page.numbers import signed_number
+from gradent.report.terminal.tables import new_table
 from gradent.report.tokens.page import write_token_report
-from gradent.report.tokens.rows import TokenRow, rank_tokens, signed, token_rows
 from gradent.text import printable, token_texts, visible
 from gradent.tokens.effects import token_effects
 from gradent.tokens.gram import TokenGram
@@ -147,11 +150,12 @@ def _print(record: TokenRecord, console: Console) -> None:
     inner = split["identical"] + split["differing"]
     scale = (record["chosen"]["sq"] * record["rejected"]["sq"]) ** 0.5
     console.print(Text(f"\nRow {data['row']} of {printable(data['source'])} ({printable(data['where'])})", "bold"))
-    console.print(Text(f"⟨g_w, g_l⟩ {signed(inner)}" + (f", cosine {inner / scale:+.3f}" if scale else ", no cosine")))
+    cosine = f"cosine {inner / scale:+.3f}" if scale else "no cosine"
+    console.print(Text(f"⟨g_w, g_l⟩ {signed_number(inner)}, {cosine}"))
     for kind in ("identical", "differing"):
         share = f" ({split[kind] / inner:.1%})" if inner else ""
-        console.print(Text(f"  {kind} tokens, {split[f'{kind}_tokens']}: {signed(split[kind])}{share}"))
-    ends = rank_tokens(token_rows(record), _SHOWN)
+        console.print(Text(f"  {kind} tokens, {split[f'{kind}_tokens']}: {signed_number(split[kind])}{share}"))
+    ends = rank_ends(list_tokens(record), attrgetter("entanglement"), _SHOWN)
     for kind, rows in zip(("entangling", "disentangling"), ends, strict=True):
         if rows:
             console.print(Text(f"\nThe most {kind} tokens (positions counted from 0)"))
@@ -161,11 +165,12 @@ def _print(record: TokenRecord, console: Console) -> None:
 
 
 def _token_table(rows: Sequence[TokenRow]) -> Table:
-    table = Table(box=None, pad_edge=True, padding=(0, 1), header_style="dim")
-    for number, name in enumerate(("response", "position", "token", "", "entanglement", "share", "margin step")):
-        table.add_column(name, justify="left" if number in {0, 2, 3} else "right", no_wrap=True)
-    for row in rows:
-        share = "-" if row.share is None else f"{row.share:+.1%}"
-        figures = signed(row.entanglement), share, signed(row.effect)
-        table.add_row(row.side, str(row.position), Text(visible(row.text, 24)), row.kind, *figures)
-    return table
+    cells = [
+        [
+            row.side, str(row.position), visible(row.text, 24), row.kind, signed_number(row.entanglement),
+            "-" if row.share is None else f"{row.share:+.1%}", signed_number(row.effect),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    names = ("response", "position", "token", "", "entanglement", "share", "margin step")
+    return new_table(*names, text={0, 2, 3}, rows=cells)

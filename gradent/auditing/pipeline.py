@@ -26,7 +26,7 @@ from gradent.auditing.state.targets import AuditPlan, choose_reference, find_tar
 from gradent.auditing.write import write_records
 from gradent.distributed import Ranks, join
 from gradent.errors import GradentError, InputError, ModelError
-from gradent.kernels.common.cost import parse_budget
+from gradent.kernels.common.budget import parse_budget
 from gradent.loading.models import check_device, check_dtype
 from gradent.loading.prepare import choose_device, read_material
 from gradent.record import AUDIT_FILES, Summary, read_summary
@@ -159,7 +159,6 @@ def _measure_targets(sweep: Sweep) -> None:
     plan, quiet = sweep.plan, sweep.config.quiet
     cost = sum(pair.tokens for pair in plan.pairs)
     sound = len(plan.targets) - len(sweep.failures)
-    sweep.agree_on_prices()
     with warnings_as_notes(sweep.tell):
         if plan.reference.source is not None:
             with pair_progress("reference", len(plan.pairs), cost, quiet=quiet) as advance:

@@ -7,6 +7,7 @@ import time
 from gradent.auditing.analysis.summary import Outcome
 from gradent.auditing.state.config import AuditConfig
 from gradent.record import AUDIT_FILES, write_modules, write_pairs, write_sample, write_summary, write_tokens
+from gradent.report.rebuild import write_audit
 
 __all__ = ["write_records"]
 
@@ -26,8 +27,4 @@ def write_records(config: AuditConfig, outcome: Outcome, started: float) -> None
     seconds = round(time.monotonic() - started, 3)
     write_summary(directory / "summary.json", {**outcome.summary, "seconds": seconds})
     if config.report:
-        from gradent.report.audit.figures import write_audit_figures  # noqa: PLC0415  (imports matplotlib)
-        from gradent.report.audit.page import write_audit_report  # noqa: PLC0415  (imports jinja2 and plotly)
-
-        write_audit_report(directory)
-        write_audit_figures(directory)
+        write_audit(directory)

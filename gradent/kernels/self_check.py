@@ -3,6 +3,8 @@
 Kernels have been seen to return zeros on some versions, and a wrong entry looks like any other. So each kernel runs on
 small operands of odd sizes, at its smallest and its largest tile, against float64 in plain torch; and in 16 bits, as a
 model's layers are, on larger ones whose sizes are multiples of 8: several tiles, loads that run ahead of the products.
+Padding, and what the kernels are to write, is nan. An error is scaled by `‖G_i‖‖G_j‖` (of the stored gradient by its
+own norm) and may be `TOLERANCE · √T` with T the longest row; a zero gradient must give exactly 0.
 """
 
 from __future__ import annotations
@@ -11,15 +13,16 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations_with_replacement
 
 import torch
 import triton
 from torch import Tensor
 
-from gradent.kernels.common.triton_operands import Spans
-from gradent.kernels.common.triton_tiles import gram_configs, is_deep, outer_configs
-from gradent.kernels.gram.triton import gram_entries
-from gradent.kernels.outer.triton import outer_entries, outer_with_gradient
+from gradent.kernels.common.tiles import gram_configs, group_configs, is_deep, outer_configs, plan_groups
+from gradent.kernels.common.triton_operands import Groups, Spans
+from gradent.kernels.gram.triton import gram_entries, gram_products
+from gradent.kernels.outer.triton import outer_entries, outer_products, outer_with_gradient
 
 __all__ = ["BROKEN", "TOLERANCE", "self_check"]
 
@@ -67,37 +70,18 @@ class Case:
         spans: three ragged pairs, one without chosen tokens.
         weight: `[O, I]` float32.
         coefficients: `[k, 2]` float32.
-        entries: `[k, 3]` float64.
-        weighted: `[k, 3]` float64, with the weight.
-        gradient: `[O, I]` float64.
+        gradients: `[2, k, O, I]` float64.
     """
 
     factors: tuple[Tensor, Tensor, Tensor, Tensor]
     spans: Spans
     weight: Tensor
     coefficients: Tensor
-    entries: Tensor
-    weighted: Tensor
-    gradient: Tensor
+    gradients: Tensor
 
 
 def self_check(device: torch.device | str) -> str:
-    """Run every kernel on small operands and compare with float64.
-
-    Three ragged pairs a launch, one of them without chosen tokens; nan in the padding, in what the kernels are to
-    write, and in no result. An error is scaled by `‖G_i‖‖G_j‖` (of the stored gradient by its own norm) and may be
-    `TOLERANCE · √T` with T the longest row; a zero gradient must give exactly 0.
-
-    Args:
-        device: a CUDA device, or the CPU under Triton's interpreter.
-
-    Returns:
-        "" where all is right; else a sentence that says what is wrong. That Triton cannot compile or launch (one of
-        `BROKEN`) is such a sentence too; any other exception is passed on.
-
-    Raises:
-        OutOfMemoryError: torch's own; it says nothing about the kernels.
-    """
+    """What is wrong with the kernels on a CUDA device (or the CPU, under Triton's interpreter); "" if all is right."""
     try:
         for u, v in DTYPES:
             for shape in (ODD, EVEN) if u.itemsize == v.itemsize == 2 else (ODD,):
@@ -106,7 +90,7 @@ def self_check(device: torch.device | str) -> str:
                     error = run()
                     if not error <= limit:
                         return f"{name} is off by {error:.1e} on {u} and {v}, where {limit:.1e} is the most."
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # it says nothing about the kernels
         raise
     except BROKEN as error:
         return f"{type(error).__name__}: {str(error).strip() or 'without a message'}"
@@ -115,31 +99,51 @@ def self_check(device: torch.device | str) -> str:
 
 def _runs(case: Case, dtype: torch.dtype, configs: Sequence[int]) -> Iterator[tuple[str, Callable[[], float]]]:
     """What is checked: its name, and a call that returns the scaled error."""
-    deep = is_deep(case.weight.device)
+    deep, weighted = is_deep(case.weight.device), case.gradients * case.weight.double()
 
     def gram(config: int) -> float:
         got = gram_entries(*case.factors, case.spans, config=gram_configs(dtype)[config], poison=True)
-        return _entries_error(got, case.entries)
+        return _entries_error(got, case.gradients)
 
     def outer(config: int) -> float:
         size = outer_configs(dtype, store=False, deep=deep)[config]
-        got, weighted = (
-            outer_entries(*case.factors, case.spans, weight, config=size, poison=True) for weight in (None, case.weight)
+        roots = ((None, case.gradients), (case.weight, weighted))
+        return max(
+            _entries_error(outer_entries(*case.factors, case.spans, root, config=size, poison=True), gradients)
+            for root, gradients in roots
         )
-        return max(_entries_error(got, case.entries), _entries_error(weighted, case.weighted))
 
     def stored(config: int) -> float:
         size = outer_configs(dtype, store=True, deep=deep)[config]
         got, gradient = outer_with_gradient(
             *case.factors, case.spans, case.coefficients, case.weight, config=size, poison=True
         )
-        difference = (gradient.double() - case.gradient).norm() / case.gradient.norm()
-        return max(_entries_error(got, case.weighted), _number(difference))
+        want = torch.einsum("ks,skoi->oi", case.coefficients.double(), case.gradients)
+        return max(_entries_error(got, weighted), _number((gradient.double() - want).norm() / want.norm()))
+
+    def groups(config: int) -> float:
+        pairs, tokens = len(case.spans), len(case.factors[0]) // len(case.spans)
+        lengths = [*case.spans.chosen_length, *case.spans.rejected_length]
+        u, v = torch.cat(case.factors[::2]), torch.cat(case.factors[1::2])
+        worst = 0.0
+        for size in (2 * pairs, pairs):  # blocks of 8 rows, and of 4
+            members = [range(first, first + size) for first in range(0, 2 * pairs, size)]
+            rows = Groups.padded(tokens, lengths, members)
+            by_gram = gram_products(u, v, rows, config=gram_configs(dtype)[config], poison=True)
+            plan = plan_groups(dtype, u.shape[1], v.shape[1], rows, budget=2**24, config=group_configs(dtype)[config])
+            by_outer = outer_products(u, v, rows, case.weight, plan=plan, poison=True)
+            worst = max(
+                worst,
+                _products_error(by_gram, case.gradients.flatten(0, 1), members),
+                _products_error(by_outer, weighted.flatten(0, 1), members),
+            )
+        return worst
 
     for config in configs:
         yield "gram_entries", partial(gram, config)
         yield "outer_entries", partial(outer, config)
         yield "outer_with_gradient", partial(stored, config)
+        yield "products in groups", partial(groups, config)
 
 
 def _case(device: torch.device, u: torch.dtype, v: torch.dtype, shape: Shape) -> Case:
@@ -150,45 +154,42 @@ def _case(device: torch.device, u: torch.dtype, v: torch.dtype, shape: Shape) ->
         return torch.randn(sizes, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
     length, pairs = shape.longest, len(shape.chosen)
-    spans = Spans.padded(pairs, length, shape.chosen + shape.rejected)
-    factors, sides = [], []
+    factors, gradients = [], []
     for lengths in (shape.chosen, shape.rejected):
         left, right = draw(pairs, length, shape.rows).to(u), draw(pairs, length, shape.cols).to(v)
-        for row, tokens in enumerate(lengths):
-            left[row, tokens:] = float("nan")
-            right[row, tokens:] = float("nan")
-        sides.append(
-            [x[:tokens].double().T @ y[:tokens].double() for x, y, tokens in zip(left, right, lengths, strict=True)]
-        )
+        for x, y, tokens in zip(left, right, lengths, strict=True):
+            gradients.append(x[:tokens].double().T @ y[:tokens].double())
+            x[tokens:] = float("nan")
+            y[tokens:] = float("nan")
         factors += [left.flatten(0, 1), right.flatten(0, 1)]
-    weight, coefficients = draw(shape.rows, shape.cols).abs(), draw(pairs, 2)
-    gradient = sum(
-        c[0] * chosen + c[1] * rejected for c, chosen, rejected in zip(coefficients.double(), *sides, strict=True)
-    )
-    assert isinstance(gradient, Tensor)
     return Case(
         factors=(factors[0], factors[1], factors[2], factors[3]),
-        spans=spans,
-        weight=weight,
-        coefficients=coefficients,
-        entries=_twin(sides, torch.ones_like(gradient)),
-        weighted=_twin(sides, weight.double()),
-        gradient=gradient,
+        spans=Spans.padded(pairs, length, shape.chosen + shape.rejected),
+        weight=draw(shape.rows, shape.cols).abs(),
+        coefficients=draw(pairs, 2),
+        gradients=torch.stack(gradients).unflatten(0, (2, pairs)),
     )
 
 
-def _twin(sides: list[list[Tensor]], weight: Tensor) -> Tensor:
-    """Gram entries, float64 `[k, 3]`, of gradients that are held whole."""
-    rows = [
-        torch.stack([(x * x).sum(), (y * y).sum(), (x * y).sum()])
-        for x, y in ((chosen * weight, rejected * weight) for chosen, rejected in zip(*sides, strict=True))
-    ]
-    return torch.stack(rows)
+def _entries_error(got: Tensor, gradients: Tensor) -> float:
+    """Scaled error of entries `[k, 3]`, against gradients `[2, k, O, I]`."""
+    chosen, rejected = gradients
+    want = torch.stack(
+        [(x * y).sum((1, 2)) for x, y in ((chosen, chosen), (rejected, rejected), (chosen, rejected))], 1
+    )
+    return _scaled(got, want, torch.stack([want[:, 0], want[:, 1], want[:, :2].prod(1).sqrt()], 1))
 
 
-def _entries_error(got: Tensor, want: Tensor) -> float:
-    norms = want[:, :2].sqrt()
-    scale = torch.stack((want[:, 0], want[:, 1], norms[:, 0] * norms[:, 1]), 1)
+def _products_error(got: Tensor, gradients: Tensor, members: Sequence[Sequence[int]]) -> float:
+    """Scaled error of the products in groups, against gradients `[N, O, I]`."""
+    matrix = torch.einsum("moi,noi->mn", gradients, gradients)
+    pairs = [pair for group in members for pair in combinations_with_replacement(group, 2)]
+    left, right = (torch.tensor(side, device=got.device) for side in zip(*pairs, strict=True))
+    norms = matrix.diagonal().sqrt()
+    return _scaled(got, matrix[left, right], norms[left] * norms[right])
+
+
+def _scaled(got: Tensor, want: Tensor, scale: Tensor) -> float:
     return _number(torch.where(got == want, 0.0, (got - want).abs() / scale).max())
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from gradent.errors import NonFiniteError
 from gradent.kernels.common.numerics import accumulator
 
-__all__ = ["check_logps", "sequence_logprobs"]
+__all__ = ["check_logps", "check_rows", "sequence_logprobs"]
 
 TILE = 64 * 2**20
 """Bytes of the float tile in which the softmax is formed, a few tokens at a time, unless told otherwise."""
@@ -101,12 +101,18 @@ def _spans(marks: Tensor, width: int, tile: int) -> list[tuple[int, slice, bool]
 
 def check_logps(logps: Tensor, pairs: Sequence[int], chosen: Sequence[bool]) -> None:
     """Refuse non-finite log-probs `[R]`, naming the first row by its pair and side."""
+    names = [f"pair {pair}, {'chosen' if side else 'rejected'}" for pair, side in zip(pairs, chosen, strict=True)]
+    check_rows(logps, names)
+
+
+def check_rows(logps: Tensor, names: Sequence[str]) -> None:
+    """Refuse non-finite log-probs `[R]` of rows with these names."""
     logps = logps.detach()
     bad = (~torch.isfinite(logps)).nonzero()
     if len(bad):
         row = int(bad[0])
         raise NonFiniteError(
-            f"non-finite logits: pair {pairs[row]}, {'chosen' if chosen[row] else 'rejected'}: the log-prob is "
-            f"{float(logps[row])}. The model's forward pass overflows or divides by zero on this row: try a wider "
-            "dtype (bfloat16 or float32 instead of float16), or check the checkpoint for nan."
+            f"non-finite logits: {names[row]}: the log-prob is {float(logps[row])}. The model's forward pass overflows "
+            "or divides by zero on this row: try a wider dtype (bfloat16 or float32 instead of float16), or check the "
+            "checkpoint for nan."
         )

@@ -47,7 +47,7 @@ def metric_roots(optimizer: object, parameters: Mapping[str, Tensor]) -> Callabl
 
 
 def _correction(beta: float | Tensor, step: float | Tensor) -> float | Tensor:
-    """`1 − βᵗ`; of a step that is on a GPU (fused Adam) it stays there, so that nobody waits for it."""
+    """`1 − βᵗ`; a step on a GPU (fused Adam) stays there, so that nothing waits for it."""
     if isinstance(step, Tensor):
         step = step.double() if step.device.type == "cuda" else float(step)
     return 1 - beta**step

@@ -64,26 +64,27 @@ class PairBatch:
     def _check_rows(self) -> None:
         keep, mark = self.attention_mask.bool(), self.completion_mask.bool()
         runs = keep[:, 0].int() + (keep[:, 1:] & ~keep[:, :-1]).sum(1)
-        for row in range(keep.shape[0]):
-            where = self._where(row)
-            if not bool(keep[row].any()):
-                raise PairError(f"{where}: the row has no real token (attention_mask is all 0). Remove this pair.")
-            if int(runs[row]) > 1:
-                raise PairError(f"{where}: attention_mask has a hole; real tokens must be contiguous in a row.")
-            if bool((mark[row] & ~keep[row]).any()):
-                raise PairError(f"{where}: completion_mask marks padding; it may mark real tokens only.")
-            if not bool(mark[row].any()):
-                raise PairError(
-                    f"{where}: the completion is empty. A completion needs at least one token: remove this pair, or "
-                    "raise max_length if truncation ate it."
-                )
-            first = int(keep[row].int().argmax())
-            if bool(mark[row, first]):
-                raise PairError(
-                    f"{where}: the completion starts at the row's first token, so nothing predicts it. "
-                    "Give a prompt of at least one token (a BOS token will do)."
-                )
-        half = self.input_ids.shape[0] // 2
+        first = keep.int().argmax(1, keepdim=True)
+        half = len(self)
+        for problem, is_bad in (
+            ("the row has no real token (attention_mask is all 0). Remove this pair.", ~keep.any(1)),
+            ("attention_mask has a hole; real tokens must be contiguous in a row.", runs > 1),
+            ("completion_mask marks padding; it may mark real tokens only.", (mark & ~keep).any(1)),
+            (
+                "the completion is empty. A completion needs at least one token: remove this pair, or raise max_length "
+                "if truncation ate it.",
+                ~mark.any(1),
+            ),
+            (
+                "the completion starts at the row's first token, so nothing predicts it. Give a prompt of at least one "
+                "token (a BOS token will do).",
+                mark.gather(1, first)[:, 0],
+            ),
+        ):
+            if bool(is_bad.any()):
+                row = int(is_bad.nonzero()[0])
+                side = "chosen" if row < half else "rejected"
+                raise PairError(f"pair {row % half}, {side} (row {row}): {problem}")
         for pair in range(half):
             chosen, rejected = self.row(pair), self.row(half + pair)
             if torch.equal(chosen[0], rejected[0]) and torch.equal(chosen[1], rejected[1]):
@@ -91,10 +92,6 @@ class PairBatch:
                     f"pair {pair}: chosen equals rejected, token for token (after truncation, if any). Such a pair "
                     "has no preference to learn: remove it, or raise max_length if truncation made the two equal."
                 )
-
-    def _where(self, row: int) -> str:
-        half = self.input_ids.shape[0] // 2
-        return f"pair {row % half}, {'chosen' if row < half else 'rejected'} (row {row})"
 
     def row(self, index: int) -> tuple[Tensor, Tensor]:
         """Real token ids and completion marks of one row, padding removed.

@@ -13,7 +13,7 @@ from gradent.errors import InputError, PairError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["tokenize_pair"]
+__all__ = ["tokenize_completions", "tokenize_pair"]
 
 
 def tokenize_pair(
@@ -27,14 +27,45 @@ def tokenize_pair(
     where: str = "pair",
 ) -> tuple[list[int], list[int], list[int]]:
     """`(prompt_ids, chosen_ids, rejected_ids)`, truncated, of strings or message lists; `where` is for errors."""
-    if len({isinstance(part, str) for part in (prompt, chosen, rejected)}) != 1:
-        kinds = ", ".join(type(part).__name__ for part in (prompt, chosen, rejected))
-        raise InputError(
-            f"{where}: prompt, chosen and rejected are {kinds}; they must be all strings or all lists of messages."
+    prompt_ids, completions = tokenize_completions(
+        tokenizer,
+        prompt,
+        (chosen, rejected),
+        max_length=max_length,
+        add_eos=add_eos,
+        where=where,
+        names=("chosen", "rejected"),
+    )
+    result = prompt_ids, completions[0], completions[1]
+    if result[1] == result[2]:
+        raise PairError(
+            f"{where}: chosen equals rejected, token for token (after truncation to max_length={max_length}). Such a "
+            "pair has no preference to learn: remove it, or raise max_length if truncation made the two equal."
         )
-    for side, completion in (("chosen", chosen), ("rejected", rejected)):
+    return result
+
+
+def tokenize_completions(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Any,
+    completions: Sequence[Any],
+    *,
+    max_length: int | None,
+    add_eos: bool,
+    where: str,
+    names: Sequence[str] | None = None,
+) -> tuple[list[int], list[list[int]]]:
+    """Token ids of a prompt and its completions, truncated; `names` are the completions' names in errors."""
+    names = names or [f"completion {number}" for number in range(len(completions))]
+    parts = (prompt, *completions)
+    if len({isinstance(part, str) for part in parts}) != 1:
+        kinds = ", ".join(type(part).__name__ for part in parts)
+        raise InputError(
+            f"{where}: prompt, {' and '.join(names)} are {kinds}; they must be all strings or all lists of messages."
+        )
+    for name, completion in zip(names, completions, strict=True):
         if not completion:
-            raise PairError(f"{where}: {side} is empty; a completion needs at least one token. Remove this pair.")
+            raise PairError(f"{where}: {name} is empty; a completion needs at least one token. Remove this pair.")
     if isinstance(prompt, str) and add_eos:
         eos = tokenizer.eos_token
         if eos is None:
@@ -42,11 +73,10 @@ def tokenize_pair(
                 f"{where}: add_eos=True, but the tokenizer has no EOS token. Set tokenizer.eos_token, or pass "
                 "add_eos=False (command line: --no-add-eos)."
             )
-        chosen, rejected = (text if text.endswith(eos) else text + eos for text in (chosen, rejected))
+        completions = [text if text.endswith(eos) else text + eos for text in completions]
     prompt_ids = _token_ids(tokenizer, prompt, add_generation_prompt=True)
-    chosen_ids = _token_ids(tokenizer, prompt + chosen)
-    rejected_ids = _token_ids(tokenizer, prompt + rejected)
-    start = min(_common_prefix(prompt_ids, chosen_ids), _common_prefix(prompt_ids, rejected_ids))
+    texts = [_token_ids(tokenizer, prompt + completion) for completion in completions]
+    start = min((_common_prefix(prompt_ids, ids) for ids in texts), default=0)
     if start == 0:
         raise PairError(
             f"{where}: the tokenized prompt is empty (or shares no token with prompt + completion), so nothing "
@@ -57,16 +87,11 @@ def tokenize_pair(
             f"{where}: the prompt has {start} tokens and max_length is {max_length}, which leaves no room for a "
             "completion. Raise max_length (command line: --max-length) or shorten the prompt."
         )
-    result = prompt_ids[:start], chosen_ids[start:max_length], rejected_ids[start:max_length]
-    for side, ids in (("chosen", result[1]), ("rejected", result[2])):
+    shortened = [ids[start:max_length] for ids in texts]
+    for name, ids in zip(names, shortened, strict=True):
         if not ids:
-            raise PairError(f"{where}: {side} is empty after tokenization; it needs at least one token.")
-    if result[1] == result[2]:
-        raise PairError(
-            f"{where}: chosen equals rejected, token for token (after truncation to max_length={max_length}). Such a "
-            "pair has no preference to learn: remove it, or raise max_length if truncation made the two equal."
-        )
-    return result
+            raise PairError(f"{where}: {name} is empty after tokenization; it needs at least one token.")
+    return prompt_ids[:start], shortened
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, text: Any, *, add_generation_prompt: bool = False) -> list[int]:

@@ -1,26 +1,25 @@
-"""`gradent plan`: the model's shell, its plan, and the table of it."""
+"""`gradent plan`: the model's traced, its plan, and the table of it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from gradent.errors import InputError
 from gradent.hooks.passes.autograd_engine import EXACT, is_plain, rows_within
-from gradent.hooks.passes.batching import group_rows, micro_batches
-from gradent.kernels import crossover, dispatch
-from gradent.kernels.common.cost import DEFAULT_BUDGET, parse_budget
-from gradent.kernels.common.numerics import SMALL, accumulator
+from gradent.hooks.passes.microbatch import group_rows, micro_batches
+from gradent.kernels.availability import device_name, path
+from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.loading.models import check_device, check_dtype
 from gradent.loading.source import resolve_source
-from gradent.planning.cost import Line, Setting, Totals, plan_lines, sum_lines
-from gradent.planning.trace import Shell, inspect_model
+from gradent.planning.cost import CostSetting, Line, Totals, plan_lines, sum_lines
+from gradent.planning.trace import TracedModel, inspect_model
+from gradent.report.page.numbers import percent
+from gradent.report.terminal.tables import new_table
 from gradent.text import printable
 
 __all__ = ["print_plan", "show_plan"]
@@ -59,60 +58,55 @@ def show_plan(
     check_dtype(dtype)
     place = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     budget = parse_budget(memory_budget) or DEFAULT_BUDGET
-    shell = inspect_model(resolve_source(model, adapter, weights=False), trust_remote_code=trust_remote_code)
-    operands = shell.dtype if dtype == "auto" else getattr(torch, dtype)
-    path = dispatch.path(place, operands)
-    wide = accumulator(operands)
+    traced = inspect_model(resolve_source(model, adapter, weights=False), trust_remote_code=trust_remote_code)
+    operands = traced.dtype if dtype == "auto" else getattr(torch, dtype)
+    reduced_by = path(place, operands)
     # A use without a rule cannot tell rows apart: they go through the model one by one, pair after pair.
-    alone = any(use.kind == "explicit" for use in shell.uses)
+    alone = any(use.kind == "explicit" for use in traced.uses)
     together = 1 if alone else len(micro_batches([(tokens, tokens)] * pairs, place)[0])
     # Only a hook on a parameter, tf32 or autocast, of which a plan knows nothing, could change this.
-    sizes = shell.parameters * operands.itemsize, shell.trainable * operands.itemsize
+    sizes = traced.parameters * operands.itemsize, traced.trainable * operands.itemsize
     few = rows_within(*sizes, budget) if operands in EXACT else 0
-    groups = [[0], [1]] if alone else group_rows([tokens] * (2 * together), place, few=few)
-    setting = Setting(
+    forwards = [[0], [1]] if alone else group_rows([tokens] * (2 * together), place, few=few)
+    setting = CostSetting(
         tokens=tokens,
-        pairs=pairs,
+        groups=pairs,
         together=together,
-        rows=max(map(len, groups)),
-        plain=is_plain(groups, few),
-        itemsize=wide.itemsize,
-        widen=operands != wide,
+        rows=max(map(len, forwards)),
+        is_plain=is_plain(forwards, few),
+        dtype=operands,
+        device=place.type,
+        has_kernels=reduced_by == "triton",
         budget=budget,
         limit=None if memory_budget is None else budget,
-        batch_budget=SMALL if place.type == "cpu" else budget,
-        price=partial(crossover.price, place, operands, path=path.split()[0], budget=budget),
-        operands=operands if path == "triton" else None,
     )
-    lines = plan_lines(shell.uses, setting)
+    lines = plan_lines(traced.uses, setting)
     facts = {
-        "model": f"{model} ({shell.name}), {_si(shell.trainable)} of {_si(shell.parameters)} parameters trained",
+        "model": f"{model} ({traced.name}), {_si(traced.trainable)} of {_si(traced.parameters)} parameters trained",
         "rows": f"{pairs} pair{'s' * (pairs > 1)}, {tokens} tokens a row, {setting.together} at once",
-        "device": f"{crossover.device_name(place)}, {str(operands).removeprefix('torch.')}, reduced by {path}",
+        "device": f"{device_name(place)}, {str(operands).removeprefix('torch.')}, reduced by {reduced_by}",
     }
     for name, fact in facts.items():
         console.print(Text(f"{name:<7} {printable(fact)}", "bold", overflow="fold"))
-    print_plan(lines, sum_lines(lines, setting, shell.parameters), setting, shell, console)
+    print_plan(lines, sum_lines(lines, setting, traced.parameters), setting, traced, console)
 
 
-def print_plan(lines: Sequence[Line], totals: Totals, setting: Setting, shell: Shell, console: Console) -> None:
+def print_plan(
+    lines: Sequence[Line], totals: Totals, setting: CostSetting, traced: TracedModel, console: Console
+) -> None:
     """Print the table and the totals.
 
     Args:
         lines: of `plan_lines`.
         totals: of `sum_lines`.
         setting: what they were made for.
-        shell: the model.
+        traced: the model.
         console: where to.
     """
-    kernels = setting.operands is not None
-    table = Table(box=None, pad_edge=True, padding=(0, 1), header_style="dim")
-    for name in ("layers", "O×I", "r", "form", *(["path"] if kernels else []), "tile", "FLOPs", "scratch", "share"):
-        left = name in ("layers", "form", "path")
-        table.add_column(Text(name), justify="left" if left else "right", no_wrap=name != "layers")
-    for line in lines:
-        share = line.flops / totals.flops if totals.flops else 0.0
-        table.add_row(
+    kernels = setting.has_kernels
+    names = ("layers", "O×I", "r", "form", *(["path"] if kernels else []), "tile", "FLOPs", "scratch", "share")
+    rows: list[list[str | Text]] = [
+        [
             Text(printable(line.name) + (f" ×{line.count}" if line.count > 1 else ""), overflow="fold"),
             (f"{line.slots}×" if line.slots > 1 else "") + "×".join(map(str, line.shape)),
             "" if line.rank is None else str(line.rank),
@@ -121,10 +115,12 @@ def print_plan(lines: Sequence[Line], totals: Totals, setting: Setting, shell: S
             "" if line.tile is None else "×".join(map(str, line.tile)) + (f", {line.rows} rows" * (line.rows > 2)),
             _si(line.flops),
             _bytes(line.scratch),
-            f"{share:.1%}",
-        )
-    console.print(table)
-    frozen = "" if shell.trainable == shell.parameters else ", 4·P·T for those that are frozen"
+            percent(line.flops / totals.flops if totals.flops else 0.0),
+        ]
+        for line in lines
+    ]
+    console.print(new_table(*names, text={0, 3, 4} if kernels else {0, 3}, rows=rows))
+    frozen = "" if traced.trainable == traced.parameters else ", 4·P·T for those that are frozen"
     console.print(
         Text(
             f"Reductions: {_si(totals.flops)}FLOP, {totals.flops / totals.pass_flops:.1%} of the "
@@ -134,18 +130,18 @@ def print_plan(lines: Sequence[Line], totals: Totals, setting: Setting, shell: S
             "activations come on top."
         )
     )
-    for remark in _remarks(lines, totals, setting, shell):
+    for remark in _remarks(lines, totals, setting, traced):
         console.print(Text(remark))
 
 
-def _remarks(lines: Sequence[Line], totals: Totals, setting: Setting, shell: Shell) -> Iterator[str]:
+def _remarks(lines: Sequence[Line], totals: Totals, setting: CostSetting, traced: TracedModel) -> Iterator[str]:
     """What the table alone would not explain."""
-    if setting.tokens > shell.longest:
+    if setting.tokens > traced.longest:
         yield (
-            f"The model says that it takes {shell.longest:,} tokens at most (max_position_embeddings); with learned "
+            f"The model says that it takes {traced.longest:,} tokens at most (max_position_embeddings); with learned "
             f"positions, rows of {setting.tokens:,} fail."
         )
-    if setting.plain:
+    if setting.is_plain:
         yield (
             "whole: every row has a forward of its own here, and so little is trained that the backward itself forms "
             "the gradients. There are no tiles; all rows' gradients are held, and copied twice while they are reduced."

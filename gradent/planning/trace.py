@@ -27,7 +27,7 @@ from gradent.model.facts import longest_input
 from gradent.model.observed import observed
 from gradent.model.parameters import trainable
 
-__all__ = ["Shell", "Used", "inspect_model", "watch"]
+__all__ = ["ParameterUse", "TracedModel", "inspect_model", "watch"]
 
 TOKENS = 16
 """Tokens of the row that is sent through: what is counted grows in step with them."""
@@ -39,7 +39,7 @@ Kind = Literal["matrix", "lookup", "sum", "explicit", "unused"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Used:
+class ParameterUse:
     """How a trainable parameter, or one expert of it, is used.
 
     Attributes:
@@ -64,7 +64,7 @@ class Used:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shell:
+class TracedModel:
     """A model as far as its configuration tells.
 
     Attributes:
@@ -77,14 +77,14 @@ class Shell:
     """
 
     name: str
-    uses: Sequence[Used]
+    uses: Sequence[ParameterUse]
     parameters: int
     trainable: int
     dtype: torch.dtype
     longest: int
 
 
-def inspect_model(source: ModelSource, *, trust_remote_code: bool = False) -> Shell:
+def inspect_model(source: ModelSource, *, trust_remote_code: bool = False) -> TracedModel:
     """Build a model out of nothing, with its adapter, and watch a row pass through.
 
     Args:
@@ -114,7 +114,7 @@ def inspect_model(source: ModelSource, *, trust_remote_code: bool = False) -> Sh
             "cannot be planned without its weights. It can be measured: gradent audit."
         ) from error
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return Shell(
+    return TracedModel(
         name=type(model).__name__,
         uses=uses,
         parameters=sum(size for size, _ in sizes),
@@ -124,7 +124,7 @@ def inspect_model(source: ModelSource, *, trust_remote_code: bool = False) -> Sh
     )
 
 
-def watch(model: nn.Module, ids: Tensor) -> list[Used]:
+def watch(model: nn.Module, ids: Tensor) -> list[ParameterUse]:
     """The uses of a model's trainable parameters in a forward pass.
 
     Args:
@@ -147,14 +147,14 @@ def watch(model: nn.Module, ids: Tensor) -> list[Used]:
         for tap in capture.taps:
             if tap.node in survey.reached:
                 reached[tap.use.view.param].append(tap.use)
-        found: list[Used] = []
+        found: list[ParameterUse] = []
         for number, (name, parameter) in enumerate(parameters.items()):
             uses = reached.get(number, [])
             mixed = len({use.depth for use in uses}) > 1  # the whole of it and experts of it: slots overlap
             if number in survey.missed or mixed:
-                found.append(Used(parameter=name, kind="explicit", shape=tuple(parameter.shape)))
+                found.append(ParameterUse(parameter=name, kind="explicit", shape=tuple(parameter.shape)))
             elif not uses:
-                found.append(Used(parameter=name, kind="unused", shape=tuple(parameter.shape)))
+                found.append(ParameterUse(parameter=name, kind="unused", shape=tuple(parameter.shape)))
             else:
                 found.extend(_describe(name, parameter, uses, ids.shape[1]))
         return found
@@ -162,8 +162,8 @@ def watch(model: nn.Module, ids: Tensor) -> list[Used]:
         capture.close()
 
 
-def _describe(name: str, parameter: Tensor, uses: Sequence[Use], tokens: int) -> list[Used]:
-    """One `Used` a kind: gradients of one kind are added before they are reduced."""
+def _describe(name: str, parameter: Tensor, uses: Sequence[Use], tokens: int) -> list[ParameterUse]:
+    """One `ParameterUse` a kind: gradients of one kind are added before they are reduced."""
     rows: dict[Kind, int] = defaultdict(int)
     shape, slots = tuple(parameter.shape), 1
     for use in uses:
@@ -172,7 +172,7 @@ def _describe(name: str, parameter: Tensor, uses: Sequence[Use], tokens: int) ->
         if kind == "matrix" and len(shape) > 2:
             shape, slots = tuple(parameter.shape[-2:]), int(parameter.shape[:-2].numel())
     return [
-        Used(parameter=name, kind=kind, shape=shape, density=count / tokens, slots=slots)
+        ParameterUse(parameter=name, kind=kind, shape=shape, density=count / tokens, slots=slots)
         for kind, count in rows.items()
     ]
 

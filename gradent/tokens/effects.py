@@ -96,23 +96,24 @@ def token_effects(
 def _pair_direction(
     model: nn.Module, parameters: Mapping[str, Tensor], sides: Sequence[Row], pair: int, toward: str, *, trim: bool
 ) -> Direction:
-    """The direction that is a pair's own."""
+    """The gradient of the pair's own log-prob or margin."""
     if toward != "margin":
         chosen = toward == "chosen"
         vector, norm = _gradient(model, parameters, sides[0 if chosen else 1], pair, chosen=chosen, trim=trim)
         return Direction(vector, norm, ExpectedSum(float(chosen), float(not chosen), norm**2, norm**2))
-    vector, norm = _gradient(model, parameters, sides[0], pair, chosen=True, trim=trim)
-    taken, other = _gradient(model, parameters, sides[1], pair, chosen=False, trim=trim)
-    for name, part in taken.items():
+    vector, chosen_norm = _gradient(model, parameters, sides[0], pair, chosen=True, trim=trim)
+    rejected, rejected_norm = _gradient(model, parameters, sides[1], pair, chosen=False, trim=trim)
+    for name, part in rejected.items():
         vector[name] = vector[name] - part if name in vector else -part
     square = sum(dot(vector, vector).values())
-    return Direction(vector, math.sqrt(square), ExpectedSum(1.0, -1.0, square, (norm + other) * math.sqrt(square)))
+    norm = math.sqrt(square)
+    return Direction(vector, norm, ExpectedSum(1.0, -1.0, square, (chosen_norm + rejected_norm) * norm))
 
 
 def _shared_direction(
     toward: str | Mapping[str, Tensor] | Tensor, optimizer: object, parameters: Mapping[str, Tensor]
 ) -> Direction:
-    """The direction that is the same for all pairs."""
+    """The direction that all pairs share: the optimizer's next step, or the user's vector."""
     if isinstance(toward, str):
         vector = planned_step(optimizer, parameters)
     else:
@@ -137,7 +138,7 @@ def _shared_direction(
 def _with_expected_sum(
     direction: Direction, model: nn.Module, parameters: Mapping[str, Tensor], sides: Sequence[Row], *, trim: bool
 ) -> Direction:
-    """The direction, with what a backward pass of the rejected row says of it."""
+    """The direction, with the sum of effects that a backward pass of the rejected row gives."""
     gradient, norm = _gradient(model, parameters, sides[1], 0, chosen=False, trim=trim)
     value = sum(dot(gradient, direction.vector).values())
     return replace(direction, expected=ExpectedSum(0.0, 1.0, value, norm * direction.norm))
@@ -146,7 +147,7 @@ def _with_expected_sum(
 def _gradient(
     model: nn.Module, parameters: Mapping[str, Tensor], row: Row, pair: int, *, chosen: bool, trim: bool
 ) -> tuple[dict[str, Tensor], float]:
-    """`∇_θ log π(y|x)` by parameter, those that have none left out, and its norm."""
+    """`∇_θ log π(y|x)` by parameter, without those that it does not depend on, and its norm."""
     ids, marks = row
     logp = sequence_logprobs(*forward_marked(model, ids[None], marks[None], trim=trim))
     check_logps(logp, [pair], [chosen])

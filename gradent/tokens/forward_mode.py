@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 def push(
     function: Callable[[Mapping[str, Tensor]], Result], values: Mapping[str, Tensor], vector: Mapping[str, Tensor]
 ) -> Result:
-    """Call `function(θ)` so that all it computes carries its tangent along v, given for some of θ's names."""
+    """Call `function(θ)` in forward mode along v, given for some of θ's names; `split` shows the tangents."""
     with _no_fused_attention(), forward_ad.dual_level():
         duals = {name: _joined(value.detach(), [vector.get(name)]) for name, value in values.items()}
         with _Rules():
@@ -49,7 +49,7 @@ def split(value: Any) -> tuple[Any, Tensor | None]:
 
 @contextmanager
 def _no_fused_attention() -> Iterator[None]:
-    """Kernels without a forward derivative switched off: flash attention, and that of `nn.MultiheadAttention`."""
+    """Switch off attention kernels that have no forward derivative."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -60,7 +60,7 @@ def _no_fused_attention() -> Iterator[None]:
 
 
 class _Rules(TorchFunctionMode):
-    """Calls the rule of a function, and torch where there is none or it declines."""
+    """Calls a function's rule, or torch if there is none or it declines."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -69,7 +69,7 @@ class _Rules(TorchFunctionMode):
         if func is Tensor.requires_grad_:  # for checkpointing's sake: a graph that nobody would use
             return args[0]
         rule, result = _RULES.get(func), NotImplemented
-        if rule is not None and len(args) > 1 and _plain(args) and _plain(kwargs.values()):
+        if rule is not None and len(args) > 1 and _are_plain(args) and _are_plain(kwargs.values()):
             result = rule(func, *args, **kwargs)
         if result is NotImplemented:
             result = func(*args, **kwargs)
@@ -77,18 +77,18 @@ class _Rules(TorchFunctionMode):
         return result if torch.is_grad_enabled() else tree_map(_constant, result)
 
 
-def _plain(values: Any) -> bool:
-    """Whether no argument is a tensor of a class of its own (quantized, sharded), which rules know nothing of."""
+def _are_plain(values: Any) -> bool:
+    """Whether no argument is of a tensor subclass (quantized, sharded), which the rules do not know."""
     return all(type(value) in (Tensor, nn.Parameter) for value in values if isinstance(value, Tensor))
 
 
 def _joined(value: Tensor, parts: Sequence[Tensor | None]) -> Tensor:
-    """x with the sum of the given tangents, each a tensor of its own, the first of x's shape and dtype."""
-    found = [part for part in parts if part is not None]
-    if not found:
+    """x with the sum of the given tangents as its own; the first is changed in place."""
+    tangents = [part for part in parts if part is not None]
+    if not tangents:
         return value
-    total = found[0]
-    for part in found[1:]:
+    total = tangents[0]
+    for part in tangents[1:]:
         total += part
     dual: Tensor = forward_ad.make_dual(value, total)  # type: ignore[no-untyped-call]
     return dual
@@ -152,7 +152,7 @@ def _addmm(func: Rule, bias: Any, left: Any, right: Any, **kwargs: Any) -> Any:
 
 
 def _spread(tangent: Tensor | None, value: Tensor) -> Tensor | None:
-    """The tangent in x's shape and dtype: a copy, since the model may write into x, which moves its tangent too."""
+    """The tangent in x's shape and dtype, copied: the model may write into x, which moves its tangent too."""
     return None if tangent is None else torch.empty_like(value).copy_(tangent)
 
 
@@ -166,7 +166,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    """What is looked up moves as a backward pass has it: padding not at all, and by frequency where that is asked."""
+    """Looked-up rows move as in a backward pass: padding not at all, and divided by frequency if asked."""
     w, dw = split(weight)
     if dw is None or max_norm is not None:
         return NotImplemented

@@ -150,18 +150,17 @@ class TokenGram:
                 matplotlib is not installed.
 
         Example:
-            >>> gram.plot([tokenizer.decode(each) for each in gram.chosen_ids], path="tokens.png")  # doctest: +SKIP
+            >>> gram.plot([tokenizer.decode(token) for token in gram.chosen_ids], path="tokens.png")  # doctest: +SKIP
         """
+        from gradent.figures.charts import token_cosines  # noqa: PLC0415
         from gradent.figures.token_heatmap import TokenPicture, draw_tokens, write_figure  # noqa: PLC0415
 
+        chosen = list(map(str, self.chosen_ids.tolist())) if chosen_tokens is None else chosen_tokens
+        rejected = list(map(str, self.rejected_ids.tolist())) if rejected_tokens is None else rejected_tokens
         picture = TokenPicture(
-            cosine=self.cosine.numpy(),
-            chosen=[str(each) for each in self.chosen_ids.tolist()] if chosen_tokens is None else chosen_tokens,
-            rejected=[str(each) for each in self.rejected_ids.tolist()] if rejected_tokens is None else rejected_tokens,
+            heat=token_cosines(chosen, rejected, self.cosine.tolist(), self.alignment, title or ""),
             chosen_entanglement=self.chosen_entanglement.numpy(),
             rejected_entanglement=self.rejected_entanglement.numpy(),
-            alignment=self.alignment,
-            title=title or "",
         )
         figure = draw_tokens(picture)
         if path is not None:

@@ -22,19 +22,19 @@ from torch import Tensor, nn
 
 from gradent import notices
 from gradent.hooks.passes.autograd_engine import is_plain, plain_rows, run_plainly
-from gradent.hooks.passes.batching import group_rows
-from gradent.hooks.passes.driver import announce_single_rows, measure_pairs, rows_share
+from gradent.hooks.passes.driver import announce_single_rows, measure_groups, rows_share
 from gradent.hooks.passes.hooks_engine import NeedsSingleRows, run
-from gradent.hooks.passes.microbatch import MicroBatch
-from gradent.kernels.common.cost import parse_budget
+from gradent.hooks.passes.microbatch import MicroBatch, group_rows
+from gradent.hooks.reduction.ledger import Ledger
+from gradent.kernels.common.budget import least_budget, parse_budget
 from gradent.kernels.common.numerics import spans
+from gradent.kernels.common.wanted import Wanted
 from gradent.model.autograd import quiet_vmap
 from gradent.model.facts import computing_dtypes, facts, ignores_padding, require_causal, tolerance, trims
 from gradent.model.observed import observed
 from gradent.model.parameters import check_ids, input_device, trainable, unwrap_compiled
 from gradent.pairs.batch import PairBatch
-from gradent.tokens.all_pairs import AllPairsLedger
-from gradent.tokens.contractions import Entries
+from gradent.tokens.contractions import TokenEntries
 from gradent.tokens.gram import TokenGram
 from gradent.tokens.row_pass import NoSharedBackward
 from gradent.tokens.synchronized import SynchronizedPasses
@@ -77,9 +77,9 @@ class _Pair:
         """The trainable parameters by their numbers."""
         return list(self.parameters.values())
 
-    def sum_by_home(self, parts: Iterable[tuple[int, Entries]]) -> Iterable[tuple[str, Entries]]:
+    def sum_by_home(self, parts: Iterable[tuple[int, TokenEntries]]) -> Iterable[tuple[str, TokenEntries]]:
         """The entries of a block by module, from those by parameter number."""
-        sums: dict[str, Entries] = {}
+        sums: dict[str, TokenEntries] = {}
         for number, entries in parts:
             home = self.homes[number]
             if home in sums:
@@ -149,7 +149,7 @@ def measure_tokens(
     return grams
 
 
-def _measure_pair(pair: _Pair, *, again: bool = False) -> dict[str, Entries]:
+def _measure_pair(pair: _Pair, *, again: bool = False) -> dict[str, TokenEntries]:
     known = facts(pair.model)
     is_first = known.token_by_token is None
     if not known.token_by_token:
@@ -171,7 +171,7 @@ def _measure_pair(pair: _Pair, *, again: bool = False) -> dict[str, Entries]:
     return _one_by_one(pair)
 
 
-def _try_together(pair: _Pair, *, check: bool) -> tuple[str, dict[str, Entries]]:
+def _try_together(pair: _Pair, *, check: bool) -> tuple[str, dict[str, TokenEntries]]:
     """Why the tokens cannot share a backward, or the entries; with `check` their sum must be the pair's product."""
     advanced = 0.0
 
@@ -196,7 +196,7 @@ def _try_together(pair: _Pair, *, check: bool) -> tuple[str, dict[str, Entries]]
     return reason, {}
 
 
-def _together(pair: _Pair, *, check: bool) -> dict[str, Entries]:
+def _together(pair: _Pair, *, check: bool) -> dict[str, TokenEntries]:
     """The entries by module, from one backward pass a row and block."""
     can_split = all(ignores_padding(pair.model, ids) for ids, _ in pair.rows)
     trim = trims(pair.model, pair.rows[0][0])
@@ -204,26 +204,27 @@ def _together(pair: _Pair, *, check: bool) -> dict[str, Entries]:
         pair.model, pair.tensors, pair.rows, can_split=can_split, trim=trim, budget=pair.budget, pair=pair.number
     )
     try:
-        total: dict[str, Entries] = {}
+        total: dict[str, TokenEntries] = {}
         blocks = pair.blocks(passes.block_size())
         for block in blocks:
             chosen, rejected = (range(part.start, part.stop) for part in block)
             parts = passes.run(chosen, rejected, check=check, advance=lambda part: pair.advance(part / len(blocks)))
             for home, entries in pair.sum_by_home(parts):
-                total.setdefault(home, Entries(pair.sizes)).put(block, entries.inner, entries.squares)
+                total.setdefault(home, TokenEntries(pair.sizes)).put(block, entries.inner, entries.squares)
         return total
     finally:
         passes.close()
 
 
-def _contradiction(pair: _Pair, entries: Mapping[str, Entries]) -> str:
+def _contradiction(pair: _Pair, entries: Mapping[str, TokenEntries]) -> str:
     """How the sum of the matrix differs from the pair's inner product, measured as a whole; empty where it agrees."""
-    micro = MicroBatch(pair.rows, [[0], [1]], [pair.number])
-    if is_plain(micro.groups, plain_rows(pair.model, pair.tensors, pair.rows[0][0].device, pair.budget)):
-        outcome = run_plainly(pair.model, pair.tensors, micro, budget=pair.budget)
+    micro = MicroBatch.pair(pair.rows, pair.number)
+    ledger = Ledger(micro.wanted, budget=pair.budget)
+    if is_plain(micro.forwards, plain_rows(pair.model, pair.tensors, pair.rows[0][0].device, pair.budget)):
+        outcome = run_plainly(pair.model, pair.tensors, micro, ledger)
     else:
-        outcome = run(pair.model, pair.tensors, micro, budget=pair.budget, explicit_budget=None)
-    chosen_sq, rejected_sq, inner = torch.stack([entry.cpu()[0] for entry in outcome.entries.values()]).sum(0)
+        outcome = run(pair.model, pair.tensors, micro, ledger, explicit_budget=None)
+    chosen_sq, rejected_sq, inner = torch.stack([entry.cpu() for entry in outcome.entries.values()]).sum(0)
     total = sum(float(part.inner.sum()) for part in entries.values())
     error = abs(total - float(inner)) / max(float(chosen_sq * rejected_sq) ** 0.5, 1e-300)
     if error <= tolerance("batched rows", computing_dtypes(pair.model, pair.rows[0][0].device)):
@@ -231,11 +232,11 @@ def _contradiction(pair: _Pair, entries: Mapping[str, Entries]) -> str:
     return f"the sum over its tokens differs from the pair's inner product by {error:.1e} (scaled)"
 
 
-def _to_gram(pair: _Pair, entries: Mapping[str, Entries], *, by_module: bool) -> TokenGram:
+def _to_gram(pair: _Pair, entries: Mapping[str, TokenEntries], *, by_module: bool) -> TokenGram:
     modules: dict[str, Tensor] = {}
-    total = Entries(pair.sizes)
+    total = TokenEntries(pair.sizes)
     for home in dict.fromkeys(pair.homes):
-        part = entries.get(home) or Entries(pair.sizes)
+        part = entries.get(home) or TokenEntries(pair.sizes)
         modules[home] = part.inner
         total += part
     chosen_ids, rejected_ids = (ids[marks].cpu() for ids, marks in pair.rows)
@@ -280,14 +281,23 @@ def _bar(pairs: int, *, shown: bool) -> Iterator[Advance]:
             bar.stop()
 
 
-def _one_by_one(pair: _Pair) -> dict[str, Entries]:
+def _one_by_one(pair: _Pair) -> dict[str, TokenEntries]:
     """The entries by module, each token measured as a row of its own."""
     chosen, rejected = (_prefixes(*row) for row in pair.rows)
     if rows_share(pair.model, pair.parameters) is None:  # found out, once a model, by measuring a pair of it
-        measure_pairs(pair.model, pair.parameters, pair.rows, budget=pair.budget, weight=None, dropout=False)
+        measure_groups(
+            pair.model,
+            pair.parameters,
+            pair.rows,
+            [[0, 1]],
+            MicroBatch.pair(pair.rows, pair.number).names,
+            lambda wanted: Ledger(wanted, budget=pair.budget),
+            explicit_budget=None,
+            dropout=False,
+        )
     room = TOKENS.get(pair.rows[0][0].device.type, TOKENS["cuda"]) // max(len(ids) for ids, _ in pair.rows)
     blocks = pair.blocks(room)
-    total: dict[str, Entries] = {}
+    total: dict[str, TokenEntries] = {}
     for block in blocks:
         top, left = block
         split = top.stop - top.start
@@ -298,7 +308,7 @@ def _one_by_one(pair: _Pair) -> dict[str, Entries]:
         for home, matrix in sums.items():
             diagonal = matrix.diagonal()
             squares = diagonal[:split], diagonal[split:]
-            total.setdefault(home, Entries(pair.sizes)).put(block, matrix[:split, split:], squares)
+            total.setdefault(home, TokenEntries(pair.sizes)).put(block, matrix[:split, split:], squares)
         pair.advance(1 / len(blocks))
     return total
 
@@ -309,9 +319,11 @@ def _all_products(pair: _Pair, tokens: Sequence[Row]) -> dict[int, Tensor]:
     grouped = group_rows([len(ids) for ids, _ in tokens], tokens[0][0].device)
 
     def measured(groups: Sequence[Sequence[int]]) -> dict[int, Tensor]:
-        micro = MicroBatch(tokens, groups, [pair.number] * len(tokens))
-        ledger = AllPairsLedger(len(tokens), budget=pair.budget)
-        return run(pair.model, pair.tensors, micro, budget=pair.budget, explicit_budget=None, ledger=ledger).entries
+        wanted = Wanted.all(len(tokens))
+        micro = MicroBatch(tokens, groups, wanted, [f"pair {pair.number}, a token"] * len(tokens))
+        ledger = Ledger(wanted, budget=least_budget(pair.budget, len(tokens)))
+        entries = run(pair.model, pair.tensors, micro, ledger, explicit_budget=None).entries
+        return {number: wanted.matrix(entry.cpu()) for number, entry in entries.items()}
 
     try:
         return measured(grouped if rows_share(pair.model, pair.parameters) else single)

@@ -37,7 +37,7 @@ class NoSharedBackward(Exception):
 
 @dataclass(frozen=True)
 class RowTokens:
-    """Response tokens that share a row: by their numbers on their side, and their positions in the row, at least 1."""
+    """Response tokens of one row: their numbers on their side, and their positions in the row, at least 1."""
 
     side: int  # 0 for chosen, 1 for rejected
     numbers: Sequence[int]  # increasing
@@ -47,7 +47,7 @@ class RowTokens:
 
 @dataclass(frozen=True)
 class Arrival:
-    """Output gradients `[m, *output shape]` of some running tokens at a use; behind the head, one `[*output shape]`."""
+    """Output gradients `[m, *output]` of some running tokens at a use; in the head one, `[*output]`, for all."""
 
     tap: Tap
     span: slice
@@ -166,7 +166,7 @@ class RowPass:
 
     @cached_property
     def held(self) -> list[int]:
-        """Bytes that each node of the backward pass makes one hold of a token."""
+        """Bytes per token that each node of the backward pass keeps."""
         places = {node: place for place, node in enumerate(self.schedule.nodes)}
         held = [0] * len(self.schedule.nodes)
         for tap in self.taps:
@@ -175,7 +175,7 @@ class RowPass:
 
     @cached_property
     def lasting(self) -> int:
-        """Bytes of a token that are held beyond their piece: of weights that have several uses below the head."""
+        """Bytes per token that outlive their piece: of weights with several uses below the head."""
         uses: dict[int, list[int]] = {}
         head_taps = set(self.head_taps())
         for tap in self.taps:
@@ -185,16 +185,16 @@ class RowPass:
 
     @cached_property
     def head_bytes(self) -> int:
-        """Bytes of a token that are held until the head is reduced: a row of each output gradient there."""
+        """Bytes per token that are kept until the head is reduced."""
         return sum(byte_size(GradientEdge(tap.node, 0)) for tap in self.head_taps()) // self._logits.shape[1]
 
     def head_taps(self) -> list[Tap]:
-        """Uses in the head, which tokens reach at their own positions alone."""
+        """Uses in the head, where each token's gradient is at its own position."""
         nodes = set(self.schedule.nodes[: self.head])
         return [tap for tap in self.taps if tap.node in nodes]
 
     def start(self, running: Sequence[int], *, check: bool = False) -> list[Arrival]:
-        """Bring the gradients of some tokens through the head, with `check` making sure that it keeps them apart."""
+        """Bring the gradients of some tokens through the head; `check` refuses a head that mixes positions."""
         self._count = len(running)
         device = self._logits.device
         predicting = torch.tensor([self.tokens.positions[index] - 1 for index in running], device=device)
@@ -232,7 +232,7 @@ class RowPass:
         return arrived
 
     def advance(self, start: int, stop: int, step: int, take: Callable[[Arrival | LeafGradients], None]) -> None:
-        """Run the nodes of one piece, `step` tokens at a time; what `take` does not keep of an arrival is gone."""
+        """Run the nodes of one piece for `step` tokens at a time; `take` receives what arrives, which is then freed."""
         pairs = zip(self.schedule.pending[start], self._grad_outputs, strict=True)
         reached = [(edge, grads) for edge, grads in pairs if grads is not None]
         after = self.schedule.pending[stop]
@@ -266,7 +266,7 @@ class RowPass:
 
 
 def _held_at(tap: Tap) -> int:
-    """Bytes that a use makes one hold of a token."""
+    """Bytes per token that a use keeps."""
     use, size = tap.use, byte_size(GradientEdge(tap.node, 0))
     if isinstance(use, MatrixUse) and not use.transposed:
         return min(size, use.view.shape[0] * use.view.shape[1] * accumulator(use.inputs.dtype).itemsize)
@@ -274,7 +274,7 @@ def _held_at(tap: Tap) -> int:
 
 
 def _check_head(alone: Tensor, together: Tensor, row: Tensor) -> None:
-    """Refuse a head through which one token alone arrives at other positions, or differently than among the others."""
+    """Refuse a head in which a token's gradient reaches other positions than its own."""
     expected = torch.zeros_like(together)
     expected[row] = together[row]
     wide = accumulator(together.dtype)
@@ -293,7 +293,7 @@ def _ignore(tap: Tap, grad_output: Tensor, batch_dim: int | None) -> None:
 def _receiver(
     span: slice, width: int, take: Callable[[Arrival | LeafGradients], None]
 ) -> Callable[[Tap, Tensor, int | None], None]:
-    """Passes on what arrives for a span of tokens; a gradient without a batch axis is the same for all of them."""
+    """A function that hands what arrives for a span of tokens to `take`, with a leading axis of tokens."""
 
     def receive(tap: Tap, grad_output: Tensor, batch_dim: int | None) -> None:
         if batch_dim is None:

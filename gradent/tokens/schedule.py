@@ -31,7 +31,7 @@ class BackwardSchedule:
 
     @cached_property
     def names(self) -> list[str]:
-        """The kinds of the nodes: equal for two passes of the same code over rows of other lengths."""
+        """The kinds of the nodes: equal for rows of different lengths through the same code."""
         return [node.name() for node in self.nodes]
 
 
@@ -121,7 +121,7 @@ def _useful(
 # A cut lies where all that is under way arrives at one node. Elsewhere one edge may lie below another, and autograd,
 # asked for both, would go on through the upper one.
 def cut_schedule(schedule: BackwardSchedule, start: int, held: Sequence[int], limit: int) -> list[int]:
-    """Places, from `start` to the end, between which the bytes that nodes make one hold stay below `limit`."""
+    """Places, from `start` to the end, at which to cut so that no piece keeps more than `limit` bytes."""
     cuts, used, ahead, last = [start], 0, 0, start
     for place in range(start, len(schedule.nodes)):
         single = len({edge.node for edge in schedule.pending[place]}) == 1

@@ -21,8 +21,8 @@ from gradent.hooks.capture.capture import Tap
 from gradent.hooks.uses.uses import LookupUse, MatrixUse, SumUse
 from gradent.kernels.common.numerics import accumulator, spans
 from gradent.kernels.common.precision import exact_products
-from gradent.tokens.contractions import Block, Entries
-from gradent.tokens.ledger import Gradients, OtherForm, RankOne, SharedFactor, TokenLedger
+from gradent.tokens.contractions import Gradients, RankOne, SharedFactor, TokenEntries
+from gradent.tokens.ledger import OtherForm, TokenLedger
 from gradent.tokens.row_pass import Arrival, LeafGradients, RowPass, RowTokens
 from gradent.tokens.schedule import byte_size, cut_schedule
 
@@ -76,18 +76,18 @@ class SynchronizedPasses:
         self._passes.clear()
 
     def block_size(self) -> int:
-        """Tokens of chosen and rejected together that fit the budget."""
-        held = flow = 0
+        """Number of chosen and rejected tokens together that fit the budget."""
+        piece = flow = 0
         passes = [row_pass for row_pass, _ in self._passes]
         for row_pass in passes:
             sizes = row_pass.held
             cuts = cut_schedule(row_pass.schedule, row_pass.head, sizes, 0)
-            held = max(held, *(sum(sizes[start:stop]) for start, stop in pairwise(cuts)))
+            piece = max(piece, *(sum(sizes[start:stop]) for start, stop in pairwise(cuts)))
             flow = max(flow, *(row_pass.schedule.costs[cut] for cut in cuts))
         leaves = {number for row_pass in passes for number in row_pass.schedule.leaves}
         explicit = sum(self._parameters[n].numel() * accumulator(self._parameters[n].dtype).itemsize for n in leaves)
         lasting = max(row_pass.lasting for row_pass in passes)
-        room = self._budget // (4 * (2 * flow + held + explicit) + 2 * lasting)
+        room = self._budget // (4 * (2 * flow + piece + explicit) + 2 * lasting)
         # In the head, before the rest: a gradient of one pass's logits, and a row of it for each token of all.
         logits = max(byte_size(row_pass.schedule.pending[0][0]) for row_pass in passes)
         head_bytes = max(row_pass.head_bytes for row_pass in passes)
@@ -96,7 +96,7 @@ class SynchronizedPasses:
 
     def run(
         self, chosen: range, rejected: range, *, check: bool = False, advance: Callable[[float], None] | None = None
-    ) -> Iterator[tuple[int, Entries]]:
+    ) -> Iterator[tuple[int, TokenEntries]]:
         """Entries by parameter number for some chosen and rejected tokens; `advance` is told shares that add to 1."""
         run = _Run(self._passes, self._parameters, (chosen, rejected), self._budget)
         run.start(check=check)
@@ -177,7 +177,7 @@ class _Run:
                     self.ledger.reduce_head(param, torch.cat([use.ids.reshape(-1) for use in lookups]))
 
     def cut(self) -> list[list[int]]:
-        """Where each pass is cut: alike, where the passes are alike."""
+        """Places at which each pass is cut, the same for passes through the same nodes."""
         longest = max(self._running, key=lambda row_pass: row_pass.layout.length)
         names = longest.schedule.names
         count = sum(map(len, self._running.values()))
@@ -211,7 +211,7 @@ class _Run:
                 self._finish(param)
 
     def _step(self, row_pass: RowPass, count: int) -> int:
-        """Tokens that are taken at once: their temporaries are some times their largest gradient."""
+        """Tokens taken at once: their temporaries are several times their largest gradient."""
         fit = max(1, self._budget // 4 // (8 * row_pass.widest))
         return -(-count // -(-count // fit))
 
@@ -245,7 +245,7 @@ class _Run:
                 self.ledger.add(param, where, OtherForm(side, [token], form))
 
     def _take(self, row_pass: RowPass, arrival: Arrival | LeafGradients) -> None:
-        """Keep what has arrived at a use, in the smaller of its forms."""
+        """Keep what has arrived at a use, as gradients or as output gradients, whichever are smaller."""
         if isinstance(arrival, LeafGradients):
             grads = arrival.grads.to(accumulator(arrival.grads.dtype))
             if (row_pass, arrival.param) in self._buffers:
@@ -303,16 +303,16 @@ class _Run:
             return
         if isinstance(use, MatrixUse) and not self._is_formed(use):
             a, _ = use.oriented(values)
-            block = Block(side, tokens, values, a.reshape(-1, a.shape[-1]))
-            self.ledger.add(view.param, view.slot, SharedFactor(block, not use.swapped))
+            part = SharedFactor(side, tokens, values, a.reshape(-1, a.shape[-1]), b_on_rows=not use.swapped)
+            self.ledger.add(view.param, view.slot, part)
         elif isinstance(use, LookupUse):
             ids = use.row_ids(0, row_pass.layout)
             if use.padding_idx is not None:
                 real = ids != use.padding_idx
                 values, ids = values[:, real], ids[real]
-            self.ledger.add(view.param, view.slot, SharedFactor(Block(side, tokens, values, ids), b_on_rows=False))
+            self.ledger.add(view.param, view.slot, SharedFactor(side, tokens, values, ids, b_on_rows=False))
         elif view.ids is not None:
-            block = Block(side, tokens, values, view.ids.reshape(-1))
-            self.ledger.add(view.param, (), SharedFactor(block, b_on_rows=False))
+            part = SharedFactor(side, tokens, values, view.ids.reshape(-1), b_on_rows=False)
+            self.ledger.add(view.param, (), part)
         else:
             self.ledger.add(view.param, view.slot, Gradients(side, tokens, values))

@@ -9,26 +9,26 @@ import pytest
 import torch
 
 from gradent.errors import MemoryBudgetError
-from gradent.hooks.reduction.small_gradients import HELD
 from gradent.hooks.uses.uses import COPIES
-from gradent.kernels.common.cost import batch_scratch, choose
-from gradent.planning.cost import Setting, plan_lines, sum_lines
-from gradent.planning.trace import Used
+from gradent.kernels.common.budget import BATCH, HELD
+from gradent.kernels.common.cost import GRAM_COST, batch_scratch, cheapest
+from gradent.planning.cost import CostSetting, plan_lines, sum_lines
+from gradent.planning.trace import ParameterUse
 
-SETTING = Setting(tokens=512, budget=2**28, batch_budget=2**22)
-
-
-def used(parameter: str, kind: str = "matrix", shape: tuple[int, ...] = (4096, 4096), **fields: object) -> Used:
-    return Used(parameter=parameter, kind=kind, shape=shape, **fields)  # type: ignore[arg-type]
+SETTING = CostSetting(tokens=512, budget=2**28)
 
 
-def layers(count: int, name: str = "mlp.up_proj.weight", **fields: object) -> list[Used]:
+def used(parameter: str, kind: str = "matrix", shape: tuple[int, ...] = (4096, 4096), **fields: object) -> ParameterUse:
+    return ParameterUse(parameter=parameter, kind=kind, shape=shape, **fields)  # type: ignore[arg-type]
+
+
+def layers(count: int, name: str = "mlp.up_proj.weight", **fields: object) -> list[ParameterUse]:
     return [used(f"model.layers.{number}.{name}", **fields) for number in range(count)]
 
 
 def test_layers_that_differ_in_their_number_alone_are_one_line() -> None:
     (line,) = plan_lines(layers(30), SETTING)
-    one = choose(512, 512, 4096, 4096, itemsize=4, budget=2**28)
+    one = cheapest((512, 512), 4096, 4096, itemsize=4, budget=2**28)
     assert (line.name, line.count) == ("model.layers.*.mlp.up_proj", 30)
     assert (line.form, line.tile, line.flops, line.scratch) == ("gram", (512, 512), 30 * one.flops, one.scratch)
     assert line.elements == 30 * 4096 * 4096
@@ -81,15 +81,15 @@ def test_lora_shows_its_rank() -> None:
 def test_small_outer_products_of_a_batch_are_formed_at_once() -> None:
     uses = [used("lora_A.weight", shape=(16, 4096))]
     (alone,) = plan_lines(uses, SETTING)
-    (four,) = plan_lines(uses, replace(SETTING, pairs=8, together=4))
-    (many,) = plan_lines(uses, replace(SETTING, pairs=8, together=8))
+    (four,) = plan_lines(uses, replace(SETTING, groups=8, together=4))
+    (many,) = plan_lines(uses, replace(SETTING, groups=8, together=8))
     assert (alone.rows, four.rows, many.rows) == (2, 8, 2)
-    assert four.scratch == batch_scratch(8, 512, 16, 4096, itemsize=4) <= SETTING.batch_budget
+    assert four.scratch == batch_scratch(8, 512, 16, 4096, itemsize=4) <= BATCH
     assert four.flops == many.flops == 8 * alone.flops
 
 
 def test_rows_of_several_forwards_are_reduced_pair_by_pair_unless_their_products_fold() -> None:
-    several = Setting(tokens=100, together=4, rows=5, budget=2**28, batch_budget=2**22)
+    several = CostSetting(tokens=100, together=4, rows=5, budget=2**28)
     for shape, whole in (((240, 240), False), ((240, 16), True)):
         (line,) = plan_lines([used("proj.weight", shape=shape)], several)
         assert (line.form, line.rows) == ("outer", 8 if whole else 2)
@@ -124,26 +124,26 @@ def test_what_waits_for_others_counts() -> None:
     assert sum_lines(many, SETTING, 10**6).scratch == 2 * HELD
     several = replace(SETTING, together=4, rows=5)
     assert sum_lines(plan_lines(uses * 100, several), several, 10**6).scratch == 3 * HELD
-    plain = replace(SETTING, tokens=64, plain=True)
+    plain = replace(SETTING, tokens=64, is_plain=True)
     assert sum_lines(plan_lines(uses, plain), plain, 10**6).scratch == 3 * 4 * rows
 
 
 def test_experts_share_the_tokens() -> None:
     (line,) = plan_lines([used("experts", shape=(4096, 4096), slots=8, density=2.0)], SETTING)
-    one = choose(128, 128, 4096, 4096, itemsize=4, budget=2**28)
+    one = cheapest((128, 128), 4096, 4096, itemsize=4, budget=2**28)
     assert (line.tile, line.flops, line.elements) == ((128, 128), 8 * one.flops, 8 * 4096**2)
     (few,) = plan_lines([used("experts", shape=(64, 64), slots=8, density=2.0)], replace(SETTING, tokens=3))
-    assert few.flops == 6 * choose(1, 1, 64, 64, itemsize=4, budget=2**28).flops, "two experts meet no token"
+    assert few.flops == 6 * cheapest((1, 1), 64, 64, itemsize=4, budget=2**28).flops, "two experts meet no token"
 
 
-def test_the_choice_follows_price_and_budget() -> None:
+def test_the_choice_follows_cost_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     uses = layers(1)
-    assert plan_lines(uses, replace(SETTING, price=3.0))[0].form == "outer"
-    assert plan_lines(uses, replace(SETTING, price=lambda: 3.0))[0].form == "outer"
     (small,) = plan_lines(uses, replace(SETTING, budget=2**16))
     assert small.scratch <= 2**16 and small.tile < (512, 512)
     with pytest.raises(MemoryBudgetError, match="needs 8 bytes"):
         plan_lines(uses, replace(SETTING, budget=3))
+    monkeypatch.setitem(GRAM_COST, "torch", 3.0)
+    assert plan_lines(uses, SETTING)[0].form == "outer"
 
 
 def test_totals() -> None:
@@ -153,12 +153,13 @@ def test_totals() -> None:
     assert full.flops == sum(line.flops for line in lines)
     assert full.pass_flops == 6 * elements * 2 * 512
     assert full.scratch == lines[0].scratch
-    assert sum_lines(lines, replace(SETTING, pairs=3), 10 * elements).pass_flops == 3 * 42 * elements * 2 * 512
+    assert sum_lines(lines, replace(SETTING, groups=3), 10 * elements).pass_flops == 3 * 42 * elements * 2 * 512
 
 
 def reduced_by(pairs: int, shape: tuple[int, int], tokens: int, budget: int, monkeypatch: pytest.MonkeyPatch) -> str:
     """What dispatch really takes for such operands: "gram" or "outer" of the kernels, or "torch"."""
     from gradent.kernels import dispatch  # noqa: PLC0415
+    from gradent.kernels.common.wanted import Wanted  # noqa: PLC0415
     from gradent.kernels.gram import triton as gram  # noqa: PLC0415  (imports Triton, which is optional)
     from gradent.kernels.outer import triton as outer  # noqa: PLC0415
 
@@ -172,7 +173,7 @@ def reduced_by(pairs: int, shape: tuple[int, int], tokens: int, budget: int, mon
         spy(gram, "gram")
         spy(outer, "outer")
         u, v = (torch.randn(2 * pairs, tokens, size) for size in shape)
-        dispatch.reduce_pairs(u, v, budget=budget)
+        dispatch.reduce_rows(u, v, Wanted.pairs(pairs), budget=budget)
     return took[0] if took else "torch"
 
 
@@ -184,7 +185,7 @@ def test_the_plan_of_kernels_is_what_dispatch_does(shape, tokens, pairs, monkeyp
     if torch.cuda.is_available():
         pytest.skip("operands are on the CPU, where kernels run in Triton's interpreter alone")
     monkeypatch.setenv("GRADENT_KERNELS", "triton")
-    setting = replace(SETTING, tokens=tokens, pairs=pairs, together=pairs, rows=2 * pairs, operands=torch.float32)
+    setting = replace(SETTING, tokens=tokens, groups=pairs, together=pairs, rows=2 * pairs, has_kernels=True)
     (line,) = plan_lines([used("up.weight", shape=shape)], setting)
     assert (line.path, line.refused, line.rows) == ("triton", 0, 2 * pairs)
     assert line.form == reduced_by(pairs, shape, tokens, line.scratch, monkeypatch)

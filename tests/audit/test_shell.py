@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from gradent.errors import ModelError
 from gradent.hooks.passes import driver
-from gradent.hooks.reduction import ledger
-from gradent.hooks.uses.formats import Deferred, Dense, Rows
+from gradent.hooks.reduction import collector, ledger
+from gradent.hooks.uses.formats import Factored, LazyFactored, SparseRows
+from gradent.kernels.strategy import decide
 from gradent.loading.source import resolve_source
 from gradent.measurement import measure
 from gradent.pairs.batch import PairBatch
@@ -36,10 +38,10 @@ def meets(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> Seen:
 
     def watched(self: Any, param: int, row: int, slot: Any, form: Any) -> None:
         if row == 0:
-            form_ = form.make() if isinstance(form, Deferred) else form
-            if isinstance(form_, Dense):
+            form_ = form.make() if isinstance(form, LazyFactored) else form
+            if isinstance(form_, Factored):
                 found[param]["matrix"] += len(form_.u)
-            elif isinstance(form_, Rows):
+            elif isinstance(form_, SparseRows):
                 found[param]["lookup"] += len(form_.ids)
             else:
                 found[param]["explicit"] = 0
@@ -54,9 +56,8 @@ def meets(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> Seen:
     monkeypatch.setattr(driver, "plain_rows", lambda *given: 0)  # it meets no rule
     monkeypatch.setattr(ledger.Ledger, "add", watched)
     monkeypatch.setattr(ledger.Ledger, "add_rows", formed)
-    monkeypatch.setattr(ledger.Ledger, "whole", lambda *given, **options: False)
-    monkeypatch.setattr(ledger.Ledger, "fits", lambda *given, **options: False)
-    monkeypatch.setattr(ledger.Ledger, "folds", lambda *given: False)  # small products are formed as they arrive
+    kept = {"has_factors": True, "is_complete": False}  # small products would be formed as they arrive
+    monkeypatch.setattr(collector, "decide", lambda product, budget: decide(replace(product, **kept), budget))
     measure(model, PAIR)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     return {names[number]: dict(kinds) for number, kinds in found.items()}

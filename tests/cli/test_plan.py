@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
 from gradent.cli.app import app
-from gradent.kernels.common.cost import parse_budget
+from gradent.kernels.common.budget import parse_budget
 from tests.audit.made import save_lora
 from tests.zoo import build
 

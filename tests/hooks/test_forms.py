@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradent.hooks.uses.formats import Dense, Explicit, Rows, scaled, scaled_rows, split_factor
+from gradent.hooks.uses.formats import Factored, Materialized, SparseRows, scaled, scaled_rows, split_factor
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 POWERS = [1.0, 2.0**-20, 2.0**13, 2.0**90, 2.0**-91]
@@ -23,7 +23,7 @@ def test_a_factor_is_a_power_of_two_and_a_rest(factor: float) -> None:
 @pytest.mark.parametrize("factor", [1.0, -3.7, 0.5, 2.0**16, -(2.0**-16)])
 def test_a_factor_near_one_can_wait(factor: float) -> None:
     assert split_factor(factor) == (1.0, factor)
-    form = Dense(torch.randn(5, 3), torch.randn(5, 7))
+    form = Factored(torch.randn(5, 3), torch.randn(5, 7))
     assert scaled(form, 1.0) is form
     u, v = scaled_rows(form.u[None], form.v[None], [1.0])
     assert u.data_ptr() == form.u.data_ptr() and v.data_ptr() == form.v.data_ptr()
@@ -37,8 +37,8 @@ def test_dense_factors_lose_nothing(dtype: torch.dtype, power: float) -> None:
     u, v = torch.randn(5, 3).to(torch.float64), torch.randn(5, 7).to(dtype)
     u = (u * small).to(dtype if dtype != torch.float16 else torch.float32)
     want = (u.double().T @ v.double()) * power
-    got = scaled(Dense(u, v), power)
-    assert isinstance(got, Dense)
+    got = scaled(Factored(u, v), power)
+    assert isinstance(got, Factored)
     assert torch.equal(got.u.double().T @ got.v.double(), want)
     rows = scaled_rows(u[None], v[None], [power])
     assert torch.equal(rows[0][0].double().T @ rows[1][0].double(), want)
@@ -48,8 +48,8 @@ def test_dense_factors_lose_nothing(dtype: torch.dtype, power: float) -> None:
 
 def test_other_forms() -> None:
     values = torch.randn(4, 3)
-    rows, explicit = scaled(Rows(torch.arange(4), values), 2.0**10), scaled(Explicit(values), 2.0**10)
-    assert isinstance(rows, Rows) and torch.equal(rows.values, values * 1024)
-    assert isinstance(explicit, Explicit) and torch.equal(explicit.grad, values * 1024)
+    rows, explicit = scaled(SparseRows(torch.arange(4), values), 2.0**10), scaled(Materialized(values), 2.0**10)
+    assert isinstance(rows, SparseRows) and torch.equal(rows.values, values * 1024)
+    assert isinstance(explicit, Materialized) and torch.equal(explicit.grad, values * 1024)
     zero = scaled_rows(torch.ones(2, 4, 3), torch.ones(2, 4, 5), [0.0, 2.0])
     assert not zero[0][0].any() and bool((zero[0][1] == 2.0).all())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gradent.kernels.dispatch import reduce_pair
+from gradent.kernels.common.numerics import Factors
+from gradent.kernels.dispatch import reduce_group
+from gradent.kernels.strategy import Product, Strategy, decide
 from gradent.model.parameters import trainable
 from tests.batches import ragged
 from tests.hooks.watching import WAYS, error, set_up, watch
@@ -29,9 +32,11 @@ class Looking(nn.Module):
 
 def pair_by_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have matrices reduced as large ones are, however small they are."""
-    monkeypatch.setattr("gradent.hooks.reduction.ledger.pairs_together", lambda *args, **options: None)
-    monkeypatch.setattr("gradent.hooks.reduction.ledger.pairs_pay", lambda *args, **options: False)
-    monkeypatch.setattr("gradent.hooks.reduction.ledger.product_pays", lambda *args, **options: False)
+
+    def group_by_group(product: Product, budget: int) -> Strategy:
+        return decide(replace(product, has_factors=True, is_complete=False), budget)
+
+    monkeypatch.setattr("gradent.hooks.reduction.collector.decide", group_by_group)
 
 
 def test_padding_that_gets_a_gradient_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +65,7 @@ def test_a_shared_weight_gradient_leaves_nothing_out_that_is_not_zero(
     is_synchronous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gradent.hooks.piggyback.forward.is_synchronous", lambda device: is_synchronous)
-    monkeypatch.setattr("gradent.kernels.with_weight_grad.products_fit", lambda *args: False)
+    monkeypatch.setattr("gradent.kernels.with_weight_grad.batch_room", lambda *args: 0)
     gradients = []
     for watched in (False, True):
         torch.manual_seed(0)
@@ -82,11 +87,11 @@ def test_padding_takes_no_part(way: str, lora: bool, is_synchronous: bool, monke
     monkeypatch.setattr("gradent.hooks.piggyback.forward.is_synchronous", lambda device: is_synchronous)
     reduced: list[tuple[int, int]] = []
 
-    def reduce(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, **options: object) -> Tensor:
-        reduced.append((len(u_w), len(u_l)))
-        return reduce_pair(u_w, v_w, u_l, v_l, **options)  # type: ignore[arg-type]
+    def reduce(factors: Factors, **options: object) -> Tensor:
+        reduced.append((len(factors[0][0]), len(factors[1][0])))
+        return reduce_group(factors, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("gradent.hooks.reduction.ledger.reduce_pair", reduce)
+    monkeypatch.setattr("gradent.hooks.reduction.merge.reduce_group", reduce)
     pair_by_pair(monkeypatch)
     model, batch, true, limit = set_up("llama", lora=lora, way=way, checkpointing="kept")
     batch = ragged()

@@ -18,16 +18,21 @@ from gradent.model.parameters import trainable
 from gradent.pairs.batch import PairBatch
 from tests.adapters import build_adapted, lora_everywhere
 from tests.batches import ragged
+from tests.covering import cross
 from tests.hooks.watching import CHECKPOINTING, WAYS, error, prepare, set_up, watch
 from tests.trainer_steps import dpo, through_logits
 from tests.truth import TOLERANCE, Truth, truth
 from tests.zoo import build
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "llama, biases, tied"])
+@cross(
+    "name, lora, way, checkpointing",
+    ["gpt2", "llama", "llama, biases, tied"],
+    [False, True],
+    WAYS,
+    CHECKPOINTING,
+    ids=[None, ["full", "LoRA"]],
+)
 def test_entries_are_those_of_autograd(name: str, lora: bool, way: str, checkpointing: str) -> None:
     model, batch, true, limit = set_up(name, lora=lora, way=way, checkpointing=checkpointing)
     (passed,) = watch(model, lambda: WAYS[way](model, batch))

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradent.errors import InputError
 from gradent.hooks.capture.capture import Capture, Tap
 from gradent.hooks.rules import RULES, register_rule
-from gradent.hooks.uses.formats import Dense, Explicit, Form, Rows
+from gradent.hooks.uses.formats import Factored, Form, Materialized, SparseRows
 from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.uses import SumUse
 
@@ -76,9 +76,9 @@ if hasattr(F, "grouped_mm"):
 
 
 def materialise(form: Form, shape: tuple[int, ...]) -> Tensor:
-    if isinstance(form, Dense):
+    if isinstance(form, Factored):
         return form.u.double().T @ form.v.double()
-    if isinstance(form, Rows):
+    if isinstance(form, SparseRows):
         return torch.zeros(shape, dtype=DOUBLE).index_add_(0, form.ids, form.values.double())
     return form.grad.double()
 
@@ -194,4 +194,4 @@ def test_explicit_forms_keep_the_parameters_shape() -> None:
         loss = (X[:1] + w).sum()
     torch.autograd.grad(loss, capture.survey(loss).bottoms)
     (form,) = shapes[0]
-    assert isinstance(form, Explicit) and form.grad.shape == (1, 1, 4)
+    assert isinstance(form, Materialized) and form.grad.shape == (1, 1, 4)

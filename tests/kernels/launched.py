@@ -20,12 +20,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from gradent.kernels.common.triton_operands import Spans
-from gradent.kernels.gram.triton import gram_entries, gram_kernel
-from gradent.kernels.outer.triton import outer_entries, outer_kernel, outer_with_gradient
-from scripts.compile_kernels import ARCH, Case, cases, source
+from gradent.kernels.common.tiles import plan_groups
+from gradent.kernels.common.triton_operands import Groups, Spans
+from gradent.kernels.gram.triton import gram_entries
+from gradent.kernels.outer.triton import outer_entries, outer_products, outer_with_gradient
+from scripts.compile_kernels import ARCH, KERNELS, Case, cases, source
 
-KINDS = ("gram", "outer", "outer+gradient")
+KINDS = tuple(KERNELS)
 
 
 class _Driver:
@@ -40,7 +41,7 @@ class _Driver:
 
 
 def launched(kind: str, u: torch.Tensor, v: torch.Tensor, *, weighted: bool = False, **how: Any) -> dict[str, Any]:
-    """What the launch of a kernel on one pair compiles: both sides are u `[T, O]` and v `[T, I]`."""
+    """What the launch of a kernel on one pair, or five rows, compiles: each row is u `[T, O]` and v `[T, I]`."""
     seen: list[dict[str, Any]] = []
     triton.knobs.runtime.jit_cache_hook = lambda *, compile, **_: seen.append(compile) or True
     spans = Spans.of_pair(len(u), len(u))
@@ -49,6 +50,10 @@ def launched(kind: str, u: torch.Tensor, v: torch.Tensor, *, weighted: bool = Fa
         gram_entries(u, v, u, v, spans, **how)
     elif kind == "outer":
         outer_entries(u, v, u, v, spans, weight, **how)
+    elif kind == "groups":
+        rows = Groups([len(u)] * 5, [range(5)], [0] * 5)
+        wide = u.dtype if u.dtype == v.dtype else torch.float32
+        outer_products(u, v, rows, weight, plan=plan_groups(wide, u.shape[1], v.shape[1], rows, budget=2**26, **how))
     else:
         outer_with_gradient(u, v, u, v, spans, torch.ones(1, 2), weight, **how)
     (made,) = seen
@@ -83,8 +88,7 @@ def compilations(kind: str, shapes: list[tuple[int, int, int]]) -> int:
 def copies(kind: str, rows: int, cols: int) -> tuple[int, int]:
     """Copies beside the computation, and loads of single numbers, in what a launch in bfloat16 compiles."""
     made = launched(kind, *(torch.zeros(300, width, dtype=torch.bfloat16) for width in (rows, cols)))
-    kernel = gram_kernel if kind == "gram" else outer_kernel
-    code = ASTSource(kernel, made["signature"], made["constants"], made["configs"][0])
+    code = ASTSource(KERNELS[kind], made["signature"], made["constants"], made["configs"][0])
     options = {name: made[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
     ptx = triton.compile(code, target=GPUTarget("cuda", ARCH, 32), options=options).asm["ptx"]
     return len(re.findall(r"cp\.async\.c[ag]", ptx)), len(re.findall(r"ld\.global\.b16", ptx))

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from gradent.kernels.common.triton_tiles import gram_configs, outer_configs
+from gradent.kernels.common.tiles import gram_configs, group_configs, outer_configs
 from gradent.kernels.self_check import DTYPES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ def run(module: str, *asked: str, cache: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("kernel", ["gram", "outer", "outer+gradient"])
+@pytest.mark.parametrize("kernel", ["gram", "outer", "outer+gradient", "groups"])
 def test_the_largest_tile_compiles(kernel: str, tmp_path: Path) -> None:
     target = tmp_path / "sm90.csv"
     asked = ["--kernel", kernel, "--dtype", "bfloat16", "--last", "--target", str(target)]
@@ -59,6 +59,7 @@ def test_the_committed_table_is_of_these_configurations() -> None:
             ("gram", gram_configs(wide)),
             ("outer", outer_configs(wide, store=False)),
             ("outer+gradient", outer_configs(wide, store=True)),
+            ("groups", group_configs(wide)),
         ):
             listed = {
                 tuple(int(row[name]) for name in vars(configs[0]))

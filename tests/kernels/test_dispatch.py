@@ -6,6 +6,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,12 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 from gradent import measure
 from gradent.errors import GradentWarning, InputError
 from gradent.hooks.reduction.ledger import Ledger
-from gradent.hooks.uses.formats import Dense
-from gradent.kernels import dispatch
-from gradent.kernels.common.numerics import reduce_batch, reduce_dense
+from gradent.hooks.uses.formats import Factored
+from gradent.kernels import availability, dispatch
+from gradent.kernels.common.wanted import Wanted
+from gradent.kernels.gram.reference import reduce_gram
+from gradent.kernels.outer.reference import reduce_all_rows
+from gradent.kernels.strategy import Product, decide
 from tests.batches import ragged
 from tests.truth import TOLERANCE, assert_exact, truth
 
@@ -36,9 +40,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No variable, and no verdict from before."""
-    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
-    monkeypatch.setattr(dispatch, "_verdicts", {})
-    monkeypatch.setattr(dispatch, "_announced", set())
+    monkeypatch.delenv(availability.VARIABLE, raising=False)
+    monkeypatch.setattr(availability, "_verdicts", {})
+    monkeypatch.setattr(availability, "_announced", set())
     with warnings.catch_warnings():
         warnings.simplefilter("error", GradentWarning)
         yield
@@ -46,7 +50,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    monkeypatch.setenv(availability.VARIABLE, "triton")
 
 
 def rows(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -55,38 +59,48 @@ def rows(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     return u, torch.randn(4, 9, 5, generator=generator).to(dtype)
 
 
+PAIRS = Wanted.pairs(2)
+
+
+def product(u: Tensor, v: Tensor, **fields: Any) -> Product:
+    sizes = {"rows": len(u), "lengths": (u.shape[1],) * 2, "out": u.shape[2], "inp": v.shape[2]}
+    return Product(**{**sizes, "dtypes": (u.dtype, v.dtype), "has_kernels": True, "is_complete": True, **fields})
+
+
 def whole(u: Tensor, v: Tensor) -> Tensor:
     grads = u.double().mT @ v.double()
     products = torch.einsum("aoi,boi->ab", grads, grads)
     half = len(u) // 2
-    return torch.stack(
+    return torch.cat(
         [torch.stack([products[k, k], products[k + half, k + half], products[k, k + half]]) for k in range(half)]
     )
 
 
 def test_the_path_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert dispatch.path("cpu", torch.float32) == "torch (operands on the cpu)"
-    assert dispatch.path(CUDA, torch.float64) == "torch (float64 operands)"
-    monkeypatch.setenv(dispatch.VARIABLE, "torch")
-    assert dispatch.path(CUDA, torch.float32) == "torch (GRADENT_KERNELS=torch)"
-    monkeypatch.setenv(dispatch.VARIABLE, "fast")
+    assert availability.path("cpu", torch.float32) == "torch (operands on the cpu)"
+    assert availability.path(CUDA, torch.float64) == "torch (float64 operands)"
+    monkeypatch.setenv(availability.VARIABLE, "torch")
+    assert availability.path(CUDA, torch.float32) == "torch (GRADENT_KERNELS=torch)"
+    monkeypatch.setenv(availability.VARIABLE, "fast")
     with pytest.raises(InputError, match="accepted are 'torch' and 'triton'"):
-        dispatch.path(CPU, torch.float32)
+        availability.path(CPU, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_cpu_has_the_reference_bit_by_bit(dtype: torch.dtype) -> None:
     u, v = rows(dtype)
-    assert torch.equal(dispatch.reduce_pairs(u, v, budget=2**20), reduce_batch(u, v))
-    pair = (u[0], v[0], u[2, :3], v[2, :3])
-    assert torch.equal(dispatch.reduce_pair(*pair, budget=300), reduce_dense(*pair, budget=300))
+    assert torch.equal(dispatch.reduce_rows(u, v, PAIRS, budget=2**20), reduce_all_rows(u, v, PAIRS))
+    pair = [(u[0, :2], v[0, :2]), (u[2, :2], v[2, :2])]
+    strategy = decide(product(u, v, lengths=(2, 2), rows=2, has_factors=True, has_kernels=False), 300)
+    assert strategy.form == "gram"
+    assert torch.equal(dispatch.reduce_group(pair, budget=300), reduce_gram(pair, strategy.tiling, budget=300))
 
 
 @needs_triton
 def test_a_self_check_that_succeeds_is_silent_and_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[torch.device] = []
     monkeypatch.setattr(check, "self_check", lambda device: asked.append(device) or "")
-    assert [dispatch.path(CUDA, dtype) for dtype in (torch.float32, torch.bfloat16)] == ["triton", "triton"]
+    assert [availability.path(CUDA, dtype) for dtype in (torch.float32, torch.bfloat16)] == ["triton", "triton"]
     assert asked == [CUDA]
 
 
@@ -96,20 +110,20 @@ def test_a_self_check_that_fails_is_announced_once(monkeypatch: pytest.MonkeyPat
     with pytest.warns(
         GradentWarning, match=r"cuda:0 .*off by 1\.0e\+00.*pip install --upgrade 'gradent\[cuda\]'"
     ) as seen:
-        assert "self-check failed" in dispatch.path(CUDA, torch.float32)
+        assert "self-check failed" in availability.path(CUDA, torch.float32)
     assert len(seen) == 1
-    assert dispatch.path(CUDA, torch.bfloat16).startswith("torch (the kernels' self-check failed")
+    assert availability.path(CUDA, torch.bfloat16).startswith("torch (the kernels' self-check failed")
 
 
 def test_missing_triton_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(availability.importlib.util, "find_spec", lambda name: None)
     with pytest.warns(GradentWarning, match=r"Triton is not installed.*pip install 'gradent\[cuda\]'") as seen:
-        assert dispatch.path(CUDA, torch.float32) == "torch (Triton is not installed)"
+        assert availability.path(CUDA, torch.float32) == "torch (Triton is not installed)"
     assert len(seen) == 1
-    assert dispatch.path(CUDA, torch.float32) == "torch (Triton is not installed)"
-    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    assert availability.path(CUDA, torch.float32) == "torch (Triton is not installed)"
+    monkeypatch.setenv(availability.VARIABLE, "triton")
     with pytest.raises(InputError, match="Triton is not installed"):
-        dispatch.path(CUDA, torch.float32)
+        availability.path(CUDA, torch.float32)
 
 
 @needs_triton
@@ -166,53 +180,50 @@ def test_pairs_by_kernels_and_what_they_leave(kernels: None, budget: int, length
     for row, end in enumerate(ends):
         u[row, end:] = 0
     given = None if lengths is None else torch.tensor(lengths)
-    assert dispatch.path(CPU, torch.float32) == "triton"
-    assert dispatch.pairs_pay(u, v, budget=budget) == (budget > 64)
+    assert availability.path(CPU, torch.float32) == "triton"
+    assert (decide(product(u, v), budget).reducer == "outer") == (budget > 64)
+    assert (decide(product(u[:2], v[:2], rows=2), budget).backend == "triton") == (budget >= 64)
     for x, y in ((u, v), (u[:, :, :6], v), (u[:, :7], v[:, :7])):  # the last is no view of [2k T, ...]
         kept = None if given is None else given.clamp(max=x.shape[1])
         said = budget == 16 and x is u  # once
         with pytest.warns(GradentWarning, match=r"hold \d+ bytes .* memory_budget is 16") if said else nullcontext():
-            got = dispatch.reduce_pairs(x, y, budget=budget, lengths=kept)
+            got = dispatch.reduce_rows(x, y, PAIRS, budget=budget, lengths=None if kept is None else kept.tolist())
         torch.testing.assert_close(got, whole(x, y), rtol=2e-6, atol=1e-6)
 
 
 @needs_triton
 def test_a_capture_before_the_check_is_announced_once_and_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "is_capturing", lambda device: True)
+    monkeypatch.setattr(availability, "is_capturing", lambda device: True)
     with pytest.warns(GradentWarning, match="CUDA graph is captured.*measure once before the capture") as seen:
-        assert dispatch.path(CUDA, torch.float32).startswith("torch (a CUDA graph")
+        assert availability.path(CUDA, torch.float32).startswith("torch (a CUDA graph")
     assert len(seen) == 1
-    assert dispatch.path(CUDA, torch.float32).startswith("torch (a CUDA graph")
-    monkeypatch.setattr(dispatch, "is_capturing", lambda device: False)
+    assert availability.path(CUDA, torch.float32).startswith("torch (a CUDA graph")
+    monkeypatch.setattr(availability, "is_capturing", lambda device: False)
     monkeypatch.setattr(check, "self_check", lambda device: "")
-    assert dispatch.path(CUDA, torch.float32) == "triton"
+    assert availability.path(CUDA, torch.float32) == "triton"
 
 
 @needs_triton
 @pytest.mark.parametrize("weighted", [False, True])
-def test_pairs_together_look_once_and_reduce_once(
-    kernels: None, monkeypatch: pytest.MonkeyPatch, weighted: bool
-) -> None:
+def test_what_was_decided_is_what_is_launched(kernels: None, monkeypatch: pytest.MonkeyPatch, weighted: bool) -> None:
     u, v = rows()
     weight = torch.full((7, 5), 0.5) if weighted else None
     asked: list[int] = []
-    right = outer.outer_scratch
-    monkeypatch.setattr(outer, "outer_scratch", lambda *given: asked.append(1) or right(*given))
-    together = dispatch.pairs_together(u, v, budget=2**20, weight=weight)
-    assert together is not None
-    got = together()
-    assert asked == [1]
-    assert torch.equal(got, dispatch.reduce_pairs(u, v, budget=2**20, weight=weight))
+    right = outer.outer_entries
+    monkeypatch.setattr(outer, "outer_entries", lambda *given: asked.append(1) or right(*given))
+    strategy = decide(product(u, v, is_weighted=weighted), 2**20)
+    assert (strategy.reducer, strategy.backend) == ("outer", "triton")
+    got = dispatch.reduce_at_once(strategy, u, v, PAIRS, weight=weight)
+    assert got is not None and asked == [1]
     torch.testing.assert_close(got, whole(u, v) * (0.25 if weighted else 1), rtol=2e-6, atol=1e-6)
-    assert dispatch.pairs_together(u, v, budget=64) is None
+    assert decide(product(u, v, is_weighted=weighted), 64).reducer != "outer"
 
 
-def test_pairs_together_in_torch() -> None:
+@needs_triton
+def test_what_kernels_cannot_do_is_said(kernels: None) -> None:
     u, v = rows()
-    together = dispatch.pairs_together(u, v, budget=2**20)
-    assert together is not None and torch.equal(together(), reduce_batch(u, v))
-    assert dispatch.pairs_together(u, v, budget=64) is None
-    assert dispatch.pairs_together(u, v, budget=2**20, lengths=[9, 9, 9, 9]) is None
+    directed = decide(product(u, v, directions=2), 2**20)
+    assert directed.backend == "torch" and "no products with directions" in directed.why
 
 
 def failing(error: Exception) -> Callable[..., Tensor]:
@@ -225,18 +236,18 @@ def failing(error: Exception) -> Callable[..., Tensor]:
 @needs_triton
 def test_a_kernel_that_cannot_be_launched_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     u, v = rows()
-    monkeypatch.setattr(dispatch, "path", lambda device, dtype: "triton")
+    monkeypatch.setattr(dispatch, "on_kernels", lambda *operands: True)
     for error in (OutOfResources(98304, 65536, "shared memory"), RuntimeError("ptxas failed"), OSError("no compiler")):
-        monkeypatch.setattr(dispatch, "_verdicts", {})
+        monkeypatch.setattr(availability, "_verdicts", {})
         monkeypatch.setattr(outer, "outer_entries", failing(error))
         with pytest.warns(GradentWarning, match=r"shared memory, Required: 98304|ptxas failed|no compiler") as seen:
-            got = dispatch.reduce_pairs(u, v, budget=2**20)
+            got = dispatch.reduce_rows(u, v, PAIRS, budget=2**20)
         assert len(seen) == 1
-        assert torch.equal(got, reduce_batch(u, v))
-        assert type(error).__name__ in dispatch._verdicts[CPU]  # noqa: SLF001
+        assert torch.equal(got, reduce_all_rows(u, v, PAIRS))
+        assert type(error).__name__ in availability._verdicts[CPU]  # noqa: SLF001
     with pytest.warns(GradentWarning, match="no compiler"):
-        got = dispatch.reduce_pair(u[0], v[0], u[2], v[2], budget=2**20)
-    assert torch.equal(got, reduce_dense(u[0], v[0], u[2], v[2], budget=2**20))
+        got = dispatch.reduce_group([(u[0], v[0]), (u[2], v[2])], budget=2**20)
+    torch.testing.assert_close(got, whole(u[[0, 2]], v[[0, 2]]), rtol=2e-6, atol=1e-6)
 
 
 @needs_triton
@@ -249,21 +260,12 @@ def test_what_is_no_fault_of_a_kernel_is_raised(monkeypatch: pytest.MonkeyPatch)
         (InputError("a wrong shape"), InputError),
     ):
         with pytest.raises(raised):
-            dispatch.attempt(CPU, failing(error))
-    assert dispatch._verdicts == {}  # noqa: SLF001
-    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+            availability.attempt(CPU, failing(error))
+    assert availability._verdicts == {}  # noqa: SLF001
+    monkeypatch.setenv(availability.VARIABLE, "triton")
     with pytest.raises(RuntimeError, match="ptxas"):
-        dispatch.attempt(CPU, failing(RuntimeError("ptxas failed")))
-    assert dispatch.attempt(CPU, lambda: 3) == 3
-
-
-@needs_triton
-def test_a_price_that_cannot_be_measured_is_a_kernel_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    u, v = torch.randn(2, 200, 512), torch.randn(2, 200, 512)  # ⅔h is 171: the price decides
-    monkeypatch.setattr(dispatch, "path", lambda device, dtype: "triton")
-    monkeypatch.setattr(dispatch, "price", failing(RuntimeError("ptxas failed")))
-    with pytest.warns(GradentWarning, match="ptxas failed"):
-        assert dispatch._launch_pairs(u, v, 2**30, None, None) is None  # noqa: SLF001
+        availability.attempt(CPU, failing(RuntimeError("ptxas failed")))
+    assert availability.attempt(CPU, lambda: 3) == 3
 
 
 @needs_triton
@@ -278,9 +280,9 @@ def test_the_ledger_tries_again_where_memory_runs_out(kernels: None, monkeypatch
         return right(*given)
 
     monkeypatch.setattr(outer, "outer_entries", fail)
-    ledger = Ledger(1, budget=2**20)
-    ledger.add(0, 0, (), Dense(u[0], v[0]))
-    ledger.add(0, 1, (), Dense(u[1], v[1]))
+    ledger = Ledger(Wanted.pairs(1), budget=2**20)
+    ledger.add(0, 0, (), Factored(u[0], v[0]))
+    ledger.add(0, 1, (), Factored(u[1], v[1]))
     ledger.finish(0)
     assert len(tries) == 2
     torch.testing.assert_close(ledger.entries[0], whole(u[:2], v[:2]), rtol=2e-6, atol=1e-6)

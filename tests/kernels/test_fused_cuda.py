@@ -12,8 +12,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from gradent import measure
 from gradent.kernels import dispatch
+from gradent.kernels.common.tiles import gram_configs, is_deep, outer_configs
 from gradent.kernels.common.triton_operands import Spans
-from gradent.kernels.common.triton_tiles import gram_configs, is_deep, outer_configs
 from gradent.kernels.gram.triton import gram_entries, gram_scratch
 from gradent.kernels.outer.triton import outer_entries, outer_scratch, outer_with_gradient
 from gradent.kernels.self_check import self_check

@@ -12,8 +12,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from gradent.errors import InputError
 from gradent.kernels.common import triton_operands as operands
-from gradent.kernels.common.triton_operands import Spans, blank
-from gradent.kernels.common.triton_tiles import gram_configs, pick_gram, unit
+from gradent.kernels.common.tiles import gram_configs, pick_gram, unit
+from gradent.kernels.common.triton_operands import Spans, blank, on_device
 from gradent.kernels.gram import triton as gram
 from gradent.kernels.gram.triton import gram_entries, gram_scratch
 from tests.kernels.operands import DTYPES, draw, scaled, strided
@@ -92,14 +92,16 @@ def test_spans_and_their_tables_are_made_once() -> None:
     given = Spans.padded(2, 9, torch.tensor([9, 0, 3, 4]))
     assert given is Spans.padded(2, 9, [9, 0, 3, 4])
     assert given == Spans(torch.tensor([0, 9]), [9, 0], (0, 9), torch.tensor([3, 4]))
-    table = given.table(torch.device("cpu"))
+    table = on_device(given, "lines", torch.device("cpu"))
     assert table.tolist() == [[0, 9, 0, 3], [9, 0, 9, 4]] and table.dtype == torch.int64
-    assert table is Spans([0, 9], [9, 0], [0, 9], [3, 4]).table(torch.device("cpu"))
+    assert table is on_device(Spans([0, 9], [9, 0], [0, 9], [3, 4]), "lines", torch.device("cpu"))
+    products = on_device(given, "products", torch.device("cpu"))
+    assert products.tolist() == [[kind, *line] for line in table.tolist() for kind in range(3)]
     assert given.longest == 9 and len(given) == 2
     for tokens in range(1000):
-        Spans.padded(1, tokens).table(torch.device("cpu"))
+        on_device(Spans.padded(1, tokens), "lines", torch.device("cpu"))
     for kept in (operands._padded, operands._table):  # noqa: SLF001
-        assert kept.cache_info().currsize <= operands.KEPT
+        assert kept.cache_info().currsize <= operands.CACHED
 
 
 def test_a_device_has_a_table_for_each_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +110,7 @@ def test_a_device_has_a_table_for_each_stream(monkeypatch: pytest.MonkeyPatch) -
     now = {"cuda_stream": 7, "capturing": False}
 
     @lru_cache
-    def table(spans: Spans, device: torch.device, stream: int) -> torch.Tensor:
+    def table(spans: Spans, name: str, device: torch.device, stream: int) -> torch.Tensor:
         made.append(stream)
         return torch.zeros(len(spans), 4)
 
@@ -117,12 +119,12 @@ def test_a_device_has_a_table_for_each_stream(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now["capturing"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     spans, device = Spans.of_pair(3, 4), torch.device("cuda", 0)
-    assert spans.table(device) is spans.table(device)
+    assert on_device(spans, "lines", device) is on_device(spans, "lines", device)
     now["cuda_stream"] = 8
-    assert spans.table(device) is Spans.of_pair(3, 4).table(device)
+    assert on_device(spans, "lines", device) is on_device(Spans.of_pair(3, 4), "lines", device)
     assert made == [7, 8]
     now["capturing"] = True
-    assert spans.table(device) is not spans.table(device)
+    assert on_device(spans, "lines", device) is not on_device(spans, "lines", device)
     assert len(made) == 4
 
 
@@ -163,7 +165,7 @@ def test_scratch_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gram, "blank", lambda *shape, **how: made.append(blank(*shape, **how)) or made[-1])
     gram_entries(*given.factors, given.spans)
     said = gram_scratch(*given.factors, given.spans)
-    assert said == made[0].nbytes + given.spans.table(torch.device("cpu")).nbytes
+    assert said == made[0].nbytes + on_device(given.spans, "products", torch.device("cpu")).nbytes
 
 
 def test_the_test_can_fail() -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from gradent.errors import InputError
-from gradent.kernels.common.triton_operands import Spans, blank
-from gradent.kernels.common.triton_tiles import is_deep, outer_configs, pick_outer
+from gradent.kernels.common.tiles import is_deep, outer_configs, pick_outer
+from gradent.kernels.common.triton_operands import Spans, blank, on_device
 from gradent.kernels.outer import triton as outer
 from gradent.kernels.outer.triton import outer_entries, outer_scratch, outer_with_gradient
 from gradent.kernels.self_check import TOLERANCE
@@ -173,7 +173,7 @@ def test_scratch_is_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outer, "blank", lambda *shape, **how: made.append(blank(*shape, **how)) or made[-1])
     outer_entries(*given.factors, given.spans)
     said = outer_scratch(*given.factors, given.spans)
-    assert said == made[0].nbytes + given.spans.table(torch.device("cpu")).nbytes
+    assert said == made[0].nbytes + on_device(given.spans, "lines", torch.device("cpu")).nbytes
 
 
 def test_the_test_can_fail() -> None:

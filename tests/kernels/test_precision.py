@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from gradent import measure
-from gradent.kernels.common.numerics import products, reduce_dense, reduce_flat, reduce_tiles
+from gradent.kernels.common.numerics import products, reduce_flat, reduce_tiles
 from gradent.kernels.common.precision import exact_products, is_exact
+from gradent.kernels.common.wanted import Wanted
+from gradent.kernels.dispatch import reduce_group
 from tests.batches import ragged
 from tests.zoo import build
 
@@ -83,13 +85,13 @@ def test_reductions(loose: str) -> None:
     tile = torch.randn(2, 40_000)
     want = torch.stack([(x.double() * y.double()).sum() for x, y in zip(tile[[0, 1, 0]], tile[[0, 1, 1]], strict=True)])
     assert lost(reduce_flat(tile), want) < 1e-6
-    assert lost(reduce_tiles(tile)[0], want) < 1e-6
+    assert lost(reduce_tiles(tile, Wanted.pairs(1)), want) < 1e-6
     u, v = torch.randn(2, 40, 96), torch.randn(2, 40, 80)
     wide = u.double().mT @ v.double()
     assert lost(products(u, v), wide) < 1e-6
     sums = torch.stack([(wide[0] ** 2).sum(), (wide[1] ** 2).sum(), (wide[0] * wide[1]).sum()])
     for budget in (2**12, 2**26):
-        assert lost(reduce_dense(u[0], v[0], u[1], v[1], budget=budget), sums) < 1e-6
+        assert lost(reduce_group([(u[0], v[0]), (u[1], v[1])], budget=budget), sums) < 1e-6
 
 
 def test_a_measurement_where_products_may_be_short() -> None:

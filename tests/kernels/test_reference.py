@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradent.kernels.common.cost import choose
-from gradent.kernels.common.numerics import in_memory_order, reduce_batch, reduce_dense, reduce_flat, row_products
+from gradent.kernels.common.cost import cheapest
+from gradent.kernels.common.numerics import in_memory_order, reduce_flat, row_products
+from gradent.kernels.common.wanted import Wanted
+from gradent.kernels.dispatch import reduce_group
+from gradent.kernels.outer.reference import reduce_all_rows
 
 SHAPES = [(1, 1, 1, 1), (3, 17, 63, 129), (40, 2, 5, 7), (2, 3, 200, 300), (129, 63, 17, 3), (5, 0, 9, 4), (0, 5, 9, 4)]
 # The operands are given, so only the accumulation rounds: float32 products whatever the inputs' dtype.
@@ -18,6 +21,12 @@ def operands(t_w: int, t_l: int, rows: int, cols: int, dtype: torch.dtype) -> li
     generator = torch.Generator().manual_seed(t_w * 1000 + t_l + rows)
     shapes = [(t_w, rows), (t_w, cols), (t_l, rows), (t_l, cols)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def reduce_dense(
+    u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, *, budget: int, weight: Tensor | None = None
+) -> Tensor:
+    return reduce_group([(u_w, v_w), (u_l, v_l)], budget=budget, weight=weight)
 
 
 def truth(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -45,7 +54,7 @@ def test_dense_equals_einsum(dtype: torch.dtype, shape: tuple[int, int, int, int
 
 
 def test_the_shapes_above_cover_both_forms() -> None:
-    assert {choose(*shape, itemsize=4, budget=2**28).form for shape in SHAPES} == {"gram", "outer"}
+    assert {cheapest(shape[:2], *shape[2:], itemsize=4, budget=2**28).form for shape in SHAPES} == {"gram", "outer"}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -74,10 +83,10 @@ def test_a_batch_equals_einsum_whichever_side_is_narrow(
     u, v = (
         torch.stack([pairs[0][side], pairs[1][side] * 2, pairs[0][side + 2], pairs[1][side + 2]]) for side in (0, 1)
     )
-    entries = reduce_batch(
-        u, v, weight=None if weight is None else weight.to(torch.promote_types(dtype, torch.float32))
+    entries = reduce_all_rows(
+        u, v, Wanted.pairs(2), None if weight is None else weight.to(torch.promote_types(dtype, torch.float32))
     )
-    for pair, got in enumerate(entries):
+    for pair, got in enumerate(entries.view(2, 3)):
         assert scaled(got, truth(u[pair], v[pair], u[pair + 2], v[pair + 2], weight)) <= TOLERANCE[dtype]
 
 
@@ -86,7 +95,7 @@ def test_rows_products_are_read_as_they_lie(rows: int, cols: int) -> None:
     u, v = torch.randn(2, 19, rows), torch.randn(2, 19, cols)
     grads = row_products(u, v)
     torch.testing.assert_close(grads, torch.einsum("rto,rti->roi", u, v))
-    flat = in_memory_order(grads)
+    flat, _ = in_memory_order(grads)
     assert flat.data_ptr() == grads.data_ptr()  # no copy
     assert torch.equal(flat.sort(1).values, grads.reshape(2, -1).sort(1).values)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,11 +13,20 @@ from benchmarks import scratch
 from gradent.hooks.capture.capture import Capture
 from gradent.hooks.passes.autograd_engine import plain_rows
 from gradent.hooks.reduction.ledger import Ledger
-from gradent.hooks.uses.formats import Dense, Explicit, Rows, bytes_scaled, scaled_rows
+from gradent.hooks.uses.formats import (
+    Factored,
+    Materialized,
+    SparseRows,
+    bytes_scaled,
+    scaled_rows,
+)
 from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.uses import SumUse
-from gradent.kernels.common.numerics import reduce_dense, reduce_flat, reduce_tiles
-from gradent.kernels.with_weight_grad import reduce_shared
+from gradent.kernels.common.numerics import reduce_flat, reduce_tiles
+from gradent.kernels.common.wanted import Wanted
+from gradent.kernels.dispatch import reduce_group, reduce_rows
+from gradent.kernels.strategy import Product, decide
+from gradent.kernels.with_weight_grad import reduce_with_sum
 from tests.live import LiveBytes
 
 SMALL = 16 * 1024
@@ -44,9 +55,9 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES)
 def test_dense(shape: tuple[int, int, int, int], dtype: torch.dtype, budget: int) -> None:
     t_w, t_l, rows, cols = shape
-    operands = [torch.randn(size).to(dtype) for size in ((t_w, rows), (t_w, cols), (t_l, rows), (t_l, cols))]
+    factors = [tuple(torch.randn(count, size).to(dtype) for size in (rows, cols)) for count in (t_w, t_l)]
     with LiveBytes() as live:
-        reduce_dense(*operands, budget=budget)
+        reduce_group(factors, budget=budget)  # type: ignore[arg-type]
     assert 0 < live.peak <= most(budget)
 
 
@@ -54,7 +65,7 @@ def test_dense(shape: tuple[int, int, int, int], dtype: torch.dtype, budget: int
 def test_tiles_are_not_copied(pairs: int, numbers: int) -> None:
     tiles = torch.randn(2 * pairs, numbers)
     with LiveBytes() as live:
-        entries = reduce_tiles(tiles)
+        entries = reduce_tiles(tiles, Wanted.pairs(pairs)).view(-1, 3)
     assert live.peak <= SMALL
     for pair, (x, y) in enumerate(zip(tiles[:pairs].double(), tiles[pairs:].double(), strict=True)):
         torch.testing.assert_close(entries[pair], torch.stack((x @ x, y @ y, x @ y)), rtol=1e-6, atol=1e-6 * numbers)
@@ -69,9 +80,10 @@ def test_copies_of_scaled_factors_count(power: float, dtype: torch.dtype) -> Non
     copied = bytes_scaled(u, v, [power] * 4)
     assert copied == sum(one.nbytes for one, given in zip(kept, (u, v), strict=True) if one is not given)
     assert copied == 0 or copied <= live.peak
-    ledger = Ledger(2, budget=2**23)
-    assert ledger.fits(u, v) and ledger.fits(u, v, beside=copied) and not ledger.fits(u, v, beside=2**23)
-    assert not ledger.whole(0, u, v, beside=2**23) and ledger.whole(0, u, v, beside=copied)
+    sizes = {"rows": 4, "lengths": (500, 500), "out": 256, "inp": 40, "dtypes": (dtype, dtype), "is_complete": True}
+    assert decide(Product(**sizes, copied=copied, has_factors=True), 2**23).reducer == "outer"  # type: ignore[arg-type]
+    none_left = Product(**sizes, copied=2**23, has_factors=True)  # type: ignore[arg-type]
+    assert decide(replace(none_left, copied=2**23 - 2**14), 2**23).reducer == "group_by_group"
 
 
 def test_the_count_can_fail() -> None:
@@ -83,9 +95,9 @@ def test_the_count_can_fail() -> None:
 
 @pytest.mark.parametrize("budget", [2**16, 2**20])
 def test_lookups(budget: int) -> None:
-    ledger = Ledger(1, budget=budget)
+    ledger = Ledger(Wanted.pairs(1), budget=budget)
     for row in (0, 1):
-        ledger.add(0, row, (), Rows(torch.randint(5000, (500,)), torch.randn(500, 1024)))
+        ledger.add(0, row, (), SparseRows(torch.randint(5000, (500,)), torch.randn(500, 1024)))
     with LiveBytes() as live:
         ledger.finish(0)
     assert live.peak <= most(budget)
@@ -93,7 +105,7 @@ def test_lookups(budget: int) -> None:
 
 def test_what_waits_counts_beside_a_large_reduction() -> None:
     budget = 4 * 2**20
-    ledger = Ledger(1, budget=budget)
+    ledger = Ledger(Wanted.pairs(1), budget=budget)
     grads = [torch.randn(2, 16, 1000) for _ in range(4)]
     u, v = torch.randn(2, 700, 768), torch.randn(2, 700, 671)
     with LiveBytes() as live:
@@ -102,7 +114,7 @@ def test_what_waits_counts_beside_a_large_reduction() -> None:
             ledger.add_rows(number, [0, 1], (), grad)
             ledger.finish(number)
         for row in (0, 1):
-            ledger.add(9, row, (), Dense(u[row], v[row]))
+            ledger.add(9, row, (), Factored(u[row], v[row]))
         ledger.finish(9)
     assert live.peak <= budget
 
@@ -113,11 +125,11 @@ def test_what_waits_counts_beside_a_large_reduction() -> None:
 def test_a_tied_head_before_its_lookups(dtype: torch.dtype, budget: int, weighted: bool) -> None:
     tokens, words, width = 300, 4000, 64
     weight = torch.rand(words, width) if weighted else None
-    ledger = Ledger(1, budget=budget, weight=None if weight is None else lambda param: weight)
+    ledger = Ledger(Wanted.pairs(1), budget=budget, weight=None if weight is None else lambda param: weight)
     ids, gradients = [torch.randint(words, (tokens,)) for _ in range(2)], []
     for row in (0, 1):
         u, v = torch.randn(tokens, words).to(dtype), torch.randn(tokens, width).to(dtype)
-        ledger.add(0, row, (), Dense(u, v))
+        ledger.add(0, row, (), Factored(u, v))
         gradients.append(u.double().T @ v.double())
     kept = 2 * 4 * len(torch.cat(ids).unique()) * width  # forms, as large as the lookups that are still to come
     with LiveBytes() as live:
@@ -125,14 +137,14 @@ def test_a_tied_head_before_its_lookups(dtype: torch.dtype, budget: int, weighte
     assert live.peak <= most(budget) + kept
     for row in (0, 1):
         values = torch.randn(tokens, width).to(dtype)
-        ledger.add(0, row, (), Rows(ids[row], values))
+        ledger.add(0, row, (), SparseRows(ids[row], values))
         gradients[row].index_add_(0, ids[row], values.double())
     with LiveBytes() as live:
         ledger.finish(0)
     assert live.peak <= most(budget)
     chosen, rejected = (grad if weight is None else grad * weight for grad in gradients)
     want = torch.stack([(chosen * chosen).sum(), (rejected * rejected).sum(), (chosen * rejected).sum()])
-    assert float((ledger.entries[0][0] - want).abs().max() / want[0]) <= 2e-6
+    assert float((ledger.entries[0] - want).abs().max() / want[0]) <= 2e-6
 
 
 @pytest.mark.parametrize("budget", [2**16, 2**20])
@@ -163,9 +175,9 @@ def test_sums_over_positions(kind: str, rows: int, dtype: torch.dtype, budget: i
 @pytest.mark.parametrize("budget", [2**16, 2**18, 2**20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_formed_already(dtype: torch.dtype, budget: int) -> None:
-    ledger = Ledger(2, budget=budget)
+    ledger = Ledger(Wanted.pairs(2), budget=budget)
     for row in range(4):
-        ledger.add(0, row, (), Explicit(torch.randn(16, 300).to(dtype)))
+        ledger.add(0, row, (), Materialized(torch.randn(16, 300).to(dtype)))
     with LiveBytes() as live:
         ledger.finish(0)
     pair = 2 * 2 * 4 * 16 * 300  # held whole whatever the budget: `measure` counts explicit gradients before
@@ -203,12 +215,11 @@ def test_the_allocator_agrees(shape: tuple[int, int, int], dtype: torch.dtype, b
     """A part of benchmarks/scratch.py: a ledger's reductions, by what the allocator itself says."""
     tokens, rows, cols = shape
     u, v = (torch.randn(2 * pairs, tokens, size).to(dtype) for size in (rows, cols))
-    reduce_dense(u[0], v[0], u[1], v[1], budget=budget)  # the crossover is timed once, with operands of its own
-    ledger = Ledger(pairs, budget=budget)
+    ledger = Ledger(Wanted.pairs(pairs), budget=budget)
     for row in range(2 * pairs):
-        ledger.add(0, row, (), Dense(u[row], v[row]))
+        ledger.add(0, row, (), Factored(u[row], v[row]))
     assert 0 < scratch.taken(lambda: ledger.finish(0)) <= budget
-    assert scratch.taken(lambda: ledger.whole(1, u, v)) <= budget
+    assert scratch.taken(lambda: reduce_rows(u, v, Wanted.pairs(pairs), budget=budget)) <= budget
 
 
 @pytest.mark.parametrize("pairs", [1, 3])
@@ -221,7 +232,7 @@ def test_gradients_that_autograd_forms(sizes: tuple[int, ...], pairs: int) -> No
     assert plain_rows(model, parameters, CPU, budget) == 2 * pairs > plain_rows(model, parameters, CPU, budget - 1)
 
     def reduce() -> None:
-        ledger = Ledger(pairs, budget=budget)
+        ledger = Ledger(Wanted.pairs(pairs), budget=budget)
         for row in range(2 * pairs):
             for number, parameter in enumerate(parameters):
                 ledger.add_rows(number, [row], (), torch.ones_like(parameter)[None])
@@ -239,7 +250,7 @@ def test_shared(shape: tuple[int, int, int, int], dtype: torch.dtype, budget: in
     u, v = (torch.randn(rows, tokens, size).to(dtype) for size in (height, width))
     places, pairs = [*range(2 * (rows // 2)), *[-1] * (rows % 2)], rows // 2
     factors = [2.0**-30] * rows
-    taken = scratch.taken(lambda: reduce_shared(u, v, places, factors, pairs=pairs, budget=budget))
+    taken = scratch.taken(lambda: reduce_with_sum(u, v, places, factors, wanted=Wanted.pairs(pairs), budget=budget))
     assert 0 < taken - 4 * height * width <= budget
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from gradent.kernels.with_weight_grad import reduce_shared
+from gradent.kernels.common.wanted import Wanted
+from gradent.kernels.with_weight_grad import reduce_with_sum
 
 SHAPES = [(1, 1, 1, 1), (2, 17, 63, 129), (3, 5, 300, 7), (1, 129, 3, 17), (4, 33, 65, 64)]
+
+
+def by_pairs(*given: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    entries, total = reduce_with_sum(*given, **options)
+    return entries.view(-1, 3), total
 
 
 def draw(pairs: int, tokens: int, rows: int, cols: int, dtype: torch.dtype, extra: int = 0) -> tuple[Tensor, Tensor]:
@@ -45,7 +53,7 @@ def test_equals_float64(shape: tuple[int, int, int, int], dtype: torch.dtype, bu
     u, v = draw(*shape, dtype)
     places = list(range(2 * shape[0]))[::-1]
     factors = [(-1.0) ** row * 2.0 ** (row - 1) * 1.1 for row in places]
-    entries, total = reduce_shared(u, v, places, factors, pairs=shape[0], budget=budget)
+    entries, total = by_pairs(u, v, places, factors, wanted=Wanted.pairs(shape[0]), budget=budget)
     want, summed = truth(u, v, places, factors)
     limit = 1e-14 if dtype == torch.float64 else 5e-7
     assert apart(entries, want) <= limit
@@ -64,7 +72,7 @@ def test_the_kernel_equals_float64(
     places = [*range(2 * shape[0]), -1][::-1]
     factors = [(-1.0) ** row * 2.0 ** (row - 1) * 1.1 for row in range(len(places))]
     factors[-1] = 0.0
-    entries, total = reduce_shared(u, v, places, factors, pairs=shape[0], budget=2**28)
+    entries, total = by_pairs(u, v, places, factors, wanted=Wanted.pairs(shape[0]), budget=2**28)
     want, summed = truth(u, v, places, factors)
     assert apart(entries, want) <= 5e-7 * 12
     assert float((total - summed).norm() / summed.norm()) <= 5e-7 * 12
@@ -73,7 +81,7 @@ def test_the_kernel_equals_float64(
 def test_rows_without_partner_or_factor_count_in_the_sum_alone() -> None:
     u, v = draw(2, 9, 20, 30, torch.float32, extra=1)
     places, factors = [0, 2, -1, 1, 3], [2.0, 0.0, 5.0, -3.0, 0.5]
-    entries, total = reduce_shared(u, v, places, factors, pairs=2, budget=2**20)
+    entries, total = by_pairs(u, v, places, factors, wanted=Wanted.pairs(2), budget=2**20)
     want, summed = truth(u, v, places, factors)
     torch.testing.assert_close(total.double(), summed, rtol=1e-5, atol=1e-5)
     assert apart(entries[1:], want[1:]) <= 5e-7
@@ -85,7 +93,7 @@ def test_rows_without_partner_or_factor_count_in_the_sum_alone() -> None:
 @pytest.mark.parametrize("places", [[0, 1, 2], [2, 0, 3, -1], [0, -1], [-1, -1]])
 def test_a_row_without_its_partner_meets_zero(places: list[int], budget: int) -> None:
     u, v = (part[: len(places)] for part in draw(2, 9, 20, 30, torch.float32, extra=1))
-    entries, total = reduce_shared(u, v, places, [1.0] * len(places), pairs=2, budget=budget)
+    entries, total = by_pairs(u, v, places, [1.0] * len(places), wanted=Wanted.pairs(2), budget=budget)
     products = torch.einsum("rto,rti->roi", u.double(), v.double())
     grads = torch.zeros(4, 20, 30, dtype=torch.float64)
     for row, place in enumerate(places):
@@ -100,7 +108,7 @@ def test_a_row_without_its_partner_meets_zero(places: list[int], budget: int) ->
 def test_a_weight_is_of_the_entries_alone() -> None:
     u, v = draw(2, 9, 20, 30, torch.float64)
     weight = torch.rand(20, 30, dtype=torch.float64)
-    entries, total = reduce_shared(u, v, [0, 1, 2, 3], [1.0] * 4, pairs=2, budget=2**11, weight=weight)
+    entries, total = by_pairs(u, v, [0, 1, 2, 3], [1.0] * 4, wanted=Wanted.pairs(2), budget=2**11, weight=weight)
     want, summed = truth(u, v, [0, 1, 2, 3], [1.0] * 4, weight)
     assert apart(entries, want) <= 1e-14
     torch.testing.assert_close(total, summed)
@@ -109,7 +117,7 @@ def test_a_weight_is_of_the_entries_alone() -> None:
 @pytest.mark.parametrize("size", [1e-30, 1e-12, 1e15])
 def test_a_row_of_any_size_is_measured_as_its_factor_makes_it(size: float) -> None:
     u, v = draw(1, 9, 20, 30, torch.float32)
-    entries, total = reduce_shared(u * size, v, [0, 1], [1 / size, 1 / size], pairs=1, budget=2**20)
+    entries, total = by_pairs(u * size, v, [0, 1], [1 / size, 1 / size], wanted=Wanted.pairs(1), budget=2**20)
     assert apart(entries, truth(u, v, [0, 1], [1.0, 1.0])[0]) <= 1e-6
     want = truth(u, v, [0, 1], [1.0, 1.0])[1] * size
     torch.testing.assert_close(total.double(), want, rtol=1e-4, atol=1e-5 * size)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
 from gradent.auditing.analysis.distributions import mean
 from gradent.record.table import Floats, Table
+from gradent.record.token_rows import rank_ends
 
 __all__ = ["rank_tokens", "summarize_tokens"]
 
@@ -74,12 +76,10 @@ def rank_tokens(tokens: Columns, norms: Mapping[int, float], most: int = KEPT) -
     recurring = sum(len(marks) >= RECURRING for marks in occurrences.values())
     least = RECURRING if recurring >= 5 else 1
     ranked = [_token_row(text, marks) for text, marks in occurrences.items() if len(marks) >= least]
-    ranked.sort(key=lambda row: (-row["sum"], row["token"]))
-    return {
-        "least_count": least,  # texts that occur less often are left out
-        "entangling": [row for row in ranked if row["sum"] > 0][:most],
-        "disentangling": [row for row in reversed(ranked) if row["sum"] < 0][:most],
-    }
+    ranked.sort(key=itemgetter("token"), reverse=True)  # of equal sums
+    entangling, disentangling = rank_ends(ranked, itemgetter("sum"), most)
+    # Texts that occur less often than `least_count` are left out.
+    return {"least_count": least, "entangling": entangling, "disentangling": disentangling}
 
 
 def _token_row(text: str, occurrences: Sequence[tuple[float, bool]]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from gradent.auditing.state.journal import Journal, JournalError
 from gradent.auditing.state.targets import AuditPlan, Target
 from gradent.distributed import Ranks
 from gradent.errors import GradentError
-from gradent.kernels import crossover
 from gradent.loading.preferences import AuditPair
 from gradent.loading.prepare import describe_model, open_model
 from gradent.loading.source import ModelSource
@@ -38,20 +37,6 @@ class Sweep:
     tell: Callable[[str], None]  # takes notes
     failures: dict[str, str]  # target's name -> why it is left out
     token_failures: list[str] = field(default_factory=list)
-
-    def agree_on_prices(self) -> None:
-        """Settle which form reduces which layer: it hangs on a measured price, and last bits hang on the form.
-
-        All ranks, and an audit that goes on where another was killed, go by the price that was measured first.
-        """
-        kinds = {torch.float32} if self.config.dtype == "auto" else {torch.float32, getattr(torch, self.config.dtype)}
-        if self.ranks.is_first and self.journal.find("prices", "") is None:
-            for kind in sorted(kinds, key=str):
-                crossover.price(self.device, kind)
-            self.journal.append("prices", "", 0, crossover.known())
-        self.ranks.wait()
-        self.journal.refresh()
-        crossover.adopt(self.journal.find("prices", "") or {})
 
     def measure_reference(self, advance: Advance) -> None:
         """The log-probs of a reference that is a model of its own, once for all targets."""

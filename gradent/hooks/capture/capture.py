@@ -119,7 +119,7 @@ class Capture(TorchFunctionMode):
         return out
 
     def _concerns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a tracked tensor may be among a call's arguments: a quick look, for most calls have none."""
+        """Whether a tracked tensor may be among the arguments: a quick look, as most calls have none."""
         views = self._views
         for value in (*args, *kwargs.values()) if kwargs else args:
             if id(value) in views or isinstance(value, (list, tuple)):
@@ -138,7 +138,7 @@ class Capture(TorchFunctionMode):
             return None
 
     def _before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen | None:
-        """What has to be noted before an operator runs; None where it is of no interest."""
+        """Note the operands of an operator before it runs; None if none of them is tracked."""
         tensors = _tensors((*args, *kwargs.values()))
         tracked = [tensor for tensor in tensors if self._find(tensor) is not None]
         if not tracked:
@@ -209,7 +209,7 @@ class Capture(TorchFunctionMode):
             tap.early = grad_output
 
     def _refill(self, region: Any, key: _Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Give a call's taps their operands, now that they have been computed again; whether it was a recorded call."""
+        """Give the taps of a recomputed call their operands; whether the call was a recorded one."""
         calls = self._pending.get(region, {}).get(key)
         if not calls:
             return False
@@ -228,7 +228,7 @@ class Capture(TorchFunctionMode):
         return view if view is not None and node is operand.grad_fn else None
 
     def _node(self, tensor: Tensor) -> Node | None:
-        """`node_of`, which for a leaf takes an operator to find out; of a tracked one it is remembered."""
+        """`node_of`, cached for tracked leaves, for which it runs an operator."""
         if tensor.grad_fn is not None or id(tensor) not in self._views:
             return node_of(tensor)
         if id(tensor) not in self._nodes:
@@ -251,11 +251,11 @@ class Capture(TorchFunctionMode):
                 self._leaves[node] = number
 
     def start(self) -> None:
-        """Watch from here on: `__enter__`, where the end is in another function."""
+        """`__enter__`, for a pass that ends in another function."""
         self.__enter__()  # type: ignore[no-untyped-call]
 
     def stop(self) -> None:
-        """Watch no more: `__exit__`."""
+        """`__exit__`, after `start`."""
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
@@ -275,7 +275,7 @@ class Capture(TorchFunctionMode):
         self._deliver = _ignore
 
     def survey(self, loss: Tensor, without: frozenset[int] = frozenset(), *, opaque: bool = False) -> Survey:
-        """What of the graph below `loss` the recorded uses account for, those of the parameters `without` left out."""
+        """Which uses and parameters the graph below `loss` reaches, uses of the parameters `without` disregarded."""
         assert loss.grad_fn is not None
         taps = [tap for tap in self.taps if tap.use.view.param not in without]
         claimed: dict[Edge, frozenset[Node]] = {}

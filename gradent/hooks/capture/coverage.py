@@ -32,7 +32,7 @@ def node_of(tensor: Tensor) -> Node | None:
 
 
 def edges_between(start: Node, target: Node, stops: Iterable[Node]) -> set[Edge]:
-    """Edges into `target` from the nodes of one operator, between its output's, `start`, and its operands', `stops`."""
+    """Edges into `target` that one operator made, between its output's node and its operands' nodes, `stops`."""
     stopped = {*stops, target}
     edges: set[Edge] = set()
     if start in stopped:

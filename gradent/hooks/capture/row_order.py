@@ -27,7 +27,7 @@ _PUTS = {
 
 
 def in_order(tensor: Tensor, rows: int, length: int, known: set[Node]) -> bool:
-    """Whether the tokens of `[R L, features]` are in the batch's order; `known` gathers nodes whose origins are."""
+    """Whether the tokens of `[R L, features]` are in the batch's order; `known` caches nodes that are."""
     node = tensor.grad_fn
     if node is None:
         base = tensor._base if tensor._is_view() else None  # noqa: SLF001  (torch has no public name for it)
@@ -42,7 +42,7 @@ def in_order(tensor: Tensor, rows: int, length: int, known: set[Node]) -> bool:
 
 
 def _walk(start: Node, stops: Callable[[Node], bool]) -> Iterator[Node]:
-    """The nodes from `start` down, each once, but for those at which it stops and what lies behind them alone."""
+    """The nodes below `start`, each once; a node that `stops` ends its branch."""
     seen, pending = {start}, [start]
     while pending:
         node = pending.pop()
@@ -62,7 +62,7 @@ def _is_view(node: Node, rows: int, length: int) -> bool:
 
 
 def moves_rows(root: Tensor) -> bool:
-    """Whether any operator in the graph below a tensor moves the first axis: activations `[L, R, ...]`."""
+    """Whether an operator in the graph below a tensor moves the first axis, as for activations `[L, R, ...]`."""
     return root.grad_fn is not None and any(map(_moves_first, _walk(root.grad_fn, lambda node: False)))
 
 

@@ -6,7 +6,7 @@ every use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,100 +24,50 @@ EXACT = (torch.float32, torch.float64)
 
 
 def plain_rows(model: nn.Module, parameters: Sequence[Tensor], device: torch.device, budget: int) -> int:
-    """How many rows' gradients autograd may form at once, as good as reduced uses; 0 if it had better not.
+    """Rows whose gradients autograd may form at once, as good as reduced uses; 0 if the hooks engine is cheaper.
 
-    They are to be a small part of the model and to leave two thirds of the budget to their reduction. They are to be
-    exact as they come (nothing in the model is narrower than float32), and nobody is to notice (a hook on a parameter
-    would be called).
-
-    Args:
-        model: the model.
-        parameters: its trainable parameters.
-        device: where the model runs.
-        budget: bytes of scratch.
-
-    Returns:
-        The number of rows.
+    They are to be a small part of the model and to leave two thirds of the budget to their reduction, exact as they
+    come (nothing in the model is narrower than float32), and unnoticed (a hook on a parameter would be called).
     """
     if not is_exact(device):
         return 0
-    if any(type(one) is not nn.Parameter or one._backward_hooks for one in parameters):  # noqa: SLF001  (no public name)
+    if any(type(part) is not nn.Parameter or part._backward_hooks for part in parameters):  # noqa: SLF001  (no public name)
         return 0
     everything = list(model.parameters())
-    if any(one.dtype not in EXACT for one in everything):
+    if any(parameter.dtype not in EXACT for parameter in everything):
         return 0
     # A quantised model keeps its scales there.
-    if any(one.is_floating_point() and one.dtype not in EXACT for one in model.buffers()):
+    if any(buffer.is_floating_point() and buffer.dtype not in EXACT for buffer in model.buffers()):
         return 0
-    whole, part = (sum(one.numel() * one.element_size() for one in some) for some in (everything, parameters))
-    return rows_within(whole, part, budget)
+    model_bytes, bytes_trained = (sum(p.numel() * p.element_size() for p in some) for some in (everything, parameters))
+    return rows_within(model_bytes, bytes_trained, budget)
 
 
-def is_plain(groups: Sequence[Sequence[int]], few: int) -> bool:
-    """Whether autograd's gradients are the way: no forward is shared, and rows are at most as many as it may form.
-
-    Args:
-        groups: rows of each forward of a micro-batch.
-        few: of `plain_rows`.
-
-    Returns:
-        The answer.
-    """
-    return len(groups) <= few and all(len(group) == 1 for group in groups)
+def is_plain(forwards: Sequence[Sequence[int]], few: int) -> bool:
+    """Whether autograd's gradients are the way: no forward is shared, and rows are at most `few` (of `plain_rows`)."""
+    return len(forwards) <= few and all(len(members) == 1 for members in forwards)
 
 
-def rows_within(whole: int, part: int, budget: int) -> int:
-    """How many rows' gradients are a small part of a model, and of the budget.
-
-    Args:
-        whole: bytes of the model's parameters.
-        part: bytes of those that are trainable.
-        budget: bytes of scratch.
-
-    Returns:
-        The number of rows. Their gradients take half of the model's bytes at most, and a third of the budget: twice as
-        much again is copied while they are reduced.
-    """
-    return min(whole // 2, budget // 3) // max(1, part)
+def rows_within(model_bytes: int, trained_bytes: int, budget: int) -> int:
+    """Rows whose gradients take half of the model's bytes at most, and a third of the budget: they are copied twice."""
+    return min(model_bytes // 2, budget // 3) // max(1, trained_bytes)
 
 
-def run_plainly(
-    model: nn.Module,
-    parameters: Sequence[Tensor],
-    micro: MicroBatch,
-    *,
-    budget: int,
-    weight: Callable[[int], Tensor] | None = None,
-) -> Outcome:
-    """Measure one micro-batch, one backward a row.
-
-    Args:
-        model: the model, in the mode in which it is to be measured.
-        parameters: its trainable parameters; their numbers are their places here.
-        micro: the rows, each a group of its own; at most `plain_rows`.
-        budget: bytes of a reduction's tiles.
-        weight: see `Ledger`.
-
-    Returns:
-        The outcome.
-
-    Raises:
-        ModelError: a reentrant checkpointed region hides parameters.
-        NonFiniteError: a log-prob is nan or infinite.
-    """
-    ledger = Ledger(len(micro.rows) // 2, budget=budget, weight=weight)
+def run_plainly(model: nn.Module, parameters: Sequence[Tensor], micro: MicroBatch, ledger: Ledger) -> Outcome:
+    """Measure one micro-batch, one forward and backward a row; raises what `hooks_engine.run` does, and ModelError."""
     logps = torch.zeros(len(micro.rows), dtype=torch.float64)
-    for group in micro.groups:
-        forward = Forward(micro, group)
-        found = forward.logps(forward.logits(model), budget)
-        logps[list(group)] = found.detach().cpu()
-        grads = _gradients(found.sum(), parameters)
+    budget = ledger.budget
+    for members in micro.forwards:
+        forward = Forward(micro, members)
+        logp = forward.logps(forward.logits(model), budget)
+        logps[list(members)] = logp.detach().cpu()
+        grads = _gradients(logp.sum(), parameters)
         for number in reversed(range(len(grads))):  # about the order of the backward pass
             grad = grads[number]
             if grad is not None:
-                ledger.add_rows(number, group, (), (grad.to_dense() if grad.is_sparse else grad)[None])
+                ledger.add_rows(number, members, (), (grad.to_dense() if grad.is_sparse else grad)[None])
     ledger.close()
-    return Outcome(ledger.entries, logps, {})
+    return Outcome(ledger.entries, logps, ledger.wanted)
 
 
 def _gradients(total: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

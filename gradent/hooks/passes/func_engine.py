@@ -13,82 +13,73 @@ from torch.func import functional_call, grad_and_value, vmap
 from gradent.errors import GradentWarning
 from gradent.hooks.passes.microbatch import Outcome
 from gradent.hooks.reduction.ledger import Ledger
-from gradent.hooks.uses.formats import Explicit
-from gradent.kernels.common.cost import DEFAULT_BUDGET
+from gradent.hooks.uses.formats import Materialized
+from gradent.kernels.common.numerics import spans
+from gradent.kernels.common.wanted import Wanted
 from gradent.model.calls import forward_logits
 from gradent.model.facts import check_causal, ignores_padding
-from gradent.model.logprobs import check_logps
+from gradent.model.logprobs import check_rows
 from gradent.model.observed import observed
 
-__all__ = ["parameters_kept", "per_sample_pairs"]
+__all__ = ["parameters_kept", "per_sample_rows"]
 
 Row = tuple[Tensor, Tensor]
 Way = Callable[[nn.Module, Mapping[str, Tensor], Sequence[Row]], tuple[dict[str, Sequence[Tensor]], Tensor]]
-"""The two rows' gradients by parameter name, and their log-probs `[2]`."""
+"""The rows' gradients by parameter name, and their log-probs `[R]`."""
 
 
-def per_sample_pairs(
+def per_sample_rows(
     model: nn.Module,
     parameters: Mapping[str, Tensor],
     rows: Sequence[Row],
+    groups: Sequence[Sequence[int]],
+    names: Sequence[str],
+    make_ledger: Callable[[Wanted], Ledger],
     *,
-    weight: Callable[[int], Tensor] | None,
     dropout: bool,
 ) -> list[tuple[list[int], Outcome]]:
-    """Measure every pair by `vmap(grad)`, one pair at a time; memory: two gradients of the whole model.
+    """`(row numbers, outcome)` of each group, by `vmap(grad)` of two rows at a time.
 
-    Where vmap cannot run the model (data-dependent control flow, as in mixtures of experts), `torch.func.grad` runs it
-    a row at a time, and where that cannot either (old-style autograd functions), plain autograd does; each step down is
-    announced once.
-
-    Args:
-        model: the model, in the mode in which it is to be measured.
-        parameters: its trainable parameters by name.
-        rows: `(ids int64 [T], marks bool [T])` of 2B rows, on the model's device.
-        weight: parameter number -> square root of the metric's diagonal, or None.
-        dropout: the model is in training mode; rows then draw different random numbers.
-
-    Returns:
-        `(pair numbers, outcome)` of each pair.
-
-    Raises:
-        NotCausalError: a later token changes an earlier prediction.
-        NonFiniteError: a log-prob is nan or infinite.
+    A gradient of the whole model is held for each row of a group. Where vmap cannot run the model (data-dependent
+    control flow, as in mixtures of experts), `torch.func.grad` runs it a row at a time, and where that cannot either
+    (old-style autograd functions), plain autograd does; each step down is announced once. With `dropout`, rows draw
+    different random numbers. Raises NotCausalError and NonFiniteError.
     """
-    half = len(rows) // 2
     with observed(model):
         check_causal(model, rows[0][0])
-        padded = ignores_padding(model, rows[0][0]) and not _counts_tokens(model)
+        is_padded = ignores_padding(model, rows[0][0]) and not _counts_tokens(model)
     ways: list[tuple[str, Way]] = [
         ("with torch.func's grad, a row at a time", _row_by_row),
         ("with plain autograd, a row at a time", _plainly),
     ]
-    if padded:
+    if is_padded:
         ways.insert(0, ("with torch.func's vmap(grad)", _Mapped("different" if dropout else "error")))
     outcomes = []
-    for pair in range(half):
-        two = [rows[pair], rows[half + pair]]
-        with parameters_kept(model):
-            grads, logps = _first_that_runs(ways, model, parameters, two)
-        check_logps(logps, [pair, pair], [True, False])
-        ledger = Ledger(1, budget=DEFAULT_BUDGET, weight=weight)
-        for number, name in enumerate(parameters):
-            for row in (0, 1):
-                grad = grads[name][row]
-                ledger.add(number, row, (), Explicit(grad.to_dense() if grad.is_sparse else grad))
+    for group in groups:
+        ledger, logps = make_ledger(Wanted.all(len(group))), torch.zeros(len(group), dtype=torch.float64)
+        for span in spans(len(group), 2):
+            numbers = list(group)[span]
+            with parameters_kept(model):
+                grads, found = _first_that_runs(ways, model, parameters, [rows[row] for row in numbers])
+            check_rows(found, [names[row] for row in numbers])
+            logps[span] = found.detach().double().cpu()
+            for number, name in enumerate(parameters):
+                for row, grad in zip(range(span.start, span.stop), grads[name], strict=True):
+                    ledger.add(number, row, (), Materialized(grad.to_dense() if grad.is_sparse else grad))
+        for number in range(len(parameters)):
             ledger.finish(number)
         ledger.close()
-        outcomes.append(([pair], Outcome(ledger.entries, logps.detach().double().cpu(), {})))
+        outcomes.append((list(group), Outcome(ledger.entries, logps, ledger.wanted)))
     return outcomes
 
 
 def _first_that_runs(
-    ways: list[tuple[str, Way]], model: nn.Module, parameters: Mapping[str, Tensor], two: Sequence[Row]
+    ways: list[tuple[str, Way]], model: nn.Module, parameters: Mapping[str, Tensor], rows: Sequence[Row]
 ) -> tuple[dict[str, Sequence[Tensor]], Tensor]:
     """The result of the first way that can run the model; those before it are dropped, with a warning."""
     while len(ways) > 1:
         try:
-            return ways[0][1](model, parameters, two)
+            return ways[0][1](model, parameters, rows)
         except (RuntimeError, NotImplementedError, ValueError, IndexError, TypeError) as error:
             failed, _ = ways.pop(0)
             reason = str(error).strip().partition("\n")[0]
@@ -98,21 +89,22 @@ def _first_that_runs(
                 GradentWarning,
                 stacklevel=4,
             )
-    return ways[0][1](model, parameters, two)
+    return ways[0][1](model, parameters, rows)
 
 
 class _Mapped:
-    """Both rows at once, by `vmap(grad)`."""
+    """Two rows at once, by `vmap(grad)`."""
 
     def __init__(self, randomness: str) -> None:
         self._map = vmap(grad_and_value(_logp, argnums=1), in_dims=(None, None, 0, 0), randomness=randomness)
 
     def __call__(
-        self, model: nn.Module, parameters: Mapping[str, Tensor], two: Sequence[Row]
+        self, model: nn.Module, parameters: Mapping[str, Tensor], rows: Sequence[Row]
     ) -> tuple[dict[str, Sequence[Tensor]], Tensor]:
-        longest = max(len(ids) for ids, _ in two)
+        longest = max(len(ids) for ids, _ in rows)
         ids, marks = (
-            torch.stack([nn.functional.pad(row[part], (0, longest - len(row[part]))) for row in two]) for part in (0, 1)
+            torch.stack([nn.functional.pad(row[part], (0, longest - len(row[part]))) for row in rows])
+            for part in (0, 1)
         )
         with warnings.catch_warnings():
             # vmap loops where it has no batching rule, and says so at every operator.
@@ -122,19 +114,19 @@ class _Mapped:
 
 
 def _row_by_row(
-    model: nn.Module, parameters: Mapping[str, Tensor], two: Sequence[Row]
+    model: nn.Module, parameters: Mapping[str, Tensor], rows: Sequence[Row]
 ) -> tuple[dict[str, Sequence[Tensor]], Tensor]:
     """A row at a time, by `torch.func.grad`."""
-    found = [grad_and_value(_logp, argnums=1)(model, _detached(parameters), *row) for row in two]
+    found = [grad_and_value(_logp, argnums=1)(model, _detached(parameters), *row) for row in rows]
     return {name: [grads[name] for grads, _ in found] for name in parameters}, torch.stack([logp for _, logp in found])
 
 
 def _plainly(
-    model: nn.Module, parameters: Mapping[str, Tensor], two: Sequence[Row]
+    model: nn.Module, parameters: Mapping[str, Tensor], rows: Sequence[Row]
 ) -> tuple[dict[str, Sequence[Tensor]], Tensor]:
     """A row at a time, by plain autograd."""
     tensors, grads, logps = list(parameters.values()), [], []
-    for ids, marks in two:
+    for ids, marks in rows:
         logp = _score(forward_logits(model, ids[None])[0], ids, marks)
         found = torch.autograd.grad(logp, tensors, allow_unused=True)
         grads.append([torch.zeros_like(p) if g is None else g for p, g in zip(tensors, found, strict=True)])
@@ -166,14 +158,7 @@ def _counts_tokens(model: nn.Module) -> bool:
 
 @contextmanager
 def parameters_kept(model: nn.Module) -> Iterator[None]:
-    """Put every parameter back where it was: `functional_call` mixes up those that several modules share.
-
-    Args:
-        model: the model.
-
-    Yields:
-        Nothing.
-    """
+    """Put every parameter back where it was: `functional_call` mixes up those that several modules share."""
     kept = [(module, dict(module._parameters)) for module in model.modules()]  # noqa: SLF001
     try:
         yield

@@ -1,12 +1,12 @@
 """The default engine: a batched forward, one backward pruned of weight gradients, every layer reduced as it arrives.
 
-Letters: k pairs of a micro-batch, rows 0..k-1 chosen and k..2k-1 rejected; R rows of one forward, L its padded length.
+Letters: N rows of a micro-batch, R rows of one forward, L its padded length.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from gradent.hooks.capture.capture import Capture, Tap
 from gradent.hooks.capture.coverage import Survey
 from gradent.hooks.passes.microbatch import Forward, MicroBatch, Outcome
-from gradent.hooks.reduction.collector import Collector, Place
+from gradent.hooks.reduction.collector import Collector
 from gradent.hooks.reduction.ledger import Ledger
-from gradent.hooks.uses.formats import Explicit
+from gradent.hooks.reduction.reducers import Place
+from gradent.hooks.uses.formats import Materialized
 from gradent.hooks.uses.layout import Layout
 from gradent.kernels.common.numerics import accumulator
 
@@ -43,76 +44,54 @@ class _Pass:
 
 
 def run(
-    model: nn.Module,
-    parameters: Sequence[Tensor],
-    micro: MicroBatch,
-    *,
-    budget: int,
-    explicit_budget: int | None,
-    weight: Callable[[int], Tensor] | None = None,
-    ledger: Ledger | None = None,
+    model: nn.Module, parameters: Sequence[Tensor], micro: MicroBatch, ledger: Ledger, *, explicit_budget: int | None
 ) -> Outcome:
-    """Measure one micro-batch.
+    """Measure one micro-batch of a model, in the mode in which it is to be measured.
 
-    Args:
-        model: the model, in the mode in which it is to be measured.
-        parameters: its trainable parameters; their numbers are their places here.
-        micro: the rows and how they are grouped into forwards.
-        budget: bytes of a reduction's tiles.
-        explicit_budget: bytes that the explicit gradients of parameters without a rule may take (two rows' worth); more
-            such parameters than fit are measured in several passes. None for no limit.
-        weight: see `Ledger`.
-        ledger: what reduces the rows; by default a `Ledger` of their pairs.
-
-    Returns:
-        The outcome.
-
-    Raises:
-        NeedsSingleRows: a group has several rows and a parameter is used where they cannot be told apart.
-        NonFiniteError: a log-prob is nan or infinite.
+    `explicit_budget` is what the materialized gradients of parameters without a rule may take: more such parameters
+    than fit are measured in several passes. Raises NeedsSingleRows where a forward has several rows and a
+    parameter is used where they cannot be told apart, and NonFiniteError where a log-prob is nan or infinite.
     """
-    if ledger is None:
-        ledger = Ledger(len(micro.rows) // 2, budget=budget, weight=weight)
-    run_ = _Run(model, parameters, micro, ledger, budget)
+    run_ = _Run(model, parameters, micro, ledger)
     try:
-        passes = [run_.forward(group) for group in micro.groups]
+        passes = [run_.forward(members) for members in micro.forwards]
         surveys, explicit = run_.survey(passes)
-        batches, uncovered = _fit(parameters, sorted(explicit), explicit_budget)
+        batches, uncovered = _fit(parameters, sorted(explicit), len(micro.rows), explicit_budget)
         logps = torch.zeros(len(micro.rows), dtype=torch.float64)
-        for one in passes:
-            logps[list(one.place.rows)] = one.logps.detach().cpu()
+        for forward in passes:
+            logps[list(forward.place.rows)] = forward.logps.detach().cpu()
         run_.backward(passes, surveys, explicit, batches[0])
         for batch in batches[1:]:
             run_.again(batch)
         ledger.close()
     finally:
         run_.close()
-    return Outcome(ledger.entries, logps, uncovered)
+    return Outcome(ledger.entries, logps, ledger.wanted, uncovered)
 
 
 class _Run:
     """The steps of `run`, over one model and ledger."""
 
-    def __init__(
-        self, model: nn.Module, parameters: Sequence[Tensor], micro: MicroBatch, ledger: Ledger, budget: int
-    ) -> None:
+    def __init__(self, model: nn.Module, parameters: Sequence[Tensor], micro: MicroBatch, ledger: Ledger) -> None:
         self.model, self.parameters, self.micro, self.ledger = model, parameters, micro, ledger
-        self.budget = budget
-        self.collector = Collector(ledger, budget)
+        self.budget = ledger.budget
+        self.collector = Collector(ledger, ledger.budget)
         self._captures: list[Capture] = []
         self._ignored: frozenset[int] = frozenset()
 
-    def forward(self, group: Sequence[int], *, watch: bool = True) -> _Pass:
-        """One forward of the rows of `group`, recorded."""
+    def forward(self, members: Sequence[int], *, watch: bool = True) -> _Pass:
+        """One recorded forward of some rows."""
         micro = self.micro
-        forward = Forward(micro, group)
+        forward = Forward(micro, members)
         rows, length = forward.ids.shape
-        layout = Layout(rows, length, lambda: [(0, len(micro.rows[row][0])) for row in group])
+        layout = Layout(rows, length, lambda: [(0, len(micro.rows[row][0])) for row in members])
         capture = Capture(self.parameters if watch else [], layout, lambda tap, b: self._deliver(one, tap, b))
         self._captures.append(capture)
         with capture:
             logits = forward.logits(self.model)
-        one = _Pass(Place(layout, group), capture, forward.logps(logits, self.budget))  # `deliver` knows it by its name
+        one = _Pass(
+            Place(layout, members), capture, forward.logps(logits, self.budget)
+        )  # `deliver` knows it by its name
         return one
 
     def close(self) -> None:
@@ -156,8 +135,8 @@ class _Run:
 
     def again(self, batch: Sequence[int]) -> None:
         """A further pass over every row for the explicit gradients that did not fit into the one before."""
-        for group in self.micro.groups:
-            self._differentiate(self.forward(group, watch=False), [], batch)
+        for members in self.micro.forwards:
+            self._differentiate(self.forward(members, watch=False), [], batch)
         for number in batch:
             self.ledger.finish(number)
 
@@ -170,7 +149,7 @@ class _Run:
         grads = torch.autograd.grad(one.logps.sum(), inputs, allow_unused=True)
         for number, grad in zip(batch, grads[len(bottoms) :], strict=True):
             if grad is not None:
-                self.ledger.add(number, one.place.rows[0], (), Explicit(grad))
+                self.ledger.add(number, one.place.rows[0], (), Materialized(grad))
 
     def _deliver(self, one: _Pass, tap: Tap, cotangent: Tensor) -> None:
         if tap.use.view.param not in self._ignored:
@@ -178,19 +157,19 @@ class _Run:
 
 
 def _fit(
-    parameters: Sequence[Tensor], explicit: Sequence[int], budget: int | None
+    parameters: Sequence[Tensor], explicit: Sequence[int], rows: int, budget: int | None
 ) -> tuple[list[list[int]], dict[int, str]]:
-    """Split explicit parameters into passes whose two rows of gradients fit the budget."""
+    """Split explicit parameters into passes in which all rows' gradients fit the budget; what never does, and why."""
     batches: list[list[int]] = [[]]
     uncovered: dict[int, str] = {}
     used = 0
     for number in explicit:
         parameter = parameters[number]
-        # The gradient of each row, and both once more in the accumulator's dtype while they are reduced.
-        size = 2 * parameter.numel() * (parameter.element_size() + accumulator(parameter.dtype).itemsize)
+        # The gradient of each row, and all once more in the accumulator's dtype while they are reduced.
+        size = rows * parameter.numel() * (parameter.element_size() + accumulator(parameter.dtype).itemsize)
         if budget is not None and size > budget:
             uncovered[number] = (
-                f"no rule covers a use of it, and its two explicit gradients need {size} bytes: more than "
+                f"no rule covers a use of it, and its {rows} explicit gradients need {size} bytes: more than "
                 f"memory_budget={budget}"
             )
             continue

@@ -18,8 +18,10 @@ from gradent.hooks.piggyback.forward import WatchedForward
 from gradent.hooks.piggyback.guard import Guard
 from gradent.hooks.piggyback.observation import BackwardObservation
 from gradent.hooks.piggyback.pairing import pair_rows
-from gradent.hooks.reduction.collector import Collector, Place
+from gradent.hooks.reduction.collector import Collector
 from gradent.hooks.reduction.ledger import Ledger
+from gradent.hooks.reduction.reducers import Place
+from gradent.kernels.common.wanted import Wanted
 from gradent.pair_gram import on_cpu
 
 __all__ = ["WatchedBackward"]
@@ -102,7 +104,9 @@ class WatchedBackward:
         observation.c, observation.logps = (torch.zeros(2 * pairs, dtype=torch.float64) for _ in range(2))
         observation.rows = [(torch.zeros(0), torch.zeros(0))] * (2 * pairs)
         observation.tokens = [torch.zeros(0)] * (2 * pairs)
-        self._collector = Collector(Ledger(pairs, budget=config.budget, weight=config.weight), config.budget)
+        self._collector = Collector(
+            Ledger(Wanted.pairs(pairs), budget=config.budget, weight=config.weight), config.budget
+        )
         for forward, place in self._places.items():
             for tap in forward.expected:
                 self._collector.expect(tap, place)
@@ -160,9 +164,10 @@ class WatchedBackward:
             for number, remainder in zip(place.rows, forward.remainders, strict=False):
                 if number >= 0:
                     remainders[number] = remainder
-        chosen, rejected = remainders.chunk(2)
-        factors = torch.stack([chosen**2, rejected**2, chosen * rejected], 1)
-        observation.entries = {number: entry * factors for number, entry in on_cpu(collector.ledger.entries).items()}
+        entries, wanted = on_cpu(collector.ledger.entries), collector.ledger.wanted
+        observation.entries = {
+            number: wanted.scaled(entry, remainders).view(-1, 3) for number, entry in entries.items()
+        }
         observation.shared = collector.shared
         # Parameters that got a gradient from a hidden region, where no use of them was seen.
         missed = {

@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from gradent.hooks.piggyback.pairing import Pairing
-from gradent.kernels.common.cost import DEFAULT_BUDGET
+from gradent.kernels.common.budget import DEFAULT_BUDGET
 from gradent.model.sharding import find_owners
 
 __all__ = ["WatchConfig"]

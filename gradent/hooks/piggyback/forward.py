@@ -21,12 +21,12 @@ from gradent.hooks.overhead import wait_for
 from gradent.hooks.piggyback.coefficients import Coefficients, FusedReadout, LogitsReadout, Readout, find_readout
 from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.guard import Guard
-from gradent.hooks.piggyback.trl_fused_head import FusedHeadUse, find_fused_head
-from gradent.hooks.reduction.collector import Collector, Place
-from gradent.hooks.reduction.weight_grad_reuse import Sharing
+from gradent.hooks.piggyback.trl_fused_head import find_fused_head, tap_fused_head
+from gradent.hooks.reduction.collector import Collector
+from gradent.hooks.reduction.reducers import Place
+from gradent.hooks.reduction.weight_grad_reuse import WeightGradReuse
 from gradent.hooks.uses.formats import split_factor
 from gradent.hooks.uses.layout import Layout
-from gradent.hooks.uses.parameter_views import View
 from gradent.kernels.common.streams import at_once
 from gradent.model.parameters import output_embeddings
 
@@ -76,11 +76,11 @@ class WatchedForward:
         self._queue: list[tuple[Tap, Tensor]] = []
         self._handles: list[RemovableHandle] = []
         self._recomputed: nn.Module | None = None
-        self._sharing: Sharing | None = None
+        self._sharing: WeightGradReuse | None = None
         self._capture: Capture | None = None
         if config.has_entries:
             if config.should_share and not config.sharded:
-                self._sharing = Sharing(config.tensors)
+                self._sharing = WeightGradReuse(config.tensors)
             self._capture = Capture(
                 config.tensors,
                 self.layout,
@@ -150,7 +150,7 @@ class WatchedForward:
     def _survey(self, capture: Capture, readout: Readout) -> None:
         """Note which uses the backward will reach."""
         if isinstance(readout, FusedReadout):
-            self._tap_fused_head(capture, readout)
+            self._watch_fused_head(capture, readout)
         survey = capture.survey(readout.root, opaque=True)
         if survey.missed:
             self._fail_for(survey.missed)
@@ -160,19 +160,12 @@ class WatchedForward:
         if survey.hidden or any(not tap.ready for tap in capture.taps):
             self._watch_recomputation()
 
-    def _tap_fused_head(self, capture: Capture, readout: FusedReadout) -> None:
-        """Record the head's weight and bias as uses of the fused function's node, which no operator shows."""
+    def _watch_fused_head(self, capture: Capture, readout: FusedReadout) -> None:
+        """Record the fused head's weight and bias, which no operator shows, and wait for its output gradient."""
         node = find_fused_head(readout.root)
         if node is None:
             return
-        numbers = capture.leaves
-        taps = []
-        for place, bias in ((1, False), (2, True)):
-            child = node.next_functions[place][0] if place < len(node.next_functions) else None
-            if child is not None and child in numbers:
-                view = View(numbers[child], (), tuple(capture.parameters[numbers[child]].shape))
-                use = FusedHeadUse(view, node, readout.mask.bool(), bias)
-                taps.append(Tap(use, node, frozenset({(node, place)})))
+        taps = tap_fused_head(node, readout.mask, capture.leaves, capture.parameters)
         capture.taps.extend(taps)
 
         def arrive(grads: Sequence[Tensor | None]) -> None:

@@ -9,7 +9,7 @@ Letters: N rows, K predicted tokens a row, T of them marked, V vocabulary, H wid
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from gradent.hooks.uses.formats import Deferred, Dense, Explicit, Form
+from gradent.hooks.capture.capture import Tap
+from gradent.hooks.uses.formats import Factored, Form, LazyFactored, Materialized
 from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View
 from gradent.kernels.common.numerics import accumulator
 
-__all__ = ["FusedHeadUse", "find_fused_head"]
+__all__ = ["FusedHeadUse", "find_fused_head", "tap_fused_head"]
 
 _NAME = "ChunkedLogProbFunctionBackward"
 _KNOWN = {"logit_scale", "softcap", "inv_t", "HAS_SOFTCAP"}
@@ -41,6 +42,17 @@ def find_fused_head(root: Tensor) -> Node | None:
             return node if isinstance(arguments, dict) and set(arguments) >= _KNOWN else None
         pending.extend(child for child, _ in node.next_functions)
     return None
+
+
+def tap_fused_head(node: Node, mask: Tensor, leaves: Mapping[Node, int], parameters: Sequence[Tensor]) -> list[Tap]:
+    """Taps for the function's trainable weight and bias, with the marked tokens' mask `[N, K]`."""
+    taps = []
+    for place, (child, _) in enumerate(node.next_functions[:3]):  # hidden states, weight, bias
+        if place > 0 and child is not None and child in leaves:
+            number = leaves[child]
+            view = View(number, (), tuple(parameters[number].shape))
+            taps.append(Tap(FusedHeadUse(view, node, mask.bool(), place == 2), node, frozenset({(node, place)})))
+    return taps
 
 
 @dataclass(frozen=True)
@@ -71,9 +83,9 @@ class FusedHeadUse:
             parts = hidden[at], weight, bias, targets[at], log_z[at], grad_output[at]
             tokens = _Tokens(*parts, saved.compute_dtype, saved.kernel_args)
             if self.bias:
-                yield row, (), Explicit(tokens.grad_logits().sum(0))
+                yield row, (), Materialized(tokens.grad_logits().sum(0))
             else:
-                yield row, (), Deferred(tokens.dense)
+                yield row, (), LazyFactored(tokens.dense)
 
 
 @dataclass(frozen=True)
@@ -89,8 +101,8 @@ class _Tokens:
     dtype: torch.dtype
     arguments: dict[str, Any]
 
-    def dense(self) -> Dense:
-        return Dense(self.grad_logits(), self.hidden.to(accumulator(self.hidden.dtype)))
+    def dense(self) -> Factored:
+        return Factored(self.grad_logits(), self.hidden.to(accumulator(self.hidden.dtype)))
 
     @torch.no_grad()
     def grad_logits(self) -> Tensor:

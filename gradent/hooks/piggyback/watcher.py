@@ -1,10 +1,14 @@
 """Reading Gram entries off a trainer's own backward: no extra forward, no extra backward.
 
-While armed, every forward that builds a graph is captured (`capture/`), and its output is watched for the coefficients
-`c_i` (`coefficients.py`). The backward then brings each use's output gradient, `c_i` times the one that a measurement
-needs; `c_i` is divided out of a factor before any product is formed. Nothing is written to the model, to `.grad` or to
-a random state, so the run is the same to the bit; an error here is kept as a reason, never raised into the trainer's
-pass.
+1. A forward pre-hook starts a `WatchedForward`: a capture of every use of a trainable parameter (`capture/`).
+2. The forward hook inspects the output and registers a hook where its coefficients `c_i` can be read.
+3. The backward reaches the output: the coefficients are read (`coefficients.py`), and the `WatchedBackward` settles
+   which row is chosen and which rejected. Each use's output gradient follows. It is `c_i` times the one that a
+   measurement needs, so `1 / c_i` is multiplied into a factor before any product is formed.
+4. `take` turns each backward into a `BackwardObservation`, and lets go of its graph.
+
+Nothing is written to the model, to `.grad` or to a random state, so the run is the same to the bit. An error here is
+kept as a reason (`guard.py`), and never raised into the trainer's pass.
 """
 
 from __future__ import annotations

@@ -1,160 +1,100 @@
-"""From cotangents to entries: hands what arrives to the ledger, and has a parameter reduced once its last use is in.
+"""From output gradients to entries: one decision for each that arrives, and a reduction once a parameter's last is in.
 
-Letters: k pairs, rows 0..k-1 chosen and k..2k-1 rejected; R rows of one forward.
+Letters: N rows of the micro-batch, R rows of one forward.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gradent.hooks.capture.capture import Tap
 from gradent.hooks.reduction.ledger import Ledger
-from gradent.hooks.reduction.weight_grad_reuse import give, is_shared
-from gradent.hooks.uses.formats import bytes_scaled, scaled, scaled_gradients, scaled_rows
-from gradent.hooks.uses.layout import Layout
-from gradent.hooks.uses.uses import LookupUse, MatrixUse, SumUse, Use
-from gradent.kernels.common.numerics import row_products
+from gradent.hooks.reduction.reducers import REDUCERS, Arrival, Place, add_gradients
+from gradent.hooks.reduction.weight_grad_reuse import takes_gradient
+from gradent.hooks.uses.formats import bytes_scaled, scaled_gradients
+from gradent.hooks.uses.uses import LookupUse, MatrixUse, SumUse
+from gradent.kernels.availability import on_kernels
 from gradent.kernels.common.precision import exact_products
-from gradent.kernels.dispatch import on_kernels
+from gradent.kernels.dispatch import is_even
+from gradent.kernels.strategy import Product, decide
 
 __all__ = ["Collector", "Place"]
 
 
-Product = tuple[Tensor, Tensor]
-"""Factors of the gradients of one forward's rows, u `[R, T, O]` and v `[R, T, I]`."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the rows of one forward belong: its layout, and each of its R rows' number among the 2k (-1: nowhere)."""
-
-    layout: Layout
-    rows: Sequence[int]
-
-
 class Collector:
-    """Uses that are waited for, by parameter.
-
-    Args:
-        ledger: takes the forms.
-        budget: bytes that forming a product may take.
-
-    Attributes:
-        shared: parameters whose gradient was handed to the backward that brought the cotangents.
-    """
+    """Uses that are waited for, by parameter."""
 
     def __init__(self, ledger: Ledger, budget: int) -> None:
         self.ledger = ledger
         self._budget = budget
         self._waiting: dict[int, dict[Tap, Place]] = defaultdict(dict)
-        self.shared = 0
+
+    @property
+    def shared(self) -> int:
+        """Parameters whose gradient was handed to the backward that brought the output gradients."""
+        return self.ledger.reused
 
     def expect(self, tap: Tap, place: Place) -> None:
-        """Wait for a use's cotangent before its parameter is reduced.
-
-        Args:
-            tap: the recorded use.
-            place: the rows of its forward.
-        """
+        """Wait for a use's output gradient before its parameter is reduced."""
         self._waiting[tap.use.view.param][tap] = place
 
-    def arrive(self, tap: Tap, cotangent: Tensor, place: Place, factors: Sequence[float] | None = None) -> None:
-        """Take a use's cotangent.
-
-        Args:
-            tap: the recorded use.
-            cotangent: the gradient at its output.
-            place: the rows of its forward.
-            factors: what each of the forward's rows is multiplied by, powers of two; a row of factor 0 is left out.
-                None for 1.
-        """
-        with torch.no_grad(), exact_products(cotangent.device):
-            self._take(tap, cotangent, place, factors)
+    def arrive(self, tap: Tap, grad_output: Tensor, place: Place, factors: Sequence[float] | None = None) -> None:
+        """Take a use's output gradient, whose rows `factors` (powers of two, 0 to leave a row out) multiply."""
+        with torch.no_grad(), exact_products(grad_output.device):
+            self._take(tap, Arrival(tap.use, grad_output, place, factors, tap.node))
         tap.use = tap.use.without_activations  # the graph lets go of its activations as the backward passes them
 
-    def _take(self, tap: Tap, cotangent: Tensor, place: Place, factors: Sequence[float] | None) -> None:
-        use, param = tap.use, tap.use.view.param
+    def _take(self, tap: Tap, arrival: Arrival) -> None:
+        use, param = arrival.use, arrival.use.view.param
         waiting = self._waiting[param]
         waiting.pop(tap, None)
-        product = self._product(use, cotangent, place)
-        if (
-            product is not None
-            and not (waiting or use.view.slot)
-            and (self._share(tap, cotangent, product, place, factors) or self._at_once(param, product, place, factors))
-        ):
-            return
-        self._add(use, cotangent, self._formed(use, cotangent, product, place, factors), place, factors)
+        if isinstance(use, SumUse) and use.view.ids is None:
+            grads = use.gradients(arrival.grad_output, arrival.place.layout, self._budget)
+            add_gradients(
+                self.ledger, arrival, grads if arrival.factors is None else scaled_gradients(grads, arrival.factors)
+            )
+        elif isinstance(use, MatrixUse) and all(isinstance(other.use, MatrixUse) for other in waiting):
+            strategy = decide(self._product(arrival, is_last=not waiting), self.ledger.budget)
+            if REDUCERS[strategy.reducer](self.ledger, arrival, strategy):
+                return
+        else:
+            REDUCERS["group_by_group"](self.ledger, arrival, None)
         if not waiting:
             self.ledger.finish(param)
         elif all(isinstance(other.use, LookupUse) for other in waiting) and not isinstance(use, LookupUse):
             self.ledger.shrink(param, lambda row: self._lookups(param, row))
 
-    def _product(self, use: Use, cotangent: Tensor, place: Place) -> Product | None:
-        """Factors of all rows' gradients, where products are all that is still to come of a parameter; else None."""
-        others = self._waiting[use.view.param]
-        if not isinstance(use, MatrixUse) or not all(isinstance(other.use, MatrixUse) for other in others):
-            return None
-        return use.factors(cotangent, place.layout)
-
-    def _add(
-        self, use: Use, cotangent: Tensor, grads: Tensor | None, place: Place, factors: Sequence[float] | None
-    ) -> None:
-        """Add every row's gradient: those of `_formed`, or forms."""
-        param = use.view.param
-        if grads is not None:
-            kept = [index for index, row in enumerate(place.rows) if row >= 0 and (factors is None or factors[index])]
-            rows = [place.rows[index] for index in kept]
-            self.ledger.add_rows(param, rows, use.view.slot, grads if len(kept) == len(grads) else grads[kept])
-            return
-        for index, slot, form in use.forms(cotangent, place.layout, self._budget):
-            row, factor = place.rows[index], 1.0 if factors is None else factors[index]
-            if row >= 0 and factor:
-                self.ledger.add(param, row, slot, form if factors is None else scaled(form, factor))
-
-    def _formed(
-        self, use: Use, cotangent: Tensor, product: Product | None, place: Place, factors: Sequence[float] | None
-    ) -> Tensor | None:
-        """The gradients of all rows `[R, ...]`, where these are the smaller thing to hold; None elsewhere."""
-        if isinstance(use, SumUse) and use.view.ids is None:
-            grads = use.gradients(cotangent, place.layout, self._budget)
-            return grads if factors is None else scaled_gradients(grads, factors)
-        if product is None or not self.ledger.folds(use.view.param, *product):
-            return None
-        return row_products(*(product if factors is None else scaled_rows(*product, factors)))
-
-    def _share(
-        self, tap: Tap, cotangent: Tensor, product: Product, place: Place, factors: Sequence[float] | None
-    ) -> bool:
-        """Reduce a parameter whose only use this is, and hand its gradient to that use; whether that was done."""
-        if factors is None or not is_shared(tap.node):
-            return False
-        # The sum goes to the trainer, so that nothing may be left out which is not seen to be zero by now.
-        certain = place.layout.certain and product[0].shape[1] == place.layout.length
-        look = place.layout.look if certain else None
-        grad = self.ledger.share(tap.use.view.param, *product, place.rows, factors, look)
-        if grad is None:
-            return False
-        give(tap.node, cotangent, grad)
-        self.shared += 1
-        return True
-
-    def _at_once(self, param: int, product: Product, place: Place, factors: Sequence[float] | None) -> bool:
-        """Reduce a parameter of which one product is all there is, all rows together; whether that was done."""
-        if not self.ledger.fills(place.rows) or self.ledger.gathers(*product):
-            return False
-        copied = 0 if factors is None else bytes_scaled(*product, factors)
-        if factors is not None and copied:
-            if not self.ledger.fits(*product, beside=copied):  # before anything is copied
-                return False
-            product = scaled_rows(*product, factors)
-        u, v = product
-        cut = u.shape[1] == place.layout.length and on_kernels(u)
-        return self.ledger.whole(param, u, v, place.layout.ends if cut else None, beside=copied)
+    def _product(self, arrival: Arrival, *, is_last: bool) -> Product:
+        """What `decide` is asked about the rows of one forward."""
+        (u, v), place, ledger = arrival.product, arrival.place, self.ledger
+        param, wanted, factors = arrival.use.view.param, ledger.wanted, arrival.factors
+        is_only = is_last and not arrival.use.view.slot and not ledger.holds(param)
+        is_complete = is_only and list(place.rows) == list(range(wanted.rows))
+        has_kernels = on_kernels(u, v) and is_even(u) and is_even(v)
+        ends = arrival.ends if is_complete and has_kernels else None
+        return Product(
+            rows=wanted.rows,
+            lengths=(u.shape[1] if ends is None else max(ends),) * wanted.largest,
+            out=u.shape[2],
+            inp=v.shape[2],
+            dtypes=(u.dtype, v.dtype),
+            device=u.device.type,
+            has_kernels=has_kernels,
+            is_complete=is_complete,
+            has_factors=ledger.has_factors(param),
+            can_reuse=is_only
+            and factors is not None
+            and takes_gradient(arrival.node)
+            and sum(row >= 0 for row in place.rows) == wanted.rows,
+            is_weighted=ledger.is_weighted,
+            directions=wanted.directions,
+            waiting=ledger.waiting,
+            copied=0 if factors is None else bytes_scaled(u, v, factors),
+        )
 
     def _lookups(self, param: int, row: int) -> Tensor:
         """Ids, int64 `[T]`, that lookups still to come will touch in a row."""

@@ -1,174 +1,176 @@
-"""Sums of one row's forms of a slot: as few forms as can be, and what two rows' sums have to be alike in.
+"""One group's entries from the formats in which its rows' gradients of one slot are held.
 
-Letters: T tokens, O and I the rows and columns of the slot, n looked-up rows.
+Letters: n rows of the group, T tokens, O and I the rows and columns of the slot, D directions, m entries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from gradent.hooks.uses.formats import Deferred, Dense, Explicit, Form, Rows, Solid
-from gradent.kernels.common.cost import DEPTH, tile_room
-from gradent.kernels.common.numerics import accumulator, put_product, spans
+from gradent.hooks.uses.formats import Factored, Form, LazyFactored, Materialized, Solid, SparseRows
+from gradent.kernels.common.budget import tile_room
+from gradent.kernels.common.cost import DEPTH, cheapest
+from gradent.kernels.common.numerics import accumulator, dots, put_product, reduce_flat, spans
+from gradent.kernels.common.precision import exact_products
+from gradent.kernels.common.wanted import pick
+from gradent.kernels.dispatch import reduce_group
+from gradent.kernels.outer.reference import Place, reduce_tiled
 
-__all__ = ["first_of", "gathered", "merge_forms", "pair_of_dense", "row_count", "rows_of", "scattered", "stacked"]
-
-F = TypeVar("F", Dense, Explicit)
+__all__ = ["gathered", "merge_forms", "reduce_forms", "reduce_sparse"]
 
 
 def merge_forms(forms: Sequence[Form]) -> list[Solid]:
-    """As few forms as can be made without adding up lookups: sums of gradients.
-
-    Args:
-        forms: of one row and slot.
-
-    Returns:
-        Their sum as a `Dense`, every `Rows` and an `Explicit`, those of them that there are.
-    """
-    merged: list[Solid] = []
-    solid = [form.make() if isinstance(form, Deferred) else form for form in forms]
-    dense = [form for form in solid if isinstance(form, Dense)]
-    rows = [form for form in solid if isinstance(form, Rows)]
-    explicit = [form for form in solid if isinstance(form, Explicit)]
-    if dense:
-        one = dense[0]
-        merged.append(
-            one if len(dense) == 1 else Dense(torch.cat([f.u for f in dense]), torch.cat([f.v for f in dense]))
-        )
-    merged += rows
-    if explicit:
-        total = explicit[0].grad.to(accumulator(explicit[0].grad.dtype))
-        for form in explicit[1:]:
-            total = total + form.grad
-        merged.append(Explicit(total))
+    """The sum of one row's formats in as few as can be: at most one `Factored` and one `Materialized`, all lookups."""
+    solid = [form.make() if isinstance(form, LazyFactored) else form for form in forms]
+    factored = [form for form in solid if isinstance(form, Factored)]
+    merged: list[Solid] = factored[:1]
+    if len(factored) > 1:
+        merged = [Factored(torch.cat([form.u for form in factored]), torch.cat([form.v for form in factored]))]
+    merged += [form for form in solid if isinstance(form, SparseRows)]
+    grads = [form.grad for form in solid if isinstance(form, Materialized)]
+    if grads:
+        total = grads[0].to(accumulator(grads[0].dtype))
+        for grad in grads[1:]:
+            total = total + grad
+        merged.append(Materialized(total))
     return merged
 
 
-def rows_of(side: Sequence[Solid]) -> list[Rows]:
-    """The lookups among a row's merged forms.
-
-    Args:
-        side: what `merge_forms` returned.
-
-    Returns:
-        All of them.
-    """
-    return [form for form in side if isinstance(form, Rows)]
-
-
-def first_of(side: Sequence[Solid], kind: type[F]) -> F | None:
-    """The form of a kind among a row's merged forms, of which there is one at most.
-
-    Args:
-        side: what `merge_forms` returned.
-        kind: the form's type.
-
-    Returns:
-        The form, or None.
-    """
-    return next((form for form in side if isinstance(form, kind)), None)
+def reduce_forms(
+    rows: Sequence[Sequence[Form]], *, budget: int, root: Tensor | None = None, directions: Tensor | None = None
+) -> Tensor:
+    """Entries `[m]` float64 of n rows, each the sum of its formats; `root` multiplies gradients and directions."""
+    sides = [merge_forms(forms) for forms in rows]
+    kinds = {type(form) for side in sides for form in side}
+    if kinds == {Factored}:
+        first = next(form for side in sides for form in side)
+        assert isinstance(first, Factored)
+        empty = first.u[:0], first.v[:0]
+        factors = [next(((f.u, f.v) for f in side if isinstance(f, Factored)), empty) for side in sides]
+        return reduce_group(factors, budget=budget, weight=root, directions=directions)
+    if kinds == {SparseRows}:
+        lookups = [[form for form in side if isinstance(form, SparseRows)] for side in sides]
+        return reduce_sparse(lookups, budget=budget, root=root, directions=directions)
+    if kinds == {Materialized}:
+        return _reduce_materialized(sides, root, directions)
+    return _reduce_mixed(sides, budget, root, directions)
 
 
-def pair_of_dense(chosen: list[Solid], rejected: list[Solid]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The factors of two rows, of which at least one has a `Dense`; of no token where the other has none.
+def reduce_sparse(
+    rows: Sequence[Sequence[SparseRows]],
+    *,
+    budget: int,
+    root: Tensor | None = None,
+    directions: Tensor | None = None,
+) -> Tensor:
+    """Entries `[m]` of n rows' lookups, on the rows of the weight that any of them touches, a few columns at a time."""
+    forms = [form for side in rows for form in side]
+    ids = torch.unique(torch.cat([form.ids for form in forms]))
+    cols, wide = forms[0].values.shape[1], accumulator(*(form.values.dtype for form in forms))
+    extra = 0 if directions is None else len(directions)
+    height = (len(rows) + extra) * len(ids)
+    copied = max(
+        len(ids) if root is not None or extra else 0, *(len(form.ids) for form in forms)
+    )  # cut out, or widened
+    step = max(1, tile_room(budget) // max(1, (height + copied) * wide.itemsize))
+    gram = torch.zeros(len(rows) + extra, len(rows), dtype=torch.float64, device=ids.device)
+    buffer = torch.empty(height * min(cols, step), dtype=wide, device=ids.device)
+    for span in spans(cols, step):
+        width = span.stop - span.start
+        tile = buffer[: height * width].view(len(rows) + extra, len(ids), width).zero_()
+        for grad, side in zip(tile, rows, strict=False):
+            for form in side:
+                grad.index_add_(0, torch.searchsorted(ids, form.ids), form.values[:, span].to(wide))
+        if directions is not None:
+            tile[len(rows) :] = directions[:, ids, span]
+        if root is not None:
+            tile *= root[ids, span]
+        flat = tile.view(len(rows) + extra, -1)
+        gram += dots(flat, flat[: len(rows)])
+    return pick(gram, len(rows))
 
-    Args:
-        chosen: what `merge_forms` returned for the chosen row.
-        rejected: the same of the rejected row.
 
-    Returns:
-        `((u_w, v_w), (u_l, v_l))`.
-    """
-    one, other = first_of(chosen, Dense), first_of(rejected, Dense)
-    some = one or other
-    assert some is not None
-    empty = Dense(some.u[:0], some.v[:0])
-    one, other = one or empty, other or empty
-    return (one.u, one.v), (other.u, other.v)
-
-
-def stacked(chosen: Explicit | None, rejected: Explicit | None, root: Tensor | None) -> Tensor:
-    """The explicit gradients of two rows, of which at least one has one, in the accumulator's dtype.
-
-    Args:
-        chosen: the chosen row's.
-        rejected: the rejected row's.
-        root: multiplies both, entry by entry; None for 1.
-
-    Returns:
-        `[2, entries of the slot]`.
-    """
-    some = chosen or rejected
-    assert some is not None
-    wide = accumulator(some.grad.dtype)
-    grads = [torch.zeros_like(some.grad) if side is None else side.grad for side in (chosen, rejected)]
-    tile = torch.stack([grad.to(wide) for grad in grads])
+def _reduce_materialized(sides: Sequence[Sequence[Solid]], root: Tensor | None, directions: Tensor | None) -> Tensor:
+    """Entries `[m]` of gradients that are there as such, put side by side."""
+    grads = [next((form.grad for form in side if isinstance(form, Materialized)), None) for side in sides]
+    some = next(grad for grad in grads if grad is not None)
+    filled = [torch.zeros_like(some) if grad is None else grad for grad in grads]
+    tile = torch.stack([*filled, *([] if directions is None else directions.to(some.dtype))])
     if root is not None:
         tile *= root
-    return tile.view(2, -1)
+    return reduce_flat(tile.view(len(tile), -1), len(grads))
 
 
-def gathered(dense: Dense, ids: Tensor, budget: int) -> Tensor:
-    """Some rows of a `Dense`'s gradient `uᵀv`.
+def _reduce_mixed(
+    sides: Sequence[Sequence[Solid]], budget: int, root: Tensor | None, directions: Tensor | None
+) -> Tensor:
+    """Entries `[m]` of rows that hold several formats, in tiles of the weight to which each format adds its part."""
+    forms = [form for side in sides for form in side]
+    wide, device, shape = accumulator(*(_values(form).dtype for form in forms)), _values(forms[0]).device, _shape(forms)
+    extra = 0 if directions is None else len(directions)
+    tiling = cheapest([0] * len(sides), *shape, itemsize=wide.itemsize, budget=budget, weighted=True, directions=extra)
 
-    Args:
-        dense: factors `[T, O]` and `[T, I]`.
-        ids: int64 `[n]`.
-        budget: bytes that columns of u, and what has to be widened, may take beside the result.
+    def put(row: int, place: Place, out: Tensor) -> None:
+        out.zero_()
+        for form in sides[row]:
+            _add_tile(form, place, out)
 
-    Returns:
-        `[n, I]`, in the accumulator's dtype.
-    """
-    u, v, wide = dense.u, dense.v, accumulator(dense.u.dtype)
+    root = None if root is None else _matrix(root)
+    along = None if directions is None else torch.stack([_matrix(direction) for direction in directions])
+    with exact_products(device):
+        return reduce_tiled(put, len(sides), shape, tiling.tile, wide, device, root, along)
+
+
+def _add_tile(form: Solid, place: Place, out: Tensor) -> None:
+    """Add a format's part of a tile."""
+    top, left = place
+    if isinstance(form, Factored):
+        for span in spans(len(form.u), DEPTH):
+            out.addmm_(form.u[span, top].to(out.dtype).T, form.v[span, left].to(out.dtype))
+    elif isinstance(form, SparseRows):
+        inside = (form.ids >= top.start) & (form.ids < top.stop)
+        out.index_add_(0, form.ids[inside] - top.start, form.values[inside][:, left].to(out.dtype))
+    else:
+        out += _matrix(form.grad)[top, left]
+
+
+def _values(form: Solid) -> Tensor:
+    return form.u if isinstance(form, Factored) else form.values if isinstance(form, SparseRows) else form.grad
+
+
+def _matrix(grad: Tensor) -> Tensor:
+    """A gradient of any shape as a matrix."""
+    return grad.reshape(1, -1) if grad.dim() < 2 else grad.flatten(1)
+
+
+def _shape(forms: Sequence[Solid]) -> tuple[int, int]:
+    """The slot as a matrix, large enough for every format: a lookup does not say how many rows there are."""
+    height = width = 1
+    for form in forms:
+        if isinstance(form, Factored):
+            size = form.u.shape[1], form.v.shape[1]
+        elif isinstance(form, SparseRows):
+            size = int(form.ids.max()) + 1 if form.ids.numel() else 1, form.values.shape[1]
+        else:
+            size = tuple(_matrix(form.grad).shape)  # type: ignore[assignment]
+        height, width = max(height, size[0]), max(width, size[1])
+    return height, width
+
+
+def gathered(head: Factored, ids: Tensor, budget: int) -> Tensor:
+    """Rows `ids` `[n]` of a gradient `uᵀv`, `[n, I]` wide; columns of u, and what is widened, are within the budget."""
+    u, v, wide = head.u, head.v, accumulator(head.u.dtype, head.v.dtype)
     room, (tokens, cols) = tile_room(budget), v.shape
     widened = 0 if u.dtype == v.dtype == wide else DEPTH * wide.itemsize  # bytes for each row and column of a product
     width = min(cols, max(1, room // (4 * max(1, widened))))
     height = max(1, (room - widened * width) // max(1, tokens * u.element_size() + widened))
-    found = torch.empty(len(ids), cols, dtype=wide, device=u.device)
+    rows = torch.empty(len(ids), cols, dtype=wide, device=u.device)
     for some in spans(len(ids), height):
         part = u[:, ids[some]]
         for left in spans(cols, width):
-            put_product(part, v[:, left], DEPTH, found[some, left])
+            put_product(part, v[:, left], DEPTH, rows[some, left])
         del part  # or two of them would be held
-    return found
-
-
-def row_count(form: Solid) -> int:
-    """Rows of the slot, as far as a form tells (a lookup tells the last that it touches).
-
-    Args:
-        form: any.
-
-    Returns:
-        The number of rows.
-    """
-    if isinstance(form, Dense):
-        return form.u.shape[1]
-    if isinstance(form, Rows):
-        return int(form.ids.max()) + 1 if form.ids.numel() else 0
-    return form.grad.shape[0]
-
-
-def scattered(side: Sequence[Solid], height: int) -> list[Dense | Explicit]:
-    """A row's merged forms, with the sum of all its lookups as an `Explicit`.
-
-    Args:
-        side: what `merge_forms` returned.
-        height: rows of the slot.
-
-    Returns:
-        A form of each kind, at most.
-    """
-    forms: list[Dense | Explicit] = [form for form in side if not isinstance(form, Rows)]
-    lookups = rows_of(side)
-    if lookups:
-        values = lookups[0].values
-        total = values.new_zeros(height, values.shape[1], dtype=accumulator(values.dtype))
-        for form in lookups:
-            total.index_add_(0, form.ids, form.values.to(total.dtype))
-        forms.append(Explicit(total))
-    return forms
+    return rows

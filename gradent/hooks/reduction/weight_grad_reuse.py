@@ -20,9 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from gradent.hooks.capture.checkpointing import current_region, packs_tensors
 
-__all__ = ["Sharing", "give", "is_shared"]
+__all__ = ["WeightGradReuse", "give", "takes_gradient"]
 
-_OURS = "_gradent_sharing"
+_OURS = "_gradent_weight_grad_reuse"
 
 
 class _Product(torch.autograd.Function):
@@ -61,7 +61,7 @@ class _Product(torch.autograd.Function):
 
 
 def _made_of(given: tuple[Tensor, int, Tensor] | None, grad: Tensor) -> Tensor | None:
-    """The gradient that was given, if it was made of this very cotangent (a hook may have changed it since)."""
+    """The gradient that was given, if it was made of this very output gradient (a hook may have changed it since)."""
     if given is None:
         return None
     source, version, made = given
@@ -69,32 +69,24 @@ def _made_of(given: tuple[Tensor, int, Tensor] | None, grad: Tensor) -> Tensor |
     return made if same else None
 
 
-def is_shared(node: Node) -> bool:
+def takes_gradient(node: Node) -> bool:
     """Whether a use's node takes a weight gradient from `give`."""
     return isinstance(node, _Product._backward_cls)  # noqa: SLF001  (the type of a node that it makes)
 
 
-def give(node: Any, cotangent: Tensor, grad: Tensor) -> None:
-    """Hand a product its weight's gradient, which its backward then returns instead of forming one.
-
-    Args:
-        node: the node of the product's output, for which `is_shared` is true, before its backward runs.
-        cotangent: what the gradient was made of; should the backward be given another, it forms its own.
-        grad: of the weight's shape.
-    """
-    node.given = (cotangent, cotangent._version, grad)  # noqa: SLF001  (torch has no public name for it)
+def give(node: Any, grad_output: Tensor, grad: Tensor) -> None:
+    """Hand a product's node its weight's gradient, which its backward returns if it gets this very output gradient."""
+    node.given = (grad_output, grad_output._version, grad)  # noqa: SLF001  (torch has no public name for it)
 
 
-class Sharing(TorchFunctionMode):
-    """Replaces products with trainable matrices by `_Product`, in a forward pass and where it is computed again.
-
-    Args:
-        parameters: the trainable parameters.
-    """
+class WeightGradReuse(TorchFunctionMode):
+    """Replaces products with trainable matrices by `_Product`, in a forward pass and where it is computed again."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
-        self._matrices = {id(one) for one in parameters if one.dim() == 2 and type(one) is nn.Parameter}
+        self._matrices = {
+            id(parameter) for parameter in parameters if parameter.dim() == 2 and type(parameter) is nn.Parameter
+        }
         self._depth = 0
 
     def start(self) -> None:
@@ -169,5 +161,5 @@ def _operands(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
         return None
     if func is torch.addmm and (bias is None or x.dim() != 2):
         return None
-    alike = all(one.dtype == x.dtype for one in (weight, bias) if one is not None)
+    alike = all(part.dtype == x.dtype for part in (weight, bias) if part is not None)
     return (x, weight, bias) if alike or torch.is_autocast_enabled(x.device.type) else None

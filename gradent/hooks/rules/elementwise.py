@@ -15,7 +15,7 @@ __all__ = ["sum_use"]
 
 
 def sum_use(call: Call, operand: Any, factor: Factor | None, beside: Tensor | None = None) -> list[Use]:
-    """The use of an operand broadcast against the output and multiplied by `factor` there; none if rows mix."""
+    """The use of an operand that was broadcast and multiplied by `factor`; none if rows cannot be told apart."""
     view = call.find(operand)
     if view is None or view.flipped:
         return []

@@ -18,12 +18,12 @@ from gradent.kernels.common.numerics import accumulator
 from gradent.kernels.common.streams import sent
 
 __all__ = [
-    "Deferred",
-    "Dense",
-    "Explicit",
+    "Factored",
     "Form",
-    "Rows",
+    "LazyFactored",
+    "Materialized",
     "Solid",
+    "SparseRows",
     "bytes_scaled",
     "scaled",
     "scaled_gradients",
@@ -33,7 +33,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Dense:
+class Factored:
     """`G = Σ_t u_t v_tᵀ`: a matrix product's gradient, factored. u `[T, O]`, v `[T, I]`."""
 
     u: Tensor
@@ -41,7 +41,7 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Rows:
+class SparseRows:
     """`G[ids_t] += values_t`: a lookup's gradient. ids `[T]` int64, values `[T, I]`."""
 
     ids: Tensor
@@ -49,21 +49,21 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Explicit:
+class Materialized:
     """The gradient itself, of the slot's shape."""
 
     grad: Tensor
 
 
 @dataclass(frozen=True)
-class Deferred:
-    """A `Dense` that is formed when its pair is reduced, and let go of then: too large to be held for every row."""
+class LazyFactored:
+    """A `Factored` that is formed when its pair is reduced, and let go of then: too large to be held for every row."""
 
-    make: Callable[[], Dense]
+    make: Callable[[], Factored]
 
 
-Solid = Dense | Rows | Explicit
-Form = Solid | Deferred
+Solid = Factored | SparseRows | Materialized
+Form = Solid | LazyFactored
 
 
 def split_factor(factor: float) -> tuple[float, float]:
@@ -91,19 +91,19 @@ def scaled(form: Form, power: float) -> Form:
         power: a power of two.
 
     Returns:
-        The scaled form, itself for 1; of a `Dense`, the smaller operand is copied, or both where one could leave
+        The scaled form, itself for 1; of a `Factored`, the smaller operand is copied, or both where one could leave
         float32's range.
     """
     if power == 1:
         return form
-    if isinstance(form, Deferred):
+    if isinstance(form, LazyFactored):
         make = form.make
-        return Deferred(lambda: _scaled_dense(make(), power))
-    if isinstance(form, Dense):
+        return LazyFactored(lambda: _scaled_dense(make(), power))
+    if isinstance(form, Factored):
         return _scaled_dense(form, power)
-    if isinstance(form, Rows):
-        return Rows(form.ids, form.values.to(accumulator(form.values.dtype)) * power)
-    return Explicit(form.grad.to(accumulator(form.grad.dtype)) * power)
+    if isinstance(form, SparseRows):
+        return SparseRows(form.ids, form.values.to(accumulator(form.values.dtype)) * power)
+    return Materialized(form.grad.to(accumulator(form.grad.dtype)) * power)
 
 
 def scaled_rows(u: Tensor, v: Tensor, powers: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -158,12 +158,12 @@ def _times(rows: Tensor, powers: Sequence[float]) -> Tensor:
     return rows.to(dtype) * factors.view(-1, *(1,) * (rows.dim() - 1))
 
 
-def _scaled_dense(form: Dense, power: float) -> Dense:
+def _scaled_dense(form: Factored, power: float) -> Factored:
     u, v = form.u.to(_exact(form.u.dtype)), form.v.to(_exact(form.v.dtype))
     if not _moderate(power):
         one, other = _roots(power)
-        return Dense(u * one, v * other)
-    return Dense(u * power, form.v) if u.numel() <= v.numel() else Dense(form.u, v * power)
+        return Factored(u * one, v * other)
+    return Factored(u * power, form.v) if u.numel() <= v.numel() else Factored(form.u, v * power)
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:

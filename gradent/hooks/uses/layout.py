@@ -32,7 +32,7 @@ class Layout:
         return None if spans is None or any(start for start, _ in spans) else [stop for _, stop in spans]
 
     def splits(self, tensor: Tensor, features: int) -> bool:
-        """Whether the rows of an operand or result with so many trailing feature axes can be told apart."""
+        """Whether the rows of an operand or result can be told apart, its last `features` axes being features."""
         if self.rows == 1:
             return tensor.dim() >= features
         if tensor.dim() == features + 1:  # R tokens are more likely than one token of every row

@@ -199,7 +199,7 @@ STEPS: dict[Any, Step] = {
 def follow(
     func: Any, view: View, source: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 ) -> View | None:
-    """The view that `out = func(*args, **kwargs)` is, where `source` among its arguments is `view`; None at its end."""
+    """The view that `out` is, if `source`, one of the call's arguments, is `view`; None where the trail ends."""
     step = STEPS.get(func)
     if step is None or not isinstance(out, Tensor):
         return None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from gradent.hooks.uses.formats import Dense, Explicit, Form, Rows
+from gradent.hooks.uses.formats import Factored, Form, Materialized, SparseRows
 from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View
 from gradent.kernels.common.numerics import accumulator
@@ -114,7 +114,7 @@ class MatrixUse(_WholeSlot):
         spans = layout.spans if us.shape[1] == layout.length else None
         for row, (u, v) in enumerate(zip(us, vs, strict=True)):
             span = slice(None) if spans is None else slice(*spans[row])
-            yield row, self.view.slot, Dense(u[span], v[span])
+            yield row, self.view.slot, Factored(u[span], v[span])
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class GroupedUse:
         for expert, end in enumerate(self.ends.tolist()):
             if end > start:
                 u, v = self.inputs[start:end], grad_output[start:end]
-                yield 0, (expert,), Dense(v, u) if self.view.flipped else Dense(u, v)
+                yield 0, (expert,), Factored(v, u) if self.view.flipped else Factored(u, v)
             start = end
 
 
@@ -160,7 +160,7 @@ class LookupUse(_WholeSlot):
             if self.padding_idx is not None:
                 real = ids != self.padding_idx
                 ids, values = ids[real], values[real]
-            yield row, self.view.slot, Rows(ids, values)
+            yield row, self.view.slot, SparseRows(ids, values)
 
 
 def _dropped(cut: Cut) -> Tensor:
@@ -186,22 +186,43 @@ class SumUse(_WholeSlot):
         """See `Use`."""
         if self.view.ids is None:
             for row, grad in enumerate(self.gradients(grad_output, layout, budget)):
-                yield row, self.view.slot, Explicit(grad)
+                yield row, self.view.slot, Materialized(grad)
             return
         # Learned positions, added to every row of the batch.
-        for row, summed in enumerate(self._summed(grad_output, layout, budget)):
-            yield row, (), Rows(self.view.ids.reshape(-1), summed.reshape(-1, self.view.shape[1]))
+        for row, values in enumerate(self._row_sums(grad_output, layout, budget)):
+            yield row, (), SparseRows(self.view.ids.reshape(-1), values)
 
     def gradients(self, grad_output: Tensor, layout: Layout, budget: int) -> Tensor:
         """Every row's gradient of the slot, `[R, *slot]`, wide, where it is no lookup (`view.ids`)."""
-        grads = self._summed(grad_output, layout, budget).reshape(layout.rows, *self.view.shape)
+        return self._row_sums(grad_output, layout, budget)
+
+    def token_sums(self, grad_outputs: Tensor, budget: int) -> Tensor:
+        """Gradients `[m, *view]`, wide, of output gradients `[m, *output shape]` of one row's tokens."""
+        return self._shaped(self._sums(grad_outputs, lambda tensor: tensor[None], budget))
+
+    def _row_sums(self, grad_output: Tensor, layout: Layout, budget: int) -> Tensor:
+        def by_row(tensor: Tensor) -> Tensor:
+            """A tensor of the output's shape as `[R, *shape of a row]`."""
+            if layout.rows == 1:
+                return tensor[None]
+            if tensor.shape[0] == layout.rows:
+                return tensor
+            return tensor.reshape(layout.rows, layout.length, *tensor.shape[1:])
+
+        return self._shaped(self._sums(by_row(grad_output), by_row, budget))
+
+    def _shaped(self, sums: Tensor) -> Tensor:
+        """Sums `[R, ...]` as gradients of the slot, or as values of the rows that `view.ids` names."""
+        if self.view.ids is not None:
+            return sums.reshape(len(sums), -1, self.view.shape[1])
+        grads = sums.reshape(len(sums), *self.view.shape)
         return grads if self.view.gain is None else grads * self.view.gain
 
-    def _summed(self, grad_output: Tensor, layout: Layout, budget: int) -> Tensor:
-        """`Σ b · factor` of every row `[R, ...]` over the axes along which the parameter was broadcast, in steps."""
-        b = self._by_row(grad_output, layout)
+    def _sums(self, b: Tensor, by_row: Callable[[Tensor], Tensor], budget: int) -> Tensor:
+        """`Σ b · factor` of b `[R, ...]` over the axes along which the parameter was broadcast, in steps."""
         wide, dims = accumulator(b.dtype), b.dim() - 1
-        axes = self._summed_axes(dims)
+        operand = (1,) * (dims - len(self.shape)) + tuple(self.shape)[max(0, len(self.shape) - dims) :]
+        axes = [axis + 1 for axis, size in enumerate(operand) if size == 1]
         longest = max(axes, key=lambda axis: b.shape[axis], default=1)
         count = b.shape[longest] if dims else 1
         step = count  # of no token (an expert without any), the sum is zero
@@ -210,49 +231,19 @@ class SumUse(_WholeSlot):
             room = budget - 2 * wide.itemsize * math.prod(shape)  # the sum, and that of a step
             step = max(1, room * count // max(1, COPIES * wide.itemsize * b.numel()))
 
-        def summed(part: Cut) -> Tensor:
-            """Of a part of the positions."""
+        def sum_part(part: Cut) -> Tensor:
+            """The sum over a part of the positions."""
             terms = part(b).to(wide)
             if self.factor is not None:
-                terms = terms * self.factor(lambda tensor: part(self._by_row(tensor, layout))).to(wide)
+                terms = terms * self.factor(lambda tensor: part(by_row(tensor))).to(wide)
             return terms.sum(axes, keepdim=True) if axes else terms
 
         if step >= count:
-            return summed(_all)
+            return sum_part(_all)
         total = b.new_zeros(shape, dtype=wide)
         for start in range(0, count, step):
-            total += summed(partial(_narrow, axis=longest, start=start, stop=min(count, start + step)))
+            total += sum_part(partial(_narrow, axis=longest, start=start, stop=min(count, start + step)))
         return total
-
-    def _summed_axes(self, dims: int) -> list[int]:
-        """The axes, of rows of `dims` axes behind that of the rows, along which the parameter was broadcast."""
-        shape = (1,) * (dims - len(self.shape)) + tuple(self.shape)[max(0, len(self.shape) - dims) :]
-        return [axis + 1 for axis, size in enumerate(shape) if size == 1]
-
-    def _by_row(self, tensor: Tensor, layout: Layout) -> Tensor:
-        """A tensor of the output's shape as `[R, *shape of a row]`."""
-        if layout.rows == 1:
-            return tensor[None]
-        if tensor.shape[0] == layout.rows:
-            return tensor
-        return tensor.reshape(layout.rows, layout.length, *tensor.shape[1:])
-
-    def token_sums(self, grad_outputs: Tensor, budget: int) -> Tensor:
-        """Gradients `[m, *view]`, wide, of output gradients `[m, *output shape]` of one row's tokens."""
-        wide = accumulator(grad_outputs.dtype)
-        factor = None if self.factor is None else self.factor(_all).to(wide)
-        axes = self._summed_axes(grad_outputs.dim() - 1)
-        step = max(1, budget // max(1, 2 * wide.itemsize * grad_outputs.shape[1:].numel()))
-        parts = []
-        for start in range(0, len(grad_outputs), step):
-            part = grad_outputs[start : start + step].to(wide)
-            if factor is not None:
-                part = part * factor
-            parts.append(part.sum(axes) if axes else part)
-        if self.view.ids is not None:
-            return torch.cat(parts).reshape(len(grad_outputs), -1, self.view.shape[1])
-        grads = torch.cat(parts).reshape(len(grad_outputs), *self.view.shape)
-        return grads if self.view.gain is None else grads * self.view.gain
 
 
 def _all(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`Σ_{t,s} (u_t·x_s)(v_t·y_s)` over tiles of tokens: `⟨G, G'⟩` where a pair is short against the weight.
+"""`Σ_{t,s} (u_t·x_s)(v_t·y_s)` over tiles of tokens: `⟨G, G'⟩` where rows are short against the weight.
 
 A tile `[t, s]` of both products lives in registers and is summed there, as in flash attention; only one number a tile
 reaches memory. Of a gradient with itself only tiles on and below the diagonal are formed. Accumulation is float32
@@ -7,30 +7,16 @@ within a tile and float64 across tiles; addresses are int64.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradent.kernels.common.triton_operands import Factors, Spans, blank, current_device
-from gradent.kernels.common.triton_tiles import (
-    INTERPRETED,
-    LOOSE,
-    REACH,
-    UNITED,
-    Config,
-    accumulate,
-    load_tile,
-    pick_gram,
-    unit,
-)
+from gradent.kernels.common.tiles import REACH, Config, gram_bytes, gram_tiles, pick_gram, unit
+from gradent.kernels.common.triton_operands import Factors, Groups, Spans, blank, current_device, on_device
+from gradent.kernels.common.triton_tiles import INTERPRETED, LOOSE, UNITED, accumulate, load_tile
 
-__all__ = ["gram_entries", "gram_kernel", "gram_scratch"]
-
-PARTIAL = 8
-"""Bytes of a tile's sum: float64, or else `sum` would first make a float64 copy of them all."""
+__all__ = ["gram_entries", "gram_kernel", "gram_products", "gram_scratch"]
 
 
 def gram_entries(
@@ -43,40 +29,43 @@ def gram_entries(
     config: Config | None = None,
     poison: bool = False,
 ) -> Tensor:
-    """Gram entries of k pairs in one launch, by tokens.
+    """`(‖G_w‖², ‖G_l‖², ⟨G_w, G_l⟩)` of k pairs, `[k, 3]` float64, from u `[N, O]` and v `[N, I]` of each side."""
+    return _launch(Factors(u_w, v_w, u_l, v_l, spans), config, poison).view(len(spans), 3)
 
-    Costs `2 (T_w²/2 + T_w T_l + T_l²/2)(O + I)` flops a pair, and `gram_scratch` bytes.
 
-    Args:
-        u_w: `[N_w, O]`, float32, bfloat16 or float16, any strides.
-        v_w: `[N_w, I]`.
-        u_l: `[N_l, O]`.
-        v_l: `[N_l, I]`.
-        spans: where the tokens of each pair lie.
-        config: sizes of a tile; None to choose by dtype and sizes.
-        poison: fill with nan what the kernel is to write, for a check.
+def gram_products(
+    u: Tensor, v: Tensor, groups: Groups, *, config: Config | None = None, poison: bool = False
+) -> Tensor:
+    """`⟨G_i, G_j⟩`, i ≤ j, in each group, float64 `[groups.count]`, from u `[N, O]` and v `[N, I]`."""
+    return _launch(Factors(u, v, u, v, groups), config, poison)
 
-    Returns:
-        `[k, 3]` float64 `(‖G_w‖², ‖G_l‖², ⟨G_w, G_l⟩)` on the operands' device, the same bits every time.
 
-    Raises:
-        InputError: operands that do not go together, or float64.
-    """
-    factors = Factors(u_w, v_w, u_l, v_l, spans)
-    config = config or _pick(factors)
-    pairs, tiles = len(spans), _tiles(spans, config.rows)
-    if pairs * tiles == 0:
-        return torch.zeros(pairs, 3, dtype=torch.float64, device=factors.device)
-    partials = blank(pairs, 3, tiles, dtype=torch.float64, device=factors.device, poison=poison)
+def gram_scratch(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, spans: Spans | Groups) -> int:
+    """Bytes that `gram_entries` or `gram_products` allocates besides its result."""
+    return gram_bytes(_wide(Factors(u_w, v_w, u_l, v_l, spans)), spans)
+
+
+def _wide(factors: Factors) -> torch.dtype:
+    return factors.u_w.dtype if factors.u_w.dtype == torch.float32 else factors.v_w.dtype
+
+
+def _launch(factors: Factors, config: Config | None, poison: bool) -> Tensor:
+    """A float64 number for each of the spans' products."""
+    spans = factors.spans
+    config = config or pick_gram(_wide(factors), spans.longest, spans.pairs)
+    tiles = gram_tiles(spans, config.rows)
+    if spans.count * tiles == 0:
+        return torch.zeros(spans.count, dtype=torch.float64, device=factors.device)
+    partials = blank(spans.count, tiles, dtype=torch.float64, device=factors.device, poison=poison)
     uw_t, uw_o, vw_t, vw_i, ul_t, ul_o, vl_t, vl_i = factors.strides
     unit_o, unit_i = unit(factors.rows, uw_t, ul_t), unit(factors.cols, vw_t, vl_t)
     with current_device(factors.device):
-        gram_kernel[(pairs * 3 * tiles,)](
-            u_w,
-            v_w,
-            u_l,
-            v_l,
-            spans.table(factors.device),
+        gram_kernel[(spans.count * tiles,)](
+            factors.u_w,
+            factors.v_w,
+            factors.u_l,
+            factors.v_l,
+            on_device(spans, "products", factors.device),
             partials,
             tiles,
             factors.rows // unit_o,
@@ -99,27 +88,7 @@ def gram_entries(
             num_stages=config.stages,
             enable_fp_fusion=True,
         )
-    return partials.sum(2)
-
-
-def gram_scratch(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, spans: Spans) -> int:
-    """Bytes that `gram_entries` allocates besides its result: three float64 a tile and pair, and a table."""
-    factors = Factors(u_w, v_w, u_l, v_l, spans)
-    return len(spans) * (3 * PARTIAL * _tiles(spans, _pick(factors).rows) + 4 * 8)
-
-
-def _pick(factors: Factors) -> Config:
-    wide = factors.u_w.dtype if factors.u_w.dtype == torch.float32 else factors.v_w.dtype
-    return pick_gram(wide, factors.spans.longest, len(factors.spans))
-
-
-def _tiles(spans: Spans, side: int) -> int:
-    """Tiles of the largest of all blocks; shorter blocks have as many programs, and the rest of them is idle."""
-    most = [0]
-    for chosen, rejected in set(zip(spans.chosen_length, spans.rejected_length, strict=True)):
-        tall, wide = math.ceil(chosen / side), math.ceil(rejected / side)
-        most += [tall * (tall + 1) // 2, wide * (wide + 1) // 2, tall * wide]
-    return max(most)
+    return partials.sum(1)
 
 
 @triton.jit(do_not_specialize=LOOSE, do_not_specialize_on_alignment=UNITED)  # type: ignore[untyped-decorator, unused-ignore]
@@ -128,7 +97,7 @@ def gram_kernel(
     v_w: tl.tensor,
     u_l: tl.tensor,
     v_l: tl.tensor,
-    spans: tl.tensor,
+    products: tl.tensor,
     partials: tl.tensor,
     tiles: tl.tensor,
     O: tl.tensor,  # noqa: E741
@@ -148,7 +117,7 @@ def gram_kernel(
     WIDE: tl.constexpr,
     FAR: tl.constexpr,
 ) -> None:
-    """`partials[pair, block, tile]` = a tile's part of one of the three sums. Grid: pairs × 3 blocks × tiles."""
+    """`partials[product, tile]` = a tile's part of `⟨G, G'⟩`. Grid: products × tiles."""
     O = O * UNIT_O  # noqa: E741
     I = I * UNIT_I  # noqa: E741
     uw_t = uw_t * UNIT_O
@@ -157,60 +126,30 @@ def gram_kernel(
     vl_t = vl_t * UNIT_I
     program = tl.program_id(0).to(tl.int64)
     tile = (program % tiles).to(tl.int32)
-    block = (program // tiles) % 3
-    spans += program // tiles // 3 * 4
-    w_start = tl.load(spans)
-    w_length = tl.load(spans + 1).to(tl.int32)
-    l_start = tl.load(spans + 2)
-    l_length = tl.load(spans + 3).to(tl.int32)
-    u_w += w_start * uw_t
-    v_w += w_start * vw_t
-    u_l += l_start * ul_t
-    v_l += l_start * vl_t
+    products += program // tiles * 5
+    kind = tl.load(products)
+    left = tl.load(products + 1)
+    n = tl.load(products + 2).to(tl.int32)
+    right = tl.load(products + 3)
+    m = tl.load(products + 4).to(tl.int32)
+    u_w += left * uw_t
+    v_w += left * vw_t
+    u_l += right * ul_t
+    v_l += right * vl_t
     total = 0.0
     # The three calls are inlined: operands chosen at run time would lose what is known of their alignment.
-    if block == 0:
-        total = own_tile(u_w, v_w, w_length, tile, O, I, uw_t, uw_o, vw_t, vw_i, B, DEPTH, WIDE, FAR)
-    elif block == 1:
-        total = own_tile(u_l, v_l, l_length, tile, O, I, ul_t, ul_o, vl_t, vl_i, B, DEPTH, WIDE, FAR)
+    if kind == 0:
+        total = own_tile(u_w, v_w, n, tile, O, I, uw_t, uw_o, vw_t, vw_i, B, DEPTH, WIDE, FAR)
+    elif kind == 1:
+        total = own_tile(u_l, v_l, m, tile, O, I, ul_t, ul_o, vl_t, vl_i, B, DEPTH, WIDE, FAR)
     else:
-        across = tl.cdiv(l_length, B)
-        if tile < tl.cdiv(w_length, B) * across:
-            left = contract(
-                u_w,
-                u_l,
-                tile // across,
-                tile % across,
-                w_length,
-                l_length,
-                O,
-                uw_t,
-                uw_o,
-                ul_t,
-                ul_o,
-                B,
-                DEPTH,
-                WIDE,
-                FAR,
-            )
-            right = contract(
-                v_w,
-                v_l,
-                tile // across,
-                tile % across,
-                w_length,
-                l_length,
-                I,
-                vw_t,
-                vw_i,
-                vl_t,
-                vl_i,
-                B,
-                DEPTH,
-                WIDE,
-                FAR,
-            )
-            total = tl.sum(left * right)
+        across = tl.cdiv(m, B)
+        if tile < tl.cdiv(n, B) * across:
+            i = tile // across
+            j = tile % across
+            a = contract(u_w, u_l, i, j, n, m, O, uw_t, uw_o, ul_t, ul_o, B, DEPTH, WIDE, FAR)
+            b = contract(v_w, v_l, i, j, n, m, I, vw_t, vw_i, vl_t, vl_i, B, DEPTH, WIDE, FAR)
+            total = tl.sum(a * b)
     tl.store(partials + program, total)
 
 

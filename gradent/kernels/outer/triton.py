@@ -1,14 +1,16 @@
-"""`G = Σ_t u_t v_tᵀ` in tiles of the weight: squared and summed in registers, and stored only where it is wanted.
+"""`G = Σ_t u_t v_tᵀ` in tiles of the weight: multiplied and summed in registers, and stored only where it is wanted.
 
 A program forms the same tile of `G_w` and `G_l` side by side, multiplies it by the metric's root if there is one, and
 writes three sums. With `STORE` it goes through all pairs and also adds up `c_w G_w + c_l G_l`, which is what
-the trainer's own backward computes. Accumulation is float32 within a tile and float64 across tiles; addresses are
-int64.
+the trainer's own backward computes. Of a group of more than two rows it forms all tiles before it multiplies them.
+Accumulation is float32 within a tile and float64 across tiles; addresses are int64.
 """
 
 from __future__ import annotations
 
-import math
+from functools import lru_cache
+from itertools import combinations_with_replacement
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,24 +19,23 @@ from torch import Tensor
 
 from gradent.errors import InputError
 from gradent.kernels.common.streams import sent
-from gradent.kernels.common.triton_operands import Factors, Spans, blank, current_device
-from gradent.kernels.common.triton_tiles import (
-    INTERPRETED,
-    LOOSE,
+from gradent.kernels.common.tiles import (
     REACH,
-    UNITED,
     Config,
-    accumulate,
+    GroupLaunch,
+    GroupsPlan,
+    group_block,
+    group_side,
     is_deep,
-    load_tile,
+    outer_bytes,
+    outer_tiles,
     pick_outer,
     unit,
 )
+from gradent.kernels.common.triton_operands import CACHED, Factors, Groups, Spans, blank, current_device, on_device
+from gradent.kernels.common.triton_tiles import INTERPRETED, LOOSE, UNITED, accumulate, load_tile
 
-__all__ = ["outer_entries", "outer_kernel", "outer_scratch", "outer_with_gradient"]
-
-PARTIAL = 8
-"""Bytes of a tile's sum: float64, or else `sum` would first make a float64 copy of them all."""
+__all__ = ["group_kernel", "outer_entries", "outer_kernel", "outer_products", "outer_scratch", "outer_with_gradient"]
 
 
 def outer_entries(
@@ -48,26 +49,7 @@ def outer_entries(
     config: Config | None = None,
     poison: bool = False,
 ) -> Tensor:
-    """Gram entries of k pairs in one launch, by tiles of the weight.
-
-    Costs `2 (T_w + T_l) O I` flops a pair, and `outer_scratch` bytes.
-
-    Args:
-        u_w: `[N_w, O]`, float32, bfloat16 or float16, any strides.
-        v_w: `[N_w, I]`.
-        u_l: `[N_l, O]`.
-        v_l: `[N_l, I]`.
-        spans: where the tokens of each pair lie.
-        weight: `[O, I]` or None; square root of the metric's diagonal, which multiplies every entry of G in float32.
-        config: sizes of a tile; None to choose by dtype and sizes.
-        poison: fill with nan what the kernel is to write, for a check.
-
-    Returns:
-        `[k, 3]` float64 `(‖G_w‖², ‖G_l‖², ⟨G_w, G_l⟩)` on the operands' device, the same bits every time.
-
-    Raises:
-        InputError: operands that do not go together, or float64.
-    """
+    """As `gram_entries`, `[k, 3]` float64; a weight `[O, I]`, the metric's root, multiplies each G in float32."""
     factors = Factors(u_w, v_w, u_l, v_l, spans)
     return _launch(factors, weight, None, None, config or _pick(factors, store=False), poison)
 
@@ -85,55 +67,88 @@ def outer_with_gradient(
     config: Config | None = None,
     poison: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Gram entries of k pairs, and the gradient of the batch out of the same products.
-
-    Each program owns a tile of the gradient, adds pair after pair to it in float32 registers and writes it once: no
-    atomics, the same bits every time. Costs as `outer_entries`.
-
-    Args:
-        u_w: `[N_w, O]`, float32, bfloat16 or float16, any strides.
-        v_w: `[N_w, I]`.
-        u_l: `[N_l, O]`.
-        v_l: `[N_l, I]`.
-        spans: where the tokens of each pair lie.
-        coefficients: `[k, 2]`, `(c_w, c_l)` of each pair; used in float32.
-        weight: as for `outer_entries`; the gradient is without it.
-        out_dtype: of the gradient, rounded once at the end.
-        config: sizes of a tile; None to choose by dtype and sizes.
-        poison: fill with nan what the kernel is to write, for a check.
-
-    Returns:
-        `([k, 3] float64, [O, I])`: the entries, and `Σ_k c_w G_w + c_l G_l`.
-
-    Raises:
-        InputError: operands that do not go together, or float64.
-    """
+    """The entries, and the gradient `Σ_k c_w G_w + c_l G_l` `[O, I]`, not weighted, from coefficients `[k, 2]`."""
     factors = Factors(u_w, v_w, u_l, v_l, spans)
     if coefficients.shape != (len(spans), 2):
         raise InputError(f"coefficients are [pairs, 2] = [{len(spans)}, 2]; got {list(coefficients.shape)}.")
     if out_dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"out_dtype is float32, bfloat16 or float16; got {out_dtype}.")
     gradient = blank(factors.rows, factors.cols, dtype=out_dtype, device=factors.device, poison=poison)
-    entries = _launch(factors, weight, coefficients, gradient, config or _pick(factors, store=True), poison)
-    return entries, gradient
+    return _launch(factors, weight, coefficients, gradient, config or _pick(factors, store=True), poison), gradient
 
 
 def outer_scratch(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, spans: Spans, *, store: bool = False) -> int:
-    """Bytes that `outer_entries` allocates besides its result: three float64 a tile and pair, and a table.
-
-    Args:
-        u_w: as for `outer_entries`.
-        v_w: as for `outer_entries`.
-        u_l: as for `outer_entries`.
-        v_l: as for `outer_entries`.
-        spans: as for `outer_entries`.
-        store: of `outer_with_gradient`, besides its results; with the coefficients.
-
-    Returns:
-        Bytes.
-    """
+    """Bytes that `outer_entries` (or, with `store`, `outer_with_gradient`) allocates besides its results."""
     factors = Factors(u_w, v_w, u_l, v_l, spans)
-    return len(spans) * (3 * PARTIAL * _tiles(factors, _pick(factors, store=store)) + 4 * 8 + 2 * 4 * store)
+    config = _pick(factors, store=store)
+    return outer_bytes(factors.rows, factors.cols, len(spans), config, store=store)
+
+
+def outer_products(
+    u: Tensor,
+    v: Tensor,
+    groups: Groups,
+    weight: Tensor | None = None,
+    *,
+    plan: GroupsPlan,
+    poison: bool = False,
+) -> Tensor:
+    """`⟨G_i, G_j⟩`, i ≤ j, in each group, float64 `[groups.count]`, from u `[N, O]`, v `[N, I]` and weight `[O, I]`."""
+    factors, split = Factors(u, v, u, v, groups), _split(groups)
+    sums = [torch.zeros(0, dtype=torch.float64, device=factors.device)]
+    if plan.small:
+        pairs = Factors(u, v, u, v, split.small)
+        sums.append(_launch(pairs, weight, None, None, plan.small, poison).flatten())
+    if plan.large:
+        sums.append(_launch_groups(factors, split.large, weight, plan.large, poison).flatten())
+    return torch.cat(sums)[on_device(split, "places", factors.device)]
+
+
+class _Split(NamedTuple):
+    """Groups of one and two rows, as pairs; larger ones; and each product's place among the sums of the two."""
+
+    small: Spans
+    large: Groups
+    places: tuple[int, ...]
+
+
+@lru_cache(maxsize=CACHED)
+def _split(groups: Groups) -> _Split:
+    small = [group for group in groups.members if 0 < len(group) < 3]
+    large = [group for group in groups.members if len(group) > 2]
+    side = group_side(max(map(len, large), default=0))
+    places: list[int] = []
+    pair, group_start = 0, 3 * len(small)
+    for group in groups.members:
+        if len(group) > 2:
+            places += [group_start + j * side + i for i, j in combinations_with_replacement(range(len(group)), 2)]
+            group_start += side * side
+        elif group:
+            places += [pair, pair + 2, pair + 1] if len(group) == 2 else [pair]
+            pair += 3
+    # A group of one has an empty partner.
+    chosen, rejected = [group[0] for group in small], [group[1] if len(group) == 2 else None for group in small]
+    spans = Spans(
+        [groups.starts[row] for row in chosen],
+        [groups.lengths[row] for row in chosen],
+        [0 if row is None else groups.starts[row] for row in rejected],
+        [0 if row is None else groups.lengths[row] for row in rejected],
+    )
+    return _Split(spans, Groups(groups.lengths, large, groups.starts), tuple(places))
+
+
+def _pick(factors: Factors, *, store: bool) -> Config:
+    beside, deep = 1 if store else factors.spans.count // 3, is_deep(factors.device)
+    return pick_outer(factors.widest, factors.rows, factors.cols, beside, store=store, deep=deep)
+
+
+def _check_weight(factors: Factors, weight: Tensor | None) -> tuple[int, int]:
+    """The weight's strides; 0 without one."""
+    if weight is None:
+        return 0, 0
+    if weight.shape != (factors.rows, factors.cols):
+        raise InputError(f"weight is [{factors.rows}, {factors.cols}]; got {list(weight.shape)}.")
+    return weight.stride(0), weight.stride(1)
 
 
 def _launch(
@@ -144,14 +159,13 @@ def _launch(
     config: Config,
     poison: bool,
 ) -> Tensor:
-    pairs, tiles = len(factors.spans), _tiles(factors, config)
-    if weight is not None and weight.shape != (factors.rows, factors.cols):
-        raise InputError(f"weight is [{factors.rows}, {factors.cols}]; got {list(weight.shape)}.")
+    """Entries `[k, 3]` of pairs; fills the gradient if there is one."""
+    pairs, tiles = factors.spans.count // 3, outer_tiles(factors.rows, factors.cols, config)
+    weight_o, weight_i = _check_weight(factors, weight)
     partials = blank(pairs, 3, tiles, dtype=torch.float64, device=factors.device, poison=poison)
     store = gradient is not None
     programs = tiles if store else pairs * tiles
     uw_t, uw_o, vw_t, vw_i, ul_t, ul_o, vl_t, vl_i = factors.strides
-    weight_o, weight_i = weight.stride() if weight is not None else (0, 0)
     unit_o = unit(factors.rows, uw_t, ul_t)
     unit_i = unit(factors.cols, vw_t, vl_t, weight_o)
     if programs:
@@ -161,7 +175,7 @@ def _launch(
                 factors.v_w,
                 factors.u_l,
                 factors.v_l,
-                factors.spans.table(factors.device),
+                on_device(factors.spans, "lines", factors.device),
                 weight,
                 None if coefficients is None else sent(coefficients.float().contiguous(), factors.device),
                 gradient,
@@ -196,14 +210,55 @@ def _launch(
     return partials.sum(2)
 
 
-def _pick(factors: Factors, *, store: bool) -> Config:
-    beside = 1 if store else len(factors.spans)
-    deep = is_deep(factors.device)
-    return pick_outer(factors.widest, factors.rows, factors.cols, beside, store=store, deep=deep)
-
-
-def _tiles(factors: Factors, config: Config) -> int:
-    return math.ceil(factors.rows / config.rows) * math.ceil(factors.cols / config.cols)
+def _launch_groups(
+    factors: Factors, groups: Groups, weight: Tensor | None, launch: GroupLaunch, poison: bool
+) -> Tensor:
+    """Products of rows, of which those below the diagonal count, `[G, side, side]` float64, of groups of n > 2."""
+    config, most, device = launch.config, max(groups.sizes), factors.device
+    block, side, tiles = group_block(most), group_side(most), outer_tiles(factors.rows, factors.cols, config)
+    weight_o, weight_i = _check_weight(factors, weight)
+    shape = (launch.together * launch.programs, most, config.rows * config.cols)
+    formed = blank(*shape, dtype=torch.float32, device=device, poison=poison)
+    shape = (len(groups.members), launch.programs, side, side)
+    partials = blank(*shape, dtype=torch.float64, device=device, poison=poison)
+    u_t, u_o, v_t, v_i, *_ = factors.strides
+    unit_o, unit_i = unit(factors.rows, u_t), unit(factors.cols, v_t, weight_o)
+    for skipped in range(0, len(groups.members) if tiles else 0, launch.together):
+        with current_device(device):
+            group_kernel[(min(launch.together, len(groups.members) - skipped) * launch.programs,)](
+                factors.u_w,
+                factors.v_w,
+                on_device(groups, "lines", device),
+                weight,
+                formed,
+                partials,
+                tiles,
+                launch.programs,
+                most,
+                skipped,
+                factors.rows // unit_o,
+                factors.cols // unit_i,
+                u_t // unit_o,
+                u_o,
+                v_t // unit_i,
+                v_i,
+                weight_o // unit_i,
+                weight_i,
+                UNIT_O=unit_o,
+                UNIT_I=unit_i,
+                BO=config.rows,
+                BI=config.cols,
+                DEPTH=config.depth,
+                BLOCK=block,
+                CHUNK=32 * config.warps,
+                WEIGHTED=weight is not None,
+                FAR=max(u_t, u_o, v_t, v_i, weight_o, weight_i) >= REACH,
+                WIDE=factors.u_w.dtype != factors.v_w.dtype or INTERPRETED,
+                num_warps=config.warps,
+                num_stages=config.stages,
+                enable_fp_fusion=True,
+            )
+    return partials.sum(1)
 
 
 @triton.jit(do_not_specialize=LOOSE, do_not_specialize_on_alignment=UNITED)  # type: ignore[untyped-decorator, unused-ignore]
@@ -251,43 +306,20 @@ def outer_kernel(
     weight_o = weight_o * UNIT_I
     program = tl.program_id(0)
     tile = program % tiles
-    # Eight rows of tiles at a time, column by column: what neighbours read stays in the second-level cache.
-    down = tl.cdiv(O, BO)
-    across = tl.cdiv(I, BI)
-    group = tile // (8 * across)
-    height = tl.minimum(down - group * 8, 8)
-    inside = tile - group * 8 * across
-    row = (group * 8 + inside % height) * BO
-    col = inside // height * BI
+    row, col = corner(tile, O, I, BO, BI)
+    sums = partials + tile
     if STORE:
         total = tl.zeros((BO, BI), dtype=tl.float32)
         for pair in range(pairs):
-            chosen = contract(
-                u_w, v_w, spans + pair * 4, row, col, O, I, uw_t, uw_o, vw_t, vw_i, BO, BI, DEPTH, WIDE, FAR
-            )
-            rejected = contract(
-                u_l, v_l, spans + pair * 4 + 2, row, col, O, I, ul_t, ul_o, vl_t, vl_i, BO, BI, DEPTH, WIDE, FAR
-            )
+            w = spans + pair * 4
+            chosen = contract(u_w, v_w, w, row, col, O, I, uw_t, uw_o, vw_t, vw_i, BO, BI, DEPTH, WIDE, FAR)
+            rejected = contract(u_l, v_l, w + 2, row, col, O, I, ul_t, ul_o, vl_t, vl_i, BO, BI, DEPTH, WIDE, FAR)
             total += tl.load(coefficients + pair * 2) * chosen + tl.load(coefficients + pair * 2 + 1) * rejected
-            put_sums(
-                chosen,
-                rejected,
-                weight,
-                row,
-                col,
-                O,
-                I,
-                weight_o,
-                weight_i,
-                partials,
-                pair,
-                tile,
-                tiles,
-                BO,
-                BI,
-                WEIGHTED,
-                FAR,
-            )
+            if WEIGHTED:
+                root = load_tile(weight, row, O, col, I, weight_o, weight_i, BO, BI, FAR).to(tl.float32)
+                chosen *= root
+                rejected *= root
+            put_sums(chosen, rejected, sums, pair, tiles)
         rows = row + tl.arange(0, BO)
         cols = col + tl.arange(0, BI)
         offsets = rows.to(tl.int64)[:, None] * I + cols[None, :]
@@ -295,29 +327,102 @@ def outer_kernel(
         tl.store(gradient + offsets, total.to(gradient.dtype.element_ty), mask=mask)
     else:
         pair = program // tiles
-        chosen = contract(u_w, v_w, spans + pair * 4, row, col, O, I, uw_t, uw_o, vw_t, vw_i, BO, BI, DEPTH, WIDE, FAR)
-        rejected = contract(
-            u_l, v_l, spans + pair * 4 + 2, row, col, O, I, ul_t, ul_o, vl_t, vl_i, BO, BI, DEPTH, WIDE, FAR
-        )
-        put_sums(
-            chosen,
-            rejected,
-            weight,
-            row,
-            col,
-            O,
-            I,
-            weight_o,
-            weight_i,
-            partials,
-            pair,
-            tile,
-            tiles,
-            BO,
-            BI,
-            WEIGHTED,
-            FAR,
-        )
+        w = spans + pair * 4
+        chosen = contract(u_w, v_w, w, row, col, O, I, uw_t, uw_o, vw_t, vw_i, BO, BI, DEPTH, WIDE, FAR)
+        rejected = contract(u_l, v_l, w + 2, row, col, O, I, ul_t, ul_o, vl_t, vl_i, BO, BI, DEPTH, WIDE, FAR)
+        if WEIGHTED:
+            root = load_tile(weight, row, O, col, I, weight_o, weight_i, BO, BI, FAR).to(tl.float32)
+            chosen *= root
+            rejected *= root
+        put_sums(chosen, rejected, sums, pair, tiles)
+
+
+@triton.jit(do_not_specialize=LOOSE, do_not_specialize_on_alignment=UNITED)  # type: ignore[untyped-decorator, unused-ignore]
+def group_kernel(
+    u: tl.tensor,
+    v: tl.tensor,
+    spans: tl.tensor,
+    weight: tl.tensor,
+    formed: tl.tensor,
+    partials: tl.tensor,
+    tiles: tl.tensor,
+    programs: tl.tensor,
+    most: tl.tensor,
+    skipped: tl.tensor,
+    O: tl.tensor,  # noqa: E741
+    I: tl.tensor,  # noqa: E741
+    u_t: tl.tensor,
+    u_o: tl.tensor,
+    v_t: tl.tensor,
+    v_i: tl.tensor,
+    weight_o: tl.tensor,
+    weight_i: tl.tensor,
+    UNIT_O: tl.constexpr,
+    UNIT_I: tl.constexpr,
+    BO: tl.constexpr,
+    BI: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    WIDE: tl.constexpr,
+    FAR: tl.constexpr,
+) -> None:
+    """`partials[group, program, i, j]` = products of rows over a program's tiles. Grid: groups × programs."""
+    O = O * UNIT_O  # noqa: E741
+    I = I * UNIT_I  # noqa: E741
+    u_t = u_t * UNIT_O
+    v_t = v_t * UNIT_I
+    weight_o = weight_o * UNIT_I
+    program = tl.program_id(0)
+    group = spans + (skipped + program // programs) * 2
+    lines = spans + tl.load(group) * 2
+    count = tl.load(group + 1).to(tl.int32)
+    side = tl.cdiv(most, BLOCK) * BLOCK
+    wide = tl.full((), 1, tl.int64)
+    formed += wide * program * most * (BO * BI)
+    partials += wide * (skipped * programs + program) * side * side
+    entries = tl.arange(0, BO)[:, None] * BI + tl.arange(0, BI)[None, :]
+    block = tl.arange(0, BLOCK)
+    for tile in range(program % programs, tiles, programs):
+        row, col = corner(tile, O, I, BO, BI)
+        tl.debug_barrier()  # the tiles before have been read
+        for index in range(count):
+            total = contract(u, v, lines + index * 2, row, col, O, I, u_t, u_o, v_t, v_i, BO, BI, DEPTH, WIDE, FAR)
+            if WEIGHTED:
+                total *= load_tile(weight, row, O, col, I, weight_o, weight_i, BO, BI, FAR).to(tl.float32)
+            tl.store(formed + index * (BO * BI) + entries, total)
+        tl.debug_barrier()  # these have been written
+        for i in range(0, count, BLOCK):
+            for j in range(0, i + 1, BLOCK):
+                total = tl.zeros((BLOCK, BLOCK, CHUNK), dtype=tl.float32)
+                for start in range(0, BO * BI, CHUNK):
+                    left = load_tile(formed, i, count, start, BO * BI, BO * BI, 1, BLOCK, CHUNK, False)
+                    right = load_tile(formed, j, count, start, BO * BI, BO * BI, 1, BLOCK, CHUNK, False)
+                    total += left[:, None, :] * right[None, :, :]
+                place = partials + (i + block)[:, None] * side + (j + block)[None, :]
+                sums = tl.sum(total, 2).to(tl.float64)
+                if tile >= programs:
+                    sums += tl.load(place)
+                tl.store(place, sums)
+
+
+@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+def corner(
+    tile: tl.tensor,
+    O: tl.tensor,  # noqa: E741
+    I: tl.tensor,  # noqa: E741
+    BO: tl.constexpr,
+    BI: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Where a tile begins: eight rows of tiles at a time, column by column."""
+    # What neighbours read stays in the second-level cache.
+    down = tl.cdiv(O, BO)
+    across = tl.cdiv(I, BI)
+    strip = tile // (8 * across)
+    height = tl.minimum(down - strip * 8, 8)
+    inside = tile - strip * 8 * across
+    return (strip * 8 + inside % height) * BO, inside // height * BI
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
@@ -353,31 +458,9 @@ def contract(
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def put_sums(
-    chosen: tl.tensor,
-    rejected: tl.tensor,
-    weight: tl.tensor,
-    row: tl.tensor,
-    col: tl.tensor,
-    O: tl.tensor,  # noqa: E741
-    I: tl.tensor,  # noqa: E741
-    weight_o: tl.tensor,
-    weight_i: tl.tensor,
-    partials: tl.tensor,
-    pair: tl.tensor,
-    tile: tl.tensor,
-    tiles: tl.tensor,
-    BO: tl.constexpr,
-    BI: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    FAR: tl.constexpr,
-) -> None:
-    """Write the three sums of a tile, weighted entry by entry."""
-    if WEIGHTED:
-        root = load_tile(weight, row, O, col, I, weight_o, weight_i, BO, BI, FAR).to(tl.float32)
-        chosen *= root
-        rejected *= root
-    place = partials + tl.full((), 3, tl.int64) * pair * tiles + tile
+def put_sums(chosen: tl.tensor, rejected: tl.tensor, partials: tl.tensor, pair: tl.tensor, tiles: tl.tensor) -> None:
+    """Write the three sums of a tile."""
+    place = partials + tl.full((), 3, tl.int64) * pair * tiles
     tl.store(place, tl.sum(chosen * chosen))
     tl.store(place + tiles, tl.sum(rejected * rejected))
     tl.store(place + 2 * tiles, tl.sum(chosen * rejected))

@@ -22,12 +22,12 @@ class EntangledPair:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenHeatMap:
-    """Cosines of a pair's token gradients: `cosines[a][b]` of chosen token a and rejected token b, or None."""
+    """Cosines of a pair's token gradients: `cosines[a][b]` of chosen token a and rejected token b; nan for none."""
 
     step: int
     chosen: Sequence[str]
     rejected: Sequence[str]
-    cosines: Sequence[Sequence[float | None]]
+    cosines: Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True, kw_only=True)

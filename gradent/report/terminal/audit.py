@@ -13,6 +13,7 @@ from rich.text import Text
 from gradent.record import Summary
 from gradent.report.audit.settings import describe_loss, describe_reference
 from gradent.report.page.numbers import fixed, percent
+from gradent.report.terminal.tables import new_table
 from gradent.text import printable, visible
 
 __all__ = ["print_summary"]
@@ -77,10 +78,10 @@ def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
 
 
 def _checkpoint_table(checkpoints: Sequence[dict[str, Any]]) -> Table:
-    table = _new_table("step", "pairs", "cosine", "ideal", "both down", "both up", "reversed", "chosen", "rejected")
+    table = new_table("step", "pairs", "cosine", "ideal", "both down", "both up", "reversed", "chosen", "rejected")
     for checkpoint in checkpoints:
         cases = [percent(checkpoint["cases"][name]["share"]) for name in ("ideal", "both_down", "both_up", "reversed")]
-        logps = [_number(checkpoint["logps"][name], ".1f") for name in ("chosen_logp", "rejected_logp")]
+        logps = [_nats(checkpoint["logps"][name]) for name in ("chosen_logp", "rejected_logp")]
         table.add_row(
             str(checkpoint["step"]), str(checkpoint["pairs"]), fixed(checkpoint["cosine"]["p50"]), *cases, *logps
         )
@@ -89,7 +90,7 @@ def _checkpoint_table(checkpoints: Sequence[dict[str, Any]]) -> Table:
 
 def _cosine_table(cosine: dict[str, Any]) -> Table:
     names = {"min": "min", "p5": "5%", "p25": "25%", "p50": "median", "p75": "75%", "p95": "95%", "max": "max"}
-    table = _new_table(*names.values(), "mean", "positive")
+    table = new_table(*names.values(), "mean", "positive")
     table.add_row(*(fixed(cosine[name]) for name in names), fixed(cosine["mean"]), percent(cosine["share_positive"]))
     if cosine["undefined"]:
         table.caption = f"{cosine['undefined']} pairs have no cosine: one of their gradients is exactly zero."
@@ -97,7 +98,7 @@ def _cosine_table(cosine: dict[str, Any]) -> Table:
 
 
 def _case_table(cases: dict[str, dict[str, Any]]) -> Table:
-    table = _new_table("case", "chosen", "rejected", "pairs", "share", text=3)
+    table = new_table("case", "chosen", "rejected", "pairs", "share", text=3)
     for name, (chosen, rejected) in _ARROWS.items():
         counted = cases[name]
         table.add_row(name.replace("_", " "), chosen, rejected, str(counted["count"]), percent(counted["share"]))
@@ -125,7 +126,7 @@ def _weight_lines(weights: dict[str, Any]) -> list[str]:
 
 
 def _pair_table(pairs: list[dict[str, Any]]) -> Table:
-    table = _new_table("row", "cosine", "case", "")
+    table = new_table("row", "cosine", "case", "")
     table.add_column("")
     for pair in pairs:
         chosen, rejected = (Text(pair[side], no_wrap=True, overflow="ellipsis") for side in ("chosen", "rejected"))
@@ -137,7 +138,7 @@ def _pair_table(pairs: list[dict[str, Any]]) -> Table:
 def _module_table(modules: dict[str, dict[str, float]], width: int) -> Table:
     ranked = sorted(modules.items(), key=lambda item: -abs(item[1]["cosine_part"]))
     total = sum(part["cosine_part"] for part in modules.values())
-    table = _new_table("module", "cosine", "share", "‖g_w‖²", "‖g_l‖²", text=1)
+    table = new_table("module", "cosine", "share", "‖g_w‖²", "‖g_l‖²", text=1)
     room = max(20, width - _MODULE_FIGURES)
     for full, part in ranked[:_MODULES_SHOWN]:
         name = full.removesuffix(".default")  # what PEFT calls the only adapter
@@ -174,7 +175,7 @@ def _render_tokens(tokens: dict[str, Any]) -> Iterator[RenderableType]:
 
 
 def _part_table(tokens: dict[str, Any]) -> Table:
-    table = _new_table("", "mean cosine", "tokens", text=1)
+    table = new_table("", "mean cosine", "tokens", text=1)
     counts = {"identical": tokens["identical_tokens"], "differing": tokens["tokens"] - tokens["identical_tokens"]}
     for kind, count in counts.items():
         table.add_row(f"from {kind} tokens", fixed(tokens["cosine"][kind]), str(count))
@@ -183,7 +184,7 @@ def _part_table(tokens: dict[str, Any]) -> Table:
 
 
 def _token_table(tokens: dict[str, Any]) -> Table:
-    table = _new_table("", "token", "sum", "mean", "times", text=2)
+    table = new_table("", "token", "sum", "mean", "times", text=2)
     for kind in ("entangling", "disentangling"):
         for number, row in enumerate(tokens[kind][:_TOKENS_SHOWN]):
             text = Text(visible(row["token"], _TOKEN_WIDTH))
@@ -192,12 +193,9 @@ def _token_table(tokens: dict[str, Any]) -> Table:
     return table
 
 
-def _new_table(*names: str, text: int = 0) -> Table:
-    table = Table(box=None, pad_edge=True, padding=(0, 1), caption_justify="left", header_style="dim")
-    for number, name in enumerate(names):
-        table.add_column(Text(name), justify="left" if number < text else "right", no_wrap=number >= text)
-    return table
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
-def _number(value: float | None, form: str = ".3g") -> str:
-    return "-" if value is None else format(value, form)
+def _nats(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

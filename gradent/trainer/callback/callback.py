@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,13 @@ from transformers import TrainerCallback, TrainingArguments
 from gradent.distributed import gather, is_first
 from gradent.errors import InputError
 from gradent.hooks.piggyback.pairing import Pairing
-from gradent.kernels.common.cost import parse_budget
+from gradent.kernels.common.budget import parse_budget
 from gradent.measurement import sequence_logps
 from gradent.model.parameters import is_sharded
 from gradent.notices import Notices, log
 from gradent.pairs.batch import PairBatch
 from gradent.record.stream import PairStream
-from gradent.recorder import Mode, Recorder, Recording, WeightGrad, attach, check_choices, join_recordings
+from gradent.recorder import CHOICES, Mode, Recorder, Recording, WeightGrad, attach, check_choices, join_recordings
 from gradent.report.live.alerts import DEFAULT_ALERT, Alert, Alerter
 from gradent.report.live.wandb import Panels
 from gradent.trainer.callback.fault_guard import LIMIT, guarded_event
@@ -39,6 +39,12 @@ __all__ = ["EntanglementCallback"]
 
 KEPT = 1000
 """Measured steps that `records` holds."""
+
+_CHOICES = CHOICES | {
+    "pairing": (None, *CHOICES["pairing"]),
+    "metric": (None, "adam"),
+    "on_error": ("warn", "raise"),
+}
 
 
 class EntanglementCallback(TrainerCallback):
@@ -107,15 +113,9 @@ class EntanglementCallback(TrainerCallback):
                 f"EntanglementCallback: tokens_every={tokens_every!r}; accepted is a number of steps, or 0 (never)."
             )
         check_choices(
-            "EntanglementCallback",
-            {
-                "mode": (mode, get_args(Mode)),
-                "pairing": (pairing, (None, *get_args(Pairing))),
-                "metric": (metric, (None, "adam")),
-                "weight_grad": (weight_grad, (None, *get_args(WeightGrad))),
-                "on_error": (on_error, ("warn", "raise")),
-            },
-        )
+            "EntanglementCallback", _CHOICES,
+            mode=mode, pairing=pairing, weight_grad=weight_grad, metric=metric, on_error=on_error,
+        )  # fmt: skip
         parse_budget(memory_budget)
         self.records: deque[StepRecord] = deque(maxlen=KEPT)
         self.every, self.by_module, self.realised, self.tokens_every = every, by_module, realised, tokens_every

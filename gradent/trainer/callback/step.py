@@ -16,6 +16,7 @@ from gradent.model.layer_names import group_layers
 from gradent.pair_gram import ModuleGram, PairGram
 from gradent.pairs.batch import PairBatch
 from gradent.record import PAIR_COLUMNS
+from gradent.record.table import Table
 from gradent.recorder import Recording
 from gradent.theory.conditions import CASES, Verdict
 from gradent.trainer.callback.token_map import TokenMap
@@ -26,7 +27,6 @@ __all__ = [
     "finite_means",
     "gram_values",
     "layer_cosines",
-    "nan_to_none",
     "summarize",
     "to_rows",
 ]
@@ -68,7 +68,17 @@ class StepRecord:
     def of(
         cls, step: int, recording: Recording, *, realised: Tensor | None = None, tokens: TokenMap | None = None
     ) -> StepRecord:
-        """The record of a recording with modules, and of the changes that the step made, `[2, k]`."""
+        """The record of a recording.
+
+        Args:
+            step: number of the step.
+            recording: what was harvested, with modules.
+            realised: how much chosen and rejected log-probs moved with the optimizer's step, `[2, k]`.
+            tokens: the token matrix of the most entangled pair.
+
+        Returns:
+            The record.
+        """
         chosen_realised, rejected_realised = (None, None) if realised is None else realised.unbind(0)
         names = ("gram", "verdict", "source", "overhead_s", "inactive", "unpaired", "batch")
         return cls(
@@ -128,17 +138,13 @@ def layer_cosines(records: Iterable[StepRecord]) -> dict[str, float]:
     return finite_means({layer: torch.cat(parts) for layer, parts in cosines.items()}, "")
 
 
-def nan_to_none(values: Tensor) -> list[Any]:
-    """A vector's numbers, None for nan."""
-    return [None if value != value else value for value in values.tolist()]
-
-
 def to_rows(record: StepRecord) -> list[dict[str, Any]]:
     """A step's pairs as rows of the record's schema (`PAIR_COLUMNS`), without a reference."""
-    sources = (record.gram, record.verdict)
-    columns = {
-        name: nan_to_none(getattr(source, name)) for source in sources for name in PAIR_COLUMNS if hasattr(source, name)
-    }
     pairs = len(record.gram)
+    sources = (record.gram, record.verdict)
+    table = Table(
+        {name: getattr(source, name).numpy() for source in sources for name in PAIR_COLUMNS if hasattr(source, name)}
+    )
+    columns = dict.fromkeys(PAIR_COLUMNS, [None] * pairs) | table.to_lists()
     columns |= {"checkpoint": ["train"] * pairs, "step": [record.step] * pairs, "pair": list(range(pairs))}
-    return [{name: columns[name][pair] if name in columns else None for name in PAIR_COLUMNS} for pair in range(pairs)]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from gradent.record import CASE_NAMES
 from gradent.report.live.window import EntangledPair, TokenHeatMap, Window
-from gradent.trainer.callback.step import StepRecord, layer_cosines, nan_to_none
+from gradent.trainer.callback.step import StepRecord, layer_cosines
 
 __all__ = ["to_window"]
 
@@ -59,8 +59,7 @@ def _make_heat_map(records: Sequence[StepRecord], tokenizer: Any) -> TokenHeatMa
         [f"{place} {decode(number)!r}" for place, number in enumerate(ids.tolist())]
         for ids in (gram.chosen_ids, gram.rejected_ids)
     )
-    cosines = [nan_to_none(row) for row in gram.cosine]
-    return TokenHeatMap(step=record.step, chosen=chosen, rejected=rejected, cosines=cosines)
+    return TokenHeatMap(step=record.step, chosen=chosen, rejected=rejected, cosines=gram.cosine.tolist())
 
 
 def _find_entangled(records: Sequence[StepRecord], tokenizer: Any) -> list[EntangledPair]:

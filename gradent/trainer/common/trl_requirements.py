@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import field
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from gradent.errors import InputError
 __all__ = [
     "make_config",
     "option",
+    "reference_in_batch",
     "refuse_options",
     "require_choice",
     "require_number",
@@ -80,6 +82,16 @@ def make_config(args: Any, kind: type[C], method: str) -> C:
     if args is not None and not isinstance(args, kind):
         raise InputError(f"args is a {type(args).__name__}; accepted is a {kind.__name__}.")
     return kind() if args is None else args
+
+
+@contextmanager
+def reference_in_batch(trainer: Any, is_there: bool = True) -> Iterator[None]:
+    """Inside, TRL's loss takes the reference's log-probs from the batch instead of running the reference."""
+    before, trainer.precompute_ref_logps = trainer.precompute_ref_logps, is_there
+    try:
+        yield
+    finally:
+        trainer.precompute_ref_logps = before
 
 
 def require_unsharded(trainer: Any, need: str, images: str) -> None:

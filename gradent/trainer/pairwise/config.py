@@ -10,7 +10,7 @@ from trl.trainer.dpo_config import DPOConfig
 
 from gradent import losses
 from gradent.errors import InputError
-from gradent.kernels.common.cost import parse_budget
+from gradent.kernels.common.budget import parse_budget
 from gradent.losses.designs import SCALES
 from gradent.trainer.common.trl_requirements import (
     option,

@@ -27,6 +27,7 @@ Letters: B pairs of a batch; n_w, n_l = ‖g_w‖, ‖g_l‖; N = 2B rows, K pre
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -37,14 +38,11 @@ from gradent import losses
 from gradent.errors import InputError, ModelError, NonFiniteError
 from gradent.hooks.piggyback.coefficients import FusedReadout
 from gradent.hooks.piggyback.config import WatchConfig
-from gradent.kernels.common.cost import DEFAULT_BUDGET, parse_budget
+from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.losses.designs import counting, normalized_weights
 from gradent.model.parameters import trainable
 from gradent.notices import Notices, warn
-from gradent.trainer.common.trl_requirements import (
-    make_config,
-    require_unsharded,
-)
+from gradent.trainer.common.trl_requirements import make_config, reference_in_batch, require_unsharded
 from gradent.trainer.pairwise.config import METHOD, PairwiseNormalizedDPOConfig
 from gradent.trainer.pairwise.row_norms import RowNorms, WatchedModel
 
@@ -107,17 +105,12 @@ class PairwiseNormalizedDPOTrainer(DPOTrainer):
             )
         inner, budget = self.accelerator.unwrap_model(model), parse_budget(self._pairwise.memory_budget)
         config = WatchConfig(model=inner, parameters=trainable(inner), budget=budget or DEFAULT_BUDGET, is_trusted=True)
-        watched = WatchedModel(model, config)
-        precomputed = self.precompute_ref_logps
-        try:
+        with closing(WatchedModel(model, config)) as watched:
             batch = self._with_reference(dict(inputs))
-            self.precompute_ref_logps = "ref_chosen_logps" in batch
-            loss = compute_loss(watched, batch, False, num_items_in_batch)  # type: ignore[no-untyped-call]
+            with reference_in_batch(self, "ref_chosen_logps" in batch):
+                loss = compute_loss(watched, batch, False, num_items_in_batch)  # type: ignore[no-untyped-call]
             d_w, d_l = self._weights(watched, batch, loss)
             norms = watched.measure(self._notices)
-        finally:
-            self.precompute_ref_logps = precomputed
-            watched.close()
         c_w, c_l, scales = normalized_weights(
             norms.chosen, norms.rejected, d_w, d_l, scale=self._pairwise.scale, factor=self._pairwise.C
         )

@@ -24,7 +24,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from gradent.errors import InputError
 from gradent.losses.token_masked import sparsity
-from gradent.trainer.common.trl_requirements import make_config, require_unsharded
+from gradent.trainer.common.trl_requirements import make_config, reference_in_batch, require_unsharded
 from gradent.trainer.token_masking.config import METHOD, TokenMaskedDPOConfig
 from gradent.trainer.token_masking.export import mask_batches, write_mask_table
 from gradent.trainer.token_masking.head import HeadUpdate, MaskHead, load_head, reduce_gradients, save_head
@@ -120,12 +120,8 @@ class TokenMaskedDPOTrainer(DPOTrainer):
             batch=dict(inputs),
             is_hard=config.mask_hard_eval and not training,
         )
-        precomputed = self.precompute_ref_logps
-        self.precompute_ref_logps = True  # `masked` puts the reference's log-probs into the batch
-        try:
+        with reference_in_batch(self):  # where `masked` puts it
             result = super()._compute_loss(masked, masked.batch, return_outputs)  # type: ignore[no-untyped-call]
-        finally:
-            self.precompute_ref_logps = precomputed
         loss, outputs = result if return_outputs else (result, None)
         penalty = config.mask_eta * sparsity(masked.mask, masked.masks.tokens.to(masked.mask.device)).mean()
         if config.mask_eta:

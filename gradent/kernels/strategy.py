@@ -1,0 +1,299 @@
+"""The one decision: which reducer takes a product, in which form and tiles, on which backend, and why.
+
+`decide` is a function of numbers alone: no tensors, no caches, no Triton. What reduces calls it
+(`gradent.hooks.reduction`, `gradent.kernels.dispatch`), and `gradent plan` prints it.
+
+Letters: N rows, n rows of a group, T tokens, O and I the two sides of a weight, D directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from gradent.kernels.common.budget import batch_room, waiting_limits
+from gradent.kernels.common.cost import DEPTH, GRAM_COST, Tiling, batch_scratch, cheapest
+from gradent.kernels.common.numerics import accumulator
+from gradent.kernels.common.tiles import gram_bytes, outer_bytes, pick_gram, pick_outer, plan_groups
+from gradent.kernels.common.triton_operands import Groups, Spans
+
+__all__ = ["Product", "Reducer", "Strategy", "decide"]
+
+Reducer = Literal["gram", "outer", "materialize", "queue", "group_by_group", "weight_grad_reuse"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """What is to be reduced: the gradients of N rows by a weight, of which groups' products are wanted.
+
+    Attributes:
+        rows: N, of the whole micro-batch.
+        lengths: tokens of each row of the largest group, padding included where it is not known to be zero.
+        out: O; all numbers of a gradient where these are materialized.
+        inp: I.
+        dtypes: of u and v.
+        device: type of the device.
+        has_kernels: Triton's kernels take such operands here.
+        is_complete: all rows are here, in their order, and nothing else of the parameter is held or still to come.
+        is_materialized: gradients are here as such, not as factors.
+        has_factors: factors of the parameter are held already, or are all that is left to decide about.
+        can_reuse: the backward that brings the output gradients takes a weight gradient that is made of all rows.
+        is_weighted: a preconditioner multiplies the gradients.
+        directions: D.
+        waiting: bytes of small gradients that wait to be reduced.
+        copied: bytes that scaled copies of the factors take.
+    """
+
+    rows: int
+    lengths: tuple[int, ...]
+    out: int
+    inp: int = 1
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)
+    device: str = "cpu"
+    has_kernels: bool = False
+    is_complete: bool = False
+    is_materialized: bool = False
+    has_factors: bool = False
+    can_reuse: bool = False
+    is_weighted: bool = False
+    directions: int = 0
+    waiting: int = 0
+    copied: int = 0
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an accumulating element."""
+        return accumulator(*self.dtypes).itemsize
+
+    @property
+    def is_widened(self) -> tuple[bool, bool]:
+        """Whether u and v are narrower than the accumulator."""
+        u, v = (dtype != accumulator(*self.dtypes) for dtype in self.dtypes)
+        return u, v
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of all rows' gradients."""
+        return self.rows * self.out * self.inp * self.itemsize
+
+    @property
+    def batch_bytes(self) -> int:
+        """Bytes of forming all rows' gradients at once."""
+        sizes = self.rows, max(self.lengths), self.out, self.inp
+        return batch_scratch(*sizes, itemsize=self.itemsize, widen=self.is_widened)
+
+    def room(self, budget: int) -> int:
+        """Bytes that this reduction may take beside what waits and what is copied."""
+        return max(budget // 2, budget - self.waiting) - self.copied
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strategy:
+    """How a product is reduced.
+
+    Attributes:
+        reducer: key of `gradent.hooks.reduction.reducers.REDUCERS`.
+        backend: "triton" or "torch".
+        form: the contraction.
+        tile: sides of a tile: tokens for gram, O and I for outer; None where gradients are there as such.
+        depth: length of the contracted axis that is taken at once.
+        scratch: bytes that are held at once.
+        flops: of one group's products.
+        rows: rows that are reduced at once.
+        refused: bytes that a kernel would hold, where torch reduces because these are more than the room; else 0.
+        why: one plain sentence.
+    """
+
+    reducer: Reducer
+    backend: Literal["torch", "triton"] = "torch"
+    form: Literal["gram", "outer"] = "outer"
+    tile: tuple[int, int] | None = None
+    depth: int = DEPTH
+    scratch: int
+    flops: int = 0
+    rows: int
+    refused: int = 0
+    why: str
+
+    @property
+    def tiling(self) -> Tiling:
+        """Form, tile and cost alone."""
+        assert self.tile is not None
+        return Tiling(form=self.form, tile=self.tile, depth=self.depth, flops=self.flops, scratch=self.scratch)
+
+
+def decide(product: Product, budget: int) -> Strategy:
+    """The strategy for a product under `budget` bytes of scratch; raises MemoryBudgetError where no tile fits."""
+    if product.is_materialized:
+        return _materialized(product, budget)
+    lack = _lacking(product)
+    if lack:
+        strategy = decide(replace(product, has_kernels=False), budget)
+        return replace(strategy, why=f"{strategy.why}; {lack}")
+    room = product.room(budget)
+    if product.can_reuse:
+        why = "the trainer's backward needs the sum of these gradients, so each of them is formed once for both"
+        return Strategy(reducer="weight_grad_reuse", scratch=max(1, room), rows=product.rows, why=why)
+    is_smaller = _is_smaller(product, budget)
+    is_small = product.gradient_bytes <= waiting_limits(budget)[0]
+    if is_smaller and is_small and not product.has_kernels:
+        why = "the gradients are smaller than their factors, and so small that they wait for others of their size"
+        return _all_rows("queue", product, why)
+    refused = 0
+    if product.is_complete and room > 0:
+        if product.has_kernels:
+            strategy = _by_kernel(product, room)
+            if not strategy.refused:
+                return strategy
+            refused = strategy.refused
+        if (
+            product.batch_bytes <= batch_room(room, product.device)
+            and _tiling(product, room + product.copied).form == "outer"
+        ):
+            why = "the outer form is the cheaper one, and the gradients of all rows fit at once"
+            return replace(_all_rows("outer", product, why), refused=refused)
+    if is_smaller:
+        why = "the gradients are smaller than their factors, so they are formed as they arrive"
+        return _all_rows("queue" if is_small else "materialize", product, why)
+    return _group_by_group(product, room + product.copied)  # rows are scaled one by one
+
+
+def _lacking(product: Product) -> str:
+    """Why Triton's kernels cannot do what they would otherwise be taken for; empty where they can."""
+    if not product.has_kernels or product.can_reuse:
+        return ""
+    if product.directions:
+        return "in torch, since Triton's kernels have no products with directions"
+    return ""
+
+
+def _all_rows(reducer: Reducer, product: Product, why: str) -> Strategy:
+    """All rows' gradients in one batched product."""
+    return Strategy(
+        reducer=reducer,
+        tile=(product.out, product.inp),
+        scratch=product.batch_bytes,
+        flops=_outer_flops(product),
+        rows=product.rows,
+        why=why,
+    )
+
+
+def _is_smaller(product: Product, budget: int) -> bool:
+    """Whether gradients are smaller than their factors and fit at once, and nothing is held as factors."""
+    if product.has_factors or product.batch_bytes > batch_room(budget, product.device):
+        return False
+    size = sum(side * dtype.itemsize for side, dtype in zip((product.out, product.inp), product.dtypes, strict=True))
+    gradient = product.out * product.inp * product.itemsize
+    return gradient <= max(product.lengths) * size
+
+
+def _outer_flops(product: Product) -> int:
+    count = len(product.lengths)
+    return 2 * product.out * product.inp * (sum(product.lengths) + count * (count + product.directions))
+
+
+def _tiling(product: Product, room: int, backend: Literal["torch", "triton"] = "torch") -> Tiling:
+    return cheapest(
+        product.lengths,
+        product.out,
+        product.inp,
+        itemsize=product.itemsize if backend == "torch" else 4,
+        budget=room,
+        widen=backend == "torch" and any(product.is_widened),
+        weighted=product.is_weighted,
+        directions=product.directions,
+        gram_cost=GRAM_COST[backend],
+    )
+
+
+def _group_by_group(product: Product, room: int) -> Strategy:
+    refused = 0
+    if product.has_kernels:
+        strategy = _by_kernel(product, room, is_alone=True)
+        if not strategy.refused:
+            return strategy
+        refused = strategy.refused
+    tiling = _tiling(product, room)
+    h = product.out * product.inp / (product.out + product.inp)
+    why = (
+        f"{tiling.form} is the cheaper form for rows of up to {max(product.lengths)} tokens beside h = {h:.0f}"
+        if not product.is_weighted
+        else "a preconditioner needs the gradients' own entries, which the outer form alone has"
+    ) + ", one group after the other"
+    return Strategy(
+        reducer="group_by_group",
+        form=tiling.form,
+        tile=tiling.tile,
+        depth=tiling.depth,
+        scratch=tiling.scratch,
+        flops=tiling.flops,
+        rows=len(product.lengths),
+        refused=refused,
+        why=why,
+    )
+
+
+def _materialized(product: Product, budget: int) -> Strategy:
+    """Gradients that are there as such: wait for others, all rows at once, or one group after the other."""
+    count, size = len(product.lengths), product.out * product.inp * product.itemsize
+    flops = 2 * product.out * product.inp * count * (count + product.directions)
+    if product.gradient_bytes <= waiting_limits(budget)[0]:
+        why = "the gradients are so small that they wait for others of their size"
+        return Strategy(reducer="queue", scratch=2 * product.gradient_bytes, flops=flops, rows=product.rows, why=why)
+    if 2 * product.gradient_bytes <= batch_room(product.room(budget), product.device):
+        why = "the gradients of all rows, and a copy of them, fit at once"
+        return Strategy(
+            reducer="materialize", scratch=2 * product.gradient_bytes, flops=flops, rows=product.rows, why=why
+        )
+    why = "the gradients are large, so they are put side by side one group after the other"
+    return Strategy(reducer="group_by_group", scratch=count * size, flops=flops, rows=count, why=why)
+
+
+def _by_kernel(product: Product, room: int, *, is_alone: bool = False) -> Strategy:
+    """One launch of Triton's kernels, for one group or for all; `refused` is what it would hold if that does not fit."""
+    groups = 1 if is_alone else -(-product.rows // len(product.lengths))
+    tiling = _tiling(product, room + product.copied, "triton")  # for the form alone
+    tile, scratch, flops = _kernel_cost(tiling.form, product, groups, room, tiling.flops)
+    share = "each group" if is_alone else "all groups"
+    return Strategy(
+        reducer="group_by_group" if is_alone else tiling.form,
+        backend="triton",
+        form=tiling.form,
+        tile=tile,
+        scratch=scratch,
+        flops=flops,
+        rows=groups * len(product.lengths),
+        refused=scratch if scratch > room else 0,
+        why=f"{tiling.form} is the cheaper form, in one launch of Triton's kernel for {share}",
+    )
+
+
+def _kernel_cost(
+    form: Literal["gram", "outer"], product: Product, groups: int, room: int, flops: int
+) -> tuple[tuple[int, int], int, int]:
+    """`(tile, scratch, flops of a group)` of one launch for some groups of n rows; `flops` as torch counts them."""
+    length, count = max(product.lengths), len(product.lengths)
+    members = [range(group * count, group * count + count) for group in range(groups)]
+    rows = Spans.padded(groups, length) if count == 2 else Groups.padded(length, [length] * (groups * count), members)
+    wide = torch.float32 if torch.float32 in product.dtypes else product.dtypes[1]
+    copied = 0
+    if count != 2 and not product.is_complete:  # rows of one group are put side by side
+        copied = sum(product.lengths) * sum(
+            side * dtype.itemsize for side, dtype in zip((product.out, product.inp), product.dtypes, strict=True)
+        )
+    if form == "outer" and count == 2:
+        config = pick_outer(wide, product.out, product.inp, groups, store=False)
+        return (config.rows, config.cols), outer_bytes(product.out, product.inp, groups, config), flops
+    if form == "outer":
+        assert isinstance(rows, Groups)
+        plan = plan_groups(wide, product.out, product.inp, rows, budget=room - copied)
+        config = plan.large.config if plan.large else plan.small or pick_outer(wide, 1, 1, 1, store=False)
+        return (config.rows, config.cols), plan.scratch + copied, flops
+    config = pick_gram(wide, length, rows.pairs)
+    whole, rest = divmod(length, config.rows)
+    triangle = (length**2 + whole * config.rows**2 + rest**2) // 2  # tiles on and below the diagonal
+    blocks = count * triangle + count * (count - 1) // 2 * length**2
+    return (config.rows, config.cols), gram_bytes(wide, rows) + copied, 2 * (product.out + product.inp) * blocks

@@ -1,0 +1,177 @@
+"""Responses in groups as one right-padded batch: `RowBatch`.
+
+Letters: N rows, L tokens of the longest row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gradent.errors import InputError, PairError
+from gradent.pairs.tokenize import tokenize_completions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["RowBatch"]
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """N responses as `[N, L]` tensors, in groups of any size: the rollouts of a prompt, a pair, or a single response.
+
+    Left-padded tensors are accepted by the constructor too: rows are trimmed to their real tokens before anything is
+    computed. Rows may be equal.
+
+    Attributes:
+        input_ids: token ids, int64 `[N, L]`.
+        attention_mask: 1 on real tokens, int64 `[N, L]`.
+        completion_mask: 1 on the tokens of the response, 0 on the prompt and on padding, int64 `[N, L]`.
+        group: the group of each row, int64 `[N]`, in any order.
+
+    Raises:
+        InputError: the tensors do not have one shape `[N, L]`, or `group` is not `[N]`.
+        PairError: a row has no completion token, a completion without any token before it, or a hole.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_mask: Tensor
+    group: Tensor
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.input_ids.shape)
+        shapes = [tuple(part.shape) for part in (self.attention_mask, self.completion_mask)]
+        if len(shape) != 2 or shape[0] == 0 or shapes != [shape, shape] or tuple(self.group.shape) != shape[:1]:
+            raise InputError(
+                f"RowBatch: input_ids is {list(shape)}, attention_mask {list(shapes[0])}, completion_mask "
+                f"{list(shapes[1])} and group {list(self.group.shape)}; accepted are [N, L] with N >= 1 for the first "
+                "three and [N] for group."
+            )
+        for number in range(shape[0]):
+            self._check(number)
+
+    def _check(self, number: int) -> None:
+        keep, marks = self.attention_mask[number].bool(), self.completion_mask[number].bool()
+        where, real = f"row {number} (group {int(self.group[number])})", keep.nonzero()[:, 0].tolist()
+        if not real:
+            raise PairError(f"{where}: the row has no real token (attention_mask is all 0). Remove this row.")
+        if real[-1] - real[0] >= len(real):
+            raise PairError(f"{where}: attention_mask has a hole; real tokens must be contiguous in a row.")
+        if bool((marks & ~keep).any()):
+            raise PairError(f"{where}: completion_mask marks padding; it may mark real tokens only.")
+        if not bool(marks.any()):
+            raise PairError(f"{where}: the completion is empty. It needs at least one token: remove this row.")
+        if bool(marks[real[0]]):
+            raise PairError(
+                f"{where}: the completion starts at the row's first token, so nothing predicts it. Give a prompt of at "
+                "least one token (a BOS token will do)."
+            )
+
+    def row(self, index: int) -> tuple[Tensor, Tensor]:
+        """Real token ids and completion marks of one row, padding removed.
+
+        Args:
+            index: row, 0 <= index < N.
+
+        Returns:
+            `(ids, marks)`: int64 `[T]` and bool `[T]`, T the row's number of real tokens.
+        """
+        keep = self.attention_mask[index].bool()
+        return self.input_ids[index][keep], self.completion_mask[index].bool()[keep]
+
+    def __len__(self) -> int:
+        """Number of rows, N."""
+        return int(self.input_ids.shape[0])
+
+    @classmethod
+    def from_tokens(
+        cls, groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], pad_token_id: int = 0
+    ) -> RowBatch:
+        """A batch from token ids.
+
+        Args:
+            groups: `(prompt_ids, [completion_ids, ...])` of each group; completions exclude the prompt.
+            pad_token_id: what fills rows on the right. It never enters a result.
+
+        Returns:
+            The `RowBatch` of all completions, group after group, int64 on the CPU.
+
+        Raises:
+            InputError: no group was given, or a member is not a prompt and a sequence of completions.
+            PairError: an empty prompt or completion, or a group without a completion.
+
+        Example:
+            >>> batch = RowBatch.from_tokens([([1, 2], [[3], [4, 5], [6]]), ([1], [[7]])])
+            >>> batch.group.tolist()
+            [0, 0, 0, 1]
+        """
+        if len(groups) == 0:
+            raise InputError("RowBatch.from_tokens: received no group; at least one is needed.")
+        rows: list[tuple[list[int], list[int]]] = []
+        numbers: list[int] = []
+        for number, group in enumerate(groups):
+            if len(group) != 2 or any(isinstance(ids, int) for ids in group[1]):
+                raise InputError(
+                    f"RowBatch.from_tokens: group {number} is not (prompt_ids, [completion_ids, ...]); a single "
+                    "completion is a list of one: (prompt_ids, [completion_ids])."
+                )
+            prompt, completions = list(map(int, group[0])), [list(map(int, ids)) for ids in group[1]]
+            if not prompt or not completions or not all(completions):
+                raise PairError(f"group {number}: the prompt and every completion need at least one token.")
+            rows += [(prompt, completion) for completion in completions]
+            numbers += [number] * len(completions)
+        longest = max(len(prompt) + len(completion) for prompt, completion in rows)
+        ids = torch.full((len(rows), longest), pad_token_id, dtype=torch.int64)
+        attention_mask, completion_mask = torch.zeros_like(ids), torch.zeros_like(ids)
+        for index, (prompt, completion) in enumerate(rows):
+            stop = len(prompt) + len(completion)
+            ids[index, :stop] = torch.tensor(prompt + completion)
+            attention_mask[index, :stop] = 1
+            completion_mask[index, len(prompt) : stop] = 1
+        return cls(ids, attention_mask, completion_mask, torch.tensor(numbers))
+
+    @classmethod
+    def from_text(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Any],
+        completions: Sequence[Sequence[Any]],
+        max_length: int | None = 1024,
+        *,
+        add_eos: bool = False,
+    ) -> RowBatch:
+        """A batch from text, tokenized as `PairBatch.from_text` does it.
+
+        Args:
+            tokenizer: a transformers tokenizer. It needs no pad token: padding never enters a result.
+            prompts: one string, or list of messages, a group.
+            completions: the completions of each prompt, of the prompts' kind.
+            max_length: most tokens a row may have, beyond which a completion loses its end; None for no limit.
+            add_eos: append the tokenizer's EOS to string completions.
+
+        Returns:
+            The `RowBatch` of all completions, group after group, int64 on the CPU.
+
+        Raises:
+            InputError: the two sequences differ in length, or are empty, or EOS is asked of a tokenizer without one.
+            PairError: an empty completion, or a prompt that leaves no room under `max_length`.
+        """
+        if len(prompts) != len(completions):
+            raise InputError(
+                f"RowBatch.from_text: received {len(prompts)} prompts and {len(completions)} lists of completions; "
+                "there must be one of each a group."
+            )
+        groups = [
+            tokenize_completions(
+                tokenizer, prompt, texts, max_length=max_length, add_eos=add_eos, where=f"group {number}"
+            )
+            for number, (prompt, texts) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        pad = tokenizer.pad_token_id
+        return cls.from_tokens(groups, pad_token_id=0 if pad is None else pad)
