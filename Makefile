@@ -20,10 +20,10 @@ EXAMPLES := $(filter-out examples/cures.py,$(wildcard examples/*.py))
 BESIDE := $(MAKE) --no-print-directory -j2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-oldest lint types docs examples $(EXAMPLES) check format pins clean clean-venv
+.PHONY: help venv demo test test-all test-everything test-docs test-fast test-oldest budgets zoo-fingerprints golden mutants lint types docs examples $(EXAMPLES) check format pins clean clean-venv
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP) ## Make the environment (.venv), pinned by constraints.txt.
 
@@ -38,22 +38,43 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## The paper's sentiment experiment in miniature; writes gradent-demo/.
 	$(BIN)/gradent demo $(ARGS)
 
-test: $(STAMP) ## Run all the tests.
+test: $(STAMP) ## Run the daily tests: at most 10 minutes on 2 cores.
+	$(PYTEST) -m "not nightly" $(ARGS)
+
+test-all: $(STAMP) $(OLDEST_STAMP) ## Run every test there is, docs and examples and the oldest neighbours too.
+	$(BESIDE) examples docs
+	$(MAKE) --no-print-directory test-oldest
+	$(BIN)/python -m scripts.proven record all oldest docs -- $(MAKE) --no-print-directory test-everything
+
+test-everything: $(STAMP)
 	$(PYTEST) $(ARGS)
 
+test-docs: $(STAMP) ## Run what docs, examples and README have: every example, the site, their nightly tests.
+	$(BIN)/python -m scripts.proven record docs -- $(BESIDE) examples docs
+
 test-oldest: $(OLDEST_STAMP) ## Run a part of the tests with TRL 0.24 and transformers 4.57.
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --maxprocesses $(JOBS) -p no:cacheprovider \
-		tests/trainer/test_any_release.py tests/test_measure.py tests/test_model.py tests/test_pairs.py tests/test_verdict.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.proven record oldest -- $(OLDEST)/bin/python -m pytest -n auto --maxprocesses $(JOBS) \
+		-p no:cacheprovider tests/trainer/test_any_release.py tests/test_measure.py tests/test_model.py \
+		tests/test_pairs.py tests/test_verdict.py
 
 $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-oldest.txt hatchling editables
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints-oldest.txt \
-		--no-build-isolation --editable '.[audit]' pytest pytest-xdist psutil
+		--no-build-isolation --editable '.[audit]' hypothesis pytest pytest-xdist psutil
 	@touch $@
 
-test-fast: $(STAMP) ## Run the tests that are not marked slow.
-	$(PYTEST) -m 'not slow' $(ARGS)
+test-fast: $(STAMP) ## Run the daily tests that are not marked slow.
+	$(PYTEST) -m 'not slow and not nightly' $(ARGS)
+
+zoo-fingerprints: $(STAMP) ## Renew tests/zoo_fingerprints.json; families with a new graph are tested in full.
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.zoo_fingerprints
+
+golden: $(STAMP) ## Renew tests/golden/: records of today's schema, and what their page says.
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.golden_records
+
+mutants: $(STAMP) ## Change the decisions, losses, conditions and coefficients: does a test notice? (ARGS="losses")
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.mutants $(ARGS)
 
 lint: $(STAMP) ## Check style and formatting.
 	$(BIN)/ruff check .
@@ -70,12 +91,13 @@ $(EXAMPLES): $(STAMP)
 docs: $(STAMP) ## Build the documentation (site/); a warning is an error.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# The tests come last: their closing line is what a reader of a log looks for.
-check: ## Everything that CI runs.
-	$(BESIDE) $(STAMP) $(OLDEST_STAMP)
-	$(BESIDE) types examples lint docs
-	$(MAKE) --no-print-directory test-oldest
-	$(MAKE) --no-print-directory test
+# The tests come last: their closing line is what a reader of a log looks for. What is owed, see scripts/proven.py.
+check: $(STAMP) ## Everything that CI runs; `make test-all` instead of `make test` where a pin, a rule or a kernel changed.
+	$(BESIDE) types lint
+	for target in $$($(BIN)/python -m scripts.proven owed); do $(MAKE) --no-print-directory $$target || exit 1; done
+
+budgets: $(STAMP) ## Write tests/budgets.json: how long each test file takes.
+	BUDGETS=write $(MAKE) --no-print-directory test
 
 format: $(STAMP) ## Reformat, and mend what can be mended.
 	$(BIN)/ruff check --fix .

@@ -2,7 +2,7 @@
 
     python -m benchmarks.crossover
 
-For weights of several shapes `[O, I]` and rows of T = 16 to 4,096 tokens: both forms as `gradent.kernels.reference`
+For weights of several shapes `[O, I]` and rows of T = 16 to 4,096 tokens: both forms as the reference
 runs them, each in one tile of whatever size, float32, one thread. They first agree with each other; times are medians
 of rounds in which the two take turns. The crossing is where the ratio of times is 1 on a line through the two lengths
 around it, both axes logarithmic; the cost model says `T = ⅔h`, `h = O I / (O + I)`. "The rule at worst" is the most
@@ -30,8 +30,8 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.append import RESULTS, append
-from gradent.kernels.plan import Plan
-from gradent.kernels.reference import reduce_planned
+from gradent.kernels.common.cost import Plan
+from gradent.kernels.common.numerics import reduce_planned
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
 BEGIN, END = "<!-- crossover: written by benchmarks/crossover.py -->", "<!-- end of crossover -->"

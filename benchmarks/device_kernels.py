@@ -15,8 +15,8 @@ from torch import Tensor
 
 from benchmarks.device_bench import Bench, Times
 from gradent.kernels import dispatch
-from gradent.kernels.plan import DEFAULT_BUDGET, choose
-from gradent.kernels.reference import reduce_planned
+from gradent.kernels.common.cost import DEFAULT_BUDGET, choose
+from gradent.kernels.common.numerics import reduce_planned
 
 __all__ = ["Case", "Operands", "check", "gemm", "kernels", "runs_kernels"]
 
@@ -65,7 +65,7 @@ def runs_kernels(device: torch.device) -> bool:
     """Whether Triton's kernels can run on a device, be it in the interpreter."""
     if importlib.util.find_spec("triton") is None:
         return False
-    from gradent.kernels.fused.tiles import INTERPRETED  # noqa: PLC0415  (imports Triton)
+    from gradent.kernels.common.triton_tiles import INTERPRETED  # noqa: PLC0415  (imports Triton)
 
     return device.type == "cuda" or INTERPRETED
 
@@ -78,7 +78,7 @@ def check(bench: Bench) -> None:
     """
     wrong = ""
     if bench.device.type == "cuda":
-        from gradent.kernels.fused.check import self_check  # noqa: PLC0415  (imports Triton)
+        from gradent.kernels.self_check import self_check  # noqa: PLC0415  (imports Triton)
 
         for what in ("self-check, cold", "self-check, warm"):
             began = time.perf_counter()
@@ -154,9 +154,9 @@ class Operands:
 
     def by_kernel(self, form: str) -> Any:
         """The same of a kernel, all pairs in one launch; of "store" with the gradient of the batch."""
-        from gradent.kernels.fused.gram import gram_entries  # noqa: PLC0415  (imports Triton)
-        from gradent.kernels.fused.operands import Spans  # noqa: PLC0415
-        from gradent.kernels.fused.outer import outer_entries, outer_with_gradient  # noqa: PLC0415
+        from gradent.kernels.common.triton_operands import Spans  # noqa: PLC0415
+        from gradent.kernels.gram.triton import gram_entries  # noqa: PLC0415  (imports Triton)
+        from gradent.kernels.outer.triton import outer_entries, outer_with_gradient  # noqa: PLC0415
 
         spans = Spans.padded(self.case.pairs, self.case.tokens)
         if form == "store":
@@ -170,7 +170,7 @@ class Operands:
             return 4 * pairs * tokens * rows * cols
         side = tokens
         if kernel:
-            from gradent.kernels.fused.tiles import pick_gram  # noqa: PLC0415  (imports Triton)
+            from gradent.kernels.common.triton_tiles import pick_gram  # noqa: PLC0415  (imports Triton)
 
             side = min(tokens, pick_gram(dtype, tokens, pairs).rows)
         count, rest = divmod(tokens, side)

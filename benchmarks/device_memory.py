@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.device_bench import Bench
 from benchmarks.device_kernels import runs_kernels
 from gradent.kernels import dispatch
-from gradent.kernels.plan import choose
+from gradent.kernels.common.cost import choose
 
 __all__ = ["memory"]
 
@@ -139,9 +139,9 @@ def _launches(bench: Bench, case: Case) -> int:
     tokens, rows, cols, pairs, budget = case
     plan = choose(tokens, tokens, rows, cols, itemsize=4, budget=budget, widen=True)
     if runs_kernels(bench.device) and dispatch.path(bench.device, torch.bfloat16) == "triton":
-        from gradent.kernels.fused.gram import gram_scratch  # noqa: PLC0415  (imports Triton)
-        from gradent.kernels.fused.operands import Spans  # noqa: PLC0415
-        from gradent.kernels.fused.outer import outer_scratch  # noqa: PLC0415
+        from gradent.kernels.common.triton_operands import Spans  # noqa: PLC0415
+        from gradent.kernels.gram.triton import gram_scratch  # noqa: PLC0415  (imports Triton)
+        from gradent.kernels.outer.triton import outer_scratch  # noqa: PLC0415
 
         u, v = (torch.empty(tokens, size, dtype=torch.bfloat16, device="meta") for size in (rows, cols))
         scratch = gram_scratch if plan.form == "gram" else outer_scratch

@@ -52,8 +52,8 @@ from benchmarks.append import append
 from benchmarks.peer_methods import METHODS, WATCHED, frozen_pass, plain_step, stack, trainable, unpadded
 from benchmarks.tokens import held
 from gradent import PairBatch
-from gradent.hooks.batching import group_rows
-from gradent.kernels.plan import DEFAULT_BUDGET, choose
+from gradent.hooks.passes.batching import group_rows
+from gradent.kernels.common.cost import DEFAULT_BUDGET, choose
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.append import append
-from gradent.hooks.forms import Dense, Rows
-from gradent.hooks.ledger import Ledger
+from gradent.hooks.reduction.ledger import Ledger
+from gradent.hooks.uses.formats import Dense, Rows
+from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View
-from gradent.hooks.uses.uses import Layout, SumUse
-from gradent.kernels.plan import choose
-from gradent.kernels.reference import accumulator, row_products
+from gradent.hooks.uses.uses import SumUse
+from gradent.kernels.common.cost import choose
+from gradent.kernels.common.numerics import accumulator, row_products
 
 TOKENS = (1, 64, 512, 2048, 8192)
 SIZES = (16, 1024, 4096, 14336)

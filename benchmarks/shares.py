@@ -29,8 +29,8 @@ from rich.table import Table
 from benchmarks.append import append
 from benchmarks.peers import CASES, SIZES, build, draw
 from gradent import measure
-from gradent.hooks.collector import Collector
-from gradent.hooks.formed import SmallGradients
+from gradent.hooks.reduction.collector import Collector
+from gradent.hooks.reduction.small_gradients import SmallGradients
 from gradent.hooks.uses.uses import LookupUse, SumUse
 
 MODEL = "GPT-2, full"

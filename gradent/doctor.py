@@ -43,16 +43,7 @@ PAIR = ([3, 17, 4, 9], [11, 5, 30, 8, 2, 21], [11, 6, 1])
 
 
 class Check(TypedDict):
-    """One model of the self-check.
-
-    Attributes:
-        model: what it is.
-        error: largest difference of `chosen_sq`, `rejected_sq` and `inner` from plain autograd in float64 (of a
-            bfloat16 model in bfloat16), divided by `‖g_i‖‖g_j‖`; None where there is none.
-        limit: the most that passes.
-        passed: whether it does.
-        failure: what went wrong instead, if anything.
-    """
+    """One model of the self-check."""
 
     model: str
     error: float | None
@@ -67,19 +58,7 @@ def _is_run(check: Check) -> bool:
 
 
 class Report(TypedDict):
-    """What `gradent doctor` finds.
-
-    Attributes:
-        versions: package -> version, or "not installed".
-        system: operating system and machine.
-        threads: of torch.
-        devices: each with `device`, `name` and `memory` in bytes (0 where the system does not say).
-        kernels: each with `device`, `dtype`, `path` (what reduces there, and why), `price` of a gram flop in outer
-            flops, and `measured`: whether it is a measurement rather than the cost model's 1.
-        cache: where prices are kept.
-        checks: the self-check, on the CPU and on the GPU in use.
-        passed: whether all of them passed.
-    """
+    """What `gradent doctor` finds."""
 
     versions: dict[str, str]
     system: str
@@ -92,11 +71,7 @@ class Report(TypedDict):
 
 
 def examine() -> Report:
-    """Look at the installation, and measure a pair on two tiny models made on the spot.
-
-    Returns:
-        The report; a failed check is in it, not raised.
-    """
+    """Look at the installation, and measure a pair on two tiny models; a failed check is reported, not raised."""
     places = [torch.device("cpu")] + [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     used = places if len(places) == 1 else [places[0], places[1 + torch.cuda.current_device()]]
     checks = [
@@ -124,13 +99,7 @@ def examine() -> Report:
 
 
 def print_report(report: Report, console: Console, *, as_json: bool = False) -> None:
-    """Print a report.
-
-    Args:
-        report: of `examine`.
-        console: where to.
-        as_json: as one JSON object.
-    """
+    """Print a report of `examine`, or with `as_json` one JSON object."""
     if as_json:
         console.print(Text(json.dumps(report, indent=2, ensure_ascii=False)), soft_wrap=True)
         return
@@ -165,15 +134,7 @@ def print_report(report: Report, console: Console, *, as_json: bool = False) -> 
 
 
 def scaled_error(gram: Any, truth: Tensor) -> float:
-    """Distance of a pair's entries from the truth.
-
-    Args:
-        gram: `PairGram` of one pair.
-        truth: float64 `[3]`: `(‖g_w‖², ‖g_l‖², ⟨g_w, g_l⟩)`.
-
-    Returns:
-        The largest difference, each divided by `‖g_i‖‖g_j‖`.
-    """
+    """The largest distance of a pair's entries from the truth `[3]`, each divided by `‖g_i‖‖g_j‖`."""
     chosen, rejected = truth[:2].sqrt()
     scale = torch.stack([chosen**2, rejected**2, chosen * rejected])
     got = torch.stack([gram.chosen_sq[0], gram.rejected_sq[0], gram.inner[0]])
@@ -202,7 +163,7 @@ def _check(name: str, build: Callable[[], nn.Module], dtype: torch.dtype, limit:
 
 
 def _truth(model: nn.Module, batch: PairBatch) -> Tensor:
-    """Gram entries float64 by one backward a row, gradients flattened: nothing of gradent's own."""
+    """Gram entries `[3]`, float64, by one backward a row, gradients flattened: nothing of gradent's own."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = []
     for row in range(2):

@@ -13,17 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from gradent.errors import InputError, NonFiniteError, UncoveredParameterError
-from gradent.hooks.batching import group_rows
-from gradent.hooks.driver import measure_pairs
-from gradent.hooks.micro import Outcome
-from gradent.kernels.plan import parse_budget
-from gradent.model.calls import check_ids, forward_marked, input_device, observed, plain, trainable
+from gradent.hooks.passes.batching import group_rows
+from gradent.hooks.passes.driver import measure_pairs
+from gradent.hooks.passes.func_engine import per_sample_pairs
+from gradent.hooks.passes.microbatch import Outcome
+from gradent.kernels.common.cost import parse_budget
+from gradent.model.calls import forward_marked
 from gradent.model.facts import ignores_padding, trims
 from gradent.model.logprobs import sequence_logprobs
+from gradent.model.observed import observed
+from gradent.model.parameters import check_ids, input_device, trainable, unwrap_compiled
 from gradent.model.preconditioner import metric_roots
 from gradent.pair_gram import ModuleGram, PairGram, on_cpu, sum_parameters
 from gradent.pairs.batch import PairBatch
-from gradent.per_sample import per_sample_pairs
 
 __all__ = ["measure", "sequence_logps"]
 
@@ -76,7 +78,7 @@ def measure(
     """
     if engine not in ("hooks", "func"):
         raise InputError(f"engine={engine!r} is unknown; accepted are 'hooks' (the default) and 'func'.")
-    model = plain(model)
+    model = unwrap_compiled(model)
     parameters = trainable(model)
     budget = parse_budget(memory_budget)
     weight = None if metric is None else metric_roots(metric, parameters)
@@ -106,7 +108,7 @@ def sequence_logps(model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor]:
         InputError: token ids outside the model's vocabulary.
         ModelError: the model returns no logits.
     """
-    model = plain(model)
+    model = unwrap_compiled(model)
     rows = _rows(model, batch)
     result = torch.zeros(len(rows), dtype=torch.float64)
     with observed(model):

@@ -32,9 +32,9 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from gradent.kernels.fused.gram import gram_kernel
-from gradent.kernels.fused.outer import outer_kernel
-from gradent.kernels.fused.tiles import Config, gram_configs, outer_configs
+from gradent.kernels.common.triton_tiles import Config, gram_configs, outer_configs
+from gradent.kernels.gram.triton import gram_kernel
+from gradent.kernels.outer.triton import outer_kernel
 
 TARGET = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "sm90.csv"
 ARCH = 90
@@ -49,7 +49,7 @@ DTYPES = [
     (torch.float32, torch.bfloat16),
 ]
 UNITS = {"UNIT_O": 8, "UNIT_I": 8}
-"""Sizes and row strides of real layers, and of LoRA with r = 8, are multiples of 8: `unit` of `fused/tiles.py`."""
+"""Sizes and row strides of real layers, and of LoRA with r = 8, are multiples of 8: `unit` of `triton_tiles`."""
 
 
 @dataclass(frozen=True)

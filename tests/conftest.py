@@ -30,13 +30,22 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import hypothesis
 import pytest
 import tokenizers
 import transformers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tests.budgets import tell
+from tests.shared import remember_session
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+# Examples are the same in every run; HYPOTHESIS_PROFILE=searching draws others, and more of them.
+hypothesis.settings.register_profile("steady", derandomize=True, deadline=None, database=None, max_examples=40)
+hypothesis.settings.register_profile("searching", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 SPECIALS = ("<pad>", "<bos>", "<eos>")
 
@@ -59,12 +68,23 @@ def pytest_unconfigure() -> None:
     gc.unfreeze()
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Files that took longer than they should."""
+    tell(terminalreporter)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a CUDA device where there is none."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("cuda"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device, or not asked for one: pytest -m cuda"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What `tests.shared` keeps is this session's."""
+    remember_session(tmp_path_factory)
 
 
 @pytest.fixture

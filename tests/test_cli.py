@@ -16,9 +16,10 @@ from click.testing import Result
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from gradent.auditing.api import prepare, scan
+from gradent.auditing.measuring import batches as scan
 from gradent.cli.app import app
 from gradent.errors import GradentError
+from gradent.loading import prepare
 from gradent.record import read_pairs, read_summary
 from gradent.version import __version__
 from tests.audit.made import FORMATS, KINDS, PAIRS, save_lora, write_jsonl
@@ -31,7 +32,7 @@ def here(local_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`my-model` and `pairs.jsonl` in the current directory, a console of 100 columns, other libraries let be."""
     monkeypatch.chdir(local_model.parent)
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr("gradent.cli.app._quieten_others", lambda: None)
+    monkeypatch.setattr("gradent.cli.console._quieten_others", lambda: None)
     write_jsonl(local_model.parent / "pairs.jsonl", PAIRS)
     return local_model.parent
 

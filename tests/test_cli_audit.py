@@ -35,7 +35,7 @@ def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setattr("gradent.cli.app._quieten_others", lambda: None)
+    monkeypatch.setattr("gradent.cli.console._quieten_others", lambda: None)
     return tmp_path
 
 

@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
 from gradent.cli.app import app
-from gradent.kernels.plan import parse_budget
+from gradent.kernels.common.cost import parse_budget
 from tests.audit.made import save_lora
 from tests.zoo import build
 
@@ -23,7 +23,7 @@ def here(local_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`my-model` in the current directory, a console of 140 columns, other libraries let be."""
     monkeypatch.chdir(local_model.parent)
     monkeypatch.setenv("COLUMNS", "140")
-    monkeypatch.setattr("gradent.cli.app._quieten_others", lambda: None)
+    monkeypatch.setattr("gradent.cli.console._quieten_others", lambda: None)
     return local_model.parent
 
 
@@ -106,8 +106,8 @@ def on_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def kernel_bytes(tokens: int, pairs: int) -> list[str]:
     """Scratch of the outer kernel for `my-model`'s gate_proj, by its own account, as the table prints it."""
-    from gradent.kernels.fused.operands import Spans  # noqa: PLC0415  (imports Triton, which is optional)
-    from gradent.kernels.fused.outer import outer_scratch  # noqa: PLC0415
+    from gradent.kernels.common.triton_operands import Spans  # noqa: PLC0415  (imports Triton, which is optional)
+    from gradent.kernels.outer.triton import outer_scratch  # noqa: PLC0415
 
     u, v = (torch.empty(pairs * tokens, size) for size in (24, 16))
     return [str(outer_scratch(u, v, u, v, Spans.padded(pairs, tokens))), "B"]

@@ -29,7 +29,7 @@ def tokens(*arguments: str, pair: str = "1"):
 
 
 def test_every_option_arrives(here, monkeypatch) -> None:
-    monkeypatch.setattr("gradent.cli.app._quieten_others", lambda: None)
+    monkeypatch.setattr("gradent.cli.console._quieten_others", lambda: None)
     save_lora(here / "adapter", here / "my-model")
     result = tokens(
         "--adapter", "adapter", "--dtype", "float64", "--device", "cpu", "--max-length", "20", "--no-add-eos",
@@ -50,7 +50,7 @@ def test_every_option_arrives(here, monkeypatch) -> None:
     ("pair", "message"), [("7", "there is no row 7. It has 7 rows"), ("2", "pairs.jsonl:3: chosen is empty")]
 )
 def test_errors_are_readable(pair, message, here, monkeypatch) -> None:
-    monkeypatch.setattr("gradent.cli.app._quieten_others", lambda: None)
+    monkeypatch.setattr("gradent.cli.console._quieten_others", lambda: None)
     write_jsonl(here / "pairs.jsonl", [*PAIRS[:2], {**PAIRS[2], "chosen": ""}, *PAIRS[3:]])
     result = tokens(pair=pair)
     assert result.exit_code == 2
@@ -60,7 +60,7 @@ def test_errors_are_readable(pair, message, here, monkeypatch) -> None:
 
 
 def test_masks_arrive(here, monkeypatch) -> None:
-    monkeypatch.setattr("gradent.cli.app._quieten_others", lambda: None)
+    monkeypatch.setattr("gradent.cli.console._quieten_others", lambda: None)
     result = tokens("--masks", "nowhere.parquet")
     assert result.exit_code == 2
     assert "nowhere.parquet: there is no such file. `TokenMaskedDPOTrainer.export_masks` writes it." in " ".join(

@@ -7,44 +7,23 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 import gradent
+from scripts import house
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "gradent"
+ROOT, PACKAGE = house.ROOT, house.PACKAGE
+ROOMS = house.rooms()
 
-# The house, top floor first. What stands on a floor may import from the floors below it and from nothing else.
-FLOORS: tuple[tuple[str, ...], ...] = (
-    ("__main__",),
-    ("cli",),
-    ("demo",),
-    ("trainer",),
-    ("audit",),
-    ("report",),
-    ("recorder", "doctor"),
-    ("measure", "tokens", "effects"),
-    ("token_tangents",),
-    ("verdict", "theory", "per_sample"),
-    ("stream",),
-    ("losses", "pairs", "record"),
-    ("hooks",),
-    ("traits",),
-    ("metric", "model", "directions", "forward_mode"),
-    ("kernels", "layers"),
-    ("gram", "token_gram"),
-    ("token_figure",),
-    ("files", "token_text"),
-    ("errors",),
-    ("version",),
-)
+MOST_FILES = 12
+"""Files in a folder, beside its `__init__.py`."""
 
 # Beyond the floors: what a part may not import, not even through another part of gradent.
 BARRED: dict[str, frozenset[str]] = {
-    "report": frozenset({"torch", "transformers", "peft", "trl", "gradent.measure", "gradent.hooks"}),
+    "report": frozenset({"torch", "transformers", "peft", "trl", "gradent.measurement", "gradent.hooks"}),
     "record": frozenset({"torch", "transformers"}),
     "errors": frozenset({"torch", "transformers", "rich", "typer"}),
     "kernels": frozenset({"transformers", "peft", "trl"}),
@@ -74,101 +53,149 @@ PUBLIC = {
 MACHINE_PATH = re.compile(r"(?<![A-Za-z0-9.*$}>-])/(?:work|farm|root|home|tmp|Users)/")
 
 
-def imported(source: str, package: str) -> Iterator[str]:
-    """Absolute names that a module imports, in functions too; `from gradent import x` counts as `gradent.x`."""
-    for node in ast.walk(ast.parse(source)):
+def module_file(module: str) -> Path | None:
+    """The file of a module of gradent; None for what is no module."""
+    path = ROOT / module.replace(".", "/")
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def imported(source: str, name: str, *, types: bool = True) -> Iterator[str]:
+    """Absolute names of the modules that a module imports, in functions too; without `types`, those it runs."""
+    tree = ast.parse(source)
+    for guard in () if types else [node for node in ast.walk(tree) if isinstance(node, ast.If)]:
+        if ast.unparse(guard.test) == "TYPE_CHECKING":
+            guard.body = [ast.Pass()]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{package}: relative import of {node.module}"
+            assert node.level == 0, f"{name}: relative import of {node.module}"
             module = node.module or ""
-            if module == "gradent":
-                yield from (f"gradent.{alias.name}" for alias in node.names)
-            else:
-                yield module
+            for alias in node.names:
+                inner = f"{module}.{alias.name}"
+                yield inner if module == "gradent" or module_file(inner) else module
 
 
-def part_of(module: str) -> str | None:
-    """`gradent.hooks.rules.norm` -> `hooks`; None for what is not gradent's."""
-    head, _, rest = module.partition(".")
-    return rest.split(".")[0] if head == "gradent" else None
+def room_of_module(module: str) -> str | None:
+    """`gradent.hooks.rules.norm` -> `hooks.rules`; None for what is not gradent's."""
+    if not module.startswith("gradent."):
+        return None
+    path = module_file(module)
+    if path is None:  # a public name of `gradent` itself
+        path = module_file(gradent._HOME[module.removeprefix("gradent.")])  # noqa: SLF001
+    assert path is not None, module
+    return house.room_of(path)
 
 
-def climbs(part: str, imports: Iterator[str] | list[str]) -> list[str]:
-    """Imports of `part` that do not go down the house."""
-    floor = {name: level for level, names in enumerate(FLOORS) for name in names}
+def climbs(room: str, imports: Iterable[str]) -> list[str]:
+    """Imports of a room that do not go down the house."""
+    floor = {name: level for level, names in enumerate(house.FLOORS) for name in names}
     return sorted(
         module
-        for module in imports
-        if (other := part_of(module)) is not None and other != part and floor.get(other, -1) <= floor[part]
+        for module in set(imports)
+        if (other := room_of_module(module)) is not None and other != room and floor[other] <= floor[room]
     )
 
 
-def parts() -> dict[str, list[Path]]:
-    """Part -> its files. The root `__init__`, which gathers the public names, is no part."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        inside = path.relative_to(PACKAGE)
-        if inside.as_posix() != "__init__.py":
-            found.setdefault(inside.parts[0].removesuffix(".py"), []).append(path)
-    return found
+def imports_of(path: Path, *, types: bool = True) -> set[str]:
+    return set(imported(path.read_text("utf-8"), path.stem, types=types))
 
 
-PARTS = parts()
+def test_every_room_has_one_floor():
+    floors = [name for names in house.FLOORS for name in names]
+    assert sorted(floors) == sorted(ROOMS), "give it a floor in scripts/house.py"
 
 
-def imports_of(part: str) -> set[str]:
-    return {module for path in PARTS[part] for module in imported(path.read_text("utf-8"), path.stem)}
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_a_room_says_what_it_is_for(room):
+    assert len(house.purpose(room)) > 20
 
 
-def test_every_part_has_a_floor():
-    assert set(PARTS) - {name for names in FLOORS for name in names} == set(), "give it a floor in FLOORS"
+def test_contributing_shows_the_rooms():
+    assert house.table() in (ROOT / "CONTRIBUTING.md").read_text("utf-8"), "run: python -m scripts.house"
 
 
-@pytest.mark.parametrize("part", sorted(set(PARTS) - {"__main__"}))
-def test_contributing_shows_every_part(part):
-    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
-    assert f"`gradent/{part}/`" in text or f"`gradent/{part}.py`" in text
-
-
-@pytest.mark.parametrize("part", sorted(PARTS))
-def test_imports_run_one_way(part):
-    wrong = {
-        path.relative_to(ROOT).as_posix(): up
-        for path in PARTS[part]
-        if (up := climbs(part, list(imported(path.read_text("utf-8"), path.stem))))
-    }
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_imports_run_one_way(room):
+    wrong = {path.relative_to(ROOT).as_posix(): up for path in ROOMS[room] if (up := climbs(room, imports_of(path)))}
     assert wrong == {}
 
 
-@pytest.mark.parametrize("part", sorted(BARRED))
-def test_barred_imports(part):
-    reached, queue = set(), [part]
-    while queue:
-        now = queue.pop()
-        for module in imports_of(now):
-            reached.add(module)
-            below = part_of(module)
-            if below in PARTS and f"gradent.{below}" not in reached:
-                reached.add(f"gradent.{below}")
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Groups of files that reach each other by imports."""
+
+    def reach(start: str) -> set[str]:
+        seen, queue = set(), [start]
+        while queue:
+            for below in graph[queue.pop()] - seen:
+                seen.add(below)
                 queue.append(below)
-    barred = BARRED[part]
+        return seen
+
+    below = {file: reach(file) for file in graph}
+    return sorted({tuple(sorted(other for other in below[file] if file in below[other])) for file in graph} - {()})
+
+
+def test_no_circle_of_files():
+    files = [path for paths in ROOMS.values() for path in paths]
+    graph = {
+        str(path.relative_to(ROOT)): {
+            str(below.relative_to(ROOT))
+            for module in imports_of(path)
+            if module.startswith("gradent.") and (below := module_file(module)) in files and below != path
+        }
+        for path in files
+    }
+    assert circles(graph) == []
+
+
+def test_the_check_of_circles_can_fail():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [("a", "b", "c")]
+
+
+def test_folders_are_small():
+    listed = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    sizes: dict[str, int] = {}
+    for path in listed:
+        if path.name != "__init__.py":
+            folder = path.parent.relative_to(ROOT).as_posix()
+            sizes[folder] = sizes.get(folder, 0) + 1
+    assert {folder: size for folder, size in sizes.items() if size > MOST_FILES} == {}
+
+
+def test_no_module_has_the_name_of_a_public_function():
+    assert [name for name in sorted(PUBLIC - {"losses"}) if module_file(f"gradent.{name}")] == []
+
+
+@pytest.mark.parametrize("room", sorted(BARRED))
+def test_barred_imports(room):
+    queue = [path for name, paths in ROOMS.items() if name == room or name.startswith(f"{room}.") for path in paths]
+    reached, seen = set(), set(queue)
+    while queue:
+        for module in imports_of(queue.pop(), types=False):
+            reached.add(module)
+            below = module_file(module) if module.startswith("gradent.") else None
+            if below is not None and below not in seen:
+                seen.add(below)
+                queue.append(below)
+    barred = BARRED[room]
     assert sorted(m for m in reached if m in barred or any(m.startswith(f"{name}.") for name in barred)) == []
 
 
 @pytest.mark.parametrize(
-    ("part", "source", "caught"),
+    ("room", "source", "caught"),
     [
-        ("hooks", "from gradent.measurement import measure", ["gradent.measure"]),
+        ("hooks.capture", "from gradent.measurement import measure", ["gradent.measurement"]),
         ("kernels", "def f():\n    import gradent.hooks.rules", ["gradent.hooks.rules"]),
         ("losses", "from gradent import verdict", ["gradent.verdict"]),
         ("pairs", "from gradent.losses import get", ["gradent.losses"]),
         ("errors", "from gradent import PairBatch", ["gradent.PairBatch"]),
-        ("measure", "import torch\nfrom gradent.hooks import capture\nfrom gradent.pair_gram import PairGram", []),
+        ("hooks.uses", "from gradent.hooks.capture import capture", ["gradent.hooks.capture.capture"]),
+        ("measurement", "import torch\nfrom gradent.hooks.capture import capture\nfrom gradent import losses", []),
     ],
 )
-def test_the_check_of_directions_can_fail(part, source, caught):
-    assert climbs(part, imported(source, part)) == caught
+def test_the_check_of_directions_can_fail(room, source, caught):
+    assert climbs(room, imported(source, room)) == caught
 
 
 def test_public_names_are_pinned():
@@ -182,14 +209,6 @@ def run_python(source: str) -> str:
     done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-@pytest.mark.parametrize("name", ["audit", "measure", "verdict"])
-def test_a_public_function_is_not_shadowed_by_its_module(name):
-    # `gradent.measure` is a module and a function: whatever was imported before, the public name is the function.
-    source = f"import gradent.{name}\nimport gradent\nfrom gradent import {name}\n"
-    source += f"print(type({name}).__name__, gradent.{name} is {name})"
-    assert run_python(source).split() == ["function", "True"]
 
 
 HEAVY = {"datasets", "jinja2", "matplotlib", "peft", "plotly", "pyarrow", "torch", "transformers", "trl", "wandb"}

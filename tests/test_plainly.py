@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from gradent import PairBatch, measure
 from gradent.errors import ModelError
-from gradent.hooks import batching, driver
+from gradent.hooks.passes import batching, driver
 from tests.batches import ragged
 from tests.truth import assert_exact, truth
 

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from examples.paper.setups import F64, WIDTH, LearnableHead, LearnableLogits, V
@@ -298,9 +300,9 @@ def smaug_rows(length: int, m: int, seed: int) -> tuple[Tensor, Tensor]:
     return torch.softmax(lifted, -1), torch.softmax(logits, -1)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_theorem_3_signs_and_the_effect_of_a_longer_suffix(seed):
-    m, length = 1, 9
+@given(st.integers(0, 2**32 - 1), st.integers(2, 12), st.data())
+def test_theorem_3_signs_and_the_effect_of_a_longer_suffix(seed, length, data):
+    m = data.draw(st.integers(0, length - 1))
     s_w, s_l = smaug_rows(length, m, seed)
     chosen, rejected = torch.zeros(length, dtype=torch.long), torch.zeros(length, dtype=torch.long)
     chosen[m], rejected[m] = 3, 4
@@ -309,7 +311,7 @@ def test_theorem_3_signs_and_the_effect_of_a_longer_suffix(seed):
     assert (changes.chosen[m + 1 :] <= 0).all()
     assert (changes.rejected[m + 1 :] <= 0).all()
     shorter = [
-        theorem_3(s_w[:end], s_l[:end], chosen[:end], rejected[:end]).chosen.sum() for end in range(2, length + 1)
+        theorem_3(s_w[:end], s_l[:end], chosen[:end], rejected[:end]).chosen.sum() for end in range(m + 1, length + 1)
     ]
     assert all(after <= before for before, after in itertools.pairwise(shorter))
 

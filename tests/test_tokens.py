@@ -10,22 +10,23 @@ from torch import Tensor, nn
 
 import gradent.model.facts
 from gradent.errors import GradentWarning, NonFiniteError
-from gradent.hooks.driver import agreement
-from gradent.hooks.forms import Dense, Explicit, Rows
+from gradent.hooks.passes.driver import agreement
+from gradent.hooks.uses.formats import Dense, Explicit, Rows
 from gradent.measurement import measure
 from gradent.pairs.batch import PairBatch
-from gradent.tokens.all_pairs import CrossLedger
+from gradent.tokens.all_pairs import AllPairsLedger
 from gradent.tokens.effects import token_effects
 from gradent.tokens.gram import TokenGram
 from gradent.tokens.ledger import TokenLedger
 from gradent.tokens.matrix import measure_tokens
-from gradent.tokens.row_pass import NoLockstep
+from gradent.tokens.row_pass import NoSharedBackward
 from tests.adapters import ADAPTERS, build_adapted
 from tests.batches import left_padded, ragged, square
 from tests.odd_models import ODD, build_odd
 from tests.token_models import TOKEN_MODELS
 from tests.truth import token_gradients, untouched
-from tests.zoo import MEASURABLE, build
+from tests.zoo import build
+from tests.zoo_prints import zoo
 
 MODELS = {
     **TOKEN_MODELS,
@@ -76,9 +77,9 @@ def test_token_by_token(monkeypatch, name):
     other = MODELS[name][0]()
 
     def refuse(*args, **kwargs):
-        raise NoLockstep("it is a test")
+        raise NoSharedBackward("it is a test")
 
-    monkeypatch.setattr("gradent.tokens.matrix.Lockstep", refuse)
+    monkeypatch.setattr("gradent.tokens.matrix.SynchronizedPasses", refuse)
     monkeypatch.setattr("gradent.tokens.matrix.TOKENS", {"cpu": 12, "cuda": 12})
     with pytest.warns(GradentWarning, match="one by one .* it is a test"):
         (single, *_) = measure_tokens(other, batch, memory_budget=512)
@@ -117,7 +118,7 @@ def test_forms_of_every_kind(budget):
         [Explicit(values(6, 4))],
         [Dense(values(2, 6), values(2, 4)), Rows(torch.tensor([3]), values(1, 4)), Explicit(values(6, 4))],
     ]
-    ledger = CrossLedger(5, budget=budget)
+    ledger = AllPairsLedger(5, budget=budget)
     dense = torch.zeros(5, 6, 4, dtype=torch.float64)
     for row, parts in enumerate(forms):
         for form in parts:
@@ -207,7 +208,7 @@ def test_a_non_finite_token_is_named():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MEASURABLE)
+@pytest.mark.parametrize("name", zoo())
 def test_every_family_in_step(name):
     check_in_step(build(name))
 

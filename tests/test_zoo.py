@@ -1,4 +1,8 @@
-"""`measure` is exact on every causal-LM family of transformers: all parameters and LoRA, both engines, both padded."""
+"""`measure` is exact on every causal-LM family of transformers: all parameters and LoRA, both engines, both padded.
+
+Each day this is shown for one family of every fingerprint (tests/zoo_prints.py), and for all of them that the
+fingerprint is still the committed one; `make test-all` shows it for each family.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,14 @@ from gradent.measurement import measure, sequence_logps
 from tests.adapters import lora_everywhere
 from tests.batches import left_padded, ragged
 from tests.truth import TOLERANCE, Truth, assert_exact, call, logp_error, scaled_error, truth, untouched
-from tests.zoo import FAMILIES, MEASURABLE, build
+from tests.zoo import FAMILIES, MEASURABLE, build, model_class, tiny_config
+from tests.zoo_prints import RENEW, committed, facts, fingerprint, print_of, zoo
 from tests.zoo_tables import FLOAT32_ONLY, LORA_EXCLUDES, OVERRIDES, TWINS, UNBUILT, VARIANTS
 
 MIXTURES = ("deepseek_v3", "gpt_oss", "jamba", "mixtral", "olmoe", "qwen3_moe")
 
 
-@pytest.fixture(scope="module", params=MEASURABLE)
+@pytest.fixture(scope="module", params=zoo())
 def name(request: pytest.FixtureRequest) -> str:
     """A family or variant. The scope keeps the tests of a family together, so that its truth is computed once."""
     return request.param
@@ -43,6 +48,33 @@ def is_causal(model: PreTrainedModel) -> bool:
 def skip_twin(name: str) -> None:
     if name in TWINS:
         pytest.skip(f"the same model as {TWINS[name]}")
+
+
+@pytest.mark.parametrize("family", MEASURABLE)
+def test_the_fingerprint_is_the_committed_one(family):
+    found, known = facts(build(family)), print_of().get(family)
+    assert known is not None, f"{family} is new: {RENEW}"
+    was = committed()[known]["facts"]
+    assert fingerprint(found) == known, f"{family}: gone {set(was) - set(found)}, new {set(found) - set(was)}. {RENEW}"
+
+
+def test_the_committed_fingerprints_are_those_of_the_zoo():
+    assert sorted(print_of()) == list(MEASURABLE)
+    assert all(fingerprint(group["facts"]) == key for key, group in committed().items())
+
+
+def test_a_fingerprint_heeds_calls_and_not_sizes():
+    def of(**fields: object) -> str:
+        return fingerprint(facts(model_class("llama")(tiny_config("llama", fields)).eval().double()))
+
+    assert of() == print_of()["llama"]
+    assert of(num_hidden_layers=3, hidden_size=64, vocab_size=101, num_key_value_heads=1) == of()
+    for other in ({"attention_bias": True}, {"tie_word_embeddings": True}):
+        assert of(**other) != of()
+    narrow, stray, shuffled = build("llama").float(), build("llama"), build("llama")
+    stray.model.norm.register_forward_hook(lambda module, args, out: out + module.weight.cosh())
+    shuffled.lm_head.register_forward_pre_hook(lambda module, args: args[0][:, torch.arange(args[0].shape[1])])
+    assert len({fingerprint(facts(model)) for model in (build("llama"), narrow, stray, shuffled)}) == 4
 
 
 def test_the_zoo_is_causal_and_alive(name, true):

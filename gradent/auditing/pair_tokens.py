@@ -1,39 +1,39 @@
-"""`audit_tokens`: one pair of a data file, token by token, as a record, a picture and a page.
-
-What needs torch is imported by the call, so that importing this module (and with it the command line) is quick.
-"""
+"""`audit_tokens`: one pair of a data file, token by token, as a record, a picture and a page."""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
-from gradent.auditing.pair_masks import read_pair_masks
-from gradent.auditing.tell import teller, warnings_told
+from gradent.auditing.console import make_tell, warnings_as_notes
+from gradent.auditing.measuring.tokens import named_errors, refuse_non_finite
+from gradent.auditing.state.config import TokenConfig
+from gradent.kernels.common.cost import parse_budget
+from gradent.loading.preferences import AuditPair
+from gradent.loading.prepare import Prepared, prepare
+from gradent.measurement import measure
+from gradent.pair_gram import PairGram
+from gradent.pairs.batch import PairBatch
 from gradent.record import TokenRecord, write_token_record
 from gradent.record.atomic import make_directory
+from gradent.record.masks import read_pair_masks
 from gradent.record.token_rows import TokenRow, list_tokens, rank_ends
 from gradent.report.page.numbers import signed_number
 from gradent.report.terminal.tables import new_table
 from gradent.report.tokens.page import write_token_report
 from gradent.text import printable, token_texts, visible
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from gradent.loading.preferences import AuditPair
-    from gradent.loading.prepare import Prepared
-    from gradent.pair_gram import PairGram
-    from gradent.tokens.gram import TokenGram
+from gradent.tokens.effects import token_effects
+from gradent.tokens.gram import TokenGram
+from gradent.tokens.matrix import measure_tokens
 
 __all__ = ["TokenAudit", "audit_tokens"]
 
@@ -43,19 +43,12 @@ _SHOWN = 5  # tokens at either end in the printed table
 
 @dataclass(frozen=True, kw_only=True)
 class TokenAudit:
-    """What was found of one pair's tokens and where it is.
+    """What was found of one pair's tokens and where it is."""
 
-    Attributes:
-        record: the contents of `tokens.json`, from which `gradent.report.write_token_report` makes the page.
-        record_path: `tokens.json`; `gradent.record.read_token_record` reads it.
-        picture_path: `tokens.png`, the heat map of `TokenGram.plot`.
-        page_path: `tokens.html`, one file that loads nothing.
-    """
-
-    record: TokenRecord
-    record_path: Path
-    picture_path: Path
-    page_path: Path
+    record: TokenRecord  # the contents of `tokens.json`, from which `gradent.report.write_token_report` makes the page
+    record_path: Path  # `tokens.json`; `gradent.record.read_token_record` reads it
+    picture_path: Path  # `tokens.png`, the heat map of `TokenGram.plot`
+    page_path: Path  # `tokens.html`, one file that loads nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,104 +60,55 @@ class _Measured:
     effects: tuple[Tensor, Tensor]
 
 
-def audit_tokens(
-    model: str | os.PathLike[str],
-    data: str | os.PathLike[str],
-    *,
-    pair: int,
-    out: str | os.PathLike[str],
-    adapter: str | os.PathLike[str] | None = None,
-    split: str = "train",
-    max_length: int | None = None,
-    memory_budget: int | str | None = None,
-    by_module: bool = False,
-    masks: str | os.PathLike[str] | None = None,
-    dtype: str = "float32",
-    device: str | None = None,
-    add_eos: bool = True,
-    trust_remote_code: bool = False,
-    quiet: bool = False,
-) -> TokenAudit:
-    """Measure the tokens of one preference pair and write `tokens.json`, `tokens.png` and `tokens.html`.
-
-    Args:
-        model: as in `audit`, and so are the others but these:
-        data: as in `audit`.
-        pair: row of the data, counted from 0.
-        out: directory for the three files, made where needed; those of an earlier call there are replaced.
-        adapter: as in `audit`.
-        split: as in `audit`.
-        max_length: as in `audit`.
-        memory_budget: as in `audit`.
-        by_module: also sum up which modules the inner product comes from.
-        masks: a file that `TokenMaskedDPOTrainer.export_masks` wrote for the same data: the page then also shows which
-            of the pair's tokens the masked loss keeps.
-        dtype: as in `audit`.
-        device: as in `audit`.
-        add_eos: as in `audit`.
-        trust_remote_code: as in `audit`.
-        quiet: print nothing.
-
-    Returns:
-        The record and the paths of the files.
-    """
-    from gradent.kernels.plan import parse_budget  # noqa: PLC0415
-    from gradent.loading.prepare import prepare  # noqa: PLC0415
-
+def audit_tokens(config: TokenConfig) -> TokenAudit:
+    """Measure the tokens of one preference pair and write `tokens.json`, `tokens.png` and `tokens.html`."""
     started = time.monotonic()
-    parse_budget(memory_budget)
-    directory = make_directory(out, _FILES)
+    parse_budget(config.memory_budget)
+    directory = make_directory(config.out, _FILES)
     notes: list[str] = []
-    tell = teller(notes, quiet)
-    ready = prepare(
-        os.fspath(model), data, tell=tell, only=pair, adapter=None if adapter is None else os.fspath(adapter),
-        split=split, max_length=max_length, max_pairs=None, dtype=dtype, device=device, skip_bad_rows=False,
-        add_eos=add_eos, trust_remote_code=trust_remote_code, seed=0,
-    )  # fmt: skip
-    (row,) = ready.material.pairs.pairs
-    kept = None if masks is None else read_pair_masks(masks, row.row, (row.chosen_ids, row.rejected_ids))
-    with warnings_told(tell):
-        measured = _measure(ready.model, row, memory_budget, by_module, quiet)
-    settings = {
-        "max_length": ready.material.max_length, "add_eos": ready.material.add_eos, "memory_budget": memory_budget,
-        "by_module": by_module, "dtype": dtype, "device": device,
-    }  # fmt: skip
+    tell = make_tell(notes, config.quiet)
+    ready = prepare(config, tell, only=config.pair)
+    (pair,) = ready.material.pairs.pairs
+    masks = (
+        None if config.masks is None else read_pair_masks(config.masks, pair.row, (pair.chosen_ids, pair.rejected_ids))
+    )
+    with warnings_as_notes(tell):
+        measured = _measure(ready.model, pair, config)
     content = {
-        **_describe(ready, row, os.fspath(data), split),
-        **_figures(ready, row, measured),
-        "masks": kept,
-        "settings": settings,
+        **_describe(ready, pair, config),
+        **_figures(ready, pair, measured),
+        "masks": masks,
+        "settings": {
+            "max_length": ready.material.max_length, "add_eos": ready.material.add_eos,
+            "memory_budget": config.memory_budget, "by_module": config.by_module, "dtype": config.dtype,
+            "device": config.device,
+        },
         "notes": notes,
         "seconds": round(time.monotonic() - started, 3),
-    }
+    }  # fmt: skip
     result = _write(directory, content, measured.gram)
-    if not quiet:
+    if not config.quiet:
         _print(result.record, Console(highlight=False))
     return result
 
 
-def _measure(model: Any, pair: AuditPair, memory_budget: int | str | None, by_module: bool, quiet: bool) -> _Measured:
-    from gradent.auditing.measuring.tokens import named_errors, refuse_non_finite  # noqa: PLC0415
-    from gradent.measurement import measure  # noqa: PLC0415
-    from gradent.pairs.batch import PairBatch  # noqa: PLC0415
-    from gradent.tokens.effects import token_effects  # noqa: PLC0415
-    from gradent.tokens.matrix import measure_tokens  # noqa: PLC0415
-
+def _measure(model: Any, pair: AuditPair, config: TokenConfig) -> _Measured:
     batch = PairBatch.from_tokens([(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)])
+    budget = config.memory_budget
     with named_errors(pair, "tokens", ", or --dtype bfloat16"):
-        whole = measure(model, batch, by_module=by_module, memory_budget=memory_budget)
-        (gram,) = measure_tokens(model, batch, memory_budget=memory_budget, progress=not quiet)
+        whole = measure(model, batch, by_module=config.by_module, memory_budget=budget)
+        (gram,) = measure_tokens(model, batch, memory_budget=budget, progress=not config.quiet)
         (effects,) = batch.split_tokens(token_effects(model, batch, toward="margin"))
     refuse_non_finite(pair, (gram.inner.flatten(), gram.chosen_sq, gram.rejected_sq, *effects), "another --pair")
     return _Measured(whole=whole, gram=gram, effects=effects)
 
 
-def _describe(ready: Prepared, pair: AuditPair, data: str, split: str) -> dict[str, Any]:
+def _describe(ready: Prepared, pair: AuditPair, config: TokenConfig) -> dict[str, Any]:
     return {
         "model": ready.describe_model(),
         "data": {
-            "source": data,
-            "split": split,
+            "source": config.data,
+            "split": config.split,
             "row": pair.row,
             "rows": ready.material.rows,
             "where": pair.where,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from gradent.demo.statements import Statement, divide_statements, draw_statements, read_statements, statement_words
 from gradent.errors import InputError
-from gradent.pairs.batch import tokenize_pair
+from gradent.pairs.tokenize import tokenize_pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from gradent.errors import InputError
-from gradent.kernels.plan import DEPTH, LEAST_PRICE, MOST_PRICE, Plan
-from gradent.kernels.queued import is_capturing
+from gradent.kernels.common.cost import DEPTH, LEAST_PRICE, MOST_PRICE, Plan
+from gradent.kernels.common.streams import is_capturing
 from gradent.record.atomic import write_whole
 
 __all__ = ["adopt", "cache_file", "device_name", "is_measured", "known", "price"]
@@ -74,7 +74,7 @@ def price(
     """How many times dearer a gram flop is than an outer flop on a device.
 
     Measured where nothing is known yet (in less than 0.3 s on a CPU; a GPU's kernels are compiled first), with the
-    functions that reduce: those of `gradent.kernels.reference`, or Triton's kernels where
+    functions that reduce: those of `gradent.kernels.common.numerics`, or Triton's kernels where
     `gradent.kernels.dispatch.path` names them for the device.
     Flops are those of three full blocks, whatever a kernel saves by symmetry: what it saves is then in its price. No
     random number is drawn, no graph is made, and no rounding mode of the caller's is changed.
@@ -221,13 +221,13 @@ def _forms(path: str, operands: list[Tensor]) -> tuple[Callable[[], Any], Callab
     u_w, v_w, u_l, v_l = operands
     length, side = u_w.shape
     if path == "triton":
-        from gradent.kernels.fused.gram import gram_entries  # noqa: PLC0415  (imports Triton)
-        from gradent.kernels.fused.operands import Spans  # noqa: PLC0415
-        from gradent.kernels.fused.outer import outer_entries  # noqa: PLC0415
+        from gradent.kernels.common.triton_operands import Spans  # noqa: PLC0415
+        from gradent.kernels.gram.triton import gram_entries  # noqa: PLC0415  (imports Triton)
+        from gradent.kernels.outer.triton import outer_entries  # noqa: PLC0415
 
         spans = Spans.of_pair(length, length)
         return lambda: gram_entries(u_w, v_w, u_l, v_l, spans), lambda: outer_entries(u_w, v_w, u_l, v_l, spans)
-    from gradent.kernels.reference import reduce_planned  # noqa: PLC0415  (it asks here for the price)
+    from gradent.kernels.common.numerics import reduce_planned  # noqa: PLC0415  (it asks here for the price)
 
     narrow = u_w.dtype not in (torch.float32, torch.float64)
     gram = Plan(form="gram", tile=(length, length), depth=DEPTH if narrow else side, flops=0, scratch=0)

@@ -1,6 +1,6 @@
 """Which code reduces: Triton's kernels on a GPU, plain torch elsewhere. The one place that decides.
 
-On a CUDA device the kernels of `gradent.kernels.fused` are used where Triton is installed and, once a device and
+On a CUDA device Triton's kernels are used where Triton is installed and, once a device and
 process, their self-check succeeds; if either fails, one `GradentWarning` says so, and plain torch does it. So does one
 where a budget is below the kernels' scratch, or a CUDA graph is captured before the check. float64, and operands of two
 dtypes on the two sides of a pair, are torch's business anyway. On a CPU nothing of this is loaded.
@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from gradent.errors import GradentWarning, InputError
+from gradent.kernels.common.cost import choose
+from gradent.kernels.common.numerics import batch_pays, reduce_batch, reduce_dense
+from gradent.kernels.common.streams import is_capturing
 from gradent.kernels.crossover import price
-from gradent.kernels.plan import choose
-from gradent.kernels.queued import is_capturing
-from gradent.kernels.reference import batch_pays, reduce_batch, reduce_dense
 
 if TYPE_CHECKING:
-    from gradent.kernels.fused.operands import Spans
+    from gradent.kernels.common.triton_operands import Spans
 
 __all__ = [
     "VARIABLE",
@@ -110,7 +110,7 @@ def reduce_pair(
         MemoryBudgetError: not even one row of a tile fits.
     """
     if _kernels(u_w, v_w, u_l, v_l):
-        from gradent.kernels.fused.operands import Spans  # noqa: PLC0415  (imports Triton)
+        from gradent.kernels.common.triton_operands import Spans  # noqa: PLC0415  (imports Triton)
 
         launch = _launch(u_w, v_w, u_l, v_l, Spans.of_pair(len(u_w), len(u_l)), budget, weight, last=True)
         entries = None if launch is None else launch()
@@ -217,7 +217,7 @@ def attempt(device: torch.device, launch: Callable[[], T]) -> T | None:
 
     Args:
         device: where the operands are.
-        launch: calls functions of `gradent.kernels.fused`.
+        launch: calls Triton's kernels.
 
     Returns:
         What `launch` returned, or None.
@@ -226,7 +226,7 @@ def attempt(device: torch.device, launch: Callable[[], T]) -> T | None:
         OutOfMemoryError: torch's own, also where Triton found no memory: it says nothing about the kernels.
         BROKEN: what Triton raised, with `GRADENT_KERNELS=triton`.
     """
-    from gradent.kernels.fused.check import BROKEN  # noqa: PLC0415  (imports Triton)
+    from gradent.kernels.self_check import BROKEN  # noqa: PLC0415  (imports Triton)
 
     try:
         return launch()
@@ -278,7 +278,7 @@ def _launch_pairs(
     """As `_launch`, for rows of one tensor; None too where their tokens are not evenly spaced in memory."""
     if len(u) == 0 or not _kernels(u, v, u, v) or not (_even(u) and _even(v)):
         return None
-    from gradent.kernels.fused.operands import Spans  # noqa: PLC0415  (imports Triton)
+    from gradent.kernels.common.triton_operands import Spans  # noqa: PLC0415  (imports Triton)
 
     half, tokens = len(u) // 2, u.shape[1]
     u, v, middle = u.flatten(0, 1), v.flatten(0, 1), half * tokens
@@ -298,7 +298,8 @@ def _launch(
     last: bool = False,
 ) -> Callable[[], Tensor | None] | None:
     """The kernel's launch, which gives `[k, 3]` (None if it turns out to be impossible); None if over the budget."""
-    from gradent.kernels.fused import gram, outer  # noqa: PLC0415  (imports Triton)
+    from gradent.kernels.gram import triton as gram  # noqa: PLC0415
+    from gradent.kernels.outer import triton as outer  # noqa: PLC0415
 
     factors = (u_w, v_w, u_l, v_l, spans)
     longest = (max(side, default=0) for side in (spans.chosen_length, spans.rejected_length))
@@ -334,7 +335,7 @@ def _forced(device: torch.device) -> str:
     """No reason against kernels, "", where `GRADENT_KERNELS=triton` can be followed; an error elsewhere."""
     if importlib.util.find_spec("triton") is None:
         raise InputError(f"{VARIABLE}=triton, but Triton is not installed: pip install 'gradent[cuda]'.")
-    from gradent.kernels.fused.tiles import INTERPRETED  # noqa: PLC0415  (imports Triton)
+    from gradent.kernels.common.triton_tiles import INTERPRETED  # noqa: PLC0415  (imports Triton)
 
     if device.type != "cuda" and not INTERPRETED:
         raise InputError(
@@ -365,7 +366,7 @@ def _examine(device: torch.device) -> str:
     if importlib.util.find_spec("triton") is None:
         return MISSING
     try:
-        from gradent.kernels.fused.check import self_check  # noqa: PLC0415  (imports Triton)
+        from gradent.kernels.self_check import self_check  # noqa: PLC0415  (imports Triton)
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
     wrong = self_check(device)

@@ -13,8 +13,9 @@ import torch
 
 from gradent.errors import InputError, ModelError, NotCausalError
 from gradent.loading.source import ModelSource, brief, hint, some
-from gradent.model.calls import input_device, observed
 from gradent.model.facts import check_causal
+from gradent.model.observed import observed
+from gradent.model.parameters import input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,19 +40,7 @@ no end to it, since a damaged config reaches any line of a model's code. Each is
 
 
 def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
-    """The configuration of a full model.
-
-    Args:
-        base: directory or hub id.
-        trust_remote_code: run code that the model's repository brings.
-
-    Returns:
-        A transformers configuration.
-
-    Raises:
-        NotCausalError: an encoder-decoder model.
-        ModelError: there is none, or it cannot be read.
-    """
+    """The configuration of a full model."""
     from transformers import AutoConfig  # noqa: PLC0415
 
     if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
@@ -78,18 +67,7 @@ def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with the adapter where there is one (it may carry the run's chat template), else the base's.
-
-    Args:
-        source: of the model.
-        trust_remote_code: run code that the model's repository brings.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        ModelError: there is none, or it cannot be read.
-    """
+    """The tokenizer saved with the adapter, which may carry the run's chat template, else the base's."""
     from transformers import AutoTokenizer  # noqa: PLC0415
 
     place = source.base
@@ -112,23 +90,7 @@ def load_model(
     trust_remote_code: bool = False,
     trainable: bool = True,
 ) -> Any:
-    """The causal LM, with its adapter's parameters trainable (all parameters where there is no adapter).
-
-    Args:
-        source: of the model.
-        dtype: one of `DTYPES`; `auto` is the checkpoint's own.
-        device: a torch device.
-        trust_remote_code: run code that the model's repository brings.
-        trainable: False for a reference, which needs no gradient.
-
-    Returns:
-        A `PreTrainedModel` or `PeftModel` in evaluation mode on `device`.
-
-    Raises:
-        InputError: an unknown dtype or a device that is not there.
-        NotCausalError: an encoder, an encoder-decoder, or a model whose later tokens change earlier predictions.
-        ModelError: files missing, damaged or pickled only, weights missing, or an adapter that does not fit.
-    """
+    """The causal LM, with its adapter's parameters trainable (all parameters where there is no adapter)."""
     check_dtype(dtype)
     place = check_device(device)
     model = _load_base(source.base, dtype, trust_remote_code)
@@ -151,19 +113,8 @@ def load_model(
 def check_vocabulary(
     tokenizer: PreTrainedTokenizerBase, rows: int, source: str, used: tuple[int, str] | None = None
 ) -> None:
-    """Refuse a tokenizer that is not this model's: ids beyond the embedding.
-
-    Tokens that were added to the tokenizer alone (a pad token, mostly) are harmless while no pair uses them.
-
-    Args:
-        tokenizer: the tokenizer.
-        rows: rows of the model's input embedding.
-        source: the model's name, for the message.
-        used: largest token id that occurs in the pairs, and where.
-
-    Raises:
-        ModelError: the tokenizer's own vocabulary, or a token that a pair uses, has no row in the embedding.
-    """
+    """Refuse a tokenizer that is not this model's: ids beyond the embedding."""
+    # Tokens that were added to the tokenizer alone (a pad token, mostly) are harmless while no pair uses them.
     added = set(tokenizer.added_tokens_decoder)
     largest = max((number for number in tokenizer.get_vocab().values() if number not in added), default=-1)
     if largest >= rows:
@@ -236,18 +187,7 @@ def _load_adapter(model: Any, adapter: str, base: str, trainable: bool) -> Any:
 
 
 def read_adapter(adapter: str, *, trainable: bool = True) -> Any:
-    """The configuration of a PEFT adapter.
-
-    Args:
-        adapter: its directory.
-        trainable: refuse an adapter whose parameters cannot be trained again.
-
-    Returns:
-        A PEFT configuration.
-
-    Raises:
-        ModelError: a prompt-learning adapter, with `trainable`.
-    """
+    """The configuration of a PEFT adapter."""
     from peft import PeftConfig  # noqa: PLC0415
 
     config = PeftConfig.from_pretrained(adapter)
@@ -268,30 +208,13 @@ def not_causal(base: str, config: Any) -> NotCausalError:
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuse a dtype that is none of `DTYPES`.
-
-    Args:
-        dtype: what the user gave.
-
-    Raises:
-        InputError: another one.
-    """
+    """Refuse a dtype that is none of `DTYPES`."""
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)} (command line: --dtype).")
 
 
 def check_device(device: str) -> torch.device:
-    """A torch device that can be used here.
-
-    Args:
-        device: its name.
-
-    Returns:
-        The device.
-
-    Raises:
-        InputError: it is unknown, or not there.
-    """
+    """A torch device that can be used here."""
     try:
         place = torch.device(device)
         torch.empty(1, device=place).cpu()  # what cannot be read back, such as "meta", is of no use

@@ -28,35 +28,16 @@ _DATA_ACCEPTED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of the data, readable or not.
+    """One row of the data, readable or not."""
 
-    Attributes:
-        index: row of the data, counted from 0 (blank lines of a .jsonl file are not rows).
-        where: what an error calls it: `pairs.jsonl:17` for a line (from 1), `pairs.parquet, row 16` otherwise.
-        values: what the row says; None where it cannot be read.
-        problem: why it cannot be read; None where it can.
-    """
-
-    index: int
-    where: str
-    values: Any = None
-    problem: str | None = None
+    index: int  # row of the data, counted from 0 (blank lines of a .jsonl file are not rows)
+    where: str  # what an error calls it: `pairs.jsonl:17` for a line (from 1), `pairs.parquet, row 16` otherwise
+    values: Any = None  # what the row says; None where it cannot be read
+    problem: str | None = None  # why it cannot be read; None where it can
 
 
 def read_rows(source: str | os.PathLike[str], split: str = "train") -> list[Row]:
-    """Every row of `source`.
-
-    Args:
-        source: a .jsonl, .json or .parquet file; a directory; or a dataset id on the hub.
-        split: which split of a directory or hub dataset; a file has none.
-
-    Returns:
-        The rows in order. A line of a .jsonl file that is not JSON comes back as a row with a `problem`.
-
-    Raises:
-        DataFileError: the source does not exist, is of no known kind, cannot be read as a whole, has no such split, or
-            has no row.
-    """
+    """Every row of `source`."""
     path = Path(source)
     if path.is_file():
         if split != "train":

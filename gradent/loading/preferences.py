@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gradent.errors import DataFileError, InputError, PairError
 from gradent.loading.preference_files import Row
 from gradent.loading.stratify import draw_in_slices
-from gradent.pairs.batch import tokenize_pair
+from gradent.pairs.tokenize import tokenize_pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,29 +29,17 @@ _LISTED = 5  # further bad rows that an error names
 
 @dataclass(frozen=True, kw_only=True)
 class AuditPair:
-    """One usable pair.
+    """One usable pair."""
 
-    Attributes:
-        row: row of the data, counted from 0.
-        where: file and line, as errors name it.
-        prompt_ids: tokens that both responses share as their context.
-        chosen_ids: tokens of the chosen response.
-        rejected_ids: tokens of the rejected response.
-        chosen_text: the chosen response as one string, for tables.
-        rejected_text: the rejected response as one string, for tables.
-        prompt_text: the prompt as one string, for tables.
-        truncated: responses (0, 1 or 2) that lost their end to `max_length`.
-    """
-
-    row: int
-    where: str
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-    chosen_text: str
-    rejected_text: str
-    prompt_text: str = ""
-    truncated: int = 0
+    row: int  # row of the data, counted from 0
+    where: str  # file and line, as errors name it
+    prompt_ids: list[int]  # tokens that both responses share as their context
+    chosen_ids: list[int]  # tokens of the chosen response
+    rejected_ids: list[int]  # tokens of the rejected response
+    chosen_text: str  # the chosen response as one string, for tables
+    rejected_text: str  # the rejected response as one string, for tables
+    prompt_text: str = ""  # the prompt as one string, for tables
+    truncated: int = 0  # responses (0, 1 or 2) that lost their end to `max_length`
 
     @property
     def tokens(self) -> int:
@@ -91,27 +79,7 @@ def prepare_pairs(
     max_pairs: int | None = None,
     seed: int = 0,
 ) -> PairSet:
-    """Check and tokenize the rows.
-
-    Args:
-        rows: what `read_rows` returned.
-        tokenizer: the model's tokenizer.
-        max_length: most tokens of prompt + response; a longer response loses its end, as in TRL.
-        add_eos: append EOS to plain-string responses, as TRL's DPOTrainer does (chat templates end turns themselves).
-        skip_bad_rows: leave out rows that cannot be used and list them, instead of raising.
-        max_pairs: measure that many usable rows; None for all. They stand for the data: the rows, sorted by the
-            length of both responses in characters, are cut into that many slices of equal count, and each slice gives
-            one row, drawn with `seed`.
-        seed: of that draw.
-
-    Returns:
-        The pairs in order of their rows, and the rows left out.
-
-    Raises:
-        DataFileError: a row is unusable (and `skip_bad_rows` is off), or all are; names file, line and the first few.
-            What a row says is checked for every row of the data, drawn or not.
-        InputError: messages, but a tokenizer without a chat template; `max_pairs` below 1.
-    """
+    """Check and tokenize the rows."""
     if max_pairs is not None and max_pairs < 1:
         raise InputError(f"max_pairs is {max_pairs}; it must be at least 1 (command line: --max-pairs).")
     readable, skipped = _read(rows)

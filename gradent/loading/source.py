@@ -17,34 +17,15 @@ _ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors", "*token*",
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """Where a model comes from.
+    """Where a model comes from."""
 
-    Attributes:
-        base: directory or hub id of the full model.
-        adapter: directory of the PEFT adapter on top of it, or None.
-        name: what the user called it; the record's `checkpoint`.
-    """
-
-    base: str
-    adapter: str | None
-    name: str
+    base: str  # directory or hub id of the full model
+    adapter: str | None  # directory of the PEFT adapter on top of it, or None
+    name: str  # what the user called it; the record's `checkpoint`
 
 
 def resolve_source(model: str, adapter: str | None = None, *, weights: bool = True) -> ModelSource:
-    """Tell a full model from an adapter, and find the adapter's base.
-
-    Args:
-        model: directory or hub id of a causal LM, or of a PEFT adapter, whose config names its base.
-        adapter: directory or hub id of a PEFT adapter for `model`.
-        weights: whether weights will be read, and have to be there.
-
-    Returns:
-        The base and the adapter's local directory.
-
-    Raises:
-        InputError: no such directory, or an adapter on top of an adapter.
-        ModelError: an adapter that names no base, or that cannot be fetched.
-    """
+    """Tell a full model from an adapter, and find the adapter's base."""
     _check_exists(model)
     own = _adapter_directory(model)
     if own is not None and adapter is not None:
@@ -85,29 +66,12 @@ def _base_of(name: str, adapter: str) -> str:
 
 
 def read_adapter_file(adapter: str) -> dict[str, Any]:
-    """What an adapter's adapter_config.json says.
-
-    Args:
-        adapter: its directory.
-
-    Returns:
-        The JSON object.
-    """
+    """What an adapter's adapter_config.json says."""
     return _read_json(Path(adapter) / "adapter_config.json")
 
 
 def read_step(source: ModelSource) -> int:
-    """The trainer's step at which a checkpoint was saved.
-
-    Args:
-        source: of the model.
-
-    Returns:
-        `global_step` of the directory's trainer_state.json; 0 where there is none.
-
-    Raises:
-        ModelError: a trainer_state.json that says no such thing.
-    """
+    """The trainer's step at which a checkpoint was saved."""
     state = Path(source.adapter or source.base) / "trainer_state.json"
     step = _read_json(state).get("global_step", 0) if state.is_file() else 0
     if not isinstance(step, int):

@@ -9,23 +9,9 @@ __all__ = ["draw_in_slices"]
 
 
 def draw_in_slices(sizes: Sequence[int], count: int | None, seed: int) -> list[list[int]]:
-    """Cut items, sorted by size, into slices of equal count, and shuffle each: its first item is the one drawn.
-
-    Stratified sampling, one draw a stratum: long and short items are there in their true proportions, in every sample.
-    The items after the first stand in for it, where it proves to be of no use.
-
-    Args:
-        sizes: of the items.
-        count: how many slices; None, or no fewer than there are items, for one slice an item, in the items' order.
-        seed: of the shuffling.
-
-    Returns:
-        Positions in `sizes`, slice by slice, smallest items first.
-
-    Example:
-        >>> [len(each) for each in draw_in_slices([5, 1, 4, 2, 3], 2, seed=0)]
-        [2, 3]
-    """
+    """Cut items, sorted by size, into slices of equal count, and shuffle each: its first item is the one drawn."""
+    # Stratified sampling, one draw a stratum: long and short items are there in their true proportions, in every
+    # sample. The items after the first stand in for it, where it proves to be of no use.
     if count is None or count >= len(sizes):
         return [[position] for position in range(len(sizes))]
     order = sorted(range(len(sizes)), key=lambda position: (sizes[position], position))

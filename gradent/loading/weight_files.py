@@ -31,14 +31,7 @@ _AGAIN = "It was cut off while it was saved or copied, or damaged: copy it again
 
 
 def kind_of(directory: Path) -> str | None:
-    """What a directory seems to hold, whole or not.
-
-    Args:
-        directory: of a checkpoint.
-
-    Returns:
-        "adapter" (a PEFT adapter), "full", or None where there are neither a config nor weights.
-    """
+    """What a directory seems to hold, whole or not."""
     names = _names(directory)
     if CONFIGS["adapter"] in names or any(name.startswith("adapter_model.") for name in names):
         return "adapter"
@@ -48,15 +41,7 @@ def kind_of(directory: Path) -> str | None:
 
 
 def check_weights(directory: Path, kind: str | None) -> None:
-    """Refuse a directory whose weights are missing, pickled, sharded for training only, or not whole.
-
-    Args:
-        directory: of a full model or of an adapter.
-        kind: what `kind_of` said.
-
-    Raises:
-        ModelError: what is wrong, and what to do.
-    """
+    """Refuse a directory whose weights are missing, pickled, sharded for training only, or not whole."""
     names = _names(directory)
     tensors = [name for name in names if name.endswith(".safetensors")]
     if kind == "adapter":
@@ -78,17 +63,8 @@ def check_weights(directory: Path, kind: str | None) -> None:
 
 
 def check_links(directory: Path, root: Path) -> None:
-    """Refuse a checkpoint that is, or holds, a link out of its run: what it shows would not be the run's.
-
-    What is never opened (optimizer states and other pickles, directories) may lie anywhere.
-
-    Args:
-        directory: of the checkpoint, or the run itself.
-        root: the run's directory, resolved.
-
-    Raises:
-        ModelError: a link that leads outside, or a directory that cannot be read.
-    """
+    """Refuse a checkpoint that is, or holds, a link out of its run: what it shows would not be the run's."""
+    # What is never opened (optimizer states and other pickles, directories) may lie anywhere.
     problem = (
         "is a link that leads out of the run's directory, and is not followed. If you trust the run, put what it "
         "points at in its place: copy the run with its links resolved (cp -rL RUN COPY) and audit the copy."
@@ -106,31 +82,12 @@ def check_links(directory: Path, root: Path) -> None:
 
 
 def leads_outside(path: Path, root: Path) -> bool:
-    """Whether a path, its links followed, ends outside of a directory.
-
-    Args:
-        path: any path.
-        root: the directory, resolved.
-
-    Returns:
-        True for what is outside.
-    """
+    """Whether a path, its links followed, ends outside of a directory."""
     return not Path(os.path.realpath(path)).is_relative_to(root)
 
 
 def read_object(path: Path, most: int = _MOST_JSON) -> dict[str, Any]:
-    """A JSON object of a bounded size.
-
-    Args:
-        path: the file.
-        most: the largest size that is read, in bytes.
-
-    Returns:
-        The object.
-
-    Raises:
-        DataFileError: no regular file, too large, not JSON, or JSON of another kind.
-    """
+    """A JSON object of a bounded size."""
     if not os.path.isfile(path):
         raise DataFileError(f"{path}: there is no such file. Copy it again from where the run was trained.")
     try:

@@ -262,15 +262,7 @@ class Loss(ABC):
 
 
 def describe_pairs(bad: Tensor, limit: int = 8) -> str:
-    """Names the marked pairs for an error message.
-
-    Args:
-        bad: bool `[B]`.
-        limit: how many numbers are spelt out.
-
-    Returns:
-        `"pair 3"`, `"pairs 3, 5"`, or `"pairs 0, 1, ... (12 in all)"`.
-    """
+    """The marked pairs, bool `[B]`, for an error message: "pair 3", "pairs 3, 5", "pairs 0, 1, ... (12 in all)"."""
     numbers = bad.nonzero().flatten().tolist()
     if len(numbers) == 1:
         return f"pair {numbers[0]}"

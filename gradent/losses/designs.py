@@ -27,15 +27,7 @@ float32, and would be blown up by its inverse."""
 
 
 def counting(chosen_norm: Tensor, rejected_norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Which gradients can be normalized.
-
-    Args:
-        chosen_norm: `‖g_w‖` of B pairs, `[B]`.
-        rejected_norm: `‖g_l‖`, `[B]`.
-
-    Returns:
-        Of chosen and of rejected, bool `[B]` each: whether the norm is more than `NEGLIGIBLE` of the other one.
-    """
+    """Of chosen and of rejected, bool `[B]`: whether the norm is more than `NEGLIGIBLE` of the other one."""
     return chosen_norm > NEGLIGIBLE * rejected_norm, rejected_norm > NEGLIGIBLE * chosen_norm
 
 

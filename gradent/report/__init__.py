@@ -7,7 +7,8 @@ running trainer says and shows, `terminal` what is printed; `rebuild` makes anew
 from gradent.report.audit.figures import write_audit_figures
 from gradent.report.audit.page import write_audit_report
 from gradent.report.audit.wandb import stream_audit
-from gradent.report.compare.page import compare_rows, write_comparison
+from gradent.report.compare.match import compare_rows
+from gradent.report.compare.page import write_comparison
 from gradent.report.demo import write_demo_report
 from gradent.report.live.wandb import wandb_dashboard
 from gradent.report.rebuild import write_report

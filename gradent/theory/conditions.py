@@ -127,10 +127,7 @@ class Verdict:
 
 
 def verdict(
-    gram: PairGram,
-    loss: Loss,
-    ref_chosen_logp: Tensor | None = None,
-    ref_rejected_logp: Tensor | None = None,
+    gram: PairGram, loss: Loss, ref_chosen_logp: Tensor | None = None, ref_rejected_logp: Tensor | None = None
 ) -> Verdict:
     """Predicts, for each pair, whether a small step on `loss` raises chosen and lowers rejected.
 

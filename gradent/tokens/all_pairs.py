@@ -1,4 +1,4 @@
-"""Every inner product between rows, not only those of pairs: what the token level is made of.
+"""Every inner product between rows, not only those of pairs.
 
 Letters: R rows of the running micro-batch, O and I the two sides of a slot.
 """
@@ -10,29 +10,18 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gradent.hooks.forms import Dense, Explicit, Form, Rows
-from gradent.hooks.ledger import Ledger
-from gradent.hooks.merging import merge_forms
-from gradent.kernels.precision import exact_products
-from gradent.kernels.reference import accumulator
+from gradent.hooks.reduction.ledger import Ledger
+from gradent.hooks.reduction.merge import merge_forms
+from gradent.hooks.uses.formats import Dense, Explicit, Form, Rows
+from gradent.kernels.common.numerics import accumulator, spans
+from gradent.kernels.common.precision import exact_products
 from gradent.tokens.contractions import products
 
-__all__ = ["CrossLedger"]
+__all__ = ["AllPairsLedger"]
 
 
-class CrossLedger(Ledger):
-    """Gram matrices of R rows, parameter by parameter.
-
-    A row's gradient is formed in tiles of the weight, all rows' tiles beside each other, and multiplied out: nothing of
-    size rows × parameters exists.
-
-    Args:
-        rows: R.
-        budget: bytes that a tile of all rows may take; one entry a row is the least that is formed.
-
-    Attributes:
-        entries: parameter number -> `[R, R]` float64.
-    """
+class AllPairsLedger(Ledger):
+    """Gram matrices of R rows, parameter by parameter, from tiles of all rows' gradients beside each other."""
 
     def __init__(self, rows: int, *, budget: int) -> None:
         super().__init__(0, budget=budget)
@@ -54,11 +43,7 @@ class CrossLedger(Ledger):
         """Nothing is reduced ahead: a tied head waits for the embedding."""
 
     def finish(self, param: int) -> None:
-        """Reduce a parameter; see `Ledger.finish`.
-
-        Args:
-            param: the parameter's number.
-        """
+        """Reduce a parameter."""
         held = self._pop(param)
         total = torch.zeros(self._rows_count, self._rows_count, dtype=torch.float64)
         for slot in sorted({slot for row in held.values() for slot in row}):
@@ -72,18 +57,17 @@ class CrossLedger(Ledger):
         """`⟨G_r, G_s⟩` of rows that have a gradient of one slot, `[n, n]` float64."""
         first = rows[0][0]
         values = first.u if isinstance(first, Dense) else first.values if isinstance(first, Rows) else None
-        shape, like = _shape(rows), values if values is not None else _grad(first)
+        like = values if values is not None else _grad(first)
         wide = accumulator(like.dtype)
         gram = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=like.device)
-        height, width = shape
+        height, width = _shape(rows)
         room = max(1, self._budget // (2 * wide.itemsize * len(rows)))
         columns = min(width, room)
         lines = max(1, min(height, room // columns))
-        for top in range(0, height, lines):
-            for left in range(0, width, columns):
-                span = slice(top, min(height, top + lines)), slice(left, min(width, left + columns))
+        for top in spans(height, lines):
+            for left in spans(width, columns):
                 with exact_products(like.device):
-                    tile = torch.stack([_tile(forms, *span, wide) for forms in rows])
+                    tile = torch.stack([_tile(forms, top, left, wide) for forms in rows])
                     gram += products(tile, tile)
         return gram
 

@@ -1,7 +1,8 @@
 """Inner products between tokens' gradients of one weight, in two exact contractions and in tiles.
 
-Letters: m tokens of a block, M positions of its row, X the width of their cotangents b, Y the width of the operand a
-that they share; a token's gradient is `G = Σ_p b_p a_pᵀ`, `[X, Y]`. n_w and n_l are all tokens of chosen and rejected.
+Letters: m tokens of a block, M positions of its row, X the width of their output gradients b, Y the width of the
+operand a that they share; a token's gradient is `G = Σ_p b_p a_pᵀ`, `[X, Y]`. `sizes` are the numbers of chosen and of
+rejected tokens, `(n_w, n_l)`.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradent.kernels.reference import RUN, accumulator, spans
+from gradent.kernels.common.numerics import RUN, accumulator, spans
 
 __all__ = [
     "Block",
     "Entries",
     "flat_entries",
-    "lone_entries",
     "prefix_families",
     "products",
+    "rank_one_entries",
     "shared_entries",
     "tied_entries",
 ]
@@ -28,19 +29,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Block:
-    """Tokens of one side whose cotangents share an operand.
+    """Tokens of one side whose output gradients share an operand."""
 
-    Attributes:
-        side: 0 for chosen, 1 for rejected.
-        tokens: their numbers on that side.
-        b: cotangents `[m, M, X]`.
-        a: the shared operand `[M, Y]`, or int64 ids `[M]`, which stand for rows of the identity.
-    """
-
-    side: int
-    tokens: Sequence[int]
-    b: Tensor
-    a: Tensor
+    side: int  # 0 for chosen, 1 for rejected
+    tokens: Sequence[int]  # their numbers on that side
+    b: Tensor  # output gradients [m, M, X]
+    a: Tensor  # the shared operand [M, Y], or int64 ids [M], which stand for rows of the identity
 
 
 class Entries:
@@ -80,16 +74,7 @@ def products(left: Tensor, right: Tensor) -> Tensor:
 
 
 def flat_entries(blocks: Sequence[tuple[int, Sequence[int], Tensor]], sizes: tuple[int, int], budget: int) -> Entries:
-    """Entries of gradients that are there as such.
-
-    Args:
-        blocks: `(side, tokens, gradients [m, K])`.
-        sizes: `(n_w, n_l)`.
-        budget: bytes that widened tiles may take.
-
-    Returns:
-        The entries.
-    """
+    """Entries of gradients `(side, tokens, gradients [m, K])`, widened in tiles of `budget` bytes."""
     entries = Entries(sizes)
     if not blocks:
         return entries
@@ -118,18 +103,7 @@ def _square(values: Tensor) -> Tensor:
 
 
 def shared_entries(blocks: Sequence[Block], sizes: tuple[int, int], budget: int) -> Entries:
-    """Entries of gradients given by factors, along the cheaper way.
-
-    *gram*: `⟨G_i, G_j⟩ = ⟨b_i, (a a'ᵀ) b_j⟩`; *outer*: gradients are formed, tile by tile. The choice goes by flops.
-
-    Args:
-        blocks: of one weight, at most one for each token.
-        sizes: `(n_w, n_l)`.
-        budget: bytes that tiles may take; the `a a'ᵀ` of two rows, `[M, M']`, come on top.
-
-    Returns:
-        The entries.
-    """
+    """Entries of blocks of one weight, at most one a token, by the cheaper of the two ways."""
     entries = Entries(sizes)
     if not blocks:
         return entries
@@ -168,47 +142,41 @@ def _kernel(left: Block, right: Block, dtype: torch.dtype) -> Tensor:
 
 
 def _gram(blocks: Sequence[Block], entries: Entries, budget: int) -> None:
+    """`⟨G_i, G_j⟩ = ⟨b_i, (a a'ᵀ) b_j⟩`, some columns of b at a time; the `[M, M']` come on top of the budget."""
     wide = accumulator(blocks[0].b.dtype)
     families = prefix_families([block for block in blocks if block.side == 0])
     for right in blocks:
-        own = _kernel(right, right, wide)
+        square = _kernel(right, right, wide)
         others = [(family, _kernel(family[0], right, wide)) for family in families if right.side == 1]
         longest = max([right.b.shape[1], *(kernel.shape[0] for _, kernel in others)])
         most = max(len(block.tokens) * block.b.shape[1] for block in blocks)
         copies = 3 if right.b.dtype == wide else 4
         step = max(1, budget // (wide.itemsize * max(1, copies * len(right.tokens) * longest + most)))
         for span in spans(right.b.shape[2], step):
-            _add_columns(entries, right, span, own, others)
+            _add_columns(entries, right, span, square, others)
 
 
 def _add_columns(
-    entries: Entries, right: Block, span: slice, own: Tensor, others: Sequence[tuple[list[Block], Tensor]]
+    entries: Entries, right: Block, span: slice, kernel: Tensor, others: Sequence[tuple[list[Block], Tensor]]
 ) -> None:
-    """What some columns of a block's cotangents add to its squares and to its products with the chosen tokens."""
-    wide = own.dtype
-    there = right.b[:, :, span].to(wide)
-    moved = torch.matmul(own, there)  # [n, M, step]
-    entries.add_squares(right.side, right.tokens, (moved * there).flatten(1).sum(1))
+    """What some columns of a block's output gradients add to its squares and to its products with the chosen tokens."""
+    wide = kernel.dtype
+    columns = right.b[:, :, span].to(wide)
+    moved = torch.matmul(kernel, columns)  # [n, M, step]
+    entries.add_squares(right.side, right.tokens, (moved * columns).flatten(1).sum(1))
     for family, kernel in others:
         del moved
-        moved = torch.matmul(kernel, there)
+        moved = torch.matmul(kernel, columns)
         for left in family:
-            here = left.b[:, :, span].to(wide).flatten(1)
-            entries.add_inner(left.tokens, right.tokens, products(here, moved[:, : left.b.shape[1]].flatten(1)))
-            del here
+            flat = left.b[:, :, span].to(wide).flatten(1)
+            entries.add_inner(left.tokens, right.tokens, products(flat, moved[:, : left.b.shape[1]].flatten(1)))
+            del flat
 
 
 def prefix_families(blocks: Sequence[Block]) -> list[list[Block]]:
-    """Blocks whose shared operands are prefixes of one another.
-
-    Args:
-        blocks: of one side.
-
-    Returns:
-        Families, the longest block first in each; operands agree to rounding, ids exactly.
-    """
+    """Blocks of one side whose operands are prefixes of one another (to rounding), the longest first in each family."""
     families: list[list[Block]] = []
-    for block in sorted(blocks, key=lambda one: -one.b.shape[1]):
+    for block in sorted(blocks, key=lambda block: -block.b.shape[1]):
         home = next((family for family in families if _is_prefix(block.a, family[0].a)), None)
         if home is None:
             families.append([block])
@@ -230,11 +198,12 @@ def _is_prefix(short: Tensor, long: Tensor) -> bool:
 
 
 def _outer(blocks: Sequence[Block], entries: Entries, budget: int) -> None:
+    """`⟨G_i, G_j⟩` from gradients that are formed, tile by tile."""
     wide = accumulator(blocks[0].b.dtype)
     rows, columns = blocks[0].b.shape[2], blocks[0].a.shape[1]
     tokens = sum(len(block.tokens) for block in blocks)
     width = min(columns, max(1, budget // (2 * wide.itemsize * tokens)))
-    # Besides a row of the tile and its squares, the row's cotangents at all positions, widened and turned.
+    # Besides a row of the tile and its squares, the row's output gradients at all positions, widened and turned.
     turned = max(block.b.shape[0] * block.b.shape[1] for block in blocks) * (1 if blocks[0].b.dtype == wide else 2)
     height = max(1, min(rows, budget // (wide.itemsize * (2 * width * tokens + turned))))
     for top in spans(rows, height):
@@ -248,19 +217,10 @@ def _formed(block: Block, top: slice, left: slice, dtype: torch.dtype) -> Tensor
     return (b.mT.reshape(-1, b.shape[1]) @ block.a[:, left].to(dtype)).view(len(b), -1)
 
 
-def lone_entries(
+def rank_one_entries(
     blocks: Sequence[tuple[int, Sequence[int], Tensor, Tensor]], sizes: tuple[int, int], budget: int
 ) -> Entries:
-    """Entries of gradients of rank one, `G_i = u_i v_iᵀ`: `(u_i·u_j)(v_i·v_j)`.
-
-    Args:
-        blocks: `(side, tokens, u [m, O], v [m, I])`.
-        sizes: `(n_w, n_l)`.
-        budget: bytes that widened tiles may take.
-
-    Returns:
-        The entries.
-    """
+    """Entries `(u_i·u_j)(v_i·v_j)` of gradients `G_i = u_i v_iᵀ`, given as `(side, tokens, u [m, O], v [m, I])`."""
     first = flat_entries([(side, tokens, u) for side, tokens, u, _ in blocks], sizes, budget)
     second = flat_entries([(side, tokens, v) for side, tokens, _, v in blocks], sizes, budget)
     first.inner *= second.inner
@@ -270,28 +230,17 @@ def lone_entries(
 
 
 def tied_entries(
-    lone: Sequence[tuple[int, Sequence[int], Tensor, Tensor]],
-    looked: Sequence[Block],
+    heads: Sequence[tuple[int, Sequence[int], Tensor, Tensor]],
+    lookups: Sequence[Block],
     ids: Tensor,
     sizes: tuple[int, int],
     budget: int,
 ) -> Entries:
-    """What a head and an embedding that are one weight add to the entries of either: the products of the two.
-
-    Args:
-        lone: the head's `(side, tokens, u [m, n ids], v [m, I])`, u on the rows `ids` of the weight alone.
-        looked: the embedding's blocks, with ids.
-        ids: int64, sorted, every id that is looked up.
-        sizes: `(n_w, n_l)`.
-        budget: bytes that tiles may take.
-
-    Returns:
-        The entries to add.
-    """
+    """What a tied head, u on the rows `ids` alone, and its embedding add to the entries of either: their products."""
     entries = Entries(sizes)
-    for side, tokens, u, v in lone:
+    for side, tokens, u, v in heads:
         wide = accumulator(u.dtype)
-        for block in looked:
+        for block in lookups:
             near = u.to(wide)[:, torch.searchsorted(ids, block.a)]  # [m, M]
             step = max(1, budget // (2 * wide.itemsize * max(1, block.b.shape[1] * max(len(tokens), block.b.shape[2]))))
             for span in spans(len(block.tokens), step):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gradent.errors import GradentWarning, InputError
-from gradent.kernels.precision import exactly
-from gradent.kernels.reference import accumulator, spans
+from gradent.kernels.common.numerics import accumulator, spans
+from gradent.kernels.common.precision import exactly
 
 __all__ = ["OWN", "check_toward", "dot", "given_vector", "planned_step"]
 
@@ -31,15 +31,7 @@ _WINDOW = {"cpu": 2**14, "cuda": 2**26}
 
 
 def check_toward(toward: object, optimizer: object) -> None:
-    """Refuse what `token_effects` cannot look toward.
-
-    Args:
-        toward: as the user gave it.
-        optimizer: as the user gave it.
-
-    Raises:
-        InputError: an unknown direction, "step" without an optimizer, or an optimizer with another direction.
-    """
+    """Refuse a `toward` that is unknown, and "step" without an optimizer or an optimizer without "step"."""
     if not isinstance(toward, (str, Mapping, Tensor)):
         raise InputError(f"token_effects: toward is a {type(toward).__name__}; {_ACCEPTED}.")
     if isinstance(toward, str) and toward not in (*OWN, "step"):
@@ -59,19 +51,7 @@ def check_toward(toward: object, optimizer: object) -> None:
 
 
 def given_vector(toward: Mapping[str, Tensor] | Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The user's vector, by parameter.
-
-    Args:
-        toward: `{name: tensor of the parameter's shape}`, names left out being zero; or one tensor `[P]`, P the number
-            of trainable elements, in the order of `parameters`.
-        parameters: the trainable parameters by name.
-
-    Returns:
-        `{name: tensor}`, some of the parameters, in the user's dtype.
-
-    Raises:
-        InputError: an unknown name, another shape, or no floating dtype.
-    """
+    """The user's vector by parameter, from `{name: tensor}` or one flat tensor over all trainable elements."""
     if isinstance(toward, Tensor):
         total = sum(parameter.numel() for parameter in parameters.values())
         if toward.shape != (total,):
@@ -103,20 +83,7 @@ def given_vector(toward: Mapping[str, Tensor] | Tensor, parameters: Mapping[str,
 
 @torch.no_grad()
 def planned_step(optimizer: object, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the optimizer's next step would add to each parameter, found by stepping a copy of it.
-
-    Args:
-        optimizer: a `torch.optim.Optimizer`; accelerate's wrapper is opened. Neither it nor its parameters are touched;
-            memory: a copy of its parameters, gradients and state.
-        parameters: the trainable parameters by name, with the `.grad`s that the step would use.
-
-    Returns:
-        `{name: θ_after - θ_before}` of the trainable parameters that the optimizer holds, in their dtypes.
-
-    Raises:
-        InputError: not an optimizer, or one of another model; no `.grad` anywhere; or a copy of it cannot be made or
-            stepped.
-    """
+    """`θ_after - θ_before` by parameter, found by stepping a copy of the optimizer on the parameters' `.grad`s."""
     if type(optimizer).__name__ == "AcceleratedOptimizer":  # any other wrapper may have a step of its own
         optimizer = getattr(optimizer, "optimizer", None)
     if not isinstance(optimizer, torch.optim.Optimizer):

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from gradent.kernels.reference import accumulator
+from gradent.kernels.common.numerics import accumulator
 
 __all__ = ["push", "split"]
 
@@ -32,22 +32,7 @@ Result = TypeVar("Result")
 def push(
     function: Callable[[Mapping[str, Tensor]], Result], values: Mapping[str, Tensor], vector: Mapping[str, Tensor]
 ) -> Result:
-    """Call `function(θ)` so that whatever it computes from θ carries its tangent `∂/∂θ · v`, which `split` shows.
-
-    What a backward pass treats as constant has no tangent.
-
-    Args:
-        function: takes its parameters by name, and calls torch for all it does with them.
-        values: θ, by name.
-        vector: v, some of those names, each of its parameter's shape, dtype and device; others are zero.
-
-    Returns:
-        What `function` returns; tangents do not outlive the call.
-
-    Raises:
-        NotImplementedError: torch has no forward derivative of an operator, or a custom `autograd.Function` has no
-            `jvp`; RuntimeError where torch puts it otherwise.
-    """
+    """Call `function(θ)` so that all it computes carries its tangent along v, given for some of θ's names."""
     with _no_fused_attention(), forward_ad.dual_level():
         duals = {name: _joined(value.detach(), [vector.get(name)]) for name, value in values.items()}
         with _Rules():
@@ -118,10 +103,7 @@ def _product(func: Rule, left: Any, right: Any, **kwargs: Any) -> Any:
     if kwargs.get("out") is not None or kwargs.get("bias") is not None:
         return NotImplemented
     (x, dx), (y, dy) = split(left), split(right)
-    halves = [
-        None if dx is None else func(dx, y, **kwargs),
-        None if dy is None else func(x, dy, **kwargs),
-    ]
+    halves = [None if dx is None else func(dx, y, **kwargs), None if dy is None else func(x, dy, **kwargs)]
     return _joined(func(x, y, **kwargs), halves)
 
 
@@ -155,11 +137,7 @@ def _linear(func: Rule, left: Any, weight: Any, bias: Any = None) -> Any:
     """`x wᵀ + b`."""
     (x, dx), (w, dw), (b, db) = split(left), split(weight), split(bias)
     value = func(x, w, b)
-    parts = [
-        None if dx is None else func(dx, w),
-        None if dw is None else func(x, dw),
-        _spread(db, value),
-    ]
+    parts = [None if dx is None else func(dx, w), None if dw is None else func(x, dw), _spread(db, value)]
     return _joined(value, parts)
 
 
@@ -169,11 +147,7 @@ def _addmm(func: Rule, bias: Any, left: Any, right: Any, **kwargs: Any) -> Any:
         return NotImplemented
     (b, db), (x, dx), (w, dw) = split(bias), split(left), split(right)
     value = func(b, x, w)
-    parts = [
-        None if dx is None else torch.mm(dx, w),
-        None if dw is None else torch.mm(x, dw),
-        _spread(db, value),
-    ]
+    parts = [None if dx is None else torch.mm(dx, w), None if dw is None else torch.mm(x, dw), _spread(db, value)]
     return _joined(value, parts)
 
 

@@ -21,15 +21,7 @@ __all__ = ["TokenGram", "TokenSplit", "match_tokens"]
 
 
 def match_tokens(chosen: list[int], rejected: list[int]) -> list[tuple[int, int]]:
-    """Align two responses: which of their tokens are the same ones.
-
-    Args:
-        chosen: token ids.
-        rejected: token ids.
-
-    Returns:
-        `(a, b)` with `chosen[a] == rejected[b]`, both increasing: what a diff of the two leaves unchanged.
-    """
+    """`(a, b)` with `chosen[a] == rejected[b]`, both increasing: the token ids that a diff leaves unchanged."""
     blocks = SequenceMatcher(None, chosen, rejected, autojunk=False).get_matching_blocks()
     return [(block.a + step, block.b + step) for block in blocks for step in range(block.size)]
 

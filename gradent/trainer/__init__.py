@@ -10,8 +10,10 @@ from gradent.trainer.callback.callback import EntanglementCallback
 from gradent.trainer.callback.step import StepRecord
 
 if TYPE_CHECKING:
-    from gradent.trainer.pairwise.trainer import PairwiseNormalizedDPOConfig, PairwiseNormalizedDPOTrainer
-    from gradent.trainer.token_masking.trainer import TokenMaskedDPOConfig, TokenMaskedDPOTrainer
+    from gradent.trainer.pairwise.config import PairwiseNormalizedDPOConfig
+    from gradent.trainer.pairwise.trainer import PairwiseNormalizedDPOTrainer
+    from gradent.trainer.token_masking.config import TokenMaskedDPOConfig
+    from gradent.trainer.token_masking.trainer import TokenMaskedDPOTrainer
 
 __all__ = [
     "EntanglementCallback",

@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 from gradent.errors import InputError, ModelError
 from gradent.loading.models import load_model
-from gradent.loading.runs.discover import Checkpoint, choose, find_run, is_run
+from gradent.loading.runs.checkpoint import Checkpoint
+from gradent.loading.runs.discover import choose, find_run, is_run
 from gradent.loading.source import resolve_source
 from tests.audit.runs import TENSORS, make_adapter, make_run, problem, write_json, write_state
 from tests.audit.trained import Trained, train_run

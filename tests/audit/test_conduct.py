@@ -12,7 +12,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradent import PairBatch, audit, losses, measure, verdict
-from gradent.auditing.api import AuditResult, sweep
+from gradent.auditing.api import AuditResult
+from gradent.auditing.measuring import sweep
 from gradent.errors import GradentWarning, InputError, ModelError
 from gradent.measurement import sequence_logps
 from gradent.record import read_modules, read_pairs, read_sample, read_summary

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from gradent.auditing.analysis.dynamics import dynamics
-from gradent.auditing.analysis.onset import FEWEST_POINTS, logged_onset, measured_onset, smooth
+from gradent.auditing.analysis.dynamics import FEWEST_POINTS, dynamics, logged_onset, measured_onset, smooth
 from tests.audit.measured import columns_of, drawn, has_no_nan, stacked
 
 KEYS = {
@@ -46,7 +47,7 @@ def test_a_step_of_known_size_is_found_and_explains_all() -> None:
     assert has_no_nan(found)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@given(st.integers(0, 2**32 - 1))
 def test_the_fit_is_least_squares(seed: int) -> None:
     first = columns_of(*drawn(25, seed), step=1)
     last = moved(first, 2, 5.0, noise=0.3, seed=seed)

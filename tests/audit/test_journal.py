@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gradent.auditing.state.journal import Journal, digest
+from gradent.auditing.state.journal import Journal
 from gradent.errors import DataFileError, InputError
+from gradent.record.json_lines import digest
 
 ENTRIES = [
     ("batch", "a", 0, {"inner": [0.1, -1e-300, 1 / 3]}),
@@ -51,7 +52,7 @@ def test_a_crash_at_any_byte_loses_the_line_in_the_making_alone(tmp_path) -> Non
     for size in range(len(whole) + 1):
         path = fill(tmp_path / "cut")
         os.truncate(path, size)
-        kept = max(0, sum(end <= size for end in ends) - 1)
+        kept = max(0, sum(end - 1 <= size for end in ends) - 1)  # a line is whole without its end
         assert found(tmp_path / "cut") == ENTRIES[:kept], size
         journal = Journal(tmp_path / "cut", "key")  # and it is written on behind what is left
         for entry in ENTRIES[kept:]:
@@ -89,7 +90,7 @@ DAMAGE = {
     "a line": (1, b'{"kind": "batc\xff', "journal/key-0.jsonl:2: .*is damaged.*Remove the file"),
     "an entry": (1, b'{"kind": "batch"}', "journal/key-0.jsonl:2: not an entry.*Remove the file"),
     "a list": (1, b"[]", "journal/key-0.jsonl:2: not an entry"),
-    "the head": (0, b'{"schema": "else"}', "key-0.jsonl: not a journal of an audit.*Remove it"),
+    "the head": (0, b'{"schema": "else"}', "key-0.jsonl: not a journal of an audit.*Remove the file"),
     "a newer head": (0, b'{"schema": "gradent.audit_journal", "schema_version": 99}', "schema version 99"),
 }
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from gradent.audit.plan import Setting, plan_lines, sum_lines
-from gradent.audit.shell import Used
 from gradent.errors import MemoryBudgetError
-from gradent.hooks.formed import HELD
+from gradent.hooks.reduction.small_gradients import HELD
 from gradent.hooks.uses.uses import COPIES
-from gradent.kernels.plan import batch_scratch, choose
+from gradent.kernels.common.cost import batch_scratch, choose
+from gradent.planning.cost import Setting, plan_lines, sum_lines
+from gradent.planning.trace import Used
 
 SETTING = Setting(tokens=512, budget=2**28, batch_budget=2**22)
 
@@ -159,7 +159,8 @@ def test_totals() -> None:
 def reduced_by(pairs: int, shape: tuple[int, int], tokens: int, budget: int, monkeypatch: pytest.MonkeyPatch) -> str:
     """What dispatch really takes for such operands: "gram" or "outer" of the kernels, or "torch"."""
     from gradent.kernels import dispatch  # noqa: PLC0415
-    from gradent.kernels.fused import gram, outer  # noqa: PLC0415  (imports Triton, which is optional)
+    from gradent.kernels.gram import triton as gram  # noqa: PLC0415  (imports Triton, which is optional)
+    from gradent.kernels.outer import triton as outer  # noqa: PLC0415
 
     took: list[str] = []
 

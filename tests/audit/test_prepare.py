@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gradent.auditing.api import prepare as module
 from gradent.errors import DataFileError, InputError, ModelError
+from gradent.loading import prepare as module
+from gradent.loading.config import LoadConfig
 from gradent.loading.prepare import Prepared, prepare
 from tests.audit.made import FORMATS, PAIRS, write_jsonl
 
@@ -31,7 +32,8 @@ def run(model: Path, rows: list[Any] = PAIRS, **options: Any) -> tuple[Prepared,
     """What `prepare` returns for these rows, and what it tells."""
     told: list[str] = []
     data = write_jsonl(model.parent / "pairs.jsonl", rows)
-    ready = prepare(str(model), data, tell=told.append, **{**DEFAULTS, **options})
+    config = LoadConfig(model=str(model), data=str(data), **{**DEFAULTS, **options})
+    ready = prepare(config, told.append)
     return ready, "\n".join(told)
 
 

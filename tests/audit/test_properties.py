@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
 
 from gradent.auditing.analysis.properties import pair_properties, rank_correlation, summarize_properties
 from gradent.record import SAMPLE_COLUMNS
@@ -72,10 +74,11 @@ def test_a_pair_by_hand(chosen: list[int], rejected: list[int], prefix: int, suf
         }
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_a_pair_against_the_textbook(seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    chosen, rejected = (draw.integers(0, 3, draw.integers(0, 12)).tolist() for _ in range(2))
+RESPONSES = st.lists(st.integers(0, 2), max_size=12)
+
+
+@given(RESPONSES, RESPONSES)
+def test_a_pair_against_the_textbook(chosen: list[int], rejected: list[int]) -> None:
     found = pair_properties(chosen, rejected)
     assert found["edit_distance"] == levenshtein(chosen, rejected)
     prefix, suffix = found["shared_prefix"], found["shared_suffix"]
@@ -94,22 +97,23 @@ def test_ids_that_are_large_or_not_lists() -> None:
     assert all(type(value) is int for value in pair_properties([1], [2]).values())
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_rank_correlation_against_its_definition(seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    x, y = draw.integers(0, 6, 25).astype(float), draw.normal(size=25)
-    y += 0.5 * x
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(-40, 40)), min_size=4, max_size=40))
+def test_rank_correlation_against_its_definition(points: list[tuple[int, int]]) -> None:
+    x, y = np.array(points, float).T
+    count = len(points)
+    assume(np.ptp(x) > 0 and np.ptp(y) > 0)
 
     def rank(values: np.ndarray, at: int) -> float:
         return float((values < values[at]).sum() + ((values == values[at]).sum() + 1) / 2)
 
-    ranks = np.array([[rank(x, at), rank(y, at)] for at in range(25)])
-    centred = ranks - 13.0
+    ranks = np.array([[rank(x, at), rank(y, at)] for at in range(count)])
+    centred = ranks - (count + 1) / 2
     rho = (centred[:, 0] * centred[:, 1]).sum() / math.sqrt((centred[:, 0] ** 2).sum() * (centred[:, 1] ** 2).sum())
     found = rank_correlation(x, y)
     assert found is not None
     assert found[0] == pytest.approx(rho, abs=1e-12)
-    reach = 1.959964 * math.sqrt((1 + rho**2 / 2) / 22)
+    assume(abs(rho) < 1 - 1e-9)
+    reach = 1.959964 * math.sqrt((1 + rho**2 / 2) / (count - 3))
     assert found[1:] == pytest.approx(
         (math.tanh(math.atanh(rho) - reach), math.tanh(math.atanh(rho) + reach)), abs=1e-6
     )
@@ -203,16 +207,16 @@ def test_the_four_quarters() -> None:
     ]
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_pairs_of_one_value_stay_in_one_group(seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    columns = columns_of(*drawn(40, seed))
-    values = draw.integers(0, 4, 40).tolist()
-    sample = sample_of(columns, edit_distance=values, chosen_len=[10] * 40, rejected_len=[10] * 40)
+@given(st.lists(st.integers(0, 4), min_size=10, max_size=40))
+@example([0, 1] * 20)
+def test_pairs_of_one_value_stay_in_one_group(values: list[int]) -> None:
+    count = len(values)
+    columns = columns_of(*drawn(count, 5))
+    sample = sample_of(columns, edit_distance=values, chosen_len=[10] * count, rejected_len=[10] * count)
     groups = find(summarize_properties(columns, sample), "edit_distance")["groups"]
-    assert sum(group["pairs"] for group in groups) == 40
+    assert sum(group["pairs"] for group in groups) == count
     assert all(one["high"] < other["low"] for one, other in itertools.pairwise(groups))
-    mean = sum(group["pairs"] * group["cosine"] for group in groups) / 40
+    mean = sum(group["pairs"] * group["cosine"] for group in groups) / count
     assert mean == pytest.approx(np.mean(columns["cosine"]))
 
 

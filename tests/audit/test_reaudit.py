@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from gradent import audit
-from gradent.auditing.api import AuditResult, journal, sweep
+from gradent.auditing.api import AuditResult
+from gradent.auditing.measuring import sweep
+from gradent.auditing.state import journal
 from gradent.auditing.state.journal import JournalError
 from gradent.errors import GradentError, InputError, ModelError
 from gradent.record import read_pairs, read_summary, read_tokens

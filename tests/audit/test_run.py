@@ -15,8 +15,10 @@ from peft import PeftModel, TrainableTokensConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from gradent import PairBatch, audit, losses, measure, measure_tokens, verdict
-from gradent.auditing.api import AuditResult, scan, token_scan
-from gradent.auditing.api import account as module
+from gradent.auditing import write as module
+from gradent.auditing.api import AuditResult
+from gradent.auditing.measuring import batches as scan
+from gradent.auditing.measuring import tokens as token_scan
 from gradent.errors import GradentWarning, InputError, NonFiniteError
 from gradent.measurement import sequence_logps
 from gradent.record import CASE_NAMES, PAIR_COLUMNS, read_pairs, read_summary, read_tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -11,19 +12,22 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from gradent import PairBatch, measure
-from gradent.auditing.api import scan as module
+from gradent.auditing.analysis.columns import gram_of
+from gradent.auditing.measuring import batches as module
 from gradent.auditing.measuring.batches import (
+    REFERENCES,
+    Reference,
     Scan,
     adapter_off,
     check_scan_settings,
     itself,
     join_blocks,
-    other_model,
     plan_batches,
     scan_batches,
     scan_reference,
 )
 from gradent.errors import GradentError, InputError, NonFiniteError, NothingTrainableError
+from gradent.measurement import sequence_logps
 from tests.audit.made import logp, tokenized
 
 ENTRIES = ("chosen_sq", "rejected_sq", "inner", "chosen_logp", "rejected_logp", "chosen_len", "rejected_len")
@@ -44,6 +48,15 @@ def scan_pairs(model: torch.nn.Module, pairs=PAIRS, *, batch_size: int = 8, **op
     return join_blocks([json.loads(json.dumps(block)) for block in blocks])
 
 
+def other_model(model: torch.nn.Module) -> Reference:
+    """A model of its own as the reference."""
+    return lambda batch, gram: sequence_logps(model, batch)
+
+
+def references(scan: Scan) -> tuple[Tensor, Tensor]:
+    return torch.from_numpy(scan.table["ref_chosen_logp"]), torch.from_numpy(scan.table["ref_rejected_logp"])
+
+
 def whole_batch() -> PairBatch:
     return PairBatch.from_tokens([(each.prompt_ids, each.chosen_ids, each.rejected_ids) for each in PAIRS])
 
@@ -57,7 +70,8 @@ def plain(model: torch.nn.Module) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("engine", ["hooks", "func"])
 @pytest.mark.parametrize("batch_size", [1, 2, 99])
 def test_entries_are_those_of_measure(batch_size, engine, tiny_gpt2) -> None:
-    found = scan_pairs(tiny_gpt2, PAIRS, batch_size=batch_size, engine=engine).gram
+    found = scan_pairs(tiny_gpt2, PAIRS, batch_size=batch_size, engine=engine)
+    found = gram_of(found.table)
     expected = measure(tiny_gpt2, whole_batch())
     for name in ENTRIES:
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=1e-9, atol=1e-12)
@@ -67,20 +81,22 @@ def test_entries_are_those_of_measure(batch_size, engine, tiny_gpt2) -> None:
 
 def test_modules_sum_to_the_cosines(tiny_gpt2) -> None:
     found = scan_pairs(tiny_gpt2, PAIRS, batch_size=2, by_module=True)
-    total = sum(found.modules.values(), torch.zeros(3, dtype=torch.float64))
-    expected = torch.tensor([float(found.gram.cosine.sum()), len(PAIRS), len(PAIRS)], dtype=torch.float64)
+    gram = gram_of(found.table)
+    total = torch.from_numpy(sum(found.modules.values(), np.zeros(3)))
+    expected = torch.tensor([float(gram.cosine.sum()), len(PAIRS), len(PAIRS)], dtype=torch.float64)
     torch.testing.assert_close(total, expected, rtol=1e-9, atol=0)
     shares = measure(tiny_gpt2, whole_batch(), by_module=True).modules
     assert shares is not None
     assert set(found.modules) == set(shares)
     for name, (chosen_sq, rejected_sq, inner) in shares.items():
-        gram = found.gram
         parts = (
             inner / (gram.chosen_sq * gram.rejected_sq).sqrt(),
             chosen_sq / gram.chosen_sq,
             rejected_sq / gram.rejected_sq,
         )
-        torch.testing.assert_close(found.modules[name], torch.stack(parts).sum(1), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            torch.from_numpy(found.modules[name]), torch.stack(parts).sum(1), rtol=1e-9, atol=1e-12
+        )
 
 
 def test_no_modules_unless_asked(tiny_gpt2) -> None:
@@ -89,19 +105,17 @@ def test_no_modules_unless_asked(tiny_gpt2) -> None:
 
 def test_itself_as_reference(tiny_gpt2) -> None:
     found = scan_pairs(tiny_gpt2, PAIRS, reference=itself, batch_size=2)
-    assert found.ref_chosen_logp is not None and found.ref_rejected_logp is not None
-    torch.testing.assert_close((found.ref_chosen_logp, found.ref_rejected_logp), plain(tiny_gpt2), rtol=1e-9, atol=0)
+    torch.testing.assert_close(references(found), plain(tiny_gpt2), rtol=1e-9, atol=0)
 
 
 def test_another_model_as_reference(tiny_gpt2, tiny_llama) -> None:
     found = scan_pairs(tiny_gpt2, PAIRS, reference=other_model(tiny_llama.double()), batch_size=2)
-    assert found.ref_chosen_logp is not None and found.ref_rejected_logp is not None
-    torch.testing.assert_close((found.ref_chosen_logp, found.ref_rejected_logp), plain(tiny_llama), rtol=1e-6, atol=0)
+    torch.testing.assert_close(references(found), plain(tiny_llama), rtol=1e-6, atol=0)
 
 
 def test_no_reference(tiny_gpt2) -> None:
     found = scan_pairs(tiny_gpt2, PAIRS)
-    assert found.ref_chosen_logp is None and found.ref_rejected_logp is None
+    assert not set(found.table) & set(REFERENCES)
 
 
 ADAPTERS = {
@@ -127,11 +141,10 @@ def test_the_adapter_off_as_reference(fields, tiny_llama: LlamaForCausalLM) -> N
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     alone = measure(model, whole_batch())
     found = scan_pairs(model, PAIRS, reference=adapter_off(model), batch_size=2)
-    assert found.ref_chosen_logp is not None and found.ref_rejected_logp is not None
-    torch.testing.assert_close((found.ref_chosen_logp, found.ref_rejected_logp), off, rtol=1e-6, atol=0)
+    torch.testing.assert_close(references(found), off, rtol=1e-6, atol=0)
     # Switching it off and on between batches left what is trainable, and so the measurement, alone.
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
-    torch.testing.assert_close(found.gram.inner, alone.inner, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(gram_of(found.table).inner, alone.inner, rtol=1e-6, atol=1e-9)
 
 
 def test_batches_hold_pairs_of_like_length_longest_first() -> None:
@@ -144,13 +157,13 @@ def test_batches_hold_pairs_of_like_length_longest_first() -> None:
 
 def test_batches_can_be_joined_in_any_order_and_in_part(tiny_gpt2) -> None:
     blocks = list(scan_batches(tiny_gpt2, PAIRS, plan_batches(PAIRS, 2), by_module=True))
-    whole = join_blocks(blocks)
-    assert whole.positions == list(range(len(PAIRS)))
-    assert join_blocks(blocks[::-1]).gram.inner.tolist() == whole.gram.inner.tolist()
-    part = join_blocks(blocks[1:])
-    assert part.positions == sorted(position for block in blocks[1:] for position in block["positions"])
-    assert part.gram.inner.tolist() == whole.gram.inner[part.positions].tolist()
-    assert part.gram.chosen_len.dtype == torch.int64
+    whole = join_blocks(blocks).table
+    assert whole["position"].tolist() == list(range(len(PAIRS)))
+    assert join_blocks(blocks[::-1]).table["inner"].tolist() == whole["inner"].tolist()
+    part = join_blocks(blocks[1:]).table
+    assert part["position"].tolist() == sorted(position for block in blocks[1:] for position in block["positions"])
+    assert part["inner"].tolist() == whole["inner"][part["position"]].tolist()
+    assert part["chosen_len"].dtype == np.int64
 
 
 def test_the_reference_alone(tiny_llama) -> None:

@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gradent.audit.shell import inspect_model
 from gradent.errors import ModelError
-from gradent.hooks import driver, ledger
-from gradent.hooks.forms import Deferred, Dense, Rows
+from gradent.hooks.passes import driver
+from gradent.hooks.reduction import ledger
+from gradent.hooks.uses.formats import Deferred, Dense, Rows
 from gradent.loading.source import resolve_source
 from gradent.measurement import measure
 from gradent.pairs.batch import PairBatch
+from gradent.planning.trace import inspect_model
 from tests.adapters import ADAPTERS, adapt
 from tests.audit.made import save_lora
 from tests.zoo import build

@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 
 from gradent.auditing.analysis.distributions import summarize_columns, summarize_modules
+from gradent.auditing.analysis.summary import preview
 from gradent.record import PAIR_COLUMNS
-from gradent.report.terminal.audit import preview, print_summary
+from gradent.report.terminal.audit import print_summary
 from gradent.text import printable
 
 HOSTILE = "[red]a[/red] [/] [link=x]b :smile: \\[c]"

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from gradent import audit
 from gradent.auditing.api import AuditResult
+from gradent.auditing.state.config import AuditConfig
 from gradent.auditing.state.targets import find_targets
 from gradent.errors import InputError, ModelError
 from gradent.record import read_pairs
@@ -102,10 +103,10 @@ def test_a_reference_with_another_vocabulary(local_model, tiny_tokenizer, tmp_pa
 def test_options_of_a_run_for_what_is_none(options, message, local_model) -> None:
     arguments = {"adapter": None, "base": None, "checkpoints": "all", **options}
     with pytest.raises(InputError, match=message):
-        find_targets(str(local_model), **arguments)
+        find_targets(AuditConfig(model=str(local_model), data="", out=Path(), **arguments))
 
 
 def test_an_adapter_for_a_run(tmp_path) -> None:
     (tmp_path / "checkpoint-3").mkdir()
     with pytest.raises(InputError, match=r"is a run .*Leave --adapter out"):
-        find_targets(str(tmp_path), adapter="other", base=None, checkpoints="all")
+        find_targets(AuditConfig(model=str(tmp_path), data="", out=Path(), adapter="other"))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from gradent import PairBatch, measure, measure_tokens
-from gradent.auditing.api import token_scan as module
+from gradent.auditing.measuring import sweep
+from gradent.auditing.measuring import tokens as module
+from gradent.auditing.measuring.sweep import Sweep
 from gradent.auditing.measuring.tokens import (
     check_token_pairs,
     choose_pairs,
@@ -18,7 +23,12 @@ from gradent.auditing.measuring.tokens import (
     token_cost,
     token_rows,
 )
+from gradent.auditing.state.journal import Journal
+from gradent.auditing.state.targets import Target
+from gradent.distributed import Ranks
 from gradent.errors import GradentError, InputError, NonFiniteError
+from gradent.loading.preferences import AuditPair
+from gradent.loading.source import ModelSource
 from gradent.record import TOKEN_COLUMNS
 from gradent.tokens.gram import TokenGram, match_tokens
 from tests.audit.made import tokenized
@@ -49,15 +59,14 @@ def test_chosen_pairs_are_quantiles_of_the_cosine(pairs, count, chosen) -> None:
     assert choose_pairs(cosines[::-1], count) == sorted(pairs - 1 - place for place in chosen)
 
 
-@pytest.mark.parametrize("count", range(1, 40))
-def test_chosen_pairs_are_as_many_as_asked_and_as_the_data_is(count) -> None:
-    draw = torch.Generator().manual_seed(count)
-    cosines = torch.rand(37, generator=draw).pow(3).tolist()
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=40, unique=True), st.integers(1, 45))
+def test_chosen_pairs_are_as_many_as_asked_and_as_the_data_is(cosines, count) -> None:
+    pairs = len(cosines)
     chosen = choose_pairs(cosines, count)
     assert chosen == sorted(set(chosen)) == choose_pairs(list(cosines), count)
-    assert len(chosen) == min(count, 37)
+    assert len(chosen) == min(count, pairs)
     ranks = sorted(sorted(cosines).index(cosines[place]) for place in chosen)
-    slices = [37 * number / len(ranks) for number in range(len(ranks) + 1)]
+    slices = [pairs * number / len(ranks) for number in range(len(ranks) + 1)]
     assert all(low - 1 < rank < high for low, rank, high in zip(slices, ranks, slices[1:], strict=False))
 
 
@@ -125,10 +134,10 @@ def own_inner(model: torch.nn.Module, prompt: list[int], response: list[int]) ->
 
 
 def test_rows_are_those_of_measure_tokens(tiny_gpt2, tiny_tokenizer) -> None:
-    tokens = scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS)
-    assert set(tokens) == set(TOKEN_COLUMNS) - {"checkpoint", "step"}
-    assert list(dict.fromkeys(tokens["pair"])) == [7, 1, 4]  # as given, not as measured
     for each in PAIRS:
+        tokens = scan_tokens(tiny_gpt2, tiny_tokenizer, each)
+        assert set(tokens) == set(TOKEN_COLUMNS) - {"checkpoint", "step"}
+        assert set(tokens["pair"]) == {each.row}
         batch = PairBatch.from_tokens([(each.prompt_ids, each.chosen_ids, each.rejected_ids)])
         (gram,) = measure_tokens(tiny_gpt2, batch)
         whole = measure(tiny_gpt2, batch)
@@ -183,16 +192,26 @@ def test_texts_are_those_of_the_tokenizer(tiny_gpt2, tiny_tokenizer) -> None:
     def ids(text: str) -> list[int]:
         return tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    tokens = scan_tokens(tiny_gpt2, tiny_tokenizer, [tokenized(0, [1], ids("a b"), [*ids("é"), 2])])
+    tokens = scan_tokens(tiny_gpt2, tiny_tokenizer, tokenized(0, [1], ids("a b"), [*ids("é"), 2]))
     assert tokens["token"] == ["a", " ", "b", "\\xc3", "\\xa9", "<eos>"]
 
 
-def test_the_longest_pair_comes_first_and_the_bar_adds_up(tiny_gpt2, tiny_tokenizer) -> None:
+def test_the_longest_pair_comes_first_and_the_bar_adds_up(tmp_path, monkeypatch) -> None:
+    measured: list[AuditPair] = []
+    monkeypatch.setattr(sweep, "open_model", lambda *_, **__: None)
+    monkeypatch.setattr(sweep, "scan_tokens", lambda model, tokenizer, pair, **_: measured.append(pair) or {})
+    source = ModelSource(base="model", adapter=None, name="model")
+    target = Target(name="model", step=0, source=source)
+    config: Any = SimpleNamespace(memory_budget=None)
+    plan: Any = SimpleNamespace(material=SimpleNamespace(tokenizer=None))
+    journal = Journal(tmp_path, "key")
+    journal.append("tokens", target.identity, PAIRS[0].row, {})  # measured before
     told: list[tuple[int, int]] = []
-    scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS, advance=lambda *done: told.append(done))
-    assert [done for done, _ in told] == [1, 1, 1]
-    costs = [cost for _, cost in told]
-    assert costs == sorted(map(token_cost, PAIRS), reverse=True)
+    Sweep(
+        config=config, plan=plan, journal=journal, ranks=Ranks(), device="cpu", tell=print, failures={}
+    ).measure_tokens(target, PAIRS, lambda *done: told.append(done))
+    assert measured == sorted(PAIRS[1:], key=token_cost, reverse=True)
+    assert told[0] == (1, token_cost(PAIRS[0])) and told[1:] == [(1, token_cost(pair)) for pair in measured]
     assert token_cost(PAIRS[0]) == (4 + 5) + 4
 
 
@@ -204,7 +223,7 @@ def test_the_memory_budget_is_passed_on(tiny_gpt2, tiny_tokenizer, monkeypatch) 
         return measure_tokens(model, batch, **options)
 
     monkeypatch.setattr(module, "measure_tokens", spy)
-    scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[:1], memory_budget="64MiB")
+    scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[0], memory_budget="64MiB")
     assert seen == ["64MiB"]
 
 
@@ -212,7 +231,7 @@ def test_what_is_not_finite_names_the_row(tiny_gpt2, tiny_tokenizer) -> None:
     with torch.no_grad():
         tiny_gpt2.get_input_embeddings().weight[80] = torch.nan
     with pytest.raises(NonFiniteError, match=r"^pairs.jsonl:5: "):
-        scan_tokens(tiny_gpt2, tiny_tokenizer, [PAIRS[2]])
+        scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[2])
 
 
 @pytest.mark.parametrize("name", ["inner", "chosen_sq", "rejected_sq"])
@@ -224,7 +243,7 @@ def test_an_entry_that_is_not_finite_names_the_row(name, tiny_gpt2, tiny_tokeniz
 
     monkeypatch.setattr(module, "measure_tokens", overflow)
     with pytest.raises(NonFiniteError, match=r"^pairs.jsonl:8: .*--dtype float32.*--token-pairs"):
-        scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[:1])
+        scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[0])
 
 
 def test_a_device_out_of_memory_says_on_which_pair(tiny_gpt2, tiny_tokenizer, monkeypatch) -> None:
@@ -233,4 +252,4 @@ def test_a_device_out_of_memory_says_on_which_pair(tiny_gpt2, tiny_tokenizer, mo
 
     monkeypatch.setattr(module, "measure_tokens", fail)
     with pytest.raises(GradentError, match=r"^pairs.jsonl:2: .*out of memory.*8 tokens.*--memory-budget"):
-        scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS)
+        scan_tokens(tiny_gpt2, tiny_tokenizer, PAIRS[1])

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from gradent import PairBatch, measure, measure_tokens
-from gradent.auditing.api import prepare
+from gradent.auditing import pair_tokens
 from gradent.auditing.pair_tokens import TokenAudit, audit_tokens
+from gradent.auditing.state.config import TokenConfig
 from gradent.errors import DataFileError, GradentError, InputError, MemoryBudgetError, NonFiniteError
+from gradent.loading import prepare
 from gradent.record import read_token_record
 from gradent.record.masks import MASK_COLUMNS, read_masks, write_masks
 from gradent.report import write_token_report
@@ -25,7 +27,8 @@ FILES = {"tokens.json", "tokens.png", "tokens.html"}
 
 def run(model: Path, rows: list[Any] = PAIRS, **options: Any) -> TokenAudit:
     data = write_jsonl(model.parent / "pairs.jsonl", rows)
-    return audit_tokens(model, data, **{"pair": 1, "out": model.parent / "out", "quiet": True, **options})
+    arguments = {"pair": 1, "out": model.parent / "out", "quiet": True, **options}
+    return audit_tokens(TokenConfig(model=str(model), data=str(data), **arguments))
 
 
 def by_hand(tokenizer, pair: dict[str, Any]) -> PairBatch:
@@ -88,7 +91,8 @@ def test_three_files_and_a_page_that_can_be_made_again(local_model) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_data(kind, local_model) -> None:
     KINDS[kind](local_model.parent / kind, PAIRS)
-    result = audit_tokens(local_model, local_model.parent / kind, pair=3, out=local_model.parent / "out", quiet=True)
+    data, out = local_model.parent / kind, local_model.parent / "out"
+    result = audit_tokens(TokenConfig(model=str(local_model), data=str(data), pair=3, out=out, quiet=True))
     assert "".join(result.record["chosen"]["tokens"]) == " Yes.<eos>"
 
 
@@ -159,11 +163,11 @@ def test_a_nan_names_the_row(which, local_model, monkeypatch) -> None:
         return token_effects(*given, **options) * torch.nan
 
     if which == "effects":
-        monkeypatch.setattr("gradent.tokens.effects.token_effects", spoiled)
+        monkeypatch.setattr(pair_tokens, "token_effects", spoiled)
     else:
         (gram,) = measure_tokens_of(local_model)
         gram.chosen_sq[0] = torch.inf
-        monkeypatch.setattr("gradent.tokens.matrix.measure_tokens", lambda *_, **__: [gram])
+        monkeypatch.setattr(pair_tokens, "measure_tokens", lambda *_, **__: [gram])
     with pytest.raises(NonFiniteError, match=r"pairs.jsonl:2: .*nan or inf.*--dtype"):
         run(local_model)
     assert not list((local_model.parent / "out").glob("*"))
@@ -180,7 +184,7 @@ def test_a_device_that_is_full(local_model, monkeypatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr("gradent.tokens.matrix.measure_tokens", full)
+    monkeypatch.setattr(pair_tokens, "measure_tokens", full)
     with pytest.raises(GradentError, match=r"pairs.jsonl:2: the device ran out of memory.*--max-length"):
         run(local_model)
 

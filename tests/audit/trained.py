@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from trl import DPOConfig, DPOTrainer
 
 from tests.audit.made import write_jsonl
+from tests.shared import folder_once
 
 WORDS = "the film soup book was felt truly quite a quiet joy loud bore warm cold dull bright good bad . !".split()
 
@@ -29,6 +31,24 @@ class Trained:
 
 
 def train_run(
+    directory: Path, *, callbacks: Sequence[TrainerCallback] = (), resume: int | None = None, **options: Any
+) -> Trained:
+    """`train_anew`, but that a run of the same options is trained once a session, and copied from then on."""
+    if callbacks or resume is not None or (directory.exists() and any(directory.iterdir())):
+        return train_anew(directory, callbacks=callbacks, resume=resume, **options)
+    first = folder_once(("train_run", sorted(options.items())), lambda folder: train_anew(folder, **options))
+    shutil.copytree(first, directory, dirs_exist_ok=True)
+    for path in directory.rglob("*"):
+        if path.name == "training_args.bin":
+            arguments = torch.load(path, weights_only=False)
+            arguments.output_dir = str(directory / "run")
+            torch.save(arguments, path)
+        elif path.suffix in (".json", ".md"):
+            path.write_text(path.read_text("utf-8").replace(str(first), str(directory)), "utf-8")
+    return Trained(base=directory / "base", run=directory / "run", pairs=directory / "pairs.jsonl")
+
+
+def train_anew(
     directory: Path,
     *,
     lora: bool,

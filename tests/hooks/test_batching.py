@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradent.hooks.batching import FORWARD, TOKENS, WASTE, group_rows, micro_batches
+from gradent.hooks.passes.batching import FORWARD, TOKENS, WASTE, group_rows, micro_batches
 
 CPU = torch.device("cpu")
 LENGTHS = [(5, 9), (300, 280), (40, 2), (7, 7), (1000, 30), (33, 36), (6, 8), (5, 5)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradent.hooks.forms import Dense, Explicit, Rows, scaled, scaled_rows, split_factor
+from gradent.hooks.uses.formats import Dense, Explicit, Rows, scaled, scaled_rows, split_factor
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 POWERS = [1.0, 2.0**-20, 2.0**13, 2.0**90, 2.0**-91]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradent.hooks.forms import Dense, Explicit, Form, Rows
-from gradent.hooks.ledger import Ledger
-from gradent.hooks.merging import gathered
+from gradent.hooks.reduction.ledger import Ledger
+from gradent.hooks.reduction.merge import gathered
+from gradent.hooks.uses.formats import Dense, Explicit, Form, Rows
 
 SHAPE = (9, 4)
 

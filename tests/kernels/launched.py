@@ -20,9 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from gradent.kernels.fused.gram import gram_entries, gram_kernel
-from gradent.kernels.fused.operands import Spans
-from gradent.kernels.fused.outer import outer_entries, outer_kernel, outer_with_gradient
+from gradent.kernels.common.triton_operands import Spans
+from gradent.kernels.gram.triton import gram_entries, gram_kernel
+from gradent.kernels.outer.triton import outer_entries, outer_kernel, outer_with_gradient
 from scripts.compile_kernels import ARCH, Case, cases, source
 
 KINDS = ("gram", "outer", "outer+gradient")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradent.kernels.fused.operands import Spans
+from gradent.kernels.common.triton_operands import Spans
 
 DTYPES = [
     (torch.float32, torch.float32),

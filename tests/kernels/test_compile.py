@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from gradent.kernels.fused.check import DTYPES
-from gradent.kernels.fused.tiles import gram_configs, outer_configs
+from gradent.kernels.common.triton_tiles import gram_configs, outer_configs
+from gradent.kernels.self_check import DTYPES
 
 ROOT = Path(__file__).resolve().parents[2]
 OLDEST = "3.4.0"

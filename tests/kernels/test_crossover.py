@@ -13,9 +13,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gradent.kernels import crossover
+from gradent.kernels.common.cost import WORTH, choose
+from gradent.kernels.common.numerics import reduce_dense
 from gradent.kernels.crossover import REPEATS, _key, _measure, _round, _timed, cache_file, is_measured, price
-from gradent.kernels.plan import WORTH, choose
-from gradent.kernels.reference import reduce_dense
 from gradent.record.atomic import write_whole
 from tests.live import LiveBytes
 
@@ -247,7 +247,7 @@ def test_a_reduction_takes_the_price(calls, monkeypatch) -> None:
     operands = [torch.randn(tokens, side) for _ in range(4)]
     forms = []
     monkeypatch.setattr(crossover, "_measure", lambda *key: (0.5, True))
-    monkeypatch.setattr("gradent.kernels.reference.reduce_planned", lambda *given: forms.append(given[4].form))
+    monkeypatch.setattr("gradent.kernels.common.numerics.reduce_planned", lambda *given: forms.append(given[4].form))
     reduce_dense(*operands, budget=LARGE)
     monkeypatch.setattr(crossover, "_known", {})
     cache_file().unlink()

@@ -14,10 +14,10 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from gradent import measure
 from gradent.errors import GradentWarning, InputError
-from gradent.hooks.forms import Dense
-from gradent.hooks.ledger import Ledger
+from gradent.hooks.reduction.ledger import Ledger
+from gradent.hooks.uses.formats import Dense
 from gradent.kernels import dispatch
-from gradent.kernels.reference import reduce_batch, reduce_dense
+from gradent.kernels.common.numerics import reduce_batch, reduce_dense
 from tests.batches import ragged
 from tests.truth import TOLERANCE, assert_exact, truth
 
@@ -25,7 +25,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 if HAS_TRITON:
     from triton.runtime.errors import OutOfResources
 
-    from gradent.kernels.fused import check, gram, outer
+    from gradent.kernels import self_check as check
+    from gradent.kernels.gram import triton as gram
+    from gradent.kernels.outer import triton as outer
 
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

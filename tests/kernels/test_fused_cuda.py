@@ -12,11 +12,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from gradent import measure
 from gradent.kernels import dispatch
-from gradent.kernels.fused.check import self_check
-from gradent.kernels.fused.gram import gram_entries, gram_scratch
-from gradent.kernels.fused.operands import Spans
-from gradent.kernels.fused.outer import outer_entries, outer_scratch, outer_with_gradient
-from gradent.kernels.fused.tiles import gram_configs, is_deep, outer_configs
+from gradent.kernels.common.triton_operands import Spans
+from gradent.kernels.common.triton_tiles import gram_configs, is_deep, outer_configs
+from gradent.kernels.gram.triton import gram_entries, gram_scratch
+from gradent.kernels.outer.triton import outer_entries, outer_scratch, outer_with_gradient
+from gradent.kernels.self_check import self_check
 from tests.batches import ragged
 from tests.kernels.operands import DTYPES, draw, scaled
 from tests.truth import TOLERANCE, scaled_error, truth

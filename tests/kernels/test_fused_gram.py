@@ -11,10 +11,11 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from gradent.errors import InputError
-from gradent.kernels.fused import gram, operands
-from gradent.kernels.fused.gram import gram_entries, gram_scratch
-from gradent.kernels.fused.operands import Spans, blank
-from gradent.kernels.fused.tiles import gram_configs, pick_gram, unit
+from gradent.kernels.common import triton_operands as operands
+from gradent.kernels.common.triton_operands import Spans, blank
+from gradent.kernels.common.triton_tiles import gram_configs, pick_gram, unit
+from gradent.kernels.gram import triton as gram
+from gradent.kernels.gram.triton import gram_entries, gram_scratch
 from tests.kernels.operands import DTYPES, draw, scaled, strided
 
 SMALL = gram_configs(torch.float32)[0]

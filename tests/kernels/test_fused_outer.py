@@ -11,11 +11,11 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from gradent.errors import InputError
-from gradent.kernels.fused import outer
-from gradent.kernels.fused.check import TOLERANCE
-from gradent.kernels.fused.operands import Spans, blank
-from gradent.kernels.fused.outer import outer_entries, outer_scratch, outer_with_gradient
-from gradent.kernels.fused.tiles import is_deep, outer_configs, pick_outer
+from gradent.kernels.common.triton_operands import Spans, blank
+from gradent.kernels.common.triton_tiles import is_deep, outer_configs, pick_outer
+from gradent.kernels.outer import triton as outer
+from gradent.kernels.outer.triton import outer_entries, outer_scratch, outer_with_gradient
+from gradent.kernels.self_check import TOLERANCE
 from tests.kernels.operands import DTYPES, Operands, draw, scaled, strided
 
 SHAPES = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gradent.errors import MemoryBudgetError
-from gradent.kernels.plan import choose, parse_budget
+from gradent.kernels.common.cost import choose, parse_budget
 
 LARGE = 2**40
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gradent import measure
-from gradent.kernels.precision import exact_products, is_exact
-from gradent.kernels.reference import products, reduce_dense, reduce_flat, reduce_tiles
+from gradent.kernels.common.numerics import products, reduce_dense, reduce_flat, reduce_tiles
+from gradent.kernels.common.precision import exact_products, is_exact
 from tests.batches import ragged
 from tests.zoo import build
 

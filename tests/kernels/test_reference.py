@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradent.kernels.plan import choose
-from gradent.kernels.reference import in_memory_order, reduce_batch, reduce_dense, reduce_flat, row_products
+from gradent.kernels.common.cost import choose
+from gradent.kernels.common.numerics import in_memory_order, reduce_batch, reduce_dense, reduce_flat, row_products
 
 SHAPES = [(1, 1, 1, 1), (3, 17, 63, 129), (40, 2, 5, 7), (2, 3, 200, 300), (129, 63, 17, 3), (5, 0, 9, 4), (0, 5, 9, 4)]
 # The operands are given, so only the accumulation rounds: float32 products whatever the inputs' dtype.

@@ -9,12 +9,13 @@ from torch import nn
 
 from benchmarks import scratch
 from gradent.hooks.capture.capture import Capture
-from gradent.hooks.forms import Dense, Explicit, Rows, bytes_scaled, scaled_rows
-from gradent.hooks.ledger import Ledger
-from gradent.hooks.plain import plain_rows
-from gradent.hooks.uses.uses import Layout, SumUse
-from gradent.kernels.reference import reduce_dense, reduce_flat, reduce_tiles
-from gradent.kernels.shared import reduce_shared
+from gradent.hooks.passes.autograd_engine import plain_rows
+from gradent.hooks.reduction.ledger import Ledger
+from gradent.hooks.uses.formats import Dense, Explicit, Rows, bytes_scaled, scaled_rows
+from gradent.hooks.uses.layout import Layout
+from gradent.hooks.uses.uses import SumUse
+from gradent.kernels.common.numerics import reduce_dense, reduce_flat, reduce_tiles
+from gradent.kernels.with_weight_grad import reduce_shared
 from tests.live import LiveBytes
 
 SMALL = 16 * 1024
@@ -175,7 +176,9 @@ def test_gradients_formed_already(dtype: torch.dtype, budget: int) -> None:
 def test_what_a_launch_allocates(form: str) -> None:
     """No more than its scratch and its result; in the interpreter, whose own arrays are numpy's and are not counted."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    from gradent.kernels.fused import gram, operands, outer  # noqa: PLC0415  (imports Triton)
+    from gradent.kernels.common import triton_operands as operands  # noqa: PLC0415  (imports Triton)
+    from gradent.kernels.gram import triton as gram  # noqa: PLC0415
+    from gradent.kernels.outer import triton as outer  # noqa: PLC0415
 
     run, needed = {
         "gram": (gram.gram_entries, gram.gram_scratch),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradent.kernels.shared import reduce_shared
+from gradent.kernels.with_weight_grad import reduce_shared
 
 SHAPES = [(1, 1, 1, 1), (2, 17, 63, 129), (3, 5, 300, 7), (1, 129, 3, 17), (4, 33, 65, 64)]
 

@@ -11,8 +11,8 @@ from gradent.tokens.contractions import (
     Block,
     Entries,
     flat_entries,
-    lone_entries,
     products,
+    rank_one_entries,
     shared_entries,
     tied_entries,
 )
@@ -27,7 +27,7 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 
 
 def blocks(width: int, columns: int, dtype: torch.dtype = torch.float64, *, prefix: bool = True) -> list[Block]:
-    """Two strands of chosen, the shorter a prefix of the longer (or of another row), and one of rejected."""
+    """Two passes of chosen, the shorter a prefix of the longer (or of another row), and one of rejected."""
     a = draw(7, columns, dtype=dtype)
     short = a[:4] if prefix else draw(4, columns, seed=5, dtype=dtype)
     return [
@@ -111,7 +111,7 @@ def test_lone_and_flat(budget):
     grads = [torch.einsum("mx,my->mxy", *pair).flatten(1) for pair in ((u, v), (x, y))]
     order = [3, 1, 0, 2]
     lone = [(0, order, u[order], v[order]), (1, [0, 1, 2], x, y)]
-    check(lone_entries(lone, SIZES, budget), *grads)
+    check(rank_one_entries(lone, SIZES, budget), *grads)
     check(flat_entries([(0, [0, 1, 2, 3], grads[0]), (1, [0, 1, 2], grads[1])], SIZES, budget), *grads)
 
 
@@ -125,7 +125,7 @@ def test_a_tied_head_and_embedding(budget):
             grads[part.side][token].index_add_(0, part.a, b)
     ids = torch.unique(torch.cat([part.a for part in looked]))
     lone = [(side, list(range(len(u))), u, v) for side, (u, v) in enumerate(heads)]
-    entries = lone_entries(lone, SIZES, budget)
+    entries = rank_one_entries(lone, SIZES, budget)
     entries += shared_entries(looked, SIZES, budget)
     entries += tied_entries([(side, names, u[:, ids], v) for side, names, u, v in lone], looked, ids, SIZES, budget)
     check(entries, *(grad.flatten(1) for grad in grads))

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gradent import EntanglementCallback
 from gradent.errors import InputError
-from gradent.hooks import ledger
+from gradent.hooks.reduction import ledger
 from tests.trainer.runs import Gradients, llama, make_trainer, preferences, weights_of
 from tests.trainer.test_identity import traces
 from tests.truth import assert_exact, truth
@@ -37,8 +37,8 @@ FAULTS: dict[str, tuple[str, Fault, dict[str, Any]]] = {
     "capture, before": ("gradent.hooks.capture.capture.Capture._before", out_of_order, {}),
     "a forward's start": ("gradent.hooks.piggyback.forward.WatchedForward.__init__", out_of_order, {}),
     "readout": ("gradent.hooks.piggyback.forward.find_readout", out_of_order, {}),
-    "ledger": ("gradent.hooks.ledger.Ledger.finish", out_of_order, {}),
-    "reduction": ("gradent.hooks.ledger.Ledger._slot", out_of_memory, {"memory_budget": 4096}),
+    "ledger": ("gradent.hooks.reduction.ledger.Ledger.finish", out_of_order, {}),
+    "reduction": ("gradent.hooks.reduction.ledger.Ledger._slot", out_of_memory, {"memory_budget": 4096}),
     "measuring pass": ("gradent.recorder.measure", out_of_memory, {"mode": "measure"}),
     "pairing": ("gradent.hooks.piggyback.backward.pair_rows", out_of_order, {}),
     "arming": ("gradent.recorder.trainable", out_of_order, {}),

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from gradent import EntanglementCallback
 from gradent.report.live.alerts import Alert
 from tests.batches import ragged
+from tests.shared import value_once
 from tests.trainer.runs import llama, make_trainer, preferences, weights_of, with_lora
 
 RECOMPUTED = {"gradient_checkpointing": True}
@@ -69,25 +70,26 @@ def test_to_the_bit(name: str, lora: bool, tiny_tokenizer: PreTrainedTokenizerFa
     dropout = 0.1 if "dropout" in name else 0.0
     probes: dict[str, Any] = {"rows": preferences(2), "batch": ragged()}
 
-    def run(callbacks: list[EntanglementCallback]) -> tuple[nn.Module, tuple[Any, ...], list[float]]:
+    def run(callbacks: list[EntanglementCallback]) -> tuple[dict[str, Tensor], tuple[Any, ...], list[float], list[Any]]:
         base = llama(attention_dropout=dropout)
         model = with_lora(base, dropout=dropout) if lora else base
         trainer = make_trainer("dpo", model, tiny_tokenizer, tmp_path, callbacks, max_steps=3, **arguments)
         trainer.train()
-        return trainer.model, states(), [logs["loss"] for logs in trainer.state.log_history[:3]]
+        losses = [logs["loss"] for logs in trainer.state.log_history[:3]]
+        return weights_of(trainer.model), states(), losses, traces(trainer.model)
 
     options = {"every": 1, "on_error": "raise", **options}
     if "probe_data" in options:
         options["probe_data"] = probes[options["probe_data"]]
     callback = EntanglementCallback(**options, out=tmp_path / "out" if "out" in name else None)
-    watched, states_watched, losses_watched = run([callback])
-    alone, states_alone, losses_alone = run([])
+    ours, states_watched, losses_watched, traces_watched = run([callback])
+    unwatched = value_once(("unwatched", sorted(arguments.items()), lora, dropout), lambda: run([]))
+    theirs, states_alone, losses_alone, traces_alone = unwatched
     assert len(callback.records) == (2 if name in ("every second step", "metric adam") else 3)
     assert losses_watched == losses_alone and len(set(losses_alone)) == 3
-    ours, theirs = weights_of(watched), weights_of(alone)
     assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
     assert states_watched == states_alone
-    assert traces(watched) == traces(alone)
+    assert traces_watched == traces_alone
 
 
 @pytest.mark.parametrize("leave", [lambda model: setattr(model, "mark", 1), lambda model: model.train(False)])

@@ -15,8 +15,9 @@ from trl import DPOConfig, DPOTrainer
 
 from gradent.errors import InputError
 from gradent.losses.token_masked import hard_mask, masked_logps, soft_mask, sparsity, token_masked_loss
+from gradent.trainer.token_masking.config import TokenMaskedDPOConfig
 from gradent.trainer.token_masking.head import MaskHead
-from gradent.trainer.token_masking.trainer import TokenMaskedDPOConfig, TokenMaskedDPOTrainer
+from gradent.trainer.token_masking.trainer import TokenMaskedDPOTrainer
 from tests.trainer.runs import data_for, llama, weights_of, with_lora
 
 SETTINGS = {

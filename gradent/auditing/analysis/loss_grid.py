@@ -66,29 +66,15 @@ stays at the loss's default or, in a sweep of the run's own loss, as the run has
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One loss to ask about.
+    """One loss to ask about."""
 
-    Attributes:
-        group: "run" (the run's own loss), "paper" (one of the ten at the paper's Appendix C) or "sweep".
-        loss: the loss.
-        varied: the hyperparameter that the sweep varies; None outside sweeps.
-    """
-
-    group: str
-    loss: Loss
-    varied: str | None = None
+    group: str  # "run" (the run's own loss), "paper" (one of the ten at the paper's Appendix C) or "sweep"
+    loss: Loss  # the loss
+    varied: str | None = None  # the hyperparameter that the sweep varies; None outside sweeps
 
 
 def list_variants(loss: Loss) -> Iterator[Variant]:
-    """All losses of a what-if, in the order of its rows.
-
-    Args:
-        loss: the run's own.
-
-    Yields:
-        The run's loss, the ten of `LOSSES` at their defaults, then the `SWEEPS`: of the run's own loss about the run's
-        own hyperparameters, of the others about their defaults.
-    """
+    """All losses of a what-if, in the order of its rows."""
     yield Variant(group="run", loss=loss)
     for kind in LOSSES.values():
         yield Variant(group="paper", loss=kind())
@@ -99,15 +85,7 @@ def list_variants(loss: Loss) -> Iterator[Variant]:
 
 
 def read_hyperparameters(loss: Loss) -> Setting:
-    """The hyperparameters of a loss as JSON has them.
-
-    Args:
-        loss: any loss; one of `losses.from_callable` has none.
-
-    Returns:
-        Name to number, switch or text, in the order of the loss's fields. Of a design, `base` is the name of the loss
-        under it, whose own hyperparameters stand beside it, as `losses.get` takes them.
-    """
+    """The hyperparameters of a loss as JSON has them."""
     found: Setting = {}
     for each in fields(loss):
         value = getattr(loss, each.name)
@@ -121,15 +99,7 @@ def read_hyperparameters(loss: Loss) -> Setting:
 
 
 def label_loss(loss: Loss) -> str:
-    """A loss as tables and sentences name it.
-
-    Args:
-        loss: any loss.
-
-    Returns:
-        Such as "DPO (β=0.1)", "IPO (β=0.1, length-normalized)" (a switch that is off is left out) or, of a design,
-        "Pairwise normalized DPO (β=0.1), scale=constant".
-    """
+    """A loss as tables and sentences name it."""
     base = getattr(loss, "base", None)
     if isinstance(base, Loss):
         own = {each.name: getattr(loss, each.name) for each in fields(loss) if each.init and each.name != "base"}
@@ -142,14 +112,7 @@ def label_loss(loss: Loss) -> str:
 
 
 def describe_setting(setting: Mapping[str, Any]) -> str:
-    """Hyperparameters in the paper's letters.
-
-    Args:
-        setting: name to value.
-
-    Returns:
-        Such as "β=2, γ=1", "length-normalized" or "not reference-free"; empty for none.
-    """
+    """Hyperparameters in the paper's letters."""
     return ", ".join(_describe(name, value) for name, value in setting.items())
 
 

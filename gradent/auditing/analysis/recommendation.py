@@ -33,22 +33,9 @@ _DESIGN = "pairwise normalization (the paper's Section 5.1)"
 
 
 def recommend(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """What the rows of `what_if` come to.
-
-    A loss whose λ·NLL term raises both log-probs on more pairs than it separates is not recommended, however many pairs
-    it leaves in case 1; `raises_both` lists those of the paper's losses.
-
-    Args:
-        rows: what `what_if` returned.
-
-    Returns:
-        None where nothing was measured, else `text`; `pairs`; `lever`: "none_needed" (the run's loss is ideal for
-        nearly all pairs that it moves), "loss", "hyperparameter" (of the run's own loss) or "none", None where the
-        run's loss has no numbers; `run`, `best`, `own` the labels of the run's loss, of the best other loss of the
-        paper and of the best setting of the run's own loss, each with its share in case 1 (`_ideal`), the latter two
-        with `_gained` and `_lost` (pairs, against the run's loss) and `_clear` (whether the gain exceeds sampling
-        noise); `design_ideal`; `raises_both` and `not_compared`, labels. What does not exist is None.
-    """
+    """What the rows of `what_if` come to."""
+    # A loss whose λ·NLL term raises both log-probs on more pairs than it separates is not recommended, however many
+    # pairs it leaves in case 1; `raises_both` lists those of the paper's losses.
     run = next((row for row in rows if row["group"] == "run"), None)
     if run is None or not run["pairs"] or not any(row["cases"] for row in rows):
         return None
@@ -71,15 +58,7 @@ def recommend(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def standard_errors(gained: int, lost: int) -> float:
-    """A gain in paired standard errors, McNemar's statistic with the continuity correction.
-
-    Args:
-        gained: pairs in case 1 with the other loss alone.
-        lost: pairs in case 1 with the run's loss alone.
-
-    Returns:
-        `(gained - lost - 1)/√(gained + lost)`; 0 where nothing is gained.
-    """
+    """A gain in paired standard errors, McNemar's statistic with the continuity correction."""
     return (gained - lost - 1) / math.sqrt(gained + lost) if gained > lost else 0.0
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from gradent.hooks.rules.elementwise import sum_use
 from gradent.hooks.rules.registry import Call, register_rule
 from gradent.hooks.uses.uses import Use
-from gradent.kernels.reference import accumulator
+from gradent.kernels.common.numerics import accumulator
 
 __all__: list[str] = []
 

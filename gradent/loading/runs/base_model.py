@@ -18,14 +18,7 @@ _MOST_CARD = 256 * 2**10  # bytes; a model card is a page
 
 
 def check_given(base: str) -> None:
-    """Refuse a base that the user gave and that cannot be one.
-
-    Args:
-        base: directory or hub id.
-
-    Raises:
-        InputError: neither a directory nor a hub id, or a directory that holds no full model.
-    """
+    """Refuse a base that the user gave and that cannot be one."""
     if not os.path.isdir(base) and not _is_hub_id(base):
         raise InputError(
             f"base {quoted(base, 400)}: there is no such directory, and it is no hub id (owner/name) either. Give the "
@@ -40,28 +33,13 @@ def check_given(base: str) -> None:
 
 
 def base_of_adapters(named: Sequence[str | None]) -> str | None:
-    """The base that the adapters of one run have in common.
-
-    Args:
-        named: what each adapter's config says, by step; None where it says nothing.
-
-    Returns:
-        The one that most of them name, and of several the later; None where no adapter names one.
-    """
+    """The base that the adapters of one run have in common."""
     counts = Counter(base for base in reversed(named) if base)
     return counts.most_common(1)[0][0] if counts else None
 
 
 def base_problem(base: str | None, run: str) -> str | None:
-    """Why a base cannot be used, as far as it can be told without loading it or asking the hub.
-
-    Args:
-        base: what an adapter's config names.
-        run: the run's name, for the remedy.
-
-    Returns:
-        The problem with its remedy; None for a directory with a full model, and for a hub id.
-    """
+    """Why a base cannot be used, as far as it can be told without loading it or asking the hub."""
     remedy = f"Run: gradent audit {run} --base DIR, with the model that training started from."
     if base is None:
         return f"its adapter_config.json names no base model. {remedy}"
@@ -74,15 +52,7 @@ def base_problem(base: str | None, run: str) -> str | None:
 
 
 def base_of_card(directory: Path, root: Path) -> tuple[str | None, str]:
-    """The base that a run's model card names: `base_model:` in the front matter of README.md, which TRL writes.
-
-    Args:
-        directory: the run.
-        root: the same, resolved.
-
-    Returns:
-        The base, or None, and why there is none.
-    """
+    """The base that a run's model card names: `base_model:` in the front matter of README.md, which TRL writes."""
     card = directory / "README.md"
     if not os.path.isfile(card):
         return None, "the run has no model card (README.md)"

@@ -17,67 +17,36 @@ STATE = "trainer_state.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A model that a run saved.
+    """A model that a run saved."""
 
-    Attributes:
-        step: the trainer's step; 0 is the model before training.
-        path: its directory (of the base: a directory or hub id).
-        name: relative to the run, `checkpoint-200`; `base`; the run's own name for what stands in the run itself.
-        kind: "full", "adapter", or None where it cannot be told.
-        problem: why it cannot be measured, and what to do; None if nothing speaks against it.
-    """
-
-    step: int
-    path: str
-    name: str
-    kind: str | None
-    problem: str | None = None
+    step: int  # the trainer's step; 0 is the model before training
+    path: str  # its directory (of the base: a directory or hub id)
+    name: str  # relative to the run, `checkpoint-200`; `base`; the run's own name for what stands in the run itself
+    kind: str | None  # "full", "adapter", or None where it cannot be told
+    problem: str | None = None  # why it cannot be measured, and what to do; None if nothing speaks against it
 
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """What a trainer_state.json says.
+    """What a trainer_state.json says."""
 
-    Attributes:
-        path: the file.
-        step: of the optimizer, when it was written.
-        lines: entries of its log.
-        best: whether the trainer watched for the best checkpoint, and so may have gone back to it in the end.
-    """
-
-    path: Path
-    step: int
-    lines: int
-    best: bool
+    path: Path  # the file
+    step: int  # of the optimizer, when it was written
+    lines: int  # entries of its log
+    best: bool  # whether the trainer watched for the best checkpoint, and so may have gone back to it in the end
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A checkpoint with what its files say beyond it.
+    """A checkpoint with what its files say beyond it."""
 
-    Attributes:
-        checkpoint: the checkpoint.
-        base: what an adapter's config names as its base; None where it names none, and for full models.
-        state: the trainer's, None where it is missing or not readable.
-    """
-
-    checkpoint: Checkpoint
-    base: str | None
-    state: State | None
+    checkpoint: Checkpoint  # the checkpoint
+    base: str | None  # what an adapter's config names as its base; None where it names none, and for full models
+    state: State | None  # the trainer's, None where it is missing or not readable
 
 
 def look_at(directory: Path, name: str, step: int, root: Path) -> Saved:
-    """Look at a checkpoint's files, without loading its model.
-
-    Args:
-        directory: where it is.
-        name: what to call it.
-        step: that its name, or the run, says it is of.
-        root: the run's directory, resolved; links that lead out of it are not followed.
-
-    Returns:
-        The checkpoint, with the first problem that was found.
-    """
+    """Look at a checkpoint's files, without loading its model."""
     kind = base = state = problem = None
     try:
         check_links(directory, root)
@@ -93,19 +62,7 @@ def look_at(directory: Path, name: str, step: int, root: Path) -> Saved:
 
 
 def read_state(path: Path, root: Path) -> State | None:
-    """The trainer's state.
-
-    Args:
-        path: its file.
-        root: the run's directory, resolved.
-
-    Returns:
-        What it says; None where there is none.
-
-    Raises:
-        ModelError: a link that leads out of the run.
-        DataFileError: not readable, or without a step.
-    """
+    """The trainer's state."""
     if not os.path.lexists(path):
         return None
     if leads_outside(path, root):

@@ -29,36 +29,20 @@ _BEGUN = re.compile(r"tmp-checkpoint-.*|checkpoint-.*", re.DOTALL)
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a trainer left in a directory.
+    """What a trainer left in a directory."""
 
-    Attributes:
-        directory: the run.
-        kind: "full" or "adapter", what its checkpoints are; None where it cannot be told of any.
-        base: directory or hub id of the model that training started from (of adapters, the one they stand on), or None.
-        checkpoints: all that were saved, by step, also those with a problem.
-        start: the base of a full run, as step 0; None for adapters, and where the base is not known.
-        history: the trainer's state with the most that was logged, or None.
-        notes: what was left aside, and other things that a reader should know.
-    """
-
-    directory: Path
-    kind: str | None
+    directory: Path  # the run
+    kind: str | None  # "full" or "adapter", what its checkpoints are; None where it cannot be told of any
+    # directory or hub id of the model that training started from (of adapters, the one they stand on), or None
     base: str | None
-    checkpoints: list[Checkpoint]
-    start: Checkpoint | None
-    history: Path | None
-    notes: list[str]
+    checkpoints: list[Checkpoint]  # all that were saved, by step, also those with a problem
+    start: Checkpoint | None  # the base of a full run, as step 0; None for adapters, and where the base is not known
+    history: Path | None  # the trainer's state with the most that was logged, or None
+    notes: list[str]  # what was left aside, and other things that a reader should know
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a directory that holds at least one `checkpoint-<step>` directory.
-
-    Args:
-        path: a path, or anything else that a model may be called.
-
-    Returns:
-        True for a run.
-    """
+    """Whether a path is a directory that holds at least one `checkpoint-<step>` directory."""
     try:
         names = os.listdir(path)
     except (OSError, ValueError):
@@ -67,18 +51,7 @@ def is_run(path: str | os.PathLike[str]) -> bool:
 
 
 def find_run(path: str | os.PathLike[str], *, base: str | None = None) -> Run:
-    """Find a run's checkpoints, and what is wrong with each.
-
-    Args:
-        path: the run's directory.
-        base: directory or hub id of the model that training started from; wins over what the run says of it.
-
-    Returns:
-        The run.
-
-    Raises:
-        InputError: no run, or a `base` that cannot be one.
-    """
+    """Find a run's checkpoints, and what is wrong with each."""
     directory = Path(path)
     if not is_run(directory):
         raise InputError(
@@ -111,21 +84,7 @@ def find_run(path: str | os.PathLike[str], *, base: str | None = None) -> Run:
 
 
 def choose(run: Run, spec: str | Sequence[int]) -> list[Checkpoint]:
-    """The checkpoints that are asked for.
-
-    Args:
-        run: the run.
-        spec: "all"; "last", the last that can be measured; or steps, "0,200,400" or a list. Step 0 is the model before
-            training, which is among "all" where it is known.
-
-    Returns:
-        Checkpoints by step. Those with a problem are among them, to be told and left out; with "last", those are the
-        broken ones after it.
-
-    Raises:
-        InputError: not such a spec, or a step that the run does not have.
-        ModelError: none of them can be measured.
-    """
+    """The checkpoints that are asked for."""
     there = [*([] if run.start is None else [run.start]), *run.checkpoints]
     if isinstance(spec, str) and spec.strip() == "all":
         chosen = there

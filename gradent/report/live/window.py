@@ -1,4 +1,4 @@
-"""The measured steps between two logs, as plain numbers and text: what words and panels are made from."""
+"""The measured steps between two logs, as plain numbers and text: what alerts and panels are made from."""
 
 from __future__ import annotations
 
@@ -62,5 +62,5 @@ class Window:
 
     def share(self, case: str) -> float:
         """Share of all the window's pairs in a case."""
-        whole = sum(self.pairs)
-        return sum(shares[case] * count for shares, count in zip(self.cases, self.pairs, strict=True)) / max(1, whole)
+        counts = [shares[case] * count for shares, count in zip(self.cases, self.pairs, strict=True)]
+        return sum(counts) / max(1, sum(self.pairs))

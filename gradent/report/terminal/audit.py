@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -16,7 +15,7 @@ from gradent.report.page.numbers import fixed, percent
 from gradent.report.terminal.tables import new_table
 from gradent.text import printable, visible
 
-__all__ = ["preview", "print_summary"]
+__all__ = ["print_summary"]
 
 _ARROWS = {
     "ideal": ("rises", "falls"),
@@ -26,7 +25,6 @@ _ARROWS = {
     "inactive": ("-", "-"),
 }
 _REFERENCES = {"none": "none", "self": "the model itself", "adapter_off": "its base without the adapter", "model": ""}
-_CONTEXT = 12  # characters that two responses share and that are shown before they part
 _MODULES_SHOWN = 12
 _TOKENS_SHOWN = 5
 _TOKEN_WIDTH = 24  # characters of a token
@@ -34,32 +32,9 @@ _MODULE_FIGURES = 42  # columns of the module table that are not the module's na
 
 
 def print_summary(summary: Summary, console: Console) -> None:
-    """Print the tables of one audit.
-
-    Args:
-        summary: what `summary.json` holds.
-        console: where to.
-    """
+    """Print the tables of one audit."""
     for part in _render(summary, console.width):
         console.print(part)
-
-
-def preview(text: str, other: str, width: int = 160) -> str:
-    """A short piece of one response from just before the point where it leaves the other, in printable characters.
-
-    Args:
-        text: the response to show.
-        other: the other response of the pair.
-        width: most characters.
-
-    Returns:
-        One line; an ellipsis stands for what was cut.
-    """
-    common = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(text, other, strict=False)))
-    start = common - _CONTEXT if common > 2 * _CONTEXT else 0
-    line = ("…" if start else "") + text[start : start + 4 * width]
-    line = " ".join("".join(letter if letter.isprintable() else " " for letter in line).split())
-    return line if len(line) <= width else line[: width - 1] + "…"
 
 
 def _render(summary: Summary, width: int) -> Iterator[RenderableType]:

@@ -1,0 +1,202 @@
+"""The default engine: a batched forward, one backward pruned of weight gradients, every layer reduced as it arrives.
+
+Letters: k pairs of a micro-batch, rows 0..k-1 chosen and k..2k-1 rejected; R rows of one forward, L its padded length.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradent.hooks.capture.capture import Capture, Tap
+from gradent.hooks.capture.coverage import Survey
+from gradent.hooks.passes.microbatch import Forward, MicroBatch, Outcome
+from gradent.hooks.reduction.collector import Collector, Place
+from gradent.hooks.reduction.ledger import Ledger
+from gradent.hooks.uses.formats import Explicit
+from gradent.hooks.uses.layout import Layout
+from gradent.kernels.common.numerics import accumulator
+
+__all__ = ["NeedsSingleRows", "run"]
+
+
+class NeedsSingleRows(Exception):
+    """Internal: these parameters (by number) have uses whose rows cannot be told apart in a batched forward."""
+
+    def __init__(self, params: frozenset[int]) -> None:
+        super().__init__(params)
+        self.params = params
+
+
+@dataclass
+class _Pass:
+    """One forward of a group, with its graph."""
+
+    place: Place
+    capture: Capture
+    logps: Tensor
+
+
+def run(
+    model: nn.Module,
+    parameters: Sequence[Tensor],
+    micro: MicroBatch,
+    *,
+    budget: int,
+    explicit_budget: int | None,
+    weight: Callable[[int], Tensor] | None = None,
+    ledger: Ledger | None = None,
+) -> Outcome:
+    """Measure one micro-batch.
+
+    Args:
+        model: the model, in the mode in which it is to be measured.
+        parameters: its trainable parameters; their numbers are their places here.
+        micro: the rows and how they are grouped into forwards.
+        budget: bytes of a reduction's tiles.
+        explicit_budget: bytes that the explicit gradients of parameters without a rule may take (two rows' worth); more
+            such parameters than fit are measured in several passes. None for no limit.
+        weight: see `Ledger`.
+        ledger: what reduces the rows; by default a `Ledger` of their pairs.
+
+    Returns:
+        The outcome.
+
+    Raises:
+        NeedsSingleRows: a group has several rows and a parameter is used where they cannot be told apart.
+        NonFiniteError: a log-prob is nan or infinite.
+    """
+    if ledger is None:
+        ledger = Ledger(len(micro.rows) // 2, budget=budget, weight=weight)
+    run_ = _Run(model, parameters, micro, ledger, budget)
+    try:
+        passes = [run_.forward(group) for group in micro.groups]
+        surveys, explicit = run_.survey(passes)
+        batches, uncovered = _fit(parameters, sorted(explicit), explicit_budget)
+        logps = torch.zeros(len(micro.rows), dtype=torch.float64)
+        for one in passes:
+            logps[list(one.place.rows)] = one.logps.detach().cpu()
+        run_.backward(passes, surveys, explicit, batches[0])
+        for batch in batches[1:]:
+            run_.again(batch)
+        ledger.close()
+    finally:
+        run_.close()
+    return Outcome(ledger.entries, logps, uncovered)
+
+
+class _Run:
+    """The steps of `run`, over one model and ledger."""
+
+    def __init__(
+        self, model: nn.Module, parameters: Sequence[Tensor], micro: MicroBatch, ledger: Ledger, budget: int
+    ) -> None:
+        self.model, self.parameters, self.micro, self.ledger = model, parameters, micro, ledger
+        self.budget = budget
+        self.collector = Collector(ledger, budget)
+        self._captures: list[Capture] = []
+        self._ignored: frozenset[int] = frozenset()
+
+    def forward(self, group: Sequence[int], *, watch: bool = True) -> _Pass:
+        """One forward of the rows of `group`, recorded."""
+        micro = self.micro
+        forward = Forward(micro, group)
+        rows, length = forward.ids.shape
+        layout = Layout(rows, length, lambda: [(0, len(micro.rows[row][0])) for row in group])
+        capture = Capture(self.parameters if watch else [], layout, lambda tap, b: self._deliver(one, tap, b))
+        self._captures.append(capture)
+        with capture:
+            logits = forward.logits(self.model)
+        one = _Pass(Place(layout, group), capture, forward.logps(logits, self.budget))  # `deliver` knows it by its name
+        return one
+
+    def close(self) -> None:
+        """Let go of every graph, also of those that an exception left behind."""
+        for capture in self._captures:
+            capture.close()
+        self._captures.clear()
+        self.collector.clear()
+
+    def survey(self, passes: Sequence[_Pass]) -> tuple[list[Survey], frozenset[int]]:
+        """What the recorded uses account for, and the numbers of the parameters that need explicit gradients."""
+        surveys = [one.capture.survey(one.logps) for one in passes]
+        explicit = {number for found in surveys for number in found.missed}
+        depths: dict[int, set[int]] = defaultdict(set)
+        for one in passes:
+            for tap in one.capture.taps:
+                depths[tap.use.view.param].add(tap.use.depth)
+        # A fused weight that is used both whole and expert by expert has overlapping slots.
+        explicit |= {number for number, found in depths.items() if len(found) > 1}
+        if explicit and any(len(one.place.rows) > 1 for one in passes):
+            raise NeedsSingleRows(frozenset(explicit))
+        if (
+            explicit & depths.keys()
+        ):  # some of their uses were recorded: what lies below those is different without them
+            surveys = [one.capture.survey(one.logps, frozenset(explicit)) for one in passes]
+        return surveys, frozenset(explicit)
+
+    def backward(
+        self, passes: list[_Pass], surveys: list[Survey], explicit: frozenset[int], batch: Sequence[int]
+    ) -> None:
+        """The pruned backward of every forward, last first; explicit gradients of `batch` come out of it too."""
+        self._ignored = explicit
+        for one, found in zip(passes, surveys, strict=True):
+            for tap in one.capture.taps:
+                if tap.node in found.reached and tap.use.view.param not in explicit:
+                    self.collector.expect(tap, one.place)
+        while passes:
+            self._differentiate(passes.pop(), surveys.pop().bottoms, batch)
+        for number in batch:
+            self.ledger.finish(number)
+
+    def again(self, batch: Sequence[int]) -> None:
+        """A further pass over every row for the explicit gradients that did not fit into the one before."""
+        for group in self.micro.groups:
+            self._differentiate(self.forward(group, watch=False), [], batch)
+        for number in batch:
+            self.ledger.finish(number)
+
+    def _differentiate(
+        self, one: _Pass, bottoms: Sequence[torch.autograd.graph.GradientEdge], batch: Sequence[int]
+    ) -> None:
+        inputs: list[Any] = [*bottoms, *(self.parameters[number] for number in batch)]
+        if not inputs:
+            return
+        grads = torch.autograd.grad(one.logps.sum(), inputs, allow_unused=True)
+        for number, grad in zip(batch, grads[len(bottoms) :], strict=True):
+            if grad is not None:
+                self.ledger.add(number, one.place.rows[0], (), Explicit(grad))
+
+    def _deliver(self, one: _Pass, tap: Tap, cotangent: Tensor) -> None:
+        if tap.use.view.param not in self._ignored:
+            self.collector.arrive(tap, cotangent, one.place)
+
+
+def _fit(
+    parameters: Sequence[Tensor], explicit: Sequence[int], budget: int | None
+) -> tuple[list[list[int]], dict[int, str]]:
+    """Split explicit parameters into passes whose two rows of gradients fit the budget."""
+    batches: list[list[int]] = [[]]
+    uncovered: dict[int, str] = {}
+    used = 0
+    for number in explicit:
+        parameter = parameters[number]
+        # The gradient of each row, and both once more in the accumulator's dtype while they are reduced.
+        size = 2 * parameter.numel() * (parameter.element_size() + accumulator(parameter.dtype).itemsize)
+        if budget is not None and size > budget:
+            uncovered[number] = (
+                f"no rule covers a use of it, and its two explicit gradients need {size} bytes: more than "
+                f"memory_budget={budget}"
+            )
+            continue
+        if budget is not None and used + size > budget and batches[-1]:
+            batches.append([])
+            used = 0
+        batches[-1].append(number)
+        used += size
+    return batches, uncovered

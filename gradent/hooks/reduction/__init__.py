@@ -1,0 +1,1 @@
+"""From output gradients to Gram entries: which reducer takes what, and the ledger of what waits."""

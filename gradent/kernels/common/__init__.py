@@ -1,0 +1,1 @@
+"""Arithmetic that every reduction uses: accumulation, precision, streams, budgets and costs."""

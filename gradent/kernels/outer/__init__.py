@@ -1,0 +1,1 @@
+"""The outer form: tiles of `uᵀv`, multiplied and summed."""

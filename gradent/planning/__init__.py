@@ -1,0 +1,1 @@
+"""`gradent plan`: what `measure` would do to a model, without its weights."""

@@ -1,0 +1,189 @@
+"""`gradent plan`: the model's shell, its plan, and the table of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from gradent.errors import InputError
+from gradent.hooks.passes.autograd_engine import EXACT, is_plain, rows_within
+from gradent.hooks.passes.batching import group_rows, micro_batches
+from gradent.kernels import crossover, dispatch
+from gradent.kernels.common.cost import DEFAULT_BUDGET, parse_budget
+from gradent.kernels.common.numerics import SMALL, accumulator
+from gradent.loading.models import check_device, check_dtype
+from gradent.loading.source import resolve_source
+from gradent.planning.cost import Line, Setting, Totals, plan_lines, sum_lines
+from gradent.planning.trace import Shell, inspect_model
+from gradent.report.page.numbers import percent
+from gradent.report.terminal.tables import new_table
+from gradent.text import printable
+
+__all__ = ["print_plan", "show_plan"]
+
+
+def show_plan(
+    model: str,
+    *,
+    tokens: int,
+    pairs: int = 1,
+    adapter: str | None = None,
+    memory_budget: int | str | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    console: Console,
+) -> None:
+    """Print what `measure` would do to a model, whose weights are not read.
+
+    Args:
+        model: directory or hub id of a causal LM, or of a PEFT adapter; its config.json is enough.
+        tokens: T, tokens of each of a pair's two rows.
+        pairs: pairs of the batch.
+        adapter: PEFT adapter on top of the model.
+        memory_budget: as in `measure`.
+        dtype: as in `audit`.
+        device: where it would run; None for cuda where there is one, else cpu.
+        trust_remote_code: run code that the model's repository brings.
+        console: where to.
+
+    Raises:
+        InputError: no such model, a number that is not positive, an unknown dtype or device.
+    """
+    if tokens < 1 or pairs < 1:
+        raise InputError(f"tokens is {tokens} and pairs is {pairs}; both must be 1 or more.")
+    check_dtype(dtype)
+    place = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    budget = parse_budget(memory_budget) or DEFAULT_BUDGET
+    shell = inspect_model(resolve_source(model, adapter, weights=False), trust_remote_code=trust_remote_code)
+    operands = shell.dtype if dtype == "auto" else getattr(torch, dtype)
+    path = dispatch.path(place, operands)
+    wide = accumulator(operands)
+    # A use without a rule cannot tell rows apart: they go through the model one by one, pair after pair.
+    alone = any(use.kind == "explicit" for use in shell.uses)
+    together = 1 if alone else len(micro_batches([(tokens, tokens)] * pairs, place)[0])
+    # Only a hook on a parameter, tf32 or autocast, of which a plan knows nothing, could change this.
+    sizes = shell.parameters * operands.itemsize, shell.trainable * operands.itemsize
+    few = rows_within(*sizes, budget) if operands in EXACT else 0
+    groups = [[0], [1]] if alone else group_rows([tokens] * (2 * together), place, few=few)
+    setting = Setting(
+        tokens=tokens,
+        pairs=pairs,
+        together=together,
+        rows=max(map(len, groups)),
+        plain=is_plain(groups, few),
+        itemsize=wide.itemsize,
+        widen=operands != wide,
+        budget=budget,
+        limit=None if memory_budget is None else budget,
+        batch_budget=SMALL if place.type == "cpu" else budget,
+        price=partial(crossover.price, place, operands, path=path.split()[0], budget=budget),
+        operands=operands if path == "triton" else None,
+    )
+    lines = plan_lines(shell.uses, setting)
+    facts = {
+        "model": f"{model} ({shell.name}), {_si(shell.trainable)} of {_si(shell.parameters)} parameters trained",
+        "rows": f"{pairs} pair{'s' * (pairs > 1)}, {tokens} tokens a row, {setting.together} at once",
+        "device": f"{crossover.device_name(place)}, {str(operands).removeprefix('torch.')}, reduced by {path}",
+    }
+    for name, fact in facts.items():
+        console.print(Text(f"{name:<7} {printable(fact)}", "bold", overflow="fold"))
+    print_plan(lines, sum_lines(lines, setting, shell.parameters), setting, shell, console)
+
+
+def print_plan(lines: Sequence[Line], totals: Totals, setting: Setting, shell: Shell, console: Console) -> None:
+    """Print the table and the totals.
+
+    Args:
+        lines: of `plan_lines`.
+        totals: of `sum_lines`.
+        setting: what they were made for.
+        shell: the model.
+        console: where to.
+    """
+    kernels = setting.operands is not None
+    names = ("layers", "O×I", "r", "form", *(["path"] if kernels else []), "tile", "FLOPs", "scratch", "share")
+    rows: list[list[str | Text]] = [
+        [
+            Text(printable(line.name) + (f" ×{line.count}" if line.count > 1 else ""), overflow="fold"),
+            (f"{line.slots}×" if line.slots > 1 else "") + "×".join(map(str, line.shape)),
+            "" if line.rank is None else str(line.rank),
+            line.form,
+            *([line.path] if kernels else []),
+            "" if line.tile is None else "×".join(map(str, line.tile)) + (f", {line.rows} rows" * (line.rows > 2)),
+            _si(line.flops),
+            _bytes(line.scratch),
+            percent(line.flops / totals.flops if totals.flops else 0.0),
+        ]
+        for line in lines
+    ]
+    console.print(new_table(*names, text={0, 3, 4} if kernels else {0, 3}, rows=rows))
+    frozen = "" if shell.trainable == shell.parameters else ", 4·P·T for those that are frozen"
+    console.print(
+        Text(
+            f"Reductions: {_si(totals.flops)}FLOP, {totals.flops / totals.pass_flops:.1%} of the "
+            f"{_si(totals.pass_flops)}FLOP of one forward and backward (6·P·T for P parameters and T tokens of each row"
+            f"{frozen}).\n"
+            f"Largest scratch: {_bytes(totals.scratch)}, of a budget of {_bytes(setting.budget)}. Model and "
+            "activations come on top."
+        )
+    )
+    for remark in _remarks(lines, totals, setting, shell):
+        console.print(Text(remark))
+
+
+def _remarks(lines: Sequence[Line], totals: Totals, setting: Setting, shell: Shell) -> Iterator[str]:
+    """What the table alone would not explain."""
+    if setting.tokens > shell.longest:
+        yield (
+            f"The model says that it takes {shell.longest:,} tokens at most (max_position_embeddings); with learned "
+            f"positions, rows of {setting.tokens:,} fail."
+        )
+    if setting.plain:
+        yield (
+            "whole: every row has a forward of its own here, and so little is trained that the backward itself forms "
+            "the gradients. There are no tiles; all rows' gradients are held, and copied twice while they are reduced."
+        )
+    if totals.waiting > max((line.scratch for line in lines), default=0):
+        yield f"Small gradients wait to be reduced together: up to {_bytes(totals.waiting)} of them, copied meanwhile."
+    refused = [line for line in lines if line.refused]
+    if refused:
+        yield (
+            f"torch in {len(refused)} of {sum(bool(line.path) for line in lines)} lines of products: the kernels' sums "
+            f"of tiles would take up to {_bytes(max(line.refused for line in refused))}, more than the budget, so "
+            "torch's tiles reduce them: the same results, later."
+        )
+    if any(line.form == "explicit" for line in lines):
+        yield (
+            "explicit: no rule knows this use; both gradients are held whole, and every row has a forward of its "
+            "own. Only a memory_budget that is given limits them."
+        )
+    dear = [line for line in lines if line.form == "explicit" and line.scratch > (setting.limit or math.inf)]
+    if dear:
+        yield (
+            f"measure will refuse the explicit gradients of {', '.join(line.name for line in dear)}, which need "
+            f"{_bytes(max(line.scratch for line in dear))}: raise memory_budget, freeze them, or pass "
+            "allow_uncovered=True to go on without them."
+        )
+    if any(line.form == "sum" and 2 * setting.itemsize * math.prod(line.shape) > setting.budget for line in lines):
+        yield "sum: the two gradients of a bias or a norm are held whole, also where they are more than the budget."
+
+
+def _si(number: int) -> str:
+    """A number in three digits, with T, G, M or k behind it."""
+    for factor, letter in ((10**12, "T"), (10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g}{letter}" if number < 999.5 * factor else f"{number / factor:.0f}{letter}"
+    return str(number)
+
+
+def _bytes(number: int) -> str:
+    for factor, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}" if number < 999.5 * factor else f"{number / factor:.0f} {unit}"
+    return f"{number} B"
