@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gradent.record.curves import Floats, mean_and_error, read_curves
+from gradent.record.curves import mean_and_error, read_curves
+from gradent.record.table import Floats
 
 __all__ = ["Evidence", "Finding", "judge"]
 

@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradent.errors import InputError
+from gradent.record.table import Floats
 
 __all__ = ["Curve", "mean_and_error", "read_curves"]
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

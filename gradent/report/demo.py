@@ -11,9 +11,10 @@ from gradent.figures.charts import Chart, Line
 from gradent.record import CASE_NAMES, DemoRecord, read_demo, read_pairs
 from gradent.record.curves import read_curves
 from gradent.report.page.html import Page, Section, write_page
+from gradent.report.page.numbers import describe_evidence
 from gradent.report.page.parts import Cell, Table
 
-__all__ = ["describe_evidence", "write_demo_report"]
+__all__ = ["write_demo_report"]
 
 _STEP = "DPO step"
 
@@ -23,13 +24,6 @@ def write_demo_report(directory: str | os.PathLike[str]) -> Path:
     place = Path(directory)
     columns = read_pairs(place / "pairs.parquet").to_pydict()
     return write_page(place / "report.html", _to_page(columns, read_demo(place / "demo.json")))
-
-
-def describe_evidence(evidence: Mapping[str, Any]) -> str:
-    """One measured mean as text."""
-    mean, error = evidence["mean"], evidence["error"]
-    value = "no value" if mean is None else f"{mean:+.3f}"
-    return f"{evidence['label']}: {value}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _to_page(columns: Mapping[str, Sequence[Any]], record: DemoRecord) -> Page:

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from gradent.figures.charts import Line
 from gradent.record import CASE_NAMES, Summary, read_modules, read_pairs, read_sample, read_summary, read_tokens
 from gradent.record.curves import mean_and_error
+from gradent.record.table import Floats, Table
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["AuditRecords", "Floats", "Measured", "Row", "read_audit"]
+__all__ = ["AuditRecords", "Measured", "Row", "read_audit"]
 
-Floats = NDArray[np.float64]
 Row = Mapping[str, Any]
 _CASES = {name: number for number, name in CASE_NAMES.items()}
 
@@ -35,7 +35,7 @@ class Measured:
 
     name: str
     step: int
-    columns: Mapping[str, Floats]  # of `pairs.parquet`, `[P]` each, `pair` among them; nan where there is no value
+    columns: Table  # of `pairs.parquet`, `[P]` each, `pair` among them; nan where there is no value
 
     @property
     def pairs(self) -> list[int]:
@@ -52,7 +52,8 @@ class Measured:
 
     def finite(self, name: str) -> Floats:
         """The values of a column that are there."""
-        return self.columns[name][np.isfinite(self.columns[name])]
+        values = self.columns[name]
+        return np.asarray(values[np.isfinite(values)], dtype=np.float64)
 
     def quantile(self, name: str, share: float) -> float:
         """A quantile of a column; nan without any value."""
@@ -146,15 +147,13 @@ def _rows(path: Path, read: Callable[[Path], Any]) -> list[Row] | None:
 
 def _by_checkpoint(table: pa.Table) -> list[Measured]:
     """Split by checkpoint, in the order of steps; pairs in increasing order."""
-    values = {
-        name: np.asarray(table[name].cast("float64").to_numpy()) for name in table.column_names if name != "checkpoint"
-    }
+    names = [name for name in table.column_names if name != "checkpoint"]
+    columns = Table({name: table[name].cast("float64").to_numpy() for name in names})
     rows: dict[tuple[int, str], list[int]] = {}
     for row, key in enumerate(zip(table["step"].to_pylist(), table["checkpoint"].to_pylist(), strict=True)):
         rows.setdefault(key, []).append(row)
     checkpoints = []
     for (step, name), places in sorted(rows.items(), key=lambda item: item[0][0]):
-        at = np.array(places)
-        at = at[np.argsort(values["pair"][at], kind="stable")]
-        checkpoints.append(Measured(name, step, {column: numbers[at] for column, numbers in values.items()}))
+        part = columns.select(np.array(places))
+        checkpoints.append(Measured(name, step, part.select(np.argsort(part["pair"], kind="stable"))))
     return checkpoints

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from gradent.record.curves import mean_and_error
-from gradent.report.audit.records import AuditRecords, Floats, Measured, read_audit
+from gradent.record.table import Floats
+from gradent.report.audit.records import AuditRecords, Measured, read_audit
 from gradent.report.audit.settings import list_settings
 from gradent.report.page.numbers import plural
 

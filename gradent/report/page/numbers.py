@@ -3,8 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
-__all__ = ["NOTHING", "change", "count", "fixed", "number", "percent", "plural", "signed_number", "step_name"]
+__all__ = [
+    "NOTHING",
+    "change",
+    "count",
+    "describe_evidence",
+    "fixed",
+    "number",
+    "percent",
+    "plural",
+    "signed_number",
+    "step_name",
+]
 
 NOTHING = "-"
 
@@ -55,3 +68,10 @@ def plural(amount: int, noun: str) -> str:
 def step_name(step: float | None) -> str:
     """A training step in words."""
     return "an unknown step" if step is None else f"step {step:,.0f}"
+
+
+def describe_evidence(evidence: Mapping[str, Any]) -> str:
+    """One measured mean as text."""
+    mean, error = evidence["mean"], evidence["error"]
+    value = "no value" if mean is None else f"{mean:+.3f}"
+    return f"{evidence['label']}: {value}" + ("" if error is None else f" ± {error:.3f}")

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from gradent.record import DemoRecord
 from gradent.record.curves import mean_and_error, read_curves
-from gradent.report.demo import describe_evidence
+from gradent.report.page.numbers import describe_evidence
 from gradent.report.terminal.tables import new_table
 
 __all__ = ["print_findings"]
