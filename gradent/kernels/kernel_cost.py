@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from gradent.kernels.common.tiles import pick_gram, pick_outer
 from gradent.kernels.common.triton_operands import Spans
-from gradent.kernels.common.triton_tiles import pick_gram, pick_outer
 from gradent.kernels.gram.triton import gram_scratch
 from gradent.kernels.outer.triton import outer_scratch
 
