@@ -36,7 +36,7 @@ def gram_entries(
 def gram_products(
     u: Tensor, v: Tensor, groups: Groups, *, config: Config | None = None, poison: bool = False
 ) -> Tensor:
-    """`⟨G_i, G_j⟩`, i ≤ j, in each group, float64 `[groups.count]`, from u `[N, O]` and v `[N, I]`."""
+    """All `⟨G_i, G_j⟩` of each group, squares first, `[groups.count]` float64, from u `[N, O]` and v `[N, I]`."""
     return _launch(Factors(u, v, u, v, groups), config, poison)
 
 

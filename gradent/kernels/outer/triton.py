@@ -9,7 +9,6 @@ Accumulation is float32 within a tile and float64 across tiles; addresses are in
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import combinations_with_replacement
 from typing import NamedTuple
 
 import torch
@@ -32,7 +31,16 @@ from gradent.kernels.common.tiles import (
     pick_outer,
     unit,
 )
-from gradent.kernels.common.triton_operands import CACHED, Factors, Groups, Spans, blank, current_device, on_device
+from gradent.kernels.common.triton_operands import (
+    CACHED,
+    Factors,
+    Groups,
+    Spans,
+    blank,
+    couples,
+    current_device,
+    on_device,
+)
 from gradent.kernels.common.triton_tiles import INTERPRETED, LOOSE, UNITED, accumulate, load_tile
 
 __all__ = ["group_kernel", "outer_entries", "outer_kernel", "outer_products", "outer_scratch", "outer_with_gradient"]
@@ -93,7 +101,7 @@ def outer_products(
     plan: GroupsPlan,
     poison: bool = False,
 ) -> Tensor:
-    """`⟨G_i, G_j⟩`, i ≤ j, in each group, float64 `[groups.count]`, from u `[N, O]`, v `[N, I]` and weight `[O, I]`."""
+    """As `gram_products`, float64 `[groups.count]`; a weight `[O, I]`, the metric's root, multiplies each G."""
     factors, split = Factors(u, v, u, v, groups), _split(groups)
     sums = [torch.zeros(0, dtype=torch.float64, device=factors.device)]
     if plan.small:
@@ -121,10 +129,10 @@ def _split(groups: Groups) -> _Split:
     pair, group_start = 0, 3 * len(small)
     for group in groups.members:
         if len(group) > 2:
-            places += [group_start + j * side + i for i, j in combinations_with_replacement(range(len(group)), 2)]
+            places += [group_start + j * side + i for i, j in couples(range(len(group)))]
             group_start += side * side
         elif group:
-            places += [pair, pair + 2, pair + 1] if len(group) == 2 else [pair]
+            places += [pair, pair + 1, pair + 2] if len(group) == 2 else [pair]
             pair += 3
     # A group of one has an empty partner.
     chosen, rejected = [group[0] for group in small], [group[1] if len(group) == 2 else None for group in small]
