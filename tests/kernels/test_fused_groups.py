@@ -17,6 +17,7 @@ from gradent.kernels.common.triton_operands import Groups, blank, on_device
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from gradent.kernels.common import triton_tiles
 from gradent.kernels.gram import triton as gram
 from gradent.kernels.gram.triton import gram_entries, gram_products, gram_scratch
 from gradent.kernels.outer import triton as outer
@@ -120,7 +121,7 @@ def test_strides_that_no_tile_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     u, v, _ = operands()
     groups, weight = grouped(PARTITIONS["all"]), root(19, 45)
     near = by_outer(u, v, groups, weight)
-    monkeypatch.setattr(outer, "REACH", 1)
+    monkeypatch.setattr(triton_tiles, "REACH", 1)
     assert torch.equal(by_outer(u, v, groups, weight), near)
 
 
