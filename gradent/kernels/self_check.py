@@ -166,7 +166,7 @@ def _case(device: torch.device, u: torch.dtype, v: torch.dtype, shape: Shape) ->
         spans=Spans.padded(pairs, length, shape.chosen + shape.rejected),
         weight=draw(shape.rows, shape.cols).abs(),
         coefficients=draw(pairs, 2),
-        gradients=torch.stack(gradients).unflatten(0, (2, pairs)),
+        gradients=torch.stack(gradients).view(2, pairs, shape.rows, shape.cols),
     )
 
 
