@@ -210,7 +210,7 @@ def _launch_groups(
                 *sizes,
                 **_tile(factors, config, weight),
                 BLOCK=group_block(most),
-                CHUNK=32 * config.warps,
+                CHUNK=16 * config.warps,  # half of the accumulators a thread: 64 of them spill
                 **constants,
             )
     return partials.sum(1)
