@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from itertools import combinations
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from gradent.kernels.gram import triton as gram
 from gradent.kernels.gram.triton import gram_entries, gram_products, gram_scratch
 from gradent.kernels.outer import triton as outer
 from gradent.kernels.outer.triton import outer_entries, outer_products
-from tests.kernels.operands import DTYPES, draw, strided
+from tests.kernels.operands import DTYPES, draw, products_error, strided
 
 LENGTHS = [5, 0, 17, 3, 33, 1, 20, 4]
 PARTITIONS = {
@@ -58,17 +57,6 @@ def by_outer(u: Tensor, v: Tensor, groups: Groups, weight: Tensor | None = None,
     return outer_products(u, v, groups, weight, plan=plan, poison=True)
 
 
-def error(got: Tensor, gradients: Tensor, groups: Groups, weight: Tensor | None = None) -> float:
-    """Largest difference over `‖G_i‖‖G_j‖`; inf for nan, or anything but 0 for a zero gradient."""
-    if weight is not None:
-        gradients = gradients * weight.double()
-    pairs = [pair for group in groups.members for pair in [*zip(group, group, strict=True), *combinations(group, 2)]]
-    want = torch.stack([(gradients[i] * gradients[j]).sum() for i, j in pairs])
-    scale = torch.stack([gradients[i].norm() * gradients[j].norm() for i, j in pairs])
-    assert got.shape == want.shape == (groups.count,) and got.dtype == torch.float64
-    return float(torch.where(got == want, 0.0, (got - want).abs() / scale).nan_to_num(nan=float("inf")).max())
-
-
 LIMIT = 5e-7 * max(LENGTHS) ** 0.5
 
 
@@ -79,17 +67,17 @@ LIMIT = 5e-7 * max(LENGTHS) ** 0.5
 def test_all_products_of_a_group(name: str, rows: int, cols: int) -> None:
     u, v, gradients = operands(rows, cols)
     groups, weight = grouped(PARTITIONS[name]), root(rows, cols)
-    assert error(gram_products(u, v, groups, poison=True), gradients, groups) <= LIMIT
-    assert error(by_outer(u, v, groups), gradients, groups) <= LIMIT
-    assert error(by_outer(u, v, groups, weight), gradients, groups, weight) <= LIMIT
+    assert products_error(gram_products(u, v, groups, poison=True), gradients, groups) <= LIMIT
+    assert products_error(by_outer(u, v, groups), gradients, groups) <= LIMIT
+    assert products_error(by_outer(u, v, groups, weight), gradients, groups, weight) <= LIMIT
 
 
 @pytest.mark.parametrize("dtypes", DTYPES[1:], ids=str)
 def test_dtypes(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     u, v, gradients = operands(dtypes=dtypes)
     groups, weight = grouped(PARTITIONS["mixed"]), root(19, 45)
-    assert error(gram_products(u, v, groups, poison=True), gradients, groups) <= LIMIT
-    assert error(by_outer(u, v, groups, weight), gradients, groups, weight) <= LIMIT
+    assert products_error(gram_products(u, v, groups, poison=True), gradients, groups) <= LIMIT
+    assert products_error(by_outer(u, v, groups, weight), gradients, groups, weight) <= LIMIT
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -98,7 +86,7 @@ def test_configurations(dtype: torch.dtype) -> None:
     groups = grouped(PARTITIONS["threes"])
     for config in [*group_configs(dtype)[1::5], group_configs(dtype)[-1]]:
         plan = plan_groups(dtype, 40, 24, groups, budget=BUDGET, config=config)
-        assert error(outer_products(u, v, groups, plan=plan, poison=True), gradients, groups) <= LIMIT, config
+        assert products_error(outer_products(u, v, groups, plan=plan, poison=True), gradients, groups) <= LIMIT, config
 
 
 def test_a_pair_is_a_group_of_two() -> None:
@@ -116,7 +104,7 @@ def test_memory_that_is_not_contiguous_and_rows_that_are_packed() -> None:
     for run in (gram_products, lambda u, v, groups: by_outer(u, v, groups, strided(weight))):
         got = run(strided(u), strided(v), groups)
         assert torch.equal(got, run(*packed, Groups(LENGTHS, PARTITIONS["mixed"])))
-    assert error(got, gradients, groups, weight) <= LIMIT
+    assert products_error(got, gradients, groups, weight) <= LIMIT
 
 
 def test_strides_that_no_tile_spans(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +125,7 @@ def test_a_smaller_budget_takes_fewer_programs_and_launches() -> None:
     for budget in (2**20, 2**16, 2**14, 3 * 2**12, least.scratch):
         plan = plan_groups(torch.float32, 70, 40, groups, budget=budget)
         seen.add((plan.large.programs, plan.large.together, plan.large.config.rows))
-        assert error(by_outer(u, v, groups, budget=budget), gradients, groups) <= LIMIT
+        assert products_error(by_outer(u, v, groups, budget=budget), gradients, groups) <= LIMIT
     assert len(seen) >= 4
     assert plan_groups(torch.float32, 70, 40, groups, budget=least.scratch - 1).scratch == least.scratch
 
@@ -186,11 +174,11 @@ def test_the_test_can_fail() -> None:
     groups = grouped(PARTITIONS["all"])
     for run in (gram_products, by_outer):
         got = run(u, v, groups)
-        assert error(torch.zeros_like(got), gradients, groups) > 0.1
-        assert error(got.flip(0), gradients, groups) > 0.1, "in another order"
+        assert products_error(torch.zeros_like(got), gradients, groups) > 0.1
+        assert products_error(got.flip(0), gradients, groups) > 0.1, "in another order"
         for change, least in ((-1, 1e-3), (1, float("inf"))):  # a token is left out; the padding is poisoned
             lengths = [*LENGTHS[:2], LENGTHS[2] + change, *LENGTHS[3:]]
-            assert error(run(u, v, grouped(PARTITIONS["all"], lengths)), gradients, groups) >= least
+            assert products_error(run(u, v, grouped(PARTITIONS["all"], lengths)), gradients, groups) >= least
 
 
 def test_what_is_refused() -> None:
