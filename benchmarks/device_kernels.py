@@ -228,6 +228,7 @@ def _rates(bench: Bench, case: Case, rate: float, *, able: bool) -> list[str]:
         _put(bench, given, name, form, taken, rate, against, times, errors.get(name))
     if able and case.pairs > 1:
         _call(bench, given, times)
+        _group(bench, given, times)
     return [f"{name} by {error:.1e} at {case}" for name, error in errors.items() if not error <= AGREE]
 
 
@@ -275,6 +276,25 @@ def _call(bench: Bench, given: Operands, times: dict[str, Times]) -> None:
         ratio=taken.median / times["outer"].median,
         against="outer",
     )
+
+
+def _group(bench: Bench, given: Operands, times: dict[str, Times]) -> None:
+    """All products among all rows of a case, beside the three numbers a pair."""
+    from gradent.kernels.common.tiles import plan_groups  # noqa: PLC0415
+    from gradent.kernels.common.triton_operands import Groups  # noqa: PLC0415
+    from gradent.kernels.gram.triton import gram_products  # noqa: PLC0415  (imports Triton)
+    from gradent.kernels.outer.triton import outer_products  # noqa: PLC0415
+
+    case, rows = given.case, 2 * given.case.pairs
+    groups = Groups([case.tokens] * rows, [range(rows)])
+    plan = plan_groups(case.dtype, case.rows, case.cols, groups, budget=DEFAULT_BUDGET)
+    todo: dict[str, Callable[[], Any]] = {"outer": lambda: outer_products(given.u, given.v, groups, plan=plan)}
+    if "gram" in times:
+        todo["gram"] = lambda: gram_products(given.u, given.v, groups)
+    for form, taken in bench.turns(todo, rounds=25, seconds=1.0).items():
+        ratio = taken.median / times[form].median
+        columns = {**case.columns, **taken.columns, "path": "triton", "ratio": ratio, "against": form}
+        bench.put(f"{form}, all rows one group", **columns)
 
 
 def _error(entries: Tensor, truth: Tensor) -> float:

@@ -83,7 +83,7 @@ class Case:
         known |= {"BO": self.config.rows, "BI": self.config.cols, "WEIGHTED": self.weighted}
         known |= {"weight_i": 1} if self.weighted else {"weight": None}
         if self.kernel == "groups":  # of more than four rows, which takes more registers
-            return {**known, "BLOCK": 8, "CHUNK": 32 * self.config.warps, "WIDE": wide}
+            return {**known, "BLOCK": 8, "CHUNK": 16 * self.config.warps, "WIDE": wide}
         store = self.kernel == "outer+gradient"
         known["STORE"] = store
         return {**known, "WIDE": wide, **({} if store else {"coefficients": None, "gradient": None})}

@@ -13,14 +13,13 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations_with_replacement
 
 import torch
 import triton
 from torch import Tensor
 
 from gradent.kernels.common.tiles import gram_configs, group_configs, is_deep, outer_configs, plan_groups
-from gradent.kernels.common.triton_operands import Groups, Spans
+from gradent.kernels.common.triton_operands import Groups, Spans, couples
 from gradent.kernels.gram.triton import gram_entries, gram_products
 from gradent.kernels.outer.triton import outer_entries, outer_products, outer_with_gradient
 
@@ -167,7 +166,7 @@ def _case(device: torch.device, u: torch.dtype, v: torch.dtype, shape: Shape) ->
         spans=Spans.padded(pairs, length, shape.chosen + shape.rejected),
         weight=draw(shape.rows, shape.cols).abs(),
         coefficients=draw(pairs, 2),
-        gradients=torch.stack(gradients).unflatten(0, (2, pairs)),
+        gradients=torch.stack(gradients).view(2, pairs, shape.rows, shape.cols),
     )
 
 
@@ -183,7 +182,7 @@ def _entries_error(got: Tensor, gradients: Tensor) -> float:
 def _products_error(got: Tensor, gradients: Tensor, members: Sequence[Sequence[int]]) -> float:
     """Scaled error of the products in groups, against gradients `[N, O, I]`."""
     matrix = torch.einsum("moi,noi->mn", gradients, gradients)
-    pairs = [pair for group in members for pair in combinations_with_replacement(group, 2)]
+    pairs = [pair for group in members for pair in couples(group)]
     left, right = (torch.tensor(side, device=got.device) for side in zip(*pairs, strict=True))
     norms = matrix.diagonal().sqrt()
     return _scaled(got, matrix[left, right], norms[left] * norms[right])

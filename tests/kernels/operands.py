@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from gradent.kernels.common.triton_operands import Spans
+from gradent.kernels.common.triton_operands import Groups, Spans
 
 DTYPES = [
     (torch.float32, torch.float32),
@@ -108,3 +109,14 @@ def strided(factor: Tensor) -> Tensor:
     view.copy_(factor)
     assert not view.is_contiguous() and view.stride(1) != 1
     return view
+
+
+def products_error(got: Tensor, gradients: Tensor, groups: Groups, weight: Tensor | None = None) -> float:
+    """Largest difference over `‖G_i‖‖G_j‖`; inf for nan, or anything but 0 for a zero gradient."""
+    if weight is not None:
+        gradients = gradients * weight.double()
+    pairs = [pair for group in groups.members for pair in [*zip(group, group, strict=True), *combinations(group, 2)]]
+    want = torch.stack([(gradients[i] * gradients[j]).sum() for i, j in pairs])
+    scale = torch.stack([gradients[i].norm() * gradients[j].norm() for i, j in pairs])
+    assert got.shape == want.shape == (groups.count,) and got.dtype == torch.float64
+    return float(torch.where(got == want, 0.0, (got - want).abs() / scale).nan_to_num(nan=float("inf")).max())

@@ -12,13 +12,13 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from gradent import measure
 from gradent.kernels import dispatch
-from gradent.kernels.common.tiles import gram_configs, is_deep, outer_configs
-from gradent.kernels.common.triton_operands import Spans
-from gradent.kernels.gram.triton import gram_entries, gram_scratch
-from gradent.kernels.outer.triton import outer_entries, outer_scratch, outer_with_gradient
+from gradent.kernels.common.tiles import gram_configs, group_configs, is_deep, outer_configs, plan_groups
+from gradent.kernels.common.triton_operands import Groups, Spans
+from gradent.kernels.gram.triton import gram_entries, gram_products, gram_scratch
+from gradent.kernels.outer.triton import outer_entries, outer_products, outer_scratch, outer_with_gradient
 from gradent.kernels.self_check import self_check
 from tests.batches import ragged
-from tests.kernels.operands import DTYPES, draw, scaled
+from tests.kernels.operands import DTYPES, draw, products_error, scaled
 from tests.truth import TOLERANCE, scaled_error, truth
 
 pytestmark = pytest.mark.cuda
@@ -44,6 +44,23 @@ def test_long_rows(lengths: tuple[list[int], list[int]], dtypes: tuple[torch.dty
     assert scaled(got, given.entries(weight)) <= given.limit()
     want = given.gradient(coefficients)
     assert float((gradient - want).norm() / want.norm()) <= given.limit()
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("members", [[range(6)], [[0, 3, 1, 4], [2, 5]]], ids=["one", "two"])
+def test_groups_of_rows(members: list, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Every configuration, in one launch and the same bits twice, and with a budget that leaves a few programs."""
+    given = draw(*LONG[1], 1000, 520, dtypes, device="cuda")
+    u, v = (torch.cat(given.factors[side::2]) for side in (0, 1))
+    lengths, weight = [*LONG[1][0], *LONG[1][1]], torch.rand(1000, 520, device="cuda")
+    groups, gradients = Groups.padded(len(u) // 6, lengths, members), torch.cat([given.chosen, given.rejected])
+    assert products_error(gram_products(u, v, groups, poison=True), gradients, groups) <= given.limit()
+    wide = dtypes[0] if dtypes[0] == dtypes[1] else torch.float32
+    for config, budget in [*((config, 2**30) for config in group_configs(wide)), (None, 2**18)]:
+        plan = plan_groups(wide, 1000, 520, groups, budget=budget, config=config, deep=is_deep(u.device))
+        first, second = (outer_products(u, v, groups, weight, plan=plan, poison=True) for _ in range(2))
+        assert torch.equal(first, second), config
+        assert products_error(first, gradients, groups, weight) <= given.limit(), config
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from gradent.errors import InputError
 from gradent.kernels.common import triton_operands as operands
+from gradent.kernels.common import triton_tiles
 from gradent.kernels.common.tiles import gram_configs, pick_gram, unit
 from gradent.kernels.common.triton_operands import Spans, blank, on_device
 from gradent.kernels.gram import triton as gram
@@ -68,7 +69,7 @@ def test_strides_that_no_tile_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Offsets of 64 bits within a tile give what those of 32 do."""
     given = draw([17, 5], [3, 20], 35, 33)
     near = gram_entries(*given.factors, given.spans)
-    monkeypatch.setattr(gram, "REACH", 1)
+    monkeypatch.setattr(triton_tiles, "REACH", 1)
     assert torch.equal(gram_entries(*given.factors, given.spans), near)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from gradent.errors import InputError
+from gradent.kernels.common import triton_tiles
 from gradent.kernels.common.tiles import is_deep, outer_configs, pick_outer
 from gradent.kernels.common.triton_operands import Spans, blank, on_device
 from gradent.kernels.outer import triton as outer
@@ -125,7 +126,7 @@ def test_strides_that_no_tile_spans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Offsets of 64 bits within a tile give what those of 32 do."""
     given = draw([17, 5], [3, 20], 35, 33)
     near = outer_entries(*given.factors, given.spans, root(given))
-    monkeypatch.setattr(outer, "REACH", 1)
+    monkeypatch.setattr(triton_tiles, "REACH", 1)
     assert torch.equal(outer_entries(*given.factors, given.spans, root(given)), near)
 
 

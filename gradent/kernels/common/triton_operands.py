@@ -6,7 +6,7 @@ from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, combinations_with_replacement
+from itertools import accumulate, combinations
 from operator import add
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from gradent.errors import InputError
 from gradent.kernels.common.streams import is_capturing, sent
 
-__all__ = ["CACHED", "DTYPES", "Factors", "Groups", "Spans", "blank", "current_device", "on_device"]
+__all__ = ["CACHED", "DTYPES", "Factors", "Groups", "Spans", "blank", "couples", "current_device", "on_device"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernels take; float64 is the reference's business."""
@@ -194,11 +194,11 @@ class Groups:
 
     @property
     def products(self) -> list[Product]:
-        """As `Spans.products`, in the order of `(i, j)`, i ≤ j, group by group."""
+        """As `Spans.products`, in the order of `couples`, group by group."""
         return [
             (0 if i == j else 2, self.starts[i], self.lengths[i], self.starts[j], self.lengths[j])
             for group in self.members
-            for i, j in combinations_with_replacement(group, 2)
+            for i, j in couples(group)
         ]
 
     @property
@@ -207,6 +207,11 @@ class Groups:
         first = [len(self.members) + offset for offset in _offsets(self.sizes)]
         heads = list(zip(first, self.sizes, strict=True))
         return heads + [(self.starts[row], self.lengths[row]) for group in self.members for row in group]
+
+
+def couples(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """The products of a group in their order: each row with itself, then the first with every later one, and so on."""
+    return [*zip(rows, rows, strict=True), *combinations(rows, 2)]
 
 
 def on_device(holder: Hashable, name: str, device: torch.device) -> Tensor:

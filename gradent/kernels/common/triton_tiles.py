@@ -1,17 +1,47 @@
-"""What the kernels share: how a tile is loaded, and how products are added up."""
+"""What the kernels share: what they are told, how a tile is loaded, and how products are added up."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
-__all__ = ["INTERPRETED", "LOOSE", "UNITED", "accumulate", "load_tile"]
+from gradent.errors import InputError
+from gradent.kernels.common.tiles import REACH, Config, unit
+from gradent.kernels.common.triton_operands import Factors
+
+__all__ = ["INTERPRETED", "LOOSE", "UNITED", "accumulate", "arguments", "load_tile"]
 
 LOOSE = ("tiles", "pairs", "programs", "most", "skipped", "O", "I")
 """Arguments of which a compilation knows nothing: a 1 or a multiple of 16 among them would be compiled for itself."""
 
 UNITED = ("uw_t", "vw_t", "ul_t", "vl_t", "u_t", "v_t", "weight_o")
 """Strides that are told in a `unit`; one of them that is 1 (a matrix that lies column by column) is compiled for."""
+
+
+def arguments(
+    factors: Factors, config: Config, weight: Tensor | None = None, *, sides: int = 2
+) -> tuple[list[int], dict[str, Any]]:
+    """What kernels are told in their arguments' order, sizes and then strides, and what a launch is compiled for."""
+    rows, cols, strides = factors.rows, factors.cols, factors.strides[: 4 * sides]
+    if weight is not None and weight.shape != (rows, cols):
+        raise InputError(f"weight is [{rows}, {cols}]; got {list(weight.shape)}.")
+    weight_o, weight_i = weight.stride() if weight is not None else (0, 0)
+    unit_o, unit_i = unit(rows, *strides[::4]), unit(cols, *strides[2::4], weight_o)
+    units = (unit_o, 1, unit_i, 1) * sides
+    told = [rows // unit_o, cols // unit_i, *(stride // size for stride, size in zip(strides, units, strict=True))]
+    constants = {
+        "UNIT_O": unit_o,
+        "UNIT_I": unit_i,
+        "DEPTH": config.depth,
+        "FAR": max(*strides, weight_o, weight_i) >= REACH,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,
+    }
+    return [*told, weight_o // unit_i, weight_i], constants
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]

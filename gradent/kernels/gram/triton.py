@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gradent.kernels.common.tiles import REACH, Config, gram_bytes, gram_tiles, pick_gram, unit
+from gradent.kernels.common.tiles import Config, gram_bytes, gram_tiles, pick_gram
 from gradent.kernels.common.triton_operands import Factors, Groups, Spans, blank, current_device, on_device
-from gradent.kernels.common.triton_tiles import INTERPRETED, LOOSE, UNITED, accumulate, load_tile
+from gradent.kernels.common.triton_tiles import INTERPRETED, LOOSE, UNITED, accumulate, arguments, load_tile
 
 __all__ = ["gram_entries", "gram_kernel", "gram_products", "gram_scratch"]
 
@@ -36,7 +36,7 @@ def gram_entries(
 def gram_products(
     u: Tensor, v: Tensor, groups: Groups, *, config: Config | None = None, poison: bool = False
 ) -> Tensor:
-    """`⟨G_i, G_j⟩`, i ≤ j, in each group, float64 `[groups.count]`, from u `[N, O]` and v `[N, I]`."""
+    """All `⟨G_i, G_j⟩` of each group, squares first, `[groups.count]` float64, from u `[N, O]` and v `[N, I]`."""
     return _launch(Factors(u, v, u, v, groups), config, poison)
 
 
@@ -57,36 +57,21 @@ def _launch(factors: Factors, config: Config | None, poison: bool) -> Tensor:
     if spans.count * tiles == 0:
         return torch.zeros(spans.count, dtype=torch.float64, device=factors.device)
     partials = blank(spans.count, tiles, dtype=torch.float64, device=factors.device, poison=poison)
-    uw_t, uw_o, vw_t, vw_i, ul_t, ul_o, vl_t, vl_i = factors.strides
-    unit_o, unit_i = unit(factors.rows, uw_t, ul_t), unit(factors.cols, vw_t, vl_t)
+    (*sizes, _, _), constants = arguments(factors, config)
+    table = on_device(spans, "products", factors.device)
     with current_device(factors.device):
         gram_kernel[(spans.count * tiles,)](
             factors.u_w,
             factors.v_w,
             factors.u_l,
             factors.v_l,
-            on_device(spans, "products", factors.device),
+            table,
             partials,
             tiles,
-            factors.rows // unit_o,
-            factors.cols // unit_i,
-            uw_t // unit_o,
-            uw_o,
-            vw_t // unit_i,
-            vw_i,
-            ul_t // unit_o,
-            ul_o,
-            vl_t // unit_i,
-            vl_i,
-            UNIT_O=unit_o,
-            UNIT_I=unit_i,
+            *sizes,
             B=config.rows,
-            DEPTH=config.depth,
             WIDE=INTERPRETED,
-            FAR=max(factors.strides) >= REACH,
-            num_warps=config.warps,
-            num_stages=config.stages,
-            enable_fp_fusion=True,
+            **constants,
         )
     return partials.sum(1)
 

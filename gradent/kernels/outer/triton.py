@@ -9,7 +9,6 @@ Accumulation is float32 within a tile and float64 across tiles; addresses are in
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import combinations_with_replacement
 from typing import NamedTuple
 
 import torch
@@ -20,7 +19,6 @@ from torch import Tensor
 from gradent.errors import InputError
 from gradent.kernels.common.streams import sent
 from gradent.kernels.common.tiles import (
-    REACH,
     Config,
     GroupLaunch,
     GroupsPlan,
@@ -30,10 +28,18 @@ from gradent.kernels.common.tiles import (
     outer_bytes,
     outer_tiles,
     pick_outer,
-    unit,
 )
-from gradent.kernels.common.triton_operands import CACHED, Factors, Groups, Spans, blank, current_device, on_device
-from gradent.kernels.common.triton_tiles import INTERPRETED, LOOSE, UNITED, accumulate, load_tile
+from gradent.kernels.common.triton_operands import (
+    CACHED,
+    Factors,
+    Groups,
+    Spans,
+    blank,
+    couples,
+    current_device,
+    on_device,
+)
+from gradent.kernels.common.triton_tiles import INTERPRETED, LOOSE, UNITED, accumulate, arguments, load_tile
 
 __all__ = ["group_kernel", "outer_entries", "outer_kernel", "outer_products", "outer_scratch", "outer_with_gradient"]
 
@@ -93,7 +99,7 @@ def outer_products(
     plan: GroupsPlan,
     poison: bool = False,
 ) -> Tensor:
-    """`⟨G_i, G_j⟩`, i ≤ j, in each group, float64 `[groups.count]`, from u `[N, O]`, v `[N, I]` and weight `[O, I]`."""
+    """As `gram_products`, float64 `[groups.count]`; a weight `[O, I]`, the metric's root, multiplies each G."""
     factors, split = Factors(u, v, u, v, groups), _split(groups)
     sums = [torch.zeros(0, dtype=torch.float64, device=factors.device)]
     if plan.small:
@@ -121,10 +127,10 @@ def _split(groups: Groups) -> _Split:
     pair, group_start = 0, 3 * len(small)
     for group in groups.members:
         if len(group) > 2:
-            places += [group_start + j * side + i for i, j in combinations_with_replacement(range(len(group)), 2)]
+            places += [group_start + j * side + i for i, j in couples(range(len(group)))]
             group_start += side * side
         elif group:
-            places += [pair, pair + 2, pair + 1] if len(group) == 2 else [pair]
+            places += [pair, pair + 1, pair + 2] if len(group) == 2 else [pair]
             pair += 3
     # A group of one has an empty partner.
     chosen, rejected = [group[0] for group in small], [group[1] if len(group) == 2 else None for group in small]
@@ -142,15 +148,6 @@ def _pick(factors: Factors, *, store: bool) -> Config:
     return pick_outer(factors.widest, factors.rows, factors.cols, beside, store=store, deep=deep)
 
 
-def _check_weight(factors: Factors, weight: Tensor | None) -> tuple[int, int]:
-    """The weight's strides; 0 without one."""
-    if weight is None:
-        return 0, 0
-    if weight.shape != (factors.rows, factors.cols):
-        raise InputError(f"weight is [{factors.rows}, {factors.cols}]; got {list(weight.shape)}.")
-    return weight.stride(0), weight.stride(1)
-
-
 def _launch(
     factors: Factors,
     weight: Tensor | None,
@@ -161,13 +158,10 @@ def _launch(
 ) -> Tensor:
     """Entries `[k, 3]` of pairs; fills the gradient if there is one."""
     pairs, tiles = factors.spans.count // 3, outer_tiles(factors.rows, factors.cols, config)
-    weight_o, weight_i = _check_weight(factors, weight)
-    partials = blank(pairs, 3, tiles, dtype=torch.float64, device=factors.device, poison=poison)
     store = gradient is not None
+    sizes, constants = arguments(factors, config, weight)
+    partials = blank(pairs, 3, tiles, dtype=torch.float64, device=factors.device, poison=poison)
     programs = tiles if store else pairs * tiles
-    uw_t, uw_o, vw_t, vw_i, ul_t, ul_o, vl_t, vl_i = factors.strides
-    unit_o = unit(factors.rows, uw_t, ul_t)
-    unit_i = unit(factors.cols, vw_t, vl_t, weight_o)
     if programs:
         with current_device(factors.device):
             outer_kernel[(programs,)](
@@ -182,30 +176,10 @@ def _launch(
                 partials,
                 tiles,
                 pairs,
-                factors.rows // unit_o,
-                factors.cols // unit_i,
-                uw_t // unit_o,
-                uw_o,
-                vw_t // unit_i,
-                vw_i,
-                ul_t // unit_o,
-                ul_o,
-                vl_t // unit_i,
-                vl_i,
-                weight_o // unit_i,
-                weight_i,
-                UNIT_O=unit_o,
-                UNIT_I=unit_i,
-                BO=config.rows,
-                BI=config.cols,
-                DEPTH=config.depth,
-                WEIGHTED=weight is not None,
+                *sizes,
+                **_tile(factors, config, weight),
                 STORE=store,
-                FAR=max(*factors.strides, weight_o, weight_i) >= REACH,
-                WIDE=factors.u_w.dtype != factors.v_w.dtype or INTERPRETED,
-                num_warps=config.warps,
-                num_stages=config.stages,
-                enable_fp_fusion=True,
+                **constants,
             )
     return partials.sum(2)
 
@@ -214,18 +188,15 @@ def _launch_groups(
     factors: Factors, groups: Groups, weight: Tensor | None, launch: GroupLaunch, poison: bool
 ) -> Tensor:
     """Products of rows, of which those below the diagonal count, `[G, side, side]` float64, of groups of n > 2."""
-    config, most, device = launch.config, max(groups.sizes), factors.device
-    block, side, tiles = group_block(most), group_side(most), outer_tiles(factors.rows, factors.cols, config)
-    weight_o, weight_i = _check_weight(factors, weight)
+    config, most, count, device = launch.config, max(groups.sizes), len(groups.members), factors.device
+    side, tiles = group_side(most), outer_tiles(factors.rows, factors.cols, config)
+    sizes, constants = arguments(factors, config, weight, sides=1)
     shape = (launch.together * launch.programs, most, config.rows * config.cols)
     formed = blank(*shape, dtype=torch.float32, device=device, poison=poison)
-    shape = (len(groups.members), launch.programs, side, side)
-    partials = blank(*shape, dtype=torch.float64, device=device, poison=poison)
-    u_t, u_o, v_t, v_i, *_ = factors.strides
-    unit_o, unit_i = unit(factors.rows, u_t), unit(factors.cols, v_t, weight_o)
-    for skipped in range(0, len(groups.members) if tiles else 0, launch.together):
+    partials = blank(count, launch.programs, side, side, dtype=torch.float64, device=device, poison=poison)
+    for skipped in range(0, count if tiles else 0, launch.together):
         with current_device(device):
-            group_kernel[(min(launch.together, len(groups.members) - skipped) * launch.programs,)](
+            group_kernel[(min(launch.together, count - skipped) * launch.programs,)](
                 factors.u_w,
                 factors.v_w,
                 on_device(groups, "lines", device),
@@ -236,29 +207,18 @@ def _launch_groups(
                 launch.programs,
                 most,
                 skipped,
-                factors.rows // unit_o,
-                factors.cols // unit_i,
-                u_t // unit_o,
-                u_o,
-                v_t // unit_i,
-                v_i,
-                weight_o // unit_i,
-                weight_i,
-                UNIT_O=unit_o,
-                UNIT_I=unit_i,
-                BO=config.rows,
-                BI=config.cols,
-                DEPTH=config.depth,
-                BLOCK=block,
-                CHUNK=32 * config.warps,
-                WEIGHTED=weight is not None,
-                FAR=max(u_t, u_o, v_t, v_i, weight_o, weight_i) >= REACH,
-                WIDE=factors.u_w.dtype != factors.v_w.dtype or INTERPRETED,
-                num_warps=config.warps,
-                num_stages=config.stages,
-                enable_fp_fusion=True,
+                *sizes,
+                **_tile(factors, config, weight),
+                BLOCK=group_block(most),
+                CHUNK=16 * config.warps,  # half of the accumulators a thread: 64 of them spill
+                **constants,
             )
     return partials.sum(1)
+
+
+def _tile(factors: Factors, config: Config, weight: Tensor | None) -> dict[str, int | bool]:
+    wide = factors.u_w.dtype != factors.v_w.dtype or INTERPRETED
+    return {"BO": config.rows, "BI": config.cols, "WEIGHTED": weight is not None, "WIDE": wide}
 
 
 @triton.jit(do_not_specialize=LOOSE, do_not_specialize_on_alignment=UNITED)  # type: ignore[untyped-decorator, unused-ignore]
