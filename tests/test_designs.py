@@ -10,6 +10,8 @@ import torch
 
 from gradent import PairBatch, losses, measure, verdict
 from gradent.auditing.analysis.loss_grid import label_loss, read_hyperparameters
+from gradent import PairBatch, Verdict, losses, measure, verdict
+from gradent.auditing.analysis.loss_grid import label_loss, read_hyperparameters
 from gradent.errors import InputError, NonFiniteError
 from gradent.losses.designs import SCALES, normalized_weights
 from gradent.pair_gram import PairGram
@@ -66,6 +68,28 @@ def test_parallel_gradients_stay_in_case_1_and_a_target_that_is_passed_reverses(
     passed = verdict(apart, losses.get("pairwise_normalized", base="ipo", beta=0.1), *both)
     assert passed.d_w[0] > 0 > passed.d_w[1]  # IPO wants a margin of 5 nats, and has 49
     assert passed.case.tolist() == [1, 4]
+
+
+def test_the_design_on_small_missing_and_opposed_gradients() -> None:
+    def judge(chosen_sq: float, rejected_sq: float, inner: float, **hyper: Any) -> Verdict:
+        gram = PairGram(
+            chosen_sq=column(chosen_sq), rejected_sq=column(rejected_sq), inner=column(inner),
+            chosen_logp=column(-1.0), rejected_logp=column(-50.0), chosen_len=torch.tensor([1]),
+            rejected_len=torch.tensor([1]),
+        )  # fmt: skip
+        return verdict(gram, losses.get("pairwise_normalized", **hyper), *both)
+
+    both = torch.zeros(1).double(), torch.zeros(1).double()
+    small = judge(0.01, 0.04, 0.01, scale="constant", C=0.1)  # a cosine of one half
+    torch.testing.assert_close(small.chosen_change, column(0.1 * 0.1 * 0.5))
+    torch.testing.assert_close(small.rejected_change, column(-0.1 * 0.2 * 0.5))
+    missing = judge(4.0, 0.0, 0.0, scale="constant")
+    assert (missing.chosen_change.item(), missing.d_l.item(), missing.case.item()) == (2.0, 0.0, 1)
+    opposed = judge(4.0, 9.0, -6.1, scale="constant")  # a cosine below -1 is one of -1
+    torch.testing.assert_close(opposed.chosen_change, column(2.0 * 2.0))
+    reversed_ = judge(0.01, 0.04, 0.0, base="ipo", beta=0.1, C=0.01)
+    assert -1 < reversed_.chosen_change.item() < 0 < reversed_.rejected_change.item() < 1
+    assert reversed_.case.item() == 4
 
 
 def test_what_rounding_leaves_of_a_gradient_is_none() -> None:

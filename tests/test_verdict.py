@@ -108,6 +108,12 @@ def test_inactive_pairs_are_counted_apart():
     assert sum(shares.values()) == 1
 
 
+def test_no_pairs_have_no_shares_and_the_gram_is_not_printed():
+    nothing = Verdict.from_weights(gram_of(torch.zeros(0, 3), torch.zeros(0, 3)), torch.zeros(0), torch.zeros(0))
+    assert nothing.fractions() == dict.fromkeys(CASES.values(), 0.0)
+    assert "case=" in repr(nothing) and "gram" not in repr(nothing)
+
+
 def random_verdict(pairs: int = 2000) -> Verdict:
     draw = torch.Generator().manual_seed(0)
     shared = torch.randn(pairs, 5, generator=draw, dtype=F64)
