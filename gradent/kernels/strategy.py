@@ -253,7 +253,7 @@ def _materialized(product: Product, budget: int) -> Strategy:
 
 
 def _by_kernel(product: Product, room: int, *, is_alone: bool = False) -> Strategy:
-    """One launch of Triton's kernels, for one group or for all; `refused` is what it would hold if that does not fit."""
+    """One launch of Triton's kernels, for one group or all; `refused` is what it would hold if that does not fit."""
     groups = 1 if is_alone else -(-product.rows // len(product.lengths))
     tiling = _tiling(product, room + product.copied, "triton")  # for the form alone
     tile, scratch, flops = _kernel_cost(tiling.form, product, groups, room, tiling.flops)
