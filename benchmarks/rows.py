@@ -3,8 +3,8 @@
     python -m benchmarks.rows
 
 The models of benchmarks/peers.py: a GPT-2, all of it trainable, with tied embeddings, and a Llama under LoRA (r=16 on
-every linear layer); float32, N = 8 rows of up to 192 and of up to 512 tokens, ragged, four pairs of `measure`. Products
-are first compared with float64 autograd, one unpadded row at a time, scaled by `‖g_i‖‖g_j‖`; what is wrong is not timed.
+every linear layer), float32, N = 8 rows of up to 192 and of up to 512 tokens, ragged, four pairs of `measure`. Products
+are first compared with float64 autograd, one unpadded row at a time, scaled by the norms; what is wrong is not timed.
 Then the two take turns in rounds, each called once before the call that counts; seconds are medians, and the ratio is
 the median over rounds of a round's own. The clock is the process's own seconds, or `--clock wall`. `flops` are those of
 the matrix products of a call, counted by torch: they do not hang on what else the machine does. Appends a line a case

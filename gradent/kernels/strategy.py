@@ -217,12 +217,11 @@ def _group_by_group(product: Product, room: int) -> Strategy:
             return strategy
         refused = strategy.refused
     tiling = _tiling(product, room)
-    h = product.out * product.inp / (product.out + product.inp)
     why = (
-        f"{tiling.form} is the cheaper form for rows of up to {max(product.lengths)} tokens beside h = {h:.0f}"
-        if not product.is_weighted
-        else "a preconditioner needs the gradients' own entries, which the outer form alone has"
-    ) + ", one group after the other"
+        "a preconditioner needs the gradients' own entries, which the outer form alone has"
+        if product.is_weighted
+        else f"{tiling.form} is the cheaper form, in tiles of one group after the other"
+    )
     return Strategy(
         reducer="group_by_group",
         form=tiling.form,
