@@ -16,8 +16,9 @@ from gradent.hooks.reduction import collector as module
 from gradent.hooks.reduction.collector import Collector
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.reduction.reducers import REDUCERS, Arrival, Place
+from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View
-from gradent.hooks.uses.uses import Layout, MatrixUse
+from gradent.hooks.uses.uses import MatrixUse
 from gradent.kernels.common.wanted import Wanted
 from gradent.kernels.strategy import Product, Strategy, decide
 from gradent.planning.cost import CostSetting, plan_lines
