@@ -217,12 +217,11 @@ def _group_by_group(product: Product, room: int) -> Strategy:
             return strategy
         refused = strategy.refused
     tiling = _tiling(product, room)
-    h = product.out * product.inp / (product.out + product.inp)
     why = (
-        f"{tiling.form} is the cheaper form for rows of up to {max(product.lengths)} tokens beside h = {h:.0f}"
-        if not product.is_weighted
-        else "a preconditioner needs the gradients' own entries, which the outer form alone has"
-    ) + ", one group after the other"
+        "a preconditioner needs the gradients' own entries, which the outer form alone has"
+        if product.is_weighted
+        else f"{tiling.form} is the cheaper form, in tiles of one group after the other"
+    )
     return Strategy(
         reducer="group_by_group",
         form=tiling.form,
@@ -253,7 +252,7 @@ def _materialized(product: Product, budget: int) -> Strategy:
 
 
 def _by_kernel(product: Product, room: int, *, is_alone: bool = False) -> Strategy:
-    """One launch of Triton's kernels, for one group or for all; `refused` is what it would hold if that does not fit."""
+    """One launch of Triton's kernels, for one group or all; `refused` is what it would hold if that does not fit."""
     groups = 1 if is_alone else -(-product.rows // len(product.lengths))
     tiling = _tiling(product, room + product.copied, "triton")  # for the form alone
     tile, scratch, flops = _kernel_cost(tiling.form, product, groups, room, tiling.flops)

@@ -1,4 +1,4 @@
-"""`gradent plan`: the model's traced, its plan, and the table of it."""
+"""`gradent plan`: the traced model, what `decide` says of its layers, and the table of it."""
 
 from __future__ import annotations
 
@@ -138,6 +138,8 @@ def print_plan(
 
 def _remarks(lines: Sequence[Line], totals: Totals, setting: CostSetting, traced: TracedModel) -> Iterator[str]:
     """What the table alone would not explain."""
+    reasons = {f"{line.strategy.reducer}: {line.strategy.why}." for line in lines if line.strategy is not None}
+    yield from sorted(reasons)
     if setting.tokens > traced.longest:
         yield (
             f"The model says that it takes {traced.longest:,} tokens at most (max_position_embeddings); with learned "
