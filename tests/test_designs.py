@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from gradent import PairBatch, losses, measure, verdict
-from gradent.auditing.analysis.loss_grid import label_loss, read_hyperparameters
 from gradent import PairBatch, Verdict, losses, measure, verdict
 from gradent.auditing.analysis.loss_grid import label_loss, read_hyperparameters
 from gradent.errors import InputError, NonFiniteError

@@ -18,8 +18,6 @@ from gradent.loading.models import check_device, check_dtype
 from gradent.loading.source import resolve_source
 from gradent.planning.cost import CostSetting, Line, Totals, plan_lines, sum_lines
 from gradent.planning.trace import TracedModel, inspect_model
-from gradent.planning.cost import Line, Setting, Totals, plan_lines, sum_lines
-from gradent.planning.trace import Shell, inspect_model
 from gradent.report.page.numbers import percent
 from gradent.report.terminal.tables import new_table
 from gradent.text import printable

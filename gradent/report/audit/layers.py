@@ -15,7 +15,6 @@ import numpy as np
 
 from gradent.figures.charts import HeatMap, fill_gap
 from gradent.model.layer_names import layer_of, unwrapped
-from gradent.report.audit.records import AuditRecords, Floats, Row
 from gradent.record.table import Floats
 from gradent.report.audit.records import AuditRecords, Row
 from gradent.report.page.html import Section
