@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -10,14 +9,13 @@ from typing import Any
 from gradent.errors import GradentError, InputError
 from gradent.figures.charts import Chart, Figure, HeatMap, Line, token_cosines
 from gradent.figures.plotly import draw_plotly
+from gradent.notices import Notices
 from gradent.report.live.window import TokenHeatMap, Window
 from gradent.report.page.cases import CASES
 
 __all__ = ["Panels", "wandb_dashboard"]
 
-logger = logging.getLogger("gradent")
-
-_POINTS = 2000
+_MOST_POINTS = 2000
 
 
 class Panels:
@@ -28,16 +26,10 @@ class Panels:
         self._cases: list[dict[str, float]] = []
         self._layers: dict[str, dict[int, float | None]] = {}
         self._changes: list[tuple[float, float, float, float]] = []
-        self._said = False
+        self._notices = Notices()
 
     def send(self, window: Window, scalars: Mapping[str, float], step: int) -> None:
-        """Log a window.
-
-        Args:
-            window: the measured steps since the last call.
-            scalars: their `gradent/...` scalars.
-            step: the trainer's global step.
-        """
+        """Log the steps since the last call with their `gradent/...` scalars, at the trainer's global step."""
         wandb = sys.modules.get("wandb")  # a run is active only where somebody has imported it
         run = getattr(wandb, "run", None)
         if wandb is None or run is None:
@@ -56,17 +48,15 @@ class Panels:
         self._cases += window.cases
         for layer, cosines in window.layer_cosines.items():
             self._layers.setdefault(layer, {}).update(zip(window.steps, cosines, strict=True))
-        for (chosen, rejected), (chosen_real, rejected_real) in zip(window.predicted, window.realised, strict=False):
-            self._changes.append((chosen, rejected, chosen_real, rejected_real))
-        self._changes = self._changes[-_POINTS:]
+        changes = zip(window.predicted, window.realised, strict=False)
+        self._changes += [(*predicted, *realised) for predicted, realised in changes]
+        self._changes = self._changes[-_MOST_POINTS:]
 
     def _drawings(self, tokens: TokenHeatMap | None) -> dict[str, Any]:
         try:
             return {name: draw_plotly(figure) for name, figure in self._figures(tokens).items()}
         except ImportError:
-            if not self._said:
-                self._said = True
-                logger.warning('gradent sends no figures to wandb without plotly: pip install "gradent[audit]".')
+            self._notices.once('gradent sends no figures to wandb without plotly: pip install "gradent[audit]".')
             return {}
 
     def _figures(self, tokens: TokenHeatMap | None) -> dict[str, Figure]:
