@@ -24,6 +24,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "tests/zoo*.py", "tests/zoo_fingerprints.json",
     ),
     "oldest": ("constraints-oldest.txt", "gradent/trainer"),
+    "trainer": ("gradent/trainer", "gradent/hooks/piggyback*"),
     "docs": ("docs", "examples", "mkdocs.yml", "scripts/docs_site.py", "README.md"),
 }  # fmt: skip
 """Group to its sources; `make test-<group>` runs its long tests, `test-all` those of every group."""

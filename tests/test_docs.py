@@ -303,6 +303,7 @@ def test_the_notebook_is_kept_without_outputs() -> None:
     assert code and all(cell.outputs == [] and cell.execution_count is None for cell in code)
 
 
+@pytest.mark.nightly
 def test_the_notebook_runs(tmp_path: Path) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
@@ -326,6 +327,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.nightly
 def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > len(PAGES)
@@ -338,6 +340,7 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
     assert remote == []
 
 
+@pytest.mark.nightly
 def test_links_of_the_site_lead_somewhere(site: Path) -> None:
     lost = []
     for page in (each for each in site.glob("*.html") if each.name != "404.html"):  # whose links are a server's
@@ -347,6 +350,7 @@ def test_links_of_the_site_lead_somewhere(site: Path) -> None:
     assert lost == []
 
 
+@pytest.mark.nightly
 def test_the_reference_on_the_site_has_every_public_name(site: Path) -> None:
     text = (site / "api.html").read_text("utf-8")
     missing = []

@@ -74,6 +74,7 @@ def test_long_tests_are_owed_until_they_passed(tmp_path, monkeypatch) -> None:
     assert proven.record(list(proven.GROUPS), ["true"]) == 0
     assert proven.owed() == ["test"]
     (tmp_path / "README.md").write_text("new")
+    assert (tmp_path / "proven.json").read_text().count(":") == len(proven.GROUPS)
     assert proven.owed() == ["test-docs", "test"]
     kernel.write_text("2")
     assert proven.owed() == ["test-all"]

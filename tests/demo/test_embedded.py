@@ -17,6 +17,7 @@ from gradent.demo.settings import EMBEDDED
 from gradent.demo.task import STYLES
 from gradent.pairs.batch import PairBatch
 from scripts.token_claims import prepare, read_claims
+from tests.shared import value_once
 
 Fitted = tuple[PreTrainedModel, PreTrainedTokenizerBase, PairBatch]
 
@@ -24,7 +25,7 @@ Fitted = tuple[PreTrainedModel, PreTrainedTokenizerBase, PairBatch]
 @pytest.fixture(scope="module")
 def fitted() -> Fitted:
     """The demo's model after its SFT, a minute's work."""
-    return prepare()
+    return value_once("the demo's model after its SFT", prepare)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from gradent import EntanglementCallback
 from tests.trainer.test_any_release import train
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_compiled_model(tiny_llama, tiny_tokenizer, tmp_path, caplog):
     compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
