@@ -1,5 +1,5 @@
 # `make demo` and `make test` need nothing but Python 3.11+ on the PATH: they make the project's own environment first.
-# `make check` is what CI runs.
+# `make check` is what CI runs: the daily tests, and those of the long ones that a change owes (scripts/proven.py).
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -42,7 +42,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.append import append
 from benchmarks.callback import make_tokenizer
-from gradent.auditing.measuring.batches import join_blocks, plan_batches, scan_batches
+from gradent.auditing.analysis.columns import gram_of
+from gradent.auditing.measuring.batches import join_blocks, measure_batches, plan_batches
+from gradent.loading.config import LoadConfig
 from gradent.loading.models import load_model
 from gradent.loading.preferences import AuditPair
 from gradent.loading.prepare import read_material
@@ -131,10 +133,8 @@ def make_pairs(path: Path, count: int) -> str:
 def compare(place: str, data: str, kind: str, max_length: int, count: int, rounds: int) -> dict[str, Any]:
     """The script's way and gradent's, in turns."""
     source = resolve_source(place)
-    material = read_material(
-        source, data, tell=lambda _: None, split="train", max_length=max_length, max_pairs=count, skip_bad_rows=True,
-        add_eos=True, trust_remote_code=False, seed=0,
-    )  # fmt: skip
+    config = LoadConfig(model=place, data=data, max_length=max_length, max_pairs=count, skip_bad_rows=True)
+    material = read_material([source], config, lambda _: None)
     model: nn.Module = load_model(source)
     if kind == "LoRA":
         torch.manual_seed(0)
@@ -148,7 +148,7 @@ def compare(place: str, data: str, kind: str, max_length: int, count: int, round
         apart = by_script(model, drawn)
         seconds["script"].append(time.process_time() - began)
         began = time.process_time()
-        gram = join_blocks(list(scan_batches(model, drawn, batches))).gram
+        gram = gram_of(join_blocks(list(measure_batches(model, drawn, batches))).table)
         seconds["scan"].append(time.process_time() - began)
     scale = (apart[:, 0] * apart[:, 1]).sqrt()
     ratios = [script / scan for script, scan in zip(seconds["script"][1:], seconds["scan"][1:], strict=True)]

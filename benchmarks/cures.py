@@ -37,8 +37,10 @@ from trl import DPOConfig, DPOTrainer
 
 from benchmarks.append import append
 from benchmarks.callback import make_data, make_tokenizer
-from gradent.trainer.pairwise.trainer import PairwiseNormalizedDPOConfig, PairwiseNormalizedDPOTrainer
-from gradent.trainer.token_masking.trainer import TokenMaskedDPOConfig, TokenMaskedDPOTrainer
+from gradent.trainer.pairwise.config import PairwiseNormalizedDPOConfig
+from gradent.trainer.pairwise.trainer import PairwiseNormalizedDPOTrainer
+from gradent.trainer.token_masking.config import TokenMaskedDPOConfig
+from gradent.trainer.token_masking.trainer import TokenMaskedDPOTrainer
 
 TOKENS, PAIRS, WORDS = 128, 4, 4096
 BOUND = 2.0

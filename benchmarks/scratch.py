@@ -31,8 +31,9 @@ from benchmarks.append import append
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.reduction.reducers import REDUCERS, Arrival, Place
 from gradent.hooks.uses.formats import Factored, SparseRows
+from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View
-from gradent.hooks.uses.uses import Layout, MatrixUse, SumUse
+from gradent.hooks.uses.uses import MatrixUse, SumUse
 from gradent.kernels.common.cost import cheapest
 from gradent.kernels.common.numerics import accumulator
 from gradent.kernels.common.wanted import Wanted

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from gradent import losses
     from gradent.auditing.api import audit
     from gradent.errors import GradentError, GradentWarning
-    from gradent.measurement import measure
+    from gradent.measurement import measure, measure_rows
     from gradent.pair_gram import PairGram
     from gradent.pairs.batch import PairBatch
+    from gradent.pairs.row_batch import RowBatch
     from gradent.recorder import attach
+    from gradent.row_gram import RowGram
     from gradent.theory.conditions import Verdict, verdict
     from gradent.tokens.effects import token_effects
     from gradent.tokens.gram import TokenGram
@@ -29,6 +31,8 @@ __all__ = [
     "GradentWarning",
     "PairBatch",
     "PairGram",
+    "RowBatch",
+    "RowGram",
     "TokenGram",
     "Verdict",
     "__version__",
@@ -36,6 +40,7 @@ __all__ = [
     "audit",
     "losses",
     "measure",
+    "measure_rows",
     "measure_tokens",
     "token_effects",
     "verdict",
@@ -49,12 +54,15 @@ _HOME = {
     "GradentWarning": "gradent.errors",
     "PairBatch": "gradent.pairs.batch",
     "PairGram": "gradent.pair_gram",
+    "RowBatch": "gradent.pairs.row_batch",
+    "RowGram": "gradent.row_gram",
     "TokenGram": "gradent.tokens.gram",
     "Verdict": "gradent.theory.conditions",
     "attach": "gradent.recorder",
     "audit": "gradent.auditing.api",
     "losses": "gradent.losses",
     "measure": "gradent.measurement",
+    "measure_rows": "gradent.measurement",
     "measure_tokens": "gradent.tokens.matrix",
     "token_effects": "gradent.tokens.effects",
     "verdict": "gradent.theory.conditions",

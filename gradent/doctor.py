@@ -42,16 +42,7 @@ PAIR = ([3, 17, 4, 9], [11, 5, 30, 8, 2, 21], [11, 6, 1])
 
 
 class Check(TypedDict):
-    """One model of the self-check.
-
-    Attributes:
-        model: what it is.
-        error: largest difference of `chosen_sq`, `rejected_sq` and `inner` from plain autograd in float64 (of a
-            bfloat16 model in bfloat16), divided by `‖g_i‖‖g_j‖`; None where there is none.
-        limit: the most that passes.
-        passed: whether it does.
-        failure: what went wrong instead, if anything.
-    """
+    """One model of the self-check."""
 
     model: str
     error: float | None
@@ -66,17 +57,7 @@ def _is_run(check: Check) -> bool:
 
 
 class Report(TypedDict):
-    """What `gradent doctor` finds.
-
-    Attributes:
-        versions: package -> version, or "not installed".
-        system: operating system and machine.
-        threads: of torch.
-        devices: each with `device`, `name` and `memory` in bytes (0 where the system does not say).
-        kernels: each with `device`, `dtype` and `path` (what reduces there, and why).
-        checks: the self-check, on the CPU and on the GPU in use.
-        passed: whether all of them passed.
-    """
+    """What `gradent doctor` finds."""
 
     versions: dict[str, str]
     system: str
@@ -88,11 +69,7 @@ class Report(TypedDict):
 
 
 def examine() -> Report:
-    """Look at the installation, and measure a pair on two tiny models made on the spot.
-
-    Returns:
-        The report; a failed check is in it, not raised.
-    """
+    """Look at the installation, and measure a pair on two tiny models; a failed check is reported, not raised."""
     places = [torch.device("cpu")] + [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     used = places if len(places) == 1 else [places[0], places[1 + torch.cuda.current_device()]]
     checks = [
@@ -117,19 +94,12 @@ def examine() -> Report:
 
 
 def print_report(report: Report, console: Console, *, as_json: bool = False) -> None:
-    """Print a report.
-
-    Args:
-        report: of `examine`.
-        console: where to.
-        as_json: as one JSON object.
-    """
+    """Print a report of `examine`, or with `as_json` one JSON object."""
     if as_json:
         console.print(Text(json.dumps(report, indent=2, ensure_ascii=False)), soft_wrap=True)
         return
     facts = Table.grid(padding=(0, 2))
-    for package, version in report["versions"].items():
-        facts.add_row(package, version)
+    facts.add_row("versions", ", ".join(f"{package} {version}" for package, version in report["versions"].items()))
     facts.add_row("system", f"{report['system']}, {report['threads']} threads of torch")
     for device in report["devices"]:
         memory = f", {device['memory'] / 2**30:.0f} GiB" if device["memory"] else ""
@@ -141,8 +111,8 @@ def print_report(report: Report, console: Console, *, as_json: bool = False) -> 
     for check in report["checks"]:
         failed = ("FAIL", "bold red") if _is_run(check) else ("----", "bold yellow")
         verdict = Text("pass", "bold green") if check["passed"] else Text(*failed)
-        found = check["failure"] or f"scaled error {check['error']:.1e}, limit {check['limit']:.0e}"
-        console.print(verdict, Text(f"{check['model']}: measure against plain autograd: {found}"))
+        result = check["failure"] or f"scaled error {check['error']:.1e}, limit {check['limit']:.0e}"
+        console.print(verdict, Text(f"{check['model']}: measure against plain autograd: {result}"))
     if any(not check["passed"] and _is_run(check) for check in report["checks"]):
         console.print(
             Text(
@@ -153,15 +123,7 @@ def print_report(report: Report, console: Console, *, as_json: bool = False) -> 
 
 
 def scaled_error(gram: Any, truth: Tensor) -> float:
-    """Distance of a pair's entries from the truth.
-
-    Args:
-        gram: `PairGram` of one pair.
-        truth: float64 `[3]`: `(‖g_w‖², ‖g_l‖², ⟨g_w, g_l⟩)`.
-
-    Returns:
-        The largest difference, each divided by `‖g_i‖‖g_j‖`.
-    """
+    """The largest distance of a pair's entries from the truth `[3]`, each divided by `‖g_i‖‖g_j‖`."""
     chosen, rejected = truth[:2].sqrt()
     scale = torch.stack([chosen**2, rejected**2, chosen * rejected])
     got = torch.stack([gram.chosen_sq[0], gram.rejected_sq[0], gram.inner[0]])
@@ -177,20 +139,20 @@ def _check(name: str, build: Callable[[], nn.Module], dtype: torch.dtype, limit:
             model = build().eval()
         batch = PairBatch.from_tokens([PAIR])
         gram = measure(model.to(place, dtype), batch)
-        found = scaled_error(gram, _truth(model if dtype == torch.bfloat16 else model.to("cpu", torch.float64), batch))
-        if math.isfinite(found):
-            check["error"], check["passed"] = found, found <= limit
+        error = scaled_error(gram, _truth(model if dtype == torch.bfloat16 else model.to("cpu", torch.float64), batch))
+        if math.isfinite(error):
+            check["error"], check["passed"] = error, error <= limit
         else:
             check["failure"] = f"what was measured is not finite: {gram.chosen_sq}, {gram.rejected_sq}, {gram.inner}"
-    except ModuleNotFoundError as error:
-        check["failure"] = f"{MISSING}: pip install {error.name}"
-    except Exception as error:  # noqa: BLE001  (whatever goes wrong is what the report is for)
-        check["failure"] = f"{type(error).__name__}: {first_line(error)}"
+    except ModuleNotFoundError as missing:
+        check["failure"] = f"{MISSING}: pip install {missing.name}"
+    except Exception as failure:  # noqa: BLE001  (whatever goes wrong is what the report is for)
+        check["failure"] = f"{type(failure).__name__}: {first_line(failure)}"
     return check
 
 
 def _truth(model: nn.Module, batch: PairBatch) -> Tensor:
-    """Gram entries float64 by one backward a row, gradients flattened: nothing of gradent's own."""
+    """Gram entries `[3]`, float64, by one backward a row, gradients flattened: nothing of gradent's own."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = []
     for row in range(2):

@@ -20,9 +20,11 @@ from gradent.hooks.reduction.ledger import Ledger
 from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.kernels.common.numerics import accumulator
 from gradent.kernels.common.wanted import Wanted
-from gradent.model.calls import check_ids, forward_marked, input_device, observed, plain, trainable
+from gradent.model.calls import forward_marked
 from gradent.model.facts import ignores_padding, trims
 from gradent.model.logprobs import sequence_logprobs
+from gradent.model.observed import observed
+from gradent.model.parameters import check_ids, input_device, trainable, unwrap_compiled
 from gradent.model.preconditioner import metric_roots
 from gradent.pair_gram import ModuleGram, PairGram, on_cpu, sum_modules, sum_parameters
 from gradent.pairs.batch import PairBatch
@@ -80,7 +82,7 @@ def measure(
         >>> gram = measure(model, batch)  # doctest: +SKIP
         >>> gram.cosine  # doctest: +SKIP
     """
-    model = plain(model)
+    model = unwrap_compiled(model)
     parameters = trainable(model)
     count = len(batch)
     names = [f"pair {row % count}, {'chosen' if row < count else 'rejected'}" for row in range(2 * count)]
@@ -163,7 +165,7 @@ def measure_rows(
         >>> measure_rows(model, batch).products.shape  # doctest: +SKIP
         torch.Size([3, 3])
     """
-    model = plain(model)
+    model = unwrap_compiled(model)
     parameters = trainable(model)
     is_paired = isinstance(batch, PairBatch)
     count = 2 * len(batch) if is_paired else len(batch)
@@ -224,7 +226,7 @@ def sequence_logps(model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor]:
         InputError: token ids outside the model's vocabulary.
         ModelError: the model returns no logits.
     """
-    model = plain(model)
+    model = unwrap_compiled(model)
     rows = _rows(model, batch)
     result = torch.zeros(len(rows), dtype=torch.float64)
     with observed(model):

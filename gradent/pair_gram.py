@@ -102,23 +102,29 @@ def sum_parameters(
     names: Sequence[str], parts: Sequence[tuple[Sequence[int], Mapping[int, Tensor]]], pairs: int
 ) -> dict[str, Tensor]:
     """Entries by module `[3, B]`, from `(pair numbers, {parameter number: [k, 3]})` of each group, float64."""
-    sums: dict[str, Tensor] = {name: torch.zeros(pairs, 3, dtype=torch.float64) for name in _owners(names)}
+    owners = _owners(names)
+    sums = torch.zeros(len(owners), pairs, 3, dtype=torch.float64)
     for numbers, entries in parts:
-        shares = sum_modules(names, entries, 3 * len(numbers))
-        for name, share in shares.items():
-            sums[name][list(numbers)] += share.view(-1, 3)
-    return {name: total.T for name, total in sums.items()}
+        if entries:
+            shares = _by_module(owners, names, entries, 3 * len(numbers))
+            sums[:, list(numbers)] += shares.view(len(owners), -1, 3)
+    return dict(zip(owners, sums.mT, strict=True))
 
 
 def sum_modules(names: Sequence[str], entries: Mapping[int, Tensor], count: int) -> dict[str, Tensor]:
     """Entries by module, float64 `[count]` on the CPU in the parameters' order, from entries by parameter number."""
     owners = _owners(names)
+    return dict(zip(owners, _by_module(owners, names, entries, count), strict=True))
+
+
+def _by_module(owners: Mapping[str, int], names: Sequence[str], entries: Mapping[int, Tensor], count: int) -> Tensor:
+    """Sums over each module's parameters, float64 `[modules, count]` on the CPU."""
     sums = torch.zeros(len(owners), count, dtype=torch.float64)
     if entries:
         held = on_cpu({number: entries[number] for number in sorted(entries)})
         at = torch.tensor([owners[names[number].rpartition(".")[0]] for number in held])
         sums.index_add_(0, at, torch.stack(list(held.values())).flatten(1))
-    return dict(zip(owners, sums, strict=True))
+    return sums
 
 
 def _owners(names: Sequence[str]) -> dict[str, int]:

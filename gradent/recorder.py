@@ -1,39 +1,46 @@
 """Measuring inside a training loop, without a trainer: `attach(model)` and `Recorder.harvest()`.
 
-Letters: B pairs, k of them with a gradient on both sides.
+Letters: k pairs of a backward, the active ones those that the loss moves on both sides.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import TracebackType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from gradent.errors import InputError, ModelError
-from gradent.hooks.piggyback.backward import mark_completions
+from gradent.hooks.piggyback.config import WatchConfig
+from gradent.hooks.piggyback.observation import BackwardObservation, mark_completions
 from gradent.hooks.piggyback.pairing import Pairing
-from gradent.hooks.piggyback.watcher import Passed, Piggyback
+from gradent.hooks.piggyback.watcher import Piggyback
 from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.measurement import measure
-from gradent.model.calls import is_sharded, plain, trainable
+from gradent.model.parameters import is_sharded, trainable, unwrap_compiled
 from gradent.model.preconditioner import metric_roots
+from gradent.notices import Notices
 from gradent.pair_gram import PairGram, sum_parameters
 from gradent.pairs.batch import PairBatch
 from gradent.theory.conditions import Verdict
 
-__all__ = ["Mode", "Recorder", "Recording", "WeightGrad", "attach", "join_recordings"]
-
-logger = logging.getLogger("gradent")
+__all__ = ["CHOICES", "Mode", "Recorder", "Recording", "WeightGrad", "attach", "check_choices", "join_recordings"]
 
 Mode = Literal["auto", "piggyback", "measure"]
 WeightGrad = Literal["shared"]
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "mode": get_args(Mode),
+    "pairing": get_args(Pairing),
+    "weight_grad": (None, *get_args(WeightGrad)),
+}
+"""What the arguments of `attach` accept, where that can be listed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +50,8 @@ class Recording:
     Attributes:
         gram: Gram entries of the k pairs with a gradient. For a reward model they are those of the reward, and
             `chosen_logp`, `rejected_logp` are rewards.
-        verdict: with the trainer's own weights `d_w`, `d_l`, for a loss that is a mean over its pairs.
+        d_w: the trainer's own weight of each pair's chosen response, for a loss that is a mean over its pairs, `[k]`.
+        d_l: the same for rejected.
         source: "piggyback" (read off the trainer's backward) or "measure" (a pass of gradent's own).
         batch: the tokens of the k pairs, in the gram's order; None for a reward model.
         inactive: pairs that the loss does not move, on either side or both: counted, not averaged.
@@ -52,12 +60,26 @@ class Recording:
     """
 
     gram: PairGram
-    verdict: Verdict
+    d_w: Tensor
+    d_l: Tensor
     source: Literal["piggyback", "measure"]
     batch: PairBatch | None
     inactive: int
     unpaired: int
-    overhead_s: float
+    overhead_s: float = 0.0
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """What a step on each pair's own loss does to its two log-probs, with the weights `d_w` and `d_l`."""
+        return Verdict.from_weights(self.gram, self.d_w, self.d_l)
+
+
+def check_choices(place: str, choices: Mapping[str, tuple[Any, ...]], **values: Any) -> None:
+    """Raise an `InputError` where a value is none of its choices."""
+    for name, accepted in choices.items():
+        if values[name] not in accepted:
+            listed = ", ".join(map(repr, accepted))
+            raise InputError(f"{place}: {name}={values[name]!r} is unknown; accepted are {listed}.")
 
 
 def attach(
@@ -105,55 +127,36 @@ def attach(
         ...     print(recorder.harvest().gram.cosine)
         ...     optimizer.step()
     """
-    for name, value, accepted in (
-        ("mode", mode, get_args(Mode)),
-        ("pairing", pairing, get_args(Pairing)),
-        ("weight_grad", weight_grad, (None, *get_args(WeightGrad))),
-    ):
-        if value not in accepted:
-            raise InputError(f"attach: {name}={value!r} is unknown; accepted are {', '.join(map(repr, accepted))}.")
-    return Recorder(
-        model,
-        mode=mode,
+    check_choices("attach", CHOICES, mode=mode, pairing=pairing, weight_grad=weight_grad)
+    watched = model if compiled is None else compiled
+    config = WatchConfig(
+        model=watched,
+        budget=parse_budget(memory_budget) or DEFAULT_BUDGET,
         pairing=pairing,
-        by_module=by_module,
-        memory_budget=memory_budget,
-        metric=metric,
-        compiled=compiled,
-        trusted=trusted,
-        weight_grad=weight_grad,
+        has_entries=mode != "measure" and watched is unwrap_compiled(model),
+        is_trusted=trusted,
+        should_share=weight_grad is not None,
     )
+    return Recorder(unwrap_compiled(model), config, mode=mode, by_module=by_module, metric=metric)
 
 
 class Recorder:
-    """Watches a model between `arm` and `disarm`, and gives what the backwards told when asked. Made by `attach`."""
+    """Watches a model between `arm` and `disarm`, and gives what its backwards showed when asked. Made by `attach`."""
 
     def __init__(
         self,
         model: nn.Module,
+        config: WatchConfig,
         *,
         mode: Mode,
-        pairing: Pairing,
         by_module: bool,
-        memory_budget: int | str | None,
         metric: torch.optim.Optimizer | None,
-        compiled: nn.Module | None,
-        trusted: bool,
-        weight_grad: WeightGrad | None,
     ) -> None:
         self.metric = metric
-        self._model = plain(model)
-        self._watched = model if compiled is None else compiled
-        self._compiled = self._watched is not self._model
-        self._trusted = trusted
-        self._share = weight_grad is not None
-        self._mode: Mode = mode
-        self._pairing: Pairing = pairing
-        self._by_module = by_module
-        self._budget = parse_budget(memory_budget)
+        self._model, self._config, self._mode, self._by_module = model, config, mode, by_module
+        self._is_compiled = config.model is not model
         self._piggyback: Piggyback | None = None
-        self._parameters: Mapping[str, Tensor] = {}
-        self._said: set[str] = set()
+        self._notices = Notices()
         self._collected: list[Recording] = []
         self._backwards = 0
 
@@ -177,19 +180,12 @@ class Recorder:
         """
         if self._piggyback is not None:
             return
-        self._parameters = trainable(self._model, sharded=True)
+        parameters = trainable(self._model, sharded=True)
         if self.metric is not None and is_sharded(self._model):
             raise ModelError("metric: the optimizer's state is sharded (FSDP); only metric=None is available there.")
-        self._piggyback = Piggyback(
-            self._watched,
-            self._parameters,
-            budget=self._budget or DEFAULT_BUDGET,
-            pairing=self._pairing,
-            weight=None if self.metric is None else metric_roots(self.metric, self._parameters),
-            entries=self._mode != "measure" and not self._compiled,
-            trusted=self._trusted,
-            share=self._share,
-        )
+        weight = None if self.metric is None else metric_roots(self.metric, parameters)
+        self._config = replace(self._config, parameters=parameters, weight=weight)
+        self._piggyback = Piggyback(self._config)
         self._piggyback.arm()
 
     @property
@@ -206,7 +202,7 @@ class Recorder:
         self._backwards = 0
 
     def harvest(self, *, scale: float = 1.0) -> Recording | None:
-        """What the backwards since the last call told. Call it before `optimizer.step()`.
+        """What the backwards since the last call showed. Call it before `optimizer.step()`.
 
         Args:
             scale: what the loss was divided by before the backward beyond its mean over the pairs: the number of
@@ -222,7 +218,11 @@ class Recorder:
         """
         self.collect()
         recordings, self._collected, self._backwards = self._collected, [], 0
-        return join_recordings(recordings, scale=scale) if recordings else None
+        if not recordings:
+            return None
+        recording = join_recordings(recordings, scale=scale)
+        _ = recording.verdict  # raises here where an entry is not finite
+        return recording
 
     def collect(self) -> int:
         """Settle the backwards since the last call, for the next harvest; their graphs are let go of.
@@ -236,150 +236,146 @@ class Recorder:
         """
         if self._piggyback is None:
             raise InputError("the recorder is not armed; use it inside `with attach(model) as recorder:`.")
+        clock = self._piggyback.clock
         try:
-            for passed in self._piggyback.take():
+            for observation in self._piggyback.take():
                 self._backwards += 1
-                one = self._settle(passed)
-                if one is not None:
-                    self._collected.append(replace(one, overhead_s=self._piggyback.clock.take()))
+                with clock:
+                    recording = self._settle(observation)
+                if recording is not None:
+                    self._collected.append(replace(recording, overhead_s=clock.take()))
         except Exception:
             self._collected, self._backwards = [], 0  # half a step is none
             raise
         return self._backwards
 
-    def _settle(self, passed: Passed) -> Recording | None:
-        assert self._piggyback is not None
-        if passed.broken is not None:
-            self._say(f"gradent cannot read this step: {passed.broken}.")
+    def _settle(self, observation: BackwardObservation) -> Recording | None:
+        """The recording of one backward; None, and a line in the log, where it cannot be used."""
+        reason = observation.unusable_reason
+        if reason is None and not observation.is_constant and not mark_completions(observation):
+            reason = "the loss weighs prompts too, so responses cannot be told apart"
+        if reason is not None:
+            self._log_once(f"gradent cannot read this step: {reason}.")
             return None
-        with self._piggyback.clock:
-            if not passed.constant and not mark_completions(passed):
-                self._say(
-                    "gradent cannot read this step: the loss weighs prompts too, so responses cannot be told apart."
-                )
-                return None
-            pairs = len(passed.c) // 2
-            moved = (passed.c[:pairs] != 0) & (passed.c[pairs:] != 0)
-            active = [pair for pair in moved.nonzero()[:, 0].tolist() if passed.reward or self._differs(passed, pair)]
-            batch = None if passed.reward else _batch(passed, active)
-            own = self._mode == "measure" or passed.problem is not None or self._compiled
-            own = own and bool(active)
-            if own:
-                gram = self._measure(passed, batch)
-                self._compare(gram, passed, active)
-            else:
-                gram = self._read(passed).select(active)
-            if self._share and active and not passed.shared:
-                self._say(
-                    "gradent: weight_grad='shared' found no weight gradient to share here, and the products are formed "
-                    "twice. It takes matrices used once a forward, chosen and rejected in one forward, a loss whose "
-                    "entries can be read off its backward, and no FSDP, torch.compile, reentrant checkpointing or "
-                    "offloaded activations."
-                )
-            rows = len(passed.c) + passed.unpaired if self._pairing == "signs" else pairs
-            c = passed.c * rows
-            judged = Verdict.from_weights(gram, -c[:pairs][active], c[pairs:][active])
+        pairs = observation.pairs
+        is_moved = (observation.c[:pairs] != 0) & (observation.c[pairs:] != 0)
+        active = [
+            pair
+            for pair in is_moved.nonzero()[:, 0].tolist()
+            if observation.is_reward or self._has_two_responses(observation, pair)
+        ]
+        batch = None if observation.is_reward else _make_batch(observation, active)
+        obstacle = "the model is compiled" if self._is_compiled else observation.no_entries_reason
+        needs_pass = bool(active) and (self._mode == "measure" or obstacle is not None)
+        if needs_pass:
+            gram = self._measure(batch, obstacle)
+            self._compare(gram, observation, active)
+        else:
+            gram = self._read(observation).select(active)
+        if self._config.should_share and active and not observation.shared:
+            self._log_once(
+                "gradent: weight_grad='shared' found no weight gradient to share here, and the products are formed "
+                "twice. It takes matrices used once a forward, chosen and rejected in one forward, a loss whose "
+                "entries can be read off its backward, and no FSDP, torch.compile, reentrant checkpointing or "
+                "offloaded activations."
+            )
+        weights = observation.c * (2 * pairs + observation.unpaired if self._config.pairing == "signs" else pairs)
         return Recording(
             gram=gram,
-            verdict=judged,
-            source="measure" if own else "piggyback",
+            d_w=-weights[:pairs][active],
+            d_l=weights[pairs:][active],
+            source="measure" if needs_pass else "piggyback",
             batch=batch,
             inactive=pairs - len(active),
-            unpaired=passed.unpaired,
-            overhead_s=0.0,
+            unpaired=observation.unpaired,
         )
 
-    def _differs(self, passed: Passed, pair: int) -> bool:
-        """Whether a pair's two rows are two; one and the same response is neither chosen nor rejected."""
-        (chosen, of_w), (rejected, of_l) = passed.rows[pair], passed.rows[len(passed.rows) // 2 + pair]
-        same = torch.equal(chosen, rejected) and torch.equal(of_w, of_l)
-        if same:
-            self._say("gradent leaves out pairs of the batch whose chosen equals rejected; see `inactive`.")
-        return not same
+    def _has_two_responses(self, observation: BackwardObservation, pair: int) -> bool:
+        """Whether a pair's two rows differ; one and the same response is neither chosen nor rejected."""
+        (chosen, of_w), (rejected, of_l) = (observation.rows[row] for row in (pair, observation.pairs + pair))
+        is_same = torch.equal(chosen, rejected) and torch.equal(of_w, of_l)
+        if is_same:
+            self._log_once("gradent leaves out pairs of the batch whose chosen equals rejected; see `inactive`.")
+        return not is_same
 
-    def _measure(self, passed: Passed, batch: PairBatch | None) -> PairGram:
-        reason = "the model is compiled" if self._compiled else passed.problem
+    def _measure(self, batch: PairBatch | None, obstacle: str | None) -> PairGram:
+        """Measure in a pass of gradent's own; `obstacle` is why the trainer's backward does not do."""
         if is_sharded(self._model):
             raise ModelError(
-                f"the entries cannot be read off the trainer's backward ({reason}), and a sharded model (FSDP) allows "
-                "no pass of gradent's own: its ranks would wait for one another."
+                f"the entries cannot be read off the trainer's backward ({obstacle}), and a sharded model (FSDP) "
+                "allows no pass of gradent's own: its ranks would wait for one another."
             )
-        if self._mode == "piggyback" or batch is None:
-            why = "of a reward model " if batch is None else ""
+        if batch is None:
             raise ModelError(
-                f"the entries {why}cannot be read off the trainer's backward: {reason}. "
-                + ("gradent has no pass of its own for it." if batch is None else "Use mode='auto' or 'measure'.")
+                f"the entries of a reward model cannot be read off the trainer's backward: {obstacle}. gradent has no "
+                "pass of its own for it."
+            )
+        if self._mode == "piggyback":
+            raise ModelError(
+                f"the entries cannot be read off the trainer's backward: {obstacle}. Use mode='auto' or 'measure'."
             )
         if self._mode == "auto":
-            self._say(
-                f"gradent measures in a forward and a backward of its own (as exact, but not free): {reason}. "
+            self._log_once(
+                f"gradent measures in a forward and a backward of its own (as exact, but not free): {obstacle}. "
                 "mode='measure' says that this is meant."
             )
-        return measure(self._model, batch, by_module=self._by_module, memory_budget=self._budget, metric=self.metric)
+        return measure(
+            self._model, batch, by_module=self._by_module, memory_budget=self._config.budget, metric=self.metric
+        )
 
-    def _compare(self, gram: PairGram, passed: Passed, active: Sequence[int]) -> None:
+    def _compare(self, gram: PairGram, observation: BackwardObservation, active: Sequence[int]) -> None:
         """Say so where gradent's own pass sees another function than the trainer's forward did."""
-        if not passed.constant:
+        if not observation.is_constant:
             return  # the trainer's log-probs were summed over other tokens
-        pairs = len(passed.logps) // 2
-        seen = torch.cat([passed.logps[:pairs][active], passed.logps[pairs:][active]])
-        own = torch.cat([gram.chosen_logp, gram.rejected_logp])
-        if bool(((seen - own).abs() > 0.02 * seen.abs().clamp_min(1.0)).any()):
-            self._say(
+        theirs = observation.logps.view(2, -1)[:, active].flatten()
+        ours = torch.cat([gram.chosen_logp, gram.rejected_logp])
+        if bool(((theirs - ours).abs() > 0.02 * theirs.abs().clamp_min(1.0)).any()):
+            self._log_once(
                 "gradent's own pass sees other log-probs than the trainer's forward: it has no dropout and no padding, "
                 "and of the model's inputs it gets input_ids alone (no position_ids). The entries are its own."
             )
 
-    def _read(self, passed: Passed) -> PairGram:
+    def _read(self, observation: BackwardObservation) -> PairGram:
         """The `PairGram` of entries that were read off the backward."""
-        names, pairs = list(self._parameters), len(passed.c) // 2
-        modules = sum_parameters(names, [(range(pairs), passed.entries)], pairs)
+        pairs = observation.pairs
+        modules = sum_parameters(self._config.names, [(range(pairs), observation.entries)], pairs)
         totals = sum(modules.values(), torch.zeros(3, pairs, dtype=torch.float64))
-        lengths = torch.tensor([int(marks.sum()) for _, marks in passed.rows], dtype=torch.int64)
+        lengths = torch.tensor([int(marks.sum()) for _, marks in observation.rows], dtype=torch.int64)
         return PairGram(
             chosen_sq=totals[0],
             rejected_sq=totals[1],
             inner=totals[2],
-            chosen_logp=passed.logps[:pairs],
-            rejected_logp=passed.logps[pairs:],
+            chosen_logp=observation.logps[:pairs],
+            rejected_logp=observation.logps[pairs:],
             chosen_len=lengths[:pairs],
             rejected_len=lengths[pairs:],
             modules={name: (part[0], part[1], part[2]) for name, part in modules.items()} if self._by_module else None,
         )
 
-    def _say(self, text: str) -> None:
-        """Log a line, once: figures in it, which differ from step to step, do not make it another one."""
-        what = re.sub(r"[\d.]+(e[+-]?\d+)?", "", text)
-        if what not in self._said:
-            self._said.add(what)
-            logger.warning(text)
+    def _log_once(self, text: str) -> None:
+        """Log a line once; figures in it, which differ from step to step, do not make it another one."""
+        self._notices.once(text, key=re.sub(r"[\d.]+(e[+-]?\d+)?", "", text))
 
 
-def _batch(passed: Passed, active: Sequence[int]) -> PairBatch | None:
-    pairs = len(passed.rows) // 2
-    rows = [*(passed.rows[pair] for pair in active), *(passed.rows[pairs + pair] for pair in active)]
-    return PairBatch.from_rows([(ids, marks) for ids, marks in rows]) if rows else None
+def _make_batch(observation: BackwardObservation, active: Sequence[int]) -> PairBatch | None:
+    """The tokens of the active pairs; None without any."""
+    numbers = [*active, *(observation.pairs + pair for pair in active)]
+    return PairBatch.from_rows([observation.rows[number] for number in numbers]) if numbers else None
 
 
 def join_recordings(recordings: Sequence[Recording], *, scale: float = 1.0) -> Recording:
-    """Several recordings of one step (micro-batches, ranks) as one.
-
-    Args:
-        recordings: at least one.
-        scale: of the weights `d_w` and `d_l`.
-
-    Returns:
-        The recording of all their pairs.
-    """
-    gram = PairGram.join([one.gram for one in recordings])
-    d_w, d_l = (torch.cat([getattr(one.verdict, name) for one in recordings]) * scale for name in ("d_w", "d_l"))
-    batches = [one.batch for one in recordings if one.batch is not None]
+    """Recordings of one step (its micro-batches, its ranks; at least one) as one, with `d_w` and `d_l` scaled."""
+    if len(recordings) == 1 and scale == 1.0:
+        return recordings[0]
+    d_w, d_l = (torch.cat([getattr(part, name) for part in recordings]) * scale for name in ("d_w", "d_l"))
+    batches = [part.batch for part in recordings if part.batch is not None]
     return Recording(
-        gram=gram,
-        verdict=Verdict.from_weights(gram, d_w, d_l),
-        source="measure" if any(one.source == "measure" for one in recordings) else "piggyback",
+        gram=PairGram.join([part.gram for part in recordings]),
+        d_w=d_w,
+        d_l=d_l,
+        source="measure" if any(part.source == "measure" for part in recordings) else "piggyback",
         batch=PairBatch.join(batches) if batches else None,
-        inactive=sum(one.inactive for one in recordings),
-        unpaired=sum(one.unpaired for one in recordings),
-        overhead_s=sum(one.overhead_s for one in recordings),
+        inactive=sum(part.inactive for part in recordings),
+        unpaired=sum(part.unpaired for part in recordings),
+        overhead_s=sum(part.overhead_s for part in recordings),
     )

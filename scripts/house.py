@@ -48,7 +48,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("kernels.gram", "kernels.outer"),
     ("kernels.common",),
-    ("pair_gram",),
+    ("pair_gram", "row_gram"),
     ("record",),
     ("figures",),
     ("distributed", "notices", "text"),

@@ -1,6 +1,6 @@
 """Processes of their own for tests, forked from one that has imported everything: torch and its kin take 12 seconds.
 
-How a command really starts is for tests/test_cli.py and its like to see, which start the interpreter anew, and torchrun
+How a command really starts is for tests/cli/ to see, which start the interpreter anew, and torchrun
 for examples/two_processes.py.
 """
 

@@ -20,10 +20,10 @@ from gradent.errors import (
     NothingTrainableError,
 )
 from gradent.measurement import measure
+from gradent.model.facts import facts
 from gradent.pairs.batch import PairBatch
 from gradent.tokens.effects import token_effects
 from gradent.tokens.matrix import measure_tokens
-from gradent.tokens.tangents import _TOGETHER
 from tests.adapters import build_adapted
 from tests.batches import left_padded, ragged
 from tests.odd_models import build_odd
@@ -273,4 +273,4 @@ def test_rows_share_a_forward_where_they_can(make, shared):
     model, batch = make(), left_padded(ragged())
     assert len(batch) > 1
     assert scaled_error(quietly(model, batch), model, batch, "rejected") <= 1e-6
-    assert set(_TOGETHER[model].values()) == {shared}
+    assert facts(model).shares_tangents is shared

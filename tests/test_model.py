@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2LMHeadModel
 
 from gradent.errors import InputError, ModelError, NotCausalError, NothingTrainableError
 from gradent.measurement import measure, sequence_logps
-from gradent.model.calls import observed
+from gradent.model.observed import observed
 from gradent.pairs.batch import PairBatch
 from tests.batches import ragged
 

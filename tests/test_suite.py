@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from scripts import mutants, proven
 from tests.budgets import BUDGETS, over_budget
+from tests.covering import covering_rows
 from tests.shared import folder_once, value_once
 from tests.zoo import MEASURABLE
 from tests.zoo_prints import chosen, print_of, zoo
@@ -99,3 +101,14 @@ def test_mutants_differ_by_one_change_each(tmp_path) -> None:
         ("2", "3"),
     ]
     assert all(ast.unparse(mutant.tree) != ast.unparse(ast.parse(source)) for mutant in mutants.mutants(path))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most"), [((3, 2, 2, 3), 10), ((6, 3, 2), 18), ((2, 9, 2), 18), ((4, 4, 4, 4), 24), ((2,) * 8, 9)]
+)
+def test_a_covering_array_has_every_pair(sizes, most) -> None:
+    rows = covering_rows(sizes)
+    for one, other in itertools.combinations(range(len(sizes)), 2):
+        pairs = set(itertools.product(range(sizes[one]), range(sizes[other])))
+        assert {(row[one], row[other]) for row in rows} == pairs
+    assert len(rows) <= most

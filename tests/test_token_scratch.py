@@ -15,14 +15,14 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from gradent.pairs.batch import PairBatch
-from gradent.tokens.contractions import Block, shared_entries
+from gradent.tokens.contractions import SharedFactor, shared_entries
 from gradent.tokens.matrix import measure_tokens
-from gradent.tokens.row_pass import Strand
-from gradent.tokens.synchronized import Lockstep
+from gradent.tokens.row_pass import RowPass
+from gradent.tokens.synchronized import SynchronizedPasses
 from tests.live import LiveBytes
 
 SMALL = 32 * 1024
-"""What is neither cotangent nor tile: the rows' ids, the matrix that is returned, the sums of blocks of it."""
+"""What is neither output gradient nor tile: the rows' ids, the matrix that is returned, the sums of blocks of it."""
 
 VOCABULARY = 500
 
@@ -91,8 +91,8 @@ def pair(prompt: int, chosen: int, rejected: int, vocabulary: int = VOCABULARY) 
 def rooms(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens that fitted, call by call."""
     seen: list[int] = []
-    honest = Lockstep.block_size
-    monkeypatch.setattr(Lockstep, "block_size", lambda self: seen.append(honest(self)) or seen[-1])
+    honest = SynchronizedPasses.block_size
+    monkeypatch.setattr(SynchronizedPasses, "block_size", lambda self: seen.append(honest(self)) or seen[-1])
     return seen
 
 
@@ -134,7 +134,7 @@ def test_a_pair_stays_inside_the_budget(name: str, sizes: tuple[int, int, int], 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_wide_vocabulary(tied: bool, rooms: list[int]) -> None:
-    """Nothing of size tokens × vocabulary but a head's own cotangents, of the tokens at hand."""
+    """Nothing of size tokens × vocabulary but a head's own output gradients, of the tokens at hand."""
     budget = 8 * 2**20
     taken = scratch(make(lambda: gpt2(30000, tied=tied)), pair(20, 24, 20, 30000), budget)
     assert rooms[0] > 2
@@ -150,26 +150,26 @@ def test_weights_that_are_used_again_and_again(rooms: list[int]) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_bound_can_fail(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Lockstep, "block_size", lambda self: 1000)
-    monkeypatch.setattr("gradent.tokens.synchronized._Run._step", lambda self, strand, lanes: lanes)
+    monkeypatch.setattr(SynchronizedPasses, "block_size", lambda self: 1000)
+    monkeypatch.setattr("gradent.tokens.synchronized._Run._step", lambda self, row_pass, count: count)
     assert scratch(make(MODELS[name]), pair(20, 40, 35), 2**20) > 2 * 2**20
 
 
 def test_what_arrives_is_gone_before_the_next_arrives(monkeypatch: pytest.MonkeyPatch, rooms: list[int]) -> None:
-    """An adapter's cotangents are many times its gradients: a pass that collects them first takes more."""
+    """An adapter's output gradients are many times its gradients: a pass that collects them first takes more."""
     batch, budget = pair(200, 5, 4), 2 * 2**20
     honest = scratch(make(lora), batch, budget)
     assert rooms[0] > 2
     assert honest <= budget + SMALL
-    advance = Strand.advance
+    advance = RowPass.advance
 
-    def collecting(self: Strand, start: int, stop: int, step: int, take: Callable[[object], None]) -> None:
+    def collecting(self: RowPass, start: int, stop: int, step: int, take: Callable[[object], None]) -> None:
         arrived: list[object] = []
         advance(self, start, stop, step, arrived.append)
         for one in arrived:
             take(one)
 
-    monkeypatch.setattr(Strand, "advance", collecting)
+    monkeypatch.setattr(RowPass, "advance", collecting)
     assert scratch(make(lora), batch, budget) > max(budget + SMALL, 1.5 * honest)
 
 
@@ -178,7 +178,7 @@ def test_what_arrives_is_gone_before_the_next_arrives(monkeypatch: pytest.Monkey
 def test_tiles(width: int, dtype: torch.dtype) -> None:
     budget, rows, counts = 2**20, (220, 215), (20, 15)
     blocks = [
-        Block(side, range(count), torch.randn(count, length, 96).to(dtype), torch.randn(length, width).to(dtype))
+        SharedFactor(side, range(count), torch.randn(count, length, 96).to(dtype), torch.randn(length, width).to(dtype))
         for side, (count, length) in enumerate(zip(counts, rows, strict=True))
     ]
     with LiveBytes() as live:

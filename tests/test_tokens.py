@@ -21,7 +21,7 @@ from gradent.tokens.effects import token_effects
 from gradent.tokens.gram import TokenGram
 from gradent.tokens.ledger import TokenLedger
 from gradent.tokens.matrix import measure_tokens
-from gradent.tokens.row_pass import NoLockstep
+from gradent.tokens.row_pass import NoSharedBackward
 from tests.adapters import ADAPTERS, build_adapted
 from tests.batches import left_padded, ragged, square
 from tests.odd_models import ODD, build_odd
@@ -79,9 +79,9 @@ def test_token_by_token(monkeypatch, name):
     other = MODELS[name][0]()
 
     def refuse(*args, **kwargs):
-        raise NoLockstep("it is a test")
+        raise NoSharedBackward("it is a test")
 
-    monkeypatch.setattr("gradent.tokens.matrix.Lockstep", refuse)
+    monkeypatch.setattr("gradent.tokens.matrix.SynchronizedPasses", refuse)
     monkeypatch.setattr("gradent.tokens.matrix.TOKENS", {"cpu": 12, "cuda": 12})
     with pytest.warns(GradentWarning, match="one by one .* it is a test"):
         (single, *_) = measure_tokens(other, batch, memory_budget=512)

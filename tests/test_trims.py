@@ -14,8 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from gradent.errors import GradentWarning
 from gradent.measurement import sequence_logps
-from gradent.model.calls import observed, takes_keep
+from gradent.model.calls import takes_keep
 from gradent.model.facts import trims
+from gradent.model.observed import observed
 from gradent.pairs.batch import PairBatch
 from gradent.tokens.effects import token_effects
 from gradent.tokens.matrix import measure_tokens
@@ -88,7 +89,7 @@ def told() -> Iterator[list[str]]:
 
 
 def narrow_vocabulary() -> nn.Module:
-    """Its logits are not wider than what they are made of: tokens have cotangents of their own from there on."""
+    """Its logits are not wider than what they are made of: tokens have output gradients of their own from there on."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=97, n_embd=64, n_layer=1, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
     return GPT2LMHeadModel(config).double().eval()

@@ -23,7 +23,7 @@ from torch.autograd.graph import Node
 
 from gradent.hooks.capture.capture import Capture
 from gradent.hooks.rules import RULES
-from gradent.hooks.uses.uses import Layout
+from gradent.hooks.uses.layout import Layout
 from tests.batches import ragged
 from tests.truth import call
 from tests.zoo import MEASURABLE

@@ -17,12 +17,9 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from gradent.demo.task import Task, TokenPair, tokenize_style
 from gradent.demo.train import PairCollator, SplitCollator, padded, pair_rows, train_quietly, trainer_arguments
-from gradent.trainer import (
-    PairwiseNormalizedDPOConfig,
-    PairwiseNormalizedDPOTrainer,
-    TokenMaskedDPOConfig,
-    TokenMaskedDPOTrainer,
-)
+from gradent.trainer import PairwiseNormalizedDPOConfig, TokenMaskedDPOConfig
+from gradent.trainer.pairwise.trainer import PairwiseNormalizedDPOTrainer
+from gradent.trainer.token_masking.trainer import TokenMaskedDPOTrainer
 
 __all__ = ["METHODS", "Run", "train"]
 

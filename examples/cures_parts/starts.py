@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from gradent.demo.model import build_model, build_tokenizer
-from gradent.demo.task import Statement, Task, find_label_words, make_task, read_statements, word_list
+from gradent.demo.statements import Statement, read_statements
+from gradent.demo.task import Task, find_label_words, make_task, word_list
 from gradent.demo.train import train_sft
 
 __all__ = ["Generated", "Start", "Tweets"]

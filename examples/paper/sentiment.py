@@ -17,17 +17,8 @@ from examples.paper.starts import load_pretrained
 from examples.paper.watch import Row, summarize
 from gradent import losses
 from gradent.demo.model import build_model, build_tokenizer
-from gradent.demo.statements import LONGEST
-from gradent.demo.task import (
-    STYLES,
-    Statement,
-    Task,
-    find_label_words,
-    make_task,
-    prompt_of,
-    read_statements,
-    responses_of,
-)
+from gradent.demo.statements import LONGEST, Statement, read_statements
+from gradent.demo.task import STYLES, Task, find_label_words, make_task, prompt_of, responses_of
 from gradent.demo.train import train_dpo, train_sft
 from gradent.errors import InputError
 

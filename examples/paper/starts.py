@@ -23,10 +23,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 
 from examples.paper.settings import Lora, Settings, shown_name
 from gradent.demo.model import build_model, build_tokenizer
-from gradent.demo.task import STYLES, Statement, TokenPair, make_task, prompt_of, responses_of
+from gradent.demo.statements import Statement
+from gradent.demo.task import STYLES, TokenPair, make_task, prompt_of, responses_of
 from gradent.demo.train import train_sft
 from gradent.errors import GradentWarning, InputError, PairError
-from gradent.pairs.batch import PairBatch, tokenize_pair
+from gradent.pairs.batch import PairBatch
+from gradent.pairs.tokenize import tokenize_pair
 
 __all__ = ["ARCHITECTURES", "Example", "Start", "load_examples", "load_pretrained", "load_start", "make_start"]
 

@@ -1,21 +1,15 @@
-"""`audit`, what it takes and what it returns; `gradent.auditing.pipeline` does it.
-
-What needs torch is imported by the call, so that importing this module (and with it the command line) is quick.
-"""
+"""`audit`, what it takes and what it returns; `gradent.auditing.pipeline` does the work."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradent.errors import InputError
+from gradent.auditing.state.config import AuditConfig
 from gradent.record import AUDIT_FILES, Summary
-from gradent.record.atomic import make_directory
 
 if TYPE_CHECKING:
     from gradent.losses import Loss
@@ -127,65 +121,19 @@ def audit(
             `left_out`, unless none can.
         KeyboardInterrupt: it was stopped; what was measured until then has been written as a partial record.
     """
-    from gradent import losses  # noqa: PLC0415
-    from gradent.auditing.measuring.batches import check_scan_settings  # noqa: PLC0415
-    from gradent.auditing.measuring.tokens import check_token_pairs  # noqa: PLC0415
-    from gradent.auditing.pipeline import Setting, conduct  # noqa: PLC0415
+    options = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in locals().items()}
+    # What needs torch is imported by the call, so that importing this module, and the command line, is quick.
+    from gradent.auditing.pipeline import run  # noqa: PLC0415
 
-    objective = losses.get(loss) if isinstance(loss, str) else loss
-    if not isinstance(objective, losses.Loss):
-        raise InputError(f"loss is a {type(loss).__name__}; accepted: a name that losses.get knows, or a Loss.")
-    if objective.name == "token_masked":
-        raise InputError(
-            "loss is token_masked, and an audit measures whole responses, not kept tokens. Audit with the loss under "
-            "it (dpo); --token-pairs N then adds a what-if row that keeps the differing tokens alone."
-        )
-    check_scan_settings(batch_size=batch_size, engine=engine, memory_budget=memory_budget)
-    check_token_pairs(token_pairs)
-    if wandb is not None:
-        _check_wandb(wandb)
-    inside = Path(out).resolve().parent == Path(model).resolve()
-    if inside and re.fullmatch(r"checkpoint-\d+", Path(out).name):
-        raise InputError(
-            f"{out}: is named like a checkpoint of the run, and would be taken for one. Choose another --out."
-        )
-    if (Path(out) / "demo.json").exists():
-        raise InputError(f"{out}: holds the records of `gradent demo`, under the same names. Choose another --out.")
-    directory = make_directory(out, AUDIT_FILES)
-    setting = Setting(
-        model=os.fspath(model), data=os.fspath(data), checkpoints=checkpoints, base=_text(base),
-        adapter=_text(adapter), reference=_text(reference), split=split, max_length=max_length, max_pairs=max_pairs,
-        token_pairs=token_pairs, batch_size=batch_size, memory_budget=memory_budget, engine=engine,
-        by_module=by_module, dtype=dtype, device=device, skip_bad_rows=skip_bad_rows, add_eos=add_eos,
-        trust_remote_code=trust_remote_code, seed=seed,
-    )  # fmt: skip
-    summary = conduct(setting, objective, directory, report=report, wandb=wandb, quiet=quiet)
-    there = {name: directory / name for name in AUDIT_FILES}
+    config = AuditConfig(**{**options, "out": Path(out)})
+    summary = run(config)
+    paths = {name: config.out / name for name in AUDIT_FILES}
     return AuditResult(
         summary=summary,
-        pairs_path=there["pairs.parquet"],
-        summary_path=there["summary.json"],
-        sample_path=there["sample.parquet"],
-        modules_path=there["modules.parquet"] if summary["modules"] is not None else None,
-        tokens_path=there["tokens.parquet"] if summary["tokens"] is not None else None,
-        report_path=there["report.html"] if report else None,
+        pairs_path=paths["pairs.parquet"],
+        summary_path=paths["summary.json"],
+        sample_path=paths["sample.parquet"],
+        modules_path=paths["modules.parquet"] if summary["modules"] is not None else None,
+        tokens_path=paths["tokens.parquet"] if summary["tokens"] is not None else None,
+        report_path=paths["report.html"] if report else None,
     )
-
-
-def _check_wandb(project: str) -> None:
-    """Refuse what could not be streamed to, before anything is measured for it.
-
-    Args:
-        project: the wandb project.
-
-    Raises:
-        InputError: no name, or wandb is not installed.
-    """
-    if not project.strip():
-        raise InputError("wandb is an empty name; accepted is that of a project (command line: --wandb PROJECT).")
-    if importlib.util.find_spec("wandb") is None:
-        raise InputError("wandb is not installed: pip install wandb, or leave --wandb out.")
-
-
-def _text(name: str | os.PathLike[str] | None) -> str | None:
-    return None if name is None else os.fspath(name)

@@ -1,32 +1,28 @@
-"""The bars of an audit, on stderr."""
+"""What the user sees while an audit works, on stderr: progress bars, and notes that go into the record too."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
-__all__ = ["pair_progress"]
+from gradent.errors import GradentWarning
+from gradent.text import printable
+
+__all__ = ["make_tell", "pair_progress", "warnings_as_notes"]
 
 
 @contextmanager
-def pair_progress(doing: str, pairs: int, cost: int, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar over what pairs cost, since that goes with their length, with the pairs counted beside it.
-
-    Args:
-        doing: what is being done, in a word.
-        pairs: how many pairs there are.
-        cost: of all of them together, in any unit (tokens, say).
-        quiet: show nothing; nor is anything shown where stderr is no terminal.
-
-    Yields:
-        A function to call with the pairs that are done since the last call and their cost.
-    """
+def pair_progress(label: str, pairs: int, cost: int, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar over the cost of pairs, on a terminal only; yields a function that takes pairs done and their cost."""
     console = Console(stderr=True)
     columns = (
-        TextColumn(doing),
+        TextColumn(label),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.fields[done]}/{task.fields[pairs]} pairs"),
@@ -41,3 +37,31 @@ def pair_progress(doing: str, pairs: int, cost: int, *, quiet: bool) -> Iterator
             progress.update(task, advance=part, done=progress.tasks[task].fields["done"] + count)
 
         yield advance
+
+
+def make_tell(notes: list[str], quiet: bool) -> Callable[[str], None]:
+    """A function that keeps a note and, unless quiet, prints it."""
+    console = Console(stderr=True, quiet=quiet)
+
+    def tell(note: str) -> None:
+        notes.append(note)
+        console.print(Text(f"note: {printable(note)}"), soft_wrap=True)
+
+    return tell
+
+
+@contextmanager
+def warnings_as_notes(tell: Callable[[str], None]) -> Iterator[None]:
+    """Pass every `GradentWarning` to `tell`, since it belongs to the record; other warnings are shown as usual."""
+    with warnings.catch_warnings():
+        show_usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+            if issubclass(category, GradentWarning):
+                tell(str(message))
+            else:
+                show_usual(message, category, *place, **options)
+
+        warnings.simplefilter("always", GradentWarning)
+        warnings.showwarning = show
+        yield

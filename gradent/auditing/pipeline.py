@@ -1,160 +1,177 @@
-"""One audit from its settings to its records: find, prepare, measure what is left to measure, judge, write."""
+"""One audit from its options to its records: find, load, measure what the journal lacks, judge, write."""
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from gradent.auditing.account import Plan, Setting, summarize, write_records
-from gradent.auditing.console import pair_progress
+from gradent import losses
+from gradent.auditing.analysis.columns import TargetRecord, collect
+from gradent.auditing.analysis.summary import summarize
+from gradent.auditing.console import make_tell, pair_progress, warnings_as_notes
 from gradent.auditing.measuring.batches import plan_batches
 from gradent.auditing.measuring.sweep import Sweep
 from gradent.auditing.measuring.tokens import token_cost
-from gradent.auditing.state.journal import Journal, JournalError, digest
-from gradent.auditing.state.ranks import Ranks, join, only_audit
-from gradent.auditing.state.targets import Target, choose_reference, find_targets
-from gradent.auditing.tell import teller, warnings_told
-from gradent.errors import GradentError, ModelError
+from gradent.auditing.state.config import AuditConfig
+from gradent.auditing.state.journal import Journal, JournalError, only_audit
+from gradent.auditing.state.targets import AuditPlan, choose_reference, find_targets
+from gradent.auditing.write import write_records
+from gradent.distributed import Ranks, join
+from gradent.errors import GradentError, InputError, ModelError
+from gradent.kernels.common.budget import parse_budget
 from gradent.loading.models import check_device, check_dtype
-from gradent.loading.preferences import AuditPair
 from gradent.loading.prepare import choose_device, read_material
-from gradent.losses import Loss
-from gradent.record import Summary, read_summary
+from gradent.record import AUDIT_FILES, Summary, read_summary
+from gradent.record.atomic import make_directory
+from gradent.record.json_lines import digest
 from gradent.report.terminal.audit import print_summary
 from gradent.version import __version__
 
-__all__ = ["Setting", "conduct"]
+__all__ = ["check", "run"]
 
 Tell = Callable[[str], None]
 
 
-def conduct(setting: Setting, loss: Loss, directory: Path, *, report: bool, wandb: str | None, quiet: bool) -> Summary:
-    """Do an audit.
-
-    Args:
-        setting: what is asked for.
-        loss: judges the pairs.
-        directory: for the records.
-        report: also write the page and the figures.
-        wandb: a wandb project to stream the records to.
-        quiet: print nothing.
-
-    Returns:
-        The summary, on every rank.
-
-    Raises:
-        KeyboardInterrupt: it was stopped; a partial record has been written.
-    """
+def run(config: AuditConfig) -> Summary:
+    """Do an audit; returns the summary on every rank."""
     started = time.monotonic()
-    check_dtype(setting.dtype)
-    if setting.device is not None:
-        check_device(setting.device)
-    ranks = join(setting.device)
-    quiet = quiet or not ranks.first
+    config = check(config)
+    ranks = join(config.device)
+    config = replace(config, quiet=config.quiet or not ranks.is_first)
     notes: list[str] = []
-    tell = teller(notes, quiet)
-    plan = _prepare(setting, loss, tell)
-    with only_audit(directory, ranks):
-        sweep = _make_sweep(setting, plan, directory, ranks, tell)
+    tell = make_tell(notes, config.quiet)
+    plan = _prepare(config, tell)
+    with only_audit(config.out, ranks):
+        sweep = _make_sweep(config, plan, ranks, tell)
         try:
-            _measure(setting, loss, plan, sweep, quiet)
-        except KeyboardInterrupt as interrupt:
+            interrupt = _until_interrupt(_measure_targets, sweep)
             sweep.journal.refresh()
-            if not (ranks.first and plan.collect(loss, sweep)):
-                raise
-            parts = summarize(setting, loss, plan, sweep, notes, complete=False)
-            write_records(directory, parts, started, report=report)
-            raise KeyboardInterrupt(
-                f"{directory} holds a partial record. The same command goes on from where this one was stopped."
-            ) from interrupt
+            records = collect(plan, sweep.journal, sweep.failures, config.loss)
+            if records and interrupt is None and config.token_pairs is not None:
+                interrupt = _until_interrupt(_measure_tokens, sweep, records[-1])
         finally:
             sweep.journal.close()
-        if ranks.first:
-            parts = summarize(setting, loss, plan, sweep, notes, complete=True)
-            write_records(directory, parts, started, report=report)
+        if ranks.is_first and (records or interrupt is None):
+            outcome = summarize(config, plan, records, sweep, notes, complete=interrupt is None)
+            write_records(config, outcome, started)
+        if interrupt is not None:
+            partial = f"{config.out} holds a partial record. The same command goes on from where this one was stopped."
+            raise (KeyboardInterrupt(partial) if ranks.is_first and records else interrupt) from interrupt
         ranks.wait()
-    summary = read_summary(directory / "summary.json")
-    if wandb is not None and ranks.first:
+    summary = read_summary(config.out / "summary.json")
+    if config.wandb is not None and ranks.is_first:
         from gradent.report.audit.wandb import stream_audit  # noqa: PLC0415  (imports wandb)
 
-        stream_audit(directory, wandb)
-    if not quiet:
+        stream_audit(config.out, config.wandb)
+    if not config.quiet:
         print_summary(summary, Console())
     ranks.wait()  # a launcher stops the first rank once another one has gone
     return summary
 
 
-def _prepare(setting: Setting, loss: Loss, tell: Tell) -> Plan:
-    targets, run = find_targets(
-        setting.model, adapter=setting.adapter, base=setting.base, checkpoints=setting.checkpoints
-    )
-    for note in run.notes if run is not None else []:
+def check(config: AuditConfig) -> AuditConfig:
+    """The options with a `Loss` in place of its name; refuses what no audit can do, before a model is loaded for it."""
+    loss, out = config.loss, config.out
+    loss = losses.get(loss) if isinstance(loss, str) else loss
+    if not isinstance(loss, losses.Loss):
+        raise InputError(f"loss is a {type(loss).__name__}; accepted: a name that losses.get knows, or a Loss.")
+    if loss.name == "token_masked":
+        raise InputError(
+            "loss is token_masked, and an audit measures whole responses, not kept tokens. Audit with the loss under "
+            "it (dpo); --token-pairs N then adds a what-if row that keeps the differing tokens alone."
+        )
+    for name, count in (("batch_size", config.batch_size), ("token_pairs", config.token_pairs)):
+        if count is not None and count < 1:
+            raise InputError(f"{name} is {count}; it must be at least 1 (command line: --{name.replace('_', '-')}).")
+    if config.engine not in {"hooks", "func"}:
+        raise InputError(f"engine is {config.engine!r}; accepted: 'hooks' and 'func' (command line: --engine).")
+    parse_budget(config.memory_budget)
+    if config.wandb is not None and not config.wandb.strip():
+        raise InputError("wandb is an empty name; accepted is that of a project (command line: --wandb PROJECT).")
+    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise InputError("wandb is not installed: pip install wandb, or leave --wandb out.")
+    if out.resolve().parent == Path(config.model).resolve() and re.fullmatch(r"checkpoint-\d+", out.name):
+        raise InputError(
+            f"{out}: is named like a checkpoint of the run, and would be taken for one. Choose another --out."
+        )
+    if (out / "demo.json").exists():
+        raise InputError(f"{out}: holds the records of `gradent demo`, under the same names. Choose another --out.")
+    make_directory(out, AUDIT_FILES)
+    check_dtype(config.dtype)
+    if config.device is not None:
+        check_device(config.device)
+    return replace(config, loss=loss)
+
+
+def _prepare(config: AuditConfig, tell: Tell) -> AuditPlan:
+    targets, training_run = find_targets(config)
+    for note in training_run.notes if training_run is not None else []:
         tell(note)
-    reference = choose_reference(
-        targets, run, setting.reference, needed=loss.name if loss.needs_reference else None, tell=tell
-    )
+    reference = choose_reference(targets, training_run, config, tell)
     # The run's own tokenizer is what it trained with, the last one first; a base may lack its chat template.
     sources = [target.source for target in reversed(targets) if target.source is not None]
-    material = read_material(
-        sources, setting.data, tell=tell, split=setting.split, max_length=setting.max_length,
-        max_pairs=setting.max_pairs, skip_bad_rows=setting.skip_bad_rows, add_eos=setting.add_eos,
-        trust_remote_code=setting.trust_remote_code, seed=setting.seed,
-    )  # fmt: skip
-    batches = plan_batches(material.pairs.pairs, setting.batch_size)
-    return Plan(targets=targets, run=run, reference=reference, material=material, batches=batches)
+    material = read_material(sources, config, tell)
+    batches = plan_batches(material.pairs.pairs, config.batch_size)
+    return AuditPlan(targets=targets, run=training_run, reference=reference, material=material, batches=batches)
 
 
-def _make_sweep(setting: Setting, plan: Plan, directory: Path, ranks: Ranks, tell: Tell) -> Sweep:
-    device = choose_device(setting.device, ranks.local)
-    pairs = [[pair.row, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids] for pair in plan.material.pairs.pairs]
-    # Everything that a number in the journal hangs on, but for the files of models, which each entry is filed under.
+def _make_sweep(config: AuditConfig, plan: AuditPlan, ranks: Ranks, tell: Tell) -> Sweep:
+    device = choose_device(config.device, ranks.local)
+    pairs = [[pair.row, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids] for pair in plan.pairs]
+    # Everything that a number in the journal depends on, but for the files of models, which entries are filed under.
     versions = [__version__, torch.__version__]
-    measuring = [setting.batch_size, setting.memory_budget, setting.engine, setting.by_module, setting.dtype]
-    in_place = plan.reference.kind == "adapter_off" and plan.reference.source is None
-    key = digest([versions, measuring, torch.device(device).type, in_place, pairs])
-    journal = Journal(directory, key, ranks.rank)
+    measuring = [config.batch_size, config.memory_budget, config.engine, config.by_module, config.dtype]
+    is_in_place = plan.reference.kind == "adapter_off" and plan.reference.source is None
+    key = digest([versions, measuring, torch.device(device).type, is_in_place, pairs])
+    journal = Journal(config.out, key, ranks.rank)
 
     def tell_and_keep(note: str) -> None:
-        """What is said while measuring is part of the record, even if another process did this part of it."""
+        """Notes on measuring are part of the record, even where another process did this part of it."""
         if journal.find("note", note) is None:
             journal.append("note", note, 0, {"text": note})
             tell(note)
 
+    failures = {target.name: target.problem for target in plan.targets if target.problem is not None}
     return Sweep(
-        targets=plan.targets, reference=plan.reference, material=plan.material, batches=plan.batches, journal=journal,
-        ranks=ranks, device=device, dtype=setting.dtype, engine=setting.engine, by_module=setting.by_module,
-        memory_budget=setting.memory_budget, trust_remote_code=setting.trust_remote_code,
-        several=plan.run is not None, tell=tell_and_keep,
-        failures={target.name: target.problem for target in plan.targets if target.problem is not None},
-    )  # fmt: skip
+        config=config, plan=plan, journal=journal, ranks=ranks, device=device, tell=tell_and_keep, failures=failures
+    )
 
 
-def _measure(setting: Setting, loss: Loss, plan: Plan, sweep: Sweep, quiet: bool) -> None:
-    """Measure what the journal has not."""
-    pairs = plan.material.pairs.pairs
-    cost = sum(pair.tokens for pair in pairs)
+def _until_interrupt(measure: Callable[..., None], *arguments: Any) -> KeyboardInterrupt | None:
+    """Measure; returns the Ctrl-C that stopped it, since what was measured until then is still to be written."""
+    try:
+        measure(*arguments)
+    except KeyboardInterrupt as interrupt:
+        return interrupt
+    return None
+
+
+def _measure_targets(sweep: Sweep) -> None:
+    """Measure what the journal lacks of the reference and the targets."""
+    plan, quiet = sweep.plan, sweep.config.quiet
+    cost = sum(pair.tokens for pair in plan.pairs)
     sound = len(plan.targets) - len(sweep.failures)
-    with warnings_told(sweep.tell):
+    with warnings_as_notes(sweep.tell):
         if plan.reference.source is not None:
-            with pair_progress("reference", len(pairs), cost, quiet=quiet) as advance:
-                _measure_reference(loss, sweep, advance)
-        with pair_progress("measuring", sound * len(pairs), sound * cost, quiet=quiet) as advance:
+            with pair_progress("reference", len(plan.pairs), cost, quiet=quiet) as advance:
+                _measure_reference(sweep, advance)
+        with pair_progress("measuring", sound * len(plan.pairs), sound * cost, quiet=quiet) as advance:
             sweep.measure_targets(advance)
-        shared = sweep.ranks.gather([sweep.failures])
-        sweep.failures.update({name: reason for each in shared for name, reason in each.items()})
-        sweep.journal.refresh()
-        measured = plan.collect(loss, sweep) if setting.token_pairs is not None else []
-        if measured and setting.token_pairs is not None:
-            last = measured[-1]
-            _measure_tokens(last.target, last.spread(pairs, setting.token_pairs), sweep, quiet)
+        for failures in sweep.ranks.gather([sweep.failures]):
+            sweep.failures.update(failures)
 
 
-def _measure_reference(loss: Loss, sweep: Sweep, advance: Callable[[int, int], None]) -> None:
-    """The reference's log-probs; a loss that can do without is judged all the same."""
+def _measure_reference(sweep: Sweep, advance: Callable[[int, int], None]) -> None:
+    """The reference's log-probs; where they cannot be measured, a loss that can do without is judged all the same."""
+    loss = sweep.config.loss
     try:
         sweep.measure_reference(advance)
     except JournalError:
@@ -168,19 +185,20 @@ def _measure_reference(loss: Loss, sweep: Sweep, advance: Callable[[int, int], N
         sweep.tell(f"The reference cannot be measured, so no loss that needs one is judged. {remedy}\n{error}")
 
 
-def _measure_tokens(target: Target, pairs: Sequence[AuditPair], sweep: Sweep, quiet: bool) -> None:
+def _measure_tokens(sweep: Sweep, last: TargetRecord) -> None:
     """The tokens of the last target; of a run, what fails here leaves the rest of the record whole."""
-    failed = list[str]()
-    with pair_progress("tokens", len(pairs), sum(map(token_cost, pairs)), quiet=quiet) as advance:
+    pairs = last.spread(sweep.plan.pairs, sweep.config.token_pairs or 0)
+    failures = list[str]()
+    progress = pair_progress("tokens", len(pairs), sum(map(token_cost, pairs)), quiet=sweep.config.quiet)
+    with warnings_as_notes(sweep.tell), progress as advance:
         try:
-            sweep.measure_tokens(target, pairs, advance)
+            sweep.measure_tokens(last.target, pairs, advance)
         except JournalError:
             raise
         except GradentError as error:
-            if not sweep.several:
+            if sweep.plan.run is None:
                 raise
-            failed.append(str(error))
-    failed = sweep.ranks.gather(failed)
+            failures.append(str(error))
+    failures = sweep.ranks.gather(failures)
     sweep.journal.refresh()
-    if failed:
-        sweep.token_failures.append(failed[0])
+    sweep.token_failures.extend(failures[:1])

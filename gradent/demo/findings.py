@@ -45,7 +45,7 @@ class Finding:
     @property
     def appears(self) -> bool:
         """Whether every piece of evidence holds."""
-        return all(each.holds for each in self.evidence)
+        return all(evidence.holds for evidence in self.evidence)
 
     def to_record(self) -> dict[str, Any]:
         """The finding as `demo.json` holds it."""
@@ -53,7 +53,7 @@ class Finding:
             "claim": self.claim,
             "rule": self.rule,
             "appears": self.appears,
-            "evidence": [{**asdict(each), "holds": each.holds} for each in self.evidence],
+            "evidence": [{**asdict(evidence), "holds": evidence.holds} for evidence in self.evidence],
         }
 
 
@@ -83,10 +83,7 @@ def judge(columns: Mapping[str, Sequence[Any]]) -> list[Finding]:
         Finding(
             "Gradient cosine grows with the suffix",
             f"{over}, differences",
-            (
-                _compare("short suffix", "single token", cosine, +1),
-                _compare("long suffix", "short suffix", cosine, +1),
-            ),
+            (_compare("short suffix", "single token", cosine, +1), _compare("long suffix", "short suffix", cosine, +1)),
         ),
         Finding(
             "Rejected log-prob falls in every style",

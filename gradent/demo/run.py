@@ -138,9 +138,11 @@ def _require_packages() -> None:
             f"The demo needs {', '.join(missing)}, which is not installed. Install the extra that brings it: "
             f'pip install "gradent[{extra}]".'
         )
-    found = version("trl")
-    if int(found.split(".")[0]) < 1:  # its trainers lay their batches out differently
-        raise InputError(f'The demo needs TRL 1.0 or newer, and {found} is installed: pip install --upgrade "trl>=1".')
+    installed = version("trl")
+    if int(installed.split(".")[0]) < 1:  # its trainers lay their batches out differently
+        raise InputError(
+            f'The demo needs TRL 1.0 or newer, and {installed} is installed: pip install --upgrade "trl>=1".'
+        )
 
 
 @contextmanager
@@ -184,12 +186,12 @@ def _to_columns(runs: dict[str, list[Measured]], beta: float) -> dict[str, list[
     columns: dict[str, list[Any]] = {name: [] for name in PAIR_COLUMNS}
     for style, measured in runs.items():
         start = measured[0].gram
-        for each in measured:
-            gram = each.gram
+        for measurement in measured:
+            gram = measurement.gram
             judged = verdict(gram, loss, start.chosen_logp, start.rejected_logp)
             values: dict[str, list[Any]] = {
                 "checkpoint": [style] * len(gram),
-                "step": [each.step] * len(gram),
+                "step": [measurement.step] * len(gram),
                 "pair": list(range(len(gram))),
                 "cosine": gram.cosine.tolist(),
                 "ref_chosen_logp": start.chosen_logp.tolist(),

@@ -94,19 +94,19 @@ def read_statements(
             too_long += 1
         else:
             seen.setdefault(content, set()).add(positive)
-    kept = [Statement(content, True in signs) for content, signs in seen.items() if len(signs) == 1]
-    both = len(seen) - len(kept)
+    statements = [Statement(content, True in signs) for content, signs in seen.items() if len(signs) == 1]
+    both = len(seen) - len(statements)
     repeated = rows - too_long - len(seen)
-    if not kept:
+    if not statements:
         raise InputError(f"{path}: {rows} rows, of which none is left ({too_long} of over {longest} characters).")
     if too_long or repeated or both:
         warnings.warn(
             f"{path}: of {rows} rows {too_long} are left out that have over {longest} characters, {repeated} that "
-            f"repeat an earlier text, and {both} texts that have both sentiments; {len(kept)} statements are left.",
+            f"repeat an earlier text, and {both} texts that have both sentiments; {len(statements)} statements remain.",
             GradentWarning,
             stacklevel=2,
         )
-    return kept
+    return statements
 
 
 def _labelled(path: Path, text: str, label: str) -> Iterator[tuple[str, bool]]:
@@ -128,8 +128,8 @@ def _parse(line: str, text: str, label: str, where: str) -> tuple[str, bool]:
     except ValueError as error:
         raise DataFileError(f"{where}: is not JSON ({error}); accepted is {wanted}, an object a line.") from error
     if not isinstance(row, dict) or text not in row or label not in row:
-        found = f"has the keys {sorted(row)}" if isinstance(row, dict) else f"is a {type(row).__name__}"
-        raise DataFileError(f"{where}: {found}; accepted is {wanted}.")
+        problem = f"has the keys {sorted(row)}" if isinstance(row, dict) else f"is a {type(row).__name__}"
+        raise DataFileError(f"{where}: {problem}; accepted is {wanted}.")
     if row[label] not in ("positive", "negative"):
         raise DataFileError(f"{where}: {label} is {row[label]!r}; accepted are 'positive' and 'negative'. Remove it.")
     content = " ".join(row[text].split()) if isinstance(row[text], str) else ""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from gradent.demo.statements import Statement, divide_statements, draw_statements, read_statements, statement_words
 from gradent.errors import InputError
-from gradent.pairs.batch import tokenize_pair
+from gradent.pairs.tokenize import tokenize_pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,12 +53,7 @@ STYLES: dict[str, str] = {
 }
 """Style to response, the paper's four; `{label}` is where chosen and rejected differ."""
 
-LABEL_WORDS: tuple[tuple[str, str], ...] = (
-    ("positive", "negative"),
-    ("happy", "sad"),
-    ("good", "bad"),
-    ("yes", "no"),
-)
+LABEL_WORDS: tuple[tuple[str, str], ...] = (("positive", "negative"), ("happy", "sad"), ("good", "bad"), ("yes", "no"))
 """Words for (positive, negative), tried in this order: a tokenizer must have both as single tokens."""
 
 _CUES = {
@@ -121,9 +116,7 @@ def make_task(
 
 
 def draw_answers(
-    seed: int,
-    statements: Sequence[Statement],
-    label_words: tuple[str, str],
+    seed: int, statements: Sequence[Statement], label_words: tuple[str, str]
 ) -> tuple[tuple[str, str], ...]:
     """Answers with the right label, worded as SFT's are: held-out ones, where the statements are."""
     rng = random.Random(seed)
@@ -200,4 +193,4 @@ def _word_answer(
 
 def _differ_in_one_token(pair: TokenPair) -> bool:
     _, chosen, rejected = pair
-    return len(chosen) == len(rejected) and sum(one != other for one, other in zip(chosen, rejected, strict=True)) == 1
+    return len(chosen) == len(rejected) and sum(a != b for a, b in zip(chosen, rejected, strict=True)) == 1

@@ -170,8 +170,8 @@ class SplitCollator(PairCollator):
         both["labels"] = both["input_ids"].masked_fill(both.pop("completion_mask") == 0, -100)
         return {
             f"{side}_{name}": part
-            for name, whole in both.items()
-            for side, part in zip(("chosen", "rejected"), whole.chunk(2), strict=True)
+            for name, rows in both.items()
+            for side, part in zip(("chosen", "rejected"), rows.chunk(2), strict=True)
         }
 
 
@@ -188,9 +188,7 @@ def pair_rows(task: Task, style: str) -> Any:
     rows = []
     for number, statement in enumerate(task.train):
         chosen, rejected = responses_of(statement, style, task.label_words)
-        rows.append(
-            {"pair": number, "prompt": prompt_of(statement, style), "chosen": chosen, "rejected": rejected},
-        )
+        rows.append({"pair": number, "prompt": prompt_of(statement, style), "chosen": chosen, "rejected": rejected})
     return datasets.Dataset.from_list(rows)
 
 

@@ -1,1 +1,1 @@
-"""Pictures drawn with matplotlib."""
+"""What figures are, and how plotly and matplotlib draw them."""

@@ -21,6 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradent.errors import InputError
+from gradent.figures.canvas import escape_missing, letters_of, new_figure
+from gradent.figures.charts import HeatMap
 from gradent.text import visible
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-__all__ = ["TokenPicture", "draw_tokens", "new_figure", "write_figure"]
+__all__ = ["TokenPicture", "draw_tokens", "write_figure"]
 
 Floats = NDArray[np.float64]
 
@@ -57,20 +59,16 @@ _HELP = (
 
 @dataclass(frozen=True, kw_only=True)
 class TokenPicture:
-    """What is drawn."""
+    """Token cosines as `token_cosines` describes them, by token texts, with each token's entanglement."""
 
-    cosine: Floats  # of the gradients of chosen and rejected tokens, float64 `[T_w, T_l]`; nan where a token has none
-    chosen: Sequence[str]  # the chosen tokens' texts, T_w of them
-    rejected: Sequence[str]  # the rejected tokens' texts, T_l of them
+    heat: HeatMap
     chosen_entanglement: Floats  # `⟨∇log π(y_w^a), g_l⟩`, float64 `[T_w]`
     rejected_entanglement: Floats  # `⟨∇log π(y_l^b), g_w⟩`, float64 `[T_l]`
-    alignment: Sequence[tuple[int, int]]  # `(a, b)` of the tokens that are the same in both responses
-    title: str = ""  # above the picture; empty for none
 
     def __post_init__(self) -> None:
-        for side, texts, count in zip(
-            ("chosen", "rejected"), (self.chosen, self.rejected), self.cosine.shape, strict=True
-        ):
+        strips = self.chosen_entanglement, self.rejected_entanglement
+        for side, texts, strip in zip(("chosen", "rejected"), (self.heat.rows, self.heat.columns), strips, strict=True):
+            count = len(strip)
             if len(texts) != count:
                 raise InputError(
                     f"{side}_tokens holds {len(texts)} texts, and the {side} response has {count} tokens; give one "
@@ -100,44 +98,30 @@ class _Plan:
 
 def draw_tokens(picture: TokenPicture) -> Figure:
     """Draw the matrix, chosen tokens downwards, rejected tokens to the right, with strips of entanglement."""
-    figure = new_figure(_DPI)
+    figure, heat = new_figure(_DPI), picture.heat
     fonts, letters = _fonts()
-    labels = [_labels(texts, letters) for texts in (picture.chosen, picture.rejected)]
-    plan = _plan(picture, labels, letters)
+    labels = [_labels(texts, letters) for texts in (heat.rows, [*map(str, heat.columns)])]
+    plan = _plan(heat, labels, letters)
     figure.set_size_inches(plan.width, plan.height)
     text = {"fontfamily": fonts, "parse_math": False, "usetex": False, "color": "black"}
     _write_lines(figure, plan, text)
-    heat = figure.add_axes(plan.box(plan.left, plan.bottom, plan.across, plan.up), label="cosine")
-    cosines = _paint(heat, picture.cosine, 1.0)
-    _outline(heat, picture.alignment, min(plan.across / len(picture.rejected), plan.up / len(picture.chosen)))
+    axes = figure.add_axes(plan.box(plan.left, plan.bottom, plan.across, plan.up), label=heat.name)
+    cosines = _paint(axes, np.array(heat.values, dtype=np.float64), heat.limit)
+    _outline(axes, heat.marked, min(plan.across / len(heat.columns), plan.up / len(heat.rows)))
     strips = _draw_strips(figure, plan, picture, labels, text)
     _draw_bars(figure, plan, (cosines, strips), text)
     return figure
 
 
-def new_figure(dpi: int, **options: Any) -> Figure:
-    """An empty white figure on a canvas of its own: pyplot and its backend are not touched."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-        from matplotlib.figure import Figure  # noqa: PLC0415
-    except ImportError as error:
-        raise InputError(
-            f"Pictures need matplotlib, and {error.name} is not installed. Install the extra: "
-            'pip install "gradent[audit]".'
-        ) from error
-    figure = Figure(dpi=dpi, facecolor="white", **options)
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def write_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Write a figure as PNG."""
-    target, content = Path(path), io.BytesIO()
+    target = Path(path)
     if target.suffix.lower() != ".png":
         raise InputError(
             f"{path}: the picture is written as PNG, so its name must end in .png. For another format, use savefig of "
             "the figure that is returned."
         )
+    content = io.BytesIO()
     figure.savefig(content, format="png")
     try:
         target.write_bytes(content.getvalue())
@@ -146,8 +130,8 @@ def write_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _plan(picture: TokenPicture, labels: Sequence[Sequence[str]], letters: frozenset[int]) -> _Plan:
-    rows, columns = picture.cosine.shape
+def _plan(heat: HeatMap, labels: Sequence[Sequence[str]], letters: frozenset[int]) -> _Plan:
+    rows, columns = len(heat.rows), len(heat.columns)
     cell = min(_CELL, _MOST / max(rows, columns))
     up, across = max(_LEAST, rows * cell), max(_LEAST, columns * cell)
     font = min(_FONT, max(_SMALLEST_FONT, 0.72 * cell * 72))
@@ -155,8 +139,8 @@ def _plan(picture: TokenPicture, labels: Sequence[Sequence[str]], letters: froze
     beside, below = (max(map(len, side)) * 0.6 * font / 72 + 0.06 for side in labels)
     left = _EDGE + _LINE + beside + _STRIP + _GAP
     width = left + across + 2 * _BAR_ROOM + _EDGE
-    heading = _wrap(_escape(picture.title, letters), width, 12, 3)
-    foot = _wrap(_HELP + _no_gradient(picture), width, 8, 8)
+    heading = _wrap(_escape(heat.title, letters), width, 12, 3)
+    foot = _wrap(_HELP + _no_gradient(heat), width, 8, 8)
     bottom = _EDGE + len(foot) * 0.16 + 0.1 + _LINE + below + _STRIP + _GAP
     height = max(bottom + up, _EDGE + len(foot) * 0.16 + 0.3 + _BAR_LENGTH) + _EDGE + 0.08 + len(heading) * _LINE
     bottom = height - up - _EDGE - 0.08 - len(heading) * _LINE
@@ -166,8 +150,9 @@ def _plan(picture: TokenPicture, labels: Sequence[Sequence[str]], letters: froze
     )  # fmt: skip
 
 
-def _no_gradient(picture: TokenPicture) -> str:
-    return "" if np.isfinite(picture.cosine).all() else " Grey: a token without gradient has no cosine."
+def _no_gradient(heat: HeatMap) -> str:
+    has_gaps = not np.isfinite(np.array(heat.values, dtype=np.float64)).all()
+    return " Grey: a token without gradient has no cosine." if has_gaps else ""
 
 
 def _wrap(text: str, width: float, size: float, most: int) -> list[str]:
@@ -228,7 +213,7 @@ def _draw_strips(
         plan.box(plan.left - _GAP - _STRIP, plan.bottom, _STRIP, plan.up),
         plan.box(plan.left, plan.bottom - _GAP - _STRIP, plan.across, _STRIP),
     )
-    shared = {a for a, _ in picture.alignment}, {b for _, b in picture.alignment}
+    shared = {a for a, _ in picture.heat.marked}, {b for _, b in picture.heat.marked}
     for side, name in enumerate(("chosen", "rejected")):
         axes = figure.add_axes(boxes[side], label=name)
         column = strengths[side][:, None]
@@ -272,9 +257,7 @@ def _labels(texts: Sequence[str], letters: frozenset[int]) -> list[str]:
 
 
 def _escape(text: str, letters: frozenset[int]) -> str:
-    """Characters that no font has, by their numbers: an empty box would tell nothing."""
-    shown = visible(text) if not text.isprintable() else text
-    return "".join(each if ord(each) in letters else each.encode("unicode_escape").decode() for each in shown)
+    return escape_missing(visible(text) if not text.isprintable() else text, letters)
 
 
 def _fonts() -> tuple[list[str], frozenset[int]]:
@@ -283,8 +266,7 @@ def _fonts() -> tuple[list[str], frozenset[int]]:
 
     files = {font.name: font.fname for font in reversed(font_manager.fontManager.ttflist)}
     families = [name for name in (*_own_families(), "DejaVu Sans") if name in files]
-    numbers = {number for name in families for number in font_manager.get_font(files[name]).get_charmap()}
-    return list(dict.fromkeys(families)), frozenset(numbers)
+    return list(dict.fromkeys(families)), letters_of(*(files[name] for name in families))
 
 
 def _own_families() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""How long gradent itself has been at work inside somebody else's pass."""
+"""How long gradent itself works inside a trainer's pass."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ __all__ = ["Clock", "wait_for"]
 
 
 class Clock:
-    """Adds up the wall time of `with clock:` blocks; a block inside a block counts once.
+    """Adds up the wall time of `with clock:` blocks in `seconds`; a block inside a block counts once.
 
-    Attributes:
-        seconds: the sum. On a GPU, whose work is queued, it is the time on the host alone.
+    On a GPU, whose work is queued, it is the time on the host alone.
     """
 
     def __init__(self) -> None:
@@ -37,16 +36,12 @@ class Clock:
             self.seconds += time.perf_counter() - self._since
 
     def take(self) -> float:
-        """The sum, which starts again at zero."""
+        """The sum; start again at zero."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait for what is queued on a device, where it is waited for in any case: so that no clock counts it.
-
-    Args:
-        device: any; nothing is queued on a CPU.
-    """
+    """Synchronize the device before timing, so that earlier work is not billed to gradent."""
     if device.type == "cuda" and not is_capturing(device):
         torch.cuda.current_stream(device).synchronize()

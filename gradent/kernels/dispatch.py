@@ -5,8 +5,9 @@ Letters: N rows, n rows of a group, T tokens, O and I the two sides of a weight,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from gradent.kernels.common.wanted import Wanted
 from gradent.kernels.gram.reference import reduce_gram
 from gradent.kernels.outer.reference import reduce_all_rows, reduce_outer
 from gradent.kernels.strategy import Product, Strategy, decide
+
+if TYPE_CHECKING:
+    from gradent.kernels.common.triton_operands import Spans
 
 __all__ = ["is_even", "reduce_at_once", "reduce_group", "reduce_rows"]
 
@@ -82,6 +86,8 @@ def reduce_rows(
     directions: Tensor | None = None,
 ) -> Tensor:
     """Entries `[M]` of all groups from u `[N, T, O]` and v `[N, T, I]`, of which `lengths` tokens a row count."""
+    if not wanted.groups:
+        return torch.zeros(0, dtype=torch.float64, device=u.device)
     ends = [u.shape[1]] * len(u) if lengths is None else list(lengths)
     product = Product(
         rows=len(u),
@@ -95,13 +101,13 @@ def reduce_rows(
         is_weighted=weight is not None,
         directions=wanted.directions,
     )
-    strategy = decide(product, budget)
-    entries = None
-    if strategy.reducer in ("gram", "outer"):
-        options = {"weight": weight, "directions": directions}
-        entries = reduce_at_once(strategy, u, v, wanted, lengths=lengths, **options)  # type: ignore[arg-type]
-    if entries is not None:
-        return entries
+    for attempted in (product, replace(product, has_kernels=False)):
+        strategy = decide(attempted, budget)
+        if strategy.reducer != "group_by_group":
+            options = {"weight": weight, "directions": directions}
+            entries = reduce_at_once(strategy, u, v, wanted, lengths=lengths, **options)  # type: ignore[arg-type]
+            if entries is not None:
+                return entries
     groups = [[(u[row, : ends[row]], v[row, : ends[row]]) for row in group] for group in wanted.groups]
     return torch.cat([reduce_group(group, budget=budget, weight=weight, directions=directions) for group in groups])
 
@@ -117,28 +123,63 @@ def _widest(factors: Factors) -> tuple[torch.dtype, torch.dtype]:
 
 
 def _by_kernel_alone(factors: Factors, strategy: Strategy, weight: Tensor | None) -> Tensor:
+    """One group's entries `[m]` by a kernel."""
     from gradent.kernels.common.triton_operands import Spans  # noqa: PLC0415  (imports Triton)
 
-    (u_w, v_w), (u_l, v_l) = factors
-    return _launch(strategy, (u_w, v_w, u_l, v_l), Spans.of_pair(len(u_w), len(u_l)), weight)
+    lengths = [len(u) for u, _ in factors]
+    if len(factors) == 2:
+        (u_w, v_w), (u_l, v_l) = factors
+        return _launch_pairs(strategy, (u_w, v_w, u_l, v_l), Spans.of_pair(*lengths), weight)
+    u, v = (torch.cat(sides) for sides in zip(*factors, strict=True))
+    return _launch_groups(strategy, u, v, lengths, None, Wanted.all(len(factors)), weight)
 
 
 def _by_kernel(
     u: Tensor, v: Tensor, wanted: Wanted, strategy: Strategy, lengths: Sequence[int] | None, weight: Tensor | None
 ) -> Tensor:
+    """All groups' entries `[M]` by a kernel, from u `[N, T, O]` and v `[N, T, I]`."""
     from gradent.kernels.common.triton_operands import Spans  # noqa: PLC0415  (imports Triton)
 
-    half, tokens = len(u) // 2, u.shape[1]
-    u, v, middle = u.flatten(0, 1), v.flatten(0, 1), half * tokens
-    return _launch(
-        strategy, (u[:middle], v[:middle], u[middle:], v[middle:]), Spans.padded(half, tokens, lengths), weight
-    )
+    count, tokens = u.shape[:2]
+    u, v, half = u.flatten(0, 1), v.flatten(0, 1), len(u) // 2
+    if wanted == Wanted.pairs(half):
+        middle = half * tokens
+        sides = (u[:middle], v[:middle], u[middle:], v[middle:])
+        return _launch_pairs(strategy, sides, Spans.padded(half, tokens, lengths), weight)
+    ends = [tokens] * count if lengths is None else list(lengths)
+    return _launch_groups(strategy, u, v, ends, tokens, wanted, weight)
 
 
-def _launch(strategy: Strategy, factors: tuple[Tensor, ...], spans: object, weight: Tensor | None) -> Tensor:
+def _launch_pairs(strategy: Strategy, sides: tuple[Tensor, ...], spans: Spans, weight: Tensor | None) -> Tensor:
     from gradent.kernels.gram import triton as gram  # noqa: PLC0415  (imports Triton)
     from gradent.kernels.outer import triton as outer  # noqa: PLC0415  (imports Triton)
 
-    launch: Callable[..., Tensor] = gram.gram_entries if strategy.form == "gram" else outer.outer_entries
-    options = (spans,) if strategy.form == "gram" else (spans, weight)
-    return launch(*factors, *options).flatten()
+    if strategy.form == "gram":
+        return gram.gram_entries(*sides, spans).flatten()
+    return outer.outer_entries(*sides, spans, weight).flatten()
+
+
+def _launch_groups(
+    strategy: Strategy,
+    u: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    tokens: int | None,
+    wanted: Wanted,
+    weight: Tensor | None,
+) -> Tensor:
+    """Entries `[M]` of rows that lie one after the other in u `[ΣT, O]` and v `[ΣT, I]`, or `tokens` apart."""
+    from gradent.kernels.common.tiles import plan_groups  # noqa: PLC0415  (imports Triton)
+    from gradent.kernels.common.triton_operands import Groups, on_device  # noqa: PLC0415
+    from gradent.kernels.gram import triton as gram  # noqa: PLC0415
+    from gradent.kernels.outer import triton as outer  # noqa: PLC0415
+
+    members = wanted.groups
+    groups = Groups(lengths, members) if tokens is None else Groups.padded(tokens, lengths, members)
+    if strategy.form == "gram":
+        products = gram.gram_products(u, v, groups)
+    else:
+        wide = torch.float32 if torch.float32 in (u.dtype, v.dtype) else v.dtype
+        plan = plan_groups(wide, u.shape[1], v.shape[1], groups, budget=strategy.scratch)
+        products = outer.outer_products(u, v, groups, weight, plan=plan)
+    return products[on_device(wanted, "kernel_order", products.device)]

@@ -1,7 +1,7 @@
 """The one decision: which reducer takes a product, in which form and tiles, on which backend, and why.
 
-`decide` is a function of numbers alone: no tensors, no caches, and Triton is imported only where its kernels are to
-run. What reduces calls it (`gradent.hooks.reduction`, `gradent.kernels.dispatch`), and `gradent plan` prints it.
+`decide` is a function of numbers alone: no tensors, no caches, no Triton. What reduces calls it
+(`gradent.hooks.reduction`, `gradent.kernels.dispatch`), and `gradent plan` prints it.
 
 Letters: N rows, n rows of a group, T tokens, O and I the two sides of a weight, D directions.
 """
@@ -16,6 +16,8 @@ import torch
 from gradent.kernels.common.budget import batch_room, waiting_limits
 from gradent.kernels.common.cost import DEPTH, GRAM_COST, Tiling, batch_scratch, cheapest
 from gradent.kernels.common.numerics import accumulator
+from gradent.kernels.common.tiles import gram_bytes, outer_bytes, pick_gram, pick_outer, plan_groups
+from gradent.kernels.common.triton_operands import Groups, Spans
 
 __all__ = ["Product", "Reducer", "Strategy", "decide"]
 
@@ -142,17 +144,20 @@ def decide(product: Product, budget: int) -> Strategy:
     refused = 0
     if product.is_complete and room > 0:
         if product.has_kernels:
-            strategy = _by_kernel(product, -(-product.rows // len(product.lengths)), room)
+            strategy = _by_kernel(product, room)
             if not strategy.refused:
                 return strategy
             refused = strategy.refused
-        if product.batch_bytes <= batch_room(room, product.device) and _tiling(product, room).form == "outer":
+        if (
+            product.batch_bytes <= batch_room(room, product.device)
+            and _tiling(product, room + product.copied).form == "outer"
+        ):
             why = "the outer form is the cheaper one, and the gradients of all rows fit at once"
             return replace(_all_rows("outer", product, why), refused=refused)
     if is_smaller:
         why = "the gradients are smaller than their factors, so they are formed as they arrive"
         return _all_rows("queue" if is_small else "materialize", product, why)
-    return _group_by_group(product, max(1, room))
+    return _group_by_group(product, room + product.copied)  # rows are scaled one by one
 
 
 def _lacking(product: Product) -> str:
@@ -161,8 +166,6 @@ def _lacking(product: Product) -> str:
         return ""
     if product.directions:
         return "in torch, since Triton's kernels have no products with directions"
-    if len(product.lengths) != 2:
-        return "in torch, since Triton's kernels take groups of two rows alone"
     return ""
 
 
@@ -209,17 +212,16 @@ def _tiling(product: Product, room: int, backend: Literal["torch", "triton"] = "
 def _group_by_group(product: Product, room: int) -> Strategy:
     refused = 0
     if product.has_kernels:
-        strategy = _by_kernel(product, 1, room)
+        strategy = _by_kernel(product, room, is_alone=True)
         if not strategy.refused:
             return strategy
         refused = strategy.refused
     tiling = _tiling(product, room)
-    h = product.out * product.inp / (product.out + product.inp)
     why = (
-        f"{tiling.form} is the cheaper form for rows of up to {max(product.lengths)} tokens beside h = {h:.0f}"
-        if not product.is_weighted
-        else "a preconditioner needs the gradients' own entries, which the outer form alone has"
-    ) + ", one group after the other"
+        "a preconditioner needs the gradients' own entries, which the outer form alone has"
+        if product.is_weighted
+        else f"{tiling.form} is the cheaper form, in tiles of one group after the other"
+    )
     return Strategy(
         reducer="group_by_group",
         form=tiling.form,
@@ -249,13 +251,11 @@ def _materialized(product: Product, budget: int) -> Strategy:
     return Strategy(reducer="group_by_group", scratch=count * size, flops=flops, rows=count, why=why)
 
 
-def _by_kernel(product: Product, groups: int, room: int) -> Strategy:
-    """One launch of Triton's kernels for some groups; `refused` says what it would hold if that does not fit."""
-    from gradent.kernels.kernel_cost import kernel_cost  # noqa: PLC0415  (imports Triton)
-
-    tiling = _tiling(product, max(room, 1), "triton")
-    tile, scratch, flops = kernel_cost(tiling.form, product, groups, tiling.flops)
-    is_alone = not product.is_complete or groups * len(product.lengths) < product.rows
+def _by_kernel(product: Product, room: int, *, is_alone: bool = False) -> Strategy:
+    """One launch of Triton's kernels, for one group or all; `refused` is what it would hold if that does not fit."""
+    groups = 1 if is_alone else -(-product.rows // len(product.lengths))
+    tiling = _tiling(product, room + product.copied, "triton")  # for the form alone
+    tile, scratch, flops = _kernel_cost(tiling.form, product, groups, room, tiling.flops)
     share = "each group" if is_alone else "all groups"
     return Strategy(
         reducer="group_by_group" if is_alone else tiling.form,
@@ -268,3 +268,31 @@ def _by_kernel(product: Product, groups: int, room: int) -> Strategy:
         refused=scratch if scratch > room else 0,
         why=f"{tiling.form} is the cheaper form, in one launch of Triton's kernel for {share}",
     )
+
+
+def _kernel_cost(
+    form: Literal["gram", "outer"], product: Product, groups: int, room: int, flops: int
+) -> tuple[tuple[int, int], int, int]:
+    """`(tile, scratch, flops of a group)` of one launch for some groups of n rows; `flops` as torch counts them."""
+    length, count = max(product.lengths), len(product.lengths)
+    members = [range(group * count, group * count + count) for group in range(groups)]
+    rows = Spans.padded(groups, length) if count == 2 else Groups.padded(length, [length] * (groups * count), members)
+    wide = torch.float32 if torch.float32 in product.dtypes else product.dtypes[1]
+    copied = 0
+    if count != 2 and not product.is_complete:  # rows of one group are put side by side
+        copied = sum(product.lengths) * sum(
+            side * dtype.itemsize for side, dtype in zip((product.out, product.inp), product.dtypes, strict=True)
+        )
+    if form == "outer" and count == 2:
+        config = pick_outer(wide, product.out, product.inp, groups, store=False)
+        return (config.rows, config.cols), outer_bytes(product.out, product.inp, groups, config), flops
+    if form == "outer":
+        assert isinstance(rows, Groups)
+        plan = plan_groups(wide, product.out, product.inp, rows, budget=room - copied)
+        config = plan.large.config if plan.large else plan.small or pick_outer(wide, 1, 1, 1, store=False)
+        return (config.rows, config.cols), plan.scratch + copied, flops
+    config = pick_gram(wide, length, rows.pairs)
+    whole, rest = divmod(length, config.rows)
+    triangle = (length**2 + whole * config.rows**2 + rest**2) // 2  # tiles on and below the diagonal
+    blocks = count * triangle + count * (count - 1) // 2 * length**2
+    return (config.rows, config.cols), gram_bytes(wide, rows) + copied, 2 * (product.out + product.inp) * blocks

@@ -7,17 +7,19 @@ and every figure of the audit would be about those.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from gradent.errors import InputError, ModelError, NotCausalError
-from gradent.loading.source import ModelSource, brief, hint, some
-from gradent.model.calls import input_device, observed
+from gradent.loading.files import brief, hint, some
+from gradent.loading.source import ModelSource
 from gradent.model.facts import check_causal
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from gradent.model.observed import observed
+from gradent.model.parameters import input_device
 
 __all__ = [
     "DTYPES",
@@ -39,21 +41,7 @@ no end to it, since a damaged config reaches any line of a model's code. Each is
 
 
 def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
-    """The configuration of a full model.
-
-    Args:
-        base: directory or hub id.
-        trust_remote_code: run code that the model's repository brings.
-
-    Returns:
-        A transformers configuration.
-
-    Raises:
-        NotCausalError: an encoder-decoder model.
-        ModelError: there is none, or it cannot be read.
-    """
-    from transformers import AutoConfig  # noqa: PLC0415
-
+    """The configuration of a full model."""
     if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
         raise ModelError(
             f"{base}: the model cannot be loaded, for there is no config.json in it. Save the whole model there "
@@ -78,20 +66,7 @@ def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with the adapter where there is one (it may carry the run's chat template), else the base's.
-
-    Args:
-        source: of the model.
-        trust_remote_code: run code that the model's repository brings.
-
-    Returns:
-        The tokenizer.
-
-    Raises:
-        ModelError: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer  # noqa: PLC0415
-
+    """The tokenizer saved with the adapter, which may carry the run's chat template, else the base's."""
     place = source.base
     if source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file():
         place = source.adapter
@@ -112,23 +87,7 @@ def load_model(
     trust_remote_code: bool = False,
     trainable: bool = True,
 ) -> Any:
-    """The causal LM, with its adapter's parameters trainable (all parameters where there is no adapter).
-
-    Args:
-        source: of the model.
-        dtype: one of `DTYPES`; `auto` is the checkpoint's own.
-        device: a torch device.
-        trust_remote_code: run code that the model's repository brings.
-        trainable: False for a reference, which needs no gradient.
-
-    Returns:
-        A `PreTrainedModel` or `PeftModel` in evaluation mode on `device`.
-
-    Raises:
-        InputError: an unknown dtype or a device that is not there.
-        NotCausalError: an encoder, an encoder-decoder, or a model whose later tokens change earlier predictions.
-        ModelError: files missing, damaged or pickled only, weights missing, or an adapter that does not fit.
-    """
+    """The causal LM, with its adapter's parameters trainable (all parameters where there is no adapter)."""
     check_dtype(dtype)
     place = check_device(device)
     model = _load_base(source.base, dtype, trust_remote_code)
@@ -151,19 +110,8 @@ def load_model(
 def check_vocabulary(
     tokenizer: PreTrainedTokenizerBase, rows: int, source: str, used: tuple[int, str] | None = None
 ) -> None:
-    """Refuse a tokenizer that is not this model's: ids beyond the embedding.
-
-    Tokens that were added to the tokenizer alone (a pad token, mostly) are harmless while no pair uses them.
-
-    Args:
-        tokenizer: the tokenizer.
-        rows: rows of the model's input embedding.
-        source: the model's name, for the message.
-        used: largest token id that occurs in the pairs, and where.
-
-    Raises:
-        ModelError: the tokenizer's own vocabulary, or a token that a pair uses, has no row in the embedding.
-    """
+    """Refuse a tokenizer that is not this model's: ids beyond the embedding."""
+    # Tokens that were added to the tokenizer alone (a pad token, mostly) are harmless while no pair uses them.
     added = set(tokenizer.added_tokens_decoder)
     largest = max((number for number in tokenizer.get_vocab().values() if number not in added), default=-1)
     if largest >= rows:
@@ -181,8 +129,6 @@ def check_vocabulary(
 
 
 def _load_base(base: str, dtype: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
-
     config = load_config(base, trust_remote_code=trust_remote_code)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -199,7 +145,9 @@ def _load_base(base: str, dtype: str, trust_remote_code: bool) -> Any:
             raise not_causal(base, config) from error
         raise ModelError(f"{base}: the model cannot be loaded ({brief(error)}).{hint(base)}") from error
     model, report = loaded
-    other = {key: f"{key} (saved {list(saved)}, needed {list(own)})" for key, saved, own in report["mismatched_keys"]}
+    other = {
+        key: f"{key} (saved {list(saved)}, needed {list(needed)})" for key, saved, needed in report["mismatched_keys"]
+    }
     lacking = sorted(set(report["missing_keys"]) - set(other)) + sorted(other.values())
     if lacking:
         raise ModelError(
@@ -211,9 +159,6 @@ def _load_base(base: str, dtype: str, trust_remote_code: bool) -> Any:
 
 
 def _load_adapter(model: Any, adapter: str, base: str, trainable: bool) -> Any:
-    from peft import PeftModel, get_peft_model_state_dict  # noqa: PLC0415
-    from safetensors import safe_open  # noqa: PLC0415
-
     try:
         read_adapter(adapter, trainable=trainable)
         model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
@@ -236,20 +181,7 @@ def _load_adapter(model: Any, adapter: str, base: str, trainable: bool) -> Any:
 
 
 def read_adapter(adapter: str, *, trainable: bool = True) -> Any:
-    """The configuration of a PEFT adapter.
-
-    Args:
-        adapter: its directory.
-        trainable: refuse an adapter whose parameters cannot be trained again.
-
-    Returns:
-        A PEFT configuration.
-
-    Raises:
-        ModelError: a prompt-learning adapter, with `trainable`.
-    """
-    from peft import PeftConfig  # noqa: PLC0415
-
+    """The configuration of a PEFT adapter."""
     config = PeftConfig.from_pretrained(adapter)
     if trainable and config.is_prompt_learning:
         raise ModelError(
@@ -268,30 +200,13 @@ def not_causal(base: str, config: Any) -> NotCausalError:
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuse a dtype that is none of `DTYPES`.
-
-    Args:
-        dtype: what the user gave.
-
-    Raises:
-        InputError: another one.
-    """
+    """Refuse a dtype that is none of `DTYPES`."""
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}; accepted: {', '.join(DTYPES)} (command line: --dtype).")
 
 
 def check_device(device: str) -> torch.device:
-    """A torch device that can be used here.
-
-    Args:
-        device: its name.
-
-    Returns:
-        The device.
-
-    Raises:
-        InputError: it is unknown, or not there.
-    """
+    """A torch device that can be used here."""
     try:
         place = torch.device(device)
         torch.empty(1, device=place).cpu()  # what cannot be read back, such as "meta", is of no use

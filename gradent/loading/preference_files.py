@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gradent.errors import DataFileError
+from gradent.loading.files import is_hub_id
 
 __all__ = ["Row", "read_rows"]
 
@@ -28,35 +29,16 @@ _DATA_ACCEPTED = (
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One row of the data, readable or not.
+    """One row of the data, readable or not."""
 
-    Attributes:
-        index: row of the data, counted from 0 (blank lines of a .jsonl file are not rows).
-        where: what an error calls it: `pairs.jsonl:17` for a line (from 1), `pairs.parquet, row 16` otherwise.
-        values: what the row says; None where it cannot be read.
-        problem: why it cannot be read; None where it can.
-    """
-
-    index: int
-    where: str
-    values: Any = None
-    problem: str | None = None
+    index: int  # row of the data, counted from 0 (blank lines of a .jsonl file are not rows)
+    where: str  # what an error calls it: `pairs.jsonl:17` for a line (from 1), `pairs.parquet, row 16` otherwise
+    values: Any = None  # what the row says; None where it cannot be read
+    problem: str | None = None  # why it cannot be read; None where it can
 
 
 def read_rows(source: str | os.PathLike[str], split: str = "train") -> list[Row]:
-    """Every row of `source`.
-
-    Args:
-        source: a .jsonl, .json or .parquet file; a directory; or a dataset id on the hub.
-        split: which split of a directory or hub dataset; a file has none.
-
-    Returns:
-        The rows in order. A line of a .jsonl file that is not JSON comes back as a row with a `problem`.
-
-    Raises:
-        DataFileError: the source does not exist, is of no known kind, cannot be read as a whole, has no such split, or
-            has no row.
-    """
+    """Every row of `source`."""
     path = Path(source)
     if path.is_file():
         if split != "train":
@@ -69,7 +51,7 @@ def read_rows(source: str | os.PathLike[str], split: str = "train") -> list[Row]
             rows = list(reader(path))
         except OSError as error:
             raise DataFileError(f"{source}: cannot be read ({error.strerror or error}).") from error
-    elif path.is_dir() or _is_hub_id(str(source)):
+    elif path.is_dir() or _may_be_dataset(str(source)):
         rows = _read_dataset(str(source), split)
     else:
         raise DataFileError(f"{source}: there is no such file or directory. {_DATA_ACCEPTED}")
@@ -78,12 +60,10 @@ def read_rows(source: str | os.PathLike[str], split: str = "train") -> list[Row]
     return rows
 
 
-def _is_hub_id(text: str) -> bool:
-    """`owner/name`, or a bare name without a dot: `pairs.josnl` is a file that is not there."""
-    parts = text.split("/")
-    plain = all(part and part.strip(".") and not set(part) & set("\\ ~:") for part in parts)
+def _may_be_dataset(text: str) -> bool:
+    """A hub id that does not look like a file: `pairs.josnl` is a file that is not there."""
     suffix = Path(text).suffix.lower()
-    return plain and (not suffix if len(parts) == 1 else len(parts) == 2 and suffix not in _SUFFIXES)
+    return is_hub_id(text) and (suffix not in _SUFFIXES if "/" in text else not suffix)
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -167,10 +147,8 @@ def _decode(content: bytes, *, first: bool) -> tuple[str, str | None]:
     try:
         return content.decode("utf-8-sig" if first else "utf-8"), None
     except UnicodeDecodeError as error:
-        return (
-            "",
-            f"not UTF-8 text (byte 0x{content[error.start]:02x} at offset {error.start}). Save the file as UTF-8.",
-        )
+        place = f"byte 0x{content[error.start]:02x} at offset {error.start}"
+        return "", f"not UTF-8 text ({place}). Save the file as UTF-8."
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -205,8 +183,8 @@ def _read_dataset(source: str, split: str) -> list[Row]:
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, DataFileError):
             raise
-        here = Path(source).is_dir()
-        hint = "Check the files, and --split." if here else f"There is no such directory here. {_DATA_ACCEPTED}"
+        is_here = Path(source).is_dir()
+        hint = "Check the files, and --split." if is_here else f"There is no such directory here. {_DATA_ACCEPTED}"
         cause = error.__cause__ or error  # "An error occurred while generating the dataset" says nothing
         raise DataFileError(
             f"{source}: datasets cannot read it ({' '.join(str(cause).split())[:300]}). {hint}"

@@ -7,19 +7,20 @@ prompt as their common beginning. TRL's own helpers tell the formats apart and t
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from trl.data_utils import is_conversational, maybe_extract_prompt
 
 from gradent.errors import DataFileError, InputError, PairError
 from gradent.loading.preference_files import Row
-from gradent.loading.stratify import draw_in_slices
-from gradent.pairs.batch import tokenize_pair
+from gradent.pairs.tokenize import tokenize_pair
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-__all__ = ["AuditPair", "PairSet", "SkippedRow", "prepare_pairs"]
+__all__ = ["AuditPair", "PairSet", "SkippedRow", "draw_in_slices", "prepare_pairs"]
 
 Parts = tuple[Any, Any, Any]
 """Prompt, chosen and rejected of a row: all strings, or all lists of messages."""
@@ -29,29 +30,17 @@ _LISTED = 5  # further bad rows that an error names
 
 @dataclass(frozen=True, kw_only=True)
 class AuditPair:
-    """One usable pair.
+    """One usable pair."""
 
-    Attributes:
-        row: row of the data, counted from 0.
-        where: file and line, as errors name it.
-        prompt_ids: tokens that both responses share as their context.
-        chosen_ids: tokens of the chosen response.
-        rejected_ids: tokens of the rejected response.
-        chosen_text: the chosen response as one string, for tables.
-        rejected_text: the rejected response as one string, for tables.
-        prompt_text: the prompt as one string, for tables.
-        truncated: responses (0, 1 or 2) that lost their end to `max_length`.
-    """
-
-    row: int
-    where: str
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-    chosen_text: str
-    rejected_text: str
-    prompt_text: str = ""
-    truncated: int = 0
+    row: int  # row of the data, counted from 0
+    where: str  # file and line, as errors name it
+    prompt_ids: list[int]  # tokens that both responses share as their context
+    chosen_ids: list[int]  # tokens of the chosen response
+    rejected_ids: list[int]  # tokens of the rejected response
+    chosen_text: str  # the chosen response as one string, for tables
+    rejected_text: str  # the rejected response as one string, for tables
+    prompt_text: str = ""  # the prompt as one string, for tables
+    truncated: int = 0  # responses (0, 1 or 2) that lost their end to `max_length`
 
     @property
     def tokens(self) -> int:
@@ -91,27 +80,7 @@ def prepare_pairs(
     max_pairs: int | None = None,
     seed: int = 0,
 ) -> PairSet:
-    """Check and tokenize the rows.
-
-    Args:
-        rows: what `read_rows` returned.
-        tokenizer: the model's tokenizer.
-        max_length: most tokens of prompt + response; a longer response loses its end, as in TRL.
-        add_eos: append EOS to plain-string responses, as TRL's DPOTrainer does (chat templates end turns themselves).
-        skip_bad_rows: leave out rows that cannot be used and list them, instead of raising.
-        max_pairs: measure that many usable rows; None for all. They stand for the data: the rows, sorted by the
-            length of both responses in characters, are cut into that many slices of equal count, and each slice gives
-            one row, drawn with `seed`.
-        seed: of that draw.
-
-    Returns:
-        The pairs in order of their rows, and the rows left out.
-
-    Raises:
-        DataFileError: a row is unusable (and `skip_bad_rows` is off), or all are; names file, line and the first few.
-            What a row says is checked for every row of the data, drawn or not.
-        InputError: messages, but a tokenizer without a chat template; `max_pairs` below 1.
-    """
+    """Check and tokenize the rows."""
     if max_pairs is not None and max_pairs < 1:
         raise InputError(f"max_pairs is {max_pairs}; it must be at least 1 (command line: --max-pairs).")
     readable, skipped = _read(rows)
@@ -129,6 +98,20 @@ def prepare_pairs(
     if skipped and not (skip_bad_rows and pairs):
         raise DataFileError(_describe_bad(skipped, rows=len(rows), anything_left=bool(pairs)))
     return PairSet(pairs=pairs, skipped=skipped)
+
+
+def draw_in_slices(sizes: Sequence[int], count: int | None, seed: int) -> list[list[int]]:
+    """Cut items, sorted by size, into slices of equal count, and shuffle each: its first item is the one drawn."""
+    # Stratified sampling, one draw a stratum: long and short items are there in their true proportions, in every
+    # sample. The items after the first stand in for it, where it proves to be of no use.
+    if count is None or count >= len(sizes):
+        return [[position] for position in range(len(sizes))]
+    order = sorted(range(len(sizes)), key=lambda position: (sizes[position], position))
+    chance = random.Random(seed)
+    slices = [order[part * len(order) // count : (part + 1) * len(order) // count] for part in range(count)]
+    for positions in slices:
+        chance.shuffle(positions)
+    return slices
 
 
 def _read(rows: Sequence[Row]) -> tuple[list[tuple[Row, Parts]], list[SkippedRow]]:
@@ -181,12 +164,11 @@ def _to_pair(
             "Use the model's instruction-tuned tokenizer, set tokenizer.chat_template and save it with the model, or "
             "give the data as plain strings."
         )
-    whole = _tokenize(tokenizer, prompt, chosen, rejected, max_length=None, add_eos=add_eos, where=row.where)
-    rows = len(whole[0]) + len(whole[1]), len(whole[0]) + len(whole[2])
-    truncated = 0 if max_length is None else sum(length > max_length for length in rows)
-    ids = whole
+    ids = _tokenize(tokenizer, parts, max_length=None, add_eos=add_eos, where=row.where)
+    lengths = len(ids[0]) + len(ids[1]), len(ids[0]) + len(ids[2])
+    truncated = 0 if max_length is None else sum(length > max_length for length in lengths)
     if truncated:
-        ids = _tokenize(tokenizer, prompt, chosen, rejected, max_length=max_length, add_eos=add_eos, where=row.where)
+        ids = _tokenize(tokenizer, parts, max_length=max_length, add_eos=add_eos, where=row.where)
     return AuditPair(
         row=row.index,
         where=row.where,
@@ -201,21 +183,12 @@ def _to_pair(
 
 
 def _tokenize(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Any,
-    chosen: Any,
-    rejected: Any,
-    *,
-    max_length: int | None,
-    add_eos: bool,
-    where: str,
+    tokenizer: PreTrainedTokenizerBase, parts: Parts, *, max_length: int | None, add_eos: bool, where: str
 ) -> tuple[list[int], list[int], list[int]]:
-    from jinja2 import TemplateError  # noqa: PLC0415
-
     try:
-        return tokenize_pair(tokenizer, prompt, chosen, rejected, max_length=max_length, add_eos=add_eos, where=where)
+        return tokenize_pair(tokenizer, *parts, max_length=max_length, add_eos=add_eos, where=where)
     except (TemplateError, TypeError, KeyError, UnicodeError) as error:
-        if any("\ud800" <= letter <= "\udfff" for letter in json.dumps([prompt, chosen, rejected], ensure_ascii=False)):
+        if any("\ud800" <= letter <= "\udfff" for letter in json.dumps(parts, ensure_ascii=False)):
             raise DataFileError(
                 f"{where}: the text holds half of a surrogate pair (\\ud800 to \\udfff), which is no character. Repair "
                 "or remove the row."
@@ -250,17 +223,13 @@ def _split_row(where: str, values: Any) -> Parts:
 
 
 def _take_prompt(where: str, values: Mapping[str, Any], kind: str) -> Parts:
-    from trl.data_utils import maybe_extract_prompt  # noqa: PLC0415
-
     if "prompt" in values:
         prompt_kind = "text" if values["prompt"] == "" else _kind(where, "prompt", values["prompt"])
         if (prompt_kind, kind) == ("messages", "text"):
             raise DataFileError(f"{where}: prompt is messages but chosen and rejected are text; all must be alike.")
-        explicit = prompt_kind == kind
-    else:
-        explicit = False
+    is_explicit = "prompt" in values and prompt_kind == kind
     # TRL's extraction needs a common beginning: with none it indexes the last element and cuts at random.
-    if not explicit and values["chosen"][0] != values["rejected"][0]:
+    if not is_explicit and values["chosen"][0] != values["rejected"][0]:
         raise DataFileError(
             f"{where}: no 'prompt', and chosen and rejected do not begin alike, so there is no prompt to take out. "
             "Add a 'prompt', or let both begin with it."
@@ -272,8 +241,6 @@ def _take_prompt(where: str, values: Mapping[str, Any], kind: str) -> Parts:
 
 def _kind(where: str, key: str, value: Any) -> str:
     """`text` or `messages`, as TRL's own helper sees it, after the checks that the helper leaves out."""
-    from trl.data_utils import is_conversational  # noqa: PLC0415
-
     if isinstance(value, str | list) and not value:
         raise PairError(f"{where}: {key} is empty; it needs at least one token. Remove this pair.")
     if isinstance(value, str):

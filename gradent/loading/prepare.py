@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from gradent.errors import InputError, ModelError
+from gradent.loading.config import LoadConfig
 from gradent.loading.models import check_vocabulary, load_config, load_model, load_tokenizer
 from gradent.loading.preference_files import Row, read_rows
 from gradent.loading.preferences import AuditPair, PairSet, prepare_pairs
 from gradent.loading.source import ModelSource, read_step, resolve_source
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-__all__ = [
-    "Material",
-    "Prepared",
-    "choose_device",
-    "describe_model",
-    "open_model",
-    "prepare",
-    "read_material",
-]
+__all__ = ["Material", "Prepared", "choose_device", "describe_model", "open_model", "prepare", "read_material"]
 
 _DEFAULT_MAX_LENGTH = 1024  # TRL's DPOConfig
 
@@ -35,83 +25,44 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """The pairs to measure, as the models see them.
+    """The pairs to measure, as the models see them."""
 
-    Attributes:
-        tokenizer: the model's.
-        pairs: usable pairs and skipped rows.
-        rows: rows of the data, usable or not.
-        max_length: the limit that was applied.
-        add_eos: whether EOS was appended to plain-string responses.
-        used: the largest token id, and the row that uses it.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    pairs: PairSet
-    rows: int
-    max_length: int
-    add_eos: bool
-    used: tuple[int, str]
+    tokenizer: PreTrainedTokenizerBase  # the model's
+    pairs: PairSet  # usable pairs and skipped rows
+    rows: int  # rows of the data, usable or not
+    max_length: int  # the limit that was applied
+    add_eos: bool  # whether EOS was appended to plain-string responses
+    used: tuple[int, str]  # the largest token id, and the row that uses it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A loaded model and the pairs to measure on it.
+    """A loaded model and the pairs to measure on it."""
 
-    Attributes:
-        model: the causal LM, with what is to be measured trainable.
-        source: where it came from.
-        material: the pairs.
-        step: the trainer's step at which it was saved; 0 if it does not say.
-        device: where the model is.
-    """
-
-    model: Any
-    source: ModelSource
-    material: Material
-    step: int
-    device: str
-
-    def describe_model(self) -> dict[str, Any]:
-        """What a record says of the model: checkpoint, base, adapter, step, parameter counts, dtype and device."""
-        return describe_model(self.model, self.source, self.step, self.device)
+    model: Any  # the causal LM, with what is to be measured trainable
+    source: ModelSource  # where it came from
+    material: Material  # the pairs
+    step: int  # the trainer's step at which it was saved; 0 if it does not say
+    device: str  # where the model is
 
 
 def describe_model(model: Any, source: ModelSource, step: int, device: str) -> dict[str, Any]:
-    """What a record says of a model.
-
-    Args:
-        model: the model.
-        source: where it came from.
-        step: the trainer's step at which it was saved.
-        device: where it is.
-
-    Returns:
-        checkpoint, base, adapter, step, parameter counts, dtype and device.
-    """
+    """What a record says of a model, of the step at which it was saved and of its place."""
     parameters = list(model.parameters())
     return {
         "checkpoint": source.name,
         "base": source.base,
         "adapter": source.adapter,
         "step": step,
-        "trainable_parameters": sum(each.numel() for each in parameters if each.requires_grad),
-        "parameters": sum(each.numel() for each in parameters),
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "parameters": sum(parameter.numel() for parameter in parameters),
         "dtype": str(parameters[0].dtype).removeprefix("torch."),
         "device": device,
     }
 
 
 def choose_device(device: str | None, local: int = 0) -> str:
-    """Where models go.
-
-    Args:
-        device: what the user asked for.
-        local: rank on this machine, of several processes.
-
-    Returns:
-        That, or the first GPU (of several processes, the rank's own), or the CPU.
-    """
+    """The device that the user asked for, else this rank's GPU, else the CPU."""
     if device is not None:
         return device
     if not torch.cuda.is_available():
@@ -120,50 +71,22 @@ def choose_device(device: str | None, local: int = 0) -> str:
 
 
 def read_material(
-    sources: ModelSource | Sequence[ModelSource],
-    data: str | os.PathLike[str],
-    *,
-    tell: Tell,
-    split: str,
-    max_length: int | None,
-    max_pairs: int | None,
-    skip_bad_rows: bool,
-    add_eos: bool,
-    trust_remote_code: bool,
-    seed: int,
-    only: int | None = None,
+    sources: Sequence[ModelSource], config: LoadConfig, tell: Tell, *, only: int | None = None
 ) -> Material:
-    """Read, check and tokenize the pairs, before a model is loaded for them.
-
-    Args:
-        sources: of the model whose tokenizer and number of positions count; of several, the first of which both can be
-            read.
-        data: as in `audit`, and so are the others but these:
-        tell: announces a choice that was made for the user.
-        split: as in `audit`.
-        max_length: as in `audit`.
-        max_pairs: as in `audit`.
-        skip_bad_rows: as in `audit`.
-        add_eos: as in `audit`.
-        trust_remote_code: as in `audit`.
-        seed: as in `audit`.
-        only: this row alone, counted from 0; None for all.
-
-    Returns:
-        The pairs.
-    """
-    several = [sources] if isinstance(sources, ModelSource) else sources
-    source, config, tokenizer = _first_readable(several, trust_remote_code)
-    limit = _choose_max_length(getattr(config, "max_position_embeddings", None), max_length, source.base, tell)
-    add_eos = add_eos and _has_eos(tokenizer, tell)
-    rows = read_rows(data, split)
-    asked = rows if only is None else [_pick_row(rows, only, data)]
+    """Read, check and tokenize the pairs (`only` one row, counted from 0) for the first model that can be read."""
+    source, model_config, tokenizer = _first_readable(sources, config.trust_remote_code)
+    positions = getattr(model_config, "max_position_embeddings", None)
+    limit = _choose_max_length(positions, config.max_length, source.base, tell)
+    add_eos = config.add_eos and _has_eos(tokenizer, tell)
+    rows = read_rows(config.data, config.split)
+    chosen_rows = rows if only is None else [_pick_row(rows, only, config.data)]
     pairs = prepare_pairs(
-        asked, tokenizer, max_length=limit, add_eos=add_eos, skip_bad_rows=skip_bad_rows, max_pairs=max_pairs, seed=seed
-    )
+        chosen_rows, tokenizer, max_length=limit, add_eos=add_eos, skip_bad_rows=config.skip_bad_rows,
+        max_pairs=config.max_pairs, seed=config.seed,
+    )  # fmt: skip
     used = _largest_id(pairs.pairs)
-    check_vocabulary(tokenizer, config.vocab_size, source.base, used)
-    _tell_about_pairs(pairs, len(asked), limit, seed, tell)
+    check_vocabulary(tokenizer, model_config.vocab_size, source.base, used)
+    _tell_about_pairs(pairs, len(chosen_rows), limit, config.seed, tell)
     return Material(tokenizer=tokenizer, pairs=pairs, rows=len(rows), max_length=limit, add_eos=add_eos, used=used)
 
 
@@ -185,73 +108,30 @@ def _first_readable(
 
 
 def open_model(
-    source: ModelSource,
-    material: Material,
-    *,
-    dtype: str,
-    device: str,
-    trust_remote_code: bool,
-    trainable: bool = True,
+    source: ModelSource, material: Material, config: LoadConfig, device: str, *, trainable: bool = True
 ) -> Any:
-    """Load a model that is to see these pairs.
-
-    Args:
-        source: of the model.
-        material: the pairs.
-        dtype: as in `audit`.
-        device: a torch device.
-        trust_remote_code: as in `audit`.
-        trainable: False for a reference.
-
-    Returns:
-        The model.
-
-    Raises:
-        ModelError: it lacks a row in its embedding for a token of the pairs; and what `load_model` raises.
-    """
-    model = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code, trainable=trainable)
+    """Load a model that is to see these pairs; refuse one whose embedding lacks a row for one of their tokens."""
+    model = load_model(
+        source, dtype=config.dtype, device=device, trust_remote_code=config.trust_remote_code, trainable=trainable
+    )
     rows = model.config.get_text_config().vocab_size
     check_vocabulary(material.tokenizer, rows, source.base, material.used)
     return model
 
 
-def prepare(
-    model: str,
-    data: str | os.PathLike[str],
-    *,
-    tell: Tell,
-    adapter: str | None = None,
-    dtype: str = "float32",
-    device: str | None = None,
-    trust_remote_code: bool = False,
-    **rows: Any,
-) -> Prepared:
-    """Load and check everything, the cheap things first: a bad row is reported before a large model is read.
-
-    Args:
-        model: as in `audit`, and so are the others but these:
-        data: as in `audit`.
-        tell: announces a choice that was made for the user.
-        adapter: as in `audit`.
-        dtype: as in `audit`.
-        device: as in `audit`.
-        trust_remote_code: as in `audit`.
-        **rows: the rest of what `read_material` takes.
-
-    Returns:
-        The model and its pairs.
-    """
-    source = resolve_source(model, adapter)
-    material = read_material(source, data, tell=tell, trust_remote_code=trust_remote_code, **rows)
-    place = choose_device(device)
-    policy = open_model(source, material, dtype=dtype, device=place, trust_remote_code=trust_remote_code)
-    return Prepared(model=policy, source=source, material=material, step=read_step(source), device=place)
+def prepare(config: LoadConfig, tell: Tell, *, only: int | None = None) -> Prepared:
+    """Load and check everything, the cheap things first: a bad row is reported before a large model is read."""
+    source = resolve_source(config.model, config.adapter)
+    material = read_material([source], config, tell, only=only)
+    device = choose_device(config.device)
+    model = open_model(source, material, config, device)
+    return Prepared(model=model, source=source, material=material, step=read_step(source), device=device)
 
 
-def _pick_row(rows: Sequence[Row], number: int, data: str | os.PathLike[str]) -> Row:
+def _pick_row(rows: Sequence[Row], number: int, data: str) -> Row:
     if not 0 <= number < len(rows):
         raise InputError(
-            f"{os.fspath(data)}: there is no row {number}. It has {len(rows)} rows, counted from 0; accepted is 0 "
+            f"{data}: there is no row {number}. It has {len(rows)} rows, counted from 0; accepted is 0 "
             f"to {len(rows) - 1} (command line: --pair)."
         )
     return rows[number]
@@ -280,8 +160,8 @@ def _has_eos(tokenizer: PreTrainedTokenizerBase, tell: Tell) -> bool:
 
 
 def _largest_id(pairs: Sequence[AuditPair]) -> tuple[int, str]:
-    each = ((max(*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids), pair.where) for pair in pairs)
-    return max(each, key=lambda one: one[0])
+    largest = ((max(*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids), pair.where) for pair in pairs)
+    return max(largest, key=lambda item: item[0])
 
 
 def _tell_about_pairs(pairs: PairSet, rows: int, limit: int, seed: int, tell: Tell) -> None:

@@ -11,34 +11,25 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gradent.errors import DataFileError, ModelError
-from gradent.loading.source import brief, some
+from gradent.errors import ModelError
+from gradent.loading.files import AGAIN, brief, leads_outside, read_object, some
 from gradent.text import quoted
 
-__all__ = ["CONFIGS", "check_links", "check_weights", "kind_of", "leads_outside", "read_object"]
+__all__ = ["CONFIGS", "check_links", "check_weights", "kind_of", "require_tensors"]
 
 CONFIGS = {"full": "config.json", "adapter": "adapter_config.json"}
 """Kind of a model to the file that describes it."""
 
-_MOST_JSON = 256 * 2**20
 _MOST_HEADER = 100_000_000  # safetensors' own bound
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _TEMPLATES = "additional_chat_templates"  # the one directory in a model's that is read
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TRAINER_STATE = ("training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*")
-_AGAIN = "It was cut off while it was saved or copied, or damaged: copy it again from where the run was trained."
 
 
 def kind_of(directory: Path) -> str | None:
-    """What a directory seems to hold, whole or not.
-
-    Args:
-        directory: of a checkpoint.
-
-    Returns:
-        "adapter" (a PEFT adapter), "full", or None where there are neither a config nor weights.
-    """
+    """What a directory seems to hold, whole or not."""
     names = _names(directory)
     if CONFIGS["adapter"] in names or any(name.startswith("adapter_model.") for name in names):
         return "adapter"
@@ -48,15 +39,7 @@ def kind_of(directory: Path) -> str | None:
 
 
 def check_weights(directory: Path, kind: str | None) -> None:
-    """Refuse a directory whose weights are missing, pickled, sharded for training only, or not whole.
-
-    Args:
-        directory: of a full model or of an adapter.
-        kind: what `kind_of` said.
-
-    Raises:
-        ModelError: what is wrong, and what to do.
-    """
+    """Refuse a directory whose weights are missing, pickled, sharded for training only, or not whole."""
     names = _names(directory)
     tensors = [name for name in names if name.endswith(".safetensors")]
     if kind == "adapter":
@@ -77,18 +60,16 @@ def check_weights(directory: Path, kind: str | None) -> None:
         _check_tensors(directory / name)
 
 
+def require_tensors(directory: Path, kind: str) -> None:
+    """Refuse a directory without safetensors; of other weights, say how to convert them."""
+    names = _names(directory)
+    if not any(name.endswith(".safetensors") for name in names):
+        _refuse_without_tensors(directory, kind, names)
+
+
 def check_links(directory: Path, root: Path) -> None:
-    """Refuse a checkpoint that is, or holds, a link out of its run: what it shows would not be the run's.
-
-    What is never opened (optimizer states and other pickles, directories) may lie anywhere.
-
-    Args:
-        directory: of the checkpoint, or the run itself.
-        root: the run's directory, resolved.
-
-    Raises:
-        ModelError: a link that leads outside, or a directory that cannot be read.
-    """
+    """Refuse a checkpoint that is, or holds, a link out of its run: what it shows would not be the run's."""
+    # What is never opened (optimizer states and other pickles, directories) may lie anywhere.
     problem = (
         "is a link that leads out of the run's directory, and is not followed. If you trust the run, put what it "
         "points at in its place: copy the run with its links resolved (cp -rL RUN COPY) and audit the copy."
@@ -105,52 +86,6 @@ def check_links(directory: Path, root: Path) -> None:
         raise ModelError(f"{directory}: cannot be read ({error.strerror}). Check its permissions.") from error
 
 
-def leads_outside(path: Path, root: Path) -> bool:
-    """Whether a path, its links followed, ends outside of a directory.
-
-    Args:
-        path: any path.
-        root: the directory, resolved.
-
-    Returns:
-        True for what is outside.
-    """
-    return not Path(os.path.realpath(path)).is_relative_to(root)
-
-
-def read_object(path: Path, most: int = _MOST_JSON) -> dict[str, Any]:
-    """A JSON object of a bounded size.
-
-    Args:
-        path: the file.
-        most: the largest size that is read, in bytes.
-
-    Returns:
-        The object.
-
-    Raises:
-        DataFileError: no regular file, too large, not JSON, or JSON of another kind.
-    """
-    if not os.path.isfile(path):
-        raise DataFileError(f"{path}: there is no such file. Copy it again from where the run was trained.")
-    try:
-        with open(path, "rb") as handle:
-            size = os.fstat(handle.fileno()).st_size
-            if size > most:
-                raise DataFileError(
-                    f"{path}: {size} bytes, which is no sound size for this file: up to {most} ({most >> 20} MiB) are "
-                    "read. Remove it, or put the right file in its place."
-                )
-            content = json.loads(handle.read(most))
-    except OSError as error:
-        raise DataFileError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
-    except (ValueError, RecursionError) as error:
-        raise DataFileError(f"{path}: cannot be read as JSON ({brief(error)}). {_AGAIN}") from error
-    if not isinstance(content, dict):
-        raise DataFileError(f"{path}: holds a {type(content).__name__}; a JSON object is expected. {_AGAIN}")
-    return content
-
-
 def _names(directory: Path) -> set[str]:
     """Everything that stands in a directory and is there: a link to nothing is not."""
     try:
@@ -165,18 +100,18 @@ def _is_pickle(name: str) -> bool:
 
 def _is_weights(name: str) -> bool:
     """Safetensors, or a pickle that is none of the trainer's own."""
-    own = any(fnmatch.fnmatch(name, pattern) for pattern in _TRAINER_STATE)
-    return name.endswith(".safetensors") or (_is_pickle(name) and not own)
+    is_trainers = any(fnmatch.fnmatch(name, pattern) for pattern in _TRAINER_STATE)
+    return name.endswith(".safetensors") or (_is_pickle(name) and not is_trainers)
 
 
 def _refuse_without_tensors(directory: Path, kind: str | None, names: set[str]) -> None:
     sharded = sorted(name for name in names if name.startswith("pytorch_model_fsdp"))
     if sharded:
-        whole = directory / sharded[0]
+        saved = directory / sharded[0]
         remedy = (
-            f"put it together once: accelerate merge-weights {whole} {directory}"
-            if os.path.isdir(whole)
-            else f"load it once into the base with torch.load({str(whole)!r}, weights_only=True), and save_pretrained"
+            f"put it together once: accelerate merge-weights {saved} {directory}"
+            if os.path.isdir(saved)
+            else f"load it once into the base with torch.load({str(saved)!r}, weights_only=True), and save_pretrained"
         )
         raise ModelError(
             f"{directory}: saved by FSDP as {some(sharded)}, which only training can read; gradent reads safetensors. "
@@ -212,7 +147,7 @@ def _shards(directory: Path, names: set[str]) -> list[str]:
     index = directory / _INDEX
     tensors = read_object(index).get("weight_map")
     if not isinstance(tensors, dict) or not tensors or not all(isinstance(name, str) for name in tensors.values()):
-        raise ModelError(f"{index}: its weight_map does not name a file for each weight. {_AGAIN}")
+        raise ModelError(f"{index}: its weight_map does not name a file for each weight. {AGAIN}")
     shards = sorted(set(tensors.values()))
     odd = [name for name in shards if "/" in name or "\\" in name or not name.endswith(".safetensors")]
     if odd:
@@ -233,24 +168,24 @@ def _shards(directory: Path, names: set[str]) -> list[str]:
 def _check_tensors(path: Path) -> None:
     """A safetensors file is 8 bytes (the header's length), the header (JSON), and the data that the header lays out."""
     if not os.path.isfile(path):
-        raise ModelError(f"{path}: is not a regular file; the weights themselves are expected there. {_AGAIN}")
+        raise ModelError(f"{path}: is not a regular file; the weights themselves are expected there. {AGAIN}")
     try:
         with open(path, "rb") as handle:
             size = os.fstat(handle.fileno()).st_size
             length = int.from_bytes(handle.read(8), "little")
             if size < 8 or length > min(size - 8, _MOST_HEADER):
-                said = f" where its header should take {length}" if size >= 8 else ""
-                raise ModelError(f"{path}: is no whole safetensors file: it has {size} bytes{said}. {_AGAIN}")
+                stated = f" where its header should take {length}" if size >= 8 else ""
+                raise ModelError(f"{path}: is no whole safetensors file: it has {size} bytes{stated}. {AGAIN}")
             header = json.loads(handle.read(length))
         data = _data_length(header)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
         raise ModelError(
-            f"{path}: the header of this safetensors file cannot be read ({brief(error)}). {_AGAIN}"
+            f"{path}: the header of this safetensors file cannot be read ({brief(error)}). {AGAIN}"
         ) from error
     if 8 + length + data != size:
-        raise ModelError(f"{path}: has {size} bytes, and {8 + length + data} by its own header. {_AGAIN}")
+        raise ModelError(f"{path}: has {size} bytes, and {8 + length + data} by its own header. {AGAIN}")
 
 
 def _data_length(header: dict[str, Any]) -> int:

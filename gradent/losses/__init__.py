@@ -73,28 +73,31 @@ def get(name: str, **hyper: Any) -> Loss:
             f"losses.get: unknown loss {name!r}{_suggest(name, known)} Accepted: {', '.join(known)}; "
             "for any other loss use losses.from_callable."
         )
-    accepted = {each.name: each.default for each in fields(LOSSES[name]) if each.init}
-    _refuse_unknown(name, hyper, accepted)
+    _refuse_unknown(name, hyper, _defaults(LOSSES[name]))
     return LOSSES[name](**hyper)
 
 
 def _get_design(name: str, hyper: dict[str, Any]) -> Loss:
     base = hyper.get("base", "dpo")
-    own = {each.name: each.default for each in fields(DESIGNS[name]) if each.init and each.name != "base"}
-    mine = {key: value for key, value in hyper.items() if key in own}
-    rest = {key: value for key, value in hyper.items() if key not in own and key != "base"}
+    accepted = {key: value for key, value in _defaults(DESIGNS[name]).items() if key != "base"}
+    of_design = {key: value for key, value in hyper.items() if key in accepted}
+    of_base = {key: value for key, value in hyper.items() if key not in accepted and key != "base"}
     if isinstance(base, str):
         if base not in LOSSES:
             raise InputError(
                 f"losses.get: {name} has base {base!r}{_suggest(base, LOSSES)} Accepted: {', '.join(LOSSES)}, or a "
                 "Loss."
             )
-        theirs = {each.name: each.default for each in fields(LOSSES[base]) if each.init}
-        _refuse_unknown(f"{name} on {base}", rest, {**own, **theirs})
-        base = LOSSES[base](**rest)
+        _refuse_unknown(f"{name} on {base}", of_base, {**accepted, **_defaults(LOSSES[base])})
+        base = LOSSES[base](**of_base)
     else:
-        _refuse_unknown(f"{name} on a base that is given whole", rest, own)
-    return DESIGNS[name](base=base, **mine)
+        _refuse_unknown(f"{name} on a base that is given whole", of_base, accepted)
+    return DESIGNS[name](base=base, **of_design)
+
+
+def _defaults(loss: type[Loss]) -> dict[str, Any]:
+    """The hyperparameters of a loss with their defaults."""
+    return {hyper.name: hyper.default for hyper in fields(loss) if hyper.init}
 
 
 def _refuse_unknown(name: str, hyper: Iterable[str], accepted: Mapping[str, Any]) -> None:

@@ -113,11 +113,12 @@ class Loss(ABC):
     name: str = field(init=False)
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            if each.name in HYPERPARAMETERS:
-                _check_number(self.name, each.name, getattr(self, each.name))
-            elif isinstance(each.default, bool) and not isinstance(getattr(self, each.name), bool):
-                raise InputError(f"{self.name}: {each.name} is {getattr(self, each.name)!r}; accepted: True or False.")
+        for hyper in fields(self):
+            value = getattr(self, hyper.name)
+            if hyper.name in HYPERPARAMETERS:
+                _check_number(self.name, hyper.name, value)
+            elif isinstance(hyper.default, bool) and not isinstance(value, bool):
+                raise InputError(f"{self.name}: {hyper.name} is {value!r}; accepted: True or False.")
 
     @property
     def needs_reference(self) -> bool:
@@ -165,8 +166,8 @@ class Loss(ABC):
             InputError: an argument that the loss uses is missing, is not of shape `[B]`, or a length is under 1.
             NonFiniteError: a nan or an inf in an argument that the loss uses, or in a weight.
         """
-        given = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, chosen_len, rejected_len)
-        named = dict(zip(ARGUMENTS, given, strict=True)) | dict(zip(NORMS, (chosen_norm, rejected_norm), strict=True))
+        arguments = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, chosen_len, rejected_len)
+        named = dict(zip(ARGUMENTS + NORMS, (*arguments, chosen_norm, rejected_norm), strict=True))
         terms = self._read(named, also=NORMS if self.needs_norms else ())
         with torch.no_grad():
             d_w, d_l = self._weights(terms)
@@ -201,8 +202,8 @@ class Loss(ABC):
             InputError: as `weights`.
             NonFiniteError: a nan or an inf in an argument that the loss uses.
         """
-        given = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, chosen_len, rejected_len)
-        return self._value(self._read(dict(zip(ARGUMENTS, given, strict=True))))
+        arguments = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, chosen_len, rejected_len)
+        return self._value(self._read(dict(zip(ARGUMENTS, arguments, strict=True))))
 
     def _uses(self) -> Sequence[str]:
         """The arguments, beyond the two log-probs, without which this loss cannot be computed."""
@@ -262,15 +263,7 @@ class Loss(ABC):
 
 
 def describe_pairs(bad: Tensor, limit: int = 8) -> str:
-    """Names the marked pairs for an error message.
-
-    Args:
-        bad: bool `[B]`.
-        limit: how many numbers are spelt out.
-
-    Returns:
-        `"pair 3"`, `"pairs 3, 5"`, or `"pairs 0, 1, ... (12 in all)"`.
-    """
+    """The marked pairs, bool `[B]`, for an error message: "pair 3", "pairs 3, 5", "pairs 0, 1, ... (12 in all)"."""
     numbers = bad.nonzero().flatten().tolist()
     if len(numbers) == 1:
         return f"pair {numbers[0]}"

@@ -65,8 +65,8 @@ class CallableLoss(Loss):
 
     def _value(self, terms: PairTerms) -> Tensor:
         pairs = range(len(terms.s_w))
-        each = [self._call({name: values[i : i + 1] for name, values in terms.given.items()}) for i in pairs]
-        return torch.stack(each).to(torch.float64)
+        losses = [self._call({name: values[i : i + 1] for name, values in terms.given.items()}) for i in pairs]
+        return torch.stack(losses).to(torch.float64)
 
 
 def from_callable(fn: Callable[..., Tensor]) -> Loss:

@@ -27,15 +27,7 @@ float32, and would be blown up by its inverse."""
 
 
 def counting(chosen_norm: Tensor, rejected_norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Which gradients can be normalized.
-
-    Args:
-        chosen_norm: `‖g_w‖` of B pairs, `[B]`.
-        rejected_norm: `‖g_l‖`, `[B]`.
-
-    Returns:
-        Of chosen and of rejected, bool `[B]` each: whether the norm is more than `NEGLIGIBLE` of the other one.
-    """
+    """Of chosen and of rejected, bool `[B]`: whether the norm is more than `NEGLIGIBLE` of the other one."""
     return chosen_norm > NEGLIGIBLE * rejected_norm, rejected_norm > NEGLIGIBLE * chosen_norm
 
 
@@ -56,21 +48,16 @@ def normalized_weights(
         `(of g_w, of -g_l, C_i)`, float64 `[B]` each. A gradient of norm zero (or `NEGLIGIBLE` beside the other) has
         weight 0; with `scale="loss"`, what is left of the pair is the loss's own step.
     """
-    counts = counting(chosen_norm, rejected_norm)
-    chosen_norm, rejected_norm = (
-        torch.where(each, norm, 0.0) for each, norm in zip(counts, (chosen_norm, rejected_norm), strict=True)
-    )
+    has_chosen, has_rejected = counting(chosen_norm, rejected_norm)
+    chosen_norm, rejected_norm = chosen_norm.where(has_chosen, 0.0), rejected_norm.where(has_rejected, 0.0)
     if scale == "loss":
         # ‖g_w/‖g_w‖ - g_l/‖g_l‖‖² = 2(1 - cos), or 1 where one of them is zero
-        sides = (counts[0].double() + counts[1].double()).clamp_min(1)
+        sides = (has_chosen.double() + has_rejected.double()).clamp_min(1)
         scales = (d_w * chosen_norm + d_l * rejected_norm) / sides
     else:
         scales = (d_w + d_l) / 2 if scale == "weight" else torch.ones_like(chosen_norm)
     scales = factor * scales
-    c_w, c_l = (
-        torch.where(each, scales / norm, 0.0) for each, norm in zip(counts, (chosen_norm, rejected_norm), strict=True)
-    )
-    return c_w, c_l, scales
+    return (scales / chosen_norm).where(has_chosen, 0.0), (scales / rejected_norm).where(has_rejected, 0.0), scales
 
 
 @dataclass(frozen=True, kw_only=True)

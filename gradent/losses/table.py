@@ -1,11 +1,12 @@
 """The paper's Table 2 as ten classes, each in the form its own paper and published script derive.
 
 The letters are those of `gradent.losses.base`. Where Table 2's printed form is not the loss it names, the class says
-so. Default hyperparameters are the paper's Appendix C; where it is silent they are TRL's, and the class says which.
+so. Default hyperparameters are the paper's Appendix C, or TRL's where it is silent; the class says which.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import final
@@ -19,9 +20,26 @@ from gradent.losses.base import LENGTHS, REFERENCE, Loss, PairTerms
 __all__ = ["CPO", "DPO", "DPOP", "IPO", "KTO", "RDPO", "RRHF", "SPPO", "SLiC", "SimPO"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Logistic(Loss):
+    """`ℓ = -log σ(a)`, where the logit a rises by β with `s_w` and falls by β with `s_l`: `d_w = d_l = β σ(-a)`."""
+
+    beta: float = 0.1
+
+    @abstractmethod
+    def _logit(self, terms: PairTerms) -> Tensor: ...
+
+    def _weights(self, terms: PairTerms) -> tuple[Tensor, Tensor]:
+        weight = self.beta * torch.sigmoid(-self._logit(terms))
+        return weight, weight.clone()
+
+    def _value(self, terms: PairTerms) -> Tensor:
+        return -logsigmoid(self._logit(terms))
+
+
 @final
 @dataclass(frozen=True, kw_only=True)
-class DPO(Loss):
+class DPO(_Logistic):
     """Rafailov et al.: `ℓ = -log σ(βΔ)`, `d_w = d_l = β σ(-βΔ)`. Table 2 prints `c_ref` without its factor β.
 
     Attributes:
@@ -29,22 +47,17 @@ class DPO(Loss):
     """
 
     name: str = field(default="dpo", init=False)
-    beta: float = 0.1
 
     def _uses(self) -> Sequence[str]:
         return REFERENCE
 
-    def _weights(self, terms: PairTerms) -> tuple[Tensor, Tensor]:
-        weight = self.beta * torch.sigmoid(-self.beta * terms.margin)
-        return weight, weight.clone()
-
-    def _value(self, terms: PairTerms) -> Tensor:
-        return -logsigmoid(self.beta * terms.margin)
+    def _logit(self, terms: PairTerms) -> Tensor:
+        return self.beta * terms.margin
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class RDPO(Loss):
+class RDPO(_Logistic):
     """Park et al.: `ℓ = -log σ(a)`, `a = βΔ + α(n_w - n_l)`, `d_w = d_l = β σ(-a)`.
 
     Table 2 prints the length term with the other sign; the objective it comes from rewards `r + α·length`, hence `+`.
@@ -55,7 +68,6 @@ class RDPO(Loss):
     """
 
     name: str = field(default="rdpo", init=False)
-    beta: float = 0.1
     alpha: float = 0.2
 
     def _uses(self) -> Sequence[str]:
@@ -64,17 +76,10 @@ class RDPO(Loss):
     def _logit(self, terms: PairTerms) -> Tensor:
         return self.beta * terms.margin + self.alpha * (terms.n_w - terms.n_l)
 
-    def _weights(self, terms: PairTerms) -> tuple[Tensor, Tensor]:
-        weight = self.beta * torch.sigmoid(-self._logit(terms))
-        return weight, weight.clone()
-
-    def _value(self, terms: PairTerms) -> Tensor:
-        return -logsigmoid(self._logit(terms))
-
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class SimPO(Loss):
+class SimPO(_Logistic):
     """Meng et al.: `ℓ = -log σ(a)`, `a = β s_w/n_w - β s_l/n_l - γ`, `d_w = (β/n_w) σ(-a)`, `d_l = (β/n_l) σ(-a)`.
 
     Attributes:
@@ -83,7 +88,6 @@ class SimPO(Loss):
     """
 
     name: str = field(default="simpo", init=False)
-    beta: float = 0.1
     gamma: float = 0.5
 
     def _uses(self) -> Sequence[str]:
@@ -93,11 +97,8 @@ class SimPO(Loss):
         return self.beta * terms.mean_margin - self.gamma
 
     def _weights(self, terms: PairTerms) -> tuple[Tensor, Tensor]:
-        weight = self.beta * torch.sigmoid(-self._logit(terms))
-        return weight / terms.n_w, weight / terms.n_l
-
-    def _value(self, terms: PairTerms) -> Tensor:
-        return -logsigmoid(self._logit(terms))
+        chosen, rejected = super()._weights(terms)
+        return chosen / terms.n_w, rejected / terms.n_l
 
 
 @final
@@ -188,7 +189,7 @@ class SLiC(Loss):
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class CPO(Loss):
+class CPO(_Logistic):
     """Xu et al.: `ℓ = -log σ(β(s_w - s_l)) - λ s_w`, `d_w = β σ(-β(s_w - s_l)) + λ`, `d_l = β σ(-β(s_w - s_l))`.
 
     TRL averages the log-likelihood term over the batch's tokens; here, as in the paper, it is the sum.
@@ -199,20 +200,22 @@ class CPO(Loss):
     """
 
     name: str = field(default="cpo", init=False)
-    beta: float = 0.1
     lam: float = 1.0
 
+    def _logit(self, terms: PairTerms) -> Tensor:
+        return self.beta * (terms.s_w - terms.s_l)
+
     def _weights(self, terms: PairTerms) -> tuple[Tensor, Tensor]:
-        weight = self.beta * torch.sigmoid(-self.beta * (terms.s_w - terms.s_l))
-        return weight + self.lam, weight
+        chosen, rejected = super()._weights(terms)
+        return chosen + self.lam, rejected
 
     def _value(self, terms: PairTerms) -> Tensor:
-        return -logsigmoid(self.beta * (terms.s_w - terms.s_l)) - self.lam * terms.s_w
+        return super()._value(terms) - self.lam * terms.s_w
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class DPOP(Loss):
+class DPOP(_Logistic):
     """Pal et al.: `ℓ = -log σ(a)`, `a = β(Δ - λ max(0, r_w - s_w))`.
 
     `d_w = β σ(-a)(1 + λ 1[s_w < r_w])`, `d_l = β σ(-a)`; at the kink, s_w = r_w, the penalty counts as inactive.
@@ -224,7 +227,6 @@ class DPOP(Loss):
     """
 
     name: str = field(default="dpop", init=False)
-    beta: float = 0.1
     lam: float = 50.0
 
     def _uses(self) -> Sequence[str]:
@@ -234,12 +236,9 @@ class DPOP(Loss):
         return self.beta * (terms.margin - self.lam * (terms.r_w - terms.s_w).clamp_min(0))
 
     def _weights(self, terms: PairTerms) -> tuple[Tensor, Tensor]:
-        weight = self.beta * torch.sigmoid(-self._logit(terms))
-        penalized = (terms.s_w < terms.r_w).to(torch.float64)
-        return weight * (1 + self.lam * penalized), weight
-
-    def _value(self, terms: PairTerms) -> Tensor:
-        return -logsigmoid(self._logit(terms))
+        chosen, rejected = super()._weights(terms)
+        is_penalized = (terms.s_w < terms.r_w).to(torch.float64)
+        return chosen * (1 + self.lam * is_penalized), rejected
 
 
 @final

@@ -116,7 +116,7 @@ def token_masked_loss(
     Raises:
         InputError: shapes that differ, or an odd number of rows.
     """
-    shapes = {str(list(each.shape)) for each in (policy, reference, scores, tokens)}
+    shapes = {str(list(tensor.shape)) for tensor in (policy, reference, scores, tokens)}
     if len(shapes) != 1 or policy.ndim != 2 or len(policy) % 2:
         raise InputError(
             f"token_masked_loss: received policy {list(policy.shape)}, reference {list(reference.shape)}, scores "

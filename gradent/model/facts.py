@@ -1,35 +1,81 @@
-"""Traits of a model, found out once by trying: is it causal, does it heed padding, does it trim its logits rightly.
-
-What is found is kept as long as the model, by the names of what is trainable in it where an adapter could change it.
-"""
+"""Facts about a model, found out once by trying: is it causal, does padding change it, can its logits be trimmed."""
 
 from __future__ import annotations
 
 import sys
-import warnings
 import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradent.errors import GradentWarning, ModelError, NotCausalError
+from gradent import notices
+from gradent.errors import ModelError, NotCausalError
 from gradent.model.calls import forward_logits, takes_keep
 
-__all__ = ["announce_untrimmed", "check_causal", "ignores_padding", "longest_input", "require_causal", "trims"]
+__all__ = [
+    "ModelFacts",
+    "announce_untrimmed",
+    "check_causal",
+    "computing_dtypes",
+    "facts",
+    "ignores_padding",
+    "longest_input",
+    "require_causal",
+    "tolerance",
+    "trims",
+]
+
+_TOLERANCES = {  # in float64, in float32, in anything narrower
+    "a later token": (1e-3, 1e-3, 0.05),  # experts see their tokens in other groups
+    "padding": (1e-4, 1e-4, 0.05),
+    "trimmed logits": (1e-4, 1e-4, 0.2),
+    "batched rows": (1e-6, 1e-4, 0.2),
+    "forward mode": (1e-5, 1e-4, 0.2),
+    "tokens behind the head": (1e-10, 1e-5, 1e-2),
+}
+"""Scaled difference that rounding alone may make between two ways to compute one thing. Rounding stays far below;
+what is really different is wrong in the first digit."""
+
+
+def tolerance(comparison: str, dtypes: Iterable[torch.dtype]) -> float:
+    """The tolerance of one of the comparisons above, by the narrowest of some dtypes."""
+    column = {torch.float64: 0, torch.float32: 1}
+    return _TOLERANCES[comparison][max(column.get(dtype, 2) for dtype in dtypes)]
+
+
+def computing_dtypes(model: nn.Module, device: torch.device) -> set[torch.dtype]:
+    """The dtypes in which a model computes: those of its parameters, and autocast's."""
+    cast = {torch.get_autocast_dtype(device.type)} if torch.is_autocast_enabled(device.type) else set()
+    return {parameter.dtype for parameter in model.parameters()} | cast
+
+
+@dataclass
+class ModelFacts:
+    """What is known of a model with one set of trainable parameters; None where it was not tried yet."""
+
+    is_causal: bool = False
+    ignores_padding: bool | None = None
+    trims: bool | None = None
+    batching: Any = None  # how `measure_pairs` batches its rows
+    token_by_token: str | None = None  # why its tokens cannot share a backward pass; "" where they can
+    shares_tangents: bool | None = None  # whether rows of one padded forward have the tangents of single rows
+
+
+_FACTS: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], ModelFacts]] = weakref.WeakKeyDictionary()
+
+
+def facts(model: nn.Module) -> ModelFacts:
+    """The model's facts, by the names of what is trainable now: an adapter added since is looked at again."""
+    names = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return _FACTS.setdefault(model, {}).setdefault(names, ModelFacts())
 
 
 @torch.no_grad()
 def check_causal(model: nn.Module, ids: Tensor) -> None:
-    """Refuse a model in which a later token changes an earlier prediction.
-
-    Args:
-        model: the model, in eval mode.
-        ids: int64 `[T]`, T >= 2, a row of the batch.
-
-    Raises:
-        NotCausalError: changing the last token moves the logits before it.
-    """
+    """Refuse a model, in eval mode, in which the last token of ids `[T]`, T >= 2, changes an earlier prediction."""
     changed = ids.clone()
     others = ids[ids != ids[-1]]
     # Another token of the row: 0 may be the padding token, from which some models make a mask of their own.
@@ -37,9 +83,7 @@ def check_causal(model: nn.Module, ids: Tensor) -> None:
     before, after = (forward_logits(model, row[None])[0, :-1].float() for row in (ids, changed))
     scale = float(before.std()) or 1.0
     moved = float((before - after).abs_().max()) / scale
-    # A causal model moves them by rounding at most (experts see their tokens in other groups).
-    wide = next(model.parameters()).dtype in (torch.float32, torch.float64)
-    if moved > (1e-3 if wide else 0.05):
+    if moved > tolerance("a later token", [next(model.parameters()).dtype]):
         raise NotCausalError(
             f"{type(model).__name__} is not causal: changing the last token of a row moved the logits before it by "
             f"{moved:.2g} standard deviations. gradent needs log π(y|x) of a decoder-only language model; an encoder "
@@ -47,126 +91,73 @@ def check_causal(model: nn.Module, ids: Tensor) -> None:
         )
 
 
-# Models that passed, with the names of what was trainable in them then: an adapter added since is looked at again.
-_CAUSAL: weakref.WeakKeyDictionary[nn.Module, set[tuple[str, ...]]] = weakref.WeakKeyDictionary()
-
-
 def require_causal(model: nn.Module, ids: Tensor, *, again: bool = False) -> None:
-    """`check_causal`, unless the model has passed it with the same parameters trainable.
-
-    Args:
-        model: the model, in eval mode.
-        ids: int64 `[T]`, T >= 2, a row of the batch.
-        again: look also at a model that has passed; for one that changed since.
-
-    Raises:
-        NotCausalError: changing the last token moves the logits before it.
-    """
-    names = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    passed = _CAUSAL.setdefault(model, set())
-    if again or names not in passed:
+    """`check_causal`, unless the model has passed it; `again` for a model that changed since."""
+    known = facts(model)
+    if again or not known.is_causal:
         check_causal(model, ids)
-        passed.add(names)
+        known.is_causal = True
 
 
 def longest_input(model: nn.Module) -> int:
-    """Tokens of the longest row that a model says it takes (`max_position_embeddings`); very many if it says nothing.
-
-    Args:
-        model: a causal language model; of a composite one, its text part is asked.
-
-    Returns:
-        The number of tokens. A model with learned positions fails beyond it.
-    """
+    """Tokens of the longest row that the model's config allows; very many if it says nothing."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(text, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else sys.maxsize
 
 
-_PADDING: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-
-
 @torch.no_grad()
 def ignores_padding(model: nn.Module, ids: Tensor) -> bool:
-    """Whether padding on the right leaves the logits before it alone; found out once a model.
-
-    Args:
-        model: the model, in eval mode.
-        ids: int64 `[T]`, a row of the batch.
-
-    Returns:
-        False for the few models whose logits depend on the padded length.
-    """
-    if model not in _PADDING:
+    """Whether padding on the right of ids `[T]` leaves the logits before it alone; tried once a model."""
+    known = facts(model)
+    if known.ignores_padding is None:
         ids = ids[: max(2, longest_input(model) - 3)]
         padded = nn.functional.pad(ids, (0, 3))
         short, long = (forward_logits(model, row[None])[0, : len(ids)].float() for row in (ids, padded))
-        limit = 1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.05
-        _PADDING[model] = bool((short - long).abs_().max() <= limit * short.std().clamp_min(1e-6))
-    return _PADDING[model]
-
-
-# By the names of what is trainable in the model, as for causality.
-_TRIMS: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], bool]] = weakref.WeakKeyDictionary()
+        limit = tolerance("padding", [next(model.parameters()).dtype]) * short.std().clamp_min(1e-6)
+        known.ignores_padding = bool((short - long).abs_().max() <= limit)
+    return known.ignores_padding
 
 
 @torch.no_grad()
 def trims(model: nn.Module, ids: Tensor) -> bool:
-    """Whether logits of the last positions alone are what they are among all; found out once a model.
-
-    A model that `takes_keep` and gives something else with it is announced. What is said of logits here is not said of
-    gradients: who differentiates what a model trims has to compare once.
-
-    Args:
-        model: the model, in eval mode.
-        ids: int64 `[T]`, T >= 2, a row of the batch.
-
-    Returns:
-        Whether `forward_logits` may be given `keep`.
-    """
-    known = _TRIMS.setdefault(model, {})
-    names = tuple(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    if names not in known and takes_keep(model):
+    """Whether `forward_logits` with `keep` gives the same logits on ids `[T]`, T >= 2; tried once a model."""
+    # This says nothing of gradients: whoever differentiates trimmed logits has to compare once.
+    known = facts(model)
+    if known.trims is None and takes_keep(model):
         row = ids[None].clone()
         row[:, 1:][:, -3:] = 0  # as in a padded row: the last positions are those of the row, not of its text
         keep = min(8, len(ids) // 2)  # fewer than all, or nothing is tried
-        whole = forward_logits(model, row)[:, -keep:].clone()
+        full = forward_logits(model, row)[:, -keep:].clone()
         try:
-            reason = _contradiction(model, whole, forward_logits(model, row, keep=keep))
+            reason = _find_difference(model, full, forward_logits(model, row, keep=keep))
         except (ModelError, TypeError, ValueError, IndexError, RuntimeError) as raised:
             reason = f"{type(raised).__name__}: {raised}"
         if reason is None:
             return False
         if reason:
             announce_untrimmed(model, reason)
-        known[names] = not reason
-    return known.get(names, False)
+        known.trims = not reason
+    return bool(known.trims)
 
 
 def announce_untrimmed(model: nn.Module, reason: str) -> None:
-    """Say that a model forms prompts' logits too, though it `takes_keep`.
-
-    Args:
-        model: the model.
-        reason: what it does when it is asked for the last positions alone.
-    """
-    warnings.warn(
+    """Warn that a model forms prompts' logits too, though it `takes_keep`."""
+    notices.warn(
         f"gradent has {type(model).__name__} form the logits of prompts too (as exact, but slower): with "
         f"logits_to_keep, {reason}.",
-        GradentWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
-def _contradiction(model: nn.Module, whole: Tensor, kept: Tensor) -> str | None:
-    """What is wrong with the logits that were kept; empty where nothing is, None where nan leaves it open."""
-    if kept.shape != whole.shape:
-        return f"it gives those of {kept.shape[1]} positions where {whole.shape[1]} were asked for"
-    dtypes = {parameter.dtype for parameter in model.parameters()} | {whole.dtype}
-    narrow = bool(dtypes - {torch.float32, torch.float64}) or torch.is_autocast_enabled(whole.device.type)
-    apart = torch.where(kept == whole, 0, (kept - whole).abs()).max()
+def _find_difference(model: nn.Module, full: Tensor, trimmed: Tensor) -> str | None:
+    """What is wrong with trimmed logits; empty where nothing is, None where nan leaves it open."""
+    if trimmed.shape != full.shape:
+        return f"it gives those of {trimmed.shape[1]} positions where {full.shape[1]} were asked for"
+    apart = torch.where(trimmed == full, 0, (trimmed - full).abs()).max()
     if apart.isnan():
         return None
-    scale = whole[whole.isfinite()].float().std().clamp_min(1e-6)
-    return "" if float(apart) <= (0.2 if narrow else 1e-4) * float(scale) else "it gives other logits"
+    limit = tolerance("trimmed logits", computing_dtypes(model, full.device) | {full.dtype})
+    scale = full[full.isfinite()].float().std().clamp_min(1e-6)
+    return "" if float(apart) <= limit * float(scale) else "it gives other logits"

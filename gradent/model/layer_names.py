@@ -14,14 +14,7 @@ _WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
 
 
 def unwrapped(module: str) -> str:
-    """A module's name without the wrappers in front of it (PEFT, DDP, torch.compile).
-
-    Args:
-        module: its dotted name.
-
-    Returns:
-        The name in the model itself.
-    """
+    """A module's dotted name without the wrappers in front of it (PEFT, DDP, torch.compile)."""
     name = module
     while any(name.startswith(wrapper) for wrapper in _WRAPPERS):
         name = next(name.removeprefix(wrapper) for wrapper in _WRAPPERS if name.startswith(wrapper))
@@ -29,15 +22,7 @@ def unwrapped(module: str) -> str:
 
 
 def layer_of(module: str) -> str:
-    """The layer that a module belongs to.
-
-    Args:
-        module: its dotted name.
-
-    Returns:
-        The name up to its first number; without a number, the module's own name up to what an adapter adds below it.
-        Wrappers in front (PEFT, DDP, torch.compile) are left out.
-    """
+    """A module's name up to its first number, or up to what an adapter adds below it; wrappers in front left out."""
     name = unwrapped(module)
     parts = name.split(".")
     for position, part in enumerate(parts):
@@ -49,14 +34,7 @@ def layer_of(module: str) -> str:
 
 
 def group_layers(modules: Mapping[str, ModuleGram]) -> dict[str, ModuleGram]:
-    """The modules' entries, summed by layer.
-
-    Args:
-        modules: `{module: (chosen_sq, rejected_sq, inner)}`, float64 `[B]` each.
-
-    Returns:
-        `{layer: (chosen_sq, rejected_sq, inner)}`, in the modules' order.
-    """
+    """The modules' entries `{module: (chosen_sq, rejected_sq, inner)}`, float64 `[B]` each, summed by layer."""
     layers: dict[str, ModuleGram] = {}
     for module, (chosen_sq, rejected_sq, inner) in modules.items():
         layer = layer_of(module)

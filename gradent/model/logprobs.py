@@ -36,21 +36,10 @@ _FORGETFUL = {
 }
 
 
+# The softmax is taken in float32 (float64 for float64 logits) whatever the logits' dtype, in tiles. In the backward the
+# logits' memory is reused for their gradient where the model has no more need of them.
 def sequence_logprobs(logits: Tensor, input_ids: Tensor, completion_mask: Tensor, *, tile: int = TILE) -> Tensor:
-    """`log π(y|x)` of every row: log-probs of the marked tokens, each predicted at the position before it, summed.
-
-    The softmax is taken in float32 (float64 for float64 logits) whatever the logits' dtype, in tiles.
-    In the backward pass the logits' memory is reused for their gradient where the model has no more need of them.
-
-    Args:
-        logits: `[R, L, V]`, any float dtype.
-        input_ids: int64 `[R, L]`.
-        completion_mask: bool `[R, L]`; True on the tokens of y.
-        tile: bytes of a tile; one token's scores are the least that is formed.
-
-    Returns:
-        float64 `[R]`, differentiable with respect to `logits`.
-    """
+    """`log π(y|x)` of every row, float64 `[R]`, from logits `[R, L, V]`, ids and bool marks of y `[R, L]`."""
     if logits.device.type == "cpu":
         tile = min(tile, CACHED)
     result: Tensor = _SequenceLogProbs.apply(logits, input_ids, completion_mask, tile)  # type: ignore[no-untyped-call]
@@ -82,15 +71,15 @@ class _SequenceLogProbs(torch.autograd.Function):
         grad = logits.detach() if ctx.reuse else torch.zeros_like(logits)
         scales = (grads[0][:, None] * marks).to(normalizer.dtype)
         done = [0] * len(grad)
-        for row, span, whole in ctx.spans:
-            scale, goal = scales[row, span, None], grad[row, span]
-            share = goal if goal.dtype == normalizer.dtype else torch.empty_like(goal, dtype=normalizer.dtype)
-            torch.sub(logits[row, span], normalizer[row, span, None], out=share)
-            share.exp_().mul_(-scale).scatter_add_(1, targets[row, span, None], scale)
-            if not whole:
-                share.masked_fill_(~marks[row, span, None], 0)
-            if share is not goal:
-                goal.copy_(share)
+        for row, span, is_marked in ctx.spans:
+            scale, target = scales[row, span, None], grad[row, span]
+            part = target if target.dtype == normalizer.dtype else torch.empty_like(target, dtype=normalizer.dtype)
+            torch.sub(logits[row, span], normalizer[row, span, None], out=part)
+            part.exp_().mul_(-scale).scatter_add_(1, targets[row, span, None], scale)
+            if not is_marked:
+                part.masked_fill_(~marks[row, span, None], 0)
+            if part is not target:
+                target.copy_(part)
             grad[row, done[row] : span.start] = 0
             done[row] = span.stop
         for row, start in enumerate(done):
@@ -111,16 +100,7 @@ def _spans(marks: Tensor, width: int, tile: int) -> list[tuple[int, slice, bool]
 
 
 def check_logps(logps: Tensor, pairs: Sequence[int], chosen: Sequence[bool]) -> None:
-    """Refuse non-finite log-probs.
-
-    Args:
-        logps: `[R]`.
-        pairs: the pair of each row, as the user numbers it.
-        chosen: whether each row is its pair's chosen response.
-
-    Raises:
-        NonFiniteError: naming the first such row.
-    """
+    """Refuse non-finite log-probs `[R]`, naming the first row by its pair and side."""
     names = [f"pair {pair}, {'chosen' if side else 'rejected'}" for pair, side in zip(pairs, chosen, strict=True)]
     check_rows(logps, names)
 

@@ -1,4 +1,8 @@
-"""The optimizer's own geometry: `⟨a, b⟩ = Σ a_k b_k P_k` with P the Adam(W) preconditioner at this step."""
+"""The optimizer's own geometry: `⟨a, b⟩ = Σ a_k b_k P_k` with P the Adam(W) preconditioner at this step.
+
+First-order changes under Adam without momentum are the paper's equations with this inner product; weight decay and the
+learning rate are no part of P.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +17,7 @@ __all__ = ["metric_roots"]
 
 
 def metric_roots(optimizer: object, parameters: Mapping[str, Tensor]) -> Callable[[int], Tensor]:
-    """Square roots of Adam's preconditioner, one tensor a parameter.
-
-    Adam moves a parameter along `m̂ / (√v̂ + ε)` with `v̂ = v / (1 − β₂ᵗ)`, so `P = 1 / (√v̂ + ε)`: first-order changes
-    under Adam without momentum are the paper's equations with this inner product. Weight decay and the learning rate
-    are no part of P.
-
-    Args:
-        optimizer: a `torch.optim.Adam`, `AdamW`, or any optimizer that keeps `exp_avg_sq` and `step` a parameter;
-            wrappers that hold it as `.optimizer` (accelerate) are opened.
-        parameters: the trainable parameters by name.
-
-    Returns:
-        Parameter number (its place in `parameters`) -> `√P`, of the parameter's shape; computed when asked for.
-
-    Raises:
-        InputError: not such an optimizer, or a parameter has no state yet.
-    """
+    """Adam's `√P`, `P = 1 / (√v̂ + ε)`, `v̂ = v / (1 − β₂ᵗ)`: parameter number -> tensor of the parameter's shape."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -59,7 +47,7 @@ def metric_roots(optimizer: object, parameters: Mapping[str, Tensor]) -> Callabl
 
 
 def _correction(beta: float | Tensor, step: float | Tensor) -> float | Tensor:
-    """`1 − βᵗ`; of a step that is on a GPU (fused Adam) it stays there, so that nobody waits for it."""
+    """`1 − βᵗ`; a step on a GPU (fused Adam) stays there, so that nothing waits for it."""
     if isinstance(step, Tensor):
         step = step.double() if step.device.type == "cuda" else float(step)
     return 1 - beta**step

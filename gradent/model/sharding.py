@@ -10,15 +10,7 @@ __all__ = ["find_owners"]
 
 
 def find_owners(model: nn.Module, parameters: Sequence[Tensor]) -> dict[nn.Module, dict[str, int]]:
-    """The modules that hold sharded parameters.
-
-    Args:
-        model: the model.
-        parameters: its trainable parameters; their numbers are their places here.
-
-    Returns:
-        `{module: {attribute: number}}`; empty where nothing is sharded.
-    """
+    """The modules that hold sharded parameters: `{module: {attribute: number}}`, empty where nothing is sharded."""
     numbers = {
         id(parameter): number for number, parameter in enumerate(parameters) if hasattr(parameter, "device_mesh")
     }

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradent.errors import InputError, PairError
+from gradent.pairs.tokenize import tokenize_pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,26 +64,27 @@ class PairBatch:
     def _check_rows(self) -> None:
         keep, mark = self.attention_mask.bool(), self.completion_mask.bool()
         runs = keep[:, 0].int() + (keep[:, 1:] & ~keep[:, :-1]).sum(1)
-        for row in range(keep.shape[0]):
-            where = self._where(row)
-            if not bool(keep[row].any()):
-                raise PairError(f"{where}: the row has no real token (attention_mask is all 0). Remove this pair.")
-            if int(runs[row]) > 1:
-                raise PairError(f"{where}: attention_mask has a hole; real tokens must be contiguous in a row.")
-            if bool((mark[row] & ~keep[row]).any()):
-                raise PairError(f"{where}: completion_mask marks padding; it may mark real tokens only.")
-            if not bool(mark[row].any()):
-                raise PairError(
-                    f"{where}: the completion is empty. A completion needs at least one token: remove this pair, or "
-                    "raise max_length if truncation ate it."
-                )
-            first = int(keep[row].int().argmax())
-            if bool(mark[row, first]):
-                raise PairError(
-                    f"{where}: the completion starts at the row's first token, so nothing predicts it. "
-                    "Give a prompt of at least one token (a BOS token will do)."
-                )
-        half = self.input_ids.shape[0] // 2
+        first = keep.int().argmax(1, keepdim=True)
+        half = len(self)
+        for problem, is_bad in (
+            ("the row has no real token (attention_mask is all 0). Remove this pair.", ~keep.any(1)),
+            ("attention_mask has a hole; real tokens must be contiguous in a row.", runs > 1),
+            ("completion_mask marks padding; it may mark real tokens only.", (mark & ~keep).any(1)),
+            (
+                "the completion is empty. A completion needs at least one token: remove this pair, or raise max_length "
+                "if truncation ate it.",
+                ~mark.any(1),
+            ),
+            (
+                "the completion starts at the row's first token, so nothing predicts it. Give a prompt of at least one "
+                "token (a BOS token will do).",
+                mark.gather(1, first)[:, 0],
+            ),
+        ):
+            if bool(is_bad.any()):
+                row = int(is_bad.nonzero()[0])
+                side = "chosen" if row < half else "rejected"
+                raise PairError(f"pair {row % half}, {side} (row {row}): {problem}")
         for pair in range(half):
             chosen, rejected = self.row(pair), self.row(half + pair)
             if torch.equal(chosen[0], rejected[0]) and torch.equal(chosen[1], rejected[1]):
@@ -90,10 +92,6 @@ class PairBatch:
                     f"pair {pair}: chosen equals rejected, token for token (after truncation, if any). Such a pair "
                     "has no preference to learn: remove it, or raise max_length if truncation made the two equal."
                 )
-
-    def _where(self, row: int) -> str:
-        half = self.input_ids.shape[0] // 2
-        return f"pair {row % half}, {'chosen' if row < half else 'rejected'} (row {row})"
 
     def row(self, index: int) -> tuple[Tensor, Tensor]:
         """Real token ids and completion marks of one row, padding removed.
@@ -269,119 +267,6 @@ class PairBatch:
         ]
         pad = tokenizer.pad_token_id
         return cls.from_tokens(pairs, pad_token_id=0 if pad is None else pad)
-
-
-def tokenize_pair(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Any,
-    chosen: Any,
-    rejected: Any,
-    *,
-    max_length: int | None = 1024,
-    add_eos: bool = False,
-    where: str = "pair",
-) -> tuple[list[int], list[int], list[int]]:
-    """One pair of strings (or message lists) as `(prompt_ids, chosen_ids, rejected_ids)`, truncated to `max_length`.
-
-    Args:
-        tokenizer: a transformers tokenizer.
-        prompt: a string or a list of messages.
-        chosen: the preferred completion, of the prompt's kind.
-        rejected: the dispreferred completion, of the prompt's kind.
-        max_length: most tokens of prompt + completion; None for no limit.
-        add_eos: append EOS to string completions, as TRL's DPOTrainer does.
-        where: how an error names the pair ("pair 3", "pairs.jsonl:17").
-
-    Returns:
-        Token ids of the shared prompt and of the two completions.
-
-    Raises:
-        InputError: prompt and completions are of different kinds, or EOS is asked of a tokenizer that has none.
-        PairError: an empty completion, or a prompt that leaves no room under `max_length`.
-    """
-    prompt_ids, completions = tokenize_completions(
-        tokenizer,
-        prompt,
-        (chosen, rejected),
-        max_length=max_length,
-        add_eos=add_eos,
-        where=where,
-        names=("chosen", "rejected"),
-    )
-    result = prompt_ids, completions[0], completions[1]
-    if result[1] == result[2]:
-        raise PairError(
-            f"{where}: chosen equals rejected, token for token (after truncation to max_length={max_length}). Such a "
-            "pair has no preference to learn: remove it, or raise max_length if truncation made the two equal."
-        )
-    return result
-
-
-def tokenize_completions(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Any,
-    completions: Sequence[Any],
-    *,
-    max_length: int | None,
-    add_eos: bool,
-    where: str,
-    names: Sequence[str] | None = None,
-) -> tuple[list[int], list[list[int]]]:
-    """A prompt and its completions as token ids, cut to `max_length`; `names` are the completions' in an error."""
-    names = names or [f"completion {number}" for number in range(len(completions))]
-    parts = (prompt, *completions)
-    if len({isinstance(part, str) for part in parts}) != 1:
-        kinds = ", ".join(type(part).__name__ for part in parts)
-        raise InputError(
-            f"{where}: prompt, {' and '.join(names)} are {kinds}; they must be all strings or all lists of messages."
-        )
-    for name, completion in zip(names, completions, strict=True):
-        if not completion:
-            raise PairError(f"{where}: {name} is empty; a completion needs at least one token. Remove this pair.")
-    if isinstance(prompt, str) and add_eos:
-        eos = tokenizer.eos_token
-        if eos is None:
-            raise InputError(
-                f"{where}: add_eos=True, but the tokenizer has no EOS token. Set tokenizer.eos_token, or pass "
-                "add_eos=False (command line: --no-add-eos)."
-            )
-        completions = [text if text.endswith(eos) else text + eos for text in completions]
-    prompt_ids = _token_ids(tokenizer, prompt, add_generation_prompt=True)
-    texts = [_token_ids(tokenizer, prompt + completion) for completion in completions]
-    start = min((_common_prefix(prompt_ids, ids) for ids in texts), default=0)
-    if start == 0:
-        raise PairError(
-            f"{where}: the tokenized prompt is empty (or shares no token with prompt + completion), so nothing "
-            "predicts the completion's first token. Give a longer prompt, or a tokenizer that adds a BOS token."
-        )
-    if max_length is not None and start >= max_length:
-        raise PairError(
-            f"{where}: the prompt has {start} tokens and max_length is {max_length}, which leaves no room for a "
-            "completion. Raise max_length (command line: --max-length) or shorten the prompt."
-        )
-    shortened = [ids[start:max_length] for ids in texts]
-    for name, ids in zip(names, shortened, strict=True):
-        if not ids:
-            raise PairError(f"{where}: {name} is empty after tokenization; it needs at least one token.")
-    return prompt_ids[:start], shortened
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerBase, text: Any, *, add_generation_prompt: bool = False) -> list[int]:
-    if isinstance(text, str):
-        return list(tokenizer(text)["input_ids"])
-    encoded: Any = tokenizer.apply_chat_template(
-        text, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt
-    )
-    return list(encoded["input_ids"])
-
-
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    length = 0
-    for one, other in zip(left, right, strict=False):
-        if one != other:
-            break
-        length += 1
-    return length
 
 
 def _row(prompt: list[int], completion: list[int]) -> tuple[Tensor, Tensor]:

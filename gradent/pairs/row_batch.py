@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradent.errors import InputError, PairError
-from gradent.pairs.batch import tokenize_completions
+from gradent.pairs.tokenize import tokenize_completions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""`gradent plan`: the model's traced, its plan, and the table of it."""
+"""`gradent plan`: the traced model, what `decide` says of its layers, and the table of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from gradent.errors import InputError
@@ -19,6 +18,8 @@ from gradent.loading.models import check_device, check_dtype
 from gradent.loading.source import resolve_source
 from gradent.planning.cost import CostSetting, Line, Totals, plan_lines, sum_lines
 from gradent.planning.trace import TracedModel, inspect_model
+from gradent.report.page.numbers import percent
+from gradent.report.terminal.tables import new_table
 from gradent.text import printable
 
 __all__ = ["print_plan", "show_plan"]
@@ -103,13 +104,9 @@ def print_plan(
         console: where to.
     """
     kernels = setting.has_kernels
-    table = Table(box=None, pad_edge=True, padding=(0, 1), header_style="dim")
-    for name in ("layers", "O×I", "r", "form", *(["path"] if kernels else []), "tile", "FLOPs", "scratch", "share"):
-        left = name in ("layers", "form", "path")
-        table.add_column(Text(name), justify="left" if left else "right", no_wrap=name != "layers")
-    for line in lines:
-        share = line.flops / totals.flops if totals.flops else 0.0
-        table.add_row(
+    names = ("layers", "O×I", "r", "form", *(["path"] if kernels else []), "tile", "FLOPs", "scratch", "share")
+    rows: list[list[str | Text]] = [
+        [
             Text(printable(line.name) + (f" ×{line.count}" if line.count > 1 else ""), overflow="fold"),
             (f"{line.slots}×" if line.slots > 1 else "") + "×".join(map(str, line.shape)),
             "" if line.rank is None else str(line.rank),
@@ -118,9 +115,11 @@ def print_plan(
             "" if line.tile is None else "×".join(map(str, line.tile)) + (f", {line.rows} rows" * (line.rows > 2)),
             _si(line.flops),
             _bytes(line.scratch),
-            f"{share:.1%}",
-        )
-    console.print(table)
+            percent(line.flops / totals.flops if totals.flops else 0.0),
+        ]
+        for line in lines
+    ]
+    console.print(new_table(*names, text={0, 3, 4} if kernels else {0, 3}, rows=rows))
     frozen = "" if traced.trainable == traced.parameters else ", 4·P·T for those that are frozen"
     console.print(
         Text(
@@ -137,6 +136,8 @@ def print_plan(
 
 def _remarks(lines: Sequence[Line], totals: Totals, setting: CostSetting, traced: TracedModel) -> Iterator[str]:
     """What the table alone would not explain."""
+    reasons = {f"{line.strategy.reducer}: {line.strategy.why}." for line in lines if line.strategy is not None}
+    yield from sorted(reasons)
     if setting.tokens > traced.longest:
         yield (
             f"The model says that it takes {traced.longest:,} tokens at most (max_position_embeddings); with learned "

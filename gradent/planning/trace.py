@@ -17,11 +17,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gradent.errors import ModelError
 from gradent.hooks.capture.capture import Capture
-from gradent.hooks.uses.uses import GroupedUse, Layout, LookupUse, MatrixUse, SumUse, Use
+from gradent.hooks.uses.layout import Layout
+from gradent.hooks.uses.uses import GroupedUse, LookupUse, MatrixUse, SumUse, Use
+from gradent.loading.files import brief, hint
 from gradent.loading.models import LOAD_ERRORS, load_config, not_causal, read_adapter
-from gradent.loading.source import ModelSource, brief, hint
-from gradent.model.calls import forward_logits, observed, trainable
+from gradent.loading.source import ModelSource
+from gradent.model.calls import forward_logits
 from gradent.model.facts import longest_input
+from gradent.model.observed import observed
+from gradent.model.parameters import trainable
 
 __all__ = ["ParameterUse", "TracedModel", "inspect_model", "watch"]
 

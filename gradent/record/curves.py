@@ -54,11 +54,11 @@ class Curve:
 
 def mean_and_error(values: Floats) -> tuple[float, float]:
     """Mean and its standard error over pairs that have a value."""
-    there = values[np.isfinite(values)]
-    if there.size == 0:
+    values = values[np.isfinite(values)]
+    if values.size == 0:
         return float("nan"), float("nan")
-    error = there.std(ddof=1) / np.sqrt(there.size) if there.size > 1 else np.inf
-    return float(there.mean()), float(error)
+    error = values.std(ddof=1) / np.sqrt(values.size) if values.size > 1 else np.inf
+    return float(values.mean()), float(error)
 
 
 def read_curves(columns: Mapping[str, Sequence[Any]], name: str) -> dict[str, Curve]:

@@ -33,14 +33,7 @@ __all__ = [
 
 Document = TypeVar("Document", bound=Mapping[str, Any])
 
-AUDIT_FILES = (
-    "summary.json",
-    "pairs.parquet",
-    "sample.parquet",
-    "modules.parquet",
-    "tokens.parquet",
-    "report.html",
-)
+AUDIT_FILES = ("summary.json", "pairs.parquet", "sample.parquet", "modules.parquet", "tokens.parquet", "report.html")
 """What an audit leaves in its directory, beside `figures/` and its journal; the last three are not always there."""
 
 

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gradent.figures.charts import Chart, Line
 from gradent.record import CASE_NAMES, DemoRecord, read_demo, read_pairs
 from gradent.record.curves import read_curves
-from gradent.report.page.html import Cell, Chart, Line, Page, Section, Table, write_page
+from gradent.report.page.html import Page, Section, write_page
+from gradent.report.page.parts import Cell, Table
 
 __all__ = ["describe_evidence", "write_demo_report"]
 
@@ -102,7 +104,7 @@ def _finding_table(findings: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
         (
             Cell((finding["claim"], finding["rule"])),
-            Cell(tuple(describe_evidence(each) for each in finding["evidence"])),
+            Cell(tuple(describe_evidence(evidence) for evidence in finding["evidence"])),
             Cell(("appears",), "good") if finding["appears"] else Cell(("does not appear",), "bad"),
         )
         for finding in findings

@@ -7,19 +7,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gradent.errors import DataFileError
-from gradent.report.audit.figures import write_audit_figures
-from gradent.report.audit.page import write_audit_report
+from gradent.report.audit.figures import draw_audit
+from gradent.report.audit.page import write_audit_page
+from gradent.report.audit.records import read_audit
 from gradent.report.demo import write_demo_report
 from gradent.report.tokens.page import write_token_report
 
-__all__ = ["write_report"]
+__all__ = ["write_audit", "write_report"]
 
-_Writer = Callable[[str | os.PathLike[str]], Path]
 
-_PAGES: dict[str, tuple[str, _Writer]] = {
-    "summary.json": ("gradent audit", write_audit_report),
-    "demo.json": ("gradent demo", write_demo_report),
-    "tokens.json": ("gradent tokens", write_token_report),
+def write_audit(directory: str | os.PathLike[str]) -> list[Path]:
+    """The page and the pictures of an audit, from the records in its directory."""
+    records = read_audit(directory)
+    return [write_audit_page(records), *draw_audit(records)]
+
+
+_WRITERS: dict[str, tuple[str, Callable[[Path], list[Path]]]] = {
+    "summary.json": ("gradent audit", write_audit),
+    "demo.json": ("gradent demo", lambda directory: [write_demo_report(directory)]),
+    "tokens.json": ("gradent tokens", lambda directory: [write_token_report(directory)]),
 }
 
 
@@ -41,18 +47,13 @@ def write_report(directory: str | os.PathLike[str]) -> list[Path]:
         raise DataFileError(
             f"{directory}: there is no such directory. Name one that a gradent command wrote with --out."
         )
-    found = [name for name in _PAGES if (place / name).is_file()]
-    if not found:
-        looked = ", ".join(f"{name} (`{command}`)" for name, (command, _) in _PAGES.items())
+    names = [name for name in _WRITERS if (place / name).is_file()]
+    if not names:
+        looked = ", ".join(f"{name} (`{command}`)" for name, (command, _) in _WRITERS.items())
         raise DataFileError(f"{directory}: no records in it. Looked for: {looked}.")
-    if {"summary.json", "demo.json"} <= set(found):
+    if {"summary.json", "demo.json"} <= set(names):
         raise DataFileError(
             f"{directory}: holds summary.json of an audit and demo.json of a demo, and one pairs.parquet for both. Run "
             "one of them again with another --out, and remove its JSON file here."
         )
-    written: list[Path] = []
-    for name in found:
-        written.append(_PAGES[name][1](place))
-        if name == "summary.json":
-            written += write_audit_figures(place)
-    return written
+    return [path for name in names for path in _WRITERS[name][1](place)]

@@ -167,11 +167,11 @@ def corollary_2(
     overlap = states[:-1] @ last
     deviations = residuals - residuals[:, support].mean(1, keepdim=True)
     cross_w, cross_l = overlap @ deviations[:, chosen_id], overlap @ deviations[:, rejected_id]
-    own, final = _head_inner(prefix, prefix), theorem_1(last, len(tokens))
+    shared, final = _head_inner(prefix, prefix), theorem_1(last, len(tokens))
     return Entries(
-        own + 2 * cross_w + final.chosen_sq,
-        own + 2 * cross_l + final.rejected_sq,
-        own + cross_w + cross_l + final.inner,
+        shared + 2 * cross_w + final.chosen_sq,
+        shared + 2 * cross_l + final.rejected_sq,
+        shared + cross_w + cross_l + final.inner,
     )
 
 

@@ -127,10 +127,7 @@ class Verdict:
 
 
 def verdict(
-    gram: PairGram,
-    loss: Loss,
-    ref_chosen_logp: Tensor | None = None,
-    ref_rejected_logp: Tensor | None = None,
+    gram: PairGram, loss: Loss, ref_chosen_logp: Tensor | None = None, ref_rejected_logp: Tensor | None = None
 ) -> Verdict:
     """Predicts, for each pair, whether a small step on `loss` raises chosen and lowers rejected.
 
@@ -170,8 +167,8 @@ def verdict(
         rejected_len=gram.rejected_len,
         **norms,
     )
-    judged = Verdict.from_weights(gram, d_w, d_l)
-    return _balanced(judged) if loss.needs_norms else judged
+    result = Verdict.from_weights(gram, d_w, d_l)
+    return _balanced(result) if loss.needs_norms else result
 
 
 def _norm(square: Tensor) -> Tensor:
@@ -179,23 +176,21 @@ def _norm(square: Tensor) -> Tensor:
     return square.double().clamp_min(0).sqrt()
 
 
-def _balanced(judged: Verdict) -> Verdict:
-    """The verdict for weights that bring both gradients to one length, with signs that are no rounding's.
-
-    With `d_w‖g_w‖ = d_l‖g_l‖`, chosen changes by `d_w‖g_w‖²(1 - cos)` and rejected by `-d_l‖g_l‖²(1 - cos)`; a measured
-    cosine beyond 1 by rounding counts as 1, and that of a zero gradient as 0.
-    """  # noqa: DOC201
+def _balanced(result: Verdict) -> Verdict:
+    """The verdict for weights that bring both gradients to one length, with signs that rounding cannot turn."""
+    # With d_w‖g_w‖ = d_l‖g_l‖, chosen changes by d_w‖g_w‖²(1 - cos) and rejected by -d_l‖g_l‖²(1 - cos). A measured
+    # cosine beyond 1 by rounding counts as 1, and that of a zero gradient as 0.
     chosen_sq, rejected_sq, inner = (
-        getattr(judged.gram, name).to("cpu", torch.float64) for name in ("chosen_sq", "rejected_sq", "inner")
+        getattr(result.gram, name).to("cpu", torch.float64) for name in ("chosen_sq", "rejected_sq", "inner")
     )
     scale = _norm(chosen_sq) * _norm(rejected_sq)
-    left = 1 - torch.where(scale > 0, inner / scale, 0.0).clamp(-1, 1)
-    chosen_change, rejected_change = judged.d_w * chosen_sq * left, -judged.d_l * rejected_sq * left
+    gap = 1 - torch.where(scale > 0, inner / scale, 0.0).clamp(-1, 1)
+    chosen_change, rejected_change = result.d_w * chosen_sq * gap, -result.d_l * rejected_sq * gap
     return replace(
-        judged,
+        result,
         chosen_change=chosen_change,
         rejected_change=rejected_change,
-        case=case_numbers(judged.d_w, judged.d_l, chosen_change >= 0, rejected_change <= 0),
+        case=case_numbers(result.d_w, result.d_l, chosen_change >= 0, rejected_change <= 0),
     )
 
 

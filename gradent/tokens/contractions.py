@@ -1,13 +1,14 @@
 """Inner products between tokens' gradients of one weight, in two exact contractions and in tiles.
 
-Letters: m tokens of a block, M positions of its row, X the width of their cotangents b, Y the width of the operand a
-that they share; a token's gradient is `G = Σ_p b_p a_pᵀ`, `[X, Y]`. n_w and n_l are all tokens of chosen and rejected.
+Letters: m tokens of a block, M positions of its row, X the width of their output gradients b, Y the width of the
+operand a that they share; a token's gradient is `G = Σ_p b_p a_pᵀ`, `[X, Y]`. `sizes` are the numbers of chosen and of
+rejected tokens, `(n_w, n_l)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,35 +16,55 @@ from torch import Tensor
 from gradent.kernels.common.numerics import RUN, accumulator, spans
 
 __all__ = [
-    "Block",
-    "Entries",
-    "flat_entries",
-    "lone_entries",
+    "Gradients",
+    "RankOne",
+    "SharedFactor",
+    "TokenEntries",
+    "gradient_entries",
     "prefix_families",
     "products",
+    "rank_one_entries",
     "shared_entries",
     "tied_entries",
 ]
 
 
 @dataclass(frozen=True)
-class Block:
-    """Tokens of one side whose cotangents share an operand.
+class SharedFactor:
+    """Tokens of one side whose output gradients meet one operand: `G_i = Σ_p b_{i,p} a_pᵀ`, or its transpose."""
 
-    Attributes:
-        side: 0 for chosen, 1 for rejected.
-        tokens: their numbers on that side.
-        b: cotangents `[m, M, X]`.
-        a: the shared operand `[M, Y]`, or int64 ids `[M]`, which stand for rows of the identity.
-    """
+    side: int  # 0 for chosen, 1 for rejected
+    tokens: Sequence[int]  # their numbers on that side
+    b: Tensor  # output gradients [m, M, X]
+    a: Tensor  # the shared operand [M, Y], or int64 ids [M], which stand for rows of the identity
+    b_on_rows: bool = True  # whether X are the weight's rows; of ids, no
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether the shared operand is a list of ids."""
+        return self.a.dtype == torch.int64
+
+
+@dataclass(frozen=True)
+class RankOne:
+    """`G_i = u_i v_iᵀ`, u `[m, O]`, v `[m, I]`: a use that each token reaches at its own position alone."""
 
     side: int
     tokens: Sequence[int]
-    b: Tensor
-    a: Tensor
+    u: Tensor
+    v: Tensor
 
 
-class Entries:
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients themselves, `[m, ...]`."""
+
+    side: int
+    tokens: Sequence[int]
+    grads: Tensor
+
+
+class TokenEntries:
     """Inner products of all tokens of chosen with all of rejected, and squares, float64, on the CPU."""
 
     def __init__(self, sizes: tuple[int, int]) -> None:
@@ -61,87 +82,67 @@ class Entries:
     def put(self, block: tuple[slice, slice], inner: Tensor, squares: Sequence[Tensor]) -> None:
         """Set a block: `inner` of its chosen and rejected tokens, and `squares` of each side's."""
         self.inner[block] = inner
-        for mine, part, values in zip(self.squares, block, squares, strict=True):
-            mine[part] = values
+        for target, part, values in zip(self.squares, block, squares, strict=True):
+            target[part] = values
 
-    def __iadd__(self, other: Entries) -> Entries:
+    def __iadd__(self, other: TokenEntries) -> TokenEntries:
         self.inner += other.inner
-        for mine, theirs in zip(self.squares, other.squares, strict=True):
-            mine += theirs
+        for squares, added in zip(self.squares, other.squares, strict=True):
+            squares += added
         return self
 
 
 def products(left: Tensor, right: Tensor) -> Tensor:
-    """`left rightᵀ` of `[m, K]` and `[n, K]`, float64 `[m, n]`, in runs of products as long as float32 bears."""
+    """`left rightᵀ`, float64 `[m, n]`, of `[m, K]` and `[n, K]`: float32 products of short runs, summed in float64."""
     gram = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
     for span in spans(left.shape[1], RUN):
         gram += (left[:, span] @ right[:, span].T).double()
     return gram
 
 
-def flat_entries(blocks: Sequence[tuple[int, Sequence[int], Tensor]], sizes: tuple[int, int], budget: int) -> Entries:
-    """Entries of gradients that are there as such.
-
-    Args:
-        blocks: `(side, tokens, gradients [m, K])`.
-        sizes: `(n_w, n_l)`.
-        budget: bytes that widened tiles may take.
-
-    Returns:
-        The entries.
-    """
-    entries = Entries(sizes)
-    if not blocks:
+def gradient_entries(parts: Sequence[Gradients], sizes: tuple[int, int], budget: int) -> TokenEntries:
+    """Entries of the gradients themselves, widened in tiles of `budget` bytes."""
+    entries = TokenEntries(sizes)
+    if not parts:
         return entries
-    wide = accumulator(blocks[0][2].dtype)
-    step = max(1, budget // (wide.itemsize * sum(len(tokens) for _, tokens, _ in blocks)))
-    for span in spans(blocks[0][2].shape[1], step):
-        _add_tile(entries, [(side, tokens, grads[:, span].to(wide)) for side, tokens, grads in blocks])
+    wide = accumulator(parts[0].grads.dtype)
+    step = max(1, budget // (wide.itemsize * sum(len(part.tokens) for part in parts)))
+    flat = [replace(part, grads=part.grads.reshape(len(part.grads), -1)) for part in parts]
+    for span in spans(flat[0].grads.shape[1], step):
+        _add_tile(entries, [replace(part, grads=part.grads[:, span].to(wide)) for part in flat])
     return entries
 
 
-def _add_tile(entries: Entries, tile: Sequence[tuple[int, Sequence[int], Tensor]]) -> None:
-    for side, tokens, grads in tile:
-        entries.add_squares(side, tokens, _square(grads))
+def _add_tile(entries: TokenEntries, tile: Sequence[Gradients]) -> None:
+    for part in tile:
+        entries.add_squares(part.side, part.tokens, _square(part.grads))
     for left in tile:
         for right in tile:
-            if left[0] == 0 and right[0] == 1:
-                entries.add_inner(left[1], right[1], products(left[2], right[2]))
+            if left.side == 0 and right.side == 1:
+                entries.add_inner(left.tokens, right.tokens, products(left.grads, right.grads))
 
 
 def _square(values: Tensor) -> Tensor:
-    """`‖row‖²` of `[m, K]`, float64 `[m]`."""
+    """Squared norms of the rows of `[m, K]`, float64 `[m]`."""
     total = torch.zeros(len(values), dtype=torch.float64, device=values.device)
     for span in spans(values.shape[1], RUN):
         total += values[:, span].square().sum(1).double()
     return total
 
 
-def shared_entries(blocks: Sequence[Block], sizes: tuple[int, int], budget: int) -> Entries:
-    """Entries of gradients given by factors, along the cheaper way.
-
-    *gram*: `⟨G_i, G_j⟩ = ⟨b_i, (a a'ᵀ) b_j⟩`; *outer*: gradients are formed, tile by tile. The choice goes by flops.
-
-    Args:
-        blocks: of one weight, at most one for each token.
-        sizes: `(n_w, n_l)`.
-        budget: bytes that tiles may take; the `a a'ᵀ` of two rows, `[M, M']`, come on top.
-
-    Returns:
-        The entries.
-    """
-    entries = Entries(sizes)
+def shared_entries(blocks: Sequence[SharedFactor], sizes: tuple[int, int], budget: int) -> TokenEntries:
+    """Entries of blocks of one weight, at most one a token, by the cheaper of Gram and outer form."""
+    entries = TokenEntries(sizes)
     if not blocks:
         return entries
-    lookup = blocks[0].a.dtype == torch.int64
-    if lookup or _gram_flops(blocks) <= _outer_flops(blocks):
+    if blocks[0].is_lookup or _gram_flops(blocks) <= _outer_flops(blocks):
         _gram(blocks, entries, budget)
     else:
         _outer(blocks, entries, budget)
     return entries
 
 
-def _gram_flops(blocks: Sequence[Block]) -> int:
+def _gram_flops(blocks: Sequence[SharedFactor]) -> int:
     total = 0
     for left in blocks:
         m, positions, x = left.b.shape
@@ -154,61 +155,59 @@ def _gram_flops(blocks: Sequence[Block]) -> int:
     return total
 
 
-def _outer_flops(blocks: Sequence[Block]) -> int:
+def _outer_flops(blocks: Sequence[SharedFactor]) -> int:
     size = blocks[0].b.shape[2] * blocks[0].a.shape[1]
     counts = [sum(len(block.tokens) for block in blocks if block.side == side) for side in (0, 1)]
     return 2 * size * (sum(block.b.shape[0] * block.b.shape[1] for block in blocks) + counts[0] * counts[1])
 
 
-def _kernel(left: Block, right: Block, dtype: torch.dtype) -> Tensor:
+def _kernel(left: SharedFactor, right: SharedFactor, dtype: torch.dtype) -> Tensor:
     """`a a'ᵀ`, `[M, M']`."""
-    if left.a.dtype == torch.int64:
+    if left.is_lookup:
         return (left.a[:, None] == right.a[None]).to(dtype)
     return left.a.to(dtype) @ right.a.to(dtype).T
 
 
-def _gram(blocks: Sequence[Block], entries: Entries, budget: int) -> None:
+def _gram(blocks: Sequence[SharedFactor], entries: TokenEntries, budget: int) -> None:
+    """`⟨G_i, G_j⟩ = ⟨b_i, (a a'ᵀ) b_j⟩`, some columns of b at a time; the `[M, M']` come on top of the budget."""
     wide = accumulator(blocks[0].b.dtype)
     families = prefix_families([block for block in blocks if block.side == 0])
     for right in blocks:
-        own = _kernel(right, right, wide)
+        square = _kernel(right, right, wide)
         others = [(family, _kernel(family[0], right, wide)) for family in families if right.side == 1]
         longest = max([right.b.shape[1], *(kernel.shape[0] for _, kernel in others)])
         most = max(len(block.tokens) * block.b.shape[1] for block in blocks)
         copies = 3 if right.b.dtype == wide else 4
         step = max(1, budget // (wide.itemsize * max(1, copies * len(right.tokens) * longest + most)))
         for span in spans(right.b.shape[2], step):
-            _add_columns(entries, right, span, own, others)
+            _add_columns(entries, right, span, square, others)
 
 
 def _add_columns(
-    entries: Entries, right: Block, span: slice, own: Tensor, others: Sequence[tuple[list[Block], Tensor]]
+    entries: TokenEntries,
+    right: SharedFactor,
+    span: slice,
+    kernel: Tensor,
+    others: Sequence[tuple[list[SharedFactor], Tensor]],
 ) -> None:
-    """What some columns of a block's cotangents add to its squares and to its products with the chosen tokens."""
-    wide = own.dtype
-    there = right.b[:, :, span].to(wide)
-    moved = torch.matmul(own, there)  # [n, M, step]
-    entries.add_squares(right.side, right.tokens, (moved * there).flatten(1).sum(1))
+    """Add the share of some columns of b to a block's squares and to its products with the chosen tokens."""
+    wide = kernel.dtype
+    columns = right.b[:, :, span].to(wide)
+    moved = torch.matmul(kernel, columns)  # [n, M, step]
+    entries.add_squares(right.side, right.tokens, (moved * columns).flatten(1).sum(1))
     for family, kernel in others:
         del moved
-        moved = torch.matmul(kernel, there)
+        moved = torch.matmul(kernel, columns)
         for left in family:
-            here = left.b[:, :, span].to(wide).flatten(1)
-            entries.add_inner(left.tokens, right.tokens, products(here, moved[:, : left.b.shape[1]].flatten(1)))
-            del here
+            flat = left.b[:, :, span].to(wide).flatten(1)
+            entries.add_inner(left.tokens, right.tokens, products(flat, moved[:, : left.b.shape[1]].flatten(1)))
+            del flat
 
 
-def prefix_families(blocks: Sequence[Block]) -> list[list[Block]]:
-    """Blocks whose shared operands are prefixes of one another.
-
-    Args:
-        blocks: of one side.
-
-    Returns:
-        Families, the longest block first in each; operands agree to rounding, ids exactly.
-    """
-    families: list[list[Block]] = []
-    for block in sorted(blocks, key=lambda one: -one.b.shape[1]):
+def prefix_families(blocks: Sequence[SharedFactor]) -> list[list[SharedFactor]]:
+    """Blocks of one side grouped by operand: the longest first, the others' operands its prefixes up to rounding."""
+    families: list[list[SharedFactor]] = []
+    for block in sorted(blocks, key=lambda block: -block.b.shape[1]):
         home = next((family for family in families if _is_prefix(block.a, family[0].a)), None)
         if home is None:
             families.append([block])
@@ -229,84 +228,65 @@ def _is_prefix(short: Tensor, long: Tensor) -> bool:
     return float((short - start).abs().max()) <= limit
 
 
-def _outer(blocks: Sequence[Block], entries: Entries, budget: int) -> None:
+def _outer(blocks: Sequence[SharedFactor], entries: TokenEntries, budget: int) -> None:
+    """`⟨G_i, G_j⟩` from gradients that are formed, tile by tile."""
     wide = accumulator(blocks[0].b.dtype)
     rows, columns = blocks[0].b.shape[2], blocks[0].a.shape[1]
     tokens = sum(len(block.tokens) for block in blocks)
     width = min(columns, max(1, budget // (2 * wide.itemsize * tokens)))
-    # Besides a row of the tile and its squares, the row's cotangents at all positions, widened and turned.
+    # Besides a row of the tile and its squares, the row's output gradients at all positions, widened and turned.
     turned = max(block.b.shape[0] * block.b.shape[1] for block in blocks) * (1 if blocks[0].b.dtype == wide else 2)
     height = max(1, min(rows, budget // (wide.itemsize * (2 * width * tokens + turned))))
     for top in spans(rows, height):
         for left in spans(columns, width):
-            _add_tile(entries, [(block.side, block.tokens, _formed(block, top, left, wide)) for block in blocks])
+            _add_tile(entries, [_form(block, top, left, wide) for block in blocks])
 
 
-def _formed(block: Block, top: slice, left: slice, dtype: torch.dtype) -> Tensor:
+def _form(block: SharedFactor, top: slice, left: slice, dtype: torch.dtype) -> Gradients:
     """A tile of every token's gradient, `[m, rows·columns]`."""
     b = block.b[:, :, top].to(dtype)
-    return (b.mT.reshape(-1, b.shape[1]) @ block.a[:, left].to(dtype)).view(len(b), -1)
+    grads = (b.mT.reshape(-1, b.shape[1]) @ block.a[:, left].to(dtype)).view(len(b), -1)
+    return Gradients(block.side, block.tokens, grads)
 
 
-def lone_entries(
-    blocks: Sequence[tuple[int, Sequence[int], Tensor, Tensor]], sizes: tuple[int, int], budget: int
-) -> Entries:
-    """Entries of gradients of rank one, `G_i = u_i v_iᵀ`: `(u_i·u_j)(v_i·v_j)`.
-
-    Args:
-        blocks: `(side, tokens, u [m, O], v [m, I])`.
-        sizes: `(n_w, n_l)`.
-        budget: bytes that widened tiles may take.
-
-    Returns:
-        The entries.
-    """
-    first = flat_entries([(side, tokens, u) for side, tokens, u, _ in blocks], sizes, budget)
-    second = flat_entries([(side, tokens, v) for side, tokens, _, v in blocks], sizes, budget)
-    first.inner *= second.inner
-    for mine, theirs in zip(first.squares, second.squares, strict=True):
-        mine *= theirs
-    return first
+def rank_one_entries(parts: Sequence[RankOne], sizes: tuple[int, int], budget: int) -> TokenEntries:
+    """Entries `(u_i·u_j)(v_i·v_j)` of gradients of rank one, widened in tiles of `budget` bytes."""
+    entries = gradient_entries([Gradients(part.side, part.tokens, part.u) for part in parts], sizes, budget)
+    others = gradient_entries([Gradients(part.side, part.tokens, part.v) for part in parts], sizes, budget)
+    entries.inner *= others.inner
+    for squares, factors in zip(entries.squares, others.squares, strict=True):
+        squares *= factors
+    return entries
 
 
 def tied_entries(
-    lone: Sequence[tuple[int, Sequence[int], Tensor, Tensor]],
-    looked: Sequence[Block],
+    heads: Sequence[RankOne],
+    lookups: Sequence[SharedFactor],
     ids: Tensor,
     sizes: tuple[int, int],
     budget: int,
-) -> Entries:
-    """What a head and an embedding that are one weight add to the entries of either: the products of the two.
-
-    Args:
-        lone: the head's `(side, tokens, u [m, n ids], v [m, I])`, u on the rows `ids` of the weight alone.
-        looked: the embedding's blocks, with ids.
-        ids: int64, sorted, every id that is looked up.
-        sizes: `(n_w, n_l)`.
-        budget: bytes that tiles may take.
-
-    Returns:
-        The entries to add.
-    """
-    entries = Entries(sizes)
-    for side, tokens, u, v in lone:
+) -> TokenEntries:
+    """Cross terms of a tied head, u on the rows `ids` alone, and its embedding: to be added to the entries of both."""
+    entries = TokenEntries(sizes)
+    for head in heads:
+        side, tokens, u, v = head.side, head.tokens, head.u, head.v
         wide = accumulator(u.dtype)
-        for block in looked:
-            near = u.to(wide)[:, torch.searchsorted(ids, block.a)]  # [m, M]
+        for block in lookups:
+            rows = u.to(wide)[:, torch.searchsorted(ids, block.a)]  # [m, M]
             step = max(1, budget // (2 * wide.itemsize * max(1, block.b.shape[1] * max(len(tokens), block.b.shape[2]))))
             for span in spans(len(block.tokens), step):
-                others = list(block.tokens[span])
+                looked_up = list(block.tokens[span])
                 weights = block.b[span].to(wide) @ v.to(wide).T  # [n, M, m]
-                values = torch.einsum("npm,mp->mn", weights, near)
+                values = torch.einsum("npm,mp->mn", weights, rows)
                 if side != block.side:
                     if side == 0:
-                        entries.add_inner(tokens, others, values)
+                        entries.add_inner(tokens, looked_up, values)
                     else:
-                        entries.add_inner(others, tokens, values.T)
+                        entries.add_inner(looked_up, tokens, values.T)
                     continue
                 place = {token: number for number, token in enumerate(tokens)}
-                both = [(place[token], number, token) for number, token in enumerate(others) if token in place]
-                if both:
-                    mine, theirs, names = zip(*both, strict=True)
-                    entries.add_squares(side, names, 2 * values[list(mine), list(theirs)])
+                shared = [(place[token], number, token) for number, token in enumerate(looked_up) if token in place]
+                if shared:
+                    rows_at, columns_at, names = zip(*shared, strict=True)
+                    entries.add_squares(side, names, 2 * values[list(rows_at), list(columns_at)])
     return entries

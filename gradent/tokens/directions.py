@@ -6,13 +6,13 @@ It is the optimizer's next step, or what the user hands in.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from gradent.errors import GradentWarning, InputError
+from gradent import notices
+from gradent.errors import InputError
 from gradent.kernels.common.numerics import accumulator, spans
 from gradent.kernels.common.precision import exactly
 
@@ -31,47 +31,27 @@ _WINDOW = {"cpu": 2**14, "cuda": 2**26}
 
 
 def check_toward(toward: object, optimizer: object) -> None:
-    """Refuse what `token_effects` cannot look toward.
-
-    Args:
-        toward: as the user gave it.
-        optimizer: as the user gave it.
-
-    Raises:
-        InputError: an unknown direction, "step" without an optimizer, or an optimizer with another direction.
-    """
+    """Refuse an unknown `toward`, "step" without an optimizer, and an optimizer without "step"."""
     if not isinstance(toward, (str, Mapping, Tensor)):
         raise InputError(f"token_effects: toward is a {type(toward).__name__}; {_ACCEPTED}.")
     if isinstance(toward, str) and toward not in (*OWN, "step"):
         raise InputError(f"token_effects: toward={toward!r} is unknown; {_ACCEPTED}.")
-    stepping = isinstance(toward, str) and toward == "step"
-    if stepping and optimizer is None:
+    is_step = isinstance(toward, str) and toward == "step"
+    if is_step and optimizer is None:
         raise InputError(
             "token_effects: toward='step' needs the optimizer whose step is meant. Pass optimizer=, after "
             "loss.backward() and before optimizer.step()."
         )
-    if optimizer is not None and not stepping:
-        what = repr(toward) if isinstance(toward, str) else f"a {type(toward).__name__}"
+    if optimizer is not None and not is_step:
+        received = repr(toward) if isinstance(toward, str) else f"a {type(toward).__name__}"
         raise InputError(
-            f"token_effects: optimizer= goes with toward='step' alone; received toward={what}. Pass toward='step', or "
-            "leave optimizer= out."
+            f"token_effects: optimizer= goes with toward='step' alone; received toward={received}. Pass "
+            "toward='step', or leave optimizer= out."
         )
 
 
 def given_vector(toward: Mapping[str, Tensor] | Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The user's vector, by parameter.
-
-    Args:
-        toward: `{name: tensor of the parameter's shape}`, names left out being zero; or one tensor `[P]`, P the number
-            of trainable elements, in the order of `parameters`.
-        parameters: the trainable parameters by name.
-
-    Returns:
-        `{name: tensor}`, some of the parameters, in the user's dtype.
-
-    Raises:
-        InputError: an unknown name, another shape, or no floating dtype.
-    """
+    """The user's vector by parameter, from `{name: tensor}` or one flat tensor over all trainable elements."""
     if isinstance(toward, Tensor):
         total = sum(parameter.numel() for parameter in parameters.values())
         if toward.shape != (total,):
@@ -103,20 +83,7 @@ def given_vector(toward: Mapping[str, Tensor] | Tensor, parameters: Mapping[str,
 
 @torch.no_grad()
 def planned_step(optimizer: object, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the optimizer's next step would add to each parameter, found by stepping a copy of it.
-
-    Args:
-        optimizer: a `torch.optim.Optimizer`; accelerate's wrapper is opened. Neither it nor its parameters are touched;
-            memory: a copy of its parameters, gradients and state.
-        parameters: the trainable parameters by name, with the `.grad`s that the step would use.
-
-    Returns:
-        `{name: θ_after - θ_before}` of the trainable parameters that the optimizer holds, in their dtypes.
-
-    Raises:
-        InputError: not an optimizer, or one of another model; no `.grad` anywhere; or a copy of it cannot be made or
-            stepped.
-    """
+    """`θ_after - θ_before` by parameter, from stepping a copy of the optimizer on the parameters' `.grad`s."""
     if type(optimizer).__name__ == "AcceleratedOptimizer":  # any other wrapper may have a step of its own
         optimizer = getattr(optimizer, "optimizer", None)
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -126,25 +93,24 @@ def planned_step(optimizer: object, parameters: Mapping[str, Tensor]) -> dict[st
         )
     held = [tensor for group in optimizer.param_groups for tensor in group["params"]]
     names = {id(tensor): name for name, tensor in parameters.items()}
-    mine = [tensor for tensor in held if id(tensor) in names]
-    if not mine:
+    trained = [tensor for tensor in held if id(tensor) in names]
+    if not trained:
         raise InputError(
             f"token_effects: none of the optimizer's {len(held)} parameters is a trainable parameter of this model, "
             f"which has {len(parameters)}. Pass the optimizer that was made over this very model (after adapters were "
             "added, if any)."
         )
-    if all(tensor.grad is None for tensor in mine):
+    if all(tensor.grad is None for tensor in trained):
         raise InputError(
-            f"token_effects: none of the {len(mine)} parameters that the optimizer holds has a .grad, so it has no "
+            f"token_effects: none of the {len(trained)} parameters that the optimizer holds has a .grad, so it has no "
             "step to take. Call loss.backward() first, and measure before optimizer.zero_grad()."
         )
     hooks = len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)  # noqa: SLF001
     if hooks:
-        warnings.warn(
+        notices.warn(
             f"gradent.token_effects steps a copy of the optimizer, without its {hooks} step hooks: they belong to the "
             "original, and may act on more than it. What they would change of the step is missing.",
-            GradentWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
     stepped = _stepped(optimizer)
     return {
@@ -178,11 +144,11 @@ def _stepped(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def dot(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str, float]:
-    """`⟨left, right⟩` of every parameter that both have, a window at a time; the windows' sums are added in float64."""
+    """`⟨left, right⟩` of every parameter that both have, in windows whose sums are added in float64."""
     products = {}
     for name in filter(right.__contains__, left):
-        one = left[name].flatten()
-        products[name] = _dot(one, one if right[name] is left[name] else right[name].flatten())
+        flat = left[name].flatten()
+        products[name] = _dot(flat, flat if right[name] is left[name] else right[name].flatten())
     return products
 
 
@@ -192,8 +158,8 @@ def _dot(left: Tensor, right: Tensor) -> float:
     total = torch.zeros((), dtype=torch.float64, device=left.device)
     wide = accumulator(torch.promote_types(left.dtype, right.dtype)) if left.device.type == "cpu" else torch.float64
     for span in spans(len(left), _WINDOW.get(left.device.type, _WINDOW["cuda"])):
-        one = left[span].to(wide)
-        total += one @ (one if left is right else right[span].to(wide))
+        part = left[span].to(wide)
+        total += part @ (part if left is right else right[span].to(wide))
     return float(total)
 
 

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from gradent.errors import InputError, NonFiniteError
-from gradent.model.calls import check_ids, forward_marked, input_device, observed, plain, trainable
+from gradent.model.autograd import row_gradients
+from gradent.model.calls import forward_marked
 from gradent.model.facts import require_causal
 from gradent.model.logprobs import check_logps, sequence_logprobs
+from gradent.model.observed import observed
+from gradent.model.parameters import check_ids, input_device, trainable, unwrap_compiled
 from gradent.pairs.batch import PairBatch
 from gradent.tokens.directions import OWN, check_toward, dot, given_vector, planned_step
-from gradent.tokens.tangents import Claim, Differentiate, Direction, Row, backward
+from gradent.tokens.tangents import Differentiator, Direction, ExpectedSum, Row
 
 __all__ = ["token_effects"]
 
@@ -35,12 +38,11 @@ def token_effects(
 ) -> Tensor:
     """How far a step along v moves the log-prob of every completion token, to first order: `⟨∇log π(y^a), v⟩`.
 
-    Exact, by forward-mode differentiation, whatever the number of tokens: "rejected" and "chosen" cost about one and a
-    half times a pair's two forward and backward passes, "margin" about two times, "step" and a vector about once a pair
-    and half of it a call. A pair's rows share a padded forward, if the first pair of the model shows that they can. A
-    backward pass of every pair (of the first one, if v is the same for all) checks the sum
-    over a row; where they differ, or torch has no forward derivative of the model, every token has a backward of its
-    own, with a warning. The model is left as it was, as by `measure`.
+    Exact, by forward-mode differentiation, whatever the number of tokens. In units of a pair's two forward and backward
+    passes, "rejected" and "chosen" cost about 1.5, "margin" about 2, "step" and a vector about 1 (and 0.5 a call). A
+    backward pass of every pair (of the first one, if v is the same for all) checks the sum over a row. Where the two
+    differ, or torch has no forward derivative of the model, every token has a backward of its own, with a warning. The
+    model is left as it was, as by `measure`.
 
     Args:
         model: a causal language model, as in `measure`; in eval mode meanwhile.
@@ -68,49 +70,50 @@ def token_effects(
         >>> effects = token_effects(model, batch)  # doctest: +SKIP
         >>> [chosen.sum() for chosen, _ in batch.split_tokens(effects)]  # doctest: +SKIP
     """
-    model = plain(model)
+    model = unwrap_compiled(model)
     parameters = trainable(model)
     check_toward(toward, optimizer)
     half, device = len(batch), input_device(model)
     rows = [batch.row(index) for index in range(2 * half)]
     check_ids(model, torch.cat([ids for ids, _ in rows]))
     rows = [(ids.to(device), marks.to(device)) for ids, marks in rows]
-    differentiate = Differentiate(model, parameters)
+    differentiator = Differentiator(model, parameters)
     effects: list[Tensor] = [torch.empty(0)] * (2 * half)
     with torch.enable_grad(), observed(model):
-        fixed = None if isinstance(toward, str) and toward in OWN else _fixed(toward, optimizer, parameters)
+        fixed = None if isinstance(toward, str) and toward in OWN else _shared_direction(toward, optimizer, parameters)
         require_causal(model, rows[0][0])
         for pair in range(half):
-            two = (rows[pair], rows[half + pair])
-            trim = differentiate.trim(two[0][0])
+            sides = (rows[pair], rows[half + pair])
+            trim = differentiator.can_trim(sides[0][0])
             if fixed is None:
-                direction = _own(model, parameters, two, pair, str(toward), trim=trim)
+                direction = _pair_direction(model, parameters, sides, pair, str(toward), trim=trim)
             else:
-                direction = fixed if pair else _checked(fixed, model, parameters, two, trim=trim)
-            effects[pair], effects[half + pair] = differentiate(two, pair, direction)
+                direction = fixed if pair else _with_expected_sum(fixed, model, parameters, sides, trim=trim)
+            effects[pair], effects[half + pair] = differentiator(sides, pair, direction)
     return torch.cat(effects)
 
 
-def _own(
-    model: nn.Module, parameters: Mapping[str, Tensor], two: Sequence[Row], pair: int, toward: str, *, trim: bool
+def _pair_direction(
+    model: nn.Module, parameters: Mapping[str, Tensor], sides: Sequence[Row], pair: int, toward: str, *, trim: bool
 ) -> Direction:
-    """The direction that is a pair's own."""
+    """The gradient of the pair's own log-prob or margin."""
     if toward != "margin":
         chosen = toward == "chosen"
-        vector, norm = _gradient(model, parameters, two[0 if chosen else 1], pair, chosen=chosen, trim=trim)
-        return Direction(vector, norm, Claim(float(chosen), float(not chosen), norm**2, norm**2))
-    vector, norm = _gradient(model, parameters, two[0], pair, chosen=True, trim=trim)
-    taken, other = _gradient(model, parameters, two[1], pair, chosen=False, trim=trim)
-    for name, part in taken.items():
+        vector, norm = _gradient(model, parameters, sides[0 if chosen else 1], pair, chosen=chosen, trim=trim)
+        return Direction(vector, norm, ExpectedSum(float(chosen), float(not chosen), norm**2, norm**2))
+    vector, chosen_norm = _gradient(model, parameters, sides[0], pair, chosen=True, trim=trim)
+    rejected, rejected_norm = _gradient(model, parameters, sides[1], pair, chosen=False, trim=trim)
+    for name, part in rejected.items():
         vector[name] = vector[name] - part if name in vector else -part
     square = sum(dot(vector, vector).values())
-    return Direction(vector, math.sqrt(square), Claim(1.0, -1.0, square, (norm + other) * math.sqrt(square)))
+    norm = math.sqrt(square)
+    return Direction(vector, norm, ExpectedSum(1.0, -1.0, square, (chosen_norm + rejected_norm) * norm))
 
 
-def _fixed(
+def _shared_direction(
     toward: str | Mapping[str, Tensor] | Tensor, optimizer: object, parameters: Mapping[str, Tensor]
 ) -> Direction:
-    """The direction that is the same for all pairs."""
+    """The direction that all pairs share: the optimizer's next step, or the user's vector."""
     if isinstance(toward, str):
         vector = planned_step(optimizer, parameters)
     else:
@@ -132,23 +135,24 @@ def _fixed(
     return Direction(moving, math.sqrt(sum(squares.values())))
 
 
-def _checked(
-    direction: Direction, model: nn.Module, parameters: Mapping[str, Tensor], two: Sequence[Row], *, trim: bool
+def _with_expected_sum(
+    direction: Direction, model: nn.Module, parameters: Mapping[str, Tensor], sides: Sequence[Row], *, trim: bool
 ) -> Direction:
-    """The direction, with what a backward pass of the rejected row says of it."""
-    gradient, norm = _gradient(model, parameters, two[1], 0, chosen=False, trim=trim)
+    """The direction, with the sum of effects that a backward pass of the rejected row gives."""
+    gradient, norm = _gradient(model, parameters, sides[1], 0, chosen=False, trim=trim)
     value = sum(dot(gradient, direction.vector).values())
-    return replace(direction, claim=Claim(0.0, 1.0, value, norm * direction.norm))
+    return replace(direction, expected=ExpectedSum(0.0, 1.0, value, norm * direction.norm))
 
 
 def _gradient(
     model: nn.Module, parameters: Mapping[str, Tensor], row: Row, pair: int, *, chosen: bool, trim: bool
 ) -> tuple[dict[str, Tensor], float]:
-    """`∇_θ log π(y|x)` by parameter, those that have none left out, and its norm."""
+    """`∇_θ log π(y|x)` by parameter, without those that it does not depend on, and its norm."""
     ids, marks = row
     logp = sequence_logprobs(*forward_marked(model, ids[None], marks[None], trim=trim))
     check_logps(logp, [pair], [chosen])
-    grads = backward(logp.sum(), parameters, keep=False)
+    gradients = row_gradients(logp.sum(), list(parameters.values()))
+    grads = {name: grad for name, grad in zip(parameters, gradients, strict=True) if grad is not None}
     squares = dot(grads, grads)
     for name, square in squares.items():
         if not math.isfinite(square):

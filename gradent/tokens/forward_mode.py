@@ -32,22 +32,7 @@ Result = TypeVar("Result")
 def push(
     function: Callable[[Mapping[str, Tensor]], Result], values: Mapping[str, Tensor], vector: Mapping[str, Tensor]
 ) -> Result:
-    """Call `function(θ)` so that whatever it computes from θ carries its tangent `∂/∂θ · v`, which `split` shows.
-
-    What a backward pass treats as constant has no tangent.
-
-    Args:
-        function: takes its parameters by name, and calls torch for all it does with them.
-        values: θ, by name.
-        vector: v, some of those names, each of its parameter's shape, dtype and device; others are zero.
-
-    Returns:
-        What `function` returns; tangents do not outlive the call.
-
-    Raises:
-        NotImplementedError: torch has no forward derivative of an operator, or a custom `autograd.Function` has no
-            `jvp`; RuntimeError where torch puts it otherwise.
-    """
+    """Call `function(θ)` in forward mode along v, given for some of θ's names; `split` shows the tangents."""
     with _no_fused_attention(), forward_ad.dual_level():
         duals = {name: _joined(value.detach(), [vector.get(name)]) for name, value in values.items()}
         with _Rules():
@@ -64,7 +49,7 @@ def split(value: Any) -> tuple[Any, Tensor | None]:
 
 @contextmanager
 def _no_fused_attention() -> Iterator[None]:
-    """Kernels without a forward derivative switched off: flash attention, and that of `nn.MultiheadAttention`."""
+    """Switch off attention kernels that have no forward derivative."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -75,7 +60,7 @@ def _no_fused_attention() -> Iterator[None]:
 
 
 class _Rules(TorchFunctionMode):
-    """Calls the rule of a function, and torch where there is none or it declines."""
+    """Calls a function's rule, or torch if there is none or it declines."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -84,7 +69,7 @@ class _Rules(TorchFunctionMode):
         if func is Tensor.requires_grad_:  # for checkpointing's sake: a graph that nobody would use
             return args[0]
         rule, result = _RULES.get(func), NotImplemented
-        if rule is not None and len(args) > 1 and _plain(args) and _plain(kwargs.values()):
+        if rule is not None and len(args) > 1 and _are_plain(args) and _are_plain(kwargs.values()):
             result = rule(func, *args, **kwargs)
         if result is NotImplemented:
             result = func(*args, **kwargs)
@@ -92,18 +77,18 @@ class _Rules(TorchFunctionMode):
         return result if torch.is_grad_enabled() else tree_map(_constant, result)
 
 
-def _plain(values: Any) -> bool:
-    """Whether no argument is a tensor of a class of its own (quantized, sharded), which rules know nothing of."""
+def _are_plain(values: Any) -> bool:
+    """Whether no argument is of a tensor subclass (quantized, sharded), which the rules do not know."""
     return all(type(value) in (Tensor, nn.Parameter) for value in values if isinstance(value, Tensor))
 
 
 def _joined(value: Tensor, parts: Sequence[Tensor | None]) -> Tensor:
-    """x with the sum of the given tangents, each a tensor of its own, the first of x's shape and dtype."""
-    found = [part for part in parts if part is not None]
-    if not found:
+    """x with the sum of the given tangents as its own; the first is changed in place."""
+    tangents = [part for part in parts if part is not None]
+    if not tangents:
         return value
-    total = found[0]
-    for part in found[1:]:
+    total = tangents[0]
+    for part in tangents[1:]:
         total += part
     dual: Tensor = forward_ad.make_dual(value, total)  # type: ignore[no-untyped-call]
     return dual
@@ -118,10 +103,7 @@ def _product(func: Rule, left: Any, right: Any, **kwargs: Any) -> Any:
     if kwargs.get("out") is not None or kwargs.get("bias") is not None:
         return NotImplemented
     (x, dx), (y, dy) = split(left), split(right)
-    halves = [
-        None if dx is None else func(dx, y, **kwargs),
-        None if dy is None else func(x, dy, **kwargs),
-    ]
+    halves = [None if dx is None else func(dx, y, **kwargs), None if dy is None else func(x, dy, **kwargs)]
     return _joined(func(x, y, **kwargs), halves)
 
 
@@ -155,11 +137,7 @@ def _linear(func: Rule, left: Any, weight: Any, bias: Any = None) -> Any:
     """`x wᵀ + b`."""
     (x, dx), (w, dw), (b, db) = split(left), split(weight), split(bias)
     value = func(x, w, b)
-    parts = [
-        None if dx is None else func(dx, w),
-        None if dw is None else func(x, dw),
-        _spread(db, value),
-    ]
+    parts = [None if dx is None else func(dx, w), None if dw is None else func(x, dw), _spread(db, value)]
     return _joined(value, parts)
 
 
@@ -169,16 +147,12 @@ def _addmm(func: Rule, bias: Any, left: Any, right: Any, **kwargs: Any) -> Any:
         return NotImplemented
     (b, db), (x, dx), (w, dw) = split(bias), split(left), split(right)
     value = func(b, x, w)
-    parts = [
-        None if dx is None else torch.mm(dx, w),
-        None if dw is None else torch.mm(x, dw),
-        _spread(db, value),
-    ]
+    parts = [None if dx is None else torch.mm(dx, w), None if dw is None else torch.mm(x, dw), _spread(db, value)]
     return _joined(value, parts)
 
 
 def _spread(tangent: Tensor | None, value: Tensor) -> Tensor | None:
-    """The tangent in x's shape and dtype: a copy, since the model may write into x, which moves its tangent too."""
+    """The tangent in x's shape and dtype, copied: the model may write into x, which moves its tangent too."""
     return None if tangent is None else torch.empty_like(value).copy_(tangent)
 
 
@@ -192,7 +166,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    """What is looked up moves as a backward pass has it: padding not at all, and by frequency where that is asked."""
+    """Looked-up rows move as in a backward pass: padding not at all, and divided by frequency if asked."""
     w, dw = split(weight)
     if dw is None or max_norm is not None:
         return NotImplemented

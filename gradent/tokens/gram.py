@@ -21,15 +21,7 @@ __all__ = ["TokenGram", "TokenSplit", "match_tokens"]
 
 
 def match_tokens(chosen: list[int], rejected: list[int]) -> list[tuple[int, int]]:
-    """Align two responses: which of their tokens are the same ones.
-
-    Args:
-        chosen: token ids.
-        rejected: token ids.
-
-    Returns:
-        `(a, b)` with `chosen[a] == rejected[b]`, both increasing: what a diff of the two leaves unchanged.
-    """
+    """`(a, b)` with `chosen[a] == rejected[b]`, both increasing: the token ids that a diff leaves unchanged."""
     blocks = SequenceMatcher(None, chosen, rejected, autojunk=False).get_matching_blocks()
     return [(block.a + step, block.b + step) for block in blocks for step in range(block.size)]
 
@@ -158,18 +150,17 @@ class TokenGram:
                 matplotlib is not installed.
 
         Example:
-            >>> gram.plot([tokenizer.decode(each) for each in gram.chosen_ids], path="tokens.png")  # doctest: +SKIP
+            >>> gram.plot([tokenizer.decode(token) for token in gram.chosen_ids], path="tokens.png")  # doctest: +SKIP
         """
+        from gradent.figures.charts import token_cosines  # noqa: PLC0415
         from gradent.figures.token_heatmap import TokenPicture, draw_tokens, write_figure  # noqa: PLC0415
 
+        chosen = list(map(str, self.chosen_ids.tolist())) if chosen_tokens is None else chosen_tokens
+        rejected = list(map(str, self.rejected_ids.tolist())) if rejected_tokens is None else rejected_tokens
         picture = TokenPicture(
-            cosine=self.cosine.numpy(),
-            chosen=[str(each) for each in self.chosen_ids.tolist()] if chosen_tokens is None else chosen_tokens,
-            rejected=[str(each) for each in self.rejected_ids.tolist()] if rejected_tokens is None else rejected_tokens,
+            heat=token_cosines(chosen, rejected, self.cosine.tolist(), self.alignment, title or ""),
             chosen_entanglement=self.chosen_entanglement.numpy(),
             rejected_entanglement=self.rejected_entanglement.numpy(),
-            alignment=self.alignment,
-            title=title or "",
         )
         figure = draw_tokens(picture)
         if path is not None:

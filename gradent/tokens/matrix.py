@@ -1,9 +1,9 @@
 """Which tokens are entangled: `measure_tokens`.
 
 A *token's* gradient is `∇_θ log π(y^a | x, y^{<a})`, over all parameters and through all earlier positions; what a hook
-sees at position a is something else. Two ways lead to it: in step (`synchronized.py`), where each token has a
-cotangent of its own in one backward pass, and, for models that do not allow it, token by token, where each is a row of
-its own: the prefix that ends with it, in which it alone is marked.
+sees at position a is something else. Two ways lead to it: one backward pass a row that carries a gradient for every
+token (`synchronized.py`), and, for models that do not allow it, token by token, where each is a row of its own: the
+prefix that ends with it, in which it alone is marked.
 
 Letters: B pairs, T_w and T_l completion tokens of chosen and rejected.
 """
@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,22 +20,24 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from gradent.errors import GradentWarning
+from gradent import notices
 from gradent.hooks.passes.autograd_engine import is_plain, plain_rows, run_plainly
-from gradent.hooks.passes.driver import agreement, announce_single_rows, measure_groups, rows_share
+from gradent.hooks.passes.driver import announce_single_rows, measure_groups, rows_share
 from gradent.hooks.passes.hooks_engine import NeedsSingleRows, run
 from gradent.hooks.passes.microbatch import MicroBatch, group_rows
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.kernels.common.budget import least_budget, parse_budget
 from gradent.kernels.common.numerics import spans
 from gradent.kernels.common.wanted import Wanted
-from gradent.model.calls import check_ids, input_device, observed, plain, trainable
-from gradent.model.facts import ignores_padding, require_causal, trims
+from gradent.model.autograd import quiet_vmap
+from gradent.model.facts import computing_dtypes, facts, ignores_padding, require_causal, tolerance, trims
+from gradent.model.observed import observed
+from gradent.model.parameters import check_ids, input_device, trainable, unwrap_compiled
 from gradent.pairs.batch import PairBatch
-from gradent.tokens.contractions import Entries
+from gradent.tokens.contractions import TokenEntries
 from gradent.tokens.gram import TokenGram
-from gradent.tokens.row_pass import NoLockstep
-from gradent.tokens.synchronized import Lockstep
+from gradent.tokens.row_pass import NoSharedBackward
+from gradent.tokens.synchronized import SynchronizedPasses
 
 __all__ = ["measure_tokens"]
 
@@ -50,23 +50,17 @@ DEFAULT_BUDGET = 512 * 2**20
 PATIENCE = 3.0
 """Seconds after which a progress bar is shown."""
 
-# Models whose tokens cannot share a backward pass, with the reason, and those for which it was tried and agreed.
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], str]] = weakref.WeakKeyDictionary()
-
 Row = tuple[Tensor, Tensor]
 Advance = Callable[[float], None]
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """One pair's measurement: the model, what of it is trainable, both rows, and the pair's number in the batch.
-
-    `homes` says to which module's entries each parameter's are added, by the parameters' numbers.
-    """
+    """One pair's measurement."""
 
     model: nn.Module
     parameters: Mapping[str, Tensor]
-    homes: Sequence[str]
+    homes: Sequence[str]  # the module to whose entries each parameter's are added, by the parameters' numbers
     rows: Sequence[Row]
     number: int
     budget: int
@@ -83,15 +77,15 @@ class _Pair:
         """The trainable parameters by their numbers."""
         return list(self.parameters.values())
 
-    def by_home(self, found: Iterable[tuple[int, Entries]]) -> Iterable[tuple[str, Entries]]:
-        """Sum parameters' entries of a block by their homes."""
-        sums: dict[str, Entries] = {}
-        for number, part in found:
+    def sum_by_home(self, parts: Iterable[tuple[int, TokenEntries]]) -> Iterable[tuple[str, TokenEntries]]:
+        """The entries of a block by module, from those by parameter number."""
+        sums: dict[str, TokenEntries] = {}
+        for number, entries in parts:
             home = self.homes[number]
             if home in sums:
-                sums[home] += part
+                sums[home] += entries
             else:
-                sums[home] = part
+                sums[home] = entries
         return sums.items()
 
     def blocks(self, room: int) -> list[tuple[slice, slice]]:
@@ -112,7 +106,7 @@ def measure_tokens(
     """Measure every inner product between a chosen and a rejected token's gradient, pair by pair.
 
     Exact, on every model that `measure` takes, and as leaving of it. All tokens of a pair share one backward pass that
-    carries a cotangent for each; where a model does not allow it, which is said once, the cost is one forward and one
+    carries a gradient for each; where a model does not allow it, which is said once, the cost is one forward and one
     backward a token.
 
     Args:
@@ -120,10 +114,10 @@ def measure_tokens(
         batch: B preference pairs.
         by_module: also return each module's share.
         memory_budget: bytes, or a string such as "512MiB" (the default), that may be taken beyond the activations of
-            one forward pass of each row: by each token's cotangents, by what is held of them, by tiles. A pair that
-            needs more is measured in blocks of the matrix, each with a backward pass of its own; two tokens are the
-            least that is taken at once, and one row's gradient of the logits. The matrix itself is not counted, nor
-            its parts by module.
+            one forward pass of each row: by each token's output gradients, by what is held of them, by tiles. A pair
+            that needs more is measured in blocks of the matrix, each with a backward pass of its own; two tokens are
+            the least that is taken at once, and one row's gradient of the logits. The matrix itself is not counted,
+            nor its parts by module.
         progress: show a bar on a terminal where it takes more than a few seconds.
 
     Returns:
@@ -139,91 +133,91 @@ def measure_tokens(
         >>> grams = measure_tokens(model, batch)  # doctest: +SKIP
         >>> grams[0].cosine  # doctest: +SKIP
     """
-    model = plain(model)
+    model = unwrap_compiled(model)
     parameters = trainable(model)
     budget = parse_budget(memory_budget) or DEFAULT_BUDGET
     device = input_device(model)
     homes = [name.rpartition(".")[0] if by_module else "" for name in parameters]
     grams = []
-    with torch.enable_grad(), observed(model), _no_advice(), _bar(len(batch), shown=progress) as advance:
-        for pair in range(len(batch)):
-            rows = [batch.row(row) for row in (pair, len(batch) + pair)]
+    with torch.enable_grad(), observed(model), quiet_vmap(), _bar(len(batch), shown=progress) as advance:
+        for number in range(len(batch)):
+            rows = [batch.row(row) for row in (number, len(batch) + number)]
             check_ids(model, torch.cat([ids for ids, _ in rows]))
             rows = [(ids.to(device), marks.to(device)) for ids, marks in rows]
-            one = _Pair(model, parameters, homes, rows, pair, budget, advance)
-            grams.append(_to_gram(one, _measure_pair(one), by_module=by_module))
+            pair = _Pair(model, parameters, homes, rows, number, budget, advance)
+            grams.append(_to_gram(pair, _measure_pair(pair), by_module=by_module))
     return grams
 
 
-def _measure_pair(pair: _Pair, *, again: bool = False) -> dict[str, Entries]:
-    known, key = _KNOWN.setdefault(pair.model, {}), tuple(pair.parameters)
-    first = key not in known
-    if first or not known[key]:
-        if first:
+def _measure_pair(pair: _Pair, *, again: bool = False) -> dict[str, TokenEntries]:
+    known = facts(pair.model)
+    is_first = known.token_by_token is None
+    if not known.token_by_token:
+        if is_first:
             require_causal(pair.model, pair.rows[0][0], again=again)
-        reason, entries = _try_in_step(pair, first=first)
-        if not first and reason:  # the model changed since it was tried: try it as a new one
-            del known[key]
+        reason, entries = _try_together(pair, check=is_first)
+        if not is_first and reason:  # the model changed since it was tried: try it as a new one
+            known.token_by_token = None
             return _measure_pair(pair, again=True)
         if reason:
-            warnings.warn(
+            notices.warn(
                 f"gradent measures this model's tokens one by one (as exact, but about a forward and a backward a "
                 f"token): {reason}.",
-                GradentWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
-        known[key] = reason
+        known.token_by_token = reason
         if not reason:
             return entries
     return _one_by_one(pair)
 
 
-def _try_in_step(pair: _Pair, *, first: bool) -> tuple[str, dict[str, Entries]]:
-    """Why it cannot be done, or the entries. The first pair of a model is also measured as a whole, and must agree."""
-    told = 0.0
+def _try_together(pair: _Pair, *, check: bool) -> tuple[str, dict[str, TokenEntries]]:
+    """Why the tokens cannot share a backward, or the entries; with `check` their sum must be the pair's product."""
+    advanced = 0.0
 
-    def tell(share: float) -> None:
-        nonlocal told
-        told += share
+    def advance(share: float) -> None:
+        nonlocal advanced
+        advanced += share
         pair.advance(share)
 
     try:
-        entries = _in_step(replace(pair, advance=tell), check=first)
-    except NoLockstep as no:
-        reason = str(no)
+        entries = _together(replace(pair, advance=advance), check=check)
+    except NoSharedBackward as refusal:
+        reason = str(refusal)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # a backward that vmap cannot take
         reason = f"its backward pass cannot be run for many tokens at once ({' '.join(str(error).split())[:200]})"
     else:
-        reason = _disagreement(pair, entries) if first else ""
+        reason = _contradiction(pair, entries) if check else ""
         if not reason:
             return "", entries
-    pair.advance(-told)
+    pair.advance(-advanced)
     return reason, {}
 
 
-def _in_step(pair: _Pair, *, check: bool) -> dict[str, Entries]:
-    whole = not all(ignores_padding(pair.model, ids) for ids, _ in pair.rows)
+def _together(pair: _Pair, *, check: bool) -> dict[str, TokenEntries]:
+    """The entries by module, from one backward pass a row and block."""
+    can_split = all(ignores_padding(pair.model, ids) for ids, _ in pair.rows)
     trim = trims(pair.model, pair.rows[0][0])
-    lockstep = Lockstep(
-        pair.model, pair.tensors, pair.rows, whole=whole, trim=trim, budget=pair.budget, pair=pair.number
+    passes = SynchronizedPasses(
+        pair.model, pair.tensors, pair.rows, can_split=can_split, trim=trim, budget=pair.budget, pair=pair.number
     )
     try:
-        total: dict[str, Entries] = {}
-        blocks = pair.blocks(lockstep.block_size())
+        total: dict[str, TokenEntries] = {}
+        blocks = pair.blocks(passes.block_size())
         for block in blocks:
             chosen, rejected = (range(part.start, part.stop) for part in block)
-            found = lockstep.run(chosen, rejected, check=check, advance=lambda part: pair.advance(part / len(blocks)))
-            for home, part in pair.by_home(found):
-                total.setdefault(home, Entries(pair.sizes)).put(block, part.inner, part.squares)
+            parts = passes.run(chosen, rejected, check=check, advance=lambda part: pair.advance(part / len(blocks)))
+            for home, entries in pair.sum_by_home(parts):
+                total.setdefault(home, TokenEntries(pair.sizes)).put(block, entries.inner, entries.squares)
         return total
     finally:
-        lockstep.close()
+        passes.close()
 
 
-def _disagreement(pair: _Pair, entries: Mapping[str, Entries]) -> str:
-    """What is wrong with the sum of a matrix, which is the pair's inner product; empty where nothing is."""
+def _contradiction(pair: _Pair, entries: Mapping[str, TokenEntries]) -> str:
+    """How the sum of the matrix differs from the pair's inner product, measured as a whole; empty where it agrees."""
     micro = MicroBatch.pair(pair.rows, pair.number)
     ledger = Ledger(micro.wanted, budget=pair.budget)
     if is_plain(micro.forwards, plain_rows(pair.model, pair.tensors, pair.rows[0][0].device, pair.budget)):
@@ -233,16 +227,16 @@ def _disagreement(pair: _Pair, entries: Mapping[str, Entries]) -> str:
     chosen_sq, rejected_sq, inner = torch.stack([entry.cpu() for entry in outcome.entries.values()]).sum(0)
     total = sum(float(part.inner.sum()) for part in entries.values())
     error = abs(total - float(inner)) / max(float(chosen_sq * rejected_sq) ** 0.5, 1e-300)
-    if error <= agreement(pair.model, pair.rows[0][0].device):
+    if error <= tolerance("batched rows", computing_dtypes(pair.model, pair.rows[0][0].device)):
         return ""
     return f"the sum over its tokens differs from the pair's inner product by {error:.1e} (scaled)"
 
 
-def _to_gram(pair: _Pair, entries: Mapping[str, Entries], *, by_module: bool) -> TokenGram:
+def _to_gram(pair: _Pair, entries: Mapping[str, TokenEntries], *, by_module: bool) -> TokenGram:
     modules: dict[str, Tensor] = {}
-    total = Entries(pair.sizes)
+    total = TokenEntries(pair.sizes)
     for home in dict.fromkeys(pair.homes):
-        part = entries.get(home) or Entries(pair.sizes)
+        part = entries.get(home) or TokenEntries(pair.sizes)
         modules[home] = part.inner
         total += part
     chosen_ids, rejected_ids = (ids[marks].cpu() for ids, marks in pair.rows)
@@ -254,16 +248,6 @@ def _to_gram(pair: _Pair, entries: Mapping[str, Entries], *, by_module: bool) ->
         rejected_ids=rejected_ids,
         modules=modules if by_module else None,
     )
-
-
-@contextmanager
-def _no_advice() -> Iterator[None]:
-    """Without torch's advice to its own makers where an operator takes lanes one after the other."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "There is a performance drop because we have not yet implemented the batching"
-        )
-        yield
 
 
 @contextmanager
@@ -297,8 +281,8 @@ def _bar(pairs: int, *, shown: bool) -> Iterator[Advance]:
             bar.stop()
 
 
-def _one_by_one(pair: _Pair) -> dict[str, Entries]:
-    """Each token as a row of its own."""
+def _one_by_one(pair: _Pair) -> dict[str, TokenEntries]:
+    """The entries by module, each token measured as a row of its own."""
     chosen, rejected = (_prefixes(*row) for row in pair.rows)
     if rows_share(pair.model, pair.parameters) is None:  # found out, once a model, by measuring a pair of it
         measure_groups(
@@ -313,23 +297,23 @@ def _one_by_one(pair: _Pair) -> dict[str, Entries]:
         )
     room = TOKENS.get(pair.rows[0][0].device.type, TOKENS["cuda"]) // max(len(ids) for ids, _ in pair.rows)
     blocks = pair.blocks(room)
-    total: dict[str, Entries] = {}
+    total: dict[str, TokenEntries] = {}
     for block in blocks:
         top, left = block
         split = top.stop - top.start
         sums: dict[str, Tensor] = {}
-        for number, matrix in _cross(pair, [*chosen[top], *rejected[left]]).items():
+        for number, matrix in _all_products(pair, [*chosen[top], *rejected[left]]).items():
             home = pair.homes[number]
             sums[home] = sums[home] + matrix if home in sums else matrix
         for home, matrix in sums.items():
             diagonal = matrix.diagonal()
             squares = diagonal[:split], diagonal[split:]
-            total.setdefault(home, Entries(pair.sizes)).put(block, matrix[:split, split:], squares)
+            total.setdefault(home, TokenEntries(pair.sizes)).put(block, matrix[:split, split:], squares)
         pair.advance(1 / len(blocks))
     return total
 
 
-def _cross(pair: _Pair, tokens: Sequence[Row]) -> dict[int, Tensor]:
+def _all_products(pair: _Pair, tokens: Sequence[Row]) -> dict[int, Tensor]:
     """Parameter number -> inner products of all tokens with all, `[n, n]` float64."""
     single = [[row] for row in range(len(tokens))]
     grouped = group_rows([len(ids) for ids, _ in tokens], tokens[0][0].device)

@@ -1,8 +1,6 @@
-"""Where a backward pass can be cut: its nodes in the order in which they run, and what is under way between any two.
+"""The schedule of a backward pass: its nodes in the order in which they run, and the places where it can be cut.
 
-A pass that is run piece by piece gives the same gradients, and lets several passes keep step with one another.
-
-Letters: L tokens of the row, V its vocabulary.
+A pass that is run piece by piece gives the same gradients, and lets several passes be kept in step.
 """
 
 from __future__ import annotations
@@ -18,30 +16,22 @@ from torch.autograd.graph import GradientEdge, Node
 
 from gradent.hooks.capture.coverage import Edge
 
-__all__ = ["Order", "byte_size", "cut_order", "find_order"]
+__all__ = ["BackwardSchedule", "byte_size", "cut_schedule", "find_schedule"]
 
 
 @dataclass(frozen=True)
-class Order:
-    """The nodes below a model's output that lead to a recorded use or to an unrecorded parameter.
+class BackwardSchedule:
+    """The nodes below a model's output that lead to a recorded use or to an unrecorded parameter."""
 
-    Attributes:
-        nodes: every node after all of its consumers, as autograd would run them.
-        pending: edges whose gradients are under way before the node of the same place runs, one entry more than nodes.
-        costs: bytes of those gradients.
-        leaves: number of a parameter that no rule recorded -> places of the nodes whose gradient it collects.
-        sinks: nodes with nothing of interest below them.
-    """
-
-    nodes: list[Node]
-    pending: list[tuple[GradientEdge, ...]]
-    costs: list[int]
-    leaves: dict[int, list[int]]
-    sinks: frozenset[Node]
+    nodes: list[Node]  # every node after all of its consumers, as autograd would run them
+    pending: list[tuple[GradientEdge, ...]]  # edges whose gradients are under way before each node, and at the end
+    costs: list[int]  # bytes of those gradients
+    leaves: dict[int, list[int]]  # a parameter that no rule recorded -> places of the nodes that bring its gradient
+    sinks: frozenset[Node]  # nodes with nothing of interest below them
 
     @cached_property
     def names(self) -> list[str]:
-        """The kinds of the nodes: equal for two passes of the same code over rows of other lengths."""
+        """The kinds of the nodes: equal for rows of different lengths through the same code."""
         return [node.name() for node in self.nodes]
 
 
@@ -51,20 +41,10 @@ def byte_size(edge: GradientEdge) -> int:
     return int(math.prod(meta.shape) * meta.dtype.itemsize)
 
 
-def find_order(
+def find_schedule(
     root: GradientEdge, claimed: frozenset[Edge], uses: frozenset[Node], parameters: Mapping[Node, int]
-) -> Order:
-    """Walk the graph below `root`.
-
-    Args:
-        root: the model's output.
-        claimed: edges that recorded uses account for; they are not followed.
-        uses: output nodes of the recorded uses.
-        parameters: the nodes that accumulate each trainable parameter's gradient, with its number.
-
-    Returns:
-        The order.
-    """
+) -> BackwardSchedule:
+    """The schedule below `root`, from the edges that recorded uses claim, their nodes, and the parameters' nodes."""
     below, useful = _useful(root.node, claimed, uses, parameters)
     children = {
         node: [(child, nr) for child, nr in below[node] if child in useful and child not in parameters]
@@ -72,8 +52,8 @@ def find_order(
         if node not in parameters
     }
     waiting: dict[Node, int] = defaultdict(int)
-    for each in children.values():
-        for child, _ in each:
+    for edges in children.values():
+        for child, _ in edges:
             waiting[child] += 1
     nodes: list[Node] = []
     alive: dict[tuple[Node, int], GradientEdge] = {(root.node, root.output_nr): root}
@@ -104,7 +84,7 @@ def find_order(
         pending.append(tuple(alive.values()))
         costs.append(cost)
     sinks = frozenset(node for node in nodes if not children[node])
-    return Order(nodes, pending, costs, dict(leaves), sinks)
+    return BackwardSchedule(nodes, pending, costs, dict(leaves), sinks)
 
 
 def _children(node: Node, claimed: frozenset[Edge]) -> list[tuple[Node, int]]:
@@ -138,24 +118,13 @@ def _useful(
     return below, useful
 
 
-def cut_order(order: Order, start: int, held: Sequence[int], limit: int) -> list[int]:
-    """Places at which to cut the pass, so that little is held in each piece.
-
-    A cut lies where all that is under way arrives at one node. Elsewhere one edge may lie below another, and autograd,
-    asked for both, would go on through the upper one.
-
-    Args:
-        order: of the pass.
-        start: the place of its first node.
-        held: bytes that each node makes one hold until the piece it is in has run, for every pass that keeps step.
-        limit: bytes that a piece may hold, where it can be cut at all.
-
-    Returns:
-        Places, increasing, from `start` to the number of nodes.
-    """
+# A cut lies where all that is under way arrives at one node. Elsewhere one edge may lie below another, and autograd,
+# asked for both, would go on through the upper one.
+def cut_schedule(schedule: BackwardSchedule, start: int, held: Sequence[int], limit: int) -> list[int]:
+    """Places, from `start` to the end, at which to cut so that no piece keeps more than `limit` bytes."""
     cuts, used, ahead, last = [start], 0, 0, start
-    for place in range(start, len(order.nodes)):
-        single = len({edge.node for edge in order.pending[place]}) == 1
+    for place in range(start, len(schedule.nodes)):
+        single = len({edge.node for edge in schedule.pending[place]}) == 1
         if single and place > start:
             if used and used + ahead > limit:
                 cuts.append(last)
@@ -164,4 +133,4 @@ def cut_order(order: Order, start: int, held: Sequence[int], limit: int) -> list
         ahead += held[place]
     if used and used + ahead > limit:
         cuts.append(last)
-    return [*cuts, len(order.nodes)] if cuts[-1] < len(order.nodes) else cuts
+    return [*cuts, len(schedule.nodes)] if cuts[-1] < len(schedule.nodes) else cuts

@@ -4,14 +4,17 @@
 imported when one is asked for.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gradent.trainer.callback.callback import EntanglementCallback
 from gradent.trainer.callback.step import StepRecord
 
 if TYPE_CHECKING:
-    from gradent.trainer.pairwise.trainer import PairwiseNormalizedDPOConfig, PairwiseNormalizedDPOTrainer
-    from gradent.trainer.token_masking.trainer import TokenMaskedDPOConfig, TokenMaskedDPOTrainer
+    from gradent.trainer.pairwise.config import PairwiseNormalizedDPOConfig
+    from gradent.trainer.pairwise.trainer import PairwiseNormalizedDPOTrainer
+    from gradent.trainer.token_masking.config import TokenMaskedDPOConfig
+    from gradent.trainer.token_masking.trainer import TokenMaskedDPOTrainer
 
 __all__ = [
     "EntanglementCallback",
@@ -23,13 +26,15 @@ __all__ = [
 ]
 
 
+_NEED_TRL = {
+    "PairwiseNormalizedDPOConfig": "gradent.trainer.pairwise.trainer",
+    "PairwiseNormalizedDPOTrainer": "gradent.trainer.pairwise.trainer",
+    "TokenMaskedDPOConfig": "gradent.trainer.token_masking.trainer",
+    "TokenMaskedDPOTrainer": "gradent.trainer.token_masking.trainer",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name in {"PairwiseNormalizedDPOConfig", "PairwiseNormalizedDPOTrainer"}:
-        from gradent.trainer.pairwise import trainer as pairwise  # noqa: PLC0415  (imports TRL)
-
-        return getattr(pairwise, name)
-    if name in {"TokenMaskedDPOConfig", "TokenMaskedDPOTrainer"}:
-        from gradent.trainer.token_masking import trainer as masked  # noqa: PLC0415  (imports TRL)
-
-        return getattr(masked, name)
+    if name in _NEED_TRL:
+        return getattr(import_module(_NEED_TRL[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 
 from gradent.demo.model import build_model, build_tokenizer
+from gradent.demo.statements import Statement, read_statements
 from gradent.demo.task import (
     STYLES,
     USUAL_IF_RIGHT,
-    Statement,
     draw_answers,
     find_label_words,
     make_task,
     prompt_of,
-    read_statements,
     responses_of,
     tokenize_style,
     word_list,

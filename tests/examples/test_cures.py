@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from gradent.demo.model import build_model, build_tokenizer
-from gradent.demo.task import make_task, read_statements, tokenize_style
+from gradent.demo.statements import read_statements
+from gradent.demo.task import make_task, tokenize_style
 from tests.pages import ROOT
 from tests.processes import call
 

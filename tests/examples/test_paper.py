@@ -28,8 +28,8 @@ from examples.paper.starts import Start, make_start
 from gradent import losses
 from gradent.auditing.analysis.loss_grid import label_loss
 from gradent.demo.model import build_model, build_tokenizer
-from gradent.demo.statements import draw_statements
-from gradent.demo.task import STYLES, Statement
+from gradent.demo.statements import Statement, draw_statements
+from gradent.demo.task import STYLES
 from gradent.demo.train import one_thread
 from gradent.pairs.batch import PairBatch
 from tests.pages import ROOT

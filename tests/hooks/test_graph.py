@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gradent.errors import ModelError
 from gradent.hooks.capture.capture import Capture, Tap
-from gradent.hooks.uses.uses import Layout
+from gradent.hooks.uses.layout import Layout
 
 
 class Doubled(torch.autograd.Function):

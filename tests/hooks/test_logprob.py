@@ -94,5 +94,5 @@ def test_a_coefficient_is_read_off_a_large_vocabulary(vocabulary: int) -> None:
     logps = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0].sum(1)
     (grad,) = torch.autograd.grad((torch.tensor([-0.3, 0.3]) * logps).sum(), logits)
     found = LogitsReadout(logits, ids, torch.where(torch.arange(6) > 0, ids, -100)).read(grad)
-    assert found.constant and found.spread <= 2e-6
+    assert found.is_constant and found.spread <= 2e-6
     torch.testing.assert_close(found.c, torch.tensor([-0.3, 0.3]).double(), rtol=1e-5, atol=0)

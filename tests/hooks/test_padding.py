@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradent.kernels.common.numerics import Factors
 from gradent.kernels.dispatch import reduce_group
 from gradent.kernels.strategy import Product, Strategy, decide
-from gradent.model.calls import trainable
+from gradent.model.parameters import trainable
 from tests.batches import ragged
 from tests.hooks.watching import WAYS, error, set_up, watch
 from tests.trainer_steps import through_logits
@@ -52,26 +52,26 @@ def test_padding_that_gets_a_gradient_is_not_left_out(monkeypatch: pytest.Monkey
     chosen, rejected = flat[:3], flat[3:]
     want = torch.stack([(chosen**2).sum(1), (rejected**2).sum(1), (chosen * rejected).sum(1)], 1)
     (passed,) = watch(model, lambda: through_logits(model, batch))
-    assert passed.problem is None
+    assert passed.no_entries_reason is None
     torch.testing.assert_close(sum(passed.entries.values()), want, rtol=1e-9, atol=0)
     # Where one does not wait for the answer, it is found out at the end, and there are no entries.
-    monkeypatch.setattr("gradent.hooks.piggyback.forward.waits", lambda device: False)
+    monkeypatch.setattr("gradent.hooks.piggyback.forward.is_synchronous", lambda device: False)
     (passed,) = watch(model, lambda: through_logits(model, batch))
-    assert "padding" in (passed.problem or "")
+    assert "padding" in (passed.no_entries_reason or "")
 
 
-@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("is_synchronous", [True, False])
 def test_a_shared_weight_gradient_leaves_nothing_out_that_is_not_zero(
-    waits: bool, monkeypatch: pytest.MonkeyPatch
+    is_synchronous: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradent.hooks.piggyback.forward.waits", lambda device: waits)
+    monkeypatch.setattr("gradent.hooks.piggyback.forward.is_synchronous", lambda device: is_synchronous)
     monkeypatch.setattr("gradent.kernels.with_weight_grad.batch_room", lambda *args: 0)
     gradients = []
     for watched in (False, True):
         torch.manual_seed(0)
         model, batch = Looking().double(), ragged()
         if watched:
-            assert watch(model, lambda: through_logits(model, batch), share=True)[0].shared == 2  # noqa: B023
+            assert watch(model, lambda: through_logits(model, batch), should_share=True)[0].shared == 2  # noqa: B023
         else:
             through_logits(model, batch).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
@@ -79,12 +79,12 @@ def test_a_shared_weight_gradient_leaves_nothing_out_that_is_not_zero(
         torch.testing.assert_close(shared, plain, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("is_synchronous", [True, False])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
-def test_padding_takes_no_part(way: str, lora: bool, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_takes_no_part(way: str, lora: bool, is_synchronous: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the head the responses alone, of other matrices the rows up to their ends."""
-    monkeypatch.setattr("gradent.hooks.piggyback.forward.waits", lambda device: waits)
+    monkeypatch.setattr("gradent.hooks.piggyback.forward.is_synchronous", lambda device: is_synchronous)
     reduced: list[tuple[int, int]] = []
 
     def reduce(factors: Factors, **options: object) -> Tensor:

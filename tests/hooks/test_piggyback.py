@@ -12,21 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.watcher import Piggyback
-from gradent.model.calls import trainable
+from gradent.model.parameters import trainable
 from gradent.pairs.batch import PairBatch
 from tests.adapters import build_adapted, lora_everywhere
 from tests.batches import ragged
+from tests.covering import cross
 from tests.hooks.watching import CHECKPOINTING, WAYS, error, prepare, set_up, watch
 from tests.trainer_steps import dpo, through_logits
 from tests.truth import TOLERANCE, Truth, truth
 from tests.zoo import build
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "llama, biases, tied"])
+@cross(
+    "name, lora, way, checkpointing",
+    ["gpt2", "llama", "llama, biases, tied"],
+    [False, True],
+    WAYS,
+    CHECKPOINTING,
+    ids=[None, ["full", "LoRA"]],
+)
 def test_entries_are_those_of_autograd(name: str, lora: bool, way: str, checkpointing: str) -> None:
     model, batch, true, limit = set_up(name, lora=lora, way=way, checkpointing=checkpointing)
     (passed,) = watch(model, lambda: WAYS[way](model, batch))
@@ -50,10 +56,10 @@ def test_adapters(name: str) -> None:
     true = truth(model, batch)
     prepare(model)
     (passed,) = watch(model, lambda: through_logits(model, batch))
-    if passed.problem is None:
+    if passed.no_entries_reason is None:
         assert error(passed, true) <= TOLERANCE[true.arithmetic]
     else:  # what cannot be read off a batched backward is said, and measured in another way
-        assert "no rule can tell the rows apart" in passed.problem
+        assert "no rule can tell the rows apart" in passed.no_entries_reason
         assert name == "LoRA on embeddings"
 
 
@@ -189,7 +195,7 @@ def test_accumulated_batches_are_kept_apart() -> None:
     model = prepare(build("gpt2"))
     batches = (ragged().select([0, 1]), ragged().select([2]))
     trues = [truth(model, batch) for batch in batches]
-    watcher = Piggyback(model, trainable(model), budget=2**24)
+    watcher = Piggyback(WatchConfig(model=model, parameters=trainable(model), budget=2**24))
     watcher.arm()
     for batch in batches:
         (through_logits(model, batch) / 2).backward()
@@ -220,7 +226,7 @@ def test_an_error_of_its_own_does_not_reach_the_trainer(monkeypatch: pytest.Monk
     model, batch = prepare(build("gpt2")), ragged()
     monkeypatch.setattr("gradent.hooks.capture.capture.Capture._record", broken)
     (passed,) = watch(model, lambda: through_logits(model, batch))
-    assert "out of order" in (passed.problem or "")
+    assert "out of order" in (passed.no_entries_reason or "")
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
@@ -250,7 +256,7 @@ def test_a_batch_that_the_loop_changes_afterwards() -> None:
 
 def test_logits_are_let_go_of_once_they_are_read() -> None:
     model, batch = prepare(build("llama")), ragged()
-    watcher = Piggyback(model, trainable(model), budget=2**24)
+    watcher = Piggyback(WatchConfig(model=model, parameters=trainable(model), budget=2**24))
     watcher.arm()
     roots = []
     for _ in range(3):
@@ -265,5 +271,5 @@ def test_logits_are_let_go_of_once_they_are_read() -> None:
         del loss
     gc.collect()
     assert [root() for root in roots] == [None] * 3
-    assert [one.problem for one in watcher.take()] == [None] * 3
+    assert [one.no_entries_reason for one in watcher.take()] == [None] * 3
     watcher.disarm()

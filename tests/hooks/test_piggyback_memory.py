@@ -9,8 +9,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradent.hooks.capture.capture import Capture
+from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.watcher import Piggyback
-from gradent.model.calls import trainable
+from gradent.model.parameters import trainable
 from gradent.pairs.batch import PairBatch
 from tests.live import LiveBytes
 from tests.trainer_steps import through_logits
@@ -41,14 +42,14 @@ def peak(reentrant: bool | None, *, watched: bool) -> int:
     model, pairs = make(reentrant), batch()
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    watcher = Piggyback(model, trainable(model), budget=2**18)
+    watcher = Piggyback(WatchConfig(model=model, parameters=trainable(model), budget=2**18))
     if watched:
         watcher.arm()
     with LiveBytes() as live:
         through_logits(model, pairs).backward()
         if watched:
             (passed,) = watcher.take()
-            assert passed.problem is None
+            assert passed.no_entries_reason is None
     watcher.disarm()
     return live.peak
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradent.hooks.piggyback import coefficients as readout
+from gradent.hooks.piggyback import coefficients
 from gradent.hooks.piggyback.coefficients import BLOCK, LogitsReadout
 
 ROWS, LENGTH = 4, 9
@@ -42,8 +42,8 @@ def test_coefficients_and_log_probs(vocabulary: int, dtype: torch.dtype, labelle
     rtol = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(found.c, c, rtol=rtol, atol=0)
     torch.testing.assert_close(found.logp[:3], logps[:3], rtol=1e-6, atol=0)
-    assert found.constant and found.spread <= readout.ROUNDING[dtype]
-    assert found.given == labelled
+    assert found.is_constant and found.spread <= coefficients.ROUNDING[dtype]
+    assert found.has_given_marks == labelled
     assert torch.equal(found.marks[:3], marks[:3])
     torch.testing.assert_close(found.tokens[marks], c[:, None].expand(-1, LENGTH)[marks], rtol=10 * rtol, atol=0)
 
@@ -58,8 +58,8 @@ def test_the_best_other_token_is_the_best_but_the_target(vocabulary: int) -> Non
     targets = logits.argmax(-1)
     targets[0, 0], targets[0, 1] = 0, vocabulary - 1
     spans = [(0, 5), (1, 4)]
-    at = readout._places(spans, logits.device)  # noqa: SLF001
-    tokens, best = readout._best_others(logits, spans, at, targets[at])  # noqa: SLF001
+    at = coefficients._positions(spans, logits.device)  # noqa: SLF001
+    tokens, best = coefficients._best_others(logits, spans, at, targets[at])  # noqa: SLF001
     others = logits[at].scatter(1, targets[at][:, None], float("-inf"))
     torch.testing.assert_close(best, others.amax(1).double())
     finite = best.isfinite()
@@ -87,4 +87,4 @@ def test_what_is_no_log_prob_of_the_response_is_noticed(where: str) -> None:
     else:
         grad[0, 3] += 1e-3 * logits[0, 3].softmax(-1)
     labels = ids.masked_fill(~marks, -100)
-    assert not LogitsReadout(logits, ids, labels).read(grad).constant
+    assert not LogitsReadout(logits, ids, labels).read(grad).is_constant

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from trl.trainer.utils import add_fused_lm_head
 
+from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.watcher import Piggyback
-from gradent.model.calls import trainable
+from gradent.model.parameters import trainable
 from gradent.pairs.batch import PairBatch
 from tests.adapters import adapt, lora
 from tests.batches import ragged, square
@@ -99,8 +100,8 @@ def test_what_cannot_be_read_off_is_said(name: str) -> None:
         return dpo(*(logps * batch.completion_mask[:, 1:]).sum(1).chunk(2))
 
     (passed,) = watch(model, bare_logits if way is None else lambda: way(model, batch))
-    assert passed.broken is None
-    assert reason in (passed.problem or "")
+    assert passed.unusable_reason is None
+    assert reason in (passed.no_entries_reason or "")
     assert len(passed.rows) == 6
 
 
@@ -116,37 +117,39 @@ def test_an_auxiliary_loss_is_noticed() -> None:
         logps = output.logits[:, :-1].log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
         return dpo(*(logps * batch.completion_mask[:, 1:]).sum(1).chunk(2)) + 0.01 * output.aux_loss
 
-    watcher = Piggyback(model, trainable(model), budget=2**24)  # transformers puts hooks of its own on the routers
+    watcher = Piggyback(
+        WatchConfig(model=model, parameters=trainable(model), budget=2**24)
+    )  # transformers puts hooks of its own on the routers
     watcher.arm()
     step().backward()
     (passed,) = watcher.take()
     watcher.disarm()
-    assert "auxiliary loss" in (passed.problem or "")
-    assert passed.broken is None
+    assert "auxiliary loss" in (passed.no_entries_reason or "")
+    assert passed.unusable_reason is None
 
 
 def test_logits_changed_in_place_are_not_read() -> None:
     model, batch = prepare(build("llama")), ragged()
     (passed,) = watch(model, lambda: with_logits(lambda logits: logits.div_(0.7))(model, batch))
-    assert "changed in place" in (passed.broken or "")
+    assert "changed in place" in (passed.unusable_reason or "")
 
 
 def test_two_batches_below_one_backward_are_not_taken_for_two_sides() -> None:
     model, batch = prepare(build("llama")), ragged()
     (passed,) = watch(model, lambda: through_logits(model, batch) + through_logits(model, batch))
-    assert "two forwards" in (passed.broken or "")
+    assert "two forwards" in (passed.unusable_reason or "")
 
 
 def test_parameters_that_become_trainable_are_noticed() -> None:
     model, batch = prepare(build("llama")), ragged()
     model.lm_head.weight.requires_grad_(False)
-    watcher = Piggyback(model, trainable(model), budget=2**24)
+    watcher = Piggyback(WatchConfig(model=model, parameters=trainable(model), budget=2**24))
     watcher.arm()
     model.lm_head.weight.requires_grad_(True)
     through_logits(model, batch).backward()
     (passed,) = watcher.take()
     watcher.disarm()
-    assert "other parameters are trainable" in (passed.broken or "")
+    assert "other parameters are trainable" in (passed.unusable_reason or "")
 
 
 class Picking(nn.Module):
@@ -182,8 +185,8 @@ def test_tokens_that_an_expert_gets_in_another_order(picks: bool, frozen: bool) 
     true = truth(model, batch)
     (passed,) = watch(model, lambda: through_logits(model, batch))
     if picks:
-        assert "no rule can tell the rows apart" in (passed.problem or "")
-        assert "experts.0.weight" in (passed.problem or "")
+        assert "no rule can tell the rows apart" in (passed.no_entries_reason or "")
+        assert "experts.0.weight" in (passed.no_entries_reason or "")
     else:
         assert error(passed, true) <= 1e-9
 
@@ -213,7 +216,7 @@ def test_a_use_that_a_reentrant_region_hides() -> None:
     torch.manual_seed(0)
     model, batch = Reentered().double().train(), ragged()
     (passed,) = watch(model, lambda: through_logits(model, batch))
-    assert "no rule can tell the rows apart where the model uses block.weight" in (passed.problem or "")
+    assert "no rule can tell the rows apart where the model uses block.weight" in (passed.no_entries_reason or "")
 
 
 class TokensFirst(nn.Module):
@@ -240,4 +243,4 @@ def test_as_many_rows_as_tokens() -> None:
     torch.manual_seed(0)
     other = TokensFirst().double()
     (passed,) = watch(other, lambda: through_logits(other, batch))
-    assert "as many rows as tokens" in (passed.problem or "")
+    assert "as many rows as tokens" in (passed.no_entries_reason or "")

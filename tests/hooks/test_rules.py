@@ -13,7 +13,8 @@ from gradent.errors import InputError
 from gradent.hooks.capture.capture import Capture, Tap
 from gradent.hooks.rules import RULES, register_rule
 from gradent.hooks.uses.formats import Factored, Form, Materialized, SparseRows
-from gradent.hooks.uses.uses import Layout, SumUse
+from gradent.hooks.uses.layout import Layout
+from gradent.hooks.uses.uses import SumUse
 
 R, L = 2, 5
 DOUBLE = torch.float64
@@ -87,8 +88,8 @@ def per_row(weights: list[Tensor], call: Callable[..., Tensor], layout: Layout, 
     leaves = [weight.clone().requires_grad_() for weight in weights]
     grads = [[torch.zeros(weight.shape, dtype=DOUBLE) for weight in weights] for _ in range(layout.rows)]
 
-    def deliver(tap: Tap, cotangent: Tensor) -> None:
-        for row, slot, form in tap.use.forms(cotangent, layout, budget):
+    def deliver(tap: Tap, grad_output: Tensor) -> None:
+        for row, slot, form in tap.use.forms(grad_output, layout, budget):
             target = grads[row][tap.use.view.param]
             target[slot] += materialise(form, tuple(target[slot].shape))
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gradent.hooks.piggyback.watcher import Passed, Piggyback
-from gradent.model.calls import trainable
+from gradent.hooks.piggyback.config import WatchConfig
+from gradent.hooks.piggyback.observation import BackwardObservation
+from gradent.hooks.piggyback.watcher import Piggyback
+from gradent.model.parameters import trainable
 from tests.batches import ragged
 from tests.hooks.watching import CHECKPOINTING, WAYS, error, prepare, set_up, watch
 from tests.odd_skeleton import WIDTH, Skeleton, normal
@@ -31,11 +33,11 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def both_ways(model: nn.Module, step: Step, **options: object) -> tuple[Passed, float]:
+def both_ways(model: nn.Module, step: Step, **options: object) -> tuple[BackwardObservation, float]:
     """What was read, and the largest relative error of a parameter's gradient against the plain backward's."""
     step().backward()
     want = gradients(model)
-    (passed,) = watch(model, step, share=True, **options)
+    (passed,) = watch(model, step, should_share=True, **options)
     got = gradients(model)
     assert want.keys() == got.keys()
     assert all(got[name].dtype == want[name].dtype and got[name].shape == want[name].shape for name in want)
@@ -96,14 +98,14 @@ def test_autocast(checkpointing: str) -> None:
 def test_narrow_parameters(dtype: torch.dtype) -> None:
     model, batch = prepare(build("llama", dtype=dtype)), ragged()
     passed, worst = both_ways(model, lambda: through_logits(model, batch))
-    assert passed.problem is None and passed.shared
+    assert passed.no_entries_reason is None and passed.shared
     assert worst <= 2e-2
 
 
 def test_the_loss_is_the_same_to_the_bit() -> None:
     model, batch = prepare(build("llama", dtype=torch.float32)), ragged()
     plain = through_logits(model, batch)
-    watcher = Piggyback(model, trainable(model), budget=2**24, share=True)
+    watcher = Piggyback(WatchConfig(model=model, parameters=trainable(model), budget=2**24, should_share=True))
     watcher.arm()
     watched = through_logits(model, batch)
     watcher.disarm()
@@ -120,7 +122,7 @@ def test_a_loss_that_weighs_tokens_keeps_its_gradients() -> None:
         return (logps * torch.linspace(-1, 1, logps.numel()).view_as(logps) * batch.completion_mask[:, 1:]).sum()
 
     passed, worst = both_ways(model, step)
-    assert passed.problem is not None and not passed.shared
+    assert passed.no_entries_reason is not None and not passed.shared
     assert worst <= 1e-12
 
 
@@ -182,7 +184,7 @@ def test_models_that_do_things_of_their_own(kind: type[nn.Module]) -> None:
     step = odd_step(model)
     step().backward()
     want = gradients(model)
-    watcher = Piggyback(model, trainable(model), budget=2**24, share=True)
+    watcher = Piggyback(WatchConfig(model=model, parameters=trainable(model), budget=2**24, should_share=True))
     watcher.arm()
     step().backward()
     watcher.take()

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 from torch import Tensor, nn
 
-from gradent.hooks.piggyback.watcher import Passed, Piggyback
-from gradent.model.calls import trainable
+from gradent.hooks.piggyback.config import WatchConfig
+from gradent.hooks.piggyback.observation import BackwardObservation
+from gradent.hooks.piggyback.watcher import Piggyback
+from gradent.model.parameters import trainable
 from gradent.pairs.batch import PairBatch
 from tests.adapters import lora_everywhere
 from tests.batches import left_padded, ragged
@@ -34,9 +36,9 @@ def prepare(model: nn.Module, reentrant: bool | None = None) -> nn.Module:
     return model
 
 
-def watch(model: nn.Module, step: Callable[[], Tensor], **options: object) -> list[Passed]:
+def watch(model: nn.Module, step: Callable[[], Tensor], **options: object) -> list[BackwardObservation]:
     """What piggybacking says of `step().backward()`; the model is left without a hook."""
-    watcher = Piggyback(model, trainable(model), budget=2**24, **options)  # type: ignore[arg-type]
+    watcher = Piggyback(WatchConfig(model=model, parameters=trainable(model), budget=2**24, **options))  # type: ignore[arg-type]
     watcher.arm()
     step().backward()
     passed = watcher.take()
@@ -55,8 +57,8 @@ def own_hooks(model: nn.Module) -> list[object]:
     return [hook for hook in hooks if getattr(hook, "__module__", "").startswith("gradent")]
 
 
-def error(passed: Passed, true: Truth) -> float:
-    assert passed.broken is None and passed.problem is None, passed
+def error(passed: BackwardObservation, true: Truth) -> float:
+    assert passed.unusable_reason is None and passed.no_entries_reason is None, passed
     chosen_sq, rejected_sq, inner = sum(passed.entries.values()).T
     return scaled_error(SimpleNamespace(chosen_sq=chosen_sq, rejected_sq=rejected_sq, inner=inner), true)
 

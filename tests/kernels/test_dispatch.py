@@ -181,7 +181,7 @@ def test_pairs_by_kernels_and_what_they_leave(kernels: None, budget: int, length
         u[row, end:] = 0
     given = None if lengths is None else torch.tensor(lengths)
     assert availability.path(CPU, torch.float32) == "triton"
-    assert (decide(product(u, v), budget).backend == "triton") == (budget > 64)
+    assert (decide(product(u, v), budget).reducer == "outer") == (budget > 64)
     assert (decide(product(u[:2], v[:2], rows=2), budget).backend == "triton") == (budget >= 64)
     for x, y in ((u, v), (u[:, :, :6], v), (u[:, :7], v[:, :7])):  # the last is no view of [2k T, ...]
         kept = None if given is None else given.clamp(max=x.shape[1])

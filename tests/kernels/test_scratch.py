@@ -13,8 +13,15 @@ from benchmarks import scratch
 from gradent.hooks.capture.capture import Capture
 from gradent.hooks.passes.autograd_engine import plain_rows
 from gradent.hooks.reduction.ledger import Ledger
-from gradent.hooks.uses.formats import Factored, Materialized, SparseRows, bytes_scaled, scaled_rows
-from gradent.hooks.uses.uses import Layout, SumUse
+from gradent.hooks.uses.formats import (
+    Factored,
+    Materialized,
+    SparseRows,
+    bytes_scaled,
+    scaled_rows,
+)
+from gradent.hooks.uses.layout import Layout
+from gradent.hooks.uses.uses import SumUse
 from gradent.kernels.common.numerics import reduce_flat, reduce_tiles
 from gradent.kernels.common.wanted import Wanted
 from gradent.kernels.dispatch import reduce_group, reduce_rows

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from gradent.tokens import contractions as kernels
+from gradent.tokens import contractions
 from gradent.tokens.contractions import (
-    Block,
-    Entries,
-    flat_entries,
-    lone_entries,
+    Gradients,
+    RankOne,
+    SharedFactor,
+    TokenEntries,
+    gradient_entries,
     products,
+    rank_one_entries,
     shared_entries,
     tied_entries,
 )
@@ -26,18 +30,18 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
     )
 
 
-def blocks(width: int, columns: int, dtype: torch.dtype = torch.float64, *, prefix: bool = True) -> list[Block]:
-    """Two strands of chosen, the shorter a prefix of the longer (or of another row), and one of rejected."""
+def blocks(width: int, columns: int, dtype: torch.dtype = torch.float64, *, prefix: bool = True) -> list[SharedFactor]:
+    """Two passes of chosen, the shorter a prefix of the longer (or of another row), and one of rejected."""
     a = draw(7, columns, dtype=dtype)
     short = a[:4] if prefix else draw(4, columns, seed=5, dtype=dtype)
     return [
-        Block(0, [0, 2], draw(2, 4, width, seed=1, dtype=dtype), short),
-        Block(0, [1, 3], draw(2, 7, width, seed=2, dtype=dtype), a),
-        Block(1, [2, 0, 1], draw(3, 5, width, seed=3, dtype=dtype), draw(5, columns, seed=4, dtype=dtype)),
+        SharedFactor(0, [0, 2], draw(2, 4, width, seed=1, dtype=dtype), short),
+        SharedFactor(0, [1, 3], draw(2, 7, width, seed=2, dtype=dtype), a),
+        SharedFactor(1, [2, 0, 1], draw(3, 5, width, seed=3, dtype=dtype), draw(5, columns, seed=4, dtype=dtype)),
     ]
 
 
-def whole(parts: list[Block]) -> list[Tensor]:
+def whole(parts: list[SharedFactor]) -> list[Tensor]:
     """All tokens' gradients by side, `[n, X·Y]`."""
     sides = [torch.zeros(size, 0, dtype=torch.float64) for size in SIZES]
     for part in parts:
@@ -49,7 +53,7 @@ def whole(parts: list[Block]) -> list[Tensor]:
     return sides
 
 
-def check(entries: Entries, chosen: Tensor, rejected: Tensor, limit: float = 1e-12) -> None:
+def check(entries: TokenEntries, chosen: Tensor, rejected: Tensor, limit: float = 1e-12) -> None:
     scale = chosen.norm(dim=1)[:, None] * rejected.norm(dim=1)[None]
     assert ((entries.inner - chosen @ rejected.T).abs() / scale).max() <= limit
     for got, want in zip(entries.squares, (chosen, rejected), strict=True):
@@ -63,16 +67,16 @@ def check(entries: Entries, chosen: Tensor, rejected: Tensor, limit: float = 1e-
 def test_shared(monkeypatch, way, width, columns, budget, prefix):
     if way != "chosen":
         cheap = {"_gram": (0, 1), "_outer": (1, 0)}[way]
-        monkeypatch.setattr(kernels, "_gram_flops", lambda parts: cheap[0])
-        monkeypatch.setattr(kernels, "_outer_flops", lambda parts: cheap[1])
+        monkeypatch.setattr(contractions, "_gram_flops", lambda parts: cheap[0])
+        monkeypatch.setattr(contractions, "_outer_flops", lambda parts: cheap[1])
     parts = blocks(width, columns, prefix=prefix)
     check(shared_entries(parts, SIZES, budget), *whole(parts))
 
 
 def test_prefixes_are_told_by_their_values():
     same, other = blocks(3, 8), blocks(3, 8, prefix=False)
-    assert [len(family) for family in kernels.prefix_families(same[:2])] == [2]
-    assert [len(family) for family in kernels.prefix_families(other[:2])] == [1, 1]
+    assert [len(family) for family in contractions.prefix_families(same[:2])] == [2]
+    assert [len(family) for family in contractions.prefix_families(other[:2])] == [1, 1]
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 5e-6), (torch.bfloat16, 5e-6)])
@@ -81,10 +85,10 @@ def test_narrow_operands_are_accumulated_wide(dtype, limit):
     check(shared_entries(parts, SIZES, 2**20), *whole(parts), limit)
 
 
-def looked_up(width: int) -> list[Block]:
+def looked_up(width: int) -> list[SharedFactor]:
     return [
-        Block(0, [0, 1, 2, 3], draw(4, 6, width, seed=1), torch.tensor([3, 1, 3, 8, 0, 3])),
-        Block(1, [0, 1, 2], draw(3, 5, width, seed=2), torch.tensor([1, 1, 2, 3, 8])),
+        SharedFactor(0, [0, 1, 2, 3], draw(4, 6, width, seed=1), torch.tensor([3, 1, 3, 8, 0, 3])),
+        SharedFactor(1, [0, 1, 2], draw(3, 5, width, seed=2), torch.tensor([1, 1, 2, 3, 8])),
     ]
 
 
@@ -99,20 +103,21 @@ def test_lookups(budget):
 
 
 def test_lookups_of_nothing():
-    empty = [Block(0, [0, 1, 2, 3], draw(4, 0, 4), torch.zeros(0, dtype=torch.int64)), looked_up(4)[1]]
+    empty = [SharedFactor(0, [0, 1, 2, 3], draw(4, 0, 4), torch.zeros(0, dtype=torch.int64)), looked_up(4)[1]]
     entries = shared_entries(empty, SIZES, 100)
     assert not entries.inner.any() and not entries.squares[0].any() and entries.squares[1].all()
 
 
 @pytest.mark.parametrize("budget", [1, 2**20])
-def test_lone_and_flat(budget):
+def test_rank_one_and_gradients(budget):
     u, v = draw(4, 9, seed=1), draw(4, 5, seed=2)
     x, y = draw(3, 9, seed=3), draw(3, 5, seed=4)
     grads = [torch.einsum("mx,my->mxy", *pair).flatten(1) for pair in ((u, v), (x, y))]
     order = [3, 1, 0, 2]
-    lone = [(0, order, u[order], v[order]), (1, [0, 1, 2], x, y)]
-    check(lone_entries(lone, SIZES, budget), *grads)
-    check(flat_entries([(0, [0, 1, 2, 3], grads[0]), (1, [0, 1, 2], grads[1])], SIZES, budget), *grads)
+    factors = [RankOne(0, order, u[order], v[order]), RankOne(1, [0, 1, 2], x, y)]
+    check(rank_one_entries(factors, SIZES, budget), *grads)
+    parts = [Gradients(0, [0, 1, 2, 3], grads[0]), Gradients(1, [0, 1, 2], grads[1])]
+    check(gradient_entries(parts, SIZES, budget), *grads)
 
 
 @pytest.mark.parametrize("budget", [1, 2**20])
@@ -124,10 +129,11 @@ def test_a_tied_head_and_embedding(budget):
         for token, b in zip(part.tokens, part.b, strict=True):
             grads[part.side][token].index_add_(0, part.a, b)
     ids = torch.unique(torch.cat([part.a for part in looked]))
-    lone = [(side, list(range(len(u))), u, v) for side, (u, v) in enumerate(heads)]
-    entries = lone_entries(lone, SIZES, budget)
+    factors = [RankOne(side, list(range(len(u))), u, v) for side, (u, v) in enumerate(heads)]
+    entries = rank_one_entries(factors, SIZES, budget)
     entries += shared_entries(looked, SIZES, budget)
-    entries += tied_entries([(side, names, u[:, ids], v) for side, names, u, v in lone], looked, ids, SIZES, budget)
+    rows = [replace(part, u=part.u[:, ids]) for part in factors]
+    entries += tied_entries(rows, looked, ids, SIZES, budget)
     check(entries, *(grad.flatten(1) for grad in grads))
 
 

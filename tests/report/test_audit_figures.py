@@ -10,9 +10,9 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
+from gradent.figures.charts import Bars, Chart, HeatMap, Line, Series
 from gradent.report import write_audit_figures
 from gradent.report.page.alt_text import describe_figure, tabulate_figure
-from gradent.report.page.charts import Bars, Chart, HeatMap, Line, Series
 from gradent.report.page.numbers import change, count, fixed, number, percent, plural, signed_number, step_name
 from tests.report.audit_records import EVIL, write_audit
 

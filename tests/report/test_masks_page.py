@@ -74,7 +74,7 @@ def test_what_is_kept_most_often(tmp_path: Path) -> None:
 def test_hostile_tokens(tmp_path: Path) -> None:
     html = page(tmp_path, columns([([*HOSTILE, " one"], [" zero", *HOSTILE])], [0.9, 0.2, 0.5]))
     shown = read(html)
-    assert shown.tags.count("script") == 1  # the stepping through tokens
+    assert shown.tags.count("script") == 1  # the page's own
     assert not {"img", "b", "br", "link", "iframe"} & set(shown.tags)
     assert shown.loads == [] and shown.policy.startswith("default-src 'none'")
     assert not set("\u202e\x00\x1b") & set(html)

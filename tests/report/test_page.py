@@ -9,20 +9,9 @@ from html.parser import HTMLParser
 import pytest
 
 from gradent.errors import InputError
-from gradent.report.page.html import (
-    Cell,
-    Chart,
-    HeatMap,
-    Line,
-    Page,
-    Quote,
-    Section,
-    Table,
-    Word,
-    Words,
-    render_page,
-    write_page,
-)
+from gradent.figures.charts import Chart, HeatMap, Line
+from gradent.report.page.html import Page, Section, render_page, write_page
+from gradent.report.page.parts import Cell, Quote, Table, Word, Words
 
 EVIL = "<script>alert(1)</script>&\"'</td>{{ 7*7 }}"
 
@@ -70,7 +59,7 @@ def evil_page():
 
 def test_text_is_escaped(evil_page):
     shown = read(evil_page)
-    assert shown.tags.count("script") == 3  # the figure, plotly.js, the drawing
+    assert shown.tags.count("script") == 3  # the figure, plotly.js, the page's own
     assert shown.text.count(EVIL) >= 9
     assert "<script>alert" not in evil_page
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import pytest
 
 from gradent.errors import DataFileError
 from gradent.record import read_token_record, write_token_record
+from gradent.record.token_rows import list_tokens, rank_ends
 from gradent.report import write_token_report
-from gradent.report.tokens.rows import rank_tokens, signed, token_rows
+from gradent.report.page.numbers import signed_number
 from tests.report.test_page import figures, read
 from tests.report.token_records import HOSTILE, token_record
 
@@ -63,7 +65,7 @@ def blocks(html: str) -> list[list[dict[str, str]]]:
 def test_rows_hold_what_the_record_says() -> None:
     record = token_record(CHOSEN, REJECTED)
     inner = np.array(record["inner"])
-    rows = token_rows(record)
+    rows = list_tokens(record)
     assert [(row.side, row.position, row.text) for row in rows] == [
         *(("chosen", place, text) for place, text in enumerate(CHOSEN)),
         *(("rejected", place, text) for place, text in enumerate(REJECTED)),
@@ -78,12 +80,12 @@ def test_rows_hold_what_the_record_says() -> None:
 
 
 def test_both_ends_are_ranked() -> None:
-    rows = token_rows(token_record(CHOSEN, REJECTED))
-    entangling, disentangling = rank_tokens(rows, 3)
+    rows = list_tokens(token_record(CHOSEN, REJECTED))
+    entangling, disentangling = rank_ends(rows, attrgetter("entanglement"), 3)
     assert entangling[0].entanglement == max(row.entanglement for row in rows)
     assert [row.entanglement for row in entangling] == sorted((row.entanglement for row in entangling), reverse=True)
     assert all(row.entanglement < 0 for row in disentangling) and len(disentangling) <= 3
-    assert rank_tokens([], 3) == ([], [])
+    assert rank_ends([], attrgetter("entanglement"), 3) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -91,13 +93,13 @@ def test_both_ends_are_ranked() -> None:
     [(2230.4, "+2,230"), (-0.0415, "-0.0415"), (12.345, "+12.3"), (0.0, "+0"), (1.2e-7, "+1.2e-07"), (-3e9, "-3e+09")],
 )
 def test_signed_numbers(value, text) -> None:
-    assert signed(value) == text
+    assert signed_number(value) == text
 
 
 def test_tokens_are_coloured_by_sign_and_size(tmp_path) -> None:
     record = token_record(CHOSEN, REJECTED)
     found = blocks(page(tmp_path, record))
-    rows = token_rows(record)
+    rows = list_tokens(record)
     values = {"effect": [row.effect for row in rows], "entanglement": [row.entanglement for row in rows]}
     for (name, bad_above), pieces in zip(
         (("effect", False), ("entanglement", True)), (found[:2], found[2:]), strict=True
@@ -109,7 +111,7 @@ def test_tokens_are_coloured_by_sign_and_size(tmp_path) -> None:
             assert ("red" in classes) == ((value > 0) == bad_above)
             assert ("strong" in classes) == (not row.identical)
             assert span["style"] == f"--depth:{math.sqrt(abs(value) / largest):.2f}"
-            assert signed(value) in span["title"] and row.kind in span["title"]
+            assert signed_number(value) in span["title"] and row.kind in span["title"]
             assert span["text"] == row.text
     assert {span["style"] for block in found[:2] for span in block} >= {"--depth:1.00"}
 
@@ -132,9 +134,9 @@ def test_facts_of_the_pair(tmp_path) -> None:
     assert "5 chosen and 6 rejected tokens, 3 of them the same ones" in shown
     assert f"{cosine:+.4f}" in shown
     split = record["split"]
-    assert f"identical tokens {signed(split['identical'])} ({split['identical'] / inner:.0%})" in shown
+    assert f"identical tokens {signed_number(split['identical'])} ({split['identical'] / inner:.0%})" in shown
     sums = [sum(record[side]["effects"]) for side in ("chosen", "rejected")]
-    assert signed(sums[0]) in shown and signed(sums[1]) in shown
+    assert signed_number(sums[0]) in shown and signed_number(sums[1]) in shown
 
 
 def test_the_heat_map(tmp_path) -> None:
@@ -170,7 +172,7 @@ def test_hostile_tokens_are_text(tmp_path) -> None:
         ),
     )  # fmt: skip
     shown = read(html)
-    assert shown.tags.count("script") == 4  # the figure, the stepping through tokens, plotly.js, the drawing
+    assert shown.tags.count("script") == 3  # the figure, plotly.js, the page's own
     assert not {"img", "b", "br", "link", "iframe"} & set(shown.tags)
     assert shown.loads == [] and shown.policy.startswith("default-src 'none'")
     assert "{{7*7}}" in shown.text and "$x$" in shown.text

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gradent.errors import InputError
-from gradent.report.live.alerts import DEFAULT_ALERT, Alert, Speaker, describe
+from gradent.report.live.alerts import DEFAULT_ALERT, Alert, Alerter, describe
 from gradent.report.live.window import Window
 
 NAMES = ("ideal", "both_down", "both_up", "reversed", "inactive")
@@ -96,17 +96,17 @@ def test_the_shortest_run_of_layers(inner: dict[str, float], where: str | None) 
 
 def test_the_same_is_said_only_now_and_then() -> None:
     bad, good = window((4, {"both_down": 1.0})), window((4, {}))
-    speaker = Speaker(Alert(again=4))
-    assert [speaker.say(bad) is not None for _ in range(9)] == [True, False, False, False] * 2 + [True]
-    speaker = Speaker(Alert(again=4))
-    said = [speaker.say(one) is not None for one in (bad, good, bad, good, bad, good, bad)]
+    alerter = Alerter(Alert(again=4))
+    assert [alerter.check(bad) is not None for _ in range(9)] == [True, False, False, False] * 2 + [True]
+    alerter = Alerter(Alert(again=4))
+    said = [alerter.check(one) is not None for one in (bad, good, bad, good, bad, good, bad)]
     assert said == [True, False, False, False, True, False, False], "a case that comes and goes is not said every time"
 
 
 def test_another_case_is_news() -> None:
-    speaker = Speaker(Alert(again=4))
+    alerter = Alerter(Alert(again=4))
     windows = [window((4, {case: 1.0})) for case in ("both_down", "reversed", "both_down", "both_up", "reversed")]
-    assert [speaker.say(one) is not None for one in windows] == [True, True, False, True, False]
+    assert [alerter.check(one) is not None for one in windows] == [True, True, False, True, False]
 
 
 @pytest.mark.parametrize("change", [{"both_down": 0.0}, {"reversed": 1.5}, {"layers": -1.0}, {"again": 0}])
@@ -116,6 +116,6 @@ def test_thresholds_that_are_none(change: dict[str, Any]) -> None:
 
 
 def test_quiet_otherwise() -> None:
-    speaker = Speaker(DEFAULT_ALERT)
+    alerter = Alerter(DEFAULT_ALERT)
     for share in (0.0, 0.2, 0.49):
-        assert speaker.say(window((100, {"both_down": share}))) is None
+        assert alerter.check(window((100, {"both_down": share}))) is None

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from gradent.record.masks import read_masks
-from gradent.trainer.token_masking.trainer import TokenMaskedDPOConfig, TokenMaskedDPOTrainer
+from gradent.trainer.token_masking.config import TokenMaskedDPOConfig
+from gradent.trainer.token_masking.trainer import TokenMaskedDPOTrainer
 from tests.trainer.rank_ddp import leave, pairs, tokenizer
 from tests.trainer.runs import llama, with_lora
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from gradent.trainer.pairwise.trainer import PairwiseNormalizedDPOConfig, PairwiseNormalizedDPOTrainer
+from gradent.trainer.pairwise.config import PairwiseNormalizedDPOConfig
+from gradent.trainer.pairwise.trainer import PairwiseNormalizedDPOTrainer
 from tests.trainer.rank_ddp import leave, pairs, tokenizer
 from tests.trainer.runs import llama, with_lora
 

@@ -15,8 +15,10 @@ from trl import DPOConfig, DPOTrainer
 
 from gradent.errors import InputError
 from gradent.losses.token_masked import hard_mask, masked_logps, soft_mask, sparsity, token_masked_loss
+from gradent.trainer.token_masking.config import TokenMaskedDPOConfig
 from gradent.trainer.token_masking.head import MaskHead
-from gradent.trainer.token_masking.trainer import TokenMaskedDPOConfig, TokenMaskedDPOTrainer
+from gradent.trainer.token_masking.trainer import TokenMaskedDPOTrainer
+from tests.covering import cross
 from tests.trainer.runs import data_for, llama, weights_of, with_lora
 
 SETTINGS = {
@@ -213,9 +215,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "saturated"])
+@cross("frozen, way, lora", [True, False], WAYS, [False, True], ids=[["frozen", "saturated"], None, ["full", "LoRA"]])
 def test_dpo_to_the_bit(
     way: str, lora: bool, frozen: bool, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -16,7 +16,8 @@ from gradent.errors import InputError
 from gradent.losses.token_masked import soft_mask
 from gradent.record.masks import read_masks
 from gradent.report.tokens.masks import write_mask_report
-from gradent.trainer.token_masking.trainer import TokenMaskedDPOConfig, TokenMaskedDPOTrainer
+from gradent.trainer.token_masking.config import TokenMaskedDPOConfig
+from gradent.trainer.token_masking.trainer import TokenMaskedDPOTrainer
 from tests.trainer.runs import data_for, llama, preferences, with_lora
 from tests.trainer.test_masked import make, stirred
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from gradent import EntanglementCallback
 from gradent.errors import InputError
+from gradent.trainer.token_masking.config import TokenMaskedDPOConfig
 from gradent.trainer.token_masking.head import HEAD_FILE, MaskHead, load_head, save_head
-from gradent.trainer.token_masking.trainer import TokenMaskedDPOConfig
 from tests.processes import launch
 from tests.trainer import rank_masked
 from tests.trainer.runs import data_for, llama, weights_of, with_lora

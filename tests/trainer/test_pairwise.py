@@ -16,7 +16,8 @@ from transformers import GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, Pre
 from trl import DPOConfig, DPOTrainer
 
 from gradent import GradentWarning
-from gradent.trainer.pairwise.trainer import PairwiseNormalizedDPOConfig, PairwiseNormalizedDPOTrainer
+from gradent.trainer.pairwise.config import PairwiseNormalizedDPOConfig
+from gradent.trainer.pairwise.trainer import PairwiseNormalizedDPOTrainer
 from tests.trainer.runs import data_for, llama, weights_of, with_lora
 from tests.truth import call
 

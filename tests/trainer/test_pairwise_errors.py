@@ -12,7 +12,8 @@ from trl import DPOConfig
 
 from gradent import GradentError
 from gradent.errors import InputError, ModelError
-from gradent.trainer.pairwise.trainer import PairwiseNormalizedDPOConfig, PairwiseNormalizedDPOTrainer
+from gradent.trainer.pairwise.config import PairwiseNormalizedDPOConfig
+from gradent.trainer.pairwise.trainer import PairwiseNormalizedDPOTrainer
 from tests.trainer.runs import llama
 from tests.trainer.test_pairwise import SETTINGS, batch_gradient, make
 

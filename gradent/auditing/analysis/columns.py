@@ -1,183 +1,143 @@
-"""From an audit's journal to the columns of its tables and the figures of its summary."""
+"""From an audit's journal to the tables of its records."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradent.auditing.analysis.distributions import most_entangled, summarize_columns, summarize_modules
-from gradent.auditing.analysis.loss_grid import read_hyperparameters
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradent.auditing.analysis.distributions import summarize_modules
 from gradent.auditing.analysis.properties import pair_properties
-from gradent.auditing.measuring.batches import Scan, join_blocks
+from gradent.auditing.measuring.batches import ENTRIES, REFERENCES, join_blocks
 from gradent.auditing.measuring.tokens import choose_pairs
 from gradent.auditing.state.journal import Journal
-from gradent.auditing.state.targets import ReferenceChoice, Target
+from gradent.auditing.state.targets import AuditPlan, Target
 from gradent.loading.preferences import AuditPair
 from gradent.losses import Loss
-from gradent.record import CASE_NAMES, MODULE_COLUMNS, PAIR_COLUMNS, SAMPLE_COLUMNS, TOKEN_COLUMNS
-from gradent.report.terminal.audit import preview
+from gradent.pair_gram import PairGram
+from gradent.record import MODULE_COLUMNS, PAIR_COLUMNS, SAMPLE_COLUMNS, TOKEN_COLUMNS
+from gradent.record.table import Floats, Table, stack
 from gradent.theory.conditions import Verdict, verdict
 
-__all__ = [
-    "Measured",
-    "collect",
-    "describe_checkpoints",
-    "describe_last",
-    "describe_loss",
-    "module_columns",
-    "pair_columns",
-    "sample_columns",
-    "token_columns",
-]
+__all__ = ["JUDGED", "TargetRecord", "collect", "gram_of", "judge", "module_table", "sample_table", "token_table"]
 
-Columns = dict[str, list[Any]]
-
-_SHOWN = 5  # most entangled pairs in the summary
+JUDGED = ("d_w", "d_l", "chosen_change", "rejected_change", "case")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What one target gave.
-
-    Attributes:
-        target: the model.
-        scan: the pairs that were measured.
-        model: what the record says of the model, coverage included.
-        columns: those of `record.PAIR_COLUMNS`.
-        whole: whether every pair was measured.
-    """
+class TargetRecord:
+    """What was measured of one target."""
 
     target: Target
-    scan: Scan
-    model: dict[str, Any]
-    columns: Columns
-    whole: bool
+    model: dict[str, Any]  # what the record says of the model, coverage included
+    table: Table  # `record.PAIR_COLUMNS`
+    sums: dict[str, Floats]  # `BatchResults.modules`
+    is_whole: bool  # whether every pair was measured
+
+    @property
+    def defined(self) -> int:
+        """Pairs that have a cosine."""
+        return int(np.isfinite(self.table["cosine"]).sum())
+
+    @property
+    def modules(self) -> dict[str, dict[str, float]] | None:
+        """What the record says of each module; None where none were measured, or no pair has a cosine."""
+        return summarize_modules(self.sums, self.defined) if self.sums and self.defined else None
 
     def spread(self, pairs: Sequence[AuditPair], count: int) -> list[AuditPair]:
-        """Pairs that stand for those measured here, by their cosines.
-
-        Args:
-            pairs: all pairs.
-            count: how many; all where there are no more.
-
-        Returns:
-            Those pairs, as `choose_pairs` picks them.
-        """
-        return [pairs[self.scan.positions[place]] for place in choose_pairs(self.columns["cosine"], count)]
+        """Some of the measured pairs, chosen by their cosines to stand for all of them."""
+        by_row = {pair.row: pair for pair in pairs}
+        return [by_row[int(self.table["pair"][place])] for place in choose_pairs(self.table["cosine"], count)]
 
 
-def collect(
-    targets: Sequence[Target],
-    reference: ReferenceChoice,
-    batches: Sequence[Sequence[int]],
-    pairs: Sequence[AuditPair],
-    journal: Journal,
-    loss: Loss,
-) -> list[Measured]:
-    """What the journal holds of each target.
-
-    Args:
-        targets: in order of their steps; those that failed are not among them.
-        reference: where the reference's log-probs come from.
-        batches: positions of pairs, batch by batch.
-        pairs: all pairs.
-        journal: of the audit.
-        loss: judges the pairs.
-
-    Returns:
-        One each for those of which a batch was measured.
-    """
-    found = []
-    for target in targets:
-        blocks = _blocks(target, reference, len(batches), journal, needed=loss.needs_reference)
+def collect(plan: AuditPlan, journal: Journal, failures: Collection[str], loss: Loss) -> list[TargetRecord]:
+    """What the journal holds of each target that did not fail and of which a batch was measured, by step."""
+    records = []
+    for target in plan.targets:
+        blocks = [] if target.name in failures else _blocks(target, plan, journal, needed=loss.needs_reference)
         if blocks:
-            scan = join_blocks(blocks)
-            model = {**(journal.find("model", target.identity) or {}), "coverage": scan.gram.coverage}
-            judged = verdict(scan.gram, loss, scan.ref_chosen_logp, scan.ref_rejected_logp)
-            columns = _columns(target, scan, judged, pairs)
-            found.append(
-                Measured(target=target, scan=scan, model=model, columns=columns, whole=len(blocks) == len(batches))
+            results = join_blocks(blocks)
+            model = {**(journal.find("model", target.identity) or {}), "coverage": results.coverage}
+            table = _pair_table(target, results.table, loss, plan.pairs)
+            is_whole = len(blocks) == len(plan.batches)
+            records.append(
+                TargetRecord(target=target, model=model, table=table, sums=results.modules, is_whole=is_whole)
             )
-    return found
+    return records
 
 
-def _blocks(
-    target: Target, reference: ReferenceChoice, count: int, journal: Journal, *, needed: bool
-) -> list[dict[str, Any]]:
-    """What a target's batches gave, with the reference's log-probs of each, or of none."""
-    blocks, bare = [], reference.kind == "none"
-    for number in range(count):
+def _blocks(target: Target, plan: AuditPlan, journal: Journal, *, needed: bool) -> list[dict[str, Any]]:
+    """A target's batches, all with the reference's log-probs or none; where these are `needed`, others are left out."""
+    blocks, is_bare = [], plan.reference.kind == "none"
+    for number in range(len(plan.batches)):
         block = journal.find("batch", target.identity, number)
         if block is None:
             continue
-        if reference.source is not None:
-            apart = journal.find("reference", reference.identity, number)
-            if apart is None and needed:
+        if plan.reference.source is not None:
+            reference = journal.find("reference", plan.reference.identity, number)
+            if reference is None and needed:
                 continue
-            bare = bare or apart is None
-            block = {**block, **(apart or {})}
+            is_bare = is_bare or reference is None
+            block = {**block, **(reference or {})}
         blocks.append(block)
-    if bare:
-        blocks = [{name: values for name, values in each.items() if not name.startswith("ref_")} for each in blocks]
+    if is_bare:
+        blocks = [{name: values for name, values in block.items() if name not in REFERENCES} for block in blocks]
     return blocks
 
 
-def _columns(target: Target, scan: Scan, judged: Verdict, pairs: Sequence[AuditPair]) -> Columns:
-    """The columns of `pairs.parquet`; None where there is no cosine or no reference."""
-    gram, count = scan.gram, len(scan.positions)
-    entries = ("chosen_sq", "rejected_sq", "inner", "chosen_logp", "rejected_logp", "chosen_len", "rejected_len")
-    references = {"ref_chosen_logp": scan.ref_chosen_logp, "ref_rejected_logp": scan.ref_rejected_logp}
-    return {
-        "checkpoint": [target.name] * count,
-        "step": [target.step] * count,
-        "pair": [pairs[position].row for position in scan.positions],
-        **{name: getattr(gram, name).tolist() for name in entries},
-        "cosine": [None if value != value else value for value in gram.cosine.tolist()],
-        **{name: [None] * count if values is None else values.tolist() for name, values in references.items()},
-        **{name: getattr(judged, name).tolist() for name in ("d_w", "d_l", "chosen_change", "rejected_change", "case")},
+def _pair_table(target: Target, entries: Table, loss: Loss, pairs: Sequence[AuditPair]) -> Table:
+    """The rows of `pairs.parquet` for one target, from its `BatchResults.table`; nan for no cosine or reference."""
+    count = entries.rows
+    entries = Table({**dict.fromkeys(REFERENCES, np.full(count, np.nan)), **entries})
+    judged = judge(entries, loss)
+    rows = np.array([pair.row for pair in pairs])
+    table = {
+        **entries,
+        "checkpoint": np.full(count, target.name, dtype=object),
+        "step": np.full(count, target.step),
+        "pair": rows[entries["position"]],
+        "cosine": judged.gram.cosine.numpy(),
+        **{name: getattr(judged, name).numpy() for name in JUDGED},
     }
+    return Table(table).pick([*PAIR_COLUMNS])
 
 
-def pair_columns(measured: Sequence[Measured]) -> Columns:
-    """The columns of `pairs.parquet`.
-
-    Args:
-        measured: all targets.
-
-    Returns:
-        Those of `record.PAIR_COLUMNS`, target by target.
-    """
-    return {name: [value for each in measured for value in each.columns[name]] for name in PAIR_COLUMNS}
+def gram_of(table: Table) -> PairGram:
+    """The Gram entries of a table's pairs, `[P]` each."""
+    entries: dict[str, Any] = {name: torch.from_numpy(table[name]) for name in ENTRIES}
+    return PairGram(**entries)
 
 
-def module_columns(measured: Sequence[Measured]) -> Columns:
-    """The columns of `modules.parquet`.
-
-    Args:
-        measured: all targets.
-
-    Returns:
-        Those of `record.MODULE_COLUMNS`, target by target; no row where modules were not asked for.
-    """
-    columns: Columns = {name: [] for name in MODULE_COLUMNS}
-    for each in measured:
-        for module, parts in (_modules(each) or {}).items():
-            row = {"checkpoint": each.target.name, "step": each.target.step, "module": module, **parts}
-            for name, value in {**row, "pairs": _defined(each)}.items():
-                columns[name].append(value)
-    return columns
+def judge(table: Table, loss: Loss) -> Verdict:
+    """What a loss does to each of a table's pairs; a log-prob of the reference that is nan stands for none."""
+    references: list[Tensor | None] = [
+        None if np.isnan(table[name]).any() else torch.from_numpy(table[name]) for name in REFERENCES
+    ]
+    return verdict(gram_of(table), loss, *(references if None not in references else (None, None)))
 
 
-def sample_columns(pairs: Sequence[AuditPair]) -> Columns:
-    """The columns of `sample.parquet`.
+def module_table(records: Sequence[TargetRecord]) -> Table | None:
+    """The rows of `modules.parquet`, target by target; None where modules were not measured."""
+    rows = [
+        {
+            "checkpoint": record.target.name,
+            "step": record.target.step,
+            "module": module,
+            "pairs": record.defined,
+            **part,
+        }
+        for record in records
+        for module, part in (record.modules or {}).items()
+    ]
+    return Table.read({name: [row[name] for row in rows] for name in MODULE_COLUMNS}) if rows else None
 
-    Args:
-        pairs: all pairs.
 
-    Returns:
-        Those of `record.SAMPLE_COLUMNS`.
-    """
+def sample_table(pairs: Sequence[AuditPair]) -> Table:
+    """The rows of `sample.parquet`."""
     rows = [
         {
             "pair": pair.row,
@@ -193,102 +153,16 @@ def sample_columns(pairs: Sequence[AuditPair]) -> Columns:
         }
         for pair in pairs
     ]
-    return {name: [row[name] for row in rows] for name in SAMPLE_COLUMNS}
+    return Table.read({name: [row[name] for row in rows] for name in SAMPLE_COLUMNS})
 
 
-def token_columns(target: Target, pairs: Sequence[AuditPair], journal: Journal) -> Columns:
-    """The columns of `tokens.parquet`.
-
-    Args:
-        target: the model whose tokens were measured.
-        pairs: those that were chosen for it.
-        journal: of the audit.
-
-    Returns:
-        Those of `record.TOKEN_COLUMNS`, pair by pair; no row where none was measured.
-    """
-    blocks = [journal.find("tokens", target.identity, pair.row) for pair in pairs]
-    columns: Columns = {name: [] for name in TOKEN_COLUMNS}
+def token_table(target: Target, pairs: Sequence[AuditPair], journal: Journal) -> Table | None:
+    """The rows of `tokens.parquet` for the pairs chosen for a target; None where no tokens were measured."""
+    blocks = [block for pair in pairs if (block := journal.find("tokens", target.identity, pair.row)) is not None]
+    tables = []
     for block in blocks:
-        if block is not None:
-            whole = {
-                "checkpoint": [target.name] * len(block["pair"]),
-                "step": [target.step] * len(block["pair"]),
-                "own_inner": [None] * len(block["pair"]),  # of a journal that was begun before there was one
-                **block,
-            }
-            for name in TOKEN_COLUMNS:
-                columns[name] += whole[name]
-    return columns
-
-
-def describe_checkpoints(measured: Sequence[Measured]) -> list[dict[str, Any]]:
-    """What the summary says of each target.
-
-    Args:
-        measured: all targets.
-
-    Returns:
-        The rows of `record.Summary`'s `checkpoints`.
-    """
-    return [
-        {
-            "name": each.target.name,
-            "step": each.target.step,
-            "pairs": len(each.scan.positions),
-            **summarize_columns(each.columns),
-        }
-        for each in measured
-    ]
-
-
-def describe_last(last: Measured, pairs: Sequence[AuditPair]) -> dict[str, Any]:
-    """What the summary says of the last target.
-
-    Args:
-        last: that target.
-        pairs: all pairs.
-
-    Returns:
-        The keys of `record.Summary` from `cosine` to `modules`, and `model`.
-    """
-    columns = last.columns
-    there = [pairs[position] for position in last.scan.positions]
-    return {
-        "model": last.model,
-        **summarize_columns(columns),
-        "most_entangled": [
-            {
-                "pair": there[position].row,
-                "where": there[position].where,
-                "cosine": columns["cosine"][position],
-                "case": CASE_NAMES[columns["case"][position]],
-                "chosen": preview(there[position].chosen_text, there[position].rejected_text),
-                "rejected": preview(there[position].rejected_text, there[position].chosen_text),
-            }
-            for position in most_entangled(columns["cosine"], _SHOWN)
-        ],
-        "modules": _modules(last),
-    }
-
-
-def describe_loss(loss: Loss) -> dict[str, Any]:
-    """What the summary says of the loss.
-
-    Args:
-        loss: the loss.
-
-    Returns:
-        Its name and its hyperparameters.
-    """
-    return {"name": loss.name, **read_hyperparameters(loss)}
-
-
-def _defined(measured: Measured) -> int:
-    return sum(value is not None for value in measured.columns["cosine"])
-
-
-def _modules(measured: Measured) -> dict[str, dict[str, float]] | None:
-    sums: Mapping[str, Sequence[float]] = {name: each.tolist() for name, each in measured.scan.modules.items()}
-    defined = _defined(measured)
-    return summarize_modules(sums, defined) if sums and defined else None
+        count = len(block["pair"])
+        same: dict[str, Any] = {"checkpoint": [target.name] * count, "step": [target.step] * count}
+        # A journal that was begun before there was an `own_inner` has none.
+        tables.append(Table.read({**same, "own_inner": [None] * count, **block}).pick([*TOKEN_COLUMNS]))
+    return stack(tables) if tables else None

@@ -7,116 +7,95 @@ checkpoints, with an optimizer of its own, so that η is fitted, and what it lea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradent.auditing.analysis.onset import logged_onset, measured_onset
+from gradent.auditing.analysis.distributions import mean
 from gradent.record import CASE_NAMES
+from gradent.record.table import Floats, Table
 
-__all__ = ["dynamics"]
+__all__ = ["FEWEST_POINTS", "dynamics", "logged_onset", "measured_onset", "smooth"]
 
 SAME_REFERENCE = 1e-3
 """How far, of its size, a reference's mean log-prob may differ between checkpoints and still be the same reference."""
 
-Columns = Mapping[str, Sequence[Any]]
+FEWEST_POINTS = 12
+"""Logged points below which a curve says nothing."""
+
+CHOSEN, REJECTED = "logps/chosen", "logps/rejected"
+_LOGPS = ("chosen_logp", "rejected_logp")
+_REFERENCES = ("ref_chosen_logp", "ref_rejected_logp")
+_CHANGES = ("chosen_change", "rejected_change")
+
 Curves = Mapping[str, Sequence[Sequence[Any]]]
-Floats = NDArray[np.float64]
-Checkpoint = dict[int, Floats]
-"""Pair -> `[logps, predictions]`, each of chosen and rejected: log-probs in nats, and changes to first order, nats per
-unit of η."""
+Points = Mapping[int, Floats]
+"""Pair -> log-probs of chosen and rejected, nats, `[2]`."""
 
 
-def dynamics(columns: Columns, curves: Curves) -> dict[str, Any] | None:
-    """What happened to the log-probs over a run.
-
-    Args:
-        columns: the columns of `record.PAIR_COLUMNS`, with the rows of all checkpoints.
-        curves: `{key: [[step, value], ...]}` of the trainer's log; may be empty.
-
-    Returns:
-        None where fewer than two checkpoints were measured and no curves of log-probs were logged. Else
-        `onset`: the steps from which both log-probs stay below their start, `measured` on the pairs (see
-        `measured_onset`) and `logged` on the curves `logged_keys` (see `logged_onset`); None where they do not.
-        `start`: mean `chosen_logp` and `rejected_logp` of the reference, which are those of step 0; None without a
-        reference, and where it is not one fixed model (a model that is its own reference).
-        `intervals`: of each two successive checkpoints, over the `pairs` present at both: steps `from` and `to`;
-        `chosen_change` and `rejected_change`, the mean change of the log-probs, nats; `step_size`, the one η >= 0 that
-        fits the changes of both responses of all pairs best by least squares through the origin, from the predictions
-        at `from`; `chosen_predicted` and `rejected_predicted`, η times their means; `explained`, `1 - SS_res/SS` of
-        that fit with SS about zero, in 0 to 1; `chosen_sign` and `rejected_sign`, the share of the pairs with a
-        prediction other than 0 whose change has its sign.
-        `whole`: the same from the first to the last checkpoint, over the pairs present at all: predictions are the
-        sums of the intervals', `step_size` the sum of their η; nothing is fitted anew, so `explained` may be below 0.
-        `cases_realised`: the share of these pairs by what happened to their log-probs from first to last, in Table 1's
-        cases (a change of exactly 0 counts as the wanted one, as in Condition 2; inactive: neither moved).
-        `intervals` is empty, `whole` and `cases_realised` are None, where one checkpoint was measured.
-    """
-    checkpoints = _read_checkpoints(columns)
-    start = _read_start(columns, checkpoints)
+def dynamics(columns: Mapping[str, Any], curves: Curves) -> dict[str, Any] | None:
+    """What happened to the log-probs over a run; None for one checkpoint without curves of log-probs in the log."""
+    table = Table.read(columns)
+    checkpoints = {int(step): table.select(table["step"] == step) for step in np.unique(table["step"])}
+    start = _read_start(checkpoints)
     logged, keys = logged_onset(curves)
     if len(checkpoints) < 2 and not keys:
         return None
-    intervals = [_fit(*ends, checkpoints) for ends in pairwise(checkpoints)]
+    intervals = [_fit(begin, end, checkpoints) for begin, end in pairwise(checkpoints)]
     return {
+        # Steps from which both log-probs stay below their start: on the pairs, and on the trainer's curves.
         "onset": {"measured": _find_onset(checkpoints, start), "logged": logged, "logged_keys": keys},
-        "start": _describe_start(start),
-        "intervals": intervals,
+        "start": _describe_start(start),  # mean log-probs of step 0; None where there is no one fixed reference
+        "intervals": intervals,  # between successive checkpoints, over the pairs of both
         **_describe_whole(checkpoints, intervals),
     }
 
 
-def _read_checkpoints(columns: Columns) -> dict[int, Checkpoint]:
-    """Step -> the pairs measured there, by step."""
-    found: dict[int, Checkpoint] = {}
-    names = ("step", "pair", "chosen_logp", "rejected_logp", "chosen_change", "rejected_change")
-    for step, pair, *values in zip(*(columns[name] for name in names), strict=True):
-        found.setdefault(int(step), {})[int(pair)] = np.array(values, dtype=np.float64).reshape(2, 2)
-    return {step: found[step] for step in sorted(found)}
-
-
-def _read_start(columns: Columns, checkpoints: Mapping[int, Checkpoint]) -> dict[int, Floats] | None:
-    """Pair -> the reference's two log-probs, if there is one reference for all checkpoints."""
-    names = ("step", "pair", "ref_chosen_logp", "ref_rejected_logp")
-    found: dict[int, dict[int, Floats]] = {}
-    for step, pair, chosen, rejected in zip(*(columns[name] for name in names), strict=True):
-        if chosen is None or rejected is None:
-            return None
-        found.setdefault(int(step), {})[int(pair)] = np.array([chosen, rejected], dtype=np.float64)
+def _read_start(checkpoints: Mapping[int, Table]) -> dict[int, Floats] | None:
+    """Pair -> the reference's two log-probs, `[2]`, if there is one reference for all checkpoints."""
     start: dict[int, Floats] = {}
-    for step, reference in sorted(found.items()):
-        # A model that is its own reference says nothing of step 0; at step 0 itself the two are one.
-        if step > 0 and all(np.array_equal(reference[pair], checkpoints[step][pair][0]) for pair in reference):
+    for step, table in checkpoints.items():
+        references = _matrix(table, _REFERENCES)
+        if not np.isfinite(references).all():
             return None
+        # A model that is its own reference says nothing of step 0; at step 0 itself the two are one.
+        if step > 0 and np.array_equal(references, _matrix(table, _LOGPS)):
+            return None
+        reference = dict(zip(table["pair"].tolist(), references, strict=True))
         shared = [pair for pair in reference if pair in start]
-        apart = sum(np.abs(reference[pair] - start[pair]).sum() for pair in shared)
-        if apart > SAME_REFERENCE * sum(1 + np.abs(start[pair]).sum() for pair in shared):
+        difference = sum(np.abs(reference[pair] - start[pair]).sum() for pair in shared)
+        if difference > SAME_REFERENCE * sum(1 + np.abs(start[pair]).sum() for pair in shared):
             return None
         start = {**reference, **start}
     return start or None
 
 
-def _find_onset(checkpoints: Mapping[int, Checkpoint], start: Mapping[int, Floats] | None) -> int | None:
-    points = [(step, {pair: values[0] for pair, values in each.items()}) for step, each in checkpoints.items()]
+def _find_onset(checkpoints: Mapping[int, Table], start: Points | None) -> int | None:
+    points: list[tuple[int, Points]] = [
+        (step, dict(zip(table["pair"].tolist(), _matrix(table, _LOGPS), strict=True)))
+        for step, table in checkpoints.items()
+    ]
     if start is not None and 0 not in checkpoints:
-        points.insert(0, (0, dict(start)))
+        points.insert(0, (0, start))
     return measured_onset(points)
 
 
-def _describe_start(start: Mapping[int, Floats] | None) -> dict[str, float] | None:
+def _describe_start(start: Points | None) -> dict[str, float] | None:
     if start is None:
         return None
     chosen, rejected = np.mean(list(start.values()), axis=0)
     return {"chosen_logp": float(chosen), "rejected_logp": float(rejected)}
 
 
-def _fit(begin: int, end: int, checkpoints: Mapping[int, Checkpoint]) -> dict[str, Any]:
-    first, last = checkpoints[begin], checkpoints[end]
-    shared = [pair for pair in first if pair in last]
-    change, predicted = _changes(first, last, shared), _predictions(first, shared)
+def _fit(begin: int, end: int, checkpoints: Mapping[int, Table]) -> dict[str, Any]:
+    """Changes over one interval beside η times the predictions at its begin, with the η >= 0 of least squares."""
+    first, last = _common(checkpoints[begin], checkpoints[end])
+    change, predicted = _matrix(last, _LOGPS) - _matrix(first, _LOGPS), _matrix(first, _CHANGES)
     squares = float((predicted**2).sum())
     size = max(0.0, float((change * predicted).sum()) / squares) if squares > 0 else None
     figures = _compare(change, predicted * (size or 0.0), size, predicted)
@@ -125,40 +104,41 @@ def _fit(begin: int, end: int, checkpoints: Mapping[int, Checkpoint]) -> dict[st
     return {"from": begin, "to": end, **figures}
 
 
-def _describe_whole(checkpoints: Mapping[int, Checkpoint], intervals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _describe_whole(checkpoints: Mapping[int, Table], intervals: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The same from the first checkpoint to the last, over the pairs of all; nothing is fitted anew."""
     if not intervals:
         return {"whole": None, "cases_realised": None}
-    each = list(checkpoints.values())
-    shared = [pair for pair in each[0] if all(pair in other for other in each)]
-    change = _changes(each[0], each[-1], shared)
+    tables = dict(zip(checkpoints, _common(*checkpoints.values()), strict=True))
+    first, last = intervals[0]["from"], intervals[-1]["to"]
+    change = _matrix(tables[last], _LOGPS) - _matrix(tables[first], _LOGPS)
     predicted = np.zeros_like(change)
     for interval in intervals:
-        predicted += (interval["step_size"] or 0.0) * _predictions(checkpoints[interval["from"]], shared)
+        predicted += (interval["step_size"] or 0.0) * _matrix(tables[interval["from"]], _CHANGES)
     sizes = [interval["step_size"] for interval in intervals if interval["step_size"] is not None]
-    ends = {"from": intervals[0]["from"], "to": intervals[-1]["to"]}
-    whole = _compare(change, predicted, sum(sizes) if sizes else None, predicted)
-    return {"whole": {**ends, **whole}, "cases_realised": _realised(change)}
+    total = _compare(change, predicted, sum(sizes) if sizes else None, predicted)
+    return {"whole": {"from": first, "to": last, **total}, "cases_realised": _realised(change)}
 
 
-def _changes(first: Checkpoint, last: Checkpoint, pairs: Sequence[int]) -> Floats:
-    """Of chosen and rejected, float64 `[pairs, 2]`, nats."""
-    return np.array([last[pair][0] - first[pair][0] for pair in pairs], dtype=np.float64).reshape(-1, 2)
+def _matrix(table: Table, names: Sequence[str]) -> Floats:
+    """Two columns side by side, `[pairs, 2]`."""
+    return np.stack([table[name] for name in names], axis=1)
 
 
-def _predictions(first: Checkpoint, pairs: Sequence[int]) -> Floats:
-    """Of chosen and rejected, float64 `[pairs, 2]`, nats per unit of η."""
-    return np.array([first[pair][1] for pair in pairs], dtype=np.float64).reshape(-1, 2)
+def _common(*tables: Table) -> list[Table]:
+    """The rows of the pairs that all tables hold, by pair."""
+    pairs = reduce(np.intersect1d, [table["pair"] for table in tables])
+    return [table.select(np.argsort(table["pair"])).select(np.isin(np.sort(table["pair"]), pairs)) for table in tables]
 
 
 def _compare(change: Floats, predicted: Floats, size: float | None, direction: Floats) -> dict[str, Any]:
-    """Realised beside predicted changes, `[pairs, 2]` each; the signs are those of `direction`."""
+    """Realised beside predicted changes, `[pairs, 2]` each; `_sign` is the share of changes with `direction`'s sign."""
     figures: dict[str, Any] = {"pairs": len(change)}
     for column, side in enumerate(("chosen", "rejected")):
         signed = direction[:, column] != 0
         agree = np.sign(change[signed, column]) == np.sign(direction[signed, column])
-        figures[f"{side}_change"] = _mean(change[:, column])
-        figures[f"{side}_predicted"] = _mean(predicted[:, column])
-        figures[f"{side}_sign"] = _mean(agree.astype(np.float64))
+        figures[f"{side}_change"] = mean(change[:, column])
+        figures[f"{side}_predicted"] = mean(predicted[:, column])
+        figures[f"{side}_sign"] = mean(agree.astype(np.float64))
     total = float((change**2).sum())
     explained = 1 - float(((change - predicted) ** 2).sum()) / total if total > 0 else None
     return {**figures, "step_size": size, "explained": explained}
@@ -172,5 +152,62 @@ def _realised(change: Floats) -> dict[str, float] | None:
     return {name: float((case == number).mean()) for number, name in CASE_NAMES.items()}
 
 
-def _mean(values: Floats) -> float | None:
-    return float(values.mean()) if values.size else None
+def measured_onset(points: Sequence[tuple[int, Mapping[int, Floats]]]) -> int | None:
+    """The first step from which on both mean log-probs stay below their start, the first point; None if they do not."""
+    # Below means: by more than two standard errors of the mean change, over the pairs of both; being paired, changes
+    # are not blurred by what pairs differ in.
+    onset = None
+    for step, logps in reversed(points[1:]):
+        shared = [pair for pair in points[0][1] if pair in logps]
+        if len(shared) < 2:
+            break
+        change = np.array([logps[pair] - points[0][1][pair] for pair in shared])
+        error = change.std(axis=0, ddof=1) / math.sqrt(len(shared))
+        if not (change.mean(axis=0) + 2 * error < 0).all():
+            break
+        onset = step
+    return onset
+
+
+def logged_onset(curves: Mapping[str, Sequence[Sequence[Any]]]) -> tuple[int | None, list[str]]:
+    """The first logged step from which on both curves of log-probs stay below their start, and the keys of the two."""
+    # Curves of an evaluation set come first: its points are all of the same pairs. Below means: the running median
+    # of w points is under its start by more than twice the noise of the difference of two such medians, √2·1.2533/√w
+    # times that of a point, i.e. 1.4826/√2 times the median difference of neighbours, which a trend hardly touches.
+    for keys in _candidates(curves):
+        chosen, rejected = (_read_curve(curves[key]) for key in keys)
+        steps = sorted(chosen.keys() & rejected.keys())
+        if len(steps) < FEWEST_POINTS:
+            continue
+        below = np.ones(len(steps), dtype=bool)
+        for curve in (chosen, rejected):
+            below &= _is_below(np.array([curve[step] for step in steps]))
+        above = np.flatnonzero(~below)
+        first = int(above[-1]) + 1 if len(above) else 0
+        return (steps[first] if first < len(steps) else None), keys
+    return None, []
+
+
+def smooth(values: Floats, width: int) -> Floats:
+    """The running median of `width` points about each of `[n]`, shifted inwards near the ends."""
+    windows = np.median(np.lib.stride_tricks.sliding_window_view(values, width), axis=1)
+    at = np.clip(np.arange(len(values)) - width // 2, 0, len(windows) - 1)
+    return np.asarray(windows[at], dtype=np.float64)
+
+
+def _is_below(values: Floats) -> NDArray[np.bool_]:
+    width = max(5, len(values) // 10 | 1)
+    smoothed = smooth(values, width)
+    noise = 1.4826 / math.sqrt(2) * float(np.median(np.abs(np.diff(values))))
+    return np.asarray(smoothed < smoothed[0] - 2 * math.sqrt(2) * 1.2533 / math.sqrt(width) * noise)
+
+
+def _candidates(curves: Mapping[str, Sequence[Any]]) -> list[list[str]]:
+    """Pairs of keys: evaluation sets first, the longest of them first."""
+    prefixes = [key.removesuffix(CHOSEN) for key in curves if key.endswith(CHOSEN)]
+    keys_of = [[prefix + CHOSEN, prefix + REJECTED] for prefix in prefixes if prefix + REJECTED in curves]
+    return sorted(keys_of, key=lambda keys: (not keys[0].startswith("eval"), -len(curves[keys[0]])))
+
+
+def _read_curve(points: Sequence[Sequence[Any]]) -> dict[int, float]:
+    return {int(step): float(value) for step, value in points if value is not None and math.isfinite(value)}

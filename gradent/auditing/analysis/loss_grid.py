@@ -39,9 +39,9 @@ LETTERS = {
 }
 """How the paper writes the hyperparameters of the losses."""
 
-Setting = dict[str, Any]
+Hyperparameters = dict[str, Any]
 
-SWEEPS: tuple[tuple[str, str, tuple[Setting, ...]], ...] = (
+SWEEPS: tuple[tuple[str, str, tuple[Hyperparameters, ...]], ...] = (
     ("dpo", "beta", tuple({"beta": value} for value in (0.01, 0.05, 0.1, 0.3, 0.5))),
     ("rdpo", "alpha", tuple({"alpha": value} for value in (0.05, 0.1, 0.2, 0.5, 1.0))),
     # SimPO's scripts give γ/β; here, as in the loss, γ stands inside the sigmoid: γ/β is 0.5, 0.55 and 0.3.
@@ -66,29 +66,15 @@ stays at the loss's default or, in a sweep of the run's own loss, as the run has
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One loss to ask about.
+    """One loss to ask about."""
 
-    Attributes:
-        group: "run" (the run's own loss), "paper" (one of the ten at the paper's Appendix C) or "sweep".
-        loss: the loss.
-        varied: the hyperparameter that the sweep varies; None outside sweeps.
-    """
-
-    group: str
-    loss: Loss
-    varied: str | None = None
+    group: str  # "run" (the run's own loss), "paper" (one of the ten at the paper's Appendix C) or "sweep"
+    loss: Loss  # the loss
+    varied: str | None = None  # the hyperparameter that the sweep varies; None outside sweeps
 
 
 def list_variants(loss: Loss) -> Iterator[Variant]:
-    """All losses of a what-if, in the order of its rows.
-
-    Args:
-        loss: the run's own.
-
-    Yields:
-        The run's loss, the ten of `LOSSES` at their defaults, then the `SWEEPS`: of the run's own loss about the run's
-        own hyperparameters, of the others about their defaults.
-    """
+    """All losses of a what-if, in the order of its rows."""
     yield Variant(group="run", loss=loss)
     for kind in LOSSES.values():
         yield Variant(group="paper", loss=kind())
@@ -98,43 +84,28 @@ def list_variants(loss: Loss) -> Iterator[Variant]:
             yield Variant(group="sweep", loss=replace(base, **setting), varied=varied)
 
 
-def read_hyperparameters(loss: Loss) -> Setting:
-    """The hyperparameters of a loss as JSON has them.
-
-    Args:
-        loss: any loss; one of `losses.from_callable` has none.
-
-    Returns:
-        Name to number, switch or text, in the order of the loss's fields. Of a design, `base` is the name of the loss
-        under it, whose own hyperparameters stand beside it, as `losses.get` takes them.
-    """
-    found: Setting = {}
-    for each in fields(loss):
-        value = getattr(loss, each.name)
-        if not each.init or each.name == "name":
+def read_hyperparameters(loss: Loss) -> Hyperparameters:
+    """The hyperparameters of a loss as JSON has them."""
+    values: Hyperparameters = {}
+    for field in fields(loss):
+        value = getattr(loss, field.name)
+        if not field.init or field.name == "name":
             continue
-        if isinstance(value, Loss):
-            found |= {each.name: value.name, **read_hyperparameters(value)}
+        if isinstance(value, Loss):  # of a design, its base's stand beside its own
+            values |= {field.name: value.name, **read_hyperparameters(value)}
         elif isinstance(value, str | Real):
-            found[each.name] = value if isinstance(value, bool | int | str) else float(value)
-    return found
+            values[field.name] = value if isinstance(value, bool | int | str) else float(value)
+    return values
 
 
 def label_loss(loss: Loss) -> str:
-    """A loss as tables and sentences name it.
-
-    Args:
-        loss: any loss.
-
-    Returns:
-        Such as "DPO (β=0.1)", "IPO (β=0.1, length-normalized)" (a switch that is off is left out) or, of a design,
-        "Pairwise normalized DPO (β=0.1), scale=constant".
-    """
+    """A loss as tables name it, such as "IPO (β=0.1, length-normalized)"; a switch that is off is left out."""
     base = getattr(loss, "base", None)
     if isinstance(base, Loss):
-        own = {each.name: getattr(loss, each.name) for each in fields(loss) if each.init and each.name != "base"}
+        names = [field.name for field in fields(loss) if field.init and field.name != "base"]
         default = type(loss)()
-        changed = describe_setting({key: value for key, value in own.items() if value != getattr(default, key)})
+        values = {name: getattr(loss, name) for name in names if getattr(loss, name) != getattr(default, name)}
+        changed = describe_setting(values)
         return f"{NAMES[loss.name]} {label_loss(base)}" + (f", {changed}" if changed else "")
     values = read_hyperparameters(loss)
     shown = describe_setting({name: value for name, value in values.items() if value is not False})
@@ -142,14 +113,7 @@ def label_loss(loss: Loss) -> str:
 
 
 def describe_setting(setting: Mapping[str, Any]) -> str:
-    """Hyperparameters in the paper's letters.
-
-    Args:
-        setting: name to value.
-
-    Returns:
-        Such as "β=2, γ=1", "length-normalized" or "not reference-free"; empty for none.
-    """
+    """Hyperparameters in the paper's letters, such as "β=2, γ=1" or "not reference-free"; empty for none."""
     return ", ".join(_describe(name, value) for name, value in setting.items())
 
 

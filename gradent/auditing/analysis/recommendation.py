@@ -33,58 +33,34 @@ _DESIGN = "pairwise normalization (the paper's Section 5.1)"
 
 
 def recommend(rows: Sequence[Row]) -> dict[str, Any] | None:
-    """What the rows of `what_if` come to.
-
-    A loss whose λ·NLL term raises both log-probs on more pairs than it separates is not recommended, however many pairs
-    it leaves in case 1; `raises_both` lists those of the paper's losses.
-
-    Args:
-        rows: what `what_if` returned.
-
-    Returns:
-        None where nothing was measured, else `text`; `pairs`; `lever`: "none_needed" (the run's loss is ideal for
-        nearly all pairs that it moves), "loss", "hyperparameter" (of the run's own loss) or "none", None where the
-        run's loss has no numbers; `run`, `best`, `own` the labels of the run's loss, of the best other loss of the
-        paper and of the best setting of the run's own loss, each with its share in case 1 (`_ideal`), the latter two
-        with `_gained` and `_lost` (pairs, against the run's loss) and `_clear` (whether the gain exceeds sampling
-        noise); `design_ideal`; `raises_both` and `not_compared`, labels. What does not exist is None.
-    """
+    """What the rows of `what_if` come to, as text and as the numbers that it rests on; None where none was measured."""
+    # A loss whose λ·NLL term raises both log-probs on more pairs than it separates is not recommended, however many
+    # pairs it leaves in case 1; `raises_both` lists those of the paper's losses.
     run = next((row for row in rows if row["group"] == "run"), None)
     if run is None or not run["pairs"] or not any(row["cases"] for row in rows):
         return None
     paper = [row for row in rows if row["group"] == "paper" and row["loss"] != run["loss"]]
     judged = [row for row in paper if row["cases"]]
     same = [row for row in rows if row["group"] in {"paper", "sweep"} and row["loss"] == run["loss"] and row["cases"]]
-    best, own, design = _best(judged), _best(same), next(row for row in rows if _is_normalized(row))
+    best, tuned = _best(judged), _best(same)
+    design = next(row for row in rows if row["group"] == "design" and row["loss"] == "pairwise_normalized")
     facts: dict[str, Any] = {
         "pairs": run["pairs"],
-        "lever": _find_lever(run, best, own),
+        "lever": _find_lever(run, best, tuned),  # none_needed, loss, hyperparameter (of the run's own loss) or none
         "run": run["label"],
         "run_ideal": _ideal(run),
         **_compare("best", best),
-        **_compare("own", own),
+        **_compare("own", tuned),
         "design_ideal": _ideal(design),
         "raises_both": [row["label"] for row in judged if _raises_both(row)],
         "not_compared": [row["label"] for row in paper if not row["cases"]],
     }
-    return {"text": " ".join(_write(facts, run, best, own, judged)), **facts}
+    return {"text": " ".join(_write(facts, run, best, tuned, judged)), **facts}
 
 
 def standard_errors(gained: int, lost: int) -> float:
-    """A gain in paired standard errors, McNemar's statistic with the continuity correction.
-
-    Args:
-        gained: pairs in case 1 with the other loss alone.
-        lost: pairs in case 1 with the run's loss alone.
-
-    Returns:
-        `(gained - lost - 1)/√(gained + lost)`; 0 where nothing is gained.
-    """
+    """A gain in paired standard errors, McNemar's statistic with the continuity correction."""
     return (gained - lost - 1) / math.sqrt(gained + lost) if gained > lost else 0.0
-
-
-def _is_normalized(row: Row) -> bool:
-    return bool(row["group"] == "design" and row["loss"] == "pairwise_normalized")
 
 
 def _best(rows: Sequence[Row]) -> Row | None:
@@ -115,17 +91,17 @@ def _compare(name: str, row: Row | None) -> dict[str, Any]:
     }
 
 
-def _find_lever(run: Row, best: Row | None, own: Row | None) -> str | None:
+def _find_lever(run: Row, best: Row | None, tuned: Row | None) -> str | None:
     if run["cases"] is None:
         return None
     moved = 1 - run["cases"]["inactive"]
     if moved > 0 and run["cases"]["ideal"] >= NEARLY_ALL * moved:
         return "none_needed"
-    clear = [(name, _ideal(row) or 0.0) for name, row in (("hyperparameter", own), ("loss", best)) if _is_clear(row)]
-    return max(clear, key=lambda each: each[1])[0] if clear else "none"
+    clear = [(name, _ideal(row) or 0.0) for name, row in (("hyperparameter", tuned), ("loss", best)) if _is_clear(row)]
+    return max(clear, key=lambda item: item[1])[0] if clear else "none"
 
 
-def _write(facts: Mapping[str, Any], run: Row, best: Row | None, own: Row | None, judged: Sequence[Row]) -> list[str]:
+def _write(facts: Mapping[str, Any], run: Row, best: Row | None, tuned: Row | None, judged: Sequence[Row]) -> list[str]:
     if run["cases"] is None:
         return _write_without_run(facts, run)
     design = f"{_percent(facts['design_ideal'])} by construction"
@@ -134,7 +110,7 @@ def _write(facts: Mapping[str, Any], run: Row, best: Row | None, own: Row | None
         return [*sentences, "That is nearly every pair that the loss moves: another loss has little to add."]
     if facts["lever"] == "none":
         compared = f" (the best, {best['label']}: {_percent(_ideal(best))})" if best is not None else ""
-        tried = " and no value tried of the run's own hyperparameters" if own is not None else ""
+        tried = " and no value tried of the run's own hyperparameters" if tuned is not None else ""
         verb = "do" if tried else "does"
         sentences.append(
             f"None of the paper's other losses{compared}{tried} {verb} better by more than sampling noise, so the "
@@ -143,8 +119,8 @@ def _write(facts: Mapping[str, Any], run: Row, best: Row | None, own: Row | None
     elif facts["lever"] == "loss" and best is not None:
         sentences.append(f"{best['label']} would make it {_reached(best)}; {_DESIGN} {design}.")
     else:
-        sentences.append(f"{_propose(run, own)}; {_DESIGN} {design}.")
-    return [*sentences, *_last_sentence(facts, run, own, judged)]
+        sentences.append(f"{_propose(run, tuned)}; {_DESIGN} {design}.")
+    return [*sentences, *_last_sentence(facts, run, tuned, judged)]
 
 
 def _open(run: Row) -> str:
@@ -173,10 +149,10 @@ def _write_without_run(facts: Mapping[str, Any], run: Row) -> list[str]:
     ]
 
 
-def _last_sentence(facts: Mapping[str, Any], run: Row, own: Row | None, judged: Sequence[Row]) -> list[str]:
+def _last_sentence(facts: Mapping[str, Any], run: Row, tuned: Row | None, judged: Sequence[Row]) -> list[str]:
     """At most one sentence, the most useful that applies."""
-    if facts["lever"] == "loss" and _is_clear(own):
-        return [f"{_propose(run, own)}."]
+    if facts["lever"] == "loss" and _is_clear(tuned):
+        return [f"{_propose(run, tuned)}."]
     if facts["not_compared"]:
         return [f"{_join(facts['not_compared'])} could not be compared, for want of a reference's log-probs."]
     raising = [row for row in judged if _raises_both(row)]
@@ -187,13 +163,13 @@ def _last_sentence(facts: Mapping[str, Any], run: Row, own: Row | None, judged: 
     return []
 
 
-def _propose(run: Row, own: Row | None) -> str:
+def _propose(run: Row, tuned: Row | None) -> str:
     """The best setting of the run's own loss, by what differs from the run's."""
-    if own is None:
+    if tuned is None:
         return ""
     mine = run["hyperparameters"]
-    setting = {name: value for name, value in own["hyperparameters"].items() if value != mine.get(name)}
-    return f"Within {NAMES.get(run['loss'], run['loss'])}, {describe_setting(setting)} would make it {_reached(own)}"
+    setting = {name: value for name, value in tuned["hyperparameters"].items() if value != mine.get(name)}
+    return f"Within {NAMES.get(run['loss'], run['loss'])}, {describe_setting(setting)} would make it {_reached(tuned)}"
 
 
 def _reached(row: Row) -> str:

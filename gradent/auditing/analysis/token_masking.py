@@ -13,18 +13,20 @@ response (`own_inner`) and with that of the other one (`entanglement`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gradent.record import CASE_NAMES
+from gradent.record.table import Table
 from gradent.theory.conditions import case_numbers
 
 __all__ = ["mask_changes", "mask_row"]
 
-Columns = Mapping[str, Sequence[Any]]
+Columns = Mapping[str, Any]
 
 NO_TOKENS = "it needs the tokens of some pairs, and none were measured: --token-pairs (in Python, token_pairs)."
 OLD_TOKENS = (
@@ -33,64 +35,49 @@ OLD_TOKENS = (
 )
 
 
-def mask_changes(tokens: Columns) -> dict[int, tuple[float, float]]:
-    """First-order changes of both whole log-probs by a step on differing tokens alone, with `d_w = d_l = 1`.
-
-    Args:
-        tokens: the columns of `record.TOKEN_COLUMNS`, `own_inner` without a None.
-
-    Returns:
-        Pair -> `(of chosen, of rejected)`; both are 0 where no token differs.
-    """
-    found: dict[int, tuple[float, float]] = {}
-    names = ("pair", "side", "identical", "own_inner", "entanglement")
-    for pair, side, identical, own, other in zip(*(tokens[name] for name in names), strict=True):
-        chosen, rejected = found.get(pair, (0.0, 0.0))
-        if not identical:
-            chosen, rejected = (
-                (chosen + own, rejected + other) if side == "chosen" else (chosen - other, rejected - own)
-            )
-        found[pair] = chosen, rejected
-    return found
+def mask_changes(columns: Columns) -> Table:
+    """First-order changes of both whole log-probs by a step on differing tokens alone, with `d_w = d_l = 1`."""
+    tokens = Table.read(columns)
+    pairs, which = np.unique(tokens["pair"], return_inverse=True)
+    is_chosen, with_own, with_other = tokens["side"] == "chosen", tokens["own_inner"], tokens["entanglement"]
+    changes = {
+        "chosen_change": np.where(is_chosen, with_own, -with_other),
+        "rejected_change": np.where(is_chosen, with_other, -with_own),
+        "differing": np.ones(tokens.rows),  # how many tokens differ
+    }
+    is_left_out = tokens["identical"]
+    sums = {name: np.bincount(which, weights=np.where(is_left_out, 0.0, part)) for name, part in changes.items()}
+    return Table({"pair": pairs, **sums})
 
 
-def mask_row(tokens: Columns | None, step: int, pairs: Sequence[int], run: Tensor | None) -> dict[str, Any]:
-    """What `what_if` says of token masking.
-
-    Args:
-        tokens: the columns of `record.TOKEN_COLUMNS`, of some of the pairs; None without any.
-        step: the last one.
-        pairs: of that step, rows of the data.
-        run: their cases under the run's loss, int64 `[len(pairs)]`; None where it could not be judged.
-
-    Returns:
-        The figures of a row of `what_if`. The two bounds on `d_w/d_l` speak of whole gradients, and are None.
-    """
+def mask_row(columns: Columns | None, last: Table, run: Tensor | None) -> dict[str, Any]:
+    """What `what_if` says of token masking, given the last step's pairs `[P]` and their cases under the run's loss."""
+    step = int(last["step"][0])
+    # The two bounds on d_w/d_l speak of whole gradients, and are None.
     empty = dict.fromkeys(
         ("cases", "ratio", "needs_at_least", "needs_at_most", "share_chosen_rises", "share_rejected_falls", "within",
          "against_run")
     )  # fmt: skip
-    there = tokens is not None and len(tokens["pair"]) > 0
-    if tokens is None or not there or None in tokens["own_inner"]:
-        reason = OLD_TOKENS if there else NO_TOKENS
+    tokens = Table.read(columns or {})
+    if not tokens.rows or np.isnan(tokens["own_inner"]).any():
+        reason = OLD_TOKENS if tokens.rows else NO_TOKENS
         return {"reason": reason, "pairs": 0, **empty, "ideal_by_step": [[step, None]]}
     changes = mask_changes(tokens)
-    chosen, rejected = (torch.tensor(values, dtype=torch.float64) for values in zip(*changes.values(), strict=True))
-    differing = {pair for pair, same in zip(tokens["pair"], tokens["identical"], strict=True) if not same}
-    active = torch.tensor([pair in differing for pair in changes])
+    chosen, rejected = (torch.from_numpy(changes[f"{side}_change"]) for side in ("chosen", "rejected"))
+    active = torch.from_numpy(changes["differing"] > 0)
     weights = active.double()  # d_w = d_l = 1, where a step is
     case = case_numbers(weights, weights, chosen >= 0, rejected <= 0)
     shares = {name: float((case == number).double().mean()) for number, name in CASE_NAMES.items()}
     against = None
     if run is not None:
-        place = {pair: at for at, pair in enumerate(pairs)}
-        theirs = run[[place[pair] for pair in changes]]
-        against = {"gained": int(((case == 1) & (theirs != 1)).sum()), "lost": int(((case != 1) & (theirs == 1)).sum())}
+        places = {pair: place for place, pair in enumerate(last["pair"].tolist())}
+        before = run[[places[pair] for pair in changes["pair"].tolist()]]
+        against = {"gained": int(((case == 1) & (before != 1)).sum()), "lost": int(((case != 1) & (before == 1)).sum())}
     moved = bool(active.any())
     return {
         **empty,
         "reason": None,
-        "pairs": len(changes),
+        "pairs": changes.rows,
         "cases": shares,
         "ratio": 1.0 if moved else None,
         "share_chosen_rises": float((chosen[active] >= 0).double().mean()) if moved else None,

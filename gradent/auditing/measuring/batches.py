@@ -7,31 +7,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gradent.errors import GradentError, InputError, NonFiniteError
-from gradent.kernels.common.budget import parse_budget
+from gradent.errors import GradentError, NonFiniteError
 from gradent.loading.preferences import AuditPair
 from gradent.measurement import measure, sequence_logps
 from gradent.pair_gram import PairGram
 from gradent.pairs.batch import PairBatch
+from gradent.record.table import Floats, Table, stack
 
 __all__ = [
+    "ENTRIES",
+    "REFERENCES",
+    "BatchResults",
     "Block",
     "Reference",
-    "Scan",
     "adapter_off",
-    "check_scan_settings",
     "itself",
     "join_blocks",
-    "other_model",
+    "measure_batches",
+    "measure_reference",
     "plan_batches",
-    "scan_batches",
-    "scan_reference",
 ]
 
 Reference = Callable[[PairBatch, PairGram], tuple[Tensor, Tensor]]
@@ -39,54 +40,31 @@ Reference = Callable[[PairBatch, PairGram], tuple[Tensor, Tensor]]
 
 Block = dict[str, Any]
 """What one batch gave, as JSON: `positions` of its pairs and, a number each, the entries of `PairGram` and the
-reference's log-probs (absent without a reference); `modules` as in `Scan`; `coverage`."""
+reference's log-probs (absent without a reference); `modules` as in `BatchResults`; `coverage`."""
 
-_ENTRIES = ("chosen_sq", "rejected_sq", "inner", "chosen_logp", "rejected_logp", "chosen_len", "rejected_len")
-_REFERENCES = ("ref_chosen_logp", "ref_rejected_logp")
+ENTRIES = ("chosen_sq", "rejected_sq", "inner", "chosen_logp", "rejected_logp", "chosen_len", "rejected_len")
+REFERENCES = ("ref_chosen_logp", "ref_rejected_logp")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scan:
-    """What batches of P pairs measured.
+class BatchResults:
+    """What batches of P pairs measured."""
 
-    Attributes:
-        positions: of the P pairs among all pairs, increasing.
-        gram: entries of the P pairs, in that order, without `modules`.
-        ref_chosen_logp: the reference's log-probs, float64 `[P]`, or None without a reference.
-        ref_rejected_logp: likewise.
-        modules: `{module: [inner_m / (‖g_w‖‖g_l‖), chosen_sq_m / ‖g_w‖², rejected_sq_m / ‖g_l‖²]}`, float64 `[3]`, each
-            summed over the pairs whose cosine is defined; empty unless asked for.
-    """
-
-    positions: list[int]
-    gram: PairGram
-    ref_chosen_logp: Tensor | None = None
-    ref_rejected_logp: Tensor | None = None
-    modules: dict[str, Tensor] = field(default_factory=dict)
+    # `position` among all pairs, increasing; `ENTRIES`; and `REFERENCES` where there is a reference; `[P]` each.
+    table: Table
+    # module -> [inner_m / (‖g_w‖‖g_l‖), chosen_sq_m / ‖g_w‖², rejected_sq_m / ‖g_l‖²], each summed over the pairs whose
+    # cosine is defined; empty unless asked for.
+    modules: dict[str, Floats]
+    coverage: float
 
 
 def itself(batch: PairBatch, gram: PairGram) -> tuple[Tensor, Tensor]:
-    """The model as its own reference, as at the first step of training.
-
-    Args:
-        batch: the pairs.
-        gram: their measurement.
-
-    Returns:
-        The measured log-probs.
-    """
+    """The model as its own reference, as at the first step of training."""
     return gram.chosen_logp, gram.rejected_logp
 
 
 def adapter_off(model: Any) -> Reference:
-    """The base model under a PEFT adapter as the reference, as in TRL.
-
-    Args:
-        model: a `PeftModel`.
-
-    Returns:
-        The reference.
-    """
+    """The base model under a PEFT adapter as the reference, as in TRL."""
 
     def reference(batch: PairBatch, gram: PairGram) -> tuple[Tensor, Tensor]:
         with model.disable_adapter():
@@ -95,147 +73,55 @@ def adapter_off(model: Any) -> Reference:
     return reference
 
 
-def other_model(model: Any) -> Reference:
-    """A model of its own as the reference.
-
-    Args:
-        model: the reference model.
-
-    Returns:
-        The reference.
-    """
-    return lambda batch, gram: sequence_logps(model, batch)
-
-
-def check_scan_settings(*, batch_size: int, engine: str, memory_budget: int | str | None) -> None:
-    """Refuse what `scan_pairs` could not use, before a model is loaded for it.
-
-    Args:
-        batch_size: most pairs a batch.
-        engine: as in `measure`.
-        memory_budget: as in `measure`.
-
-    Raises:
-        InputError: one of them is malformed.
-    """
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be at least 1 (command line: --batch-size).")
-    if engine not in {"hooks", "func"}:
-        raise InputError(f"engine is {engine!r}; accepted: 'hooks' and 'func' (command line: --engine).")
-    parse_budget(memory_budget)
-
-
 def plan_batches(pairs: Sequence[AuditPair], batch_size: int) -> list[list[int]]:
-    """Group pairs of like length, longest first: little padding, and what does not fit in memory fails at once.
-
-    Args:
-        pairs: the pairs.
-        batch_size: most pairs a batch.
-
-    Returns:
-        Positions in `pairs`, batch by batch.
-    """
+    """Group pairs of like length, longest first: little padding, and what does not fit in memory fails at once."""
     order = sorted(range(len(pairs)), key=lambda position: -pairs[position].longest)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def scan_batches(
+def measure_batches(
     model: Any,
     pairs: Sequence[AuditPair],
     batches: Sequence[Sequence[int]],
     *,
     reference: Reference | None = None,
-    engine: str = "hooks",
-    by_module: bool = False,
-    memory_budget: int | str | None = None,
+    **options: Any,
 ) -> Iterator[Block]:
-    """Measure batch after batch.
-
-    Args:
-        model: a causal LM; its trainable parameters are what is measured.
-        pairs: all pairs.
-        batches: positions in `pairs`, batch by batch.
-        reference: where the reference's log-probs come from; None to go without.
-        engine: as in `measure`.
-        by_module: each module's part as well.
-        memory_budget: as in `measure`.
-
-    Yields:
-        What each batch gave.
-
-    Raises:
-        GradentError: what `measure` raises; a nan or an inf, or a device out of memory, with the row.
-    """
+    """What `measure` with these options gives of each batch, and the reference's log-probs; an error names the row."""
     for positions in batches:
         chunk = [pairs[position] for position in positions]
-        gram, references = _measure_batch(model, _to_batch(chunk), chunk, reference, engine, by_module, memory_budget)
+        gram, references = _measure_batch(model, chunk, reference, options)
         yield {
             "positions": list(positions),
-            **{name: getattr(gram, name).tolist() for name in _ENTRIES},
-            **{name: values.tolist() for name, values in zip(_REFERENCES, references, strict=False)},
+            **{name: getattr(gram, name).tolist() for name in ENTRIES},
+            **{name: values.tolist() for name, values in zip(REFERENCES, references, strict=False)},
             "modules": _module_sums(gram),
             "coverage": gram.coverage,
         }
 
 
-def scan_reference(model: Any, pairs: Sequence[AuditPair], batches: Sequence[Sequence[int]]) -> Iterator[Block]:
-    """The log-probs of a reference model alone, batch after batch.
-
-    Args:
-        model: the reference model.
-        pairs: all pairs.
-        batches: positions in `pairs`, batch by batch.
-
-    Yields:
-        `ref_chosen_logp` and `ref_rejected_logp` of each batch.
-
-    Raises:
-        GradentError: a nan or an inf, or a device out of memory, with the row.
-    """
+def measure_reference(model: Any, pairs: Sequence[AuditPair], batches: Sequence[Sequence[int]]) -> Iterator[Block]:
+    """The log-probs of a reference model alone, of each batch; an error names the row."""
     for positions in batches:
         chunk = [pairs[position] for position in positions]
-        with _memory_told(chunk):
+        with _memory_errors(chunk):
             references = sequence_logps(model, _to_batch(chunk))
         _check_reference(chunk, references)
-        yield {name: values.tolist() for name, values in zip(_REFERENCES, references, strict=True)}
+        yield {name: values.tolist() for name, values in zip(REFERENCES, references, strict=True)}
 
 
-def join_blocks(blocks: Sequence[Mapping[str, Any]]) -> Scan:
-    """Put what batches gave together, whatever order they come in.
-
-    Args:
-        blocks: at least one, as `scan_batches` yields them; sums over modules are taken in the order given.
-
-    Returns:
-        The `Scan` of their pairs.
-    """
-    positions = torch.tensor([position for block in blocks for position in block["positions"]])
-    order = positions.argsort()
-    integers = {"chosen_len", "rejected_len"}
-    whole: dict[str, Tensor] = {}
-    for name in (*_ENTRIES, *_REFERENCES):
-        if name in blocks[0]:
-            kind = torch.int64 if name in integers else torch.float64
-            whole[name] = torch.tensor([value for block in blocks for value in block[name]], dtype=kind)[order]
-    modules: dict[str, Tensor] = {}
+def join_blocks(blocks: Sequence[Mapping[str, Any]]) -> BatchResults:
+    """Put what batches gave together, whatever order they come in; at least one block."""
+    names = [*ENTRIES, *(name for name in REFERENCES if name in blocks[0])]
+    table = stack(
+        [Table.read({"position": block["positions"], **{name: block[name] for name in names}}) for block in blocks]
+    )
+    modules: dict[str, Floats] = {}
     for block in blocks:
         for name, sums in block["modules"].items():
-            modules[name] = modules.get(name, torch.zeros(3, dtype=torch.float64)) + torch.tensor(
-                sums, dtype=torch.float64
-            )
+            modules[name] = modules.get(name, 0.0) + np.array(sums)
     coverage = min(float(block["coverage"]) for block in blocks)
-    gram = PairGram(
-        chosen_sq=whole["chosen_sq"],
-        rejected_sq=whole["rejected_sq"],
-        inner=whole["inner"],
-        chosen_logp=whole["chosen_logp"],
-        rejected_logp=whole["rejected_logp"],
-        chosen_len=whole["chosen_len"],
-        rejected_len=whole["rejected_len"],
-        coverage=coverage,
-    )
-    refs = {name: whole.get(name) for name in _REFERENCES}
-    return Scan(positions=positions[order].tolist(), gram=gram, modules=modules, **refs)
+    return BatchResults(table=table.select(np.argsort(table["position"])), modules=modules, coverage=coverage)
 
 
 def _to_batch(chunk: Sequence[AuditPair]) -> PairBatch:
@@ -243,30 +129,24 @@ def _to_batch(chunk: Sequence[AuditPair]) -> PairBatch:
 
 
 def _measure_batch(
-    model: Any,
-    batch: PairBatch,
-    chunk: Sequence[AuditPair],
-    reference: Reference | None,
-    engine: str,
-    by_module: bool,
-    memory_budget: int | str | None,
+    model: Any, chunk: Sequence[AuditPair], reference: Reference | None, options: Mapping[str, Any]
 ) -> tuple[PairGram, tuple[Tensor, ...]]:
+    batch = _to_batch(chunk)
     try:
-        kind = cast(Literal["hooks", "func"], engine)  # `measure` refuses any other
-        with _memory_told(chunk):
-            gram = measure(model, batch, engine=kind, by_module=by_module, memory_budget=memory_budget)
+        with _memory_errors(chunk):
+            gram = measure(model, batch, **options)
             references = () if reference is None else reference(batch, gram)
     except NonFiniteError as error:
         if len(chunk) > 1:  # one by one, to tell which
-            for number, pair in enumerate(chunk):
-                _measure_batch(model, batch.select([number]), [pair], reference, engine, by_module, memory_budget)
+            for pair in chunk:
+                _measure_batch(model, [pair], reference, options)
         raise NonFiniteError(f"{', '.join(pair.where for pair in chunk)}: {error}") from error
     _check_reference(chunk, references)  # `measure` has refused what is not finite in its own numbers
     return gram, references
 
 
 @contextmanager
-def _memory_told(chunk: Sequence[AuditPair]) -> Iterator[None]:
+def _memory_errors(chunk: Sequence[AuditPair]) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:

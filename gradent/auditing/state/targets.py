@@ -8,116 +8,96 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gradent.auditing.state.journal import digest
+from gradent.auditing.state.config import AuditConfig
 from gradent.errors import InputError
-from gradent.loading.runs.discover import Checkpoint, Run, choose, find_run, is_run
+from gradent.loading.preferences import AuditPair
+from gradent.loading.prepare import Material
+from gradent.loading.runs.checkpoint import Checkpoint
+from gradent.loading.runs.discover import Run, choose, find_run, is_run
 from gradent.loading.source import ModelSource, read_adapter_file, read_step, resolve_source
+from gradent.record.json_lines import digest
 
-__all__ = ["ReferenceChoice", "Target", "choose_reference", "find_targets"]
+__all__ = ["AuditPlan", "ReferenceChoice", "Target", "choose_reference", "find_targets"]
+
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One model to measure.
+    """One model to measure."""
 
-    Attributes:
-        name: what records call it.
-        step: the trainer's step at which it was saved.
-        source: where it is; None where it cannot be measured.
-        problem: why not; None where it can.
-    """
-
-    name: str
-    step: int
-    source: ModelSource | None
-    problem: str | None = None
+    name: str  # what records call it
+    step: int  # the trainer's step at which it was saved
+    source: ModelSource | None  # where it is; None where it cannot be measured
+    problem: str | None = None  # why not; None where it can
 
     @cached_property
     def identity(self) -> str:
-        """Changes where the target's files change; as they were when it was first asked for."""
+        """A digest of its name, step and files, as they are when it is first asked for."""
         return digest([self.name, self.step, _model_files(self.source)])
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceChoice:
-    """Where the reference's log-probs come from.
+    """Where the reference's log-probs come from."""
 
-    Attributes:
-        kind: "none", "self" (each model is its own), "adapter_off" or "model".
-        source: of the model that is loaded for it, first and alone; None where none is.
-        given: what the user passed for it, if anything.
-    """
-
-    kind: str
-    source: ModelSource | None = None
-    given: str | None = None
+    kind: str  # "none", "self" (each model is its own), "adapter_off" or "model"
+    source: ModelSource | None = None  # of the model that is loaded for it, first and alone; None where none is
+    passed: str | None = None  # what the user passed for it, if anything
 
     @cached_property
     def identity(self) -> str:
-        """Changes where the reference's files change; as they were when it was first asked for."""
+        """A digest of its files, as they are when it is first asked for."""
         return digest(_model_files(self.source))
 
 
-def find_targets(
-    model: str, *, adapter: str | None, base: str | None, checkpoints: str | Sequence[int]
-) -> tuple[list[Target], Run | None]:
-    """Tell a run from a single model, and choose what of it to measure.
+@dataclass(frozen=True, kw_only=True)
+class AuditPlan:
+    """What there is to measure, and what is known of it."""
 
-    Args:
-        model: directory of a run, or directory or hub id of a causal LM or a PEFT adapter.
-        adapter: PEFT adapter on `model`, which is then no run.
-        base: the model that the run started from, where its files do not say.
-        checkpoints: as in `audit`.
+    targets: list[Target]
+    run: Run | None  # None for a single model
+    reference: ReferenceChoice
+    material: Material
+    batches: list[list[int]]  # positions of pairs
 
-    Returns:
-        What to measure, by step, and the run; None for a single model.
+    @property
+    def pairs(self) -> list[AuditPair]:
+        """All pairs to measure, by row."""
+        return self.material.pairs.pairs
 
-    Raises:
-        InputError: arguments that do not go together, or steps that are not there.
-    """
+
+def find_targets(config: AuditConfig) -> tuple[list[Target], Run | None]:
+    """The models to measure, by step, and the run that they are of; None for a single model."""
+    model, checkpoints = config.model, config.checkpoints
     if not is_run(model):
-        if base is not None:
+        if config.base is not None:
             raise InputError(
-                f"{model}: is not a run (it has no checkpoint-* in it), and base={base!r} is given. Leave --base out."
+                f"{model}: is not a run (it has no checkpoint-* in it), and base={config.base!r} is given. Leave "
+                "--base out."
             )
         if checkpoints != "all":
             raise InputError(
                 f"{model}: is not a run (it has no checkpoint-* in it), and checkpoints={checkpoints!r} is asked for. "
                 "Leave --checkpoints out, or give the directory that holds checkpoint-*."
             )
-        source = resolve_source(model, adapter)
+        source = resolve_source(model, config.adapter)
         return [Target(name=source.name, step=read_step(source), source=source)], None
-    if adapter is not None:
+    if config.adapter is not None:
         raise InputError(
-            f"{model}: is a run (it has checkpoint-* in it), and --adapter {adapter} is given. Leave --adapter out; "
-            "for one adapter alone, give the base model as MODEL."
+            f"{model}: is a run (it has checkpoint-* in it), and --adapter {config.adapter} is given. Leave --adapter "
+            "out; for one adapter alone, give the base model as MODEL."
         )
-    run = find_run(model, base=base)
-    targets = [_to_target(each, run) for each in choose(run, checkpoints)]
-    return targets, run
+    run = find_run(model, base=config.base)
+    return [_to_target(checkpoint, run) for checkpoint in choose(run, checkpoints)], run
 
 
-def choose_reference(
-    targets: Sequence[Target], run: Run | None, given: str | None, *, needed: str | None, tell: Callable[[str], None]
-) -> ReferenceChoice:
-    """Choose the reference that the run had.
-
-    Args:
-        targets: what is measured.
-        run: the run, if it is one.
-        given: directory or hub id that the user passed.
-        needed: the loss that cannot do without; None where it can.
-        tell: announces a choice that was made for the user.
-
-    Returns:
-        The choice.
-
-    Raises:
-        InputError: the loss needs a reference, and nothing says which model the run started from.
-    """
-    if given is not None:
-        return ReferenceChoice(kind="model", source=resolve_source(given), given=given)
+def choose_reference(targets: Sequence[Target], run: Run | None, config: AuditConfig, tell: Tell) -> ReferenceChoice:
+    """The reference that the user passed, or else the one that the run had; a choice made for the user is told."""
+    if config.reference is not None:
+        return ReferenceChoice(kind="model", source=resolve_source(config.reference), passed=config.reference)
     source = next(target.source for target in targets if target.source is not None)
+    needed = config.loss.name if config.loss.needs_reference else None  # the loss that cannot do without
     if run is None:
         return _reference_of_one(source, needed, tell)
     if run.base is None and needed is None:
@@ -138,7 +118,7 @@ def choose_reference(
     return ReferenceChoice(kind=kind, source=ModelSource(base=run.base, adapter=None, name=run.base))
 
 
-def _reference_of_one(source: ModelSource, needed: str | None, tell: Callable[[str], None]) -> ReferenceChoice:
+def _reference_of_one(source: ModelSource, needed: str | None, tell: Tell) -> ReferenceChoice:
     if source.adapter is None and needed is None:
         return ReferenceChoice(kind="none")
     if source.adapter is None:

@@ -2,8 +2,8 @@
 
 A `TorchFunctionMode` sees each torch function that the model's code calls. Calls without a trainable operand pass
 through untouched. For the others the function's rule says which uses it accounts for; a hook on the output then
-receives the cotangent. No module is modified and nothing is hung on the user's parameters: when the graph of the pass
-goes, so does everything here.
+receives the output gradient. No module is modified and nothing is hung on the user's parameters: when the graph of the
+pass goes, so does everything here.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from gradent.hooks.capture.coverage import Edge, Survey, edges_between, node_of,
 from gradent.hooks.capture.row_order import in_order
 from gradent.hooks.overhead import Clock
 from gradent.hooks.rules import RULES, Call
+from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View, follow
-from gradent.hooks.uses.uses import Layout, Use
+from gradent.hooks.uses.uses import Use
 
 __all__ = ["Capture", "Tap"]
 
@@ -39,21 +40,13 @@ _Key = tuple[Any, tuple[tuple[int, tuple[int, ...]], ...]]
 
 @dataclass(eq=False)
 class Tap:
-    """A recorded use, the node whose cotangent it waits for, and the edges into the parameter that it accounts for.
+    """A recorded use, the node whose output gradient it waits for, and the edges that it accounts for."""
 
-    Attributes:
-        use: the use; hollow while `ready` is false.
-        node: the node of the operator's output.
-        edges: edges into the parameter that the use accounts for.
-        ready: the use holds its operands. In a checkpointed region they come when they are computed again.
-        early: a cotangent that arrived before the operands.
-    """
-
-    use: Use
-    node: Node
-    edges: frozenset[Edge]
-    ready: bool = True
-    early: Tensor | None = None
+    use: Use  # without activations while `ready` is false
+    node: Node  # of the operator's output
+    edges: frozenset[Edge]  # into the parameter
+    ready: bool = True  # the use holds its operands; in a checkpointed region they come when it is computed again
+    early: Tensor | None = None  # an output gradient that arrived before the operands
 
 
 class _Seen(NamedTuple):
@@ -74,42 +67,24 @@ class _Pending:
 
 
 class Capture(TorchFunctionMode):
-    """Records the uses of `parameters` in the forward pass that runs inside `with capture:`.
-
-    Started again while a checkpointed region is computed again, it takes from there the operands that the forward pass
-    did not keep.
-
-    Args:
-        parameters: the trainable parameters; a parameter's number is its place here.
-        layout: the rows of the forward.
-        deliver: called with `(tap, cotangent)` when a tap's cotangent arrives during the backward pass. It must not
-            keep or modify the cotangent beyond what the rule's forms keep.
-        late: called with each tap that is recorded while a backward pass runs (reentrant checkpointing). Given, the
-            capture holds no activation of a checkpointed region, and is to be started again when one is recomputed.
-
-        on_error: called with an error of the capture's own while the model runs, which then goes on unwatched; without
-            it such an error is raised.
-        clock: counts the time that the capture itself takes.
-
-    Attributes:
-        parameters: the trainable parameters.
-        taps: what was recorded, in forward order.
-        meets_hooks: whether the model's own code registered a hook on a tensor.
-    """
+    """Records the uses of `parameters` in the forward pass that runs inside `with capture:`."""
 
     def __init__(
         self,
-        parameters: Sequence[Tensor],
+        parameters: Sequence[Tensor],  # a parameter's number is its place here
         layout: Layout,
-        deliver: Callable[[Tap, Tensor], None],
+        deliver: Callable[[Tap, Tensor], None],  # takes a tap and its output gradient, which it must not modify
         *,
+        # Takes each tap that is recorded while a backward pass runs (reentrant checkpointing). Given, the capture holds
+        # no activation of a checkpointed region, and is to be started again when one is recomputed.
         late: Callable[[Tap], None] | None = None,
+        # Takes an error of the capture's own; the model runs on unwatched. Without it such an error is raised.
         on_error: Callable[[Exception], None] | None = None,
         clock: Clock | None = None,
     ) -> None:
         super().__init__()
-        self.taps: list[Tap] = []
-        self.meets_hooks = False
+        self.taps: list[Tap] = []  # in forward order
+        self.meets_hooks = False  # whether the model's own code registered a hook on a tensor
         self._layout = layout
         self._deliver = deliver
         self._late = late
@@ -144,7 +119,7 @@ class Capture(TorchFunctionMode):
         return out
 
     def _concerns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a tracked tensor may be among a call's arguments: a quick look, for most calls have none."""
+        """Whether a tracked tensor may be among the arguments: a quick look, as most calls have none."""
         views = self._views
         for value in (*args, *kwargs.values()) if kwargs else args:
             if id(value) in views or isinstance(value, (list, tuple)):
@@ -163,7 +138,7 @@ class Capture(TorchFunctionMode):
             return None
 
     def _before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen | None:
-        """What has to be noted before an operator runs; None where it is of no interest."""
+        """Note the operands of an operator before it runs; None if none of them is tracked."""
         tensors = _tensors((*args, *kwargs.values()))
         tracked = [tensor for tensor in tensors if self._find(tensor) is not None]
         if not tracked:
@@ -190,14 +165,7 @@ class Capture(TorchFunctionMode):
     def _in_order(self, tensor: Tensor) -> bool:
         return in_order(tensor, self._layout.rows, self._layout.length, self._ordered)
 
-    def _record(
-        self,
-        func: Any,
-        seen: _Seen,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        out: Tensor,
-    ) -> bool:
+    def _record(self, func: Any, seen: _Seen, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
         """Record the uses that the call's rule accounts for; whether there is any."""
         region = seen.region
         taps = [self._tap(use, out, seen.operands, region is not None) for use in self._uses(func, args, kwargs, out)]
@@ -212,13 +180,13 @@ class Capture(TorchFunctionMode):
     def _follow(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor, tracked: list[Tensor]
     ) -> None:
-        given = self._find(tracked[0]) if len(tracked) == 1 else None
-        view = None if given is None else follow(func, given, tracked[0], args, kwargs, out)
+        source = self._find(tracked[0]) if len(tracked) == 1 else None
+        view = None if source is None else follow(func, source, tracked[0], args, kwargs, out)
         if view is not None and id(out) not in self._views:  # a cast with nothing to do returns its argument
             self._views[id(out)] = (view, out.grad_fn)
             self._held.append(out)
 
-    def _tap(self, use: Use, out: Tensor, operands: list[tuple[Tensor, Node | None]], hollow: bool) -> Tap:
+    def _tap(self, use: Use, out: Tensor, operands: list[tuple[Tensor, Node | None]], is_checkpointed: bool) -> Tap:
         node = out.grad_fn
         assert node is not None
         stops = [operand for _, operand in operands if operand is not None]
@@ -226,22 +194,22 @@ class Capture(TorchFunctionMode):
         for tensor, operand in operands:
             if operand is not None and self._find(tensor) == use.view:
                 edges |= edges_between(node, operand, stops)
-        kept = use.hollow if hollow else use
-        tap = Tap(kept, node, frozenset(edges), ready=kept is use)
+        held = use.without_activations if is_checkpointed else use
+        tap = Tap(held, node, frozenset(edges), ready=held is use)
         self.taps.append(tap)
         # A partial: a function and the two cells that it closes over are more for the garbage collector to walk.
         handle = out.register_hook(partial(self._arrive, tap))  # type: ignore[no-untyped-call]
         self._handles.append(handle)
         return tap
 
-    def _arrive(self, tap: Tap, cotangent: Tensor) -> None:
+    def _arrive(self, tap: Tap, grad_output: Tensor) -> None:
         if tap.ready:
-            self._deliver(tap, cotangent)
+            self._deliver(tap, grad_output)
         else:
-            tap.early = cotangent
+            tap.early = grad_output
 
     def _refill(self, region: Any, key: _Key, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Give a call's taps their operands, now that they have been computed again; whether it was a recorded call."""
+        """Give the taps of a recomputed call their operands; whether the call was a recorded one."""
         calls = self._pending.get(region, {}).get(key)
         if not calls:
             return False
@@ -251,16 +219,16 @@ class Capture(TorchFunctionMode):
             if tap.use.view == use.view and not tap.ready:
                 tap.use, tap.ready = use, True
                 if tap.early is not None:
-                    cotangent, tap.early = tap.early, None
-                    self._deliver(tap, cotangent)
+                    grad_output, tap.early = tap.early, None
+                    self._deliver(tap, grad_output)
         return True
 
     def _find(self, operand: Any) -> View | None:
-        found = self._views.get(id(operand))
-        return found[0] if found is not None and found[1] is operand.grad_fn else None
+        view, node = self._views.get(id(operand), (None, None))
+        return view if view is not None and node is operand.grad_fn else None
 
     def _node(self, tensor: Tensor) -> Node | None:
-        """`node_of`, which for a leaf takes an operator to find out; of a tracked one it is remembered."""
+        """`node_of`, cached for tracked leaves, for which it runs an operator."""
         if tensor.grad_fn is not None or id(tensor) not in self._views:
             return node_of(tensor)
         if id(tensor) not in self._nodes:
@@ -274,12 +242,7 @@ class Capture(TorchFunctionMode):
         return {node: number for node, number in numbers.items() if node is not None} | self._leaves
 
     def adopt(self, number: int, tensor: Tensor) -> None:
-        """Take a tensor for a parameter: the whole one that stands in for its shards while a module runs.
-
-        Args:
-            number: the parameter's number.
-            tensor: the leaf that operators will see.
-        """
+        """Take a tensor for a parameter: the full one that stands in for its shards while a module runs."""
         if id(tensor) not in self._views:
             self._views[id(tensor)] = (View(number, (), tuple(tensor.shape)), None)
             self._held.append(tensor)
@@ -288,19 +251,17 @@ class Capture(TorchFunctionMode):
                 self._leaves[node] = number
 
     def start(self) -> None:
-        """Watch from here on: `__enter__`, where the end is in another function."""
+        """`__enter__`, for a pass that ends in another function."""
         self.__enter__()  # type: ignore[no-untyped-call]
 
     def stop(self) -> None:
-        """Watch no more: `__exit__`."""
+        """`__exit__`, after `start`."""
         self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
-        """Let go of the pass.
-
-        Its graph holds the hooks, which hold this object, which holds the graph's nodes: a ring through C++ that the
-        garbage collector does not see, and that would keep every activation.
-        """
+        """Let go of the pass."""
+        # Its graph holds the hooks, which hold this object, which holds the graph's nodes: a ring through C++ that the
+        # garbage collector does not see, and that would keep every activation.
         for handle in self._handles:
             handle.remove()
         self.taps.clear()
@@ -311,19 +272,10 @@ class Capture(TorchFunctionMode):
         self._handles.clear()
         self._views.clear()
         self._held.clear()
-        self._deliver = _nowhere
+        self._deliver = _ignore
 
     def survey(self, loss: Tensor, without: frozenset[int] = frozenset(), *, opaque: bool = False) -> Survey:
-        """What of the graph below `loss` the recorded uses account for.
-
-        Args:
-            loss: the scalar whose backward will run.
-            without: numbers of parameters whose recorded uses are to be disregarded.
-            opaque: go on past regions whose graph is hidden, instead of raising.
-
-        Returns:
-            The survey; `missed` then includes those of `without` that the loss depends on.
-        """
+        """Which uses and parameters the graph below `loss` reaches, uses of the parameters `without` disregarded."""
         assert loss.grad_fn is not None
         taps = [tap for tap in self.taps if tap.use.view.param not in without]
         claimed: dict[Edge, frozenset[Node]] = {}
@@ -334,16 +286,16 @@ class Capture(TorchFunctionMode):
         return survey(loss.grad_fn, claimed, frozenset(tap.node for tap in taps), parameters, opaque=opaque)
 
 
-def _nowhere(tap: Tap, cotangent: Tensor) -> None:
-    """Where cotangents go once a pass has been closed."""
+def _ignore(tap: Tap, grad_output: Tensor) -> None:
+    """Receives output gradients once a pass has been closed."""
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
     """The tensors among a call's arguments, one level of lists and tuples deep."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, (list, tuple)):
-            found.extend(item for item in value if isinstance(item, Tensor))
-    return found
+            tensors.extend(item for item in value if isinstance(item, Tensor))
+    return tensors

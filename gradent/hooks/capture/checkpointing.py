@@ -25,22 +25,22 @@ def in_backward() -> bool:
 
 
 def packs_tensors() -> bool:
-    """Whether something packs what the graph saves: checkpointing, offloading."""
+    """Whether saved tensors are packed, by checkpointing or offloading."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # noqa: SLF001  (as above)
 
 
 def current_region() -> Any:
-    """The frame of the checkpointed region that is running, the same object in both of its forwards; None outside."""
+    """The frame of the checkpointed region that runs, the same in both of its forwards; None outside."""
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)  # noqa: SLF001  (as above)
     if hooks is None:
         return None
     pack = inspect.unwrap(hooks[0])
     if getattr(pack, "__module__", None) != _MODULE:
         return None
-    held = _closure(pack)
-    if "frame" in held:
-        return held["frame"]
-    reference = held.get("target_frame_ref")
+    variables = _closure(pack)
+    if "frame" in variables:
+        return variables["frame"]
+    reference = variables.get("target_frame_ref")
     return reference() if callable(reference) else None
 
 
@@ -48,10 +48,10 @@ def _closure(function: Callable[..., Any]) -> dict[str, Any]:
     code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
     if code is None or cells is None:
         return {}
-    held = {}
+    variables = {}
     for name, cell in zip(code.co_freevars, cells, strict=True):
         try:
-            held[name] = cell.cell_contents
+            variables[name] = cell.cell_contents
         except ValueError:  # an empty cell
             continue
-    return held
+    return variables

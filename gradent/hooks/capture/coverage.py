@@ -2,8 +2,8 @@
 
 Every way from the loss to a parameter ends in an edge of the graph. The uses that the rules recorded *claim* edges.
 With the claimed edges cut, a parameter that can still be reached has a use that no rule saw (a fused kernel, a custom
-autograd function, an operator without a rule): it must be measured in another way. No list of module classes is
-involved, so this holds for models nobody has seen.
+autograd function, an operator without a rule) and must be measured in another way. No list of module classes is
+involved.
 """
 
 from __future__ import annotations
@@ -15,15 +15,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from gradent.errors import ModelError
+from gradent.model.autograd import REENTRANT
 
 __all__ = ["HIDDEN", "Edge", "Survey", "edges_between", "node_of", "survey"]
 
-HIDDEN = (
-    "Reentrant gradient checkpointing hides the layers inside it from a measurement. Use "
-    "gradient_checkpointing_kwargs={'use_reentrant': False}, or switch checkpointing off meanwhile."
-)
-"""What a measurement says of a graph with reentrant regions."""
-
+HIDDEN = REENTRANT
 Edge = tuple[Node, int]
 """A node and the number of one of its inputs."""
 
@@ -36,20 +32,11 @@ def node_of(tensor: Tensor) -> Node | None:
 
 
 def edges_between(start: Node, target: Node, stops: Iterable[Node]) -> set[Edge]:
-    """Edges into `target` from the nodes that one operator made.
-
-    Args:
-        start: the node of the operator's output.
-        target: the node of the operand in question.
-        stops: nodes of all of the operator's operands, beyond which its own nodes end.
-
-    Returns:
-        `(node, input number)` of every edge that enters `target`.
-    """
+    """Edges into `target` that one operator made, between its output's node and its operands' nodes, `stops`."""
     stopped = {*stops, target}
-    found: set[Edge] = set()
+    edges: set[Edge] = set()
     if start in stopped:
-        return found
+        return edges
     seen, pending = {start}, [start]
     while pending:
         node = pending.pop()
@@ -57,29 +44,22 @@ def edges_between(start: Node, target: Node, stops: Iterable[Node]) -> set[Edge]
             if child is None:
                 continue
             if child is target:
-                found.add((node, number))
+                edges.add((node, number))
             elif child not in stopped and child not in seen:
                 seen.add(child)
                 pending.append(child)
-    return found
+    return edges
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What the graph below one forward's log-probs holds.
+    """What the graph below one forward's log-probs holds."""
 
-    Attributes:
-        reached: the recorded uses' output nodes that the loss depends on.
-        bottoms: those of them with no other recorded use below: a backward that asks for the gradients there runs
-            through every use, and computes no weight gradient.
-        missed: numbers of the parameters with a use that no rule recorded.
-        hidden: reentrant gradient checkpointing hides a part of the graph, of which nothing is said here.
-    """
-
-    reached: frozenset[Node]
+    reached: frozenset[Node]  # the recorded uses' output nodes that the loss depends on
+    # Those with no use below: a backward that asks for gradients there runs through all, without weight gradients.
     bottoms: list[GradientEdge]
-    missed: frozenset[int]
-    hidden: bool = False
+    missed: frozenset[int]  # numbers of the parameters with a use that no rule recorded
+    hidden: bool = False  # reentrant gradient checkpointing hides a part of the graph, of which nothing is said here
 
 
 def survey(
@@ -90,26 +70,11 @@ def survey(
     *,
     opaque: bool = False,
 ) -> Survey:
-    """Walk the graph below `root` once.
-
-    A claim holds only below the output that its use waits at: an output that is changed in place afterwards may hand
-    its graph on without that node, and then the use would wait in vain.
-
-    Args:
-        root: the node of the loss.
-        claimed: edges that the recorded uses account for, with the output nodes of those uses.
-        uses: output nodes of the recorded uses.
-        parameters: the nodes that accumulate each trainable parameter's gradient, with its number.
-        opaque: go on past hidden parts of the graph, instead of raising.
-
-    Returns:
-        The survey.
-
-    Raises:
-        ModelError: reentrant gradient checkpointing hides a part of the graph.
-    """
+    """Walk the graph below `root` once: which uses it reaches, and which parameters have a use that none claims."""
     missed: set[int] = set()
     hidden = False
+    # A claim holds only below the output that its use waits at: an output that is changed in place afterwards may hand
+    # its graph on without that node, and then the use would wait in vain.
     below: dict[Node, bool] = {}  # node -> whether a recorded use lies at it or below it; set when it is finished
     above_bottom: set[Node] = set()
     opened: dict[Node, list[Node]] = {}  # node -> what lies right below it

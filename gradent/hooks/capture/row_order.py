@@ -27,23 +27,13 @@ _PUTS = {
 
 
 def in_order(tensor: Tensor, rows: int, length: int, known: set[Node]) -> bool:
-    """Look for where a flattened operand comes from.
-
-    Args:
-        tensor: `[R L, features]`.
-        rows: R.
-        length: L.
-        known: nodes of which everything they come from is in order; added to.
-
-    Returns:
-        Whether its tokens are in the batch's order; False too where nothing says so.
-    """
+    """Whether the tokens of `[R L, features]` are in the batch's order; `known` caches nodes that are."""
     node = tensor.grad_fn
     if node is None:
         base = tensor._base if tensor._is_view() else None  # noqa: SLF001  (torch has no public name for it)
         return base is not None and base.shape[:2] == (rows, length)
     passed = []
-    for origin in _walk(node, lambda one: one in known or one.name() in _PUTS or _views(one, rows, length)):
+    for origin in _walk(node, lambda node: node in known or node.name() in _PUTS or _is_view(node, rows, length)):
         if origin.name() in _PICKS:
             return False
         passed.append(origin)
@@ -52,7 +42,7 @@ def in_order(tensor: Tensor, rows: int, length: int, known: set[Node]) -> bool:
 
 
 def _walk(start: Node, stops: Callable[[Node], bool]) -> Iterator[Node]:
-    """The nodes from `start` down, each once, but for those at which it stops and what lies behind them alone."""
+    """The nodes below `start`, each once; a node that `stops` ends its branch."""
     seen, pending = {start}, [start]
     while pending:
         node = pending.pop()
@@ -65,21 +55,14 @@ def _walk(start: Node, stops: Callable[[Node], bool]) -> Iterator[Node]:
                 pending.append(child)
 
 
-def _views(node: Node, rows: int, length: int) -> bool:
+def _is_view(node: Node, rows: int, length: int) -> bool:
     """Whether a node is that of a view of `[R, L, ...]`."""
     sizes = getattr(node, "_saved_self_sym_sizes", ())
     return "View" in node.name() and tuple(map(int, sizes[:2])) == (rows, length) and len(sizes) > 2
 
 
 def moves_rows(root: Tensor) -> bool:
-    """Whether a first axis is moved anywhere in the graph below a tensor, as where activations are `[L, R, ...]`.
-
-    Args:
-        root: a model's output.
-
-    Returns:
-        Whether an operator that reorders axes moves the first one.
-    """
+    """Whether an operator in the graph below a tensor moves the first axis, as for activations `[L, R, ...]`."""
     return root.grad_fn is not None and any(map(_moves_first, _walk(root.grad_fn, lambda node: False)))
 
 

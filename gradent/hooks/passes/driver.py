@@ -16,8 +16,8 @@ from gradent.hooks.passes.hooks_engine import NeedsSingleRows, run
 from gradent.hooks.passes.microbatch import MicroBatch, Outcome, group_rows, micro_batches
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.kernels.common.wanted import Wanted
-from gradent.model.calls import observed
 from gradent.model.facts import announce_untrimmed, longest_input, require_causal, trims
+from gradent.model.observed import observed
 
 __all__ = ["agreement", "announce_single_rows", "measure_groups", "rows_share"]
 

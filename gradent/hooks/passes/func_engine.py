@@ -16,9 +16,10 @@ from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.uses.formats import Materialized
 from gradent.kernels.common.numerics import spans
 from gradent.kernels.common.wanted import Wanted
-from gradent.model.calls import forward_logits, observed
+from gradent.model.calls import forward_logits
 from gradent.model.facts import check_causal, ignores_padding
 from gradent.model.logprobs import check_rows
+from gradent.model.observed import observed
 
 __all__ = ["parameters_kept", "per_sample_rows"]
 

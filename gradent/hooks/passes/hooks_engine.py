@@ -20,7 +20,7 @@ from gradent.hooks.reduction.collector import Collector
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.reduction.reducers import Place
 from gradent.hooks.uses.formats import Materialized
-from gradent.hooks.uses.uses import Layout
+from gradent.hooks.uses.layout import Layout
 from gradent.kernels.common.numerics import accumulator
 
 __all__ = ["NeedsSingleRows", "run"]

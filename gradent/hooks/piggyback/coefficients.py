@@ -25,7 +25,7 @@ from gradent.kernels.common.streams import at_once
 __all__ = ["Coefficients", "FusedReadout", "LogitsReadout", "Readout", "RewardReadout", "find_readout"]
 
 BLOCK = 256
-"""Tokens of the vocabulary of which the best is found first."""
+"""Tokens of the vocabulary that `_best_others` looks at together."""
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest spread of a coefficient along a row that rounding explains, relative to its size, by the gradient's dtype."""
@@ -39,10 +39,11 @@ class Coefficients:
         c: `∂L/∂log π(y|x)`, float64 `[N]`; 0 where the loss does not move the row.
         logp: `log π(y|x)` in nats, float64 `[N]`; for a reward model, the reward.
         marks: the tokens that the log-prob is over, bool `[N, L]`.
-        tokens: each token's own coefficient, of which `c` is the mean, float64 `[N, L]`.
+        tokens: coefficient of each token, of which `c` is the mean, float64 `[N, L]`.
         spread: largest deviation of a token's coefficient from its row's, relative to `|c|`.
-        given: whether the marks came with the batch (labels, or the head's mask), and were not told by the gradient.
-        constant: whether rounding explains the spread; if not, the trainer's gradient is not `c ∇log π(y|x)`.
+        is_constant: rounding explains the spread; if not, the trainer's gradient is not `c ∇log π(y|x)`.
+        has_given_marks: the marks came with the batch (labels, or the head's mask), and are not made of the gradient.
+        is_reward: the model is a reward model.
     """
 
     c: Tensor
@@ -50,8 +51,9 @@ class Coefficients:
     marks: Tensor
     tokens: Tensor
     spread: float
-    constant: bool
-    given: bool = True
+    is_constant: bool
+    has_given_marks: bool = True
+    is_reward: bool = False
 
 
 class Readout(Protocol):
@@ -59,18 +61,11 @@ class Readout(Protocol):
 
     @property
     def root(self) -> Tensor:
-        """The tensor whose gradient tells the coefficients."""
+        """The tensor whose gradient holds the coefficients."""
         ...
 
     def read(self, grad: Tensor) -> Coefficients:
-        """The coefficients.
-
-        Args:
-            grad: the gradient that arrived at `root`.
-
-        Returns:
-            The coefficients of the N rows.
-        """
+        """The coefficients of the N rows, from the gradient that arrived at `root`."""
         ...
 
 
@@ -90,7 +85,7 @@ class FusedReadout:
         c = (grad * mask).sum(1) / count
         off = ((grad - c[:, None]) * mask).abs().amax(1)
         marks, tokens = (pad(part, (self.length - mask.shape[1], 0)) for part in (mask, grad * mask))
-        return _coefficients(c, (logps * mask).sum(1), marks, tokens, off, self.root.dtype)
+        return _judge(c, (logps * mask).sum(1), marks, tokens, off, self.root.dtype)
 
 
 @dataclass(frozen=True)
@@ -107,11 +102,11 @@ class LogitsReadout:
         count = min(length - 1, self.root.shape[1] - 1)  # positions that predict a token of the row
         logits, grad = self.root.detach()[:, -count - 1 : -1], grad[:, -count - 1 : -1]
         targets = self.input_ids[:, -count:]
-        given = None if self.labels is None else self.labels[:, -count:] != -100
+        labelled = None if self.labels is None else self.labels[:, -count:] != -100
         size = torch.stack([_absolute_sums(row) for row in grad])
         # All there is to see lies between the first and the last position that matters; a prompt's do not.
-        spans = _ends(size != 0 if given is None else (size != 0) | given)
-        at = _places(spans, logits.device)
+        spans = _ends(size != 0 if labelled is None else (size != 0) | labelled)
+        at = _positions(spans, logits.device)
         y = targets[at]
         v, top = _best_others(logits, spans, at, y)
         (z_y, z_v), (g_y, g_v) = (
@@ -124,23 +119,23 @@ class LogitsReadout:
             return values.new_zeros(size.shape).index_put_(at, values)
 
         logps, moved = spread(z_y - normalizer), spread((g_y != 0) | (g_v != 0))
-        used = _with_certain_tokens(moved, logps) if given is None else given
+        used = _with_certain_tokens(moved, logps) if labelled is None else labelled
         # A token that is all but certain hardly moves; its gradient is rounding, and weighs as little as it matters.
         weight = -torch.expm1(logps) * used
-        each = torch.where(weight > 0, spread(g_y - g_v * (z_y - z_v).clamp_max(80).exp()), 0.0)
-        c = (each * weight).sum(1) / weight.sum(1).clamp_min(1e-300)
+        tokens = torch.where(weight > 0, spread(g_y - g_v * (z_y - z_v).clamp_max(80).exp()), 0.0)
+        c = (tokens * weight).sum(1) / weight.sum(1).clamp_min(1e-300)
         # v has its share of the softmax and nothing besides, and so have all others; no other position is moved: else
         # the loss has a part that is no log-prob of these tokens (a z-loss, an entropy bonus, a term over the prompt).
         others = size - 2 * c.abs()[:, None] * weight  # of c(onehot - p) the sizes sum to 2|c|(1 - p_y), or to nothing
         p_v = spread((z_v - normalizer).exp())
-        off = torch.stack([(each - c[:, None]) * weight, (spread(g_v) + c[:, None] * p_v) * used, others])
-        marks, tokens = (pad(part, (length - count, 0)) for part in (used, each * used))
-        found = _coefficients(c, (logps * used).sum(1), marks, tokens, off.abs().amax((0, 2)), self.root.dtype)
-        return replace(found, given=self.labels is not None)
+        off = torch.stack([(tokens - c[:, None]) * weight, (spread(g_v) + c[:, None] * p_v) * used, others])
+        marks, tokens = (pad(part, (length - count, 0)) for part in (used, tokens * used))
+        coefficients = _judge(c, (logps * used).sum(1), marks, tokens, off.abs().amax((0, 2)), self.root.dtype)
+        return replace(coefficients, has_given_marks=self.labels is not None)
 
 
 def _ends(live: Tensor) -> list[tuple[int, int]]:
-    """Of each row of `[N, K]`, the first place that is true, and the place after the last; (0, 0) where none is."""
+    """Each row's first true position of bool `[N, K]` and the position after its last; (0, 0) where none is true."""
     if not live.shape[1]:
         return [(0, 0)] * len(live)
     first, after = live.int().argmax(1), live.shape[1] - live.flip(1).int().argmax(1)
@@ -149,42 +144,32 @@ def _ends(live: Tensor) -> list[tuple[int, int]]:
     ]
 
 
-def _places(spans: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+def _positions(spans: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Row and position of everything inside the rows' spans, int64 `[M]` each."""
-    rows = torch.tensor([row for row, (start, stop) in enumerate(spans) for _ in range(start, stop)], dtype=torch.int64)
-    places = torch.tensor([place for start, stop in spans for place in range(start, stop)], dtype=torch.int64)
-    return rows.to(device), places.to(device)
+    inside = [(row, position) for row, span in enumerate(spans) for position in range(*span)]
+    rows, positions = torch.tensor(inside, dtype=torch.int64).view(-1, 2).to(device).unbind(1)
+    return rows, positions
 
 
 def _best_others(
     logits: Tensor, spans: Sequence[tuple[int, int]], at: tuple[Tensor, Tensor], targets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The likeliest token besides the target and its logit (float64), `[M]` each.
-
-    Args:
-        logits: `[N, K, V]`.
-        spans: the positions of each row.
-        at: the same, as `_places` gives them.
-        targets: int64 `[M]`.
-
-    Returns:
-        `(tokens, logits)`.
-    """
+    """The likeliest token besides the target and its logit, `[M]` each, at the M positions `at` inside the spans."""
     # The best of each block, then the place inside the best block: on a CPU `argmax` takes 6 to 20 times `amax`'s time.
     maxima = torch.cat([_block_maxima(logits[row, slice(*span)]) for row, span in enumerate(spans)])
     step = max(1, at_once(logits.device) // (BLOCK * 4 * 8))  # a block's tokens are int64, twice
-    found = [
-        _best_in_blocks(logits, [part[some] for part in at], targets[some], maxima[some])
-        for some in tiles(len(targets), step)
+    parts = [
+        _best_in_blocks(logits, [index[tile] for index in at], targets[tile], maxima[tile])
+        for tile in tiles(len(targets), step)
     ]
-    if not found:
+    if not parts:
         return targets, targets.double()
-    tokens, best = (torch.cat(column) for column in zip(*found, strict=True))
+    tokens, best = (torch.cat(column) for column in zip(*parts, strict=True))
     return tokens, best
 
 
 def _best_in_blocks(logits: Tensor, at: Sequence[Tensor], targets: Tensor, maxima: Tensor) -> tuple[Tensor, Tensor]:
-    """`_best_others` of some positions, given the largest logit of each of their blocks, which is overwritten."""
+    """`_best_others` of M positions, from the largest logit of each of their blocks `[M, blocks]`, which it changes."""
 
     def block(numbers: Tensor) -> tuple[Tensor, Tensor]:
         """One block of each position: its tokens, and their logits with -inf for the target; `[M, BLOCK]` each."""
@@ -193,8 +178,8 @@ def _best_in_blocks(logits: Tensor, at: Sequence[Tensor], targets: Tensor, maxim
         inside = tokens.clamp_max(logits.shape[2] - 1)
         return tokens, logits[at[0][:, None], at[1][:, None], inside].masked_fill_(outside, float("-inf"))
 
-    own = targets // BLOCK
-    maxima[torch.arange(len(own), device=own.device), own] = block(own)[1].amax(1)
+    of_target = targets // BLOCK
+    maxima[torch.arange(len(targets), device=targets.device), of_target] = block(of_target)[1].amax(1)
     tokens, values = block(maxima.argmax(1))
     best = values.argmax(1, keepdim=True)
     return tokens.gather(1, best)[:, 0], values.gather(1, best)[:, 0].double()
@@ -202,10 +187,10 @@ def _best_in_blocks(logits: Tensor, at: Sequence[Tensor], targets: Tensor, maxim
 
 def _block_maxima(logits: Tensor) -> Tensor:
     """Largest logit of each `BLOCK` tokens, `[K, V / BLOCK rounded up]`."""
-    whole = logits.shape[1] // BLOCK * BLOCK
-    parts = [logits[:, :whole].reshape(len(logits), whole // BLOCK, BLOCK).amax(-1)] if whole else []
-    if whole < logits.shape[1]:
-        parts.append(logits[:, whole:].amax(-1, keepdim=True))
+    full = logits.shape[1] // BLOCK * BLOCK
+    parts = [logits[:, :full].reshape(len(logits), full // BLOCK, BLOCK).amax(-1)] if full else []
+    if full < logits.shape[1]:
+        parts.append(logits[:, full:].amax(-1, keepdim=True))
     return torch.cat(parts, 1)
 
 
@@ -250,20 +235,19 @@ class RewardReadout:
         """See `Readout.read`."""
         c, reward = grad[:, 0].double(), self.root.detach()[:, 0].double()
         marks = self.attention_mask.bool()
-        return _coefficients(c, reward, marks, c[:, None] * marks, torch.zeros_like(c), self.root.dtype)
+        coefficients = _judge(c, reward, marks, c[:, None] * marks, torch.zeros_like(c), self.root.dtype)
+        return replace(coefficients, is_reward=True)
 
 
-def _coefficients(
-    c: Tensor, logp: Tensor, marks: Tensor, tokens: Tensor, off: Tensor, dtype: torch.dtype
-) -> Coefficients:
+def _judge(c: Tensor, logp: Tensor, marks: Tensor, tokens: Tensor, off: Tensor, dtype: torch.dtype) -> Coefficients:
+    """Coefficients on the CPU; `off` `[N]` is each row's largest deviation, `dtype` that of the gradient."""
     c, logp, marks, tokens, off = (part.cpu() for part in (c, logp, marks, tokens, off))
     active = c != 0
     spread = float((off[active] / c[active].abs()).max()) if bool(active.any()) else 0.0
     # A row whose coefficients cancel to zero, but are not zero, is not inactive.
-    cancelled = bool((off[~active] > 0).any())
-    limit = ROUNDING.get(dtype, ROUNDING[torch.bfloat16])
-    constant = spread <= limit and not cancelled
-    return Coefficients(c=c, logp=logp, marks=marks, tokens=tokens, spread=spread, constant=constant)
+    is_cancelled = bool((off[~active] > 0).any())
+    is_constant = spread <= ROUNDING.get(dtype, ROUNDING[torch.bfloat16]) and not is_cancelled
+    return Coefficients(c=c, logp=logp, marks=marks, tokens=tokens, spread=spread, is_constant=is_constant)
 
 
 def _with_certain_tokens(moved: Tensor, logps: Tensor) -> Tensor:
@@ -273,16 +257,7 @@ def _with_certain_tokens(moved: Tensor, logps: Tensor) -> Tensor:
 
 
 def find_readout(output: Any, kwargs: Mapping[str, Any], input_ids: Tensor) -> Readout | str:
-    """Where a forward's log-probs can be read.
-
-    Args:
-        output: what the model returned.
-        kwargs: what it was called with.
-        input_ids: int64 `[N, L]`.
-
-    Returns:
-        The readout, or why there is none.
-    """
+    """Where the log-probs of a forward of `input_ids` `[N, L]` can be read, or why nowhere."""
     log_probs = getattr(output, "log_probs", None)
     labels = kwargs.get("labels")
     if isinstance(log_probs, Tensor) and log_probs.requires_grad:

@@ -17,15 +17,7 @@ no pairs)."""
 
 
 def pair_rows(pairing: Pairing, c: Tensor) -> list[int] | str:
-    """Row numbers of 2k paired rows, chosen first.
-
-    Args:
-        pairing: how rows pair up.
-        c: `∂L/∂log π(y|x)` of the N rows, float64 `[N]`.
-
-    Returns:
-        The rows, or why they do not pair up.
-    """
+    """Row numbers of 2k paired rows, chosen first, from `c = ∂L/∂log π(y|x)` `[N]`; or why they do not pair up."""
     rows = len(c)
     if pairing == "signs":
         chosen, rejected = ([row for row in range(rows) if sign * float(c[row]) < 0] for sign in (1, -1))
@@ -36,7 +28,7 @@ def pair_rows(pairing: Pairing, c: Tensor) -> list[int] | str:
         return f"the forward has {rows} rows, which are not {blocks} blocks of one size"
     pairs = rows // blocks
     if pairing == "either":
-        swapped = [float(c[pair]) > float(c[pairs + pair]) for pair in range(pairs)]
-        first = [pair + pairs * swap for pair, swap in enumerate(swapped)]
-        return first + [pair + pairs * (not swap) for pair, swap in enumerate(swapped)]
+        is_swapped = [float(c[pair]) > float(c[pairs + pair]) for pair in range(pairs)]
+        chosen = [pair + pairs * swap for pair, swap in enumerate(is_swapped)]
+        return chosen + [pair + pairs * (not swap) for pair, swap in enumerate(is_swapped)]
     return list(range(2 * pairs))

@@ -1,4 +1,4 @@
-"""The trainable head inside TRL's fused log-prob function, which hands no logits to anyone.
+"""The trainable head inside TRL's fused log-prob function, which shows no logits.
 
 `log_probs` come out of one autograd function over (hidden, weight, bias, targets). Its weight's gradient is the head's
 usual one, `Σ_t b_t h_tᵀ` with `b_t = c (onehot(y_t) - softmax(z_t)) dz_t`; b is formed again from what the function
@@ -9,7 +9,7 @@ Letters: N rows, K predicted tokens a row, T of them marked, V vocabulary, H wid
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,26 +17,20 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from gradent.hooks.capture.capture import Tap
 from gradent.hooks.uses.formats import Factored, Form, LazyFactored, Materialized
+from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View
-from gradent.hooks.uses.uses import Layout
 from gradent.kernels.common.numerics import accumulator
 
-__all__ = ["FusedHeadUse", "find_fused_head"]
+__all__ = ["FusedHeadUse", "find_fused_head", "tap_fused_head"]
 
 _NAME = "ChunkedLogProbFunctionBackward"
 _KNOWN = {"logit_scale", "softcap", "inv_t", "HAS_SOFTCAP"}
 
 
 def find_fused_head(root: Tensor) -> Node | None:
-    """The fused function's node behind `log_probs`.
-
-    Args:
-        root: `log_probs`.
-
-    Returns:
-        The node, or None where the log-probs come from something else.
-    """
+    """The fused function's node behind `log_probs`; None where they come from something else."""
     pending, seen = [root.grad_fn], 0
     while pending and seen < 8:
         node = pending.pop()
@@ -50,44 +44,53 @@ def find_fused_head(root: Tensor) -> Node | None:
     return None
 
 
+def tap_fused_head(node: Node, mask: Tensor, leaves: Mapping[Node, int], parameters: Sequence[Tensor]) -> list[Tap]:
+    """Taps for the function's trainable weight and bias, with the marked tokens' mask `[N, K]`."""
+    taps = []
+    for place, (child, _) in enumerate(node.next_functions[:3]):  # hidden states, weight, bias
+        if place > 0 and child is not None and child in leaves:
+            number = leaves[child]
+            view = View(number, (), tuple(parameters[number].shape))
+            taps.append(Tap(FusedHeadUse(view, node, mask.bool(), place == 2), node, frozenset({(node, place)})))
+    return taps
+
+
 @dataclass(frozen=True)
 class FusedHeadUse:
-    """The weight (or the bias) of the fused function."""
+    """The weight (or the bias) of the fused function; `mask` is bool `[N, K]`."""
 
     view: View
     node: Node
     mask: Tensor
-    """The marked tokens, bool `[N, K]`."""
     bias: bool = False
     depth: int = 0
 
     @property
-    def hollow(self) -> FusedHeadUse:
-        """See `Use.hollow`."""
+    def without_activations(self) -> FusedHeadUse:
+        """See `Use`."""
         return self
 
-    def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
-        """See `Use.forms`; the cotangent is that of the log-probs the function returned, `[N·K]` or `[marked]`."""
+    def forms(self, grad_output: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
+        """See `Use.forms`; `grad_output` is that of the log-probs that the function returned, `[N·K]` or `[marked]`."""
         saved: Any = self.node
         hidden, weight, bias, targets, log_z = saved.saved_tensors[:5]
         scored = torch.arange(self.mask.numel(), device=hidden.device)
-        if len(cotangent) != self.mask.numel():  # on a GPU only marked tokens are scored, in the order of the rows
+        if len(grad_output) != self.mask.numel():  # on a GPU only marked tokens are scored, in the order of the rows
             scored = self.mask.flatten().cumsum(0) - 1
         numbers = scored.view(self.mask.shape)
         for row in range(len(self.mask)):
             at = numbers[row][self.mask[row]]
-            tokens = _Tokens(
-                hidden[at], weight, bias, targets[at], log_z[at], cotangent[at], saved.compute_dtype, saved.kernel_args
-            )
+            parts = hidden[at], weight, bias, targets[at], log_z[at], grad_output[at]
+            tokens = _Tokens(*parts, saved.compute_dtype, saved.kernel_args)
             if self.bias:
-                yield row, (), Materialized(tokens.cotangent().sum(0))
+                yield row, (), Materialized(tokens.grad_logits().sum(0))
             else:
                 yield row, (), LazyFactored(tokens.dense)
 
 
 @dataclass(frozen=True)
 class _Tokens:
-    """The marked tokens of one row, and what their logits' gradient is formed from."""
+    """The T marked tokens of one row, and what their logits' gradient is formed from."""
 
     hidden: Tensor
     weight: Tensor
@@ -99,22 +102,22 @@ class _Tokens:
     arguments: dict[str, Any]
 
     def dense(self) -> Factored:
-        return Factored(self.cotangent(), self.hidden.to(accumulator(self.hidden.dtype)))
+        return Factored(self.grad_logits(), self.hidden.to(accumulator(self.hidden.dtype)))
 
     @torch.no_grad()
-    def cotangent(self) -> Tensor:
+    def grad_logits(self) -> Tensor:
         """Gradient at the logits, `[T, V]`: the same steps, in the same types, as the function's own backward."""
-        given = self.arguments
+        arguments = self.arguments
         tile = self.hidden.to(self.dtype) @ self.weight.to(self.dtype).T
         if self.bias is not None:
             tile += self.bias.to(self.dtype)
-        z = tile.to(accumulator(tile.dtype)) * given["logit_scale"]
+        z = tile.to(accumulator(tile.dtype)) * arguments["logit_scale"]
         slope: Tensor | float = 1.0
-        if given["HAS_SOFTCAP"]:
-            capped = torch.tanh(z / given["softcap"])
-            z, slope = given["softcap"] * capped, 1 - capped.square()
-        grad: Tensor = (z * given["inv_t"] - self.log_z[:, None]).exp_().neg_()
+        if arguments["HAS_SOFTCAP"]:
+            capped = torch.tanh(z / arguments["softcap"])
+            z, slope = arguments["softcap"] * capped, 1 - capped.square()
+        grad: Tensor = (z * arguments["inv_t"] - self.log_z[:, None]).exp_().neg_()
         grad[torch.arange(len(grad), device=grad.device), self.targets] += 1
         grad *= slope
-        grad *= (self.scale[:, None] * given["inv_t"] * given["logit_scale"]).to(grad.dtype)
+        grad *= (self.scale[:, None] * arguments["inv_t"] * arguments["logit_scale"]).to(grad.dtype)
         return grad

@@ -1,17 +1,18 @@
 """Reading Gram entries off a trainer's own backward: no extra forward, no extra backward.
 
-While armed, every forward that builds a graph is captured (`capture.py`), and its output is watched for the
-coefficients `c_i` (`readout.py`). The backward then brings each use's cotangent, `c_i` times the one that a measurement
-needs; `c_i` is divided out of a factor before any product is formed. Nothing is written to the model, to `.grad` or to
-a random state, so the run is the same to the bit; what goes wrong here is kept as a `problem`, never raised into the
-trainer's pass.
+1. A forward pre-hook starts a `WatchedForward`: a capture of every use of a trainable parameter (`capture/`).
+2. The forward hook inspects the output and registers a hook where its coefficients `c_i` can be read.
+3. The backward reaches the output: the coefficients are read (`coefficients.py`), and the `WatchedBackward` settles
+   which row is chosen and which rejected. Each use's output gradient follows. It is `c_i` times the one that a
+   measurement needs, so `1 / c_i` is multiplied into a factor before any product is formed.
+4. `take` turns each backward into a `BackwardObservation`, and lets go of its graph.
 
-Letters: N rows of a forward, k pairs, rows 0..k-1 chosen and k..2k-1 rejected.
+Nothing is written to the model, to `.grad` or to a random state, so the run is the same to the bit. An error here is
+kept as a reason (`guard.py`), and never raised into the trainer's pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,71 +21,33 @@ from torch.utils.hooks import RemovableHandle
 
 from gradent.hooks.capture.checkpointing import in_backward
 from gradent.hooks.overhead import Clock
-from gradent.hooks.piggyback.backward import Passed, WatchedBackward, Watching
+from gradent.hooks.piggyback.backward import WatchedBackward
+from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.forward import WatchedForward
-from gradent.hooks.piggyback.pairing import Pairing
-from gradent.model.calls import is_observed
-from gradent.model.sharding import find_owners
+from gradent.hooks.piggyback.observation import BackwardObservation
+from gradent.model.observed import is_observed
 
-__all__ = ["Passed", "Piggyback"]
+__all__ = ["Piggyback"]
 
 
 class Piggyback:
-    """Watches a model's forwards, and the backwards through them.
+    """Watches a model's forwards, and the backwards through them; `clock` counts the time that this takes."""
 
-    Args:
-        model: the model that the trainer calls, unwrapped.
-        parameters: all its trainable parameters by name; their numbers are their places here.
-        budget: bytes that the reductions' tiles may take.
-        pairing: which rows of a forward are chosen, which rejected.
-        weight: parameter number -> square root of the metric's diagonal, or None.
-        entries: capture uses too; without, only coefficients are read.
-        trusted: the loss sees log-probs alone, whatever else the model is asked for.
-        share: give the trainer's backward the weight gradients that the measured products add up to (`share.py`).
-
-    Attributes:
-        clock: the time spent on watching.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        parameters: Mapping[str, Tensor],
-        *,
-        budget: int,
-        pairing: Pairing = "halves",
-        weight: Callable[[int], Tensor] | None = None,
-        entries: bool = True,
-        trusted: bool = False,
-        share: bool = False,
-    ) -> None:
-        tensors = list(parameters.values())
+    def __init__(self, config: WatchConfig) -> None:
         self.clock = Clock()
-        self._watching = Watching(
-            model=model,
-            names=list(parameters),
-            parameters=tensors,
-            sharded=find_owners(model, tensors),
-            budget=budget,
-            pairing=pairing,
-            weight=weight,
-            entries=entries,
-            trusted=trusted,
-            share=share and entries,
-            clock=self.clock,
-        )
-        self._model = model
-        self._trainable = {id(parameter) for parameter in tensors}
+        self._config = config
+        self._trainable = {id(parameter) for parameter in config.tensors}
         self._handles: list[RemovableHandle] = []
         self._running: WatchedForward | None = None
-        self._groups: list[WatchedBackward] = []
+        self._backwards: list[WatchedBackward] = []
 
     def arm(self) -> None:
         """Watch from now on."""
         if not self._handles:
+            model = self._config.model
             self._handles = [
-                self._model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
-                self._model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+                model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
+                model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
             ]
 
     def disarm(self) -> None:
@@ -93,63 +56,61 @@ class Piggyback:
             handle.remove()
         self._handles.clear()
         if self._running is not None:
-            self._running.leave()
+            self._running.stop()
             self._running = None
-        for group in self._groups:
-            group.close()
-        self._groups.clear()
+        for backward in self._backwards:
+            backward.close()
+        self._backwards.clear()
 
-    def take(self) -> list[Passed]:
-        """What the backwards since the last call told; their graphs are let go of."""
-        groups, self._groups = self._groups, []
-        for group in groups:
-            group.finish()
-        return [group.passed for group in groups if group.started or group.passed.broken is not None]
+    def take(self) -> list[BackwardObservation]:
+        """What the backwards since the last call showed; their graphs are let go of."""
+        backwards, self._backwards = self._backwards, []
+        observations = [(backward, backward.finish()) for backward in backwards]
+        return [seen for backward, seen in observations if backward.has_started or seen.unusable_reason is not None]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled() or in_backward() or self._running is not None or is_observed(self._model):
+        is_own = self._running is not None or is_observed(self._config.model)
+        if is_own or not torch.is_grad_enabled() or in_backward():
             return
         try:
-            self._enter(args, kwargs)
+            self._start_forward(args, kwargs)
         except Exception as error:  # noqa: BLE001  (an error here would end the trainer's forward)
-            self._break(f"gradent's own {type(error).__name__}: {error}")
+            self._abandon(f"gradent's own {type(error).__name__}: {error}")
 
-    def _break(self, why: str) -> None:
-        """Keep that a forward cannot be watched, and why."""
-        group = WatchedBackward(self._watching)
-        group.passed.broken, group.started = why, True
-        self._groups.append(group)
+    def _abandon(self, reason: str) -> None:
+        """Keep why a forward cannot be watched."""
+        self._backwards.append(WatchedBackward(self._config, self.clock))
+        self._backwards[-1].abandon(reason)
 
-    def _enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _start_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         input_ids = kwargs.get("input_ids")
         if input_ids is None:
             input_ids = next((arg for arg in args if isinstance(arg, Tensor)), None)
-        for group in self._groups:
-            if group.started:  # its backward is over: its graph need not wait for `take`
-                group.finish()
+        for backward in self._backwards:
+            if backward.has_started:  # it is over by now: its graph need not wait for `take`
+                backward.finish()
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.is_floating_point():
-            self._break("the model was called without input_ids [N, L]")
+            self._abandon("the model was called without input_ids [N, L]")
             return
-        if {id(p) for p in self._model.parameters() if p.requires_grad} != self._trainable:
-            self._break("other parameters are trainable than when the watching began; arm again")
+        if {id(p) for p in self._config.model.parameters() if p.requires_grad} != self._trainable:
+            self._abandon("other parameters are trainable than when the watching began; arm again")
             return
         mask = kwargs.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
             mask = torch.ones_like(input_ids)
-        if not self._groups or self._groups[-1].started:
-            self._groups.append(WatchedBackward(self._watching))
+        if not self._backwards or self._backwards[-1].has_started:
+            self._backwards.append(WatchedBackward(self._config, self.clock))
         # Copies: a loop may well change its batch in place before the backward.
-        forward = WatchedForward(self._groups[-1], input_ids.detach().clone(), mask.detach().clone())
-        forward.enter()
+        forward = self._backwards[-1].make_forward(input_ids.detach().clone(), mask.detach().clone())
+        forward.start()
         self._running = forward
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         forward, self._running = self._running, None
         if forward is None:
             return
-        forward.leave()
+        forward.stop()
         if output is None:  # the forward raised
             forward.close()
         else:
-            forward.group.forwards.append(forward)
-            forward.group.guarded(forward.see, output, kwargs)
+            self._backwards[-1].add_forward(forward, output, kwargs)

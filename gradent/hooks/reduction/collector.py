@@ -46,7 +46,7 @@ class Collector:
         """Take a use's output gradient, whose rows `factors` (powers of two, 0 to leave a row out) multiply."""
         with torch.no_grad(), exact_products(grad_output.device):
             self._take(tap, Arrival(tap.use, grad_output, place, factors, tap.node))
-        tap.use = tap.use.hollow  # the graph lets go of its activations as the backward passes them
+        tap.use = tap.use.without_activations  # the graph lets go of its activations as the backward passes them
 
     def _take(self, tap: Tap, arrival: Arrival) -> None:
         use, param = arrival.use, arrival.use.view.param

@@ -15,7 +15,8 @@ from torch import Tensor
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.reduction.weight_grad_reuse import give
 from gradent.hooks.uses.formats import scaled, scaled_rows
-from gradent.hooks.uses.uses import Layout, MatrixUse, Use
+from gradent.hooks.uses.layout import Layout
+from gradent.hooks.uses.uses import MatrixUse, Use
 from gradent.kernels.common.numerics import row_products
 from gradent.kernels.dispatch import reduce_at_once
 from gradent.kernels.strategy import Reducer, Strategy

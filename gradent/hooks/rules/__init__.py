@@ -1,4 +1,4 @@
-"""The rules: torch function -> how its trainable operands' gradients follow from its output's cotangent.
+"""The rules: torch function -> how its trainable operands' gradients follow from its output's gradient.
 
 A rule sees one call of one torch function with at least one trainable operand, and returns the uses that it can
 account for. What no rule accounts for is not lost: the coverage check finds the parameter in the autograd graph, and

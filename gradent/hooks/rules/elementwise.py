@@ -15,17 +15,7 @@ __all__ = ["sum_use"]
 
 
 def sum_use(call: Call, operand: Any, factor: Factor | None, beside: Tensor | None = None) -> list[Use]:
-    """The use of an operand that was broadcast against the output and multiplied by `factor` there.
-
-    Args:
-        call: the call.
-        operand: the argument that may be a view of a parameter.
-        factor: see `SumUse`; None for 1.
-        beside: the activations that the operand meets, of as many axes as the output; None to go by the output.
-
-    Returns:
-        One use, or none where the operand is no parameter or the rows cannot be told apart.
-    """
+    """The use of an operand that was broadcast and multiplied by `factor`; none if rows cannot be told apart."""
     view = call.find(operand)
     if view is None or view.flipped:
         return []

@@ -1,4 +1,4 @@
-"""Embeddings: `G[ids_t] += b_t`, kept as ids and cotangents; nothing of the vocabulary's size is made."""
+"""Embeddings: `G[ids_t] += b_t`, kept as ids and output gradients; nothing of the vocabulary's size is made."""
 
 from __future__ import annotations
 

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from gradent.errors import InputError
+from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View
-from gradent.hooks.uses.uses import Layout, Use
+from gradent.hooks.uses.uses import Use
 
 __all__ = ["RULES", "Call", "Rule", "register_rule"]
 

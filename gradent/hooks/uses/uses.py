@@ -1,15 +1,15 @@
-"""One use of a parameter in a forward pass, and how the cotangent that arrives there becomes each row's gradient.
+"""One use of a parameter in a forward pass, and how the output gradient that arrives there becomes each row's gradient.
 
 Letters: R rows of the forward, L its padded length, M positions of a row (L, or L times inner axes), I inputs and
-O outputs of a matrix product, b the cotangent (gradient of the summed log-probs at the operator's output).
+O outputs of a matrix product, b the output gradient (of the summed log-probs, at the operator's output).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -17,88 +17,30 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gradent.hooks.uses.formats import Factored, Form, Materialized, SparseRows
+from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View
 from gradent.kernels.common.numerics import accumulator
 
-__all__ = ["COPIES", "Cut", "Factor", "GroupedUse", "Layout", "LookupUse", "MatrixUse", "SumUse", "Use"]
+__all__ = ["COPIES", "Cut", "Factor", "GroupedUse", "LookupUse", "MatrixUse", "SumUse", "Use"]
 
 COPIES = 5
-"""What a sum over positions holds of each, at most, in wide numbers: the cotangent and the operand, widened, the square
-and the norm of that, and the product."""
+"""What a sum over positions holds of each, at most, in wide numbers: b and the operand, the operand's square and norm,
+and the product."""
 
 Cut = Callable[[Tensor], Tensor]
 """Takes a part of a tensor of an operator's output shape."""
 
 Factor = Callable[[Cut], Tensor]
-"""Makes what a cotangent is multiplied by, of those parts of the activations that it is given the cut of."""
+"""Makes what b is multiplied by, from those parts of the activations that it is given the cut of."""
 
 _NOTHING = torch.empty(0)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The shape of one forward: `rows` R, padded to `length` L tokens.
-
-    Attributes:
-        rows: R.
-        length: L.
-        look: finds the `spans`, when they are first wanted; None where they cannot be known.
-        certain: whether what is found is so, and not yet to be confirmed when the backward is over.
-    """
-
-    rows: int
-    length: int
-    look: Callable[[], Sequence[tuple[int, int]] | None] | None = field(default=None, compare=False)
-    certain: bool = True
-
-    @cached_property
-    def spans(self) -> Sequence[tuple[int, int]] | None:
-        """Of each row, the first position whose cotangent may be other than zero, and the one after the last."""
-        return None if self.look is None else self.look()
-
-    @property
-    def ends(self) -> list[int] | None:
-        """Of each row, the position from which its cotangents are zero; None too where rows do not begin at once."""
-        spans = self.spans
-        return None if spans is None or any(start for start, _ in spans) else [stop for _, stop in spans]
-
-    def splits(self, tensor: Tensor, features: int) -> bool:
-        """Whether the rows of a tensor of the pass can be told apart.
-
-        They can where R is 1, where the leading axes are `[R, M]`, or where the leading axis is R·L, flattened tokens.
-        A single leading axis of R is more likely R tokens than one token of every row, and is not taken for rows.
-
-        Args:
-            tensor: an operator's operand or result.
-            features: trailing axes that are features.
-
-        Returns:
-            What `split` needs to be true.
-        """
-        if self.rows == 1:
-            return tensor.dim() >= features
-        if tensor.dim() == features + 1:
-            return tensor.shape[0] == self.rows * self.length
-        return tensor.dim() > features + 1 and tensor.shape[0] == self.rows
-
-    def split(self, tensor: Tensor, features: int) -> Tensor:
-        """View a tensor of the pass as `[R, M, *feature axes]`.
-
-        Args:
-            tensor: an operator's operand or result for which `splits` is true.
-            features: trailing axes that are features.
-
-        Returns:
-            The view (a copy where the strides do not allow one).
-        """
-        return tensor.reshape(self.rows, -1, *tensor.shape[tensor.dim() - features :])
-
-
 class Use(Protocol):
-    """A recorded use: the view of the parameter, and the forms that a cotangent gives."""
+    """A recorded use: the view of the parameter, and the forms that an output gradient gives."""
 
     @property
-    def hollow(self) -> Use:
+    def without_activations(self) -> Use:
         """The use without the activations that it holds; itself where it holds none."""
         ...
 
@@ -112,17 +54,8 @@ class Use(Protocol):
         """Leading axes of the parameter that its slots fix: 0 for a whole parameter, 1 for one expert's matrix."""
         ...
 
-    def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
-        """Each row's share of the parameter's gradient.
-
-        Args:
-            cotangent: b, of the operator's output shape.
-            layout: the forward's rows.
-            budget: bytes of scratch that forming a product may take.
-
-        Yields:
-            `(row, slot, form)`.
-        """
+    def forms(self, grad_output: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
+        """Each row's `(row, slot, form)` of the parameter's gradient, from b, in scratch of `budget` bytes."""
         ...
 
 
@@ -132,11 +65,12 @@ class _WholeSlot:
 
     @property
     def depth(self) -> int:
+        """See `Use`."""
         return len(self.view.slot)
 
     @property
-    def hollow(self) -> Self:
-        """See `Use.hollow`."""
+    def without_activations(self) -> Self:
+        """See `Use`."""
         return self
 
 
@@ -150,19 +84,12 @@ class MatrixUse(_WholeSlot):
     """Whether the output carries its features on the axis before the last, as in `W @ x`."""
 
     @property
-    def hollow(self) -> MatrixUse:
-        """See `Use.hollow`."""
+    def without_activations(self) -> MatrixUse:
+        """See `Use`."""
         return MatrixUse(self.view, _NOTHING, self.swapped, self.transposed)
 
     def oriented(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Input and output with their features on the last axis, in the output's dtype.
-
-        Args:
-            outputs: of the operator's output shape, further axes in front allowed.
-
-        Returns:
-            `(inputs [..., I], outputs [..., O])`.
-        """
+        """Inputs `[..., I]` and outputs `[..., O]`, in the outputs' dtype, from outputs with any leading axes."""
         inputs = self.inputs
         if self.transposed:
             inputs, outputs = inputs.mT, outputs.mT
@@ -170,35 +97,20 @@ class MatrixUse(_WholeSlot):
             inputs = inputs.to(outputs.dtype)
         return inputs, outputs
 
-    def factors(self, cotangent: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-        """The factors of every row's gradient, `u [R, M, rows of the slot]` and `v [R, M, its columns]`.
-
-        Args:
-            cotangent: b, of the operator's output shape.
-            layout: the forward's rows.
-
-        Returns:
-            `(u, v)`, with `G_r = Σ_m u_{r,m} v_{r,m}ᵀ`.
-        """
-        inputs, outputs = self.oriented(cotangent)
+    def factors(self, grad_output: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        """The factors u `[R, M, O]` and v `[R, M, I]` of every row's gradient, `G_r = Σ_m u_{r,m} v_{r,m}ᵀ`."""
+        inputs, outputs = self.oriented(grad_output)
         a, b = layout.split(inputs, 1), layout.split(outputs, 1)
         return (a, b) if self.swapped else (b, a)
 
-    def token_factors(self, cotangents: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors of the gradients of many cotangents of one row.
-
-        Args:
-            cotangents: `[m, *shape of the output]`.
-
-        Returns:
-            `(a [M, I], b [m, M, O])`: the operand that all share, and each one's own factor.
-        """
-        inputs, outputs = self.oriented(cotangents)
+    def token_factors(self, grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """The shared operand `[M, I]` and each token's own `[m, M, O]`, from output gradients `[m, *output shape]`."""
+        inputs, outputs = self.oriented(grad_outputs)
         return inputs.reshape(-1, inputs.shape[-1]), outputs.reshape(len(outputs), -1, outputs.shape[-1])
 
-    def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
-        """See `Use.forms`."""
-        us, vs = self.factors(cotangent, layout)
+    def forms(self, grad_output: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
+        """See `Use`."""
+        us, vs = self.factors(grad_output, layout)
         spans = layout.spans if us.shape[1] == layout.length else None
         for row, (u, v) in enumerate(zip(us, vs, strict=True)):
             span = slice(None) if spans is None else slice(*spans[row])
@@ -215,16 +127,16 @@ class GroupedUse:
     depth: int = 1
 
     @property
-    def hollow(self) -> Self:
-        """See `Use.hollow`."""
+    def without_activations(self) -> Self:
+        """See `Use`."""
         return replace(self, inputs=_NOTHING)
 
-    def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
-        """See `Use.forms`."""
+    def forms(self, grad_output: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
+        """See `Use`."""
         start = 0
         for expert, end in enumerate(self.ends.tolist()):
             if end > start:
-                u, v = self.inputs[start:end], cotangent[start:end]
+                u, v = self.inputs[start:end], grad_output[start:end]
                 yield 0, (expert,), Factored(v, u) if self.view.flipped else Factored(u, v)
             start = end
 
@@ -240,9 +152,9 @@ class LookupUse(_WholeSlot):
         """Token ids that row `row` looks up, int64 `[T]`."""
         return layout.split(self.ids, 0)[row]
 
-    def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
-        """See `Use.forms`."""
-        b = layout.split(cotangent, 1)
+    def forms(self, grad_output: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
+        """See `Use`."""
+        b = layout.split(grad_output, 1)
         for row in range(layout.rows):
             ids, values = self.row_ids(row, layout), b[row]
             if self.padding_idx is not None:
@@ -251,9 +163,9 @@ class LookupUse(_WholeSlot):
             yield row, self.view.slot, SparseRows(ids, values)
 
 
-def _gone(cut: Cut) -> Tensor:
-    """The factor of a hollow use."""
-    raise AssertionError("a hollow use was asked for its factor")
+def _dropped(cut: Cut) -> Tensor:
+    """The factor of a use without activations."""
+    raise AssertionError("a use without activations was asked for its factor")
 
 
 @dataclass(frozen=True)
@@ -263,42 +175,54 @@ class SumUse(_WholeSlot):
     shape: torch.Size
     """Shape in which the parameter took part."""
     factor: Factor | None
-    """Makes the factor when the cotangent arrives, a part at a time; None for 1."""
+    """Makes the factor when b arrives, a part at a time; None for 1."""
 
     @property
-    def hollow(self) -> Self:
-        """See `Use.hollow`."""
-        return self if self.factor is None else replace(self, factor=_gone)
+    def without_activations(self) -> Self:
+        """See `Use`."""
+        return self if self.factor is None else replace(self, factor=_dropped)
 
-    def forms(self, cotangent: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
-        """See `Use.forms`."""
+    def forms(self, grad_output: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
+        """See `Use`."""
         if self.view.ids is None:
-            for row, grad in enumerate(self.gradients(cotangent, layout, budget)):
+            for row, grad in enumerate(self.gradients(grad_output, layout, budget)):
                 yield row, self.view.slot, Materialized(grad)
             return
         # Learned positions, added to every row of the batch.
-        for row, summed in enumerate(self._summed(cotangent, layout, budget)):
-            yield row, (), SparseRows(self.view.ids.reshape(-1), summed.reshape(-1, self.view.shape[1]))
+        for row, values in enumerate(self._row_sums(grad_output, layout, budget)):
+            yield row, (), SparseRows(self.view.ids.reshape(-1), values)
 
-    def gradients(self, cotangent: Tensor, layout: Layout, budget: int) -> Tensor:
-        """Every row's gradient of the slot, where it is no lookup (`view.ids`).
+    def gradients(self, grad_output: Tensor, layout: Layout, budget: int) -> Tensor:
+        """Every row's gradient of the slot, `[R, *slot]`, wide, where it is no lookup (`view.ids`)."""
+        return self._row_sums(grad_output, layout, budget)
 
-        Args:
-            cotangent: b, of the operator's output shape.
-            layout: the forward's rows.
-            budget: bytes of scratch that forming a product may take.
+    def token_sums(self, grad_outputs: Tensor, budget: int) -> Tensor:
+        """Gradients `[m, *view]`, wide, of output gradients `[m, *output shape]` of one row's tokens."""
+        return self._shaped(self._sums(grad_outputs, lambda tensor: tensor[None], budget))
 
-        Returns:
-            `[R, *shape of the slot]`, in the accumulator's dtype.
-        """
-        grads = self._summed(cotangent, layout, budget).reshape(layout.rows, *self.view.shape)
+    def _row_sums(self, grad_output: Tensor, layout: Layout, budget: int) -> Tensor:
+        def by_row(tensor: Tensor) -> Tensor:
+            """A tensor of the output's shape as `[R, *shape of a row]`."""
+            if layout.rows == 1:
+                return tensor[None]
+            if tensor.shape[0] == layout.rows:
+                return tensor
+            return tensor.reshape(layout.rows, layout.length, *tensor.shape[1:])
+
+        return self._shaped(self._sums(by_row(grad_output), by_row, budget))
+
+    def _shaped(self, sums: Tensor) -> Tensor:
+        """Sums `[R, ...]` as gradients of the slot, or as values of the rows that `view.ids` names."""
+        if self.view.ids is not None:
+            return sums.reshape(len(sums), -1, self.view.shape[1])
+        grads = sums.reshape(len(sums), *self.view.shape)
         return grads if self.view.gain is None else grads * self.view.gain
 
-    def _summed(self, cotangent: Tensor, layout: Layout, budget: int) -> Tensor:
-        """`Σ b · factor` of every row `[R, ...]` over the axes along which the parameter was broadcast, in steps."""
-        b = self._by_row(cotangent, layout)
+    def _sums(self, b: Tensor, by_row: Callable[[Tensor], Tensor], budget: int) -> Tensor:
+        """`Σ b · factor` of b `[R, ...]` over the axes along which the parameter was broadcast, in steps."""
         wide, dims = accumulator(b.dtype), b.dim() - 1
-        axes = self._summed_axes(dims)
+        operand = (1,) * (dims - len(self.shape)) + tuple(self.shape)[max(0, len(self.shape) - dims) :]
+        axes = [axis + 1 for axis, size in enumerate(operand) if size == 1]
         longest = max(axes, key=lambda axis: b.shape[axis], default=1)
         count = b.shape[longest] if dims else 1
         step = count  # of no token (an expert without any), the sum is zero
@@ -307,64 +231,26 @@ class SumUse(_WholeSlot):
             room = budget - 2 * wide.itemsize * math.prod(shape)  # the sum, and that of a step
             step = max(1, room * count // max(1, COPIES * wide.itemsize * b.numel()))
 
-        def summed(part: Cut) -> Tensor:
-            """Of a part of the positions."""
+        def sum_part(part: Cut) -> Tensor:
+            """The sum over a part of the positions."""
             terms = part(b).to(wide)
             if self.factor is not None:
-                terms = terms * self.factor(lambda tensor: part(self._by_row(tensor, layout))).to(wide)
+                terms = terms * self.factor(lambda tensor: part(by_row(tensor))).to(wide)
             return terms.sum(axes, keepdim=True) if axes else terms
 
         if step >= count:
-            return summed(_whole)
+            return sum_part(_all)
         total = b.new_zeros(shape, dtype=wide)
         for start in range(0, count, step):
-            total += summed(partial(_narrow, axis=longest, start=start, stop=min(count, start + step)))
+            total += sum_part(partial(_narrow, axis=longest, start=start, stop=min(count, start + step)))
         return total
 
-    def _summed_axes(self, dims: int) -> list[int]:
-        """The axes, of rows of `dims` axes behind that of the rows, along which the parameter was broadcast."""
-        shape = (1,) * (dims - len(self.shape)) + tuple(self.shape)[max(0, len(self.shape) - dims) :]
-        return [axis + 1 for axis, size in enumerate(shape) if size == 1]
 
-    def _by_row(self, tensor: Tensor, layout: Layout) -> Tensor:
-        """A tensor of the output's shape as `[R, *shape of a row]`."""
-        if layout.rows == 1:
-            return tensor[None]
-        if tensor.shape[0] == layout.rows:
-            return tensor
-        return tensor.reshape(layout.rows, layout.length, *tensor.shape[1:])
-
-    def token_sums(self, cotangents: Tensor, budget: int) -> Tensor:
-        """The gradients of many cotangents of one row.
-
-        Args:
-            cotangents: `[m, *shape of the output]`.
-            budget: bytes of scratch.
-
-        Returns:
-            `[m, *shape of the view]`, wide; of learned positions, the values of the rows that `view.ids` names.
-        """
-        wide = accumulator(cotangents.dtype)
-        factor = None if self.factor is None else self.factor(_whole).to(wide)
-        axes = self._summed_axes(cotangents.dim() - 1)
-        step = max(1, budget // max(1, 2 * wide.itemsize * cotangents.shape[1:].numel()))
-        parts = []
-        for start in range(0, len(cotangents), step):
-            part = cotangents[start : start + step].to(wide)
-            if factor is not None:
-                part = part * factor
-            parts.append(part.sum(axes) if axes else part)
-        if self.view.ids is not None:
-            return torch.cat(parts).reshape(len(cotangents), -1, self.view.shape[1])
-        grads = torch.cat(parts).reshape(len(cotangents), *self.view.shape)
-        return grads if self.view.gain is None else grads * self.view.gain
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """All of it."""
+def _all(tensor: Tensor) -> Tensor:
+    """All positions."""
     return tensor
 
 
 def _narrow(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
-    """A part of it along one axis."""
+    """A part of the positions along one axis."""
     return tensor.narrow(axis, start, stop - start)

@@ -7,9 +7,12 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml  # type: ignore[import-untyped]  # huggingface_hub's
+from huggingface_hub.repocard import metadata_load
+
 from gradent.errors import GradentError, InputError
-from gradent.loading.source import brief
-from gradent.loading.weight_files import CONFIGS, check_weights, kind_of, leads_outside
+from gradent.loading.files import brief, is_hub_id, leads_outside
+from gradent.loading.weight_files import CONFIGS, check_weights, kind_of
 from gradent.text import quoted
 
 __all__ = ["base_of_adapters", "base_of_card", "base_problem", "check_given"]
@@ -18,15 +21,8 @@ _MOST_CARD = 256 * 2**10  # bytes; a model card is a page
 
 
 def check_given(base: str) -> None:
-    """Refuse a base that the user gave and that cannot be one.
-
-    Args:
-        base: directory or hub id.
-
-    Raises:
-        InputError: neither a directory nor a hub id, or a directory that holds no full model.
-    """
-    if not os.path.isdir(base) and not _is_hub_id(base):
+    """Refuse a base that the user gave and that cannot be one."""
+    if not os.path.isdir(base) and not is_hub_id(base):
         raise InputError(
             f"base {quoted(base, 400)}: there is no such directory, and it is no hub id (owner/name) either. Give the "
             "directory or hub id of the full model that training started from (command line: --base)."
@@ -40,49 +36,26 @@ def check_given(base: str) -> None:
 
 
 def base_of_adapters(named: Sequence[str | None]) -> str | None:
-    """The base that the adapters of one run have in common.
-
-    Args:
-        named: what each adapter's config says, by step; None where it says nothing.
-
-    Returns:
-        The one that most of them name, and of several the later; None where no adapter names one.
-    """
+    """The base that most of a run's adapters name, of several the later; None where none is named."""
     counts = Counter(base for base in reversed(named) if base)
     return counts.most_common(1)[0][0] if counts else None
 
 
 def base_problem(base: str | None, run: str) -> str | None:
-    """Why a base cannot be used, as far as it can be told without loading it or asking the hub.
-
-    Args:
-        base: what an adapter's config names.
-        run: the run's name, for the remedy.
-
-    Returns:
-        The problem with its remedy; None for a directory with a full model, and for a hub id.
-    """
+    """Why a base cannot be used, told without loading it or asking the hub, and the remedy; else None."""
     remedy = f"Run: gradent audit {run} --base DIR, with the model that training started from."
     if base is None:
         return f"its adapter_config.json names no base model. {remedy}"
     if not os.path.isabs(base) and ".." in Path(base).parts:
         return f"the base that it names, {quoted(base)}, is a path out of here, and is not followed. {remedy}"
-    if not os.path.isdir(base) and not _is_hub_id(base):
+    if not os.path.isdir(base) and not is_hub_id(base):
         return f"the base that it names, {quoted(base, 400)}, does not exist here. {remedy}"
     problem = _directory_problem(base)
     return None if problem is None else f"its base cannot be used: {problem} {remedy}"
 
 
 def base_of_card(directory: Path, root: Path) -> tuple[str | None, str]:
-    """The base that a run's model card names: `base_model:` in the front matter of README.md, which TRL writes.
-
-    Args:
-        directory: the run.
-        root: the same, resolved.
-
-    Returns:
-        The base, or None, and why there is none.
-    """
+    """The base that a run's model card names: `base_model:` in the front matter of README.md, which TRL writes."""
     card = directory / "README.md"
     if not os.path.isfile(card):
         return None, "the run has no model card (README.md)"
@@ -90,9 +63,6 @@ def base_of_card(directory: Path, root: Path) -> tuple[str | None, str]:
         return None, "its README.md is a link that leads out of the run's directory, and is not followed"
     if card.stat().st_size > _MOST_CARD:
         return None, f"its README.md is larger than {_MOST_CARD >> 10} KiB, and is not read"
-    import yaml  # type: ignore[import-untyped]  # noqa: PLC0415  # huggingface_hub's
-    from huggingface_hub.repocard import metadata_load  # noqa: PLC0415
-
     try:
         named = (metadata_load(card) or {}).get("base_model")
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -120,14 +90,3 @@ def _directory_problem(base: str) -> str | None:
     except GradentError as error:
         return str(error)
     return None
-
-
-def _is_hub_id(name: str) -> bool:
-    from huggingface_hub.errors import HFValidationError  # noqa: PLC0415
-    from huggingface_hub.utils._validators import validate_repo_id  # noqa: PLC0415
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True

@@ -2,87 +2,44 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradent.errors import DataFileError, GradentError, ModelError
-from gradent.loading.weight_files import CONFIGS, check_links, check_weights, kind_of, leads_outside, read_object
-from gradent.text import quoted
+from gradent.errors import GradentError, ModelError
+from gradent.loading.files import leads_outside, read_object
+from gradent.loading.source import STATE, State, read_state
+from gradent.loading.weight_files import CONFIGS, check_links, check_weights, kind_of
 
-__all__ = ["STATE", "Checkpoint", "Saved", "State", "look_at", "read_state"]
-
-STATE = "trainer_state.json"
+__all__ = ["Checkpoint", "Saved", "look_at", "read_own_state"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A model that a run saved.
+    """A model that a run saved."""
 
-    Attributes:
-        step: the trainer's step; 0 is the model before training.
-        path: its directory (of the base: a directory or hub id).
-        name: relative to the run, `checkpoint-200`; `base`; the run's own name for what stands in the run itself.
-        kind: "full", "adapter", or None where it cannot be told.
-        problem: why it cannot be measured, and what to do; None if nothing speaks against it.
-    """
-
-    step: int
-    path: str
-    name: str
-    kind: str | None
-    problem: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """What a trainer_state.json says.
-
-    Attributes:
-        path: the file.
-        step: of the optimizer, when it was written.
-        lines: entries of its log.
-        best: whether the trainer watched for the best checkpoint, and so may have gone back to it in the end.
-    """
-
-    path: Path
-    step: int
-    lines: int
-    best: bool
+    step: int  # the trainer's step; 0 is the model before training
+    path: str  # its directory (of the base: a directory or hub id)
+    name: str  # relative to the run, `checkpoint-200`; `base`; the run's own name for what stands in the run itself
+    kind: str | None  # "full", "adapter", or None where it cannot be told
+    problem: str | None = None  # why it cannot be measured, and what to do; None if nothing speaks against it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A checkpoint with what its files say beyond it.
+    """A checkpoint with what its files say beyond it."""
 
-    Attributes:
-        checkpoint: the checkpoint.
-        base: what an adapter's config names as its base; None where it names none, and for full models.
-        state: the trainer's, None where it is missing or not readable.
-    """
-
-    checkpoint: Checkpoint
-    base: str | None
-    state: State | None
+    checkpoint: Checkpoint  # the checkpoint
+    base: str | None  # what an adapter's config names as its base; None where it names none, and for full models
+    state: State | None  # the trainer's, None where it is missing or not readable
 
 
 def look_at(directory: Path, name: str, step: int, root: Path) -> Saved:
-    """Look at a checkpoint's files, without loading its model.
-
-    Args:
-        directory: where it is.
-        name: what to call it.
-        step: that its name, or the run, says it is of.
-        root: the run's directory, resolved; links that lead out of it are not followed.
-
-    Returns:
-        The checkpoint, with the first problem that was found.
-    """
+    """Look at a checkpoint's files, without loading its model."""
     kind = base = state = problem = None
     try:
         check_links(directory, root)
         kind = kind_of(directory)
-        state = read_state(directory / STATE, root)
+        state = read_own_state(directory / STATE, root)
         _check_step(directory, step, state)
         check_weights(directory, kind)
         base = _base_named(read_object(directory / CONFIGS[kind or "full"]).get("base_model_name_or_path"))
@@ -92,32 +49,11 @@ def look_at(directory: Path, name: str, step: int, root: Path) -> Saved:
     return Saved(checkpoint=checkpoint, base=base if kind == "adapter" else None, state=state)
 
 
-def read_state(path: Path, root: Path) -> State | None:
-    """The trainer's state.
-
-    Args:
-        path: its file.
-        root: the run's directory, resolved.
-
-    Returns:
-        What it says; None where there is none.
-
-    Raises:
-        ModelError: a link that leads out of the run.
-        DataFileError: not readable, or without a step.
-    """
-    if not os.path.lexists(path):
-        return None
+def read_own_state(path: Path, root: Path) -> State | None:
+    """The trainer's state, unless it is a link that leads out of the run; None where there is none."""
     if leads_outside(path, root):
         raise ModelError(f"{path}: is a link that leads out of the run's directory, and is not followed. Remove it.")
-    content = read_object(path)
-    step, log = content.get("global_step"), content.get("log_history")
-    if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < 10**18:
-        raise DataFileError(
-            f"{path}: global_step is {quoted(repr(step))}; a whole number is expected. Correct it, or remove the file."
-        )
-    lines = len(log) if isinstance(log, list) else 0
-    return State(path=path, step=step, lines=lines, best=content.get("best_model_checkpoint") is not None)
+    return read_state(path)
 
 
 def _check_step(directory: Path, step: int, state: State | None) -> None:

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gradent.errors import GradentError, InputError, ModelError
+from gradent.loading.files import some
 from gradent.loading.runs.base_model import base_of_adapters, base_of_card, base_problem, check_given
-from gradent.loading.runs.checkpoint import STATE, Checkpoint, Saved, State, look_at, read_state
-from gradent.loading.source import some
+from gradent.loading.runs.checkpoint import Checkpoint, Saved, look_at, read_own_state
+from gradent.loading.source import STATE, State
 from gradent.loading.weight_files import kind_of
 from gradent.text import quoted
 
@@ -29,36 +30,20 @@ _BEGUN = re.compile(r"tmp-checkpoint-.*|checkpoint-.*", re.DOTALL)
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a trainer left in a directory.
+    """What a trainer left in a directory."""
 
-    Attributes:
-        directory: the run.
-        kind: "full" or "adapter", what its checkpoints are; None where it cannot be told of any.
-        base: directory or hub id of the model that training started from (of adapters, the one they stand on), or None.
-        checkpoints: all that were saved, by step, also those with a problem.
-        start: the base of a full run, as step 0; None for adapters, and where the base is not known.
-        history: the trainer's state with the most that was logged, or None.
-        notes: what was left aside, and other things that a reader should know.
-    """
-
-    directory: Path
-    kind: str | None
+    directory: Path  # the run
+    kind: str | None  # "full" or "adapter", what its checkpoints are; None where it cannot be told of any
+    # directory or hub id of the model that training started from (of adapters, the one they stand on), or None
     base: str | None
-    checkpoints: list[Checkpoint]
-    start: Checkpoint | None
-    history: Path | None
-    notes: list[str]
+    checkpoints: list[Checkpoint]  # all that were saved, by step, also those with a problem
+    start: Checkpoint | None  # the base of a full run, as step 0; None for adapters, and where the base is not known
+    history: Path | None  # the trainer's state with the most that was logged, or None
+    notes: list[str]  # what was left aside, and other things that a reader should know
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a directory that holds at least one `checkpoint-<step>` directory.
-
-    Args:
-        path: a path, or anything else that a model may be called.
-
-    Returns:
-        True for a run.
-    """
+    """Whether a path is a directory that holds at least one `checkpoint-<step>` directory."""
     try:
         names = os.listdir(path)
     except (OSError, ValueError):
@@ -67,18 +52,7 @@ def is_run(path: str | os.PathLike[str]) -> bool:
 
 
 def find_run(path: str | os.PathLike[str], *, base: str | None = None) -> Run:
-    """Find a run's checkpoints, and what is wrong with each.
-
-    Args:
-        path: the run's directory.
-        base: directory or hub id of the model that training started from; wins over what the run says of it.
-
-    Returns:
-        The run.
-
-    Raises:
-        InputError: no run, or a `base` that cannot be one.
-    """
+    """Find a run's checkpoints, and what is wrong with each."""
     directory = Path(path)
     if not is_run(directory):
         raise InputError(
@@ -88,85 +62,71 @@ def find_run(path: str | os.PathLike[str], *, base: str | None = None) -> Run:
     if base is not None:
         check_given(base)
     root, notes = Path(os.path.realpath(directory)), list[str]()
-    looked = [look_at(directory / name, name, step, root) for step, name in _numbered(directory, notes)]
-    kind = _common_kind([each.checkpoint for each in looked])
-    state, own = _look_at_root(directory, root, kind, looked, notes)
-    history = _longest([each.state for each in looked], state)
+    saved = [look_at(directory / name, name, step, root) for step, name in _numbered(directory, notes)]
+    kind = _common_kind([model.checkpoint for model in saved])
+    state, last = _look_at_root(directory, root, kind, saved, notes)
+    history = _longest([model.state for model in saved], state)
     if history is None:
         notes.append(f"{directory}: no checkpoint has a readable {STATE}, so what the trainer logged is not known.")
-    looked += own
+    saved += last
     start = None
     if kind == "full":
         base = base or _base_of_full(directory, root, notes)
-        if base is not None and all(each.checkpoint.step for each in looked):
+        if base is not None and all(model.checkpoint.step for model in saved):
             start = Checkpoint(step=0, path=base, name="base", kind="full")
     if kind == "adapter" and base is None:
-        base = base_of_adapters([each.base for each in looked])
+        base = base_of_adapters([model.base for model in saved])
         problem = base_problem(base, str(directory))
-        looked = [_on_base(each, base, problem, str(directory)) for each in looked]
-    checkpoints = _of_one_kind([each.checkpoint for each in looked], kind)
+        saved = [_on_base(model, base, problem, str(directory)) for model in saved]
+    checkpoints = _of_one_kind([model.checkpoint for model in saved], kind)
     return Run(
         directory=directory, kind=kind, base=base, checkpoints=checkpoints, start=start, history=history, notes=notes
     )
 
 
 def choose(run: Run, spec: str | Sequence[int]) -> list[Checkpoint]:
-    """The checkpoints that are asked for.
-
-    Args:
-        run: the run.
-        spec: "all"; "last", the last that can be measured; or steps, "0,200,400" or a list. Step 0 is the model before
-            training, which is among "all" where it is known.
-
-    Returns:
-        Checkpoints by step. Those with a problem are among them, to be told and left out; with "last", those are the
-        broken ones after it.
-
-    Raises:
-        InputError: not such a spec, or a step that the run does not have.
-        ModelError: none of them can be measured.
-    """
-    there = [*([] if run.start is None else [run.start]), *run.checkpoints]
+    """The checkpoints of "all", "last" or steps, by step; those with a problem are among them, to be left out."""
+    known = [*([] if run.start is None else [run.start]), *run.checkpoints]
     if isinstance(spec, str) and spec.strip() == "all":
-        chosen = there
+        chosen = known
     elif isinstance(spec, str) and spec.strip() == "last":
-        sound = [number for number, each in enumerate(there) if each.problem is None and each is not run.start]
-        chosen = there[sound[-1] :] if sound else run.checkpoints
+        sound = [number for number, model in enumerate(known) if model.problem is None and model is not run.start]
+        chosen = known[sound[-1] :] if sound else run.checkpoints
     else:
         steps = _read_steps(spec)
-        _check_there(run, steps, [each.step for each in there])
-        chosen = [each for each in there if each.step in steps]
-    if all(each.problem is not None for each in chosen):
-        reasons = "\n".join(str(each.problem) for each in chosen)
+        _check_there(run, steps, [checkpoint.step for checkpoint in known])
+        chosen = [checkpoint for checkpoint in known if checkpoint.step in steps]
+    if all(checkpoint.problem is not None for checkpoint in chosen):
+        reasons = "\n".join(str(checkpoint.problem) for checkpoint in chosen)
         raise ModelError(f"{run.directory}: none of the checkpoints that are asked for can be measured.\n{reasons}")
     return chosen
 
 
 def _numbered(directory: Path, notes: list[str]) -> list[tuple[int, str]]:
     """Steps and names of the checkpoints, in order; what only looks like one is noted."""
-    found = []
+    numbered = []
     for name in sorted(os.listdir(directory)):
         match = _NAME.fullmatch(name)
         if match and os.path.isdir(directory / name):
-            found.append((int(match[1]), name))
+            numbered.append((int(match[1]), name))
         elif match or _BEGUN.fullmatch(name):
             why = "not a directory" if match else "an unfinished save, or not named checkpoint-<step>"
             notes.append(f"{directory}: {quoted(name)} is left aside: {why}.")
-    return sorted(found)
+    return sorted(numbered)
 
 
 def _look_at_root(
-    directory: Path, root: Path, kind: str | None, looked: list[Saved], notes: list[str]
+    directory: Path, root: Path, kind: str | None, saved: list[Saved], notes: list[str]
 ) -> tuple[State | None, list[Saved]]:
     """The state in the run's own directory, and the model there if it is a later one than every checkpoint's."""
-    last = looked[-1].checkpoint
+    last = saved[-1].checkpoint
     try:
-        state = read_state(directory / STATE, root)
+        state = read_own_state(directory / STATE, root)
     except GradentError as error:
         notes.append(f"The trainer's state in the run's own directory is not read. {error}")
         state = None
-    own = kind_of(directory)
-    if own is None:
+    root_kind = kind_of(directory)
+    if root_kind is None:
         return state, []
     if state is None:
         why = f"no readable {STATE} stands beside it, so its step is not known"
@@ -174,8 +134,8 @@ def _look_at_root(
         why = f"its {STATE} says step {state.step}, and {last.name} is of step {last.step}"
     elif state.best:
         why = "the run kept the best of its checkpoints, so it may be that one and not the last step's"
-    elif kind is not None and own != kind:
-        why = f"it is {_A[own]}, and the run's checkpoints are {_MANY[kind]}"
+    elif kind is not None and root_kind != kind:
+        why = f"it is {_A[root_kind]}, and the run's checkpoints are {_MANY[kind]}"
     else:
         return state, [look_at(directory, os.path.basename(os.path.abspath(directory)), state.step, root)]
     notes.append(f"{directory}: the model in the run's own directory is left aside: {why}.")
@@ -217,43 +177,44 @@ def _on_base(saved: Saved, base: str | None, problem: str | None, run: str) -> S
 
 def _common_kind(checkpoints: list[Checkpoint]) -> str | None:
     """What the last of them is, of the sound ones if there are any."""
-    kinds = [each.kind for each in checkpoints if each.problem is None] or [each.kind for each in checkpoints]
+    sound = [checkpoint for checkpoint in checkpoints if checkpoint.problem is None]
+    kinds = [checkpoint.kind for checkpoint in sound or checkpoints]
     return next((kind for kind in reversed(kinds) if kind is not None), None)
 
 
 def _of_one_kind(checkpoints: list[Checkpoint], kind: str | None) -> list[Checkpoint]:
     """The same, with a problem for what is of another kind than the run, and for a step that is there twice."""
     done: list[Checkpoint] = []
-    for each in checkpoints:
-        problem = each.problem
-        if problem is None and kind is not None and each.kind is not None and each.kind != kind:
+    for checkpoint in checkpoints:
+        problem = checkpoint.problem
+        if problem is None and kind is not None and checkpoint.kind is not None and checkpoint.kind != kind:
             problem = (
-                f"{each.path}: is {_A[each.kind]}, and the run's last checkpoint is {_A[kind]}, so they are not of one "
-                "run. Audit it by itself: give its directory as the model."
+                f"{checkpoint.path}: is {_A[checkpoint.kind]}, and the run's last checkpoint is {_A[kind]}, so they "
+                "are not of one run. Audit it by itself: give its directory as the model."
             )
-        if problem is None and any(other.step == each.step and other.problem is None for other in done):
-            problem = f"{each.path}: another checkpoint has step {each.step} as well. Remove one of them."
-        done.append(replace(each, problem=problem))
+        if problem is None and any(other.step == checkpoint.step and other.problem is None for other in done):
+            problem = f"{checkpoint.path}: another checkpoint has step {checkpoint.step} as well. Remove one of them."
+        done.append(replace(checkpoint, problem=problem))
     return done
 
 
 def _read_steps(spec: str | Sequence[int]) -> set[int]:
     accepted = "accepted: all, last, or steps such as 0,200,400 (command line: --checkpoints; in Python also [0, 200])."
     parts = [part.strip() for part in spec.split(",")] if isinstance(spec, str) else list(spec)
-    whole = all(
+    is_whole = all(
         re.fullmatch("[0-9]{1,18}", part) if isinstance(part, str) else type(part) is int and part >= 0
         for part in parts
     )
-    if not parts or not whole:
+    if not parts or not is_whole:
         raise InputError(f"checkpoints is {quoted(str(spec))}; {accepted}")
     return {int(part) for part in parts}
 
 
-def _check_there(run: Run, steps: set[int], there: list[int]) -> None:
-    unknown = sorted(steps - set(there))
+def _check_there(run: Run, steps: set[int], known: list[int]) -> None:
+    unknown = sorted(steps - set(known))
     if not unknown:
         return
-    listed = f"It has {some([str(step) for step in there], 50)}."
+    listed = f"It has {some([str(step) for step in known], 50)}."
     if unknown == [0] and run.kind == "adapter":
         raise InputError(
             f"{run.directory}: step 0 cannot be measured: the first, random adapter that training started from was "

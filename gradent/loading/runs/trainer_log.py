@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradent.loading.source import some
-from gradent.loading.weight_files import read_object
+from gradent.loading.files import read_object, some
 from gradent.text import quoted
 
 __all__ = ["History", "read_history"]
@@ -29,32 +28,19 @@ _TRAINED = (
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """The curves of a run.
+    """The curves of a run."""
 
-    Attributes:
-        source: the file, with the name of the checkpoint it stands in.
-        curves: of each key that was logged, (step, value) by step; finite numbers only.
-        problems: what could not be read, counted.
-    """
-
-    source: str
+    source: str  # the file, with the name of the checkpoint it stands in
+    # of each key that was logged, (step, value) by step; finite numbers only
     curves: dict[str, list[tuple[int, float]]]
-    problems: list[str]
+    problems: list[str]  # what could not be read, counted
 
 
 def read_history(path: str | os.PathLike[str]) -> History:
-    """Read the losses, log-probs, rewards and entanglement that a trainer logged.
-
-    Kept are TRL's `loss`, `logps/*` and `rewards/*`, the same of evaluations (`eval_loss`, and `eval_NAME_loss` where
-    there were several), `learning_rate`, and what gradent's own callback logged (`gradent/*`). Where a step was logged
-    twice, as by a run that was taken up again, the later entry holds.
-
-    Args:
-        path: a trainer_state.json.
-
-    Returns:
-        The curves; none, and a problem, where nothing was logged.
-    """
+    """Read the losses, log-probs, rewards and entanglement that a trainer logged."""
+    # Kept are TRL's `loss`, `logps/*` and `rewards/*`, the same of evaluations (`eval_loss`, and `eval_NAME_loss` where
+    # there were several), `learning_rate`, and what gradent's own callback logged (`gradent/*`). Where a step was
+    # logged twice, as by a run that was taken up again, the later entry holds.
     path = Path(path)
     log = read_object(path).get("log_history")
     source = f"{path.parent.name}/{path.name}" if path.parent.name.startswith("checkpoint-") else path.name
@@ -108,8 +94,8 @@ def _finite(value: Any) -> float | None:
 def _problems(path: Path, odd: Counter[str], curves: Mapping[str, Any], lines: int) -> list[str]:
     problems = []
     if odd:
-        each = [f"{count} times: {what}" for what, count in odd.most_common()]
-        problems.append(f"{path}: {sum(odd.values())} values are left out of the curves. {some(each, 5)}.")
+        counted = [f"{count} times: {what}" for what, count in odd.most_common()]
+        problems.append(f"{path}: {sum(odd.values())} values are left out of the curves. {some(counted, 5)}.")
     if not curves:
         problems.append(
             f"{path}: none of its {lines} log entries holds a loss, a log-prob or a reward, so there are no curves of "

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
-from gradent.report.audit.records import AuditRecords
+from gradent.figures.charts import Chart, Line, fill_gap
+from gradent.report.audit.records import AuditRecords, Row
 from gradent.report.audit.steps import STEP
 from gradent.report.page.cases import CASES, share_of
-from gradent.report.page.charts import Chart, Line
-from gradent.report.page.html import Section, Table
+from gradent.report.page.html import Section
 from gradent.report.page.numbers import count, number, percent, signed_number
+from gradent.report.page.parts import Table
 
 __all__ = ["dynamics_section"]
 
@@ -25,59 +25,37 @@ _EXPLAINED = (
 
 
 def dynamics_section(records: AuditRecords) -> Section | None:
-    """Predicted against realised changes of the log-probs."""
-    dynamics = records.summary["dynamics"]
-    if dynamics is None:
-        return None
-    intervals, whole = dynamics.get("intervals") or [], dynamics.get("whole")
+    """Predicted against realised changes of the log-probs; None where a single checkpoint was measured."""
+    dynamics: Row = records.summary["dynamics"] or {}
+    intervals, run = dynamics.get("intervals") or [], dynamics.get("whole")
+    rows = [_row(interval) for interval in intervals]
+    last = [_row(run, "whole run, ")] if run else []
     parts: list[Chart | Table] = []
-    if len(intervals) > 1:
+    if len(rows) > 1:
         parts.append(_chart(intervals))
-    if len(intervals) > _SHOWN and whole:
-        parts.append(_table([whole], of_run=True))
-        parts.append(
-            _table(intervals, of_run=False, folded=f"{len(intervals)} intervals, from checkpoint to checkpoint")
-        )
-    elif intervals or whole:
-        parts.append(_table([*intervals, *([whole] if whole else [])], of_run=bool(whole)))
+    if len(rows) > _SHOWN and last:
+        parts += [_table(last), _table(rows, f"{len(rows)} intervals, from checkpoint to checkpoint")]
+    elif rows or last:
+        parts.append(_table(rows + last))
     realised = dynamics.get("cases_realised")
     if realised:
         parts.append(_cases(records, realised))
-    if not parts:
-        return None
-    return Section(
-        "Predicted against realised",
-        _EXPLAINED,
-        parts,
-        "Decides: how far the other sections, which are first-order, can be trusted in this run.",
-    )
+    serves = "Decides: how far the other sections, which are first-order, can be trusted in this run."
+    return Section("Predicted against realised", _EXPLAINED, parts, serves) if parts else None
 
 
-def _chart(intervals: list[Mapping[str, Any]]) -> Chart:
-    steps = [float(each["to"]) for each in intervals]
+def _chart(intervals: Sequence[Row]) -> Chart:
+    steps = [float(interval["to"]) for interval in intervals]
     lines = []
     for side in ("chosen", "rejected"):
         for kind, name in (("change", "realised"), ("predicted", "predicted")):
-            values = [_nan(each.get(f"{side}_{kind}")) for each in intervals]
+            values = [fill_gap(interval.get(f"{side}_{kind}")) for interval in intervals]
             lines.append(Line(f"{side}, {name}", steps, values, colour=side, dashed=kind == "predicted"))
     title = "Change of the mean log-prob since the checkpoint before"
     return Chart(STEP, "change of mean log π, nats", lines, zero=True, title=title)
 
 
-def _table(intervals: list[Mapping[str, Any]], *, of_run: bool, folded: str = "") -> Table:
-    rows = []
-    for place, each in enumerate(intervals):
-        whole = of_run and place == len(intervals) - 1
-        span = f"{count(each.get('from'))} to {count(each.get('to'))}"
-        rows.append([
-            f"whole run, {span}" if whole else span,
-            *(signed_number(each.get(f"{side}_{kind}")) for side in ("chosen", "rejected")
-              for kind in ("change", "predicted")),
-            number(each.get("step_size")),
-            percent(each.get("explained")),
-            *(percent(each.get(f"{side}_sign")) for side in ("chosen", "rejected")),
-            count(each.get("pairs")),
-        ])  # fmt: skip
+def _table(rows: Sequence[Sequence[str]], folded: str = "") -> Table:
     header = [
         "Steps", "Chosen", "Predicted", "Rejected", "Predicted", "Step size", "Explained", "Sign, chosen",
         "Sign, rejected", "Pairs",
@@ -85,7 +63,18 @@ def _table(intervals: list[Mapping[str, Any]], *, of_run: bool, folded: str = ""
     return Table(header, rows, folded, "Changes of the mean log-probs in nats, interval by interval", figures_from=1)
 
 
-def _cases(records: AuditRecords, realised: Mapping[str, Any]) -> Table:
+def _row(interval: Row, name: str = "") -> list[str]:
+    changes = [f"{side}_{kind}" for side in ("chosen", "rejected") for kind in ("change", "predicted")]
+    return [
+        f"{name}{count(interval.get('from'))} to {count(interval.get('to'))}",
+        *(signed_number(interval.get(key)) for key in changes),
+        number(interval.get("step_size")),
+        *(percent(interval.get(key)) for key in ("explained", "chosen_sign", "rejected_sign")),
+        count(interval.get("pairs")),
+    ]
+
+
+def _cases(records: AuditRecords, realised: Row) -> Table:
     last = records.last
     rows = [
         [label, percent(share_of(realised, case)), percent(None if last is None else last.share(case))]
@@ -93,7 +82,3 @@ def _cases(records: AuditRecords, realised: Mapping[str, Any]) -> Table:
     ]
     caption = "What became of the pairs over the run, beside what a small step on each alone would do to it now"
     return Table(["Case", "Realised over the run", "Predicted, last checkpoint"], rows, caption=caption, figures_from=1)
-
-
-def _nan(value: float | None) -> float:
-    return float("nan") if value is None else float(value)

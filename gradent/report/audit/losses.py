@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from gradent.report.audit.records import AuditRecords
+from gradent.figures.charts import Bars, Chart, Line, fill_gap
+from gradent.report.audit.records import AuditRecords, Row
 from gradent.report.audit.steps import STEP
 from gradent.report.page.cases import CASES, case_series, share_of
-from gradent.report.page.charts import Bars, Chart, Line
-from gradent.report.page.html import Cell, Section, Table
-from gradent.report.page.numbers import NOTHING, number, percent, plural
+from gradent.report.page.html import Section
+from gradent.report.page.numbers import number, percent, plural
+from gradent.report.page.parts import Cell, Table
 
 __all__ = ["describe_row", "loss_bars", "loss_section", "loss_table", "shown_rows"]
 
@@ -26,14 +26,12 @@ _TEXT = (
 
 
 def loss_section(records: AuditRecords) -> Section | None:
-    """Other losses on the run's gradients."""
+    """Other losses on the run's gradients; None where the record has no such rows."""
     rows = records.summary["what_if"]
     if not rows:
         return None
-    shown, sweeps = shown_rows(rows), [row for row in rows if row.get("group") == "sweep"]
-    parts: list[Bars | Chart | Table] = []
-    if any(row.get("cases") for row in shown):
-        parts.append(loss_bars(shown))
+    shown, sweeps, bars = shown_rows(rows), [row for row in rows if row.get("group") == "sweep"], loss_bars(records)
+    parts: list[Bars | Chart | Table] = [] if bars is None else [bars]
     parts.append(loss_table(shown, "Losses on the gradients of the last checkpoint"))
     lines = _over_steps(shown, records.summary["recommendation"] or {})
     if lines:
@@ -45,26 +43,27 @@ def loss_section(records: AuditRecords) -> Section | None:
     return Section("What if: other losses", _TEXT, parts, "Decides: whether another loss, or another β, would help.")
 
 
-def shown_rows(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def shown_rows(rows: Sequence[Row]) -> list[Row]:
     """The rows that are not sweeps: the run's loss, the paper's, the designs."""
     return [row for group in _SHOWN for row in rows if row.get("group") == group]
 
 
-def loss_bars(rows: Sequence[Mapping[str, Any]], title: str = "") -> Bars:
-    """Stacked shares of the cases, a bar each loss that could be judged."""
-    there = [row for row in rows if row.get("cases")]
-    shares = {case: [_nan(share_of(row["cases"], case)) for row in there] for case in CASES}
-    return Bars("loss", "share of pairs", [describe_row(row) for row in there], case_series(shares), title, True)
+def loss_bars(records: AuditRecords) -> Bars | None:
+    """Stacked shares of the cases, a bar each loss that could be judged; None where none could."""
+    rows = [row for row in shown_rows(records.summary["what_if"]) if row.get("cases")]
+    shares = {case: [fill_gap(share_of(row["cases"], case)) for row in rows] for case in CASES}
+    names = [describe_row(row) for row in rows]
+    return Bars("loss", "share of pairs", names, case_series(shares), percent=True) if rows else None
 
 
-def loss_table(rows: Sequence[Mapping[str, Any]], caption: str, folded: str = "") -> Table:
-    """A row a loss, with shares, ratio and bounds."""
+def loss_table(rows: Sequence[Row], caption: str, folded: str = "") -> Table:
+    """A row a loss, with shares, ratio and bounds; a loss without numbers says why."""
     header = ["Loss", *(label.partition(":")[0].capitalize() for label in CASES.values())]
     header += ["Median d_w/d_l", "Chosen rises from", "Rejected falls to", "Within both"]
     return Table(header, [_row(row) for row in rows], folded, caption, figures_from=1)
 
 
-def describe_row(row: Mapping[str, Any]) -> str:
+def describe_row(row: Row) -> str:
     """A loss's name, with what it is to the run."""
     name = str(row.get("label") or row.get("loss") or "a loss")
     if row.get("loss") == "token_masked" and row.get("cases"):
@@ -72,24 +71,23 @@ def describe_row(row: Mapping[str, Any]) -> str:
     return name + (", this run's" if row.get("group") == "run" else "")
 
 
-def _row(row: Mapping[str, Any]) -> list[Cell | str]:
+def _row(row: Row) -> list[Cell | str]:
     lines = [describe_row(row)]
     if row.get("group") == "design" and row.get("cases"):
-        masked = row.get("loss") == "token_masked"
-        about = "whose tokens were measured (Section 5.2" if masked else "by construction (Section 5.1"
+        is_masked = row.get("loss") == "token_masked"
+        about = "whose tokens were measured (Section 5.2" if is_masked else "by construction (Section 5.1"
         lines.append(f"{about} of the paper)")
     if row.get("reason"):
         lines.append(str(row["reason"]))
-    within = row.get("within")
     return [
         Cell(tuple(lines)),
         *(percent(share_of(row.get("cases"), case)) for case in CASES),
         *(number(row.get(name)) for name in ("ratio", "needs_at_least", "needs_at_most")),
-        NOTHING if within is None else percent(float(within)),
+        percent(row.get("within")),
     ]
 
 
-def _over_steps(rows: Sequence[Mapping[str, Any]], recommended: Mapping[str, Any]) -> list[Line]:
+def _over_steps(rows: Sequence[Row], recommended: Mapping[str, object]) -> list[Line]:
     """The run's loss, the best other one and the designs, where there are several steps."""
     wanted = [row for row in rows if row.get("group") == "run"]
     wanted += [row for row in rows if row.get("group") == "paper" and row.get("label") == recommended.get("best")]
@@ -98,10 +96,6 @@ def _over_steps(rows: Sequence[Mapping[str, Any]], recommended: Mapping[str, Any
     for row in wanted[:_LINES]:
         points = [point for point in row.get("ideal_by_step") or [] if point[0] is not None]
         if len(points) > 1:
-            steps, shares = [float(point[0]) for point in points], [_nan(point[1]) for point in points]
-            lines.append(Line(describe_row(row), steps, shares))
+            steps, shares = zip(*points, strict=True)
+            lines.append(Line(describe_row(row), [*map(float, steps)], [*map(fill_gap, shares)]))
     return lines
-
-
-def _nan(value: float | None) -> float:
-    return float("nan") if value is None else float(value)

@@ -17,15 +17,20 @@ from gradent.report.audit.records import AuditRecords, Measured, read_audit
 from gradent.report.audit.settings import describe_loss, describe_reference, settings_section
 from gradent.report.audit.steps import case_section, cosine_section, logp_section
 from gradent.report.audit.tokens import token_section
-from gradent.report.page.html import BigNumber, Notice, Numbers, Page, Section, Table, write_page
+from gradent.report.page.html import Page, Section, write_page
 from gradent.report.page.numbers import count, fixed, percent, plural, step_name
+from gradent.report.page.parts import BigNumber, Notice, Numbers, Table
 
-__all__ = ["write_audit_report"]
+__all__ = ["write_audit_page", "write_audit_report"]
 
 
 def write_audit_report(directory: str | os.PathLike[str]) -> Path:
     """Write `report.html` beside an audit's records."""
-    records = read_audit(directory)
+    return write_audit_page(read_audit(directory))
+
+
+def write_audit_page(records: AuditRecords) -> Path:
+    """The same, of records that are read already."""
     return write_page(records.directory / "report.html", _to_page(records))
 
 
@@ -65,12 +70,9 @@ def _lead(records: AuditRecords) -> str:
 def _facts(records: AuditRecords) -> list[tuple[str, str]]:
     summary = records.summary
     model, run = summary["model"], summary["run"]
+    parameters = f"{count(model.get('trainable_parameters'))} parameters measured, {model.get('dtype')}"
     facts = [
-        (
-            "Model",
-            f"{model.get('checkpoint')}: {count(model.get('trainable_parameters'))} parameters measured, "
-            f"{model.get('dtype')}",
-        ),
+        ("Model", f"{model.get('checkpoint')}: {parameters}"),
         ("Data", str(summary["data"].get("source"))),
         ("Loss", describe_loss(summary["loss"])),
         ("Reference", describe_reference(summary["reference"])),
@@ -84,21 +86,17 @@ def _facts(records: AuditRecords) -> list[tuple[str, str]]:
 def _notices(records: AuditRecords) -> list[Notice]:
     summary, notices = records.summary, []
     if not summary["complete"]:
-        asked = (summary["run"] or {}).get("asked") or []
-        held = len(records.measured)
-        of = f" of {len(asked)} checkpoints" if asked else ""
-        notices.append(
-            Notice(
-                "This audit is not complete.",
-                f"It was stopped before everything was measured: pairs of {held}{of or ' checkpoint(s)'} are here, and "
-                "at some of them perhaps not all pairs. The same command goes on where it stopped.",
-                warns=True,
-            )
+        asked = (summary["run"] or {}).get("asked")
+        of = f" of {len(asked)} checkpoints" if asked else " checkpoint(s)"
+        text = (
+            f"It was stopped before everything was measured: pairs of {len(records.measured)}{of} are here, and at "
+            "some of them perhaps not all pairs. The same command goes on where it stopped."
         )
+        notices.append(Notice("This audit is not complete.", text, warns=True))
     if summary["left_out"]:
         reasons = "\n".join(
-            f"{each.get('checkpoint')} ({step_name(each.get('step'))}): {each.get('reason')}"
-            for each in summary["left_out"]
+            f"{row.get('checkpoint')} ({step_name(row.get('step'))}): {row.get('reason')}"
+            for row in summary["left_out"]
         )
         title = f"{plural(len(summary['left_out']), 'checkpoint')} could not be measured"
         notices.append(Notice(title, reasons, warns=True))
@@ -124,12 +122,12 @@ def _first_section(records: AuditRecords) -> Section:
 def _big_numbers(first: Measured, last: Measured) -> list[BigNumber]:
     start = "" if first is last else f"at {step_name(first.step)}; now {step_name(last.step)}"
     figures = {
-        "Case 1: chosen rises, rejected falls": ([each.share("ideal") for each in (first, last)], percent),
-        "Case 2: both fall": ([each.share("both_down") for each in (first, last)], percent),
-        "Median cosine": ([each.quantile("cosine", 0.5) for each in (first, last)], fixed),
+        "Case 1: chosen rises, rejected falls": (first.share("ideal"), last.share("ideal"), percent),
+        "Case 2: both fall": (first.share("both_down"), last.share("both_down"), percent),
+        "Median cosine": (first.quantile("cosine", 0.5), last.quantile("cosine", 0.5), fixed),
     }
     numbers = []
-    for name, ((before, now), shown) in figures.items():
+    for name, (before, now, shown) in figures.items():
         note = f"{shown(before)} {start}" if start else f"of {plural(len(last.pairs), 'pair')}"
         numbers.append(BigNumber(name, shown(now), note))
     return numbers

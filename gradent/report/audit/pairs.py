@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from gradent.record import CASE_NAMES
-from gradent.report.audit.records import AuditRecords, Measured
+from gradent.report.audit.records import AuditRecords, Measured, Row
 from gradent.report.page.cases import CASES
-from gradent.report.page.html import Cell, Fold, Quote, Section, Table
+from gradent.report.page.html import Section
 from gradent.report.page.numbers import NOTHING, count, fixed, number, percent, plural
+from gradent.report.page.parts import Cell, Fold, Quote, Table
 
 __all__ = ["pair_quotes", "pair_section", "property_section", "ranked_pairs"]
 
@@ -47,10 +46,8 @@ def pair_section(records: AuditRecords) -> Section:
     parts: list[Table | Fold] = []
     for places, name in ((top, "The most entangled pairs"), (bottom, "The least entangled pairs")):
         if places:
-            parts.append(_pair_table(records, places, name))
-            parts.append(
-                Fold(f"{name}: their texts", [quote for place in places for quote in pair_quotes(records, place)])
-            )
+            quotes = [quote for place in places for quote in pair_quotes(records, place)]
+            parts += [_pair_table(records, places, name), Fold(f"{name}: their texts", quotes)]
     text = "Rows of the data are counted from 0."
     if records.sample:
         text += " Lengths, shared parts and edits (that make one response the other) are counted in tokens."
@@ -86,24 +83,21 @@ def property_section(records: AuditRecords) -> Section | None:
     )
 
 
-def _property_row(row: Mapping[str, Any], quarters: int) -> list[Cell | str]:
-    unit = row.get("unit")
+def _property_row(row: Row, quarters: int) -> list[Cell | str]:
     low, high = row.get("low"), row.get("high")
-    known = low is not None and high is not None
-    interval = f"{fixed(low)} to {fixed(high)}" if known else NOTHING
     groups = [_group_cell(group) for group in row.get("groups") or []]
     label = str(row.get("label") or row.get("property") or "")
     return [
-        Cell((label, *(str(each) for each in (unit, row.get("reason")) if each))),
+        Cell((label, *(str(row[key]) for key in ("unit", "reason") if row.get(key)))),
         fixed(row.get("spearman")),
-        interval,
+        NOTHING if low is None or high is None else f"{fixed(low)} to {fixed(high)}",
         count(row.get("pairs")),
         *groups,
         *[""] * (quarters - len(groups)),
     ]
 
 
-def _group_cell(group: Mapping[str, Any]) -> Cell:
+def _group_cell(group: Row) -> Cell:
     low, high = group.get("low"), group.get("high")
     span = _edge(low) if low == high else f"{_edge(low)} to {_edge(high)}"
     return Cell((span, f"cosine {fixed(group.get('cosine'))}", f"case 1 {percent(group.get('ideal'))}"))
@@ -117,45 +111,48 @@ def _pair_table(records: AuditRecords, places: Sequence[int], caption: str) -> T
     first, last = records.first, records.last
     assert first is not None
     assert last is not None
-    several, before = len(records.measured) > 1, dict(zip(first.pairs, first.columns["cosine"], strict=True))
-    header = ["Row", "Case", "Cosine", *(["At first"] if several else []), "Chosen log-prob", "Rejected log-prob"]
+    before = dict(zip(first.pairs, first.columns["cosine"], strict=True)) if first is not last else None
     counted = _COUNTED if records.sample else {}
     rows: list[list[Cell | str]] = []
     for place in places:
-        pair, values = last.pairs[place], {name: float(each[place]) for name, each in last.columns.items()}
-        known = records.sample.get(pair, {})
+        pair = last.pairs[place]
+        texts = records.sample.get(pair, {})
+        cosine, chosen, rejected = (last.columns[name][place] for name in ("cosine", "chosen_logp", "rejected_logp"))
+        cut = [f"{plural(texts['truncated'], 'response')} cut"] if texts.get("truncated") else []
         rows.append([
-            _pair_cell(pair, known),
-            CASES[CASE_NAMES[int(values["case"])]],
-            fixed(values["cosine"]),
-            *([fixed(before.get(pair))] if several else []),
-            number(values["chosen_logp"]),
-            number(values["rejected_logp"]),
-            *(count(known.get(name)) for name in counted),
+            Cell((f"{pair:,}", *cut)),
+            CASES[last.case_of(place)],
+            fixed(cosine),
+            *([] if before is None else [fixed(before.get(pair))]),
+            number(chosen),
+            number(rejected),
+            *(count(texts.get(name)) for name in counted),
         ])  # fmt: skip
+    header = [
+        "Row",
+        "Case",
+        "Cosine",
+        *([] if before is None else ["At first"]),
+        "Chosen log-prob",
+        "Rejected log-prob",
+    ]
     return Table([*header, *counted.values()], rows, caption=caption, figures_from=2)
 
 
-def _pair_cell(pair: int, known: Mapping[str, Any]) -> Cell:
-    cut = f"{plural(known['truncated'], 'response')} cut" if known.get("truncated") else ""
-    return Cell(tuple(filter(None, (f"{pair:,}", cut))))
-
-
 def pair_quotes(records: AuditRecords, place: int) -> list[Quote]:
-    """The texts of a pair of the last checkpoint."""
-    last = records.last
-    assert last is not None
-    pair = last.pairs[place]
-    known = records.sample.get(pair)
-    if known is None:
-        known = next((each for each in records.summary["most_entangled"] if each.get("pair") == pair), {})
-    where = f" ({known['where']})" if known.get("where") else ""
-    found = [
-        Quote(f"Row {pair:,}{where}: {side}", _shorten(str(known[side])))
+    """The texts of a pair of the last checkpoint, as far as the records have them."""
+    assert records.last is not None
+    pair = records.last.pairs[place]
+    texts = records.sample.get(pair)
+    if texts is None:
+        texts = next((row for row in records.summary["most_entangled"] if row.get("pair") == pair), {})
+    where = f" ({texts['where']})" if texts.get("where") else ""
+    quotes = [
+        Quote(f"Row {pair:,}{where}: {side}", _shorten(str(texts[side])))
         for side in ("prompt", "chosen", "rejected")
-        if known.get(side) is not None
+        if texts.get(side) is not None
     ]
-    return found or [Quote(f"Row {pair:,}", "Its text is not in the records.")]
+    return quotes or [Quote(f"Row {pair:,}", "Its text is not in the records.")]
 
 
 def _shorten(text: str) -> str:

@@ -6,31 +6,36 @@ Letters: P pairs of a checkpoint.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gradent.figures.charts import Line
 from gradent.record import CASE_NAMES, Summary, read_modules, read_pairs, read_sample, read_summary, read_tokens
 from gradent.record.curves import mean_and_error
 
-__all__ = ["AuditRecords", "Measured", "read_audit"]
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["AuditRecords", "Floats", "Measured", "Row", "read_audit"]
 
 Floats = NDArray[np.float64]
+Row = Mapping[str, Any]
+_CASES = {name: number for number, name in CASE_NAMES.items()}
 
 
 @dataclass(frozen=True)
 class Measured:
     """The pairs of one checkpoint."""
 
-    name: str  # of the checkpoint
-    step: int  # of the trainer
-    # figures by name of the column of `pairs.parquet`, `[P]` each; nan where there is none. `pair` as well
-    columns: dict[str, Floats]
+    name: str
+    step: int
+    columns: Mapping[str, Floats]  # of `pairs.parquet`, `[P]` each, `pair` among them; nan where there is no value
 
     @property
     def pairs(self) -> list[int]:
@@ -45,28 +50,38 @@ class Measured:
         """Standard error of that mean; inf for a single pair."""
         return mean_and_error(self.columns[name])[1]
 
+    def finite(self, name: str) -> Floats:
+        """The values of a column that are there."""
+        return self.columns[name][np.isfinite(self.columns[name])]
+
     def quantile(self, name: str, share: float) -> float:
         """A quantile of a column; nan without any value."""
-        there = self.columns[name][np.isfinite(self.columns[name])]
-        return float(np.quantile(there, share)) if there.size else float("nan")
+        values = self.finite(name)
+        return float(np.quantile(values, share)) if values.size else float("nan")
+
+    def is_case(self, name: str) -> NDArray[np.bool_]:
+        """Which pairs are in a case, `[P]`."""
+        return np.asarray(self.columns["case"] == _CASES[name])
 
     def share(self, case: str) -> float:
         """Share of the pairs in a case, by its name; nan without any pair."""
-        number = next(number for number, name in CASE_NAMES.items() if name == case)
-        cases = self.columns["case"]
-        return float((cases == number).mean()) if cases.size else float("nan")
+        return float(self.is_case(case).mean()) if len(self.columns["case"]) else float("nan")
+
+    def case_of(self, place: int) -> str:
+        """The name of a pair's case."""
+        return CASE_NAMES[int(self.columns["case"][place])]
 
 
 @dataclass(frozen=True)
 class AuditRecords:
     """Everything that a report of an audit reads."""
 
-    directory: Path  # of the records
-    summary: Summary  # `summary.json`
+    directory: Path
+    summary: Summary
     measured: Sequence[Measured]  # the checkpoints, by step
-    sample: dict[int, dict[str, Any]]  # rows of `sample.parquet` by pair; empty without the file
-    modules: dict[str, list[Any]] | None  # columns of `modules.parquet`; None without the file
-    tokens: dict[str, list[Any]] | None  # columns of `tokens.parquet`; None without the file
+    sample: Mapping[int, Row]  # rows of `sample.parquet` by pair; empty without the file
+    modules: Sequence[Row] | None  # rows of `modules.parquet`; None without the file
+    tokens: Sequence[Row] | None  # rows of `tokens.parquet`; None without the file
 
     @cached_property
     def name(self) -> str:
@@ -87,46 +102,59 @@ class AuditRecords:
     @property
     def steps(self) -> list[float]:
         """The measured steps."""
-        return [float(each.step) for each in self.measured]
+        return [float(measured.step) for measured in self.measured]
+
+    def of_dynamics(self, key: str) -> Row:
+        """A part of the summary's dynamics: `onset`, `start`, ...; empty where there is none."""
+        return (self.summary["dynamics"] or {}).get(key) or {}
+
+    @property
+    def logged(self) -> Mapping[str, Sequence[Sequence[float | None]]]:
+        """Curves of the trainer's log, `{key: [[step, value], ...]}`."""
+        return (self.summary["history"] or {}).get("curves") or {}
+
+    def mean_line(self, column: str, name: str) -> Line:
+        """Means of a column over steps, with their standard errors."""
+        statistics = [(measured.mean(column), measured.error(column)) for measured in self.measured]
+        means, errors = zip(*statistics, strict=True) if statistics else ((), ())
+        return Line(name, self.steps, list(means), list(errors))
+
+    def quartile_line(self, column: str, name: str) -> Line:
+        """Medians of a column over steps, in a band of its quartiles."""
+        quartiles = [[measured.quantile(column, share) for measured in self.measured] for share in (0.25, 0.5, 0.75)]
+        return Line(name, self.steps, quartiles[1], low=quartiles[0], high=quartiles[2])
 
 
 def read_audit(directory: str | os.PathLike[str]) -> AuditRecords:
-    """Read an audit's records."""
+    """Read the records of an audit; `sample.parquet`, `modules.parquet` and `tokens.parquet` may be missing."""
     place = Path(directory)
     summary = read_summary(place / "summary.json")
-    columns = read_pairs(place / "pairs.parquet").to_pydict()
-    sample = _optional(place / "sample.parquet", read_sample)
-    rows: dict[int, dict[str, Any]] = {}
-    if sample is not None:
-        names = list(sample)
-        rows = {values[0]: dict(zip(names, values, strict=True)) for values in zip(*sample.values(), strict=True)}
+    measured = _by_checkpoint(read_pairs(place / "pairs.parquet"))
     return AuditRecords(
         directory=place,
         summary=summary,
-        measured=_by_checkpoint(columns),
-        sample=rows,
-        modules=_optional(place / "modules.parquet", read_modules),
-        tokens=_optional(place / "tokens.parquet", read_tokens),
+        measured=measured,
+        sample={row["pair"]: row for row in _rows(place / "sample.parquet", read_sample) or []},
+        modules=_rows(place / "modules.parquet", read_modules),
+        tokens=_rows(place / "tokens.parquet", read_tokens),
     )
 
 
-def _optional(path: Path, read: Any) -> dict[str, list[Any]] | None:
-    return read(path).to_pydict() if path.exists() else None
+def _rows(path: Path, read: Callable[[Path], Any]) -> list[Row] | None:
+    return read(path).to_pylist() if path.exists() else None
 
 
-def _by_checkpoint(columns: dict[str, list[Any]]) -> list[Measured]:
+def _by_checkpoint(table: pa.Table) -> list[Measured]:
     """Split by checkpoint, in the order of steps; pairs in increasing order."""
     values = {
-        name: np.array([np.nan if value is None else value for value in column], dtype=np.float64)
-        for name, column in columns.items()
-        if name != "checkpoint"
+        name: np.asarray(table[name].cast("float64").to_numpy()) for name in table.column_names if name != "checkpoint"
     }
     rows: dict[tuple[int, str], list[int]] = {}
-    for row, key in enumerate(zip(columns["step"], columns["checkpoint"], strict=True)):
+    for row, key in enumerate(zip(table["step"].to_pylist(), table["checkpoint"].to_pylist(), strict=True)):
         rows.setdefault(key, []).append(row)
-    found = []
+    checkpoints = []
     for (step, name), places in sorted(rows.items(), key=lambda item: item[0][0]):
         at = np.array(places)
         at = at[np.argsort(values["pair"][at], kind="stable")]
-        found.append(Measured(name, step, {column: each[at] for column, each in values.items()}))
-    return found
+        checkpoints.append(Measured(name, step, {column: numbers[at] for column, numbers in values.items()}))
+    return checkpoints

@@ -6,18 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradent.report.audit.records import AuditRecords
-from gradent.report.page.html import Notice, Section, Table
+from gradent.report.page.html import Section
 from gradent.report.page.numbers import count, plural
+from gradent.report.page.parts import Notice, Table
 
 __all__ = ["describe_loss", "describe_reference", "list_settings", "settings_section"]
 
 _SKIPPED = 100
-_REFERENCES = {
-    "none": "none",
-    "self": "the model itself",
-    "adapter_off": "its base without the adapter",
-    "model": "",
-}
+_REFERENCES = {"none": "none", "self": "the model itself", "adapter_off": "its base without the adapter", "model": ""}
 
 
 def settings_section(records: AuditRecords) -> Section:
@@ -54,14 +50,14 @@ def describe_reference(reference: Mapping[str, Any]) -> str:
 
 def list_settings(summary: Mapping[str, Any]) -> dict[str, str]:
     """Everything that was set, by name: what two audits are compared by."""
-    found = {"loss": describe_loss(summary["loss"]), "reference": describe_reference(summary["reference"])}
-    found |= {f"data: {name}": str(summary["data"].get(name)) for name in ("source", "rows", "measured")}
-    found |= {f"model: {name}": _text(value) for name, value in summary["model"].items() if name != "coverage"}
+    settings = {"loss": describe_loss(summary["loss"]), "reference": describe_reference(summary["reference"])}
+    settings |= {f"data: {name}": str(summary["data"].get(name)) for name in ("source", "rows", "measured")}
+    settings |= {f"model: {name}": _text(value) for name, value in summary["model"].items() if name != "coverage"}
     if isinstance(summary["model"].get("coverage"), float):
-        found["model: coverage"] = f"{summary['model']['coverage']:.4g}"
-    found |= {f"run: {name}": _text(value) for name, value in (summary["run"] or {}).items()}
-    found |= {name: _text(value) for name, value in summary["settings"].items()}
-    return {**found, "gradent": str(summary["gradent_version"])}
+        settings["model: coverage"] = f"{summary['model']['coverage']:.4g}"
+    settings |= {f"run: {name}": _text(value) for name, value in (summary["run"] or {}).items()}
+    settings |= {name: _text(value) for name, value in summary["settings"].items()}
+    return {**settings, "gradent": str(summary["gradent_version"])}
 
 
 def _text(value: Any) -> str:
@@ -70,7 +66,7 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return ", ".join(f"{each:,}" if isinstance(each, int) else str(each) for each in value) or "none"
+        return ", ".join(_text(item) for item in value) or "none"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 

@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gradent.report.audit.records import AuditRecords
-from gradent.report.page.html import Section, Table, Word, Words
+from gradent.record.token_rows import name_token
+from gradent.report.audit.records import AuditRecords, Row
+from gradent.report.page.html import Section
 from gradent.report.page.numbers import count, fixed, percent, plural, signed_number
+from gradent.report.page.parts import Table, Word, Words, scaled_words
 from gradent.text import visible
 
 __all__ = ["token_section"]
@@ -70,45 +72,35 @@ def _ranking(tokens: Mapping[str, Any], kind: str) -> Table:
     return Table(header, rows, caption=f"The most {kind} tokens by what they add to the cosines{often}", figures_from=1)
 
 
-def _coloured(records: AuditRecords, tokens: Mapping[str, Sequence[Any]]) -> list[Words]:
+def _coloured(records: AuditRecords, tokens: Sequence[Row]) -> list[Words]:
     """The responses of the pairs with the largest cosine among those whose tokens were measured."""
-    step = int(max(tokens["step"], default=-1))
-    measured = next((each for each in reversed(records.measured) if each.step == step), None)
+    step = max((row["step"] for row in tokens), default=-1)
+    measured = next((measured for measured in reversed(records.measured) if measured.step == step), None)
     if measured is None:
         return []
-    columns = measured.columns
-    scales = {
-        pair: (math.sqrt(chosen * rejected), cosine)
-        for pair, chosen, rejected, cosine in zip(
-            measured.pairs, columns["chosen_sq"], columns["rejected_sq"], columns["cosine"], strict=True
-        )
-    }
-    there = [pair for pair in dict.fromkeys(tokens["pair"]) if scales.get(pair, (0.0, 0.0))[0] > 0]
-    shown = sorted(there, key=lambda pair: -scales[pair][1])[:_PAIRS]
-    return [_words(tokens, pair, *scales[pair], step) for pair in shown]
+    columns = (measured.columns[name].tolist() for name in ("pair", "chosen_sq", "rejected_sq", "cosine"))
+    scales = {pair: (math.sqrt(chosen * rejected), cosine) for pair, chosen, rejected, cosine in zip(*columns)}  # noqa: B905
+    pairs: dict[int, list[Row]] = {}
+    for row in tokens:
+        if row["step"] == step and scales.get(row["pair"], (0.0, 0.0))[0] > 0:
+            pairs.setdefault(row["pair"], []).append(row)
+    shown = sorted(pairs, key=lambda pair: -scales[pair][1])[:_PAIRS]
+    return [_words(f"Row {pair:,}, cosine {fixed(scales[pair][1])}", pairs[pair], scales[pair][0]) for pair in shown]
 
 
-def _words(tokens: Mapping[str, Sequence[Any]], pair: int, scale: float, cosine: float, step: int) -> Words:
-    texts, largest = [], 0.0
+def _words(title: str, rows: Sequence[Row], scale: float) -> Words:
+    texts = []
     for side in ("chosen", "rejected"):
-        rows = [
-            row
-            for row, (each, which, at) in enumerate(zip(tokens["pair"], tokens["side"], tokens["step"], strict=True))
-            if (each, which, at) == (pair, side, step)
-        ]
-        rows.sort(key=lambda row: tokens["position"][row])
-        pieces = [_word(tokens, row, scale) for row in rows[:_TOKENS]]
-        if len(rows) > _TOKENS:
-            pieces.append(Word("…", math.nan, f"{len(rows) - _TOKENS:,} more tokens are in tokens.parquet"))
-        largest = max([largest, *(abs(piece.value) for piece in pieces if math.isfinite(piece.value))])
-        texts.append((f"Row {pair:,}, cosine {fixed(cosine)}: {side}", pieces))
-    below, above = f"disentangles, down to {signed_number(-largest)}", f"entangles, up to {signed_number(largest)}"
-    return Words(texts, below, above, bad_above=True)
+        tokens = sorted((row for row in rows if row["side"] == side), key=lambda row: row["position"])
+        words = [_word(row, scale) for row in tokens[:_TOKENS]]
+        if len(tokens) > _TOKENS:
+            words.append(Word("…", math.nan, f"{len(tokens) - _TOKENS:,} more tokens are in tokens.parquet"))
+        texts.append((f"{title}: {side}", words))
+    return scaled_words(texts, "disentangles", "entangles", bad_above=True)
 
 
-def _word(tokens: Mapping[str, Sequence[Any]], row: int, scale: float) -> Word:
-    value, identical = tokens["entanglement"][row] / scale, tokens["identical"][row]
+def _word(row: Row, scale: float) -> Word:
+    value, text, kind = row["entanglement"] / scale, row["token"], "identical" if row["identical"] else "differing"
     verb = "entangles" if value > 0 else "disentangles" if value < 0 else "neither"
-    text, kind = str(tokens["token"][row]), "identical" if identical else "differing"
-    note = f"{tokens['position'][row]} · {visible(text, 18)}: {verb} ({signed_number(value)} of the cosine), {kind}"
-    return Word((text or visible("")).replace("\n", "⏎\n"), value, note, strong=not identical)
+    note = f"{name_token(row['position'], text)}: {verb} ({signed_number(value)} of the cosine), {kind}"
+    return Word(text, value, note, strong=not row["identical"])

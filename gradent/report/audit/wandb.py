@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gradent.errors import GradentError, InputError
-from gradent.record import AUDIT_FILES, CASE_NAMES
+from gradent.record import AUDIT_FILES
 from gradent.report.audit.losses import describe_row
 from gradent.report.audit.pairs import ranked_pairs
 from gradent.report.audit.records import AuditRecords, Measured, read_audit
@@ -75,8 +75,7 @@ def _log(wandb: Any, run: Any, records: AuditRecords) -> None:
 def _rows(records: AuditRecords) -> Iterator[dict[str, float]]:
     """A row a step: what was measured there, what was logged there, or both."""
     rows: dict[float, dict[str, float]] = {}
-    curves = (records.summary["history"] or {}).get("curves") or {}
-    for key, points in curves.items():
+    for key, points in records.logged.items():
         for step, value in points:
             if step is not None and value is not None:
                 rows.setdefault(float(step), {})[f"gradent/logged/{printable(key)}"] = float(value)
@@ -126,7 +125,7 @@ def _pair_table(wandb: Any, records: AuditRecords) -> Any:
         data.append([
             last.pairs[place],
             float(last.columns["cosine"][place]),
-            CASE_NAMES[int(last.columns["case"][place])],
+            last.case_of(place),
             *(printable(str(texts.get(side, "")))[:_LONGEST] for side in ("prompt", "chosen", "rejected")),
         ])  # fmt: skip
     return wandb.Table(columns=["row", "cosine", "case", "prompt", "chosen", "rejected"], data=data)
@@ -145,13 +144,12 @@ def _artifact(wandb: Any, run: Any, records: AuditRecords) -> Any:
 
 def _summary(records: AuditRecords) -> dict[str, Any]:
     recommendation = records.summary["recommendation"] or {}
-    onset = (records.summary["dynamics"] or {}).get("onset") or {}
-    found = {
+    values = {
         "gradent/recommendation": recommendation.get("text") and printable(str(recommendation["text"])),
-        "gradent/onset": onset.get("measured"),
+        "gradent/onset": records.of_dynamics("onset").get("measured"),
         "gradent/complete": records.summary["complete"],
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _config(records: AuditRecords) -> dict[str, Any]:

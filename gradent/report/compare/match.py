@@ -8,24 +8,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gradent.record import CASE_NAMES
 from gradent.record.curves import mean_and_error
-from gradent.report.audit.records import AuditRecords, Measured, read_audit
+from gradent.report.audit.records import AuditRecords, Floats, Measured, read_audit
 from gradent.report.audit.settings import list_settings
 from gradent.report.page.numbers import plural
 
 __all__ = ["Compared", "Comparison", "compare_audits", "compare_rows"]
 
-Floats = NDArray[np.float64]
 _TEXTS = ("prompt", "chosen", "rejected")
-_NUMBERS = {name: number for number, name in CASE_NAMES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +48,7 @@ class Comparison:
     matching: str  # how pairs were matched, or why not, in a sentence
     settings: Sequence[tuple[str, str, str]]  # `(name, first, second)` of the settings that differ
     rows: Sequence[Compared]  # the figures
-    # of the same pairs, how many are in a case of the first audit and in one of the second, by names
-    transitions: dict[tuple[str, str], int]
+    transitions: Counter[tuple[str, str]]  # of the same pairs, by their cases in the first and in the second
 
 
 def compare_audits(directory_a: str | os.PathLike[str], directory_b: str | os.PathLike[str]) -> Comparison:
@@ -84,7 +80,7 @@ def _match(first: AuditRecords, second: AuditRecords) -> tuple[list[tuple[int, i
     apart = "so figures are over different pairs, and their differences are not paired."
     if first.sample and second.sample:
         rows = first.last.pairs
-        same = [each for each in common if _texts(first, rows[each[0]]) == _texts(second, rows[each[0]])]
+        same = [both for both in common if _texts(first, rows[both[0]]) == _texts(second, rows[both[0]])]
         if not same:
             return [], f"The audits have no pair in common (by row and text), {apart}"
         left = len(common) - len(same)
@@ -95,10 +91,8 @@ def _match(first: AuditRecords, second: AuditRecords) -> tuple[list[tuple[int, i
         return [], f"The audits are of different data, {apart}"
     if not common:
         return [], f"The audits are of the same data and measured no row in common, {apart}"
-    return (
-        common,
-        f"{plural(len(common), 'pair')} were measured in both, matched by row alone: texts are not with both.",
-    )
+    pairs = plural(len(common), "pair")
+    return common, f"{pairs} were measured in both, matched by row alone: texts are not with both."
 
 
 def _texts(records: AuditRecords, pair: int) -> tuple[Any, ...] | None:
@@ -110,88 +104,72 @@ def _differing(first: AuditRecords, second: AuditRecords) -> list[tuple[str, str
     left, right = list_settings(first.summary), list_settings(second.summary)
     names = dict.fromkeys([*left, *right])
     both = ((name, left.get(name, "not set"), right.get(name, "not set")) for name in names)
-    return [each for each in both if each[1] != each[2]]
+    return [(name, a, b) for name, a, b in both if a != b]
+
+
+def _column(name: str) -> Callable[[Measured], Floats]:
+    return lambda measured: measured.columns[name]
+
+
+def _norm(name: str) -> Callable[[Measured], Floats]:
+    return lambda measured: np.sqrt(measured.columns[name])
+
+
+def _case(name: str) -> Callable[[Measured], Floats]:
+    return lambda measured: measured.is_case(name).astype(np.float64)
+
+
+def _margin(measured: Measured) -> Floats:
+    return np.asarray(measured.columns["chosen_logp"] - measured.columns["rejected_logp"])
+
+
+_FIGURES: dict[str, Callable[[Measured], Floats]] = {
+    "mean cosine": _column("cosine"),
+    "median cosine": _column("cosine"),
+    "share in case 1 (ideal)": _case("ideal"),
+    "share in case 2 (both down)": _case("both_down"),
+    "share in case 3 (both up)": _case("both_up"),
+    "mean log π(chosen), nats": _column("chosen_logp"),
+    "mean log π(rejected), nats": _column("rejected_logp"),
+    "mean margin log π(chosen) - log π(rejected), nats": _margin,
+    "mean ‖∇ log π(chosen)‖": _norm("chosen_sq"),
+    "mean ‖∇ log π(rejected)‖": _norm("rejected_sq"),
+}
 
 
 def _rows(first: Measured | None, second: Measured | None, places: Sequence[tuple[int, int]]) -> list[Compared]:
     if first is None or second is None:
         return []
-    rows = [_mean("mean cosine", first.columns["cosine"], second.columns["cosine"], places)]
-    rows.append(_median(first, second, places))
-    for case, name in (
-        ("ideal", "case 1 (ideal)"),
-        ("both_down", "case 2 (both down)"),
-        ("both_up", "case 3 (both up)"),
-    ):
-        inside = [(each.columns["case"] == _NUMBERS[case]).astype(np.float64) for each in (first, second)]
-        rows.append(_mean(f"share in {name}", inside[0], inside[1], places, share=True))
-    logps = {
-        "mean log π(chosen), nats": _column("chosen_logp"),
-        "mean log π(rejected), nats": _column("rejected_logp"),
-        "mean margin log π(chosen) - log π(rejected), nats": _margin,
-        "mean ‖∇ log π(chosen)‖": _norm("chosen_sq"),
-        "mean ‖∇ log π(rejected)‖": _norm("rejected_sq"),
-    }
-    return rows + [_mean(name, value(first), value(second), places) for name, value in logps.items()]
+    return [_compare(name, values(first), values(second), places) for name, values in _FIGURES.items()]
 
 
-def _column(name: str) -> Any:
-    return lambda measured: measured.columns[name]
-
-
-def _norm(name: str) -> Any:
-    return lambda measured: np.sqrt(measured.columns[name])
-
-
-def _margin(measured: Measured) -> Floats:
-    return measured.columns["chosen_logp"] - measured.columns["rejected_logp"]
-
-
-def _mean(
-    name: str, first: Floats, second: Floats, places: Sequence[tuple[int, int]], *, share: bool = False
-) -> Compared:
-    if not places:
-        means = [mean_and_error(each) for each in (first, second)]
-        error = math.hypot(means[0][1], means[1][1])
-        return Compared(
-            name=name, first=means[0][0], second=means[1][0], difference=means[1][0] - means[0][0], error=error,
-            pairs=None, share=share,
-        )  # fmt: skip
-    left, right = _taken(first, second, places)
-    there = np.isfinite(left) & np.isfinite(right)
-    left, right = left[there], right[there]
-    difference, error = mean_and_error(right - left)
-    return Compared(
-        name=name, first=mean_and_error(left)[0], second=mean_and_error(right)[0], difference=difference, error=error,
-        pairs=int(there.sum()), share=share,
-    )  # fmt: skip
-
-
-def _median(first: Measured, second: Measured, places: Sequence[tuple[int, int]]) -> Compared:
-    values = [first.columns["cosine"], second.columns["cosine"]]
+def _compare(name: str, first: Floats, second: Floats, places: Sequence[tuple[int, int]]) -> Compared:
+    """One figure over the same pairs where there are `places`, and over all pairs of each otherwise."""
     if places:
-        left, right = _taken(values[0], values[1], places)
-        there = np.isfinite(left) & np.isfinite(right)
-        values = [left[there], right[there]]
-    medians = [float(np.median(each[np.isfinite(each)])) if np.isfinite(each).any() else math.nan for each in values]
+        first, second = first[[place for place, _ in places]], second[[place for _, place in places]]
+        is_finite = np.isfinite(first) & np.isfinite(second)
+        first, second = first[is_finite], second[is_finite]
+    (left, left_error), (right, right_error) = mean_and_error(first), mean_and_error(second)
+    if places:
+        difference, error = mean_and_error(second - first)
+    else:
+        difference, error = right - left, math.hypot(left_error, right_error)
+    if name.startswith("median"):
+        left, right = (_median(values) for values in (first, second))
+        difference, error = right - left, math.nan
     return Compared(
-        name="median cosine", first=medians[0], second=medians[1], difference=medians[1] - medians[0], error=math.nan,
-        pairs=len(values[0]) if places else None,
+        name=name, first=left, second=right, difference=difference, error=error,
+        pairs=len(first) if places else None, share=name.startswith("share"),
     )  # fmt: skip
 
 
-def _taken(first: Floats, second: Floats, places: Sequence[tuple[int, int]]) -> tuple[Floats, Floats]:
-    at = np.array(places, dtype=np.int64).reshape(-1, 2)
-    return first[at[:, 0]], second[at[:, 1]]
+def _median(values: Floats) -> float:
+    return float(np.nanmedian(values)) if np.isfinite(values).any() else math.nan
 
 
 def _transitions(
     first: Measured | None, second: Measured | None, places: Sequence[tuple[int, int]]
-) -> dict[tuple[str, str], int]:
+) -> Counter[tuple[str, str]]:
     if first is None or second is None:
-        return {}
-    counts: dict[tuple[str, str], int] = {}
-    for one, other in places:
-        key = CASE_NAMES[int(first.columns["case"][one])], CASE_NAMES[int(second.columns["case"][other])]
-        counts[key] = counts.get(key, 0) + 1
-    return counts
+        return Counter()
+    return Counter((first.case_of(left), second.case_of(right)) for left, right in places)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from gradent.record import CASE_NAMES
+from gradent.figures.charts import Bars, Chart, fill_gap
 from gradent.record.atomic import make_directory
 from gradent.report.audit.losses import shown_rows
 from gradent.report.audit.pairs import pair_quotes
-from gradent.report.audit.records import AuditRecords
+from gradent.report.audit.records import AuditRecords, Row
 from gradent.report.audit.settings import describe_loss
 from gradent.report.audit.steps import STEP
 from gradent.report.compare.match import Compared, Comparison, compare_audits, compare_rows
 from gradent.report.page.cases import CASES, CASES_EXPLAINED, case_series, share_of
-from gradent.report.page.charts import Bars, Chart, Line
-from gradent.report.page.html import Cell, Fold, Notice, Page, Section, Table, write_page
+from gradent.report.page.html import Page, Section, write_page
 from gradent.report.page.numbers import NOTHING, change, count, fixed, number, percent, plural, step_name
+from gradent.report.page.parts import Fold, Notice, Table
 
 __all__ = ["compare_rows", "describe_difference", "write_comparison"]
 
@@ -50,8 +47,7 @@ def _to_page(both: Comparison) -> Page:
         _settings_section(both),
         _figure_section(both),
         _case_section(both),
-        _logp_section(both),
-        _cosine_section(both),
+        *_curve_sections(both),
         _loss_section(both),
         _pair_section(both),
     ]
@@ -91,27 +87,19 @@ def _settings_section(both: Comparison) -> Section:
     text = "What was set or read differently. Everything else is the same in both."
     if not both.settings:
         return Section("What differs in the settings", "Nothing: all settings are the same.", [])
-    rows = [[Cell((name,)), Cell((left,)), Cell((right,))] for name, left, right in both.settings]
     serves = "Decides: whether the two can be held against each other at all."
-    return Section("What differs in the settings", text, [Table(("Setting", "A", "B"), rows)], serves)
+    return Section("What differs in the settings", text, [Table(("Setting", "A", "B"), both.settings)], serves)
 
 
 def _figure_section(both: Comparison) -> Section:
     serves = "Decides: which of the two is less entangled, and by more than chance."
     if not both.rows:
         return Section("Differences", "One of the audits measured nothing.", [], serves)
-    rows: list[list[Cell | str]] = []
+    rows = []
     for row in both.rows:
-        shown = percent if row.share else number
-        clear = abs(row.difference) > _CLEAR * row.error
-        difference = describe_difference(row)
-        rows.append([
-            row.name,
-            shown(row.first),
-            shown(row.second),
-            Cell((f"{difference} *" if clear else difference,)),
-            NOTHING if row.pairs is None else f"{row.pairs:,}",
-        ])  # fmt: skip
+        shown, mark = percent if row.share else number, " *" if abs(row.difference) > _CLEAR * row.error else ""
+        difference = describe_difference(row) + mark
+        rows.append([row.name, shown(row.first), shown(row.second), difference, count(row.pairs)])
     caption = "Over the pairs of both" if both.places else "Over all pairs of each"
     table = Table(["Figure", "A", "B", "B minus A", "Same pairs"], rows, caption=caption, figures_from=1)
     text = (
@@ -122,52 +110,41 @@ def _figure_section(both: Comparison) -> Section:
 
 
 def _case_section(both: Comparison) -> Section | None:
-    there = [(name, records.last) for name, records in _named(both) if records.last is not None]
-    if not there:
+    audits = [(name, records.last) for name, records in _named(both) if records.last is not None]
+    if not audits:
         return None
-    shares = {case: [last.share(case) for _, last in there] for case in CASES}
-    names = [f"{name}, {step_name(last.step)}" for name, last in there]
+    shares = {case: [last.share(case) for _, last in audits] for case in CASES}
+    names = [f"{name}, {step_name(last.step)}" for name, last in audits]
     parts: list[Bars | Table] = [Bars("audit", "share of pairs", names, case_series(shares), percent=True)]
     if both.transitions:
-        rows = [
-            [label, *(count(both.transitions.get((case, other), 0)) for other in CASES)]
-            for case, label in CASES.items()
-        ]
+        rows = [[label, *(count(both.transitions[case, other]) for other in CASES)] for case, label in CASES.items()]
         caption = "Pairs of both, by their case in A (rows) and in B (columns)"
         parts.append(Table(["In A", *CASES.values()], rows, caption=caption, figures_from=1))
     serves = "Decides: which pairs a change has helped, and which it has harmed."
     return Section("Cases", CASES_EXPLAINED, parts, serves)
 
 
-def _logp_section(both: Comparison) -> Section | None:
-    if max(len(records.measured) for _, records in _named(both)) < 2:
-        return None
-    lines = [
-        Line(
-            f"{name}: {side}",
-            records.steps,
-            [each.mean(f"{side}_logp") for each in records.measured],
-            [each.error(f"{side}_logp") for each in records.measured],
-        )
-        for name, records in _named(both)
-        for side in ("chosen", "rejected")
+def _curve_sections(both: Comparison) -> list[Section]:
+    named = _named(both)
+    if max(len(records.measured) for _, records in named) < 2:
+        return []
+    sides = [(name, records, side) for name, records in named for side in ("chosen", "rejected")]
+    logps = [records.mean_line(f"{side}_logp", f"{name}: {side}") for name, records, side in sides]
+    cosines = [records.quartile_line("cosine", f"{name}: median, band: quartiles") for name, records in named]
+    return [
+        Section(
+            "Log-probs over steps",
+            "Means over the pairs of each audit, with one standard error.",
+            [Chart(STEP, "mean log π(response), nats", logps)],
+            "Decides: which run keeps chosen up while rejected falls.",
+        ),
+        Section(
+            "Cosines over steps",
+            "",
+            [Chart(STEP, "cosine of the two gradients", cosines, zero=True)],
+            "Decides: in which run entanglement grows.",
+        ),
     ]
-    text = "Means over the pairs of each audit, with one standard error."
-    serves = "Decides: which run keeps chosen up while rejected falls."
-    return Section("Log-probs over steps", text, [Chart(STEP, "mean log π(response), nats", lines)], serves)
-
-
-def _cosine_section(both: Comparison) -> Section | None:
-    if max(len(records.measured) for _, records in _named(both)) < 2:
-        return None
-    lines = []
-    for name, records in _named(both):
-        low, middle, high = (
-            [each.quantile("cosine", share) for each in records.measured] for share in (0.25, 0.5, 0.75)
-        )
-        lines.append(Line(f"{name}: median, band: quartiles", records.steps, middle, low=low, high=high))
-    chart = Chart(STEP, "cosine of the two gradients", lines, zero=True)
-    return Section("Cosines over steps", "", [chart], "Decides: in which run entanglement grows.")
 
 
 def _loss_section(both: Comparison) -> Section | None:
@@ -177,23 +154,17 @@ def _loss_section(both: Comparison) -> Section | None:
         return None
     rows = []
     for name in names:
-        found = [table.get(name) for table in tables]
-        ideal = [share_of((row or {}).get("cases"), "ideal") for row in found]
-        down = [share_of((row or {}).get("cases"), "both_down") for row in found]
-        points = NOTHING if None in ideal else change(*(100 * (each or 0.0) for each in ideal))
-        rows.append([name, *map(percent, ideal), points, *map(percent, down)])
+        cases = [(table.get(name) or {}).get("cases") for table in tables]
+        ideal, down = ([fill_gap(share_of(shares, case)) for shares in cases] for case in ("ideal", "both_down"))
+        rows.append([name, *map(percent, ideal), change(*(100 * share for share in ideal)), *map(percent, down)])
     header = ["Loss", "Case 1 in A", "In B", "Points", "Case 2 in A", "In B"]
-    table = Table(
-        header,
-        rows,
-        caption="Shares of the pairs that each audit measured (of token masking: whose tokens it measured)",
-        figures_from=1,
-    )
+    caption = "Shares of the pairs that each audit measured (of token masking: whose tokens it measured)"
+    table = Table(header, rows, caption=caption, figures_from=1)
     text = "Each loss on the gradients of each audit's last checkpoint."
     return Section("What if: other losses", text, [table], "Decides: whether one loss would serve both better.")
 
 
-def _by_loss(records: AuditRecords) -> dict[str, Mapping[str, Any]]:
+def _by_loss(records: AuditRecords) -> dict[str, Row]:
     """Rows by name; the run's own loss goes by that, whichever it is."""
     rows = shown_rows(records.summary["what_if"])
     return {"the run's own" if row.get("group") == "run" else str(row.get("label")): row for row in rows}
@@ -203,20 +174,21 @@ def _pair_section(both: Comparison) -> Section | None:
     first, second = both.first.last, both.second.last
     if first is None or second is None or not both.places:
         return None
-    at = np.array(both.places)
-    moved = second.columns["cosine"][at[:, 1]] - first.columns["cosine"][at[:, 0]]
-    order = [int(each) for each in np.argsort(-np.abs(moved), kind="stable") if abs(moved[each]) > 0][:_MOVED]
-    if not order:
+    pairs = []
+    for left, right in both.places:
+        a, b = float(first.columns["cosine"][left]), float(second.columns["cosine"][right])
+        if abs(b - a) > 0:
+            pairs.append((left, [first.case_of(left), second.case_of(right)], a, b))
+    pairs = sorted(pairs, key=lambda pair: -abs(pair[3] - pair[2]))[:_MOVED]
+    if not pairs:
         return None
-    rows = []
-    for each in order:
-        one, other = both.places[each]
-        cosines = first.columns["cosine"][one], second.columns["cosine"][other]
-        cases = [CASES[CASE_NAMES[int(side.columns["case"][place])]] for side, place in ((first, one), (second, other))]
-        rows.append([f"{first.pairs[one]:,}", *cases, *map(fixed, cosines), fixed(float(moved[each]))])
+    rows = [
+        [f"{first.pairs[place]:,}", *(CASES[case] for case in cases), fixed(a), fixed(b), fixed(b - a)]
+        for place, cases, a, b in pairs
+    ]
     header = ["Row", "Case in A", "Case in B", "Cosine in A", "In B", "B minus A"]
     parts: Sequence[Table | Fold] = [
         Table(header, rows, caption="Pairs whose cosine differs most", figures_from=3),
-        Fold("Their texts", [quote for each in order for quote in pair_quotes(both.first, both.places[each][0])]),
+        Fold("Their texts", [quote for place, *_ in pairs for quote in pair_quotes(both.first, place)]),
     ]
     return Section("Which pairs moved", "Rows of the data are counted from 0.", parts, "Decides: where to look first.")

@@ -1,17 +1,18 @@
-"""The verdict in words, for the training log: said when it matters, quiet otherwise."""
+"""The verdict in words, for the training log: a sentence when it matters, nothing otherwise."""
 
 from __future__ import annotations
 
 import re
 import statistics
+from collections import defaultdict
 from dataclasses import dataclass
 
 from gradent.errors import InputError
 from gradent.report.live.window import Window
 
-__all__ = ["DEFAULT_ALERT", "Alert", "Speaker", "describe"]
+__all__ = ["DEFAULT_ALERT", "Alert", "Alerter", "describe"]
 
-_NUMBERS = {"both_down": "case 2 (both fall)", "both_up": "case 3 (both rise)", "reversed": "case 4 (reversed)"}
+_CASES = {"both_down": "case 2 (both fall)", "both_up": "case 3 (both rise)", "reversed": "case 4 (reversed)"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,61 +47,43 @@ class Alert:
 DEFAULT_ALERT = Alert()
 
 
-class Speaker:
-    """Says what `describe` finds, and says the same thing only now and then.
-
-    Args:
-        alert: thresholds.
-    """
+class Alerter:
+    """Describes window after window, and the same case only now and then."""
 
     def __init__(self, alert: Alert) -> None:
         self._alert = alert
-        self._seen = 0
-        self._said: dict[str, int] = {}  # case -> the window at which it was said last
+        self._windows = 0
+        self._last: dict[str, int] = {}  # case -> number of the window that it was last described in
 
-    def say(self, window: Window) -> str | None:
-        """The sentence for a window.
-
-        Args:
-            window: the measured steps since the last one.
-
-        Returns:
-            A line, or None where there is nothing to say, or nothing new.
-        """
-        case = _worth_saying(window, self._alert)
-        self._seen += 1
-        if case is None or self._seen - self._said.get(case, -self._alert.again) < self._alert.again:
+    def check(self, window: Window) -> str | None:
+        """The line for a window; None where no threshold is reached, or its case was described not long ago."""
+        case = _worst_case(window, self._alert)
+        self._windows += 1
+        if case is None or self._windows - self._last.get(case, -self._alert.again) < self._alert.again:
             return None
-        self._said[case] = self._seen
+        self._last[case] = self._windows
         return describe(window, self._alert)
 
 
 def describe(window: Window, alert: Alert) -> str | None:
-    """What is wrong in a window, in one line.
-
-    Args:
-        window: measured steps.
-        alert: thresholds.
-
-    Returns:
-        The line, or None where no threshold is reached.
-    """
-    case = _worth_saying(window, alert)
+    """What is wrong in a window, in one line; None where no threshold is reached."""
+    case = _worst_case(window, alert)
     if case is None:
         return None
     first, last = window.steps[0], window.steps[-1]
     steps = f"step {first}" if first == last else f"steps {first}-{last}"
-    parts = [f"{steps}: {window.share(case):.0%} of {sum(window.pairs)} pairs in {_NUMBERS[case]}"]
+    parts = [f"{steps}: {window.share(case):.0%} of {sum(window.pairs)} pairs in {_CASES[case]}"]
     if case != "both_up" and window.chosen_needs:
         needs, ratio = statistics.median(window.chosen_needs), statistics.median(window.weight_ratio)
         parts.append(f"chosen would rise if d_w/d_l ≥ {needs:.2g} (median; it is {ratio:.2g})")
-    where = _layers(window, alert.layers)
-    if where is not None:
-        parts.append(where)
+    layers = _find_layers(window, alert.layers)
+    if layers is not None:
+        parts.append(layers)
     return "; ".join(parts)
 
 
-def _worth_saying(window: Window, alert: Alert) -> str | None:
+def _worst_case(window: Window, alert: Alert) -> str | None:
+    """The case that is furthest beyond its threshold; None where none is."""
     if not sum(window.pairs):
         return None
     shares = {case: window.share(case) / getattr(alert, case) for case in ("reversed", "both_down", "both_up")}
@@ -108,23 +91,20 @@ def _worth_saying(window: Window, alert: Alert) -> str | None:
     return case if shares[case] >= 1 else None
 
 
-def _layers(window: Window, least: float) -> str | None:
-    """The shortest run of numbered layers that holds a share of the inner product."""
+def _find_layers(window: Window, least: float) -> str | None:
+    """The shortest run of numbered layers that holds a share of the inner product, in words."""
     total = sum(window.layer_inner.values())
-    numbered: dict[int, float] = {}
-    for layer, inner in window.layer_inner.items():
+    inner: dict[int, float] = defaultdict(float)
+    for layer, value in window.layer_inner.items():
         match = re.search(r"\.(\d+)$", layer)
         if match:
-            numbered[int(match[1])] = numbered.get(int(match[1]), 0.0) + inner
-    if total <= 0 or not numbered:
-        return None
-    order = sorted(numbered)
-    runs = [(stop - start, start, stop) for start in range(len(order)) for stop in range(start + 1, len(order) + 1)]
-    for _, start, stop in sorted(runs):
-        share = sum(numbered[number] for number in order[start:stop]) / total
-        if share >= least:
-            name = (
-                f"layer {order[start]} holds" if stop == start + 1 else f"layers {order[start]}-{order[stop - 1]} hold"
-            )
-            return f"{name} {share:.0%} of the inner product"
+            inner[int(match[1])] += value
+    numbers = sorted(inner) if total > 0 else []
+    for length in range(1, len(numbers) + 1):
+        for start in range(len(numbers) - length + 1):
+            run = numbers[start : start + length]
+            share = sum(inner[number] for number in run) / total
+            if share >= least:
+                name = f"layer {run[0]} holds" if length == 1 else f"layers {run[0]}-{run[-1]} hold"
+                return f"{name} {share:.0%} of the inner product"
     return None

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradent.errors import GradentError, InputError
+from gradent.figures.charts import Chart, Figure, HeatMap, Line, token_cosines
+from gradent.figures.plotly import draw_plotly
 from gradent.report.live.window import TokenHeatMap, Window
-from gradent.report.page.cases import CASE_COLOURS
+from gradent.report.page.cases import CASES
 
 __all__ = ["Panels", "wandb_dashboard"]
 
@@ -46,7 +48,7 @@ class Panels:
             columns = ["step", "cosine", "case", "prompt", "chosen", "rejected"]
             rows = [[getattr(pair, column) for column in columns] for pair in window.entangled]
             content["gradent/pairs"] = wandb.Table(columns=columns, data=rows)
-        content |= {name: wandb.Plotly(figure) for name, figure in self._figures(window.tokens).items()}
+        content |= {name: wandb.Plotly(drawing) for name, drawing in self._drawings(window.tokens).items()}
         run.log(content)
 
     def _remember(self, window: Window) -> None:
@@ -58,71 +60,40 @@ class Panels:
             self._changes.append((chosen, rejected, chosen_real, rejected_real))
         self._changes = self._changes[-_POINTS:]
 
-    def _figures(self, tokens: TokenHeatMap | None) -> dict[str, Any]:
+    def _drawings(self, tokens: TokenHeatMap | None) -> dict[str, Any]:
         try:
-            from plotly import graph_objects  # noqa: PLC0415  (an extra)
+            return {name: draw_plotly(figure) for name, figure in self._figures(tokens).items()}
         except ImportError:
             if not self._said:
                 self._said = True
                 logger.warning('gradent sends no figures to wandb without plotly: pip install "gradent[audit]".')
             return {}
-        figures = {"gradent/cases": _stacked(graph_objects, self._steps, self._cases)}
+
+    def _figures(self, tokens: TokenHeatMap | None) -> dict[str, Figure]:
+        shares = {name: [cases.get(name, 0.0) for cases in self._cases] for name in CASES}
+        cases = [Line(name.replace("_", " "), self._steps, shares[name], colour=name) for name in CASES]
+        figures: dict[str, Figure] = {
+            "gradent/cases": Chart("step", "share of pairs", cases, title="Cases", percent=True, stacked=True)
+        }
         if self._layers:
-            figures["gradent/layers"] = _heat_map(graph_objects, self._steps, self._layers)
+            cosines = [[layer.get(step) for step in self._steps] for layer in self._layers.values()]
+            title, names = "Cosine of chosen and rejected gradients by layer", list(self._layers)
+            figures["gradent/layers"] = HeatMap("step", "layer", self._steps, names, cosines, "cosine", title=title)
         if self._changes:
-            figures["gradent/changes"] = _scatter(graph_objects, self._changes)
+            columns = list(zip(*self._changes, strict=True))
+            figures["gradent/changes"] = Chart(
+                "predicted, first order (nats per unit of learning rate)",
+                "realised by the optimizer's step (nats)",
+                [
+                    Line(side, columns[number], columns[number + 2], colour=side, points=True)
+                    for number, side in enumerate(("chosen", "rejected"))
+                ],
+                title="Predicted and realised changes of log-probs",
+            )
         if tokens is not None:
-            figures["gradent/tokens"] = _token_map(graph_objects, tokens)
+            title = f"Cosine of token gradients, most entangled pair of step {tokens.step}"
+            figures["gradent/tokens"] = token_cosines(tokens.chosen, tokens.rejected, tokens.cosines, title=title)
         return figures
-
-
-def _token_map(go: Any, tokens: TokenHeatMap) -> Any:
-    heat = go.Heatmap(
-        x=list(tokens.rejected), y=list(tokens.chosen), z=tokens.cosines, zmin=-1, zmax=1, colorscale="RdBu", zmid=0
-    )
-    figure = go.Figure(heat)
-    figure.update_layout(
-        xaxis_title="rejected token",
-        yaxis_title="chosen token",
-        title=f"Cosine of token gradients, most entangled pair of step {tokens.step}",
-    )
-    figure.update_xaxes(type="category")
-    figure.update_yaxes(autorange="reversed", type="category")
-    return figure
-
-
-def _stacked(go: Any, steps: list[int], cases: list[dict[str, float]]) -> Any:
-    traces = [
-        go.Scatter(
-            x=steps, y=[shares.get(name, 0.0) for shares in cases], name=name.replace("_", " "), stackgroup="cases",
-            line={"width": 0.5, "color": color},
-        )
-        for name, color in CASE_COLOURS.items()
-    ]  # fmt: skip
-    figure = go.Figure(traces)
-    figure.update_layout(xaxis_title="step", yaxis_title="share of pairs", yaxis_range=[0, 1], title="Cases")
-    return figure
-
-
-def _heat_map(go: Any, steps: list[int], layers: dict[str, dict[int, float | None]]) -> Any:
-    names = list(layers)
-    values = [[layers[name].get(step) for step in steps] for name in names]
-    figure = go.Figure(go.Heatmap(x=steps, y=names, z=values, zmin=-1, zmax=1, colorscale="RdBu", zmid=0))
-    figure.update_layout(xaxis_title="step", title="Cosine of chosen and rejected gradients by layer")
-    figure.update_yaxes(autorange="reversed", type="category")
-    return figure
-
-
-def _scatter(go: Any, changes: list[tuple[float, float, float, float]]) -> Any:
-    chosen = go.Scatter(x=[c[0] for c in changes], y=[c[2] for c in changes], mode="markers", name="chosen")
-    rejected = go.Scatter(x=[c[1] for c in changes], y=[c[3] for c in changes], mode="markers", name="rejected")
-    figure = go.Figure([chosen, rejected])
-    figure.update_layout(
-        xaxis_title="predicted, first order (nats per unit of learning rate)",
-        yaxis_title="realised by the optimizer's step (nats)",
-        title="Predicted and realised changes of log-probs",
-    )
-    return figure
 
 
 def wandb_dashboard(entity: str, project: str, *, name: str = "gradent") -> str:
@@ -150,7 +121,7 @@ def wandb_dashboard(entity: str, project: str, *, name: str = "gradent") -> str:
     lines = {
         "Cosine": ["gradent/cosine", "gradent/probe/cosine"],
         "Norms": ["gradent/chosen_norm", "gradent/rejected_norm"],
-        "Cases": [f"gradent/case/{case}" for case in CASE_COLOURS if case != "inactive"],
+        "Cases": [f"gradent/case/{case}" for case in CASES if case != "inactive"],
         "Predicted changes": ["gradent/chosen_change", "gradent/rejected_change"],
         "Realised changes": ["gradent/chosen_realised", "gradent/rejected_realised"],
         "Weights d_w/d_l": ["gradent/weight_ratio"],

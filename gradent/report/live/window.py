@@ -1,4 +1,4 @@
-"""The measured steps between two logs, as plain numbers and text: what words and panels are made from."""
+"""The measured steps between two logs, as plain numbers and text: what alerts and panels are made from."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class EntangledPair:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenHeatMap:
-    """Cosines of a pair's token gradients: `cosines[a][b]` of chosen token a and rejected token b, or None."""
+    """Cosines of a pair's token gradients: `cosines[a][b]` of chosen token a and rejected token b; nan for none."""
 
     step: int
     chosen: Sequence[str]
     rejected: Sequence[str]
-    cosines: Sequence[Sequence[float | None]]
+    cosines: Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,5 +62,5 @@ class Window:
 
     def share(self, case: str) -> float:
         """Share of all the window's pairs in a case."""
-        whole = sum(self.pairs)
-        return sum(shares[case] * count for shares, count in zip(self.cases, self.pairs, strict=True)) / max(1, whole)
+        counts = [shares[case] * count for shares, count in zip(self.cases, self.pairs, strict=True)]
+        return sum(counts) / max(1, sum(self.pairs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from gradent.report.page.charts import Bars, Chart, HeatMap, Line
+from gradent.figures.charts import Bars, Chart, Figure, HeatMap, Line
 from gradent.report.page.numbers import NOTHING, number, percent
 from gradent.report.page.parts import Table
 
@@ -15,7 +15,7 @@ _MOST_CELLS = 2500  # of a table that a figure brings along
 _FOLDED = "The numbers of this figure"
 
 
-def tabulate_figure(figure: Chart | HeatMap | Bars) -> Table | None:
+def tabulate_figure(figure: Figure) -> Table | None:
     """A figure's numbers."""
     if isinstance(figure, Chart):
         header, rows = _chart_rows(figure)
@@ -27,7 +27,7 @@ def tabulate_figure(figure: Chart | HeatMap | Bars) -> Table | None:
             for place, name in enumerate(figure.names)
         ]
     else:
-        header = [figure.y_label, *figure.columns]
+        header = [figure.y_label, *map(str, figure.columns)]
         if len(figure.rows) * len(header) > _MOST_CELLS:
             return None
         rows = [[name, *map(number, row)] for name, row in zip(figure.rows, figure.values, strict=True)]
@@ -36,7 +36,7 @@ def tabulate_figure(figure: Chart | HeatMap | Bars) -> Table | None:
     return Table(header, rows, _FOLDED, _name(figure), figures_from=1)
 
 
-def describe_figure(figure: Chart | HeatMap | Bars) -> str:
+def describe_figure(figure: Figure) -> str:
     """What a figure shows, in words: axes, and of each line or piece where it starts and ends."""
     name = _name(figure)
     if isinstance(figure, HeatMap):
@@ -46,14 +46,14 @@ def describe_figure(figure: Chart | HeatMap | Bars) -> str:
     shown = percent if figure.percent else number
     parts = [f"{name}."]
     for line in figure.lines:
-        there = [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
-        if there:
-            (first, start), (last, end) = there[0], there[-1]
+        points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
+        if points:
+            (first, start), (last, end) = points[0], points[-1]
             parts.append(f"{line.name}: {shown(start)} at {_place(first)}, {shown(end)} at {_place(last)}.")
     return " ".join(parts + [f"Marked at {_place(x)}: {text}." for x, text in figure.marks])
 
 
-def _name(figure: Chart | HeatMap | Bars) -> str:
+def _name(figure: Figure) -> str:
     if isinstance(figure, Chart):
         axes = f"{figure.y_label} over {figure.x_label}"
     elif isinstance(figure, Bars):
@@ -65,8 +65,8 @@ def _name(figure: Chart | HeatMap | Bars) -> str:
 
 def _chart_rows(chart: Chart) -> tuple[list[str], list[list[str]]]:
     cells = [_line_cells(line, percent=chart.percent) for line in chart.lines]
-    places = sorted({x for each in cells for x in each})
-    rows = [[_place(x), *(each.get(x, NOTHING) for each in cells)] for x in places]
+    places = sorted({x for column in cells for x in column})
+    rows = [[_place(x), *(column.get(x, NOTHING) for column in cells)] for x in places]
     return [chart.x_label, *(line.name for line in chart.lines)], rows
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gradent.report.page.charts import Series
+from gradent.figures.charts import Series
 
-__all__ = ["CASES", "CASES_EXPLAINED", "CASE_COLOURS", "case_series", "share_of"]
+__all__ = ["CASES", "CASES_EXPLAINED", "case_series", "share_of"]
 
 CASES: dict[str, str] = {
     "ideal": "case 1: ideal",
@@ -17,15 +17,6 @@ CASES: dict[str, str] = {
     "inactive": "inactive",
 }
 """Name of a case in the records to its name for readers. The colours of a page go by the records' names."""
-
-CASE_COLOURS: dict[str, str] = {
-    "ideal": "#2a9d8f",
-    "both_down": "#e76f51",
-    "both_up": "#e9c46a",
-    "reversed": "#9b2226",
-    "inactive": "#adb5bd",
-}
-"""Of the cases, where a picture does not get its colours from the page."""
 
 CASES_EXPLAINED = (
     "Case 1 (ideal): chosen rises, rejected falls. Case 2 (both down): both log-probs fall. Case 3 (both up): both "
@@ -40,6 +31,6 @@ def case_series(shares: Mapping[str, list[float]]) -> list[Series]:
 
 def share_of(cases: Mapping[str, Any] | None, name: str) -> float | None:
     """A case's share, whether the records have it as a number or with its count."""
-    found = None if cases is None else cases.get(name)
-    share = found.get("share") if isinstance(found, Mapping) else found
+    share = None if cases is None else cases.get(name)
+    share = share.get("share") if isinstance(share, Mapping) else share
     return None if share is None else float(share)

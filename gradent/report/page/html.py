@@ -16,33 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from gradent.errors import InputError
+from gradent.figures.charts import Bars, Figure, HeatMap
+from gradent.figures.plotly import plotly_json
 from gradent.report.page.alt_text import describe_figure, tabulate_figure
-from gradent.report.page.charts import Bars, Chart, HeatMap, Line, Series
-from gradent.report.page.parts import BigNumber, Cell, Fold, Notice, Numbers, Part, Quote, Table, Word, Words
-from gradent.report.page.plotly import bars_figure, chart_figure, heat_figure
-from gradent.text import printable
+from gradent.report.page.parts import Cell, Fold, Notice, Numbers, Part, Quote, Table, Word, Words
+from gradent.text import printable, visible
 
-__all__ = [
-    "Bars",
-    "BigNumber",
-    "Cell",
-    "Chart",
-    "Fold",
-    "HeatMap",
-    "Line",
-    "Notice",
-    "Numbers",
-    "Page",
-    "Part",
-    "Quote",
-    "Section",
-    "Series",
-    "Table",
-    "Word",
-    "Words",
-    "render_page",
-    "write_page",
-]
+__all__ = ["Page", "Section", "render_page", "write_page"]
 
 _CONTENTS = 5  # sections from which on a page lists them
 _BAR, _BARS_ROOM = 2.1, 9.0  # heights in rem: of a lying bar, and of what stands around all bars
@@ -83,7 +63,6 @@ def render_page(page: Page) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_shown
     )
-    template = environment.from_string((Path(__file__).parent / "page.html.j2").read_text("utf-8"))
     sections: list[dict[str, Any]] = [
         {
             "title": section.title,
@@ -94,13 +73,18 @@ def render_page(page: Page) -> str:
         for section in page.sections
     ]
     kinds = {part["kind"] for section in sections for part in section["parts"]}
-    return template.render(
+    return environment.from_string(_file("page.html.j2")).render(
         page=page,
         sections=sections,
         contents=len(sections) >= _CONTENTS,
+        css=_file("page.css"),
         plotlyjs=get_plotlyjs() if "figure" in kinds else "",
-        words="words" in kinds,
+        script=_file("page.js") if {"figure", "words"} & kinds else "",
     )
+
+
+def _file(name: str) -> str:
+    return (Path(__file__).parent / name).read_text("utf-8")
 
 
 def write_page(path: str | os.PathLike[str], page: Page) -> Path:
@@ -115,7 +99,7 @@ def write_page(path: str | os.PathLike[str], page: Page) -> Path:
 
 def _to_part(part: Part) -> dict[str, Any]:
     """What the template reads: the part's kind and its contents."""
-    if isinstance(part, Chart | HeatMap | Bars):
+    if isinstance(part, Figure):
         return _to_figure(part)
     if isinstance(part, Quote):
         return {"kind": "quote", "title": part.title, "text": part.text}
@@ -126,26 +110,23 @@ def _to_part(part: Part) -> dict[str, Any]:
     if isinstance(part, Notice):
         return {"kind": "notice", "notice": part}
     if isinstance(part, Fold):
-        return {"kind": "fold", "title": part.title, "parts": [_to_part(each) for each in part.parts]}
+        return {"kind": "fold", "title": part.title, "parts": [_to_part(inner) for inner in part.parts]}
     return _to_table(part)
 
 
-def _to_figure(part: Chart | HeatMap | Bars) -> dict[str, Any]:
+def _to_figure(figure: Figure) -> dict[str, Any]:
     """A figure as JSON, with its title, what it shows in words, and its numbers as a table (None where too many)."""
-    table = tabulate_figure(part)
+    table = tabulate_figure(figure)
     size: dict[str, Any] = {"height": ""}
-    if isinstance(part, HeatMap):
-        size, figure = {"rows": len(part.rows), "columns": len(part.columns)}, heat_figure(part)
-    elif isinstance(part, Bars):
-        figure = bars_figure(part)
-        size["height"] = "" if part.upright else f"{_BARS_ROOM + _BAR * len(part.names):.1f}rem"
-    else:
-        figure = chart_figure(part)
+    if isinstance(figure, HeatMap):
+        size = {"rows": len(figure.rows), "columns": len(figure.columns)}
+    elif isinstance(figure, Bars) and not figure.upright:
+        size["height"] = f"{_BARS_ROOM + _BAR * len(figure.names):.1f}rem"
     return {
         "kind": "figure",
-        "figure": _json(figure),
-        "title": part.title,
-        "label": describe_figure(part),
+        "figure": _json(plotly_json(figure)),
+        "title": figure.title,
+        "label": describe_figure(figure),
         "table": None if table is None else _to_table(table),
         **size,
     }
@@ -153,9 +134,10 @@ def _to_figure(part: Chart | HeatMap | Bars) -> dict[str, Any]:
 
 def _to_table(table: Table) -> dict[str, Any]:
     first = len(table.header) if table.figures_from is None else table.figures_from
+    has_names = table.figures_from is not None
     rows = [
-        [_to_cell(cell, column >= first, column == 0 and table.figures_from is not None) for column, cell in each]
-        for each in (enumerate(row) for row in table.rows)
+        [_to_cell(cell, column >= first, column == 0 and has_names) for column, cell in enumerate(row)]
+        for row in table.rows
     ]
     header = [(name, "num" if column >= first else "") for column, name in enumerate(table.header)]
     label = table.caption or table.folded or ", ".join(name for name in table.header if name)
@@ -166,14 +148,13 @@ def _to_table(table: Table) -> dict[str, Any]:
         "folded": table.folded,
         "caption": table.caption,
         "label": label,
-        "measured": table.figures_from is not None,
+        "measured": has_names,
     }
 
 
 def _to_cell(cell: Cell | str, figure: bool, names: bool) -> dict[str, Any]:
-    whole = cell if isinstance(cell, Cell) else Cell((cell,))
-    classes = " ".join(each for each in (whole.mood, "num" if figure else "") if each)
-    return {"lines": whole.lines, "classes": classes, "names": names}
+    cell = Cell((cell,)) if isinstance(cell, str) else cell
+    return {"lines": cell.lines, "classes": " ".join([cell.mood, "num" if figure else ""]).strip(), "names": names}
 
 
 def _shown(value: Any) -> Any:
@@ -194,10 +175,21 @@ def _to_words(words: Words) -> dict[str, Any]:
         return ("above" if value > 0 else "below") + (" red" if (value > 0) == words.bad_above else " blue")
 
     texts = [
-        (title, [{"word": word, "depth": depth(word.value), "mood": mood(word.value)} for word in pieces])
+        (
+            title,
+            [
+                {"word": word, "text": _word_text(word), "depth": depth(word.value), "mood": mood(word.value)}
+                for word in pieces
+            ],
+        )
         for title, pieces in words.texts
     ]
     return {"texts": texts, "ends": [(words.below, mood(-1.0)), (words.above, mood(1.0))] if limit else []}
+
+
+def _word_text(word: Word) -> str:
+    """A line end is seen and ends the line."""
+    return (word.text or visible("")).replace("\n", "⏎\n")
 
 
 def _json(figure: dict[str, Any]) -> str:

@@ -5,12 +5,14 @@ Text is plain text here: the page escapes it. Figures are in `figure`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradent.report.page.charts import Bars, Chart, HeatMap
+from gradent.figures.charts import Figure
+from gradent.report.page.numbers import signed_number
 
-__all__ = ["BigNumber", "Cell", "Fold", "Notice", "Numbers", "Part", "Quote", "Table", "Word", "Words"]
+__all__ = ["BigNumber", "Cell", "Fold", "Notice", "Numbers", "Part", "Quote", "Table", "Word", "Words", "scaled_words"]
 
 
 @dataclass(frozen=True)
@@ -95,4 +97,14 @@ class Fold:
     parts: Sequence[Table | Quote]
 
 
-Part = Table | Chart | HeatMap | Bars | Quote | Words | Numbers | Notice | Fold
+Part = Table | Figure | Quote | Words | Numbers | Notice | Fold
+
+
+def scaled_words(
+    texts: Sequence[tuple[str, Sequence[Word]]], below: str, above: str, *, bad_above: bool = False
+) -> Words:
+    """Coloured texts whose key says how far the values go."""
+    values = [abs(word.value) for _, words in texts for word in words if math.isfinite(word.value)]
+    largest = max(values, default=0.0)
+    ends = f"{below}, down to {signed_number(-largest)}", f"{above}, up to {signed_number(largest)}"
+    return Words(texts, *ends, bad_above)

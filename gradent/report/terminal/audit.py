@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import takewhile
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -12,10 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from gradent.record import Summary
+from gradent.report.audit.settings import describe_loss, describe_reference
 from gradent.report.page.numbers import fixed, percent
+from gradent.report.terminal.tables import new_table
 from gradent.text import printable, visible
 
-__all__ = ["preview", "print_summary"]
+__all__ = ["print_summary"]
 
 _ARROWS = {
     "ideal": ("rises", "falls"),
@@ -24,8 +25,6 @@ _ARROWS = {
     "reversed": ("falls", "rises"),
     "inactive": ("-", "-"),
 }
-_REFERENCES = {"none": "none", "self": "the model itself", "adapter_off": "its base without the adapter", "model": ""}
-_CONTEXT = 12  # characters that two responses share and that are shown before they part
 _MODULES_SHOWN = 12
 _TOKENS_SHOWN = 5
 _TOKEN_WIDTH = 24  # characters of a token
@@ -33,43 +32,19 @@ _MODULE_FIGURES = 42  # columns of the module table that are not the module's na
 
 
 def print_summary(summary: Summary, console: Console) -> None:
-    """Print the tables of one audit.
-
-    Args:
-        summary: what `summary.json` holds.
-        console: where to.
-    """
+    """Print the tables of one audit."""
     for part in _render(summary, console.width):
         console.print(part)
 
 
-def preview(text: str, other: str, width: int = 160) -> str:
-    """A short piece of one response from just before the point where it leaves the other, in printable characters.
-
-    Args:
-        text: the response to show.
-        other: the other response of the pair.
-        width: most characters.
-
-    Returns:
-        One line; an ellipsis stands for what was cut.
-    """
-    common = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(text, other, strict=False)))
-    start = common - _CONTEXT if common > 2 * _CONTEXT else 0
-    line = ("…" if start else "") + text[start : start + 4 * width]
-    line = " ".join("".join(letter if letter.isprintable() else " " for letter in line).split())
-    return line if len(line) <= width else line[: width - 1] + "…"
-
-
 def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
     model, loss, data = summary["model"], summary["loss"], summary["data"]
-    hyper = ", ".join(f"{name}={value}" for name, value in loss.items() if name != "name")
     run = summary["run"]
     facts = {
         **({"model": model["checkpoint"]} if run is None else {"run": run["directory"]}),
         "data": f"{data['source']}, {data['measured']} pairs",
-        "loss": loss["name"] + (f" ({hyper})" if hyper else ""),
-        "reference": _REFERENCES[summary["reference"]["kind"]] or summary["reference"]["source"],
+        "loss": describe_loss(loss),
+        "reference": describe_reference(summary["reference"]),
     }
     yield Text("")
     for name, fact in facts.items():
@@ -77,8 +52,8 @@ def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
     if run is not None:
         yield Text("\nCheckpoint by checkpoint, over the same pairs: median cosine, cases, mean log-probs in nats")
         yield _checkpoint_table(summary["checkpoints"])
-    for each in summary["left_out"]:
-        yield Text(f"left out: {printable(each['checkpoint'])}: {printable(each['reason'])}", "red")
+    for target in summary["left_out"]:
+        yield Text(f"left out: {printable(target['checkpoint'])}: {printable(target['reason'])}", "red")
     where = "" if run is None else printable(f" at step {model['step']} ({model['checkpoint']})")
     yield Text(f"\nCosine of the gradients of log π(chosen) and log π(rejected){where}")
     yield _cosine_table(summary["cosine"])
@@ -103,17 +78,19 @@ def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
 
 
 def _checkpoint_table(checkpoints: Sequence[dict[str, Any]]) -> Table:
-    table = _new_table("step", "pairs", "cosine", "ideal", "both down", "both up", "reversed", "chosen", "rejected")
-    for each in checkpoints:
-        cases = [percent(each["cases"][name]["share"]) for name in ("ideal", "both_down", "both_up", "reversed")]
-        logps = [_nats(each["logps"][name]) for name in ("chosen_logp", "rejected_logp")]
-        table.add_row(str(each["step"]), str(each["pairs"]), fixed(each["cosine"]["p50"]), *cases, *logps)
+    table = new_table("step", "pairs", "cosine", "ideal", "both down", "both up", "reversed", "chosen", "rejected")
+    for checkpoint in checkpoints:
+        cases = [percent(checkpoint["cases"][name]["share"]) for name in ("ideal", "both_down", "both_up", "reversed")]
+        logps = [_nats(checkpoint["logps"][name]) for name in ("chosen_logp", "rejected_logp")]
+        table.add_row(
+            str(checkpoint["step"]), str(checkpoint["pairs"]), fixed(checkpoint["cosine"]["p50"]), *cases, *logps
+        )
     return table
 
 
 def _cosine_table(cosine: dict[str, Any]) -> Table:
     names = {"min": "min", "p5": "5%", "p25": "25%", "p50": "median", "p75": "75%", "p95": "95%", "max": "max"}
-    table = _new_table(*names.values(), "mean", "positive")
+    table = new_table(*names.values(), "mean", "positive")
     table.add_row(*(fixed(cosine[name]) for name in names), fixed(cosine["mean"]), percent(cosine["share_positive"]))
     if cosine["undefined"]:
         table.caption = f"{cosine['undefined']} pairs have no cosine: one of their gradients is exactly zero."
@@ -121,7 +98,7 @@ def _cosine_table(cosine: dict[str, Any]) -> Table:
 
 
 def _case_table(cases: dict[str, dict[str, Any]]) -> Table:
-    table = _new_table("case", "chosen", "rejected", "pairs", "share", text=3)
+    table = new_table("case", "chosen", "rejected", "pairs", "share", text=3)
     for name, (chosen, rejected) in _ARROWS.items():
         counted = cases[name]
         table.add_row(name.replace("_", " "), chosen, rejected, str(counted["count"]), percent(counted["share"]))
@@ -149,7 +126,7 @@ def _weight_lines(weights: dict[str, Any]) -> list[str]:
 
 
 def _pair_table(pairs: list[dict[str, Any]]) -> Table:
-    table = _new_table("row", "cosine", "case", "")
+    table = new_table("row", "cosine", "case", "")
     table.add_column("")
     for pair in pairs:
         chosen, rejected = (Text(pair[side], no_wrap=True, overflow="ellipsis") for side in ("chosen", "rejected"))
@@ -160,12 +137,12 @@ def _pair_table(pairs: list[dict[str, Any]]) -> Table:
 
 def _module_table(modules: dict[str, dict[str, float]], width: int) -> Table:
     ranked = sorted(modules.items(), key=lambda item: -abs(item[1]["cosine_part"]))
-    whole = sum(part["cosine_part"] for part in modules.values())
-    table = _new_table("module", "cosine", "share", "‖g_w‖²", "‖g_l‖²", text=1)
+    total = sum(part["cosine_part"] for part in modules.values())
+    table = new_table("module", "cosine", "share", "‖g_w‖²", "‖g_l‖²", text=1)
     room = max(20, width - _MODULE_FIGURES)
     for full, part in ranked[:_MODULES_SHOWN]:
         name = full.removesuffix(".default")  # what PEFT calls the only adapter
-        share = percent(part["cosine_part"] / whole) if whole else "-"
+        share = percent(part["cosine_part"] / total) if total else "-"
         table.add_row(
             Text(name if len(name) <= room else "…" + name[1 - room :]),  # a name's end tells more than its beginning
             fixed(part["cosine_part"]),
@@ -198,7 +175,7 @@ def _render_tokens(tokens: dict[str, Any]) -> Iterator[RenderableType]:
 
 
 def _part_table(tokens: dict[str, Any]) -> Table:
-    table = _new_table("", "mean cosine", "tokens", text=1)
+    table = new_table("", "mean cosine", "tokens", text=1)
     counts = {"identical": tokens["identical_tokens"], "differing": tokens["tokens"] - tokens["identical_tokens"]}
     for kind, count in counts.items():
         table.add_row(f"from {kind} tokens", fixed(tokens["cosine"][kind]), str(count))
@@ -207,19 +184,12 @@ def _part_table(tokens: dict[str, Any]) -> Table:
 
 
 def _token_table(tokens: dict[str, Any]) -> Table:
-    table = _new_table("", "token", "sum", "mean", "times", text=2)
+    table = new_table("", "token", "sum", "mean", "times", text=2)
     for kind in ("entangling", "disentangling"):
         for number, row in enumerate(tokens[kind][:_TOKENS_SHOWN]):
             text = Text(visible(row["token"], _TOKEN_WIDTH))
             head = "" if number else kind
             table.add_row(head, text, fixed(row["sum"]), f"{row['mean']:+.4f}", str(row["count"]))
-    return table
-
-
-def _new_table(*names: str, text: int = 0) -> Table:
-    table = Table(box=None, pad_edge=True, padding=(0, 1), caption_justify="left", header_style="dim")
-    for number, name in enumerate(names):
-        table.add_column(Text(name), justify="left" if number < text else "right", no_wrap=number >= text)
     return table
 
 

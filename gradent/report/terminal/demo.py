@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from gradent.record import DemoRecord
 from gradent.record.curves import mean_and_error, read_curves
 from gradent.report.demo import describe_evidence
+from gradent.report.terminal.tables import new_table
 
 __all__ = ["print_findings"]
 
@@ -42,25 +43,27 @@ def print_findings(columns: Mapping[str, Sequence[Any]], record: DemoRecord, con
 
 
 def _style_table(columns: Mapping[str, Sequence[Any]]) -> Table:
-    table = Table(box=None, pad_edge=True, padding=(0, 1), header_style="dim")
-    table.add_column("style", no_wrap=True)
-    for name in ("log π(chosen)", "log π(rejected)", "cosine"):
-        table.add_column(Text(f"{name}\nfirst → last"), justify="right", no_wrap=True)
-    table.add_column(Text("cosine\nmean"), justify="right")
     curves = {name: read_curves(columns, name) for name in ("chosen_logp", "rejected_logp", "cosine")}
-    for style, cosine in curves["cosine"].items():
-        cells = [f"{curve[style].mean[0]:+.2f} → {curve[style].mean[-1]:+.2f}" for curve in curves.values()]
-        table.add_row(Text(style), *cells, f"{mean_and_error(cosine.over_steps)[0]:+.2f}")
-    return table
+    rows = [
+        [
+            style,
+            *(f"{curve[style].mean[0]:+.2f} → {curve[style].mean[-1]:+.2f}" for curve in curves.values()),
+            f"{mean_and_error(cosine.over_steps)[0]:+.2f}",
+        ]
+        for style, cosine in curves["cosine"].items()
+    ]
+    names = [f"{name}\nfirst → last" for name in ("log π(chosen)", "log π(rejected)", "cosine")]
+    return new_table(Column("style", no_wrap=True), *names, "cosine\nmean", rows=rows)
 
 
 def _finding_table(findings: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=True, padding=(0, 1), header_style="dim")
-    table.add_column("finding", ratio=3)
-    table.add_column("measured", ratio=3)
-    table.add_column("in this run", no_wrap=True)
-    for finding in findings:
-        measured = "\n".join(describe_evidence(each) for each in finding["evidence"])
-        appears = Text("appears", "green") if finding["appears"] else Text("does not appear", "bold red")
-        table.add_row(Text(f"{finding['claim']}\n", end="") + Text(finding["rule"], "dim"), Text(measured), appears)
-    return table
+    columns = Column("finding", ratio=3), Column("measured", ratio=3), Column("in this run", no_wrap=True)
+    rows: list[list[str | Text]] = [
+        [
+            Text(f"{finding['claim']}\n", end="") + Text(finding["rule"], "dim"),
+            "\n".join(describe_evidence(evidence) for evidence in finding["evidence"]),
+            Text("appears", "green") if finding["appears"] else Text("does not appear", "bold red"),
+        ]
+        for finding in findings
+    ]
+    return new_table(*columns, rows=rows)

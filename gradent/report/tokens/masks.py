@@ -10,8 +10,10 @@ from typing import Any
 
 from gradent.errors import DataFileError, InputError
 from gradent.record.masks import read_masks
-from gradent.report.page.html import BigNumber, Notice, Numbers, Page, Part, Section, Table, Word, Words, write_page
+from gradent.record.token_rows import name_token
+from gradent.report.page.html import Page, Section, write_page
 from gradent.report.page.numbers import count, number, percent, plural
+from gradent.report.page.parts import BigNumber, Notice, Numbers, Part, Table, Word, Words
 from gradent.text import visible
 from gradent.version import __version__
 
@@ -105,10 +107,7 @@ def mask_words(responses: Sequence[tuple[str, Sequence[tuple[str, float, bool]]]
 def _word(place: int, text: str, mask: float, kept: bool, *, note: str) -> Word:
     state = "kept" if kept else "left out"
     return Word(
-        text=(text or visible("")).replace("\n", "⏎\n"),
-        value=mask - 0.5,
-        note=f"{place} · {visible(text, _LABEL)}: {state}, mask {number(mask)}{note}",
-        strong=kept,
+        text=text, value=mask - 0.5, note=f"{name_token(place, text)}: {state}, mask {number(mask)}{note}", strong=kept
     )
 
 

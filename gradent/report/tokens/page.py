@@ -8,15 +8,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 
+from gradent.figures.charts import HeatMap, token_cosines
 from gradent.record import TokenRecord, read_token_record
-from gradent.report.page.html import Cell, HeatMap, Page, Quote, Section, Table, Word, Words, write_page
-from gradent.report.page.numbers import percent
+from gradent.record.token_rows import TokenRow, list_tokens, rank_ends
+from gradent.report.page.html import Page, Section, write_page
+from gradent.report.page.numbers import number, percent, signed_number
+from gradent.report.page.parts import Cell, Quote, Table, Word, Words, scaled_words
 from gradent.report.tokens.masks import mask_words
-from gradent.report.tokens.rows import TokenRow, rank_tokens, signed, token_rows
 from gradent.text import visible
 
 __all__ = ["write_token_report"]
@@ -40,8 +43,8 @@ def write_token_report(directory: str | os.PathLike[str]) -> Path:
 
 
 def _to_page(record: TokenRecord) -> Page:
-    rows = token_rows(record)
-    entangling, disentangling = rank_tokens(rows, _RANKED)
+    rows = list_tokens(record)
+    entangling, disentangling = rank_ends(rows, attrgetter("entanglement"), _RANKED)
     sections = [
         Section("The prompt", "", [Quote("Tokens that both responses follow", record["prompt"]["text"])]),
         Section(
@@ -85,25 +88,24 @@ def _to_page(record: TokenRecord) -> Page:
 def _mask_section(record: TokenRecord) -> Section:
     """Which tokens a masked loss keeps, and how that goes with what tells the responses apart."""
     masks = record["masks"] or {}
-    shared = {side: {pair[number] for pair in record["alignment"]} for number, side in enumerate(_SIDES)}
-    kept = {True: [], False: []}  # type: dict[bool, list[bool]]
-    words = []
-    for side in _SIDES:
-        part = masks[side]
-        for place, each in enumerate(part["kept"]):
-            kept[place in shared[side]].append(each)
-        texts = record[side]["tokens"]  # type: ignore[literal-required]
-        words.append((f"{side.capitalize()} response", list(zip(texts, part["mask"], part["kept"], strict=True))))
+    states: dict[str, list[bool]] = {"differing": [], "identical": []}
+    responses = []
+    for place, side in enumerate(_SIDES):
+        shared = {pair[place] for pair in record["alignment"]}
+        tokens = list(zip(record[side]["tokens"], masks[side]["mask"], masks[side]["kept"], strict=True))  # type: ignore[literal-required]
+        responses.append((f"{side.capitalize()} response", tokens))
+        for position, (_, _, is_kept) in enumerate(tokens):
+            states["identical" if position in shared else "differing"].append(is_kept)
     shares = [
-        f"{sum(kept[same])} of {len(kept[same])} {name} tokens ({percent(sum(kept[same]) / len(kept[same]))})"
-        for same, name in ((False, "differing"), (True, "identical"))
-        if kept[same]
+        f"{sum(kept)} of {len(kept)} {name} tokens ({percent(sum(kept) / len(kept))})"
+        for name, kept in states.items()
+        if kept
     ]
     return Section(
         "Which tokens the masked loss keeps",
         f"By {masks['source']}: {' and '.join(shares)}. Tokens in bold are kept; the deeper the colour, the farther a "
         "mask is from 1/2.",
-        [mask_words(words)],
+        [mask_words(responses)],
     )
 
 
@@ -117,8 +119,8 @@ def _lead(record: TokenRecord) -> str:
     }.get((moves[0], moves[1]), "")
     return (
         "To first order, a small step that raises log π(chosen) − log π(rejected) on this pair alone "
-        f"{moves[0]} chosen ({signed(sums[0])} nats per unit of learning rate) and {moves[1]} rejected "
-        f"({signed(sums[1])})" + (f", {case}." if case else ".")
+        f"{moves[0]} chosen ({signed_number(sums[0])} nats per unit of learning rate) and {moves[1]} rejected "
+        f"({signed_number(sums[1])})" + (f", {case}." if case else ".")
     )
 
 
@@ -129,7 +131,7 @@ def _facts(record: TokenRecord) -> list[tuple[str, str]]:
     norms = math.sqrt(chosen["sq"]), math.sqrt(rejected["sq"])
     cosine = inner / (norms[0] * norms[1]) if norms[0] * norms[1] else math.nan
     parts = [
-        f"{name} tokens {signed(split[name])}" + (f" ({split[name] / inner or 0.0:.0%})" if inner else "")
+        f"{name} tokens {signed_number(split[name])}" + (f" ({split[name] / inner or 0.0:.0%})" if inner else "")
         for name in ("identical", "differing")
     ]
     facts = [
@@ -144,48 +146,33 @@ def _facts(record: TokenRecord) -> list[tuple[str, str]]:
         ("Log-probs", f"chosen {chosen['logp']:.4g}, rejected {rejected['logp']:.4g} nats"),
         ("Gradients", "g_w = ∇ log π(chosen), g_l = ∇ log π(rejected), over all measured parameters"),
         ("Cosine", "none: a gradient is zero" if math.isnan(cosine) else f"{cosine:+.4f}"),
-        ("⟨g_w, g_l⟩", f"{signed(inner)}, with ‖g_w‖ {signed(norms[0])[1:]} and ‖g_l‖ {signed(norms[1])[1:]}"),
+        ("⟨g_w, g_l⟩", f"{signed_number(inner)}, with ‖g_w‖ {number(norms[0])} and ‖g_l‖ {number(norms[1])}"),
         ("Split of it", " and ".join(parts)),
     ]
     return facts + [("Note", note) for note in record["notes"]]
 
 
 def _words(rows: Sequence[TokenRow], figure: str, below: str, above: str, *, bad_above: bool) -> Words:
-    texts, values = [], [float(getattr(row, figure)) for row in rows]
-    for side in ("chosen", "rejected"):
-        pieces = [
-            Word(
-                text=(row.text or visible("")).replace("\n", "⏎\n"),
-                value=value,
-                note=f"{row.name}: {_verb(value, below, above)} ({signed(value)}), {row.kind}",
-                strong=not row.identical,
-            )
-            for row, value in zip(rows, values, strict=True)
-            if row.side == side
-        ]
-        texts.append((f"{side.capitalize()} response", pieces))
-    largest = max(map(abs, values))
-    return Words(texts, f"{below}, down to {signed(-largest)}", f"{above}, up to {signed(largest)}", bad_above)
-
-
-def _verb(value: float, below: str, above: str) -> str:
-    return above if value > 0 else below if value < 0 else "neither"
+    texts = []
+    for side in _SIDES:
+        words = []
+        for row in rows:
+            if row.side == side:
+                value = float(getattr(row, figure))
+                verb = above if value > 0 else below if value < 0 else "neither"
+                note = f"{row.name}: {verb} ({signed_number(value)}), {row.kind}"
+                words.append(Word(row.text, value, note, strong=not row.identical))
+        texts.append((f"{side.capitalize()} response", words))
+    return scaled_words(texts, below, above, bad_above=bad_above)
 
 
 def _heat_map(record: TokenRecord, rows: Sequence[TokenRow]) -> HeatMap:
-    names = {side: [row.name for row in rows if row.side == side] for side in ("chosen", "rejected")}
-    norms = {side: np.array([row.norm for row in rows if row.side == side]) for side in ("chosen", "rejected")}
+    chosen, rejected = ([row for row in rows if row.side == side] for side in _SIDES)
+    norms = np.outer([row.norm for row in chosen], [row.norm for row in rejected])
     with np.errstate(divide="ignore", invalid="ignore"):
-        cosines = np.array(record["inner"], dtype=np.float64) / (norms["chosen"][:, None] * norms["rejected"][None])
-    return HeatMap(
-        x_label="rejected",
-        y_label="chosen",
-        columns=names["rejected"],
-        rows=names["chosen"],
-        values=cosines.tolist(),
-        name="cosine",
-        marked=[(a, b) for a, b in record["alignment"]],
-    )
+        cosines = np.array(record["inner"], dtype=np.float64) / norms
+    alignment = [(a, b) for a, b in record["alignment"]]
+    return token_cosines([row.name for row in chosen], [row.name for row in rejected], cosines.tolist(), alignment)
 
 
 def _ranking(kind: str, rows: Sequence[TokenRow]) -> Section:
@@ -212,10 +199,10 @@ def _table(rows: Sequence[TokenRow], folded: str = "") -> Table:
             str(row.position),
             visible(row.text),
             row.kind,
-            signed(row.entanglement),
+            signed_number(row.entanglement),
             "-" if row.share is None else f"{row.share:+.1%}",
             f"{row.norm:.3g}",
-            signed(row.effect),
+            signed_number(row.effect),
         ]
         for number, row in enumerate(rows, start=1)
     ]
@@ -223,13 +210,13 @@ def _table(rows: Sequence[TokenRow], folded: str = "") -> Table:
 
 
 def _module_section(modules: dict[str, list[float]]) -> Section:
-    whole = [sum(part[number] for part in modules.values()) for number in range(3)]
+    totals = [sum(column) for column in zip(*modules.values(), strict=True)]
     ranked = sorted(modules.items(), key=lambda item: -abs(item[1][2]))
     rows = [
         [
             name,
-            signed(part[2]),
-            *(f"{part[number] / whole[number]:+.1%}" if whole[number] else "-" for number in (2, 0, 1)),
+            signed_number(part[2]),
+            *(f"{part[number] / totals[number]:+.1%}" if totals[number] else "-" for number in (2, 0, 1)),
         ]
         for name, part in ranked[:_MODULES]
     ]

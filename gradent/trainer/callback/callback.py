@@ -5,30 +5,30 @@ Letters: k pairs of a step.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
-from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainingArguments
 
 from gradent.distributed import gather, is_first
 from gradent.errors import InputError
 from gradent.hooks.piggyback.pairing import Pairing
 from gradent.kernels.common.budget import parse_budget
 from gradent.measurement import sequence_logps
-from gradent.model.calls import is_sharded
+from gradent.model.parameters import is_sharded
+from gradent.notices import Notices, log
 from gradent.pairs.batch import PairBatch
 from gradent.record.stream import PairStream
-from gradent.recorder import Mode, Recorder, Recording, WeightGrad, attach, join_recordings
-from gradent.report.live.alerts import DEFAULT_ALERT, Alert, Speaker
+from gradent.recorder import CHOICES, Mode, Recorder, Recording, WeightGrad, attach, check_choices, join_recordings
+from gradent.report.live.alerts import DEFAULT_ALERT, Alert, Alerter
 from gradent.report.live.wandb import Panels
-from gradent.trainer.callback.fault_guard import LIMIT, shielded
+from gradent.trainer.callback.fault_guard import LIMIT, guarded_event
 from gradent.trainer.callback.hf_frames import divides_loss, find_trainer, move_to_front
 from gradent.trainer.callback.probe import Probe
 from gradent.trainer.callback.step import StepRecord, layer_cosines, summarize, to_rows
@@ -37,9 +37,14 @@ from gradent.trainer.callback.window import to_window
 
 __all__ = ["EntanglementCallback"]
 
-logger = logging.getLogger("gradent")
-
 KEPT = 1000
+"""Measured steps that `records` holds."""
+
+_CHOICES = CHOICES | {
+    "pairing": (None, *CHOICES["pairing"]),
+    "metric": (None, "adam"),
+    "on_error": ("warn", "raise"),
+}
 
 
 class EntanglementCallback(TrainerCallback):
@@ -107,99 +112,82 @@ class EntanglementCallback(TrainerCallback):
             raise InputError(
                 f"EntanglementCallback: tokens_every={tokens_every!r}; accepted is a number of steps, or 0 (never)."
             )
-        accepted: dict[str, tuple[Any, tuple[Any, ...]]] = {
-            "mode": (mode, get_args(Mode)),
-            "pairing": (pairing, (None, *get_args(Pairing))),
-            "metric": (metric, (None, "adam")),
-            "weight_grad": (weight_grad, (None, *get_args(WeightGrad))),
-            "on_error": (on_error, ("warn", "raise")),
-        }
-        for name, (value, choices) in accepted.items():
-            if value not in choices:
-                listed = ", ".join(map(repr, choices))
-                raise InputError(f"EntanglementCallback: {name}={value!r} is unknown; accepted are {listed}.")
+        check_choices(
+            "EntanglementCallback", _CHOICES,
+            mode=mode, pairing=pairing, weight_grad=weight_grad, metric=metric, on_error=on_error,
+        )  # fmt: skip
         parse_budget(memory_budget)
         self.records: deque[StepRecord] = deque(maxlen=KEPT)
         self.every, self.by_module, self.realised, self.tokens_every = every, by_module, realised, tokens_every
         self.on_error: str = on_error
         self.errors = 0
-        self.told: set[str] = set()
-        self._mode, self._pairing, self._metric, self._budget = mode, pairing, metric, memory_budget
-        self._weight_grad = weight_grad
+        self.notices = Notices()
+        self._pairing, self._metric, self._budget = pairing, metric, memory_budget
+        self._options: dict[str, Any] = {"mode": mode, "memory_budget": memory_budget, "weight_grad": weight_grad}
         self._probe = None if probe_data is None else Probe(probe_data, every=probe_every or every)
         self._out = None if out is None else Path(out)
-        self._speaker = None if alert is None else Speaker(alert)
+        self._alerter = None if alert is None else Alerter(alert)
         self._panels = Panels() if panels else None
         self._recorder: Recorder | None = None
         self._stream: PairStream | None = None
         self._pending: Recording | None = None
         self._tokens: TokenMap | None = None
-        self._before: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._measuring = False
+        self._logps_before: Tensor | None = None
+        self._is_measuring = False
         self._window: list[StepRecord] = []
         self._scalars: dict[str, float] = {}
 
-    @shielded
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    @guarded_event
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take a place in front of the loggers."""
         move_to_front(self)
 
-    @shielded
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Get ready: who is watched, and where records go."""
+    @guarded_event
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        """Get ready: what is watched, and where records go."""
         move_to_front(self)  # added after the trainer was made, it did not hear of `on_init_end`
         self.step_aside()  # from a training that was broken off
         self.errors = 0
-        self.told.clear()
+        self.notices.clear()
         self._window.clear()
         trainer = find_trainer() if getattr(args, "torch_compile", False) else None
         self._recorder = attach(
             kwargs["model"],
-            mode=self._mode,
-            pairing=self._pairing or _implied(args),
+            pairing=self._pairing or _implied_pairing(args),
             by_module=True,
-            memory_budget=self._budget,
             compiled=None if trainer is None else trainer.model_wrapped,
             trusted=type(args).__module__.startswith("trl."),
-            weight_grad=self._weight_grad,
+            **self._options,
         )
         if self._out is not None and is_first():
             self._stream = PairStream(self._out / "pairs.jsonl")
         if self._probe is not None:
             self._probe.prepare(kwargs.get("processing_class"), args)
 
-    @shielded
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    @guarded_event
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Arm before a step that is to be measured."""
         step = state.global_step + 1
-        self._pending = self._tokens = self._before = None
-        self._measuring = step == 1 or step % self.every == 0 or self._tokens_due(step)
-        if self._recorder is None or not self._measuring or self.errors >= LIMIT:
+        self._pending = self._tokens = self._logps_before = None
+        self._is_measuring = step == 1 or step % self.every == 0 or self._is_tokens_step(step)
+        if self._recorder is None or not self._is_measuring or self.errors >= LIMIT:
             return
         if self._metric == "adam":
             optimizer = kwargs.get("optimizer")
             if state.global_step == 0 or optimizer is None:
-                self._measuring = False  # before its first step, Adam has no geometry
+                self._is_measuring = False  # before its first step, Adam has no geometry
                 return
             self._recorder.metric = optimizer
         self._recorder.arm()
 
-    @shielded
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    @guarded_event
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Settle a micro-batch, so that its graph goes."""
         if self._recorder is not None and self._recorder.armed:
             self._recorder.collect()
 
-    @shielded
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    @guarded_event
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Harvest, while the weights are still those that the gradients belong to."""
         if self._recorder is None or not self._recorder.armed:
             return
@@ -208,103 +196,92 @@ class EntanglementCallback(TrainerCallback):
         scale = max(1, batches) / (float(scaler.get_scale()) if scaler is not None else 1.0)
         self._pending = self._recorder.harvest(scale=scale)
         self._recorder.disarm()
-        if self.realised and self._pending is not None:
-            self._before = self._log_probs(kwargs["model"], self._pending)
-        if self._tokens_due(state.global_step + 1) and self._pending is not None and is_first():
+        if self._pending is None:
+            return
+        if self.realised:
+            self._logps_before = self._measure_logps(kwargs["model"], self._pending)
+        if self._is_tokens_step(state.global_step + 1) and is_first():
             self._tokens = map_tokens(kwargs["model"], self._pending, self._budget)
 
-    def _log_probs(self, model: nn.Module, one: Recording) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _measure_logps(self, model: nn.Module, recording: Recording) -> Tensor | None:
+        """Log-probs of a recording's pairs, float64 `[2, k]`."""
         if is_sharded(model):
-            self._tell_once("realised is not measured: a sharded model (FSDP) allows no pass of gradent's own.")
+            self.notices.once("realised is not measured: a sharded model (FSDP) allows no pass of gradent's own.")
             return None
-        return None if one.batch is None or not len(one.gram) else sequence_logps(model, one.batch)
+        if recording.batch is None or not len(recording.gram):
+            return None
+        return torch.stack(sequence_logps(model, recording.batch))
 
-    def _tokens_due(self, step: int) -> bool:
+    def _is_tokens_step(self, step: int) -> bool:
         return self.tokens_every > 0 and (step == 1 or step % self.tokens_every == 0)
 
-    @shielded
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    @guarded_event
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep what was harvested, with the pairs of all ranks."""
-        if self._measuring:
-            self._keep(state, kwargs["model"])
-        if self._probe is None or self.errors >= LIMIT or not self._probe.due(state.global_step):
+        if self._is_measuring:
+            self._keep_step(state.global_step, kwargs["model"])
+        if self._probe is None or self.errors >= LIMIT or not self._probe.is_due(state.global_step):
             return
         if is_sharded(kwargs["model"]):
-            self._tell_once("probe_data is not measured: a sharded model (FSDP) allows no pass of gradent's own.")
+            self.notices.once("probe_data is not measured: a sharded model (FSDP) allows no pass of gradent's own.")
         else:
             self._scalars |= self._probe.measure(kwargs["model"], self._budget)
 
-    def _keep(self, state: TrainerState, model: nn.Module) -> None:
-        pending, self._pending, self._measuring = self._pending, None, False
-        moved = None
+    def _keep_step(self, step: int, model: nn.Module) -> None:
+        """Make the step's record of what all ranks harvested."""
+        pending, self._pending, self._is_measuring = self._pending, None, False
+        change = None
         try:
-            after = None if self._before is None or pending is None else self._log_probs(model, pending)
-            if after is not None and self._before is not None:
-                moved = after[0] - self._before[0], after[1] - self._before[1]
+            if pending is not None and self._logps_before is not None:
+                logps = self._measure_logps(model, pending)
+                change = None if logps is None else logps - self._logps_before
         finally:  # the other ranks wait here, whatever happened on this one
-            gathered = gather((pending, moved))
-        found = [(one, change) for one, change in gathered if one is not None]
-        if not found:
+            gathered = gather((pending, change))
+        recordings = [recording for recording, _ in gathered if recording is not None]
+        if not recordings:
             return
-        joined = join_recordings([_on_cpu(one) for one, _ in found])
-        record = replace(StepRecord.of(state.global_step, joined), tokens=self._tokens)
-        changes = [change for _, change in found if change is not None]
-        if len(changes) == len(found):
-            chosen, rejected = (torch.cat(column) for column in zip(*changes, strict=True))
-            record = replace(record, chosen_realised=chosen, rejected_realised=rejected)
+        changes = [change for recording, change in gathered if recording is not None and change is not None]
+        realised = torch.cat(changes, 1) if len(changes) == len(recordings) else None
+        record = StepRecord.of(step, join_recordings(recordings), realised=realised, tokens=self._tokens)
         self.records.append(record if self.by_module else replace(record, gram=replace(record.gram, modules=None)))
         self._window.append(record)
         if self._stream is not None:
             self._stream.append(to_rows(record))
 
-    @shielded
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    @guarded_event
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the window's scalars to the logs, in time for the loggers behind this callback."""
         if logs is None or not is_first() or self.errors >= LIMIT:
             return
         if any(key.startswith(("eval_", "test_")) for key in logs):
             return
         scalars, self._scalars = self._scalars, {}
-        window, self._window = self._window, []
-        if window:
-            scalars |= summarize(window)
-            cosines = layer_cosines(window)
+        records, self._window = self._window, []
+        if records:
+            scalars |= summarize(records)
             if self.by_module:
+                cosines = layer_cosines(records)
                 scalars |= {f"gradent/layer/{layer}/cosine": value for layer, value in cosines.items()}
         if not scalars:
             return
         logs.update(scalars)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(scalars)
-        if window:
-            seen = to_window(window, kwargs.get("processing_class"))
-            said = None if self._speaker is None else self._speaker.say(seen)
-            if said is not None:
-                logger.warning(said)
+        if records:
+            window = to_window(records, kwargs.get("processing_class"))
+            alert = None if self._alerter is None else self._alerter.check(window)
+            if alert is not None:
+                log(alert)
             if self._panels is not None:
-                self._panels.send(seen, scalars, state.global_step)
+                self._panels.send(window, scalars, state.global_step)
 
-    @shielded
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    @guarded_event
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the records."""
         self.step_aside()
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-
-    def _tell_once(self, text: str) -> None:
-        if text not in self.told:
-            self.told.add(text)
-            logger.warning(text)
 
     def step_aside(self) -> None:
         """Take every hook off the model."""
@@ -312,7 +289,7 @@ class EntanglementCallback(TrainerCallback):
             self._recorder.disarm()
 
 
-def _implied(args: TrainingArguments) -> Pairing:
+def _implied_pairing(args: TrainingArguments) -> Pairing:
     """How the rows of a trainer's batches pair up, by the name of its arguments; halves for all but three."""
     names = {kind.__name__ for kind in type(args).__mro__}
     if "KTOConfig" in names:
@@ -321,11 +298,3 @@ def _implied(args: TrainingArguments) -> Pairing:
         return "either"
     # TPO's third block, a likelihood of its own, is left out of the batch where it has no weight.
     return "thirds" if "TPOConfig" in names and getattr(args, "tpo_alpha", 1.0) != 0 else "halves"
-
-
-def _on_cpu(one: Recording) -> Recording:
-    batch = one.batch
-    if batch is None:
-        return one
-    parts = (batch.input_ids, batch.attention_mask, batch.completion_mask)
-    return replace(one, batch=PairBatch(*(part.cpu() for part in parts)))

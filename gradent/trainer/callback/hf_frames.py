@@ -1,4 +1,4 @@
-"""Who is calling: a trainer does not tell its callbacks, so it is found among the calling functions.
+"""The objects that are calling: a trainer does not pass itself to its callbacks, so it is found among the callers.
 
 A place at the front of the callbacks is needed so that what is added to the logs is there when others write them.
 """
@@ -16,23 +16,23 @@ from transformers.trainer_callback import CallbackHandler
 if TYPE_CHECKING:
     from transformers import Trainer
 
-__all__ = ["divides_loss", "find_caller", "find_trainer", "move_to_front"]
+__all__ = ["divides_loss", "find_trainer", "move_to_front"]
 
 T = TypeVar("T")
 
 _DEPTH = 12
 
 
-def find_caller(kind: type[T]) -> T | None:
-    """The nearest object of a class whose method is running now.
-
-    Args:
-        kind: the class.
-
-    Returns:
-        The object, or None where no such method is among the callers.
-    """
-    return next((found for _, found in _callers(kind)), None)
+def _callers(kind: type[T]) -> Iterator[tuple[FrameType, T]]:
+    """Frames of methods of a class that are running now, the nearest first, with their objects."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001  (the documented way to the calling functions)
+    for _ in range(_DEPTH):
+        if frame is None:
+            return
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, kind):
+            yield frame, caller
+        frame = frame.f_back
 
 
 def _trainer_class() -> type[Trainer]:
@@ -43,52 +43,27 @@ def _trainer_class() -> type[Trainer]:
 
 def find_trainer() -> Trainer | None:
     """The trainer that is calling, or None."""
-    return find_caller(_trainer_class())
-
-
-def _callers(kind: type[T]) -> Iterator[tuple[FrameType, T]]:
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001  (the documented way to the calling functions)
-    for _ in range(_DEPTH):
-        if frame is None:
-            return
-        found = frame.f_locals.get("self")
-        if isinstance(found, kind):
-            yield frame, found
-        frame = frame.f_back
+    return next((trainer for _, trainer in _callers(_trainer_class())), None)
 
 
 def divides_loss() -> bool:
-    """Whether the trainer that is calling divides a micro-batch's loss by the number of micro-batches of the step.
-
-    Returns:
-        True, unless the loss is one that is normalized already: by its own account, or by the number of labels.
-    """
+    """Whether the trainer that is calling divides a micro-batch's loss by the number of micro-batches of the step."""
     for frame, trainer in _callers(_trainer_class()):
-        declared = getattr(trainer, "loss_is_scaled_for_ga", None)
-        if declared is not None:
-            return not declared
-        if "num_items_in_batch" in frame.f_locals:
-            counted = frame.f_locals["num_items_in_batch"] is not None
+        is_scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if is_scaled is not None:
+            return not is_scaled
+        if "num_items_in_batch" in frame.f_locals:  # then the loss may be a mean over the labels of the whole step
+            has_count = frame.f_locals["num_items_in_batch"] is not None
             accepts = bool(getattr(trainer, "model_accepts_loss_kwargs", False))
-            return getattr(trainer, "compute_loss_func", None) is None and not (accepts and counted)
+            return getattr(trainer, "compute_loss_func", None) is None and not (accepts and has_count)
     return True
 
 
-def move_to_front(callback: TrainerCallback) -> bool:
-    """Move a callback to the front of the handler that is calling it just now.
-
-    A trainer calls its loggers (wandb, TensorBoard, trackio) before the callbacks that a user passed.
-
-    Args:
-        callback: the callback, called from inside an event.
-
-    Returns:
-        Whether it is at the front now.
-    """
-    handler = find_caller(CallbackHandler)
-    if handler is None or callback not in handler.callbacks:
-        return False
-    # The handler may be walking this list: what it has yet to call stays where it is.
-    handler.callbacks.remove(callback)
-    handler.callbacks.insert(0, callback)
-    return True
+def move_to_front(callback: TrainerCallback) -> None:
+    """Move a callback to the front of the handler that is calling it just now."""
+    # A trainer calls its loggers (wandb, TensorBoard, trackio) before the callbacks that a user passed.
+    handler = next((handler for _, handler in _callers(CallbackHandler)), None)
+    if handler is not None and callback in handler.callbacks:
+        # The handler may be walking this list: what it has yet to call stays where it is.
+        handler.callbacks.remove(callback)
+        handler.callbacks.insert(0, callback)

@@ -5,8 +5,7 @@ Letters: k pairs of a step.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,11 +16,20 @@ from gradent.model.layer_names import group_layers
 from gradent.pair_gram import ModuleGram, PairGram
 from gradent.pairs.batch import PairBatch
 from gradent.record import PAIR_COLUMNS
+from gradent.record.table import Table
 from gradent.recorder import Recording
-from gradent.theory.conditions import Verdict
+from gradent.theory.conditions import CASES, Verdict
 from gradent.trainer.callback.token_map import TokenMap
 
-__all__ = ["StepRecord", "layer_cosines", "summarize", "to_rows"]
+__all__ = [
+    "StepRecord",
+    "case_shares",
+    "finite_means",
+    "gram_values",
+    "layer_cosines",
+    "summarize",
+    "to_rows",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,102 +65,86 @@ class StepRecord:
     tokens: TokenMap | None = None
 
     @classmethod
-    def of(cls, step: int, one: Recording) -> StepRecord:
+    def of(
+        cls, step: int, recording: Recording, *, realised: Tensor | None = None, tokens: TokenMap | None = None
+    ) -> StepRecord:
         """The record of a recording.
 
         Args:
             step: number of the step.
-            one: what was harvested, with modules.
+            recording: what was harvested, with modules.
+            realised: how much chosen and rejected log-probs moved with the optimizer's step, `[2, k]`.
+            tokens: the token matrix of the most entangled pair.
 
         Returns:
             The record.
         """
+        chosen_realised, rejected_realised = (None, None) if realised is None else realised.unbind(0)
+        names = ("gram", "verdict", "source", "overhead_s", "inactive", "unpaired", "batch")
         return cls(
+            **{name: getattr(recording, name) for name in names},
             step=step,
-            gram=one.gram,
-            verdict=one.verdict,
-            source=one.source,
-            overhead_s=one.overhead_s,
-            inactive=one.inactive,
-            unpaired=one.unpaired,
-            layers=group_layers(one.gram.modules or {}),
-            batch=one.batch,
+            layers=group_layers(recording.gram.modules or {}),
+            chosen_realised=chosen_realised,
+            rejected_realised=rejected_realised,
+            tokens=tokens,
         )
 
 
+def finite_means(values: Mapping[str, Tensor], prefix: str) -> dict[str, float]:
+    """`{prefix + name: mean of the finite values}`, without the names that have none."""
+    finite = {name: tensor[tensor.isfinite()] for name, tensor in values.items()}
+    return {f"{prefix}{name}": float(tensor.mean()) for name, tensor in finite.items() if len(tensor)}
+
+
+def gram_values(gram: PairGram) -> dict[str, Tensor]:
+    """What is logged of Gram entries, `[k]` each."""
+    norms = {"chosen_norm": gram.chosen_sq.sqrt(), "rejected_norm": gram.rejected_sq.sqrt()}
+    return {"inner": gram.inner, "cosine": gram.cosine, **norms}
+
+
+def case_shares(case: Tensor, prefix: str) -> dict[str, float]:
+    """The share of pairs in each active case, from case numbers `[k]`."""
+    return {f"{prefix}{name}": float((case == number).double().mean()) for number, name in CASES.items() if number}
+
+
 def summarize(records: Sequence[StepRecord]) -> dict[str, float]:
-    """The scalars of a window of measured steps, under the names of the dashboard.
-
-    Args:
-        records: the window, at least one.
-
-    Returns:
-        Means over the window's active pairs, `gradent/...` each; shares for the cases and for `inactive`; no key where
-        nothing can be averaged (no active pair, no finite ratio).
-    """
+    """The `gradent/...` scalars of a window of at least one measured step: means over its active pairs."""
     gram = PairGram.join([record.gram for record in records])
-    verdicts = [record.verdict for record in records]
-    pairs = len(gram)
     inactive = sum(record.inactive for record in records)
     scalars = {
-        "gradent/inactive": inactive / max(1, inactive + pairs),
+        "gradent/inactive": inactive / max(1, inactive + len(gram)),
         "gradent/coverage": gram.coverage,
         "gradent/overhead_s": sum(record.overhead_s for record in records) / len(records),
     }
-    if not pairs:
+    if not len(gram):
         return scalars
-    whole = {name: torch.cat([getattr(one, name) for one in verdicts]) for name in ("chosen_change", "rejected_change")}
-    whole["weight_ratio"] = torch.cat([one.weight_ratio for one in verdicts])
-    whole |= {"inner": gram.inner, "cosine": gram.cosine}
-    whole |= {"chosen_norm": gram.chosen_sq.sqrt(), "rejected_norm": gram.rejected_sq.sqrt()}
+    names = ("chosen_change", "rejected_change", "weight_ratio", "case")
+    verdict = {name: torch.cat([getattr(record.verdict, name) for record in records]) for name in names}
+    case, values = verdict.pop("case"), verdict | gram_values(gram)
     for name in ("chosen_realised", "rejected_realised"):
         parts = [getattr(record, name) for record in records if getattr(record, name) is not None]
         if parts:
-            whole[name] = torch.cat(parts)
-    for name, values in whole.items():
-        finite = values[values.isfinite()]
-        if len(finite):
-            scalars[f"gradent/{name}"] = float(finite.mean())
-    shares = [one.fractions() for one in verdicts if len(one.case)]
-    weights = [len(one.case) for one in verdicts if len(one.case)]
-    for name in ("ideal", "both_down", "both_up", "reversed"):
-        total = sum(share[name] * weight for share, weight in zip(shares, weights, strict=True))
-        scalars[f"gradent/case/{name}"] = total / pairs
-    return scalars
+            values[name] = torch.cat(parts)
+    return scalars | finite_means(values, "gradent/") | case_shares(case, "gradent/case/")
 
 
 def layer_cosines(records: Iterable[StepRecord]) -> dict[str, float]:
-    """Mean cosine of each layer over a window.
-
-    Args:
-        records: the window.
-
-    Returns:
-        `{layer: mean over pairs of inner / (‖g_w‖‖g_l‖), all three of that layer alone}`.
-    """
-    cosines: dict[str, list[Tensor]] = defaultdict(list)
+    """`{layer: mean over a window's pairs of the cosine in that layer alone}`."""
+    cosines: dict[str, list[Tensor]] = {}
     for record in records:
         for layer, (chosen_sq, rejected_sq, inner) in record.layers.items():
-            cosines[layer].append(inner / (chosen_sq * rejected_sq).sqrt())
-    means = {layer: torch.cat(parts) for layer, parts in cosines.items()}
-    finite = {layer: values[values.isfinite()] for layer, values in means.items()}
-    return {layer: float(values.mean()) for layer, values in finite.items() if len(values)}
+            cosines.setdefault(layer, []).append(inner / (chosen_sq * rejected_sq).sqrt())
+    return finite_means({layer: torch.cat(parts) for layer, parts in cosines.items()}, "")
 
 
 def to_rows(record: StepRecord) -> list[dict[str, Any]]:
-    """A step's pairs as rows of the record's schema (`PAIR_COLUMNS`), without a reference.
-
-    Args:
-        record: the step.
-
-    Returns:
-        One dict a pair; `pair` is its place in the step's batch.
-    """
-    columns: dict[str, list[Any]] = {name: [None] * len(record.gram) for name in PAIR_COLUMNS}
-    for source in (record.gram, record.verdict):
-        columns |= {name: getattr(source, name).tolist() for name in PAIR_COLUMNS if hasattr(source, name)}
-    columns["cosine"] = [None if value != value else value for value in columns["cosine"]]
-    columns["checkpoint"] = ["train"] * len(record.gram)
-    columns["step"] = [record.step] * len(record.gram)
-    columns["pair"] = list(range(len(record.gram)))
+    """A step's pairs as rows of the record's schema (`PAIR_COLUMNS`), without a reference."""
+    pairs = len(record.gram)
+    sources = (record.gram, record.verdict)
+    table = Table(
+        {name: getattr(source, name).numpy() for source in sources for name in PAIR_COLUMNS if hasattr(source, name)}
+    )
+    columns = dict.fromkeys(PAIR_COLUMNS, [None] * pairs) | table.to_lists()
+    columns |= {"checkpoint": ["train"] * pairs, "step": [record.step] * pairs, "pair": list(range(pairs))}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -15,31 +15,17 @@ __all__ = ["TokenMap", "map_tokens"]
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMap:
-    """A pair's token matrix.
-
-    Attributes:
-        pair: the pair's place in the step's record.
-        gram: its matrix, at the weights before the optimizer's step.
-    """
+    """A pair's token matrix `gram` before the optimizer's step; `pair` is the pair's place in the step's record."""
 
     pair: int
     gram: TokenGram
 
 
-def map_tokens(model: nn.Module, one: Recording, budget: int | str | None) -> TokenMap | None:
-    """Measure the tokens of the most entangled pair of a recording.
-
-    Args:
-        model: the model, before the optimizer's step.
-        one: what was harvested.
-        budget: as `memory_budget` of `measure`.
-
-    Returns:
-        The map, or None where no pair has a cosine, or the model is a reward model.
-    """
-    cosine = one.gram.cosine.nan_to_num(nan=-2.0)
-    if one.batch is None or not len(cosine) or float(cosine.max()) < -1.5:
+def map_tokens(model: nn.Module, recording: Recording, budget: int | str | None) -> TokenMap | None:
+    """Measure the tokens of a recording's most entangled pair; None without a cosine, and for a reward model."""
+    cosine = recording.gram.cosine.nan_to_num(nan=-2.0)
+    if recording.batch is None or not len(cosine) or float(cosine.max()) < -1.5:
         return None
     pair = int(cosine.argmax())
-    (gram,) = measure_tokens(model, one.batch.select([pair]), memory_budget=budget, progress=False)
+    (gram,) = measure_tokens(model, recording.batch.select([pair]), memory_budget=budget, progress=False)
     return TokenMap(pair=pair, gram=gram)

@@ -2,27 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import field
+from typing import Any, TypeVar
 
 import trl
 import trl.trainer.utils
+from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from gradent.errors import InputError
 
-__all__ = ["refuse_options", "require_config", "require_trl", "require_whole"]
+__all__ = [
+    "make_config",
+    "option",
+    "reference_in_batch",
+    "refuse_options",
+    "require_choice",
+    "require_number",
+    "require_trl",
+    "require_unsharded",
+    "sharding_options",
+]
+
+C = TypeVar("C", bound=DPOConfig)
+
+
+def option(default: Any, text: str, **metadata: Any) -> Any:
+    """A config's field, with the text that a command line shows of it."""
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+def sharding_options(reason: str) -> dict[str, str]:
+    """The options under which a model is in parts on several ranks, each with one reason against it."""
+    return dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), reason)
 
 
 def require_trl(method: str) -> None:
-    """Raise where TRL's DPOTrainer is not built as these trainers need it.
-
-    Args:
-        method: what needs it, in words.
-
-    Raises:
-        InputError: a release of TRL that is too old.
-    """
+    """Raise an `InputError` where TRL's DPOTrainer is not built as a method needs it."""
     lacking = [name for name in ("_compute_loss", "compute_ref_log_probs") if not hasattr(DPOTrainer, name)]
     if not hasattr(trl.trainer.utils, "add_fused_lm_head"):
         lacking.append("the fused head that returns log_probs")
@@ -33,49 +52,50 @@ def require_trl(method: str) -> None:
         )
 
 
-def refuse_options(config: Any, refused: Mapping[str, str], trouble: str) -> None:
-    """Raise where an option is set that a method does not go with.
-
-    Args:
-        config: a `DPOConfig`.
-        refused: why, by option.
-        trouble: what is wrong with such an option, in words.
-
-    Raises:
-        InputError: one of them is set.
-    """
-    for name, why in refused.items():
+def refuse_options(config: DPOConfig, refused: Mapping[str, str], trouble: str) -> None:
+    """Raise an `InputError` where one of the refused options, `{name: reason}`, is set."""
+    for name, reason in refused.items():
         value = getattr(config, name, None)
-        unset = value is None or value is False or value in ("", [], {})  # 0.0 is not: ld_alpha=0.0 means something
-        if not unset and not (name == "fsdp_config" and not config.fsdp):
-            raise InputError(f"{name}={value!r}: {trouble} with it, since {why}. Leave it out.")
+        is_unset = value is None or value is False or value in ("", [], {})  # 0.0 is set: ld_alpha=0.0 means something
+        if not is_unset and not (name == "fsdp_config" and not config.fsdp):
+            raise InputError(f"{name}={value!r}: {trouble} with it, since {reason}. Leave it out.")
 
 
-def require_config(args: Any, kind: type) -> None:
-    """Raise where a trainer is given another config than its own.
+def require_choice(config: DPOConfig, name: str, choices: Sequence[str]) -> None:
+    """Raise an `InputError` where an option is none of its choices."""
+    value = getattr(config, name)
+    if value not in choices:
+        raise InputError(f"{name}={value!r} is unknown; accepted are {', '.join(map(repr, choices))}.")
 
-    Args:
-        args: what was given.
-        kind: the trainer's config.
 
-    Raises:
-        InputError: something else.
-    """
-    if not isinstance(args, kind):
+def require_number(config: DPOConfig, name: str, accepts: Callable[[float], bool], accepted: str) -> None:
+    """Raise an `InputError` where an option is no finite number that `accepts` is true of."""
+    value = getattr(config, name)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not accepts(value):
+        raise InputError(f"{name}={value!r}; accepted is {accepted}.")
+
+
+def make_config(args: Any, kind: type[C], method: str) -> C:
+    """A trainer's config: what was passed as `args`, or the default; an `InputError` where it is of another kind."""
+    require_trl(method)
+    if args is not None and not isinstance(args, kind):
         raise InputError(f"args is a {type(args).__name__}; accepted is a {kind.__name__}.")
+    return kind() if args is None else args
 
 
-def require_whole(trainer: Any, need: str, images: str) -> None:
-    """Raise where a run is split in ways that a method cannot see through, or where its data holds images.
+@contextmanager
+def reference_in_batch(trainer: Any, is_there: bool = True) -> Iterator[None]:
+    """Inside, TRL's loss takes the reference's log-probs from the batch instead of running the reference."""
+    before, trainer.precompute_ref_logps = trainer.precompute_ref_logps, is_there
+    try:
+        yield
+    finally:
+        trainer.precompute_ref_logps = before
 
-    Args:
-        trainer: TRL's, set up.
-        need: which method needs what of each rank, in words.
-        images: why there can be no images, in words.
 
-    Raises:
-        InputError: such a run.
-    """
+def require_unsharded(trainer: Any, need: str, images: str) -> None:
+    """Raise an `InputError` where a run is split in ways that a method cannot see through, or its data holds images."""
     kind = str(trainer.accelerator.distributed_type).rpartition(".")[2]
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU") or trainer.accelerator.parallelism_config is not None:
         raise InputError(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trl.trainer.dpo_config import DPOConfig
@@ -13,18 +12,25 @@ from gradent import losses
 from gradent.errors import InputError
 from gradent.kernels.common.budget import parse_budget
 from gradent.losses.designs import SCALES
-from gradent.trainer.common.trl_requirements import refuse_options, require_trl
+from gradent.trainer.common.trl_requirements import (
+    option,
+    refuse_options,
+    require_choice,
+    require_number,
+    require_trl,
+    sharding_options,
+)
 
-__all__ = ["PairwiseNormalizedDPOConfig"]
+__all__ = ["METHOD", "PairwiseNormalizedDPOConfig"]
+
+METHOD = "pairwise normalization"
 
 _REFUSED = {
     "ld_alpha": "it weighs the tokens of a response differently, so that what it trains is no gradient of log π(y|x)",
     "use_liger_kernel": "Liger's layers hide their weights' gradients",
     "activation_offloading": "offloaded activations can be fetched for one backward only, and there are two",
     "torch_compile": "a compiled graph can be run backward once only, and there are two backwards",
-    "deepspeed": "parameters or gradients are sharded over ranks",
-    "fsdp": "parameters are sharded over ranks",
-    "fsdp_config": "parameters are sharded over ranks",
+    **sharding_options("parameters or gradients are sharded over ranks"),
 }
 """Options that cannot be exact."""
 
@@ -55,29 +61,25 @@ class PairwiseNormalizedDPOConfig(DPOConfig):
 
     _VALID_DICT_FIELDS = [*getattr(DPOConfig, "_VALID_DICT_FIELDS", ()), "preference_loss_kwargs"]  # noqa: RUF012
 
-    scale: str = field(default="loss", metadata={"help": "What C_i is.", "choices": list(SCALES)})
-    C: float = field(default=1.0, metadata={"help": "Factor of C_i."})
-    preference_loss: str | None = field(
-        default=None, metadata={"help": "Loss of gradent.losses that gives d_w and d_l; by default TRL's own."}
-    )
-    preference_loss_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Hyperparameters of preference_loss."}
-    )
-    memory_budget: str | None = field(default=None, metadata={"help": "Scratch of the reductions, such as 256MiB."})
+    scale: str = option("loss", "What C_i is.", choices=list(SCALES))
+    C: float = option(1.0, "Factor of C_i.")
+    preference_loss: str | None = option(None, "Loss of gradent.losses that gives d_w and d_l; by default TRL's own.")
+    preference_loss_kwargs: dict[str, Any] | str | None = option(None, "Hyperparameters of preference_loss.")  # noqa: RUF009
+    memory_budget: str | None = option(None, "Scratch of the reductions, such as 256MiB.")
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
-        require_trl("pairwise normalization")
+        require_trl(METHOD)
         super().__post_init__()  # type: ignore[no-untyped-call]
-        if self.scale not in SCALES:
-            raise InputError(f"scale={self.scale!r} is unknown; accepted are {', '.join(map(repr, SCALES))}.")
-        if isinstance(self.C, bool) or not isinstance(self.C, (int, float)) or not math.isfinite(self.C) or self.C <= 0:
-            raise InputError(f"C={self.C!r}; accepted is a finite number > 0.")
+        require_choice(self, "scale", SCALES)
+        require_number(self, "C", lambda x: x > 0, "a finite number > 0")
         parse_budget(self.memory_budget)
         if self.preference_loss is None and self.preference_loss_kwargs:
             raise InputError("preference_loss_kwargs without preference_loss; name the loss that they belong to.")
         self.make_loss()
-        self._check_options()
+        refuse_options(self, _REFUSED, "pairwise normalization cannot be exact")
+        self._check_checkpointing()
+        self._check_loss()
 
     def make_loss(self) -> losses.Loss | None:
         """The loss that gives the weights.
@@ -98,8 +100,7 @@ class PairwiseNormalizedDPOConfig(DPOConfig):
             )
         return losses.get(self.preference_loss, **(self.preference_loss_kwargs or {}))
 
-    def _check_options(self) -> None:
-        refuse_options(self, _REFUSED, "pairwise normalization cannot be exact")
+    def _check_checkpointing(self) -> None:
         for name in ("activation_checkpointing", "gradient_checkpointing"):  # the new name, the old one
             kwargs = getattr(self, f"{name}_kwargs", None)
             if getattr(self, name, None) and isinstance(kwargs, Mapping) and kwargs.get("use_reentrant"):
@@ -107,6 +108,8 @@ class PairwiseNormalizedDPOConfig(DPOConfig):
                     f"{name}_kwargs={kwargs!r}: reentrant checkpointing hides its layers' gradients from the first of "
                     "two backwards. Use {'use_reentrant': False}."
                 )
+
+    def _check_loss(self) -> None:
         if self.preference_loss is not None:
             if self.use_weighting:
                 raise InputError(
@@ -114,6 +117,8 @@ class PairwiseNormalizedDPOConfig(DPOConfig):
                     "its place. Leave one of them out."
                 )
             return
-        for name, why in _ONE_SIDED.items():
+        for name, reason in _ONE_SIDED.items():
             if name in self.loss_type and (name == "apo_down" or set(self.loss_type) == {name}):
-                raise InputError(f"loss_type={self.loss_type!r}: no pairwise normalized form of {name}, since {why}.")
+                raise InputError(
+                    f"loss_type={self.loss_type!r}: no pairwise normalized form of {name}, since {reason}."
+                )

@@ -27,6 +27,7 @@ Letters: B pairs of a batch; n_w, n_l = ‖g_w‖, ‖g_l‖; N = 2B rows, K pre
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -36,11 +37,13 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from gradent import losses
 from gradent.errors import InputError, ModelError, NonFiniteError
 from gradent.hooks.piggyback.coefficients import FusedReadout
-from gradent.kernels.common.budget import parse_budget
+from gradent.hooks.piggyback.config import WatchConfig
+from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.losses.designs import counting, normalized_weights
-from gradent.model.calls import trainable
-from gradent.trainer.common.trl_requirements import require_config, require_trl, require_whole
-from gradent.trainer.pairwise.config import PairwiseNormalizedDPOConfig
+from gradent.model.parameters import trainable
+from gradent.notices import Notices, warn
+from gradent.trainer.common.trl_requirements import make_config, reference_in_batch, require_unsharded
+from gradent.trainer.pairwise.config import METHOD, PairwiseNormalizedDPOConfig
 from gradent.trainer.pairwise.row_norms import RowNorms, WatchedModel
 
 __all__ = ["PairwiseNormalizedDPOConfig", "PairwiseNormalizedDPOTrainer"]
@@ -66,18 +69,13 @@ class PairwiseNormalizedDPOTrainer(DPOTrainer):
     """
 
     def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
-        require_trl("pairwise normalization")
-        if args is None:
-            args = PairwiseNormalizedDPOConfig()
-        require_config(args, PairwiseNormalizedDPOConfig)
-        self._announced: set[str] = set()
-        self._pairwise: PairwiseNormalizedDPOConfig = args
-        self._preference = args.make_loss()
-        super().__init__(model, ref_model, args, **kwargs)
-        require_whole(
-            self, "pairwise normalization needs every parameter whole",
-            images="whose patches cannot be told apart by response",
-        )  # fmt: skip
+        config = make_config(args, PairwiseNormalizedDPOConfig, METHOD)
+        self._notices = Notices(warn)
+        self._pairwise = config
+        self._preference = config.make_loss()
+        super().__init__(model, ref_model, config, **kwargs)
+        images = "whose patches cannot be told apart by response"
+        require_unsharded(self, f"{METHOD} needs every parameter whole", images)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -98,25 +96,21 @@ class PairwiseNormalizedDPOTrainer(DPOTrainer):
             ModelError: the loss weighs the tokens of one response differently.
             NonFiniteError: a nan or inf in a norm or in the loss's weights.
         """
-        loss_of = super().compute_loss
+        compute_loss = super().compute_loss
         if not (model.training and torch.is_grad_enabled()):
-            return loss_of(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
+            return compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[no-untyped-call]
         if getattr(model, "static_graph", False):
             raise InputError(
                 "DDP with static_graph=True allows one backward a forward, and there are two; leave it out."
             )
-        inner = self.accelerator.unwrap_model(model)
-        watched = WatchedModel(model, inner, trainable(inner), budget=parse_budget(self._pairwise.memory_budget))
-        precomputed = self.precompute_ref_logps
-        try:
+        inner, budget = self.accelerator.unwrap_model(model), parse_budget(self._pairwise.memory_budget)
+        config = WatchConfig(model=inner, parameters=trainable(inner), budget=budget or DEFAULT_BUDGET, is_trusted=True)
+        with closing(WatchedModel(model, config)) as watched:
             batch = self._with_reference(dict(inputs))
-            self.precompute_ref_logps = "ref_chosen_logps" in batch
-            loss = loss_of(watched, batch, False, num_items_in_batch)  # type: ignore[no-untyped-call]
+            with reference_in_batch(self, "ref_chosen_logps" in batch):
+                loss = compute_loss(watched, batch, False, num_items_in_batch)  # type: ignore[no-untyped-call]
             d_w, d_l = self._weights(watched, batch, loss)
-            norms = watched.norms(self._announced)
-        finally:
-            self.precompute_ref_logps = precomputed
-            watched.close()
+            norms = watched.measure(self._notices)
         c_w, c_l, scales = normalized_weights(
             norms.chosen, norms.rejected, d_w, d_l, scale=self._pairwise.scale, factor=self._pairwise.C
         )
@@ -142,47 +136,51 @@ class PairwiseNormalizedDPOTrainer(DPOTrainer):
         if self._preference is not None:
             return self._weights_of(self._preference, watched, batch)
         (grad,) = torch.autograd.grad(loss, watched.leaf, retain_graph=True)
-        found = FusedReadout(watched.leaf, watched.mask, batch["input_ids"].shape[1]).read(grad)
-        if not bool(found.c.isfinite().all()):
+        coefficients = FusedReadout(watched.leaf, watched.mask, batch["input_ids"].shape[1]).read(grad)
+        if not bool(coefficients.c.isfinite().all()):
             raise NonFiniteError(
                 "the gradient of the loss by a log-prob is nan or inf; look for a log-prob that is not finite."
             )
-        if not found.constant:
+        if not coefficients.is_constant:
             raise ModelError(
-                f"the loss weighs the tokens of a response differently (by up to {found.spread:.1e} of their mean "
-                "weight), so that it is no function of log π(y|x). Use a loss of whole responses' log-probs."
+                f"the loss weighs the tokens of a response differently (by up to {coefficients.spread:.1e} of their "
+                "mean weight), so that it is no function of log π(y|x). Use a loss of whole responses' log-probs."
             )
-        c_w, c_l = found.c.chunk(2)
+        c_w, c_l = coefficients.c.chunk(2)
         return -c_w * len(c_w), c_l * len(c_l)
 
     def _weights_of(
         self, preference: losses.Loss, watched: WatchedModel, batch: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        s_w, s_l = (watched.leaf.detach().double() * watched.mask).sum(1).chunk(2)
-        n_w, n_l = watched.mask.sum(1).chunk(2)
-        given: dict[str, Any] = {"chosen_logp": s_w, "rejected_logp": s_l, "chosen_len": n_w, "rejected_len": n_l}
-        for name in ("chosen", "rejected"):
-            given[f"ref_{name}_logp"] = batch.get(f"ref_{name}_logps")
-        value = preference.value(**given).mean()
+        """`d_w` and `d_l` of a loss of `gradent.losses`."""
+        logps = (watched.leaf.detach().double() * watched.mask).sum(1).chunk(2)
+        lengths = watched.mask.sum(1).chunk(2)
+        operands: dict[str, Any] = {}
+        for name, logp, length in zip(("chosen", "rejected"), logps, lengths, strict=True):
+            operands |= {
+                f"{name}_logp": logp,
+                f"{name}_len": length,
+                f"ref_{name}_logp": batch.get(f"ref_{name}_logps"),
+            }
+        value = preference.value(**operands).mean()
         self._metrics["train"]["pairwise/preference_loss"].append(self.accelerator.gather(value).mean().item())
-        d_w, d_l = preference.weights(**given)
+        d_w, d_l = preference.weights(**operands)
         return d_w.cpu(), d_l.cpu()
 
     def _log_pairwise(self, norms: RowNorms, scales: Tensor) -> None:
         """Add to TRL's metrics: means over the pairs of all ranks, of those where they are defined."""
-        counts = counting(norms.chosen, norms.rejected)
-        both = counts[0] & counts[1]
+        counts = torch.stack(counting(norms.chosen, norms.rejected))
+        both = counts.all(0)
         ones = torch.ones_like(both)
-        zeros = (~counts[0]).double() / 2 + (~counts[1]).double() / 2
         columns = {
             "chosen_norm": (norms.chosen, ones),
             "rejected_norm": (norms.rejected, ones),
             "cosine": (norms.cosine, both),
             "weight_ratio": (norms.rejected / norms.chosen, both),
-            "zero_norm": (zeros, ones),
+            "zero_norm": ((~counts).double().mean(0), ones),
             "reversed": ((scales < 0).double(), ones),
         }
-        sums = [[float(values[use].sum()), float(use.sum())] for values, use in columns.values()]
+        sums = [[float(values[defined].sum()), float(defined.sum())] for values, defined in columns.values()]
         gathered = self.accelerator.gather(torch.tensor([sums], device=self.accelerator.device)).double().sum(0)
         for name, (total, count) in zip(columns, gathered.tolist(), strict=True):
             if count:
@@ -190,7 +188,7 @@ class PairwiseNormalizedDPOTrainer(DPOTrainer):
 
 
 class _Reweighted(torch.autograd.Function):
-    """A loss's value, and of its gradient by the log-probs nothing but the given one."""
+    """A loss's value, with given weights as its gradient by the log-probs."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, log_probs: Tensor, weights: Tensor) -> Tensor:

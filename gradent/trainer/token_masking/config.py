@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from trl.trainer.dpo_config import DPOConfig
 
 from gradent.errors import InputError
-from gradent.trainer.common.trl_requirements import refuse_options, require_trl
+from gradent.trainer.common.trl_requirements import (
+    option,
+    refuse_options,
+    require_choice,
+    require_number,
+    require_trl,
+    sharding_options,
+)
 
-__all__ = ["Anneal", "TokenMaskedDPOConfig"]
+__all__ = ["METHOD", "Anneal", "TokenMaskedDPOConfig"]
+
+METHOD = "token masking"
 
 Anneal = Literal["linear", "exponential", "none"]
 
@@ -36,13 +45,21 @@ _REFUSED = {
     "padding_free": "it puts many responses into one row, and the masks are made row by row",
     "use_liger_kernel": "it exchanges parts of the model that the head reads from",
     "torch_compile": "the hidden states that the head reads are not there in a compiled model",
-    "deepspeed": "the head is no part of the model that DeepSpeed shards",
-    "fsdp": "the head is no part of the model that FSDP shards",
-    "fsdp_config": "the head is no part of the model that FSDP shards",
+    **sharding_options("the head is no part of the model that is sharded"),
 }
 """Options that cannot work, or were never tried."""
 
 _REFUSED_OPTIMIZERS = ("lomo", "layerwise", "muon")  # they take no further group of parameters
+
+_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "mask_eta": (lambda x: x >= 0, "a finite number >= 0"),
+    "mask_threshold": (lambda x: True, "a finite number"),
+    "mask_k_start": (lambda x: x > 0, "a finite number > 0"),
+    "mask_k_end": (lambda x: x > 0, "a finite number > 0"),
+    "mask_init": (lambda x: 0.5 < x < 1, "a number above 0.5 and below 1"),
+    "mask_learning_rate": (lambda x: x >= 0, "None or a finite number >= 0"),
+}
+"""What each number has to be, as a test and in words."""
 
 
 @dataclass
@@ -74,28 +91,28 @@ class TokenMaskedDPOConfig(DPOConfig):
         InputError: an option that is not accepted or cannot work, or a release of TRL that is too old.
     """
 
-    mask_eta: float = field(default=0.01, metadata={"help": "Weight of the sparsity term."})
-    mask_threshold: float = field(default=0.0, metadata={"help": "A token is kept where its score is this or more."})
-    mask_k_start: float = field(default=1.0, metadata={"help": "Sharpness of the soft mask at the first step."})
-    mask_k_end: float = field(default=5.0, metadata={"help": "Sharpness of the soft mask at the last step."})
-    mask_anneal: str = field(
-        default="linear", metadata={"help": "How the sharpness changes.", "choices": list(get_args(Anneal))}
-    )
-    mask_init: float = field(default=0.9, metadata={"help": "What all masks are at the start."})
-    mask_hidden: int = field(default=0, metadata={"help": "Width of the head's hidden layer; 0 for a linear head."})
-    mask_learning_rate: float | None = field(default=1e-3, metadata={"help": "Learning rate of the head."})
-    mask_detach: bool = field(default=True, metadata={"help": "Keep the policy from learning through the scores."})
-    mask_hard_eval: bool = field(default=True, metadata={"help": "Evaluate with hard masks."})
-    mask_freeze: bool = field(default=False, metadata={"help": "All masks are 1 and stay so: plain DPO."})
+    mask_eta: float = option(0.01, "Weight of the sparsity term.")
+    mask_threshold: float = option(0.0, "A token is kept where its score is this or more.")
+    mask_k_start: float = option(1.0, "Sharpness of the soft mask at the first step.")
+    mask_k_end: float = option(5.0, "Sharpness of the soft mask at the last step.")
+    mask_anneal: str = option("linear", "How the sharpness changes.", choices=list(get_args(Anneal)))
+    mask_init: float = option(0.9, "What all masks are at the start.")
+    mask_hidden: int = option(0, "Width of the head's hidden layer; 0 for a linear head.")
+    mask_learning_rate: float | None = option(1e-3, "Learning rate of the head.")
+    mask_detach: bool = option(True, "Keep the policy from learning through the scores.")
+    mask_hard_eval: bool = option(True, "Evaluate with hard masks.")
+    mask_freeze: bool = option(False, "All masks are 1 and stay so: plain DPO.")
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""
-        require_trl("token masking")
+        require_trl(METHOD)
         super().__post_init__()  # type: ignore[no-untyped-call]
-        if self.mask_anneal not in get_args(Anneal):
-            accepted = ", ".join(map(repr, get_args(Anneal)))
-            raise InputError(f"mask_anneal={self.mask_anneal!r} is unknown; accepted are {accepted}.")
-        self._check_numbers()
+        require_choice(self, "mask_anneal", get_args(Anneal))
+        for name, (accepts, accepted) in _NUMBERS.items():
+            if name != "mask_learning_rate" or self.mask_learning_rate is not None:
+                require_number(self, name, accepts, accepted)
+        if not isinstance(self.mask_hidden, int) or isinstance(self.mask_hidden, bool) or self.mask_hidden < 0:
+            raise InputError(f"mask_hidden={self.mask_hidden!r}; accepted is a whole number >= 0.")
         if self.mask_freeze and self.mask_eta:
             raise InputError(
                 f"mask_freeze=True with mask_eta={self.mask_eta!r}: masks that stay 1 cannot become sparse. Set "
@@ -104,9 +121,9 @@ class TokenMaskedDPOConfig(DPOConfig):
         refuse_options(self, _REFUSED, "token masking cannot work")
         for name in self.loss_type:
             if name not in _LOSSES:
-                why = _REFUSED_LOSSES.get(name, "it is not known here")
+                reason = _REFUSED_LOSSES.get(name, "it is not known here")
                 raise InputError(
-                    f"loss_type={self.loss_type!r}: no token-masked form of {name}, since {why}. Accepted are "
+                    f"loss_type={self.loss_type!r}: no token-masked form of {name}, since {reason}. Accepted are "
                     f"{', '.join(_LOSSES)}."
                 )
         optimizer = str(getattr(self.optim, "value", self.optim))
@@ -115,25 +132,6 @@ class TokenMaskedDPOConfig(DPOConfig):
                 f"optim={optimizer!r} takes no parameters beside the model's, and the head has some. Use another, such "
                 "as 'adamw_torch'."
             )
-
-    def _check_numbers(self) -> None:
-        rules: dict[str, tuple[Callable[[float], bool], str]] = {
-            "mask_eta": (lambda x: x >= 0, "a finite number >= 0"),
-            "mask_threshold": (lambda x: True, "a finite number"),
-            "mask_k_start": (lambda x: x > 0, "a finite number > 0"),
-            "mask_k_end": (lambda x: x > 0, "a finite number > 0"),
-            "mask_init": (lambda x: 0.5 < x < 1, "a number above 0.5 and below 1"),
-            "mask_learning_rate": (lambda x: x >= 0, "None or a finite number >= 0"),
-        }
-        for name, (accepts, accepted) in rules.items():
-            value = getattr(self, name)
-            if value is None and name == "mask_learning_rate":
-                continue
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or not accepts(value):
-                raise InputError(f"{name}={value!r}; accepted is {accepted}.")
-        if not isinstance(self.mask_hidden, int) or isinstance(self.mask_hidden, bool) or self.mask_hidden < 0:
-            raise InputError(f"mask_hidden={self.mask_hidden!r}; accepted is a whole number >= 0.")
 
     @property
     def start_score(self) -> float:
@@ -150,9 +148,9 @@ class TokenMaskedDPOConfig(DPOConfig):
         Returns:
             k: `mask_k_start` at the first step of a run, `mask_k_end` at its last and from there on.
         """
-        part = 0.0 if steps <= 0 else min(1.0, step / max(1, steps - 1))
+        progress = 0.0 if steps <= 0 else min(1.0, step / max(1, steps - 1))
         if self.mask_anneal == "none":
             return self.mask_k_start
         if self.mask_anneal == "exponential":
-            return float(self.mask_k_start * (self.mask_k_end / self.mask_k_start) ** part)
-        return self.mask_k_start + part * (self.mask_k_end - self.mask_k_start)
+            return float(self.mask_k_start * (self.mask_k_end / self.mask_k_start) ** progress)
+        return self.mask_k_start + progress * (self.mask_k_end - self.mask_k_start)

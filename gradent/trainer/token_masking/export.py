@@ -23,18 +23,8 @@ Batches = Iterator[tuple[dict[str, Any], list[int]]]
 
 
 def mask_batches(data: Any, trainer: Any) -> Batches:
-    """The data in TRL's batches. On several ranks all must call this, since TRL tokenizes on one after the other.
-
-    Args:
-        data: a `Dataset` or a list of preference rows, tokenized by the trainer where they are not, or one batch.
-        trainer: of TRL.
-
-    Returns:
-        The batches in the data's order. A pair's number is its row in the data, counted from 0.
-
-    Raises:
-        InputError: data of another kind, or without rows.
-    """
+    """A dataset, a list of preference rows or one batch, as TRL's batches; a pair's number is its row in the data."""
+    # On several ranks all must call this, since TRL tokenizes on one after the other.
     if isinstance(data, Mapping) and isinstance(data.get("input_ids"), Tensor) and "completion_mask" in data:
         return iter([(dict(data), list(range(len(data["input_ids"]) // 2)))])
     rows = Dataset.from_list(data) if isinstance(data, list) and data else data
@@ -64,20 +54,13 @@ def _collated(rows: Dataset, trainer: Any) -> Batches:
 def write_mask_table(
     path: str | os.PathLike[str], batches: Batches, *, read: Callable[[Mapping[str, Any]], TokenMasks], tokenizer: Any
 ) -> None:
-    """Read the masks of batch after batch, and write them.
-
-    Args:
-        path: the parquet file.
-        batches: of `mask_batches`.
-        read: the masks of a batch.
-        tokenizer: of the tokens.
-    """
+    """Read the masks of batch after batch, and write them to a parquet file."""
     columns: dict[str, list[Any]] = {name: [] for name in MASK_COLUMNS}
     for batch, numbers in batches:
         masks = read(batch)
-        for place, pair in enumerate(numbers):
-            for side, row in (("chosen", place), ("rejected", place + len(numbers))):
-                _add(columns, pair, side, batch, masks, row)
+        for row in range(2 * len(numbers)):
+            side, pair = ("chosen", "rejected")[row // len(numbers)], numbers[row % len(numbers)]
+            _add(columns, pair, side, batch, masks, row)
     columns["token"] = token_texts(tokenizer, columns["token_id"])
     write_masks(path, columns)
 
@@ -85,13 +68,12 @@ def write_mask_table(
 def _add(
     columns: dict[str, list[Any]], pair: int, side: str, batch: Mapping[str, Any], masks: TokenMasks, row: int
 ) -> None:
-    """One response's tokens. A token at the very start of a row is predicted by nothing and is left out."""
+    """Add one response's tokens; a token at the very start of a row is predicted by nothing and is left out."""
     marks = masks.tokens[row].cpu()
     ids = batch["input_ids"][row, 1:].cpu()[marks].tolist()
-    places = (batch["completion_mask"][row].cpu().cumsum(0)[1:] - 1)[marks].tolist()
     columns["pair"] += [pair] * len(ids)
     columns["side"] += [side] * len(ids)
-    columns["position"] += places
+    columns["position"] += (batch["completion_mask"][row].cpu().cumsum(0)[1:] - 1)[marks].tolist()
     columns["token_id"] += ids
     columns["kept"] += masks.kept[row].cpu()[marks].tolist()
     for name, values in (("score", masks.scores), ("mask", masks.soft)):

@@ -1,4 +1,4 @@
-"""The head that scores response tokens, its own part of an optimizer step, and its file.
+"""The head that scores response tokens, its part of an optimizer step, and its file.
 
 A token's score `u^i` depends on `(x, y^{<i})` alone: it is read off the hidden state that predicts the token. The head
 is no part of the model. The model is saved, measured and clipped as it would be without, and so a run on several ranks
@@ -34,13 +34,7 @@ class MaskHead(nn.Module):
 
     `u = w·x/√n + b` with x the hidden state normalised to mean 0 and variance 1 (n wide), or a hidden layer on it. So a
     learning rate does not depend on how large a model's hidden states are. It starts with w = 0: all tokens have the
-    score b. No random number of the global generators is used.
-
-    Args:
-        width: of the model's hidden states.
-        hidden: width of a hidden layer (GELU); 0 for none.
-        start: b, the score of all tokens at the start.
-        seed: of the hidden layer's weights.
+    score b (`start`). No random number of the global generators is used.
     """
 
     def __init__(self, width: int, *, hidden: int = 0, start: float, seed: int = 0) -> None:
@@ -58,14 +52,7 @@ class MaskHead(nn.Module):
             self.outer.bias.fill_(start)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Score.
-
-        Args:
-            hidden: `[..., width]`.
-
-        Returns:
-            float32 `[...]`.
-        """
+        """Scores, float32 `[...]`, of hidden states `[..., width]`."""
         with torch.autocast(hidden.device.type, enabled=False):
             x = layer_norm(hidden.to(self.outer.weight.dtype), hidden.shape[-1:])
             if self.inner is not None:
@@ -75,12 +62,7 @@ class MaskHead(nn.Module):
 
 
 def reduce_gradients(head: MaskHead, accelerator: Any) -> None:
-    """Average the head's gradients over all ranks, in place, in one message.
-
-    Args:
-        head: the head.
-        accelerator: accelerate's.
-    """
+    """Average the head's gradients over all ranks, in place, in one message."""
     parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
     if accelerator.num_processes == 1 or not parameters:
         return
@@ -94,10 +76,6 @@ class HeadUpdate(TrainerCallback):
     """What a trainer does to its model's gradients around a step, for the head: clip them, and drop them after it.
 
     The head is clipped by itself, to the same `max_grad_norm`: the model's clipping stays what it is without a head.
-
-    Args:
-        head: the head.
-        accelerator: accelerate's.
     """
 
     def __init__(self, head: MaskHead, accelerator: Any) -> None:
@@ -109,9 +87,8 @@ class HeadUpdate(TrainerCallback):
         if self._accelerator.num_processes > 1:
             with torch.no_grad():
                 for parameter in self._head.parameters():
-                    keep = self._accelerator.is_main_process
-                    total = self._accelerator.reduce(parameter if keep else torch.zeros_like(parameter))
-                    parameter.copy_(total)
+                    is_source = self._accelerator.is_main_process
+                    parameter.copy_(self._accelerator.reduce(parameter if is_source else torch.zeros_like(parameter)))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Clip."""
@@ -124,16 +101,7 @@ class HeadUpdate(TrainerCallback):
 
 
 def save_head(head: MaskHead, directory: str | os.PathLike[str], facts: Mapping[str, str]) -> Path:
-    """Write the head's weights, whole or not at all.
-
-    Args:
-        head: the head.
-        directory: holds the model or its adapter.
-        facts: what else a reader needs to know of it; goes into the file's metadata.
-
-    Returns:
-        The file.
-    """
+    """Write the head's weights beside a model, whole or not at all, with `facts` as the file's metadata."""
     path = Path(directory) / HEAD_FILE
     state = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
     content = save(state, metadata={"format": "pt", **facts})
@@ -142,15 +110,7 @@ def save_head(head: MaskHead, directory: str | os.PathLike[str], facts: Mapping[
 
 
 def load_head(head: MaskHead, directory: str | os.PathLike[str]) -> None:
-    """Read the head's weights from a checkpoint, in place.
-
-    Args:
-        head: the head.
-        directory: the checkpoint.
-
-    Raises:
-        InputError: it holds none, they cannot be read, or they are of another head.
-    """
+    """Read the head's weights from a checkpoint, in place; an `InputError` where it holds none that fit."""
     path = Path(directory) / HEAD_FILE
     if not path.is_file():
         raise InputError(
@@ -161,11 +121,10 @@ def load_head(head: MaskHead, directory: str | os.PathLike[str]) -> None:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read ({error}). Resume from another checkpoint.") from error
-    found = {name: list(value.shape) for name, value in state.items()}
-    wanted = {name: list(value.shape) for name, value in head.state_dict().items()}
-    if found != wanted:
+    saved, needed = ({name: list(value.shape) for name, value in part.items()} for part in (state, head.state_dict()))
+    if saved != needed:
         raise InputError(
-            f"{path}: holds {found}, and this run's head is {wanted}. Resume with the model and the mask_hidden of the "
+            f"{path}: holds {saved}, and this run's head is {needed}. Resume with the model and the mask_hidden of the "
             "run that saved it."
         )
     head.load_state_dict(state)

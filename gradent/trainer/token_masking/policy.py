@@ -26,10 +26,10 @@ class TokenMasks:
     """Scores and masks of a batch's tokens, `[N, K]` each.
 
     Attributes:
-        tokens: which tokens are a response's, bool; nothing else means anything elsewhere.
+        tokens: the responses' tokens, bool; elsewhere the others mean nothing.
         scores: u.
         soft: `σ(k(u - r))`.
-        kept: whether `u >= r`, bool.
+        kept: `u >= r`, bool.
     """
 
     tokens: Tensor
@@ -39,23 +39,12 @@ class TokenMasks:
 
 
 def mask_tokens(head: MaskHead, hidden: Tensor, tokens: Tensor, config: TokenMaskedDPOConfig, k: float) -> TokenMasks:
-    """Scores and masks from hidden states; the head runs on marked tokens only.
-
-    Args:
-        head: the head.
-        hidden: the hidden states that predict the tokens, `[N, K, width]`.
-        tokens: bool `[N, K]`.
-        config: r, and whether masks are frozen at 1 and the model is kept from learning through the scores.
-        k: sharpness of the soft masks.
-
-    Returns:
-        The masks, on the tokens' device.
-    """
-    place = head.outer.weight.device
-    marked = hidden[tokens.to(hidden.device)].to(place)
-    found = head(marked.detach() if config.mask_detach else marked)
-    empty = torch.zeros(tokens.shape, dtype=found.dtype, device=place)
-    scores = empty.masked_scatter(tokens.to(place), found).to(tokens.device)
+    """Scores and masks of marked tokens, bool `[N, K]`, from the hidden states that predict them `[N, K, width]`."""
+    device = head.outer.weight.device
+    marked = hidden[tokens.to(hidden.device)].to(device)
+    marked_scores = head(marked.detach() if config.mask_detach else marked)
+    empty = torch.zeros(tokens.shape, dtype=marked_scores.dtype, device=device)
+    scores = empty.masked_scatter(tokens.to(device), marked_scores).to(tokens.device)
     if config.mask_freeze:
         ones = torch.ones_like(scores)
         return TokenMasks(tokens=tokens, scores=scores.detach(), soft=ones, kept=torch.ones_like(tokens))
@@ -70,22 +59,7 @@ def mask_tokens(head: MaskHead, hidden: Tensor, tokens: Tensor, config: TokenMas
 def read_masks(
     model: Any, backbone: nn.Module, head: MaskHead, config: TokenMaskedDPOConfig, k: float, kwargs: Mapping[str, Any]
 ) -> tuple[Any, TokenMasks]:
-    """One forward of the policy under TRL's fused head, and the masks of the tokens that it predicts.
-
-    Args:
-        model: the policy, as the trainer wraps it.
-        backbone: the policy without its LM head.
-        head: the head.
-        config: as in `mask_tokens`.
-        k: as in `mask_tokens`.
-        kwargs: what the policy is called with; `labels` are -100 but for responses.
-
-    Returns:
-        The policy's output, and the masks.
-
-    Raises:
-        ModelError: the backbone does not run exactly once, or gives no hidden state.
-    """
+    """One forward of the policy under TRL's fused head, and the masks of the tokens that it predicts."""
     with _last_hidden_states(backbone) as seen:
         output = model(**kwargs)
     if len(seen) != 1:
@@ -100,6 +74,7 @@ def read_masks(
 
 @contextmanager
 def _last_hidden_states(backbone: nn.Module) -> Iterator[list[Tensor]]:
+    """The hidden states `[N, L, width]` of the backbone's forwards inside the block."""
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -121,16 +96,11 @@ def _last_hidden_states(backbone: nn.Module) -> Iterator[list[Tensor]]:
 class MaskedPolicy:
     """Called in the policy's place, it gives kept log-probs, and puts the reference's into the batch.
 
-    Args:
-        read: a forward of the policy and its masks.
-        plain: a forward of the policy as it is.
-        reference: the reference's log-probs of the batch's tokens, `[N, K]`.
-        batch: TRL's.
-        hard: multiply by hard masks, not by soft ones.
+    `read` runs the policy with its masks, `plain` as it is; `reference` gives the reference's log-probs `[N, K]`.
 
     Attributes:
         batch: TRL's, with the reference's kept log-probs of each response once the policy was called.
-        masks: of the batch's tokens.
+        masks: those of the batch's tokens.
         mask: m, what log-probs were multiplied by.
         logps: `log π(y|x)` of whole responses, `[N]`, without gradient.
     """
@@ -146,27 +116,20 @@ class MaskedPolicy:
         plain: Any,
         reference: Callable[[Mapping[str, Any]], Tensor],
         batch: dict[str, Any],
-        hard: bool,
+        is_hard: bool,
     ) -> None:
-        self._read, self._plain, self._reference, self._hard = read, plain, reference, hard
+        self._read, self._plain, self._reference, self._is_hard = read, plain, reference, is_hard
         self.batch = batch
 
     def __call__(self, **kwargs: Any) -> Any:
-        """Run the policy, then the reference.
-
-        Args:
-            kwargs: what TRL's loss calls the policy with.
-
-        Returns:
-            The policy's output, its log-probs multiplied by the masks.
-        """
+        """Run the policy, then the reference; the output's log-probs come multiplied by the masks."""
         if not kwargs.get("fused_lm_head"):
             return self._plain(**kwargs)
         output, self.masks = self._read(kwargs)
         width = self.masks.tokens.shape[1]
         policy = output.log_probs[:, -width:]
         reference = self._reference(self.batch)[:, -width:].to(policy.device)
-        mask = self.masks.kept.to(policy.dtype) if self._hard else self.masks.soft
+        mask = self.masks.kept.to(policy.dtype) if self._is_hard else self.masks.soft
         self.mask = mask.to(policy.device)
         output.log_probs, kept = masked_logps(policy, reference, self.mask)
         self.batch["ref_chosen_logps"], self.batch["ref_rejected_logps"] = kept.sum(1).chunk(2)
@@ -175,11 +138,7 @@ class MaskedPolicy:
 
 
 class LogProbs:
-    """A model whose last log-probs are kept.
-
-    Attributes:
-        log_probs: of the last forward.
-    """
+    """A model that keeps the `log_probs` of its last forward."""
 
     log_probs: Tensor
 
@@ -187,14 +146,7 @@ class LogProbs:
         self._model = model
 
     def __call__(self, **kwargs: Any) -> Any:
-        """Run the model.
-
-        Args:
-            kwargs: as the model takes them.
-
-        Returns:
-            Its output.
-        """
+        """Run the model."""
         output = self._model(**kwargs)
         self.log_probs = output.log_probs
         return output

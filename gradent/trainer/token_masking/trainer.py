@@ -24,8 +24,8 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from gradent.errors import InputError
 from gradent.losses.token_masked import sparsity
-from gradent.trainer.common.trl_requirements import require_config, require_trl, require_whole
-from gradent.trainer.token_masking.config import TokenMaskedDPOConfig
+from gradent.trainer.common.trl_requirements import make_config, reference_in_batch, require_unsharded
+from gradent.trainer.token_masking.config import METHOD, TokenMaskedDPOConfig
 from gradent.trainer.token_masking.export import mask_batches, write_mask_table
 from gradent.trainer.token_masking.head import HeadUpdate, MaskHead, load_head, reduce_gradients, save_head
 from gradent.trainer.token_masking.policy import LogProbs, MaskedPolicy, TokenMasks, read_masks
@@ -53,23 +53,18 @@ class TokenMaskedDPOTrainer(DPOTrainer):
     """
 
     def __init__(self, model: Any, ref_model: Any = None, args: Any = None, **kwargs: Any) -> None:
-        require_trl("token masking")
-        if args is None:
-            args = TokenMaskedDPOConfig()
-        require_config(args, TokenMaskedDPOConfig)
+        config = make_config(args, TokenMaskedDPOConfig, METHOD)
         if (kwargs.get("optimizers") or (None, None))[1] is not None:
             raise InputError(
                 "optimizers=(..., scheduler): the head's parameters join the optimizer when training starts, too late "
                 "for a scheduler that is made of it. Pass (optimizer, None), and set lr_scheduler_type in the config."
             )
-        self._masking: TokenMaskedDPOConfig = args
-        super().__init__(model, ref_model, args, **kwargs)
-        require_whole(
-            self, "token masking needs whole rows and parameters", images="for which token masking is not made"
-        )
+        self._masking = config
+        super().__init__(model, ref_model, config, **kwargs)
+        require_unsharded(self, f"{METHOD} needs whole rows and parameters", f"for which {METHOD} is not made")
         width = self._causal_model().get_output_embeddings().weight.shape[-1]
-        head = MaskHead(width, hidden=args.mask_hidden, start=args.start_score, seed=args.seed)
-        self.mask_head = head.to(self.accelerator.device).requires_grad_(not args.mask_freeze)
+        head = MaskHead(width, hidden=config.mask_hidden, start=config.start_score, seed=config.seed)
+        self.mask_head = head.to(self.accelerator.device).requires_grad_(not config.mask_freeze)
         self.add_callback(HeadUpdate(self.mask_head, self.accelerator))
 
     @property
@@ -93,16 +88,12 @@ class TokenMaskedDPOTrainer(DPOTrainer):
             The optimizer.
         """
         optimizer = super().create_optimizer(*args, **kwargs)
-        mine = {id(parameter) for parameter in self.mask_head.parameters()}
-        if not any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
+        parameters = list(self.mask_head.parameters())
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if id(parameters[0]) not in known:
             rate = self._masking.mask_learning_rate
-            optimizer.add_param_group(
-                {
-                    "params": list(self.mask_head.parameters()),
-                    "lr": self.args.learning_rate if rate is None else rate,
-                    "weight_decay": 0.0,
-                }
-            )
+            rate = self.args.learning_rate if rate is None else rate
+            optimizer.add_param_group({"params": parameters, "lr": rate, "weight_decay": 0.0})
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -127,14 +118,10 @@ class TokenMaskedDPOTrainer(DPOTrainer):
             plain=model,
             reference=self._reference_logps,
             batch=dict(inputs),
-            hard=config.mask_hard_eval and not training,
+            is_hard=config.mask_hard_eval and not training,
         )
-        precomputed = self.precompute_ref_logps
-        self.precompute_ref_logps = True  # `masked` puts the reference's log-probs into the batch
-        try:
+        with reference_in_batch(self):  # where `masked` puts it
             result = super()._compute_loss(masked, masked.batch, return_outputs)  # type: ignore[no-untyped-call]
-        finally:
-            self.precompute_ref_logps = precomputed
         loss, outputs = result if return_outputs else (result, None)
         penalty = config.mask_eta * sparsity(masked.mask, masked.masks.tokens.to(masked.mask.device)).mean()
         if config.mask_eta:
@@ -162,18 +149,18 @@ class TokenMaskedDPOTrainer(DPOTrainer):
         masks, soft = masked.masks, masked.masks.soft.detach()
         entropy = torch.special.entr(soft) + torch.special.entr(1 - soft)
         columns = [masks.kept, masked.mask.detach(), entropy, masks.scores.detach(), torch.ones_like(soft)]
-        sums = [torch.where(masks.tokens, each.to(masks.tokens.device).double(), 0.0).sum(1) for each in columns]
-        sides = torch.stack([torch.stack(each.chunk(2)).sum(1) for each in sums]).float()  # [5, 2]
+        sums = [torch.where(masks.tokens, column.to(masks.tokens.device).double(), 0.0).sum(1) for column in columns]
+        sides = torch.stack([torch.stack(column.chunk(2)).sum(1) for column in sums]).float()  # [5, 2]
         flat = torch.cat([sides.flatten(), penalty.to(sides).reshape(1), torch.ones(1).to(sides)])
         total = self.accelerator.gather(flat[None].to(self.accelerator.device)).double().sum(0).tolist()
         kept_w, kept_l, mean_w, mean_l, entropy_w, entropy_l, u_w, u_l, n_w, n_l, paid, ranks = total
-        found = {
+        means = {
             "kept_chosen": (kept_w, n_w), "kept_rejected": (kept_l, n_l), "mean_chosen": (mean_w, n_w),
             "mean_rejected": (mean_l, n_l), "entropy": (entropy_w + entropy_l, n_w + n_l),
             "score": (u_w + u_l, n_w + n_l), "sparsity_loss": (paid, ranks), "k": (self.mask_k, 1.0),
         }  # fmt: skip
         metrics = self._metrics[mode]
-        for name, (value, count) in found.items():
+        for name, (value, count) in means.items():
             if count:
                 metrics[f"mask/{name}"].append(value / count)
         for name, side in zip(("chosen", "rejected"), masked.logps.chunk(2), strict=True):

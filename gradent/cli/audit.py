@@ -1,0 +1,43 @@
+"""`gradent audit`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import typer
+
+from gradent.auditing.api import audit as run_audit
+from gradent.auditing.state.config import LOSS, AuditConfig
+from gradent.cli.console import readable_errors, say
+from gradent.cli.options import options, parameter, read_options, takes
+
+__all__ = ["audit"]
+
+_HYPERPARAMETERS = ("beta", "lam", "alpha", "gamma", "delta", "lambda_w", "lambda_l", "z_ref")
+
+
+@takes([
+    *options(AuditConfig),
+    *(parameter(name, float | None, typer.Option(rich_help_panel=LOSS), None) for name in _HYPERPARAMETERS),
+])  # fmt: skip
+def audit(**values: Any) -> None:
+    """Measure preference pairs: will the loss raise chosen and lower rejected, or drag both the same way?
+
+    Of a finished run, the same pairs are measured at every checkpoint. Stopped at any point, the same command goes on
+    where it was. Exit code 0: all was measured; 2: nothing could be; 3: some checkpoints are left out; 130: stopped.
+    """  # noqa: DOC501
+    with readable_errors():
+        from gradent import losses  # noqa: PLC0415  (imports torch)
+
+        hyperparameters = {name: value for name in _HYPERPARAMETERS if (value := values.pop(name)) is not None}
+        loss = losses.get(values.pop("loss"), **hyperparameters)
+        result = run_audit(**read_options(AuditConfig, values), loss=loss)
+        files = (
+            result.report_path, result.pairs_path, result.sample_path, result.modules_path, result.tokens_path,
+            result.summary_path,
+        )  # fmt: skip
+        paths = [str(path) for path in files if path is not None]
+        say(f"\nWrote {', '.join(paths[:-1])} and {paths[-1]} ({result.summary['seconds']:.1f} s).")
+    if result.summary["left_out"] and os.environ.get("RANK", "0") == "0":  # a launcher kills the others over it
+        raise typer.Exit(3)

@@ -1,0 +1,90 @@
+"""Options of the command line, made from the fields of a command's config."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, fields
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import typer
+
+from gradent.errors import InputError
+from gradent.loading.config import Option
+
+__all__ = ["options", "parameter", "read_options", "takes"]
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def options(config: type, *names: str) -> list[inspect.Parameter]:
+    """Typer's parameters for a config's options (those named, else all): required, its own, then inherited ones."""
+    parameters = []
+    known = _read(config)
+    for name in sorted(
+        names or known, key=lambda name: (known[name][1] is not MISSING, name not in config.__annotations__)
+    ):
+        option, default = known[name]
+        kind: Any = option.kind | None if default is None else option.kind
+        if option.is_argument:
+            declared: Any = typer.Argument(help=option.help)
+        else:
+            flags = [option.flags] if option.flags else []
+            declared = typer.Option(*flags, help=option.help, rich_help_panel=option.panel)
+        if option.flags.startswith("--no-"):
+            name, default = f"no_{name}", not default
+        if default is MISSING:
+            default = inspect.Parameter.empty
+        elif option.kind is str and default is not None:
+            default = str(default)
+        parameters.append(parameter(name, kind, declared, default))
+    return parameters
+
+
+def parameter(name: str, kind: Any, declared: Any, default: Any) -> inspect.Parameter:
+    """One of typer's parameters, by `typer.Option` or `typer.Argument`."""
+    annotation = Annotated[kind, declared]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def takes(parameters: Iterable[inspect.Parameter]) -> Callable[[Command], Command]:
+    """Let typer see these parameters in place of a command's `**values`."""
+
+    def decorate(command: Command) -> Command:
+        command.__signature__ = inspect.Signature([*parameters])  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def read_options(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's options by the names and types of its fields, from what typer read."""
+    known = _read(config)
+    result = {}
+    for name, value in values.items():
+        if name in known and isinstance(known[name][1], int) and isinstance(value, str):
+            value = _read_count(value, f"--{name.replace('_', '-')}")
+        is_negated = name.startswith("no_") and name[3:] in known
+        result[name[3:] if is_negated else name] = not value if is_negated else value
+    return result
+
+
+def _read(config: type) -> dict[str, tuple[Option, Any]]:
+    """Name -> the option and its default, of every field that is an option."""
+    hints = get_type_hints(config, include_extras=True)
+    result = {}
+    for field in fields(config):
+        option = next(iter(getattr(hints[field.name], "__metadata__", ())), None)
+        if isinstance(option, Option):
+            result[field.name] = option, field.default
+    return result
+
+
+def _read_count(text: str, option: str) -> int | None:
+    """A number of pairs, or None for all of them."""
+    if text == "all":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"{option} is {text!r}; accepted: a whole number, or all.") from None

@@ -1,0 +1,80 @@
+"""What one backward of a trainer showed of its pairs.
+
+Letters: k pairs, rows 0..k-1 chosen and k..2k-1 rejected; T tokens of a row, padding left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["BackwardObservation", "mark_completions"]
+
+
+def _no_rows() -> Tensor:
+    return torch.zeros(0, dtype=torch.float64)
+
+
+@dataclass(eq=False)
+class BackwardObservation:
+    """One backward of the trainer, with the one or two forwards below it; everything is on the CPU.
+
+    Attributes:
+        rows: `(ids int64 [T], marks bool [T])` of the 2k rows that are paired.
+        tokens: coefficient of each token, float64 `[T]`, of those rows.
+        c: `∂L/∂log π(y|x)` of those rows, float64 `[2k]`.
+        logps: their log-probs (a reward model's rewards), float64 `[2k]`.
+        is_constant: a row's tokens share one coefficient.
+        has_given_marks: the marks came with the batch.
+        is_reward: the model is a reward model.
+        unpaired: rows that found no partner.
+        entries: parameter number -> `[k, 3]` float64, complete if `no_entries_reason` is None.
+        shared: parameters whose gradient the trainer's backward took from the measurement.
+        no_entries_reason: why there are no entries, or None.
+        unusable_reason: why not even the coefficients can be used, or None.
+    """
+
+    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    tokens: list[Tensor] = field(default_factory=list)
+    c: Tensor = field(default_factory=_no_rows)
+    logps: Tensor = field(default_factory=_no_rows)
+    is_constant: bool = True
+    has_given_marks: bool = True
+    is_reward: bool = False
+    unpaired: int = 0
+    entries: dict[int, Tensor] = field(default_factory=dict)
+    shared: int = 0
+    no_entries_reason: str | None = None
+    unusable_reason: str | None = None
+
+    @property
+    def pairs(self) -> int:
+        """k."""
+        return len(self.c) // 2
+
+
+def mark_completions(observation: BackwardObservation) -> bool:
+    """Where a loss weighs tokens differently, mark completions alone, with `c` their mean; whether it was possible."""
+    # ORPO's likelihood term is over the prompt too, on the chosen side alone. Prompts are shared, so a completion
+    # starts where the later of the two rows starts to be weighed. Where both rows are weighed from their first token on
+    # and begin alike, nothing says where the prompt ends.
+    for pair in range(observation.pairs):
+        numbers = (pair, observation.pairs + pair)
+        sides = [observation.rows[number] for number in numbers]
+        if not all(bool(marks.any()) for _, marks in sides):
+            continue
+        starts = [int(marks.int().argmax()) for _, marks in sides]
+        start = max(starts)
+        if not observation.has_given_marks and start == 1 and torch.equal(sides[0][0][:2], sides[1][0][:2]):
+            return False
+        if starts[0] != starts[1] and torch.equal(sides[0][0][:start], sides[1][0][:start]):
+            for number, (ids, marks) in zip(numbers, sides, strict=True):
+                marks = marks.clone()
+                marks[:start] = False
+                observation.rows[number] = (ids, marks)
+        for number in numbers:
+            marks = observation.rows[number][1]
+            observation.c[number] = observation.tokens[number][marks].mean() if bool(marks.any()) else 0.0
+    return True

@@ -1,0 +1,76 @@
+"""Running a model without leaving a trace: training flags and random state as before, also after an exception."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradent.model.parameters import unwrap_compiled
+
+__all__ = ["is_observed", "observed"]
+
+_OBSERVED: list[nn.Module] = []
+_PADDING_WARNING = "warn_if_padding_and_no_attention_mask"
+
+
+def is_observed(model: nn.Module) -> bool:
+    """Whether a forward or backward pass of gradent's own is running on the model."""
+    inner = unwrap_compiled(model)
+    return any(other is inner for other in _OBSERVED)
+
+
+@contextmanager
+def observed(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
+    """Run the model in eval mode, or in training mode with `dropout`, and restore everything afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    # transformers looks for padding in rows that come without a mask, to warn of it: a look at values, which vmap
+    # cannot take, and a warning that would be wrong: padding on the right of a causal model needs no mask.
+    warners = [
+        (module, {_PADDING_WARNING: vars(module)[_PADDING_WARNING]} if _PADDING_WARNING in vars(module) else {})
+        for module, _ in modes
+        if _lookup(module, _PADDING_WARNING) is not None
+    ]
+    checkpointed = [module for module, _ in modes if _lookup(module, "gradient_checkpointing") is True]
+    # CUDA that was never initialized has no random state to keep.
+    tensors = model.parameters() if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    devices = sorted({p.device.index for p in tensors if p.device.type == "cuda"} - {None})
+    is_cached = torch.is_autocast_cache_enabled()
+    _OBSERVED.append(model)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            if any(training != dropout for _, training in modes):
+                model.train(dropout)
+            if dropout:  # gradient checkpointing, which runs in training mode alone, would hide layers
+                for module in checkpointed:
+                    module.gradient_checkpointing = False  # type: ignore[assignment]
+            for module, _ in warners:
+                setattr(module, _PADDING_WARNING, _no_warning)
+            # A cached cast is one tensor for several uses: the uses could not be told apart in the graph.
+            torch.set_autocast_cache_enabled(False)
+            yield
+    finally:
+        _OBSERVED.remove(model)
+        torch.set_autocast_cache_enabled(is_cached)
+        for module, attributes in warners:
+            vars(module).pop(_PADDING_WARNING, None)
+            vars(module).update(attributes)
+        for module, training in modes:
+            if module.training != training:
+                module.training = training
+        if dropout:
+            for module in checkpointed:
+                module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def _no_warning(*args: object, **kwargs: object) -> None:
+    """Replaces transformers' warning about padding while a model is observed."""
+
+
+def _lookup(module: nn.Module, name: str) -> Any:
+    """An attribute that is no parameter, buffer or module, or None; ten times as fast as `getattr` if absent."""
+    value = vars(module).get(name, getattr(type(module), name, None))
+    return getattr(module, name, None) if isinstance(value, property) else value
