@@ -170,16 +170,14 @@ def _launch_groups(
 ) -> Tensor:
     """Entries `[M]` of rows that lie one after the other in u `[ΣT, O]` and v `[ΣT, I]`, or `tokens` apart."""
     from gradent.kernels.common.tiles import plan_groups  # noqa: PLC0415  (imports Triton)
-    from gradent.kernels.common.triton_operands import Groups, on_device  # noqa: PLC0415
+    from gradent.kernels.common.triton_operands import Groups  # noqa: PLC0415
     from gradent.kernels.gram import triton as gram  # noqa: PLC0415
     from gradent.kernels.outer import triton as outer  # noqa: PLC0415
 
     members = wanted.groups
     groups = Groups(lengths, members) if tokens is None else Groups.padded(tokens, lengths, members)
     if strategy.form == "gram":
-        products = gram.gram_products(u, v, groups)
-    else:
-        wide = torch.float32 if torch.float32 in (u.dtype, v.dtype) else v.dtype
-        plan = plan_groups(wide, u.shape[1], v.shape[1], groups, budget=strategy.scratch)
-        products = outer.outer_products(u, v, groups, weight, plan=plan)
-    return products[on_device(wanted, "kernel_order", products.device)]
+        return gram.gram_products(u, v, groups)
+    wide = torch.float32 if torch.float32 in (u.dtype, v.dtype) else v.dtype
+    plan = plan_groups(wide, u.shape[1], v.shape[1], groups, budget=strategy.scratch)
+    return outer.outer_products(u, v, groups, weight, plan=plan)

@@ -86,19 +86,6 @@ class Wanted:
             right += [other for _, other in couples]
         return torch.tensor(left, dtype=torch.int64), torch.tensor(right, dtype=torch.int64)
 
-    @cached_property
-    def kernel_order(self) -> tuple[int, ...]:
-        """Where each entry lies among the products i ≤ j of every group, row by row, as Triton's kernels give them."""
-        order: list[int] = []
-        start = 0
-        for group in self.groups:
-            size = len(group)
-            firsts = [start + row * size - row * (row - 1) // 2 for row in range(size)]
-            order += firsts
-            order += [firsts[row] + step for row in range(size) for step in range(1, size - row)]
-            start += size * (size + 1) // 2
-        return tuple(order)
-
     def scaled(self, entries: Tensor, factors: Tensor) -> Tensor:
         """Entries `[M]` of rows that are multiplied by `factors` `[N]` float64, on the CPU."""
         padded = torch.cat([factors, factors.new_ones(self.directions)])
