@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from gradent import EntanglementCallback
 from gradent.errors import InputError
-from gradent.hooks.reduction import ledger
+from gradent.hooks.reduction import collector, ledger, merge, reducers
+from gradent.kernels.strategy import Product, Strategy, decide
 from tests.trainer.runs import Gradients, llama, make_trainer, preferences, weights_of
 from tests.trainer.test_identity import traces
 from tests.truth import assert_exact, truth
@@ -146,8 +147,18 @@ def test_piggyback_only_and_a_loss_that_does_not_allow_it(
     assert not callback.records
 
 
+def group_by_group(product: Product, budget: int) -> Strategy:
+    """As large products are reduced."""
+    return decide(replace(product, has_factors=True, is_complete=False), budget)
+
+
+def all_rows_at_once(product: Product, budget: int) -> Strategy:
+    """As products are reduced of which all rows are here, and whose gradients are not small."""
+    return replace(decide(product, budget), reducer="outer") if product.is_complete else group_by_group(product, budget)
+
+
 @pytest.mark.parametrize("failures", [1, 2])
-@pytest.mark.parametrize("reduction", ["reduce_pair", "pairs_together"])
+@pytest.mark.parametrize("reduction", ["reduce_group", "reduce_at_once"])
 def test_memory_that_runs_out_once_costs_nothing(
     failures: int,
     reduction: str,
@@ -156,24 +167,16 @@ def test_memory_that_runs_out_once_costs_nothing(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A reduction is tried again in tiles of half the size, and again."""
-    true, budgets = getattr(ledger, reduction), []
+    """A reduction is tried again in tiles of half the size, and again; all rows at once go group by group then."""
+    module = merge if reduction == "reduce_group" else reducers
+    true, budgets = getattr(module, reduction), []
 
     def scarce(*args: Any, **kwargs: Any) -> Any:
-        """Fails when it reduces: `pairs_together` only returns what does."""
-        reduce = true(*args, **kwargs) if reduction == "pairs_together" else partial(true, *args, **kwargs)
-        if reduce is None:
-            return None
+        budgets.append(kwargs.get("budget"))
+        return out_of_memory() if len(budgets) <= failures else true(*args, **kwargs)
 
-        def run() -> torch.Tensor:
-            budgets.append(kwargs.get("budget"))
-            return out_of_memory() if len(budgets) <= failures else reduce()
-
-        return run if reduction == "pairs_together" else run()
-
-    monkeypatch.setattr(ledger, reduction, scarce)
-    if reduction == "reduce_pair":
-        monkeypatch.setattr(ledger, "pairs_pay", lambda *args, **kwargs: False)
+    monkeypatch.setattr(module, reduction, scarce)
+    monkeypatch.setattr(collector, "decide", group_by_group if reduction == "reduce_group" else all_rows_at_once)
     model = llama()
     callback, seen = EntanglementCallback(every=1, memory_budget=2**20, alert=None), Gradients(model)
     with caplog.at_level(logging.WARNING, "gradent"):
@@ -181,7 +184,8 @@ def test_memory_that_runs_out_once_costs_nothing(
     (record,) = callback.records
     assert record.source == "piggyback" and not caplog.records
     assert_exact(record.gram, truth(seen.models[0], record.batch, dtype=torch.float64), record.batch, 1e-5)
-    if reduction == "reduce_pair":
+    assert len(budgets) > failures
+    if reduction == "reduce_group":
         assert budgets[: failures + 1] == [2**20 >> number for number in range(failures + 1)]
 
 
@@ -201,7 +205,7 @@ def test_memory_that_stays_out_costs_the_step(
         return out_of_memory() if step[0] == 2 else slot(*args)
 
     monkeypatch.setattr(ledger.Ledger, "_slot", scarce)
-    monkeypatch.setattr(ledger, "pairs_pay", lambda *args, **kwargs: False)
+    monkeypatch.setattr(collector, "decide", group_by_group)
     measured: list[int] = []
     monkeypatch.setattr("gradent.recorder.measure", lambda *args, **kwargs: measured.append(1))
     callback = EntanglementCallback(every=1, alert=None)
