@@ -14,9 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from gradent import EntanglementCallback
 from gradent.errors import InputError
-from gradent.hooks.reduction import ledger, merge, reducers
+from gradent.hooks.reduction import collector, ledger, merge, reducers
 from gradent.kernels.strategy import Product, Strategy, decide
-from tests.hooks.test_padding import pair_by_pair
 from tests.trainer.runs import Gradients, llama, make_trainer, preferences, weights_of
 from tests.trainer.test_identity import traces
 from tests.truth import assert_exact, truth
@@ -32,12 +31,6 @@ def out_of_order(*args: Any, **kwargs: Any) -> Any:
 
 def out_of_memory(*args: Any, **kwargs: Any) -> Any:
     raise torch.OutOfMemoryError("tried to allocate more than there is")
-
-
-def all_at_once(product: Product, budget: int) -> Strategy:
-    """Reduce small matrices at once too, instead of letting them wait for others."""
-    strategy = decide(product, budget)
-    return replace(strategy, reducer="outer") if product.is_complete and strategy.reducer == "queue" else strategy
 
 
 FAULTS: dict[str, tuple[str, Fault, dict[str, Any]]] = {
@@ -154,6 +147,16 @@ def test_piggyback_only_and_a_loss_that_does_not_allow_it(
     assert not callback.records
 
 
+def group_by_group(product: Product, budget: int) -> Strategy:
+    """As large products are reduced."""
+    return decide(replace(product, has_factors=True, is_complete=False), budget)
+
+
+def all_rows_at_once(product: Product, budget: int) -> Strategy:
+    """As products are reduced of which all rows are here, and whose gradients are not small."""
+    return replace(decide(product, budget), reducer="outer") if product.is_complete else group_by_group(product, budget)
+
+
 @pytest.mark.parametrize("failures", [1, 2])
 @pytest.mark.parametrize("reduction", ["reduce_group", "reduce_at_once"])
 def test_memory_that_runs_out_once_costs_nothing(
@@ -164,19 +167,16 @@ def test_memory_that_runs_out_once_costs_nothing(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """A reduction is tried again in tiles of half the size, and again; one of all pairs at once goes pair by pair."""
+    """A reduction is tried again in tiles of half the size, and again; all rows at once go group by group then."""
     module = merge if reduction == "reduce_group" else reducers
-    reduce, budgets = getattr(module, reduction), []
+    true, budgets = getattr(module, reduction), []
 
     def scarce(*args: Any, **kwargs: Any) -> Any:
         budgets.append(kwargs.get("budget"))
-        return out_of_memory() if len(budgets) <= failures else reduce(*args, **kwargs)
+        return out_of_memory() if len(budgets) <= failures else true(*args, **kwargs)
 
     monkeypatch.setattr(module, reduction, scarce)
-    if reduction == "reduce_group":
-        pair_by_pair(monkeypatch)
-    else:
-        monkeypatch.setattr("gradent.hooks.reduction.collector.decide", all_at_once)
+    monkeypatch.setattr(collector, "decide", group_by_group if reduction == "reduce_group" else all_rows_at_once)
     model = llama()
     callback, seen = EntanglementCallback(every=1, memory_budget=2**20, alert=None), Gradients(model)
     with caplog.at_level(logging.WARNING, "gradent"):
@@ -205,7 +205,7 @@ def test_memory_that_stays_out_costs_the_step(
         return out_of_memory() if step[0] == 2 else slot(*args)
 
     monkeypatch.setattr(ledger.Ledger, "_slot", scarce)
-    pair_by_pair(monkeypatch)
+    monkeypatch.setattr(collector, "decide", group_by_group)
     measured: list[int] = []
     monkeypatch.setattr("gradent.recorder.measure", lambda *args, **kwargs: measured.append(1))
     callback = EntanglementCallback(every=1, alert=None)
