@@ -109,7 +109,8 @@ def _together(
 def _groups(places: Sequence[int], wanted: Wanted) -> Groups:
     at = {place: row for row, place in enumerate(places) if place >= 0}
     alone = [row for row, place in enumerate(places) if place < 0]
-    return [*([at.get(place) for place in group] for group in wanted.groups), *([row] for row in alone)]
+    groups: list[list[int | None]] = [[at.get(place) for place in group] for group in wanted.groups]
+    return groups + [[row] for row in alone]
 
 
 def _powers(factors: Sequence[float]) -> list[float]:

@@ -11,6 +11,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.reduction.weight_grad_reuse import give
@@ -22,7 +23,7 @@ from gradent.kernels.dispatch import reduce_at_once
 from gradent.kernels.strategy import Reducer, Strategy
 from gradent.kernels.with_weight_grad import reduce_with_sum
 
-__all__ = ["REDUCERS", "Arrival", "Place", "add_gradients"]
+__all__ = ["REDUCERS", "Arrival", "Place", "add_gradients", "keep"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Arrival:
     grad_output: Tensor
     place: Place
     factors: Sequence[float] | None = None
-    node: object = None
+    node: Node | None = None
 
     @cached_property
     def product(self) -> tuple[Tensor, Tensor]:
@@ -72,15 +73,14 @@ def _at_once(ledger: Ledger, arrival: Arrival, strategy: Strategy) -> bool:
     """Reduce a parameter of which this is all there is; False where memory ran out or a kernel failed."""
     param = arrival.use.view.param
     root, directions = ledger.metric(param, ())
-    options = {"weight": root, "directions": directions}
     lengths = arrival.ends if strategy.backend == "triton" else None
     try:
-        product = arrival.scaled_product()
-        entries = reduce_at_once(strategy, *product, ledger.wanted, lengths=lengths, **options)  # type: ignore[arg-type]
+        u, v = arrival.scaled_product()
+        entries = reduce_at_once(strategy, u, v, ledger.wanted, lengths=lengths, weight=root, directions=directions)
     except torch.OutOfMemoryError:
         entries = None
     if entries is None:
-        return _keep(ledger, arrival, strategy)
+        return keep(ledger, arrival)
     ledger.entries[param] = entries
     return True
 
@@ -91,7 +91,7 @@ def _materialize(ledger: Ledger, arrival: Arrival, strategy: Strategy) -> bool:
     return False
 
 
-def _keep(ledger: Ledger, arrival: Arrival, strategy: Strategy | None = None) -> bool:
+def keep(ledger: Ledger, arrival: Arrival, _: Strategy | None = None) -> bool:
     """Hold every row's gradient in the format in which it comes, until the parameter is complete."""
     use, place, factors = arrival.use, arrival.place, arrival.factors
     for index, slot, form in use.forms(arrival.grad_output, place.layout, ledger.budget):
@@ -127,7 +127,7 @@ REDUCERS: dict[Reducer, Callable[[Ledger, Arrival, Strategy], bool]] = {
     "outer": _at_once,
     "materialize": _materialize,
     "queue": _materialize,
-    "group_by_group": _keep,
+    "group_by_group": keep,
     "weight_grad_reuse": _reuse,
 }
 """What each strategy does with an arrival; True where the parameter's entries are there, False where they wait."""
