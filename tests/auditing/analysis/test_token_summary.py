@@ -144,7 +144,7 @@ def test_tokens_are_ranked_over_all_pairs_as_parts_of_the_cosine() -> None:
     assert found["disentangling"] == [
         {"token": "a", "count": 2, "identical": 2, "sum": pytest.approx(-0.9), "mean": pytest.approx(-0.45)}
     ]
-    assert [row["token"] for row in ranked(rows, {0: 2.0, 1: 100.0}, kept=2)["entangling"]] == ["the", "b"]
+    assert [row["token"] for row in ranked(rows, {0: 2.0, 1: 100.0}, most=2)["entangling"]] == ["the", "b"]
 
 
 def test_where_hardly_any_token_recurs_all_are_ranked() -> None:
