@@ -104,8 +104,7 @@ def reduce_rows(
     for attempted in (product, replace(product, has_kernels=False)):
         strategy = decide(attempted, budget)
         if strategy.reducer != "group_by_group":
-            options = {"weight": weight, "directions": directions}
-            entries = reduce_at_once(strategy, u, v, wanted, lengths=lengths, **options)  # type: ignore[arg-type]
+            entries = reduce_at_once(strategy, u, v, wanted, lengths=lengths, weight=weight, directions=directions)
             if entries is not None:
                 return entries
     groups = [[(u[row, : ends[row]], v[row, : ends[row]]) for row in group] for group in wanted.groups]
@@ -150,7 +149,9 @@ def _by_kernel(
     return _launch_groups(strategy, u, v, ends, tokens, wanted, weight)
 
 
-def _launch_pairs(strategy: Strategy, sides: tuple[Tensor, ...], spans: Spans, weight: Tensor | None) -> Tensor:
+def _launch_pairs(
+    strategy: Strategy, sides: tuple[Tensor, Tensor, Tensor, Tensor], spans: Spans, weight: Tensor | None
+) -> Tensor:
     from gradent.kernels.gram import triton as gram  # noqa: PLC0415  (imports Triton)
     from gradent.kernels.outer import triton as outer  # noqa: PLC0415  (imports Triton)
 

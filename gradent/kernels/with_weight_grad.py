@@ -28,7 +28,7 @@ __all__ = ["reduce_with_sum"]
 TILE = 2**22
 """Bytes of one group's tiles at most: near enough to the caches, and long enough for a product to run at speed."""
 
-Groups = list[list[int | None]]
+Groups = Sequence[Sequence[int | None]]
 """Rows of the forward in each group, None for one that is not here; then each row that is in no group."""
 
 
@@ -109,7 +109,8 @@ def _together(
 def _groups(places: Sequence[int], wanted: Wanted) -> Groups:
     at = {place: row for row, place in enumerate(places) if place >= 0}
     alone = [row for row, place in enumerate(places) if place < 0]
-    return [*([at.get(place) for place in group] for group in wanted.groups), *([row] for row in alone)]
+    groups: list[list[int | None]] = [[at.get(place) for place in group] for group in wanted.groups]
+    return groups + [[row] for row in alone]
 
 
 def _powers(factors: Sequence[float]) -> list[float]:

@@ -87,7 +87,8 @@ class Ledger:
 
     def metric(self, param: int, slot: Slot) -> tuple[Tensor | None, Tensor | None]:
         """What multiplies a slot's gradients, and the directions `[D, *shape of the slot]`; None for none."""
-        directions = None if self._directions is None else self._directions(param)[(slice(None), *slot)]
+        index: tuple[Any, ...] = (slice(None), *slot)
+        directions = None if self._directions is None else self._directions(param)[index]
         return None if self._weight is None else self._weight(param)[slot], directions
 
     def holds(self, param: int) -> bool:
@@ -221,12 +222,12 @@ class Ledger:
                 continue
             seen = [form.ids for side in sides for form in side if isinstance(form, SparseRows)]
             ids = torch.unique(torch.cat([*map(lookups, group), *seen]))
-            kept = [[self._patiently(self._kept, head, ids) for head in side] for side in heads]
+            kept: list[list[Form]] = [[self._patiently(self._kept, head, ids) for head in side] for side in heads]
             touched = self._patiently(self._slot, param, (), kept)
             ahead.append(self._patiently(self._slot, param, (), heads) - touched)
-            for row, side in zip(group, kept, strict=True):
-                for form in side:
-                    self.add(param, row, (), form)
+            for row, parts in zip(group, kept, strict=True):
+                for part in parts:
+                    self.add(param, row, (), part)
         self._ahead[param] = self._joined(ahead)
 
     def _kept(self, head: Factored, ids: Tensor) -> SparseRows:

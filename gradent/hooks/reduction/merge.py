@@ -26,7 +26,7 @@ def merge_forms(forms: Sequence[Form]) -> list[Solid]:
     """The sum of one row's formats in as few as can be: at most one `Factored` and one `Materialized`, all lookups."""
     solid = [form.make() if isinstance(form, LazyFactored) else form for form in forms]
     factored = [form for form in solid if isinstance(form, Factored)]
-    merged: list[Solid] = factored[:1]
+    merged: list[Solid] = [*factored[:1]]
     if len(factored) > 1:
         merged = [Factored(torch.cat([form.u for form in factored]), torch.cat([form.v for form in factored]))]
     merged += [form for form in solid if isinstance(form, SparseRows)]
