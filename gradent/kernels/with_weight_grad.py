@@ -28,7 +28,7 @@ __all__ = ["reduce_with_sum"]
 TILE = 2**22
 """Bytes of one group's tiles at most: near enough to the caches, and long enough for a product to run at speed."""
 
-Groups = list[list[int | None]]
+Groups = Sequence[Sequence[int | None]]
 """Rows of the forward in each group, None for one that is not here; then each row that is in no group."""
 
 

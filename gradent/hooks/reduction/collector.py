@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradent.hooks.capture.capture import Tap
 from gradent.hooks.reduction.ledger import Ledger
-from gradent.hooks.reduction.reducers import REDUCERS, Arrival, Place, add_gradients, keep
+from gradent.hooks.reduction.reducers import REDUCERS, Arrival, Place, add_gradients, keep_formats
 from gradent.hooks.reduction.weight_grad_reuse import takes_gradient
 from gradent.hooks.uses.formats import bytes_scaled, scaled_gradients
 from gradent.hooks.uses.uses import LookupUse, MatrixUse, SumUse
@@ -62,7 +62,7 @@ class Collector:
             if REDUCERS[strategy.reducer](self.ledger, arrival, strategy):
                 return
         else:
-            keep(self.ledger, arrival)
+            keep_formats(self.ledger, arrival)
         if not waiting:
             self.ledger.finish(param)
         elif all(isinstance(other.use, LookupUse) for other in waiting) and not isinstance(use, LookupUse):

@@ -87,7 +87,8 @@ class Ledger:
 
     def metric(self, param: int, slot: Slot) -> tuple[Tensor | None, Tensor | None]:
         """What multiplies a slot's gradients, and the directions `[D, *shape of the slot]`; None for none."""
-        directions = None if self._directions is None else self._directions(param)[(slice(None),) + slot]
+        index: tuple[Any, ...] = (slice(None), *slot)
+        directions = None if self._directions is None else self._directions(param)[index]
         return None if self._weight is None else self._weight(param)[slot], directions
 
     def holds(self, param: int) -> bool:
@@ -224,9 +225,9 @@ class Ledger:
             kept: list[list[Form]] = [[self._patiently(self._kept, head, ids) for head in side] for side in heads]
             touched = self._patiently(self._slot, param, (), kept)
             ahead.append(self._patiently(self._slot, param, (), heads) - touched)
-            for row, rest in zip(group, kept, strict=True):
-                for left in rest:
-                    self.add(param, row, (), left)
+            for row, parts in zip(group, kept, strict=True):
+                for part in parts:
+                    self.add(param, row, (), part)
         self._ahead[param] = self._joined(ahead)
 
     def _kept(self, head: Factored, ids: Tensor) -> SparseRows:

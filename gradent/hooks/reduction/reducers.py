@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.reduction.weight_grad_reuse import give
@@ -23,7 +23,7 @@ from gradent.kernels.dispatch import reduce_at_once
 from gradent.kernels.strategy import Reducer, Strategy
 from gradent.kernels.with_weight_grad import reduce_with_sum
 
-__all__ = ["REDUCERS", "Arrival", "Place", "add_gradients", "keep"]
+__all__ = ["REDUCERS", "Arrival", "Place", "add_gradients", "keep_formats"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Arrival:
     grad_output: Tensor
     place: Place
     factors: Sequence[float] | None = None
-    node: Node | None = None
+    node: Any = None
 
     @cached_property
     def product(self) -> tuple[Tensor, Tensor]:
@@ -80,7 +80,7 @@ def _at_once(ledger: Ledger, arrival: Arrival, strategy: Strategy) -> bool:
     except torch.OutOfMemoryError:
         entries = None
     if entries is None:
-        return keep(ledger, arrival)
+        return keep_formats(ledger, arrival, strategy)
     ledger.entries[param] = entries
     return True
 
@@ -91,7 +91,7 @@ def _materialize(ledger: Ledger, arrival: Arrival, strategy: Strategy) -> bool:
     return False
 
 
-def keep(ledger: Ledger, arrival: Arrival, _: Strategy | None = None) -> bool:
+def keep_formats(ledger: Ledger, arrival: Arrival, strategy: Strategy | None = None) -> bool:
     """Hold every row's gradient in the format in which it comes, until the parameter is complete."""
     use, place, factors = arrival.use, arrival.place, arrival.factors
     for index, slot, form in use.forms(arrival.grad_output, place.layout, ledger.budget):
@@ -127,7 +127,7 @@ REDUCERS: dict[Reducer, Callable[[Ledger, Arrival, Strategy], bool]] = {
     "outer": _at_once,
     "materialize": _materialize,
     "queue": _materialize,
-    "group_by_group": keep,
+    "group_by_group": keep_formats,
     "weight_grad_reuse": _reuse,
 }
 """What each strategy does with an arrival; True where the parameter's entries are there, False where they wait."""
