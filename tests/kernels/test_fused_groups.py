@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from gradent.errors import InputError
+from gradent.kernels import dispatch
 from gradent.kernels.common import tiles
 from gradent.kernels.common.tiles import gram_bytes, group_configs, plan_groups
 from gradent.kernels.common.triton_operands import Groups, blank, on_device
+from gradent.kernels.common.wanted import Wanted
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -193,6 +195,21 @@ def test_what_is_refused() -> None:
         gram_products(u, v, Groups([len(u) + 1], [[0]]))
     with pytest.raises(InputError, match=r"weight is \[19, 45\]"):
         by_outer(u, v, grouped(PARTITIONS["all"]), torch.ones(45, 19))
+
+
+@pytest.mark.parametrize("tokens", [6, 40], ids=["gram", "outer"])
+@pytest.mark.parametrize("wanted", [Wanted.sizes([3, 2, 1, 2]), Wanted.all(8), Wanted.sizes([4, 4])], ids=str)
+def test_dispatch_gives_the_entries_that_are_wanted(
+    wanted: Wanted, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADENT_KERNELS", "triton")
+    generator = torch.Generator().manual_seed(0)
+    u, v = (torch.randn(8, tokens, width, generator=generator) for width in (20, 40))
+    lengths = [tokens, 3, 0, 5, tokens, 1, 2, 4]
+    got = dispatch.reduce_rows(u, v, wanted, budget=BUDGET, lengths=lengths)
+    gradients = torch.stack([a[:n].double().T @ b[:n].double() for a, b, n in zip(u, v, lengths, strict=True)])
+    want = torch.stack([(gradients[i] * gradients[j]).sum() for i, j in zip(*wanted.places, strict=True)])
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6 * float(want.max()))
 
 
 def test_tiles_are_picked_without_triton() -> None:
