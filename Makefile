@@ -60,8 +60,8 @@ test-trainer: $(STAMP) ## Run the nightly tests of the trainers: torch.compile, 
 
 test-oldest: $(OLDEST_STAMP) ## Run a part of the tests with TRL 0.24 and transformers 4.57.
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.proven record oldest -- $(OLDEST)/bin/python -m pytest -n auto --maxprocesses $(JOBS) \
-		-p no:cacheprovider tests/trainer/test_any_release.py tests/test_measure.py tests/test_model.py \
-		tests/test_pairs.py tests/test_verdict.py
+		-p no:cacheprovider tests/trainer/test_any_release.py tests/test_measure.py tests/model/test_calls.py \
+		tests/pairs/test_batch.py tests/theory/test_conditions.py
 
 $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

@@ -36,12 +36,12 @@ PATIENCE = 120
 TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "conditions": (
         ("gradent/verdict.py", "gradent/theory/conditions.py"),
-        ("tests/test_verdict.py", "tests/test_designs.py"),
+        ("tests/theory/test_conditions.py", "tests/losses/test_designs.py"),
     ),
-    "losses": (("gradent/losses/*.py",), ("tests/test_losses.py", "tests/test_designs.py")),
+    "losses": (("gradent/losses/*.py",), ("tests/losses/test_losses.py", "tests/losses/test_designs.py")),
     "coefficients": (
         ("gradent/hooks/readout.py", "gradent/hooks/piggyback/coefficients.py"),
-        ("tests/hooks/test_readout.py", "tests/hooks/test_piggyback.py"),
+        ("tests/hooks/piggyback/test_coefficients.py", "tests/hooks/piggyback/test_watcher.py"),
     ),
     "decide": (("gradent/hooks/reduction/strategy.py",), ("tests/hooks/test_strategy.py",)),
 }

@@ -18,7 +18,7 @@ from rich.console import Console
 from tests.zoo import MEASURABLE, build
 from tests.zoo_prints import COMMITTED, facts, fingerprint, print_of
 
-TRUTHS = ("tests/test_zoo.py", "tests/test_tokens.py", "tests/test_effects.py")
+TRUTHS = ("tests/test_zoo.py", "tests/tokens/test_matrix.py", "tests/tokens/test_effects.py")
 
 
 class _Only:

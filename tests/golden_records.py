@@ -30,9 +30,9 @@ from gradent.record import (
     write_tokens,
 )
 from gradent.report import write_audit_report
-from tests.audit.made import write_jsonl
-from tests.audit.runs import write_state
-from tests.audit.trained import make_base, word_pairs
+from tests.auditing.made import write_jsonl
+from tests.auditing.runs import write_state
+from tests.auditing.trained import make_base, word_pairs
 
 GOLDEN = Path(__file__).with_name("golden")
 RECORDS, PAGE = GOLDEN / "audit", GOLDEN / "page.txt"

@@ -6,7 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
-from tests.audit.trained import train_run
+from tests.auditing.trained import train_run
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -22,7 +22,7 @@ from gradent.auditing.measuring import tokens as token_scan
 from gradent.errors import GradentWarning, InputError, NonFiniteError
 from gradent.measurement import sequence_logps
 from gradent.record import CASE_NAMES, PAIR_COLUMNS, read_pairs, read_summary, read_tokens
-from tests.audit.made import FORMATS, PAIRS, save_lora, write_jsonl
+from tests.auditing.made import FORMATS, PAIRS, save_lora, write_jsonl
 
 
 def run(model: Path, rows: list[Any] = PAIRS, **options: Any) -> AuditResult:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from gradent.record import read_modules, read_pairs, read_tokens
-from tests.audit import rank_audit
-from tests.audit.trained import train_run
+from tests.auditing import rank_audit
+from tests.auditing.trained import train_run
 from tests.processes import launch
 
 

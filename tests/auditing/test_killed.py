@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests import processes
-from tests.audit.trained import Trained, train_run
+from tests.auditing.trained import Trained, train_run
 
 KILLS = 10
 FILES = ("pairs.parquet", "sample.parquet", "modules.parquet", "tokens.parquet")

@@ -20,7 +20,7 @@ from gradent.record.masks import MASK_COLUMNS, read_masks, write_masks
 from gradent.report import write_token_report
 from gradent.text import token_texts
 from gradent.tokens.effects import token_effects
-from tests.audit.made import FORMATS, KINDS, PAIRS, save_lora, write_jsonl
+from tests.auditing.made import FORMATS, KINDS, PAIRS, save_lora, write_jsonl
 
 FILES = {"tokens.json", "tokens.png", "tokens.html"}
 

@@ -17,7 +17,7 @@ from gradent.auditing.measuring import sweep
 from gradent.errors import GradentWarning, InputError, ModelError
 from gradent.measurement import sequence_logps
 from gradent.record import read_modules, read_pairs, read_sample, read_summary
-from tests.audit.trained import Trained, train_run, word_pairs
+from tests.auditing.trained import Trained, train_run, word_pairs
 
 ROWS = 16
 

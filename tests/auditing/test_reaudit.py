@@ -15,8 +15,8 @@ from gradent.auditing.measuring import sweep
 from gradent.auditing.state.journal import JournalError
 from gradent.errors import GradentError, InputError, ModelError
 from gradent.record import json_lines, read_pairs, read_summary, read_tokens
-from tests.audit.made import said, write_jsonl
-from tests.audit.trained import Trained, train_run
+from tests.auditing.made import said, write_jsonl
+from tests.auditing.trained import Trained, train_run
 
 ROWS = 16
 TEMPLATE = "{% for m in messages %} {{ m['content'] }}{% endfor %}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gradent import audit
-from tests.audit.trained import Trained, train_run
+from tests.auditing.trained import Trained, train_run
 from tests.report.browser import document, listening, needs_chromium
 
 

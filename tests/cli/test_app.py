@@ -22,7 +22,7 @@ from gradent.errors import GradentError
 from gradent.loading import prepare
 from gradent.record import read_pairs, read_summary
 from gradent.version import __version__
-from tests.audit.made import FORMATS, KINDS, PAIRS, save_lora, write_jsonl
+from tests.auditing.made import FORMATS, KINDS, PAIRS, save_lora, write_jsonl
 
 TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from gradent.cli.app import app
 from gradent.record import read_summary
-from tests.audit.trained import train_run
+from tests.auditing.trained import train_run
 
 
 @pytest.fixture(scope="module")

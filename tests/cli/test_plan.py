@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from gradent.cli.app import app
 from gradent.kernels.common.budget import parse_budget
-from tests.audit.made import save_lora
+from tests.auditing.made import save_lora
 from tests.zoo import build
 
 

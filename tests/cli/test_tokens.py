@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from gradent.cli.app import app
 from gradent.record import read_token_record
-from tests.audit.made import PAIRS, save_lora, write_jsonl
+from tests.auditing.made import PAIRS, save_lora, write_jsonl
 
 
 @pytest.fixture(autouse=True)

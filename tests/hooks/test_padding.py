@@ -14,7 +14,7 @@ from gradent.kernels.dispatch import reduce_group
 from gradent.kernels.strategy import Product, Strategy, decide
 from gradent.model.parameters import trainable
 from tests.batches import ragged
-from tests.hooks.watching import WAYS, error, set_up, watch
+from tests.hooks.piggyback.watching import WAYS, error, set_up, watch
 from tests.trainer_steps import through_logits
 
 

@@ -18,7 +18,7 @@ from gradent.model.parameters import trainable
 from gradent.pairs.batch import PairBatch
 from tests.adapters import adapt, lora
 from tests.batches import ragged, square
-from tests.hooks.watching import error, prepare, watch
+from tests.hooks.piggyback.watching import error, prepare, watch
 from tests.odd_models import build_odd
 from tests.trainer_steps import dpo, labels_of, through_logits
 from tests.truth import truth

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.audit.runs import make_full, make_run
+from tests.auditing.runs import make_full, make_run
 
 
 @pytest.fixture

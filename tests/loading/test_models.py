@@ -25,7 +25,7 @@ from transformers import (
 from gradent.errors import DataFileError, InputError, ModelError, NotCausalError
 from gradent.loading.models import check_vocabulary, load_config, load_model, load_tokenizer
 from gradent.loading.source import ModelSource, read_step, resolve_source
-from tests.audit.made import save_lora
+from tests.auditing.made import save_lora
 
 TINY = {"vocab_size": 259, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 

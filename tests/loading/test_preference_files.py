@@ -12,7 +12,7 @@ import pytest
 
 from gradent.errors import DataFileError
 from gradent.loading.preference_files import read_rows
-from tests.audit.made import FORMATS, KINDS, PAIRS, write_jsonl
+from tests.auditing.made import FORMATS, KINDS, PAIRS, write_jsonl
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from gradent import PairBatch
 from gradent.errors import DataFileError, InputError
 from gradent.loading.preference_files import Row
 from gradent.loading.preferences import AuditPair, PairSet, prepare_pairs
-from tests.audit.made import FORMATS, PAIRS, said
+from tests.auditing.made import FORMATS, PAIRS, said
 
 SETTINGS = {"report_to": "none", "bf16": False, "use_cpu": True, "gradient_checkpointing": False, "disable_tqdm": True}
 

@@ -12,7 +12,7 @@ from gradent.errors import DataFileError, InputError, ModelError
 from gradent.loading import prepare as module
 from gradent.loading.config import LoadConfig
 from gradent.loading.prepare import Prepared, prepare
-from tests.audit.made import FORMATS, PAIRS, write_jsonl
+from tests.auditing.made import FORMATS, PAIRS, write_jsonl
 
 DEFAULTS: dict[str, Any] = {
     "adapter": None,

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from gradent.errors import ModelError
 from gradent.loading.runs.discover import choose, find_run
 from gradent.loading.weight_files import check_weights, kind_of
-from tests.audit.runs import TENSORS, make_full, make_run, problem, write_json
+from tests.auditing.runs import TENSORS, make_full, make_run, problem, write_json
 
 INDEX = "model.safetensors.index.json"
 

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from gradent.recorder import attach
 from tests.adapters import lora_everywhere
 from tests.batches import ragged
-from tests.hooks.test_piggyback import prepare
+from tests.hooks.piggyback.test_watcher import prepare
 from tests.trainer.rank_ddp import leave
 from tests.trainer_steps import through_fused_head, through_logits, with_fused_head
 from tests.truth import scaled_error, truth

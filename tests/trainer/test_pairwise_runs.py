@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from gradent import EntanglementCallback
 from gradent.measurement import sequence_logps
 from gradent.pairs.batch import PairBatch
-from tests.audit.trained import make_base
+from tests.auditing.trained import make_base
 from tests.processes import launch
 from tests.trainer import rank_pairwise
 from tests.trainer.runs import data_for, llama, weights_of, with_lora

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradent.auditing.analysis.dynamics import FEWEST_POINTS, dynamics, logged_onset, measured_onset, smooth
-from tests.audit.measured import columns_of, drawn, has_no_nan, stacked
+from tests.auditing.measured import columns_of, drawn, has_no_nan, stacked
 
 KEYS = {
     "from", "to", "pairs", "chosen_change", "rejected_change", "chosen_predicted", "rejected_predicted", "step_size",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gradent.auditing.analysis.properties import pair_properties, rank_correlation, summarize_properties
 from gradent.record import SAMPLE_COLUMNS
-from tests.audit.measured import columns_of, drawn, has_no_nan
+from tests.auditing.measured import columns_of, drawn, has_no_nan
 
 NAMES = {
     "edit_distance", "shared_prefix", "shared_suffix", "length_ratio", "length", "chosen_logp", "rejected_logp",

@@ -17,7 +17,7 @@ from gradent.auditing.analysis.what_if import what_if
 from gradent.auditing.measuring.tokens import token_rows
 from gradent.report.audit.losses import loss_table
 from gradent.tokens.gram import TokenGram
-from tests.audit.measured import columns_of, has_no_nan
+from tests.auditing.measured import columns_of, has_no_nan
 
 RESPONSES = {4: ([7, 1, 2, 3], [8, 1, 2, 3]), 9: ([5, 6], [5, 6, 7]), 2: ([1, 2], [1, 2])}
 

@@ -17,7 +17,7 @@ from gradent.auditing.analysis.recommendation import CLEARLY, recommend, standar
 from gradent.auditing.analysis.what_if import what_if
 from gradent.losses import LOSSES
 from gradent.theory.conditions import verdict
-from tests.audit.measured import columns_of, drawn, gram_of, has_no_nan, references_of, stacked
+from tests.auditing.measured import columns_of, drawn, gram_of, has_no_nan, references_of, stacked
 
 SEEDS = st.integers(0, 2**32 - 1)
 KEYS = {

@@ -29,7 +29,7 @@ from gradent.auditing.pipeline import check
 from gradent.auditing.state.config import AuditConfig
 from gradent.errors import GradentError, InputError, NonFiniteError, NothingTrainableError
 from gradent.measurement import sequence_logps
-from tests.audit.made import logp, tokenized
+from tests.auditing.made import logp, tokenized
 
 ENTRIES = ("chosen_sq", "rejected_sq", "inner", "chosen_logp", "rejected_logp", "chosen_len", "rejected_len")
 

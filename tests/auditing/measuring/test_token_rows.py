@@ -32,7 +32,7 @@ from gradent.loading.preferences import AuditPair
 from gradent.loading.source import ModelSource
 from gradent.record import TOKEN_COLUMNS
 from gradent.tokens.gram import TokenGram, match_tokens
-from tests.audit.made import tokenized
+from tests.auditing.made import tokenized
 
 PAIRS = [
     tokenized(7, [1, 30, 31], [40, 41], [42]),

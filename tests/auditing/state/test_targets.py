@@ -17,7 +17,7 @@ from gradent.auditing.state.config import AuditConfig
 from gradent.auditing.state.targets import find_targets
 from gradent.errors import InputError, ModelError
 from gradent.record import read_pairs
-from tests.audit.made import PAIRS, logp, save_lora, write_jsonl
+from tests.auditing.made import PAIRS, logp, save_lora, write_jsonl
 
 
 def run(model: Path, **options: Any) -> AuditResult:

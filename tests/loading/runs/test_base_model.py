@@ -8,7 +8,7 @@ import pytest
 
 from gradent.errors import InputError
 from gradent.loading.runs.discover import choose, find_run
-from tests.audit.runs import make_adapter, make_full, make_run, problem, write_json
+from tests.auditing.runs import make_adapter, make_full, make_run, problem, write_json
 
 
 def test_an_explicit_base_wins(adapters, base, tmp_path) -> None:

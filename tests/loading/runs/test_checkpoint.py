@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gradent.loading.runs.discover import find_run
-from tests.audit.runs import make_run, problem, write_state
+from tests.auditing.runs import make_run, problem, write_state
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from gradent.loading.models import load_model
 from gradent.loading.runs.checkpoint import Checkpoint
 from gradent.loading.runs.discover import choose, find_run, is_run
 from gradent.loading.source import resolve_source
-from tests.audit.runs import TENSORS, make_adapter, make_run, problem, write_json, write_state
-from tests.audit.trained import Trained, train_run
+from tests.auditing.runs import TENSORS, make_adapter, make_run, problem, write_json, write_state
+from tests.auditing.trained import Trained, train_run
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from gradent import EntanglementCallback
 from gradent.errors import DataFileError
 from gradent.loading.runs.discover import find_run
 from gradent.loading.runs.trainer_log import read_history
-from tests.audit.trained import Trained, train_run
+from tests.auditing.trained import Trained, train_run
 
 TRL = {"loss", "learning_rate", "logps/chosen", "logps/rejected"} | {
     f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from tests.audit.made import write_jsonl
+from tests.auditing.made import write_jsonl
 from tests.shared import folder_once
 
 WORDS = "the film soup book was felt truly quite a quiet joy loud bore warm cold dull bright good bad . !".split()

@@ -28,7 +28,7 @@ from tests.adapters import build_adapted
 from tests.batches import left_padded, ragged
 from tests.odd_models import build_odd
 from tests.odd_skeleton import WIDTH, Skeleton, normal
-from tests.token_models import TOKEN_MODELS
+from tests.tokens.token_models import TOKEN_MODELS
 from tests.truth import TOLERANCE, token_gradients, untouched
 from tests.zoo import build
 from tests.zoo_prints import zoo

@@ -19,7 +19,7 @@ from gradent.pairs.batch import PairBatch
 from tests.adapters import build_adapted, lora_everywhere
 from tests.batches import ragged
 from tests.covering import cross
-from tests.hooks.watching import CHECKPOINTING, WAYS, error, prepare, set_up, watch
+from tests.hooks.piggyback.watching import CHECKPOINTING, WAYS, error, prepare, set_up, watch
 from tests.trainer_steps import dpo, through_logits
 from tests.truth import TOLERANCE, Truth, truth
 from tests.zoo import build

@@ -179,7 +179,7 @@ def test_pyplot_is_left_alone() -> None:
         "print('matplotlib.pyplot' in sys.modules, dict.__getitem__(matplotlib.rcParams, 'backend'))"
     )
     run = [sys.executable, "-c", source]
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(run, cwd=root, capture_output=True, text=True, check=False, env={"MPLBACKEND": "svg"})
     assert done.stdout.split() == ["False", "svg"], done.stderr
 

@@ -25,7 +25,7 @@ from gradent.tokens.row_pass import NoSharedBackward
 from tests.adapters import ADAPTERS, build_adapted
 from tests.batches import left_padded, ragged, square
 from tests.odd_models import ODD, build_odd
-from tests.token_models import TOKEN_MODELS
+from tests.tokens.token_models import TOKEN_MODELS
 from tests.truth import token_gradients, untouched
 from tests.zoo import build
 from tests.zoo_prints import zoo

@@ -15,7 +15,7 @@ from gradent.hooks.piggyback.observation import BackwardObservation
 from gradent.hooks.piggyback.watcher import Piggyback
 from gradent.model.parameters import trainable
 from tests.batches import ragged
-from tests.hooks.watching import CHECKPOINTING, WAYS, error, prepare, set_up, watch
+from tests.hooks.piggyback.watching import CHECKPOINTING, WAYS, error, prepare, set_up, watch
 from tests.odd_skeleton import WIDTH, Skeleton, normal
 from tests.trainer_steps import through_logits
 from tests.truth import TOLERANCE, truth

@@ -21,7 +21,7 @@ from gradent.measurement import measure
 from gradent.pairs.batch import PairBatch
 from gradent.planning.trace import inspect_model
 from tests.adapters import ADAPTERS, adapt
-from tests.audit.made import save_lora
+from tests.auditing.made import save_lora
 from tests.zoo import build
 
 TOKENS = 7
