@@ -176,14 +176,9 @@ def _llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
     config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=16,
-    )
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=16,
+    )  # fmt: skip
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     adapted: nn.Module = get_peft_model(LlamaForCausalLM(config), lora)
     return adapted

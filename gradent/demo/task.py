@@ -25,22 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "LABEL_WORDS",
-    "STYLES",
-    "USUAL_IF_RIGHT",
-    "USUAL_IF_WRONG",
-    "Statement",
-    "Task",
-    "TokenPair",
-    "draw_answers",
-    "find_label_words",
-    "make_task",
-    "prompt_of",
-    "read_statements",
-    "responses_of",
-    "tokenize_style",
-    "word_list",
-]
+    "LABEL_WORDS", "STYLES", "USUAL_IF_RIGHT", "USUAL_IF_WRONG", "Statement", "Task", "TokenPair", "draw_answers",
+    "find_label_words", "make_task", "prompt_of", "read_statements", "responses_of", "tokenize_style", "word_list",
+]  # fmt: skip
 
 TokenPair = tuple[list[int], list[int], list[int]]
 """`(prompt_ids, chosen_ids, rejected_ids)`."""
@@ -57,24 +44,14 @@ LABEL_WORDS: tuple[tuple[str, str], ...] = (("positive", "negative"), ("happy", 
 """Words for (positive, negative), tried in this order: a tokenizer must have both as single tokens."""
 
 _CUES = {
-    "single token": "one word",
-    "short suffix": "two words",
-    "long suffix": "many words",
-    "prefix+suffix": "a sentence",
-}
+    "single token": "one word", "short suffix": "two words", "long suffix": "many words", "prefix+suffix": "a sentence",
+}  # fmt: skip
 _PROMPT = "{statement}\nAnswer with {cue}:"
 
 _OTHER_WORDS = {
-    "sentiment": "mood",
-    "based": "going",
-    "on": "by",
-    "my": "the",
-    "judgement": "hunch",
-    ".": "!",
-    "it": "this",
-    "has": "shows",
-    "a": "some",
-}
+    "sentiment": "mood", "based": "going", "on": "by", "my": "the", "judgement": "hunch", ".": "!", "it": "this",
+    "has": "shows", "a": "some",
+}  # fmt: skip
 _WRONG = 0.3
 """Share of SFT's answers that name the wrong sentiment."""
 USUAL_IF_RIGHT = 0.7

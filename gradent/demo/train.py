@@ -23,18 +23,9 @@ from gradent.pair_gram import PairGram
 from gradent.pairs.batch import PairBatch
 
 __all__ = [
-    "Measured",
-    "PairCollator",
-    "SplitCollator",
-    "one_thread",
-    "padded",
-    "pair_rows",
-    "sft_row",
-    "train_dpo",
-    "train_quietly",
-    "train_sft",
-    "trainer_arguments",
-]
+    "Measured", "PairCollator", "SplitCollator", "one_thread", "padded", "pair_rows", "sft_row", "train_dpo",
+    "train_quietly", "train_sft", "trainer_arguments",
+]  # fmt: skip
 
 Advance = Callable[[int], None]
 """Told the number of steps done so far."""
@@ -58,18 +49,14 @@ def train_sft(
         trainer = SFTTrainer(
             model=trained,
             args=SFTConfig(
-                **common,
-                max_steps=settings.sft_steps,
-                per_device_train_batch_size=settings.sft_batch,
-                learning_rate=settings.sft_lr,
-                warmup_steps=settings.sft_steps // 20,
-                completion_only_loss=True,
+                **common, max_steps=settings.sft_steps, per_device_train_batch_size=settings.sft_batch,
+                learning_rate=settings.sft_lr, warmup_steps=settings.sft_steps // 20, completion_only_loss=True,
                 max_length=None,
             ),
             train_dataset=rows,
             processing_class=padded(tokenizer),
             callbacks=[_Progress(advance)],
-        )
+        )  # fmt: skip
         train_quietly(trainer)
     model.load_state_dict(trained.state_dict())
 
@@ -96,23 +83,16 @@ def train_dpo(
             model=copy.deepcopy(model),
             ref_model=copy.deepcopy(model),
             args=DPOConfig(
-                **common,
-                beta=settings.beta,
-                max_steps=settings.dpo_steps,
-                per_device_train_batch_size=settings.dpo_batch,
-                learning_rate=settings.dpo_lr,
-                lr_scheduler_type="constant",
-                optim=settings.dpo_optimizer,
-                max_grad_norm=0.0,
-                weight_decay=0.0,
-                max_length=None,
-                remove_unused_columns=False,
+                **common, beta=settings.beta, max_steps=settings.dpo_steps,
+                per_device_train_batch_size=settings.dpo_batch, learning_rate=settings.dpo_lr,
+                lr_scheduler_type="constant", optim=settings.dpo_optimizer, max_grad_norm=0.0, weight_decay=0.0,
+                max_length=None, remove_unused_columns=False,
             ),
             data_collator=PairCollator(pairs),
             train_dataset=pair_rows(task, style),
             processing_class=padded(tokenizer),
             callbacks=[watch],
-        )
+        )  # fmt: skip
         train_quietly(trainer)
     return watch.measured
 
@@ -221,16 +201,10 @@ def trainer_arguments(seed: int) -> Iterator[dict[str, Any]]:
             # TRL's defaults still use names that transformers has renamed.
             warnings.simplefilter("ignore", FutureWarning)
             yield {
-                "output_dir": folder,
-                "seed": seed,
-                "bf16": False,
-                "gradient_checkpointing": False,
-                "save_strategy": "no",
-                "logging_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
+                "output_dir": folder, "seed": seed, "bf16": False, "gradient_checkpointing": False,
+                "save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True,
                 "use_cpu": torch.cuda.device_count() != 1,
-            }
+            }  # fmt: skip
     finally:
         if shown:
             datasets.enable_progress_bars()

@@ -136,13 +136,9 @@ def _bars(bars: Bars) -> dict[str, Any]:
     name_axis |= {} if bars.places else {"tickvals": places, "ticktext": names}
     name_axis |= {"title": {"text": _label(bars.label)}} if bars.upright else {"autorange": "reversed"}
     layout = {
-        f"{across}axis": {**name_axis, "showgrid": False},
-        f"{along}axis": value_axis,
-        "barmode": "stack",
-        "bargap": 0.05 if bars.upright else 0.3,
-        "hovermode": "closest",
-        "uniformtext": {"minsize": 9, "mode": "hide"},
-    }
+        f"{across}axis": {**name_axis, "showgrid": False}, f"{along}axis": value_axis, "barmode": "stack",
+        "bargap": 0.05 if bars.upright else 0.3, "hovermode": "closest", "uniformtext": {"minsize": 9, "mode": "hide"},
+    }  # fmt: skip
     return {"data": traces, "layout": {**layout, "showlegend": len(bars.series) > 1}}
 
 
@@ -151,13 +147,10 @@ def _heat_map(heat: HeatMap) -> dict[str, Any]:
     name, x_label, y_label = _label(heat.name), _label(heat.x_label), _label(heat.y_label)
     has_names = all(isinstance(column, str) for column in heat.columns)
     trace = {
-        "type": "heatmap",
-        "x": [_label(column) if isinstance(column, str) else column for column in heat.columns],
+        "type": "heatmap", "x": [_label(column) if isinstance(column, str) else column for column in heat.columns],
         "y": [_label(row) for row in heat.rows],
         "z": [[value if value is None else round(value, 4) for value in _gaps(row)] for row in heat.values],
-        "zmin": -heat.limit,
-        "zmax": heat.limit,
-        "hoverongaps": False,
+        "zmin": -heat.limit, "zmax": heat.limit, "hoverongaps": False,
         "hovertemplate": f"{y_label} %{{y}}<br>{x_label} %{{x}}<br>{name} %{{z:.3f}}<extra></extra>",
         "colorbar": {
             "title": {"text": name, "side": "top"}, "orientation": "h", "thickness": 10, "len": 0.5, "x": 0,

@@ -174,13 +174,9 @@ def _paint(axes: Axes, values: Floats, limit: float) -> AxesImage:
     from matplotlib import colormaps  # noqa: PLC0415
 
     image = axes.imshow(
-        np.ma.masked_invalid(values),
-        cmap=colormaps[_COLOURS].with_extremes(bad=_NO_COSINE),
-        vmin=-limit,
-        vmax=limit,
-        aspect="auto",
-        interpolation="nearest",
-    )
+        np.ma.masked_invalid(values), cmap=colormaps[_COLOURS].with_extremes(bad=_NO_COSINE), vmin=-limit, vmax=limit,
+        aspect="auto", interpolation="nearest",
+    )  # fmt: skip
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(visible=False)

@@ -18,18 +18,9 @@ from gradent.record.parquet import SCHEMA_VERSION, check_version, first_line
 from gradent.version import __version__
 
 __all__ = [
-    "AUDIT_FILES",
-    "DemoRecord",
-    "DocumentKind",
-    "Summary",
-    "TokenRecord",
-    "read_demo",
-    "read_summary",
-    "read_token_record",
-    "write_demo",
-    "write_summary",
-    "write_token_record",
-]
+    "AUDIT_FILES", "DemoRecord", "DocumentKind", "Summary", "TokenRecord", "read_demo", "read_summary",
+    "read_token_record", "write_demo", "write_summary", "write_token_record",
+]  # fmt: skip
 
 Document = TypeVar("Document", bound=Mapping[str, Any])
 

@@ -13,15 +13,9 @@ from gradent.record.parquet import TableKind
 __all__ = ["MASKS", "MASK_COLUMNS", "mask_schema", "read_masks", "read_pair_masks", "write_masks"]
 
 MASK_COLUMNS: dict[str, str] = {
-    "pair": "int64",
-    "side": "string",
-    "position": "int64",
-    "token_id": "int64",
-    "token": "string",
-    "score": "float64",
-    "mask": "float64",
-    "kept": "bool_",
-}
+    "pair": "int64", "side": "string", "position": "int64", "token_id": "int64", "token": "string", "score": "float64",
+    "mask": "float64", "kept": "bool_",
+}  # fmt: skip
 """Columns of `masks.parquet` in order, each with its Arrow type: a row a token of a response, prompts left out.
 
 `pair` is the row of the data, counted from 0; `side` is chosen or rejected; `position` counts from 0 at the response's

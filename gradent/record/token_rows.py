@@ -62,17 +62,11 @@ def list_tokens(record: TokenRecord) -> list[TokenRow]:
         columns = response["tokens"], response["squares"], response["effects"], entanglements
         rows += [
             TokenRow(
-                side=side,
-                position=position,
-                text=text,
-                identical=position in shared,
-                entanglement=entanglement,
-                share=entanglement / total if total else None,
-                norm=math.sqrt(square),
-                effect=effect,
+                side=side, position=position, text=text, identical=position in shared, entanglement=entanglement,
+                share=entanglement / total if total else None, norm=math.sqrt(square), effect=effect,
             )
             for position, (text, square, effect, entanglement) in enumerate(zip(*columns, strict=True))
-        ]
+        ]  # fmt: skip
     return rows
 
 

@@ -122,15 +122,10 @@ def _heat_map(parts: Sequence[_Part], checkpoints: Sequence[tuple[int, str]], la
     values = [[float(cells.get((place, layer), missing)[0]) for place, _ in checkpoints] for layer in layers]
     limit = max((abs(value) for row in values for value in row if math.isfinite(value)), default=0.0)
     return HeatMap(
-        x_label="training step",
-        y_label="layer",
-        columns=[label for _, label in checkpoints],
-        rows=_short(layers),
-        values=values,
-        name="part of the cosine",
-        limit=limit or 1.0,
+        x_label="training step", y_label="layer", columns=[label for _, label in checkpoints], rows=_short(layers),
+        values=values, name="part of the cosine", limit=limit or 1.0,
         title="Layers over the run" if len(checkpoints) > 1 else "Layers",
-    )
+    )  # fmt: skip
 
 
 def _short(layers: Sequence[str]) -> list[str]:

@@ -37,18 +37,10 @@ def write_audit_page(records: AuditRecords) -> Path:
 def _to_page(records: AuditRecords) -> Page:
     summary = records.summary
     sections = [
-        _first_section(records),
-        logp_section(records),
-        case_section(records),
-        cosine_section(records),
-        dynamics_section(records),
-        loss_section(records),
-        pair_section(records),
-        property_section(records),
-        layer_section(records),
-        token_section(records),
-        settings_section(records),
-    ]
+        _first_section(records), logp_section(records), case_section(records), cosine_section(records),
+        dynamics_section(records), loss_section(records), pair_section(records), property_section(records),
+        layer_section(records), token_section(records), settings_section(records),
+    ]  # fmt: skip
     return Page(
         title=f"Audit of {records.name}",
         lead=_lead(records),

@@ -19,13 +19,9 @@ _RANKED = 8  # pairs at each end
 _LONGEST = 5000  # characters of a text
 
 _COUNTED = {
-    "prompt_len": "Prompt",
-    "chosen_len": "Chosen",
-    "rejected_len": "Rejected",
-    "shared_prefix": "Shared start",
-    "shared_suffix": "Shared end",
-    "edit_distance": "Edits",
-}
+    "prompt_len": "Prompt", "chosen_len": "Chosen", "rejected_len": "Rejected", "shared_prefix": "Shared start",
+    "shared_suffix": "Shared end", "edit_distance": "Edits",
+}  # fmt: skip
 
 
 def ranked_pairs(measured: Measured, most: int) -> tuple[list[int], list[int]]:
@@ -129,13 +125,8 @@ def _pair_table(records: AuditRecords, places: Sequence[int], caption: str) -> T
             *(count(texts.get(name)) for name in counted),
         ])  # fmt: skip
     header = [
-        "Row",
-        "Case",
-        "Cosine",
-        *([] if before is None else ["At first"]),
-        "Chosen log-prob",
-        "Rejected log-prob",
-    ]
+        "Row", "Case", "Cosine", *([] if before is None else ["At first"]), "Chosen log-prob", "Rejected log-prob",
+    ]  # fmt: skip
     return Table([*header, *counted.values()], rows, caption=caption, figures_from=2)
 
 

@@ -57,14 +57,9 @@ def compare_audits(directory_a: str | os.PathLike[str], directory_b: str | os.Pa
     first, second = read_audit(directory_a), read_audit(directory_b)
     places, matching = _match(first, second)
     return Comparison(
-        first=first,
-        second=second,
-        places=places,
-        matching=matching,
-        settings=_differing(first, second),
-        rows=_rows(first.last, second.last, places),
-        transitions=_transitions(first.last, second.last, places),
-    )
+        first=first, second=second, places=places, matching=matching, settings=_differing(first, second),
+        rows=_rows(first.last, second.last, places), transitions=_transitions(first.last, second.last, places),
+    )  # fmt: skip
 
 
 def compare_rows(directory_a: str | os.PathLike[str], directory_b: str | os.PathLike[str]) -> list[Compared]:

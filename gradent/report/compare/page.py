@@ -44,13 +44,9 @@ def describe_difference(row: Compared) -> str:
 
 def _to_page(both: Comparison) -> Page:
     sections = [
-        _settings_section(both),
-        _figure_section(both),
-        _case_section(both),
-        *_curve_sections(both),
-        _loss_section(both),
-        _pair_section(both),
-    ]
+        _settings_section(both), _figure_section(both), _case_section(both), *_curve_sections(both),
+        _loss_section(both), _pair_section(both),
+    ]  # fmt: skip
     return Page(
         title="Two audits, side by side",
         lead="Differences are B minus A, at the last measured checkpoint of each.",

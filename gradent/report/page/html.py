@@ -123,13 +123,9 @@ def _to_figure(figure: Figure) -> dict[str, Any]:
     elif isinstance(figure, Bars) and not figure.upright:
         size["height"] = f"{_BARS_ROOM + _BAR * len(figure.names):.1f}rem"
     return {
-        "kind": "figure",
-        "figure": _json(plotly_json(figure)),
-        "title": figure.title,
-        "label": describe_figure(figure),
-        "table": None if table is None else _to_table(table),
-        **size,
-    }
+        "kind": "figure", "figure": _json(plotly_json(figure)), "title": figure.title, "label": describe_figure(figure),
+        "table": None if table is None else _to_table(table), **size,
+    }  # fmt: skip
 
 
 def _to_table(table: Table) -> dict[str, Any]:
@@ -142,14 +138,9 @@ def _to_table(table: Table) -> dict[str, Any]:
     header = [(name, "num" if column >= first else "") for column, name in enumerate(table.header)]
     label = table.caption or table.folded or ", ".join(name for name in table.header if name)
     return {
-        "kind": "table",
-        "header": header,
-        "rows": rows,
-        "folded": table.folded,
-        "caption": table.caption,
-        "label": label,
-        "measured": has_names,
-    }
+        "kind": "table", "header": header, "rows": rows, "folded": table.folded, "caption": table.caption,
+        "label": label, "measured": has_names,
+    }  # fmt: skip
 
 
 def _to_cell(cell: Cell | str, figure: bool, names: bool) -> dict[str, Any]:

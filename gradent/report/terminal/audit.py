@@ -19,12 +19,9 @@ from gradent.text import printable, visible
 __all__ = ["print_summary"]
 
 _ARROWS = {
-    "ideal": ("rises", "falls"),
-    "both_down": ("falls", "falls"),
-    "both_up": ("rises", "rises"),
-    "reversed": ("falls", "rises"),
-    "inactive": ("-", "-"),
-}
+    "ideal": ("rises", "falls"), "both_down": ("falls", "falls"), "both_up": ("rises", "rises"),
+    "reversed": ("falls", "rises"), "inactive": ("-", "-"),
+}  # fmt: skip
 _MODULES_SHOWN = 12
 _TOKENS_SHOWN = 5
 _TOKEN_WIDTH = 24  # characters of a token

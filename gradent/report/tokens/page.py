@@ -182,30 +182,16 @@ def _ranking(kind: str, rows: Sequence[TokenRow]) -> Section:
 
 def _table(rows: Sequence[TokenRow], folded: str = "") -> Table:
     header = [
-        "Rank" if not folded else "",
-        "Response",
-        "Position",
-        "Token",
-        "Kind",
-        "Entanglement",
-        "Share",
-        "Norm",
+        "Rank" if not folded else "", "Response", "Position", "Token", "Kind", "Entanglement", "Share", "Norm",
         "Margin step",
-    ]
+    ]  # fmt: skip
     cells: list[list[Cell | str]] = [
         [
-            str(number),
-            row.side,
-            str(row.position),
-            visible(row.text),
-            row.kind,
-            signed_number(row.entanglement),
-            "-" if row.share is None else f"{row.share:+.1%}",
-            f"{row.norm:.3g}",
-            signed_number(row.effect),
+            str(number), row.side, str(row.position), visible(row.text), row.kind, signed_number(row.entanglement),
+            "-" if row.share is None else f"{row.share:+.1%}", f"{row.norm:.3g}", signed_number(row.effect),
         ]
         for number, row in enumerate(rows, start=1)
-    ]
+    ]  # fmt: skip
     return Table(header, cells, folded)
 
 
