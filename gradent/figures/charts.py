@@ -103,12 +103,9 @@ Figure = Chart | Bars | HeatMap
 
 
 def token_cosines(
-    chosen: Sequence[str],
-    rejected: Sequence[str],
-    cosines: Sequence[Sequence[float | None]],
-    alignment: Sequence[tuple[int, int]] = (),
-    title: str = "",
-) -> HeatMap:
+    chosen: Sequence[str], rejected: Sequence[str], cosines: Sequence[Sequence[float | None]],
+    alignment: Sequence[tuple[int, int]] = (), title: str = "",
+) -> HeatMap:  # fmt: skip
     """Cosines of the gradients of T_w chosen and T_l rejected tokens, `[T_w, T_l]`; aligned tokens are outlined."""
     return HeatMap("rejected", "chosen", rejected, chosen, cosines, "cosine", marked=alignment, title=title)
 

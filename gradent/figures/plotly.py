@@ -127,8 +127,8 @@ def _bars(bars: Bars) -> dict[str, Any]:
             "hovertemplate": shown, "orientation": "v" if bars.upright else "h", "customdata": names,
         }  # fmt: skip
         if bars.percent:
-            trace |= {"text": [_piece(value) for value in values], "textposition": "inside", "textangle": 0}
-            trace["insidetextanchor"] = "middle"
+            texts = ["" if value is None or value < _LEAST_TEXT else f"{value:.0%}" for value in values]
+            trace |= {"text": texts, "textposition": "inside", "textangle": 0, "insidetextanchor": "middle"}
         traces.append(trace)
     value_axis: dict[str, Any] = {"title": {"text": _label(bars.value_label)}, "zeroline": False}
     value_axis |= {"tickformat": ".0%", "range": [0, 1]} if bars.percent else {}
@@ -168,19 +168,13 @@ def _heat_map(heat: HeatMap) -> dict[str, Any]:
     layout = {
         "xaxis": {**x_axis, **turned, "title": {"text": x_label, "standoff": 24}},
         "yaxis": {**axis, "title": {"text": y_label, "standoff": 12}, "autorange": "reversed"},
-        "hovermode": "closest",
-        "shapes": outlines,
     }
-    return {"data": [trace], "layout": layout}
+    return {"data": [trace], "layout": {**layout, "hovermode": "closest", "shapes": outlines}}
 
 
 def _label(text: str) -> str:
     """A text as plotly shows it: plotly reads some tags and entities in its labels."""
     return escape(printable(text), quote=False)
-
-
-def _piece(value: float | None) -> str:
-    return "" if value is None or value < _LEAST_TEXT else f"{value:.0%}"
 
 
 def _gaps(values: Sequence[float | None]) -> list[float | None]:

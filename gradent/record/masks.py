@@ -44,11 +44,8 @@ def read_pair_masks(
         ids_there = [row["token_id"] for row in part]
         if ids_there != list(tokens):
             at = next((n for n, (a, b) in enumerate(zip(ids_there, tokens, strict=False)) if a != b), None)
-            where = (
-                f"they differ from token {at} on"
-                if at is not None
-                else f"{len(ids_there)} against {len(tokens)} tokens"
-            )
+            counts = f"{len(ids_there)} against {len(tokens)} tokens"
+            where = counts if at is None else f"they differ from token {at} on"
             raise InputError(
                 f"{path}: the masks of row {pair}, {side}, are of other tokens than are measured ({where}). "
                 "Export them with the same data, tokenizer and lengths; plain strings get an EOS in both, unless "

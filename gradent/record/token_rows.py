@@ -73,7 +73,5 @@ def list_tokens(record: TokenRecord) -> list[TokenRow]:
 def rank_ends(rows: Sequence[Row], value: Callable[[Row], float], count: int) -> tuple[list[Row], list[Row]]:
     """The rows with the largest positive values and those with the most negative ones, at most `count` of each."""
     ordered = sorted(rows, key=value)
-    return (
-        [row for row in reversed(ordered) if value(row) > 0][:count],
-        [row for row in ordered if value(row) < 0][:count],
-    )
+    highest = [row for row in reversed(ordered) if value(row) > 0]
+    return highest[:count], [row for row in ordered if value(row) < 0][:count]
