@@ -115,12 +115,10 @@ def _load(model: str | None, seed: int) -> tuple[Any, Any]:
 def _choose_settings(model: str | None, steps: int | None, seed: int) -> DemoSettings:
     if not 0 <= seed <= _LARGEST_SEED:
         raise InputError(f"seed is {seed}; accepted are 0 to {_LARGEST_SEED} (command line: --seed).")
-    settings = EMBEDDED if model is None else PRETRAINED
-    if steps is None:
-        return settings
-    if steps < 1:
+    if steps is not None and steps < 1:
         raise InputError(f"steps is {steps}; DPO needs at least 1 (command line: --steps).")
-    return replace(settings, dpo_steps=steps)
+    settings = EMBEDDED if model is None else PRETRAINED
+    return settings if steps is None else replace(settings, dpo_steps=steps)
 
 
 def _require_packages() -> None:

@@ -129,18 +129,15 @@ def _curve_sections(both: Comparison) -> list[Section]:
     cosines = [records.quartile_line("cosine", f"{name}: median, band: quartiles") for name, records in named]
     return [
         Section(
-            "Log-probs over steps",
-            "Means over the pairs of each audit, with one standard error.",
+            "Log-probs over steps", "Means over the pairs of each audit, with one standard error.",
             [Chart(STEP, "mean log π(response), nats", logps)],
             "Decides: which run keeps chosen up while rejected falls.",
         ),
         Section(
-            "Cosines over steps",
-            "",
-            [Chart(STEP, "cosine of the two gradients", cosines, zero=True)],
+            "Cosines over steps", "", [Chart(STEP, "cosine of the two gradients", cosines, zero=True)],
             "Decides: in which run entanglement grows.",
         ),
-    ]
+    ]  # fmt: skip
 
 
 def _loss_section(both: Comparison) -> Section | None:
