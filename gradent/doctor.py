@@ -51,11 +51,6 @@ class Check(TypedDict):
     failure: str | None
 
 
-def _is_run(check: Check) -> bool:
-    """Whether a check said anything about gradent: what it needs was there."""
-    return not (check["failure"] or "").startswith(MISSING)
-
-
 class Report(TypedDict):
     """What `gradent doctor` finds."""
 
@@ -72,18 +67,12 @@ def examine() -> Report:
     """Look at the installation, and measure a pair on two tiny models; a failed check is reported, not raised."""
     places = [torch.device("cpu")] + [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     used = places if len(places) == 1 else [places[0], places[1 + torch.cuda.current_device()]]
-    checks = [
-        _check(f"{name}, {str(dtype).removeprefix('torch.')}", build, dtype, LIMITS[dtype], place)
-        for place in used
-        for name, build, dtype in (
-            ("GPT-2", _gpt2, torch.float64),
-            ("Llama with LoRA", _llama, torch.float32),
-            ("GPT-2", _gpt2, torch.bfloat16),
-        )
-    ]
+    gpt2, llama = ("GPT-2", _gpt2), ("Llama with LoRA", _llama)
+    models = (*gpt2, torch.float64), (*llama, torch.float32), (*gpt2, torch.bfloat16)
+    checks = [_check(name, build, dtype, place) for place in used for name, build, dtype in models]
+    versions = {"python": platform.python_version(), "gradent": __version__}
     return Report(
-        versions={"python": platform.python_version(), "gradent": __version__}
-        | {package: _version(package) for package in PACKAGES},
+        versions=versions | {package: _version(package) for package in PACKAGES},
         system=f"{platform.system()} {platform.machine()}",
         threads=torch.get_num_threads(),
         devices=[{"device": str(place), "name": device_name(place), "memory": _memory(place)} for place in places],
@@ -108,18 +97,20 @@ def print_report(report: Report, console: Console, *, as_json: bool = False) -> 
         facts.add_row(f"{kernels['device']} {kernels['dtype']}", f"reduced by {kernels['path']}")
     console.print(facts)
     console.print()
+    has_failed = False
     for check in report["checks"]:
-        failed = ("FAIL", "bold red") if _is_run(check) else ("----", "bold yellow")
+        is_run = not (check["failure"] or "").startswith(MISSING)  # else it says nothing about gradent
+        has_failed |= is_run and not check["passed"]
+        failed = ("FAIL", "bold red") if is_run else ("----", "bold yellow")
         verdict = Text("pass", "bold green") if check["passed"] else Text(*failed)
         result = check["failure"] or f"scaled error {check['error']:.1e}, limit {check['limit']:.0e}"
         console.print(verdict, Text(f"{check['model']}: measure against plain autograd: {result}"))
-    if any(not check["passed"] and _is_run(check) for check in report["checks"]):
-        console.print(
-            Text(
-                "\nWhat this installation measures is not to be trusted. Please report it with the output of "
-                "`gradent doctor --json`; GRADENT_KERNELS=torch rules the GPU's kernels out."
-            )
+    if has_failed:
+        text = (
+            "\nWhat this installation measures is not to be trusted. Please report it with the output of "
+            "`gradent doctor --json`; GRADENT_KERNELS=torch rules the GPU's kernels out."
         )
+        console.print(Text(text))
 
 
 def scaled_error(gram: Any, truth: Tensor) -> float:
@@ -130,9 +121,10 @@ def scaled_error(gram: Any, truth: Tensor) -> float:
     return float(((got - truth).abs() / scale).max())
 
 
-def _check(name: str, build: Callable[[], nn.Module], dtype: torch.dtype, limit: float, place: torch.device) -> Check:
+def _check(name: str, build: Callable[[], nn.Module], dtype: torch.dtype, place: torch.device) -> Check:
     """One pair on one model, in `dtype`, against plain autograd in float64, or in bfloat16 itself."""
-    check = Check(model=f"{name}, on {place}", error=None, limit=limit, passed=False, failure=None)
+    model_name = f"{name}, {str(dtype).removeprefix('torch.')}, on {place}"
+    check = Check(model=model_name, error=None, limit=LIMITS[dtype], passed=False, failure=None)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -141,7 +133,7 @@ def _check(name: str, build: Callable[[], nn.Module], dtype: torch.dtype, limit:
         gram = measure(model.to(place, dtype), batch)
         error = scaled_error(gram, _truth(model if dtype == torch.bfloat16 else model.to("cpu", torch.float64), batch))
         if math.isfinite(error):
-            check["error"], check["passed"] = error, error <= limit
+            check["error"], check["passed"] = error, error <= LIMITS[dtype]
         else:
             check["failure"] = f"what was measured is not finite: {gram.chosen_sq}, {gram.rejected_sq}, {gram.inner}"
     except ModuleNotFoundError as missing:
@@ -176,25 +168,20 @@ def _llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
     config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=16,
-    )
+        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=16,
+    )  # fmt: skip
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     adapted: nn.Module = get_peft_model(LlamaForCausalLM(config), lora)
     return adapted
 
 
 def _kernels(place: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    facts: dict[str, Any] = {"device": str(place), "dtype": str(dtype).removeprefix("torch.")}
     try:
-        return facts | {"path": path(place, dtype)}
+        reducer = path(place, dtype)
     except InputError as error:  # GRADENT_KERNELS asks for what there is not: the checks fail for it
-        return facts | {"path": f"nothing: {error}"}
+        reducer = f"nothing: {error}"
+    return {"device": str(place), "dtype": str(dtype).removeprefix("torch."), "path": reducer}
 
 
 def _version(package: str) -> str:

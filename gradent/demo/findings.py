@@ -50,12 +50,8 @@ class Finding:
 
     def to_record(self) -> dict[str, Any]:
         """The finding as `demo.json` holds it."""
-        return {
-            "claim": self.claim,
-            "rule": self.rule,
-            "appears": self.appears,
-            "evidence": [{**asdict(evidence), "holds": evidence.holds} for evidence in self.evidence],
-        }
+        evidence = [{**asdict(evidence), "holds": evidence.holds} for evidence in self.evidence]
+        return {"claim": self.claim, "rule": self.rule, "appears": self.appears, "evidence": evidence}
 
 
 def judge(columns: Mapping[str, Sequence[Any]]) -> list[Finding]:
@@ -64,45 +60,30 @@ def judge(columns: Mapping[str, Sequence[Any]]) -> list[Finding]:
     rejected = {style: curve.change for style, curve in read_curves(columns, "rejected_logp").items()}
     cosine = {style: curve.over_steps for style, curve in read_curves(columns, "cosine").items()}
     change, over = "last step minus step 0", "mean over the measured steps"
-    return [
-        Finding("Chosen log-prob rises for the single token", change, (_weigh("single token", chosen, +1),)),
-        Finding(
-            "Chosen log-prob falls where the responses share text after the label",
-            change,
-            tuple(_weigh(style, chosen, -1) for style in _SUFFIXED),
-        ),
-        Finding(
-            "Chosen log-prob falls more for the longer suffix",
-            f"{change}; by pair, the difference of the two",
-            (_weigh("long suffix", chosen, -1), _compare("long suffix", "short suffix", chosen, -1)),
-        ),
-        Finding(
-            "Gradient cosine is negative for the single token only",
-            over,
-            (_weigh("single token", cosine, -1), *(_weigh(style, cosine, +1) for style in _SUFFIXED)),
-        ),
-        Finding(
-            "Gradient cosine grows with the suffix",
-            f"{over}, differences",
-            (_compare("short suffix", "single token", cosine, +1), _compare("long suffix", "short suffix", cosine, +1)),
-        ),
-        Finding(
-            "Rejected log-prob falls in every style",
-            change,
-            tuple(_weigh(style, rejected, -1) for style in ("single token", *_SUFFIXED)),
-        ),
-    ]
+    single, short, long = "single token", "short suffix", "long suffix"
+    evidence = {
+        ("Chosen log-prob rises for the single token", change): [_weigh(chosen, +1, single)],
+        ("Chosen log-prob falls where the responses share text after the label", change): [
+            _weigh(chosen, -1, style) for style in _SUFFIXED
+        ],
+        ("Chosen log-prob falls more for the longer suffix", f"{change}; by pair, the difference of the two"): [
+            _weigh(chosen, -1, long), _weigh(chosen, -1, long, short)
+        ],
+        ("Gradient cosine is negative for the single token only", over): [
+            _weigh(cosine, -1, single), *(_weigh(cosine, +1, style) for style in _SUFFIXED)
+        ],
+        ("Gradient cosine grows with the suffix", f"{over}, differences"): [
+            _weigh(cosine, +1, short, single), _weigh(cosine, +1, long, short)
+        ],
+        ("Rejected log-prob falls in every style", change): [
+            _weigh(rejected, -1, style) for style in (single, *_SUFFIXED)
+        ],
+    }  # fmt: skip
+    return [Finding(claim, rule, tuple(weighed)) for (claim, rule), weighed in evidence.items()]
 
 
-def _weigh(style: str, values: Mapping[str, Floats], wanted: int) -> Evidence:
-    return _evidence(style, values[style], wanted)
-
-
-def _compare(one: str, other: str, values: Mapping[str, Floats], wanted: int) -> Evidence:
-    """By pair, since pair i of both styles is about the same statement."""
-    return _evidence(f"{one} − {other}", values[one] - values[other], wanted)
-
-
-def _evidence(label: str, values: Floats, wanted: int) -> Evidence:
-    mean, error = mean_and_error(values)
-    return Evidence(label, mean if math.isfinite(mean) else None, error if math.isfinite(error) else None, wanted)
+def _weigh(values: Mapping[str, Floats], wanted: int, style: str, than: str = "") -> Evidence:
+    """The mean of a style, or by pair of its difference to another: pair i of both is about the same statement."""
+    mean, error = mean_and_error(values[style] - values[than] if than else values[style])
+    label, is_finite = f"{style} − {than}" if than else style, math.isfinite
+    return Evidence(label, mean if is_finite(mean) else None, error if is_finite(error) else None, wanted)

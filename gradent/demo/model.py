@@ -29,18 +29,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_model(vocabulary: int, seed: int) -> Any:
     """A Llama of 2 layers and width 96 with random weights."""
     config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=96,
-        intermediate_size=288,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=_POSITIONS,
+        vocab_size=vocabulary, hidden_size=96, intermediate_size=288, num_hidden_layers=2, num_attention_heads=4,
         # Wider than the usual 0.02, which is meant for widths of some thousands: training starts at once.
         initializer_range=0.08,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
+        max_position_embeddings=_POSITIONS, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = LlamaForCausalLM(config)

@@ -25,13 +25,15 @@ from gradent.record.atomic import make_directory
 from gradent.report import write_demo_report
 
 if TYPE_CHECKING:
-    from gradent.demo.task import Task
     from gradent.demo.train import Measured
 
 __all__ = ["run_demo"]
 
 _NEEDED = {"trl": "trl", "datasets": "trl", "pyarrow": "audit", "plotly": "audit", "jinja2": "audit"}
 _LARGEST_SEED = 2**32 - 1
+
+Watch = Callable[[str], Callable[[int], None]]
+"""Given what is trained, starts its bar and returns what moves it to a step."""
 
 
 def run_demo(*, out: str | os.PathLike[str], model: str | None = None, steps: int | None = None, seed: int = 0) -> int:
@@ -48,15 +50,13 @@ def run_demo(*, out: str | os.PathLike[str], model: str | None = None, steps: in
     for name in ("demo.json", "report.html"):
         (directory / name).unlink(missing_ok=True)  # an earlier demo's must not stand beside this one's pairs
     write_pairs(directory / "pairs.parquet", columns)
-    record = write_demo(
-        directory / "demo.json",
-        {
-            **about,
-            "settings": {"seed": seed, **asdict(settings)},
-            "findings": [finding.to_record() for finding in findings],
-            "seconds": round(time.monotonic() - started, 1),
-        },
-    )
+    content = {
+        **about,
+        "settings": {"seed": seed, **asdict(settings)},
+        "findings": [finding.to_record() for finding in findings],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    record = write_demo(directory / "demo.json", content)
     report = write_demo_report(directory)
     console = Console(highlight=False)
     print_findings(columns, record, console)
@@ -68,33 +68,27 @@ def experiment(
     settings: DemoSettings, *, model: str | None = None, seed: int = 0, quiet: bool = False
 ) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """Train and measure, without writing anything."""
-    from gradent.demo.task import STYLES, find_label_words, make_task  # noqa: PLC0415
+    from gradent.demo.task import STYLES, find_label_words, make_task, text_rows  # noqa: PLC0415
     from gradent.demo.train import one_thread, train_dpo, train_sft  # noqa: PLC0415
 
     policy, tokenizer = _load(model, seed)
     task = make_task(
-        seed=seed,
-        train=settings.train,
-        probe=settings.probe,
-        answers=12 * settings.train,
-        label_words=find_label_words(tokenizer),
-        usual_if_wrong=settings.usual_if_wrong,
-    )
+        seed=seed, train=settings.train, probe=settings.probe, answers=12 * settings.train,
+        label_words=find_label_words(tokenizer), usual_if_wrong=settings.usual_if_wrong,
+    )  # fmt: skip
     runs: dict[str, list[Measured]] = {}
     with one_thread() if model is None else nullcontext(), _progress(settings, list(STYLES), quiet) as watch:
         train_sft(policy, tokenizer, task, settings, seed=seed, advance=watch("SFT"))
         for style in STYLES:
             runs[style] = train_dpo(policy, tokenizer, task, style, settings, seed=seed, advance=watch(style))
     about = {
-        "model": {
-            "source": model,
-            "architecture": type(policy).__name__,
-            "parameters": sum(parameter.numel() for parameter in policy.parameters()),
-            "label_words": list(task.label_words),
-        },
-        "styles": _examples(task),
+        "source": model,
+        "architecture": type(policy).__name__,
+        "parameters": sum(parameter.numel() for parameter in policy.parameters()),
+        "label_words": list(task.label_words),
     }
-    return _to_columns(runs, settings.beta), about
+    examples = [{"style": style, **text_rows(task.probe[:1], style, task.label_words)[0]} for style in STYLES]
+    return _to_columns(runs, settings.beta), {"model": about, "styles": examples}
 
 
 def _load(model: str | None, seed: int) -> tuple[Any, Any]:
@@ -121,12 +115,10 @@ def _load(model: str | None, seed: int) -> tuple[Any, Any]:
 def _choose_settings(model: str | None, steps: int | None, seed: int) -> DemoSettings:
     if not 0 <= seed <= _LARGEST_SEED:
         raise InputError(f"seed is {seed}; accepted are 0 to {_LARGEST_SEED} (command line: --seed).")
-    settings = EMBEDDED if model is None else PRETRAINED
-    if steps is None:
-        return settings
-    if steps < 1:
+    if steps is not None and steps < 1:
         raise InputError(f"steps is {steps}; DPO needs at least 1 (command line: --steps).")
-    return replace(settings, dpo_steps=steps)
+    settings = EMBEDDED if model is None else PRETRAINED
+    return settings if steps is None else replace(settings, dpo_steps=steps)
 
 
 def _require_packages() -> None:
@@ -146,9 +138,7 @@ def _require_packages() -> None:
 
 
 @contextmanager
-def _progress(
-    settings: DemoSettings, styles: Sequence[str], quiet: bool
-) -> Iterator[Callable[[str], Callable[[int], None]]]:
+def _progress(settings: DemoSettings, styles: Sequence[str], quiet: bool) -> Iterator[Watch]:
     """One bar for SFT and one a style; each counts optimizer steps."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -166,17 +156,6 @@ def _progress(
         yield watch
 
 
-def _examples(task: Task) -> list[dict[str, str]]:
-    from gradent.demo.task import STYLES, prompt_of, responses_of  # noqa: PLC0415
-
-    statement = task.probe[0]
-    rows = []
-    for style in STYLES:
-        chosen, rejected = responses_of(statement, style, task.label_words)
-        rows.append({"style": style, "prompt": prompt_of(statement, style), "chosen": chosen, "rejected": rejected})
-    return rows
-
-
 def _to_columns(runs: dict[str, list[Measured]], beta: float) -> dict[str, list[Any]]:
     """The columns of `pairs.parquet`; the reference of DPO is the model at step 0."""
     from gradent import losses  # noqa: PLC0415
@@ -186,23 +165,14 @@ def _to_columns(runs: dict[str, list[Measured]], beta: float) -> dict[str, list[
     columns: dict[str, list[Any]] = {name: [] for name in PAIR_COLUMNS}
     for style, measured in runs.items():
         start = measured[0].gram
-        for measurement in measured:
-            gram = measurement.gram
+        for step, gram in ((measurement.step, measurement.gram) for measurement in measured):
             judged = verdict(gram, loss, start.chosen_logp, start.rejected_logp)
             values: dict[str, list[Any]] = {
-                "checkpoint": [style] * len(gram),
-                "step": [measurement.step] * len(gram),
-                "pair": list(range(len(gram))),
-                "cosine": gram.cosine.tolist(),
+                "checkpoint": [style] * len(gram), "step": [step] * len(gram), "pair": list(range(len(gram))),
                 "ref_chosen_logp": start.chosen_logp.tolist(),
                 "ref_rejected_logp": start.rejected_logp.tolist(),
-            }
-            for source in (gram, judged):
-                values |= {
-                    name: getattr(source, name).tolist()
-                    for name in PAIR_COLUMNS
-                    if name not in values and hasattr(source, name)
-                }
+            }  # fmt: skip
             for name in PAIR_COLUMNS:
-                columns[name] += values[name]
+                source = gram if hasattr(gram, name) else judged
+                columns[name] += values[name] if name in values else getattr(source, name).tolist()
     return columns

@@ -39,15 +39,8 @@ EMBEDDED = DemoSettings()
 """For the model that the demo builds."""
 
 PRETRAINED = DemoSettings(
-    train=256,
-    probe=16,
-    sft_steps=60,
-    sft_lr=1e-4,
-    sft_batch=16,
-    dpo_optimizer="adamw_torch",
-    dpo_lr=2e-6,
-    dpo_batch=16,
-    dpo_steps=30,
-)
+    train=256, probe=16, sft_steps=60, sft_lr=1e-4, sft_batch=16, dpo_optimizer="adamw_torch", dpo_lr=2e-6,
+    dpo_batch=16, dpo_steps=30,
+)  # fmt: skip
 """For `--model`. Tried on one pretrained model, a Llama of 15M parameters, seed 0: every mean moved as the paper says;
 at five times this rate of DPO the chosen log-prob of the single token fell."""

@@ -87,16 +87,13 @@ def read_statements(
 ) -> list[Statement]:
     """Distinct statements of a JSONL file; a warning counts those that are too long, repeated or contradictory."""
     seen: dict[str, set[bool]] = {}
-    rows = too_long = 0
-    for content, positive in _labelled(Path(path), text, label):
-        rows += 1
-        if len(content) > longest:
-            too_long += 1
-        else:
-            seen.setdefault(content, set()).add(positive)
+    labelled = list(_labelled(Path(path), text, label))
+    short = [row for row in labelled if len(row[0]) <= longest]
+    for content, positive in short:
+        seen.setdefault(content, set()).add(positive)
+    rows, too_long = len(labelled), len(labelled) - len(short)
     statements = [Statement(content, True in signs) for content, signs in seen.items() if len(signs) == 1]
-    both = len(seen) - len(statements)
-    repeated = rows - too_long - len(seen)
+    both, repeated = len(seen) - len(statements), len(short) - len(seen)
     if not statements:
         raise InputError(f"{path}: {rows} rows, of which none is left ({too_long} of over {longest} characters).")
     if too_long or repeated or both:

@@ -25,22 +25,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
-    "LABEL_WORDS",
-    "STYLES",
-    "USUAL_IF_RIGHT",
-    "USUAL_IF_WRONG",
-    "Statement",
-    "Task",
-    "TokenPair",
-    "draw_answers",
-    "find_label_words",
-    "make_task",
-    "prompt_of",
-    "read_statements",
-    "responses_of",
-    "tokenize_style",
+    "LABEL_WORDS", "STYLES", "USUAL_IF_RIGHT", "USUAL_IF_WRONG", "Statement", "Task", "TokenPair", "draw_answers",
+    "find_label_words", "make_task", "prompt_of", "read_statements", "responses_of", "text_rows", "tokenize_style",
     "word_list",
-]
+]  # fmt: skip
 
 TokenPair = tuple[list[int], list[int], list[int]]
 """`(prompt_ids, chosen_ids, rejected_ids)`."""
@@ -57,24 +45,14 @@ LABEL_WORDS: tuple[tuple[str, str], ...] = (("positive", "negative"), ("happy", 
 """Words for (positive, negative), tried in this order: a tokenizer must have both as single tokens."""
 
 _CUES = {
-    "single token": "one word",
-    "short suffix": "two words",
-    "long suffix": "many words",
-    "prefix+suffix": "a sentence",
-}
+    "single token": "one word", "short suffix": "two words", "long suffix": "many words", "prefix+suffix": "a sentence",
+}  # fmt: skip
 _PROMPT = "{statement}\nAnswer with {cue}:"
 
 _OTHER_WORDS = {
-    "sentiment": "mood",
-    "based": "going",
-    "on": "by",
-    "my": "the",
-    "judgement": "hunch",
-    ".": "!",
-    "it": "this",
-    "has": "shows",
-    "a": "some",
-}
+    "sentiment": "mood", "based": "going", "on": "by", "my": "the", "judgement": "hunch", ".": "!", "it": "this",
+    "has": "shows", "a": "some",
+}  # fmt: skip
 _WRONG = 0.3
 """Share of SFT's answers that name the wrong sentiment."""
 USUAL_IF_RIGHT = 0.7
@@ -111,8 +89,12 @@ def make_task(
             raise InputError("statements: a text occurs twice, and might be held out and trained on. Remove one.")
         drawn = divide_statements(rng, statements, probe + train)
     training = drawn[probe:]
-    sft = tuple(_draw_answer(rng, training[number % train], label_words, usual_if_wrong) for number in range(answers))
-    return Task(train=tuple(training), probe=tuple(drawn[:probe]), sft=sft, label_words=label_words)
+    sft = []
+    for number in range(answers):
+        is_wrong = rng.random() < _WRONG
+        usual = usual_if_wrong if is_wrong else USUAL_IF_RIGHT
+        sft.append(_word_answer(rng, training[number % train], label_words, is_wrong, usual))
+    return Task(train=tuple(training), probe=tuple(drawn[:probe]), sft=tuple(sft), label_words=label_words)
 
 
 def draw_answers(
@@ -134,19 +116,19 @@ def responses_of(statement: Statement, style: str, label_words: tuple[str, str])
     return " " + STYLES[style].format(label=right), " " + STYLES[style].format(label=wrong)
 
 
+def text_rows(statements: Sequence[Statement], style: str, label_words: tuple[str, str]) -> list[dict[str, str]]:
+    """The texts of the pairs of some statements in one style, by prompt, chosen and rejected."""
+    pairs = [(prompt_of(statement, style), *responses_of(statement, style, label_words)) for statement in statements]
+    return [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in pairs]
+
+
 def tokenize_style(
     tokenizer: PreTrainedTokenizerBase, statements: Sequence[Statement], style: str, label_words: tuple[str, str]
 ) -> list[TokenPair]:
     """Token ids of the pairs of some statements in one style; no EOS, which would be one more shared token."""
     return [
-        tokenize_pair(
-            tokenizer,
-            prompt_of(statement, style),
-            *responses_of(statement, style, label_words),
-            max_length=None,
-            where=f"{style}, statement {number}",
-        )
-        for number, statement in enumerate(statements)
+        tokenize_pair(tokenizer, *texts.values(), max_length=None, where=f"{style}, statement {number}")
+        for number, texts in enumerate(text_rows(statements, style, label_words))
     ]
 
 
@@ -169,13 +151,6 @@ def word_list() -> list[str]:
     texts += [response.format(label="").replace(".", " .") for response in STYLES.values()]
     words = {word for text in texts for word in text.split()}
     return sorted(words | statement_words() | set(LABEL_WORDS[0]) | set(_OTHER_WORDS.values()))
-
-
-def _draw_answer(
-    rng: random.Random, statement: Statement, label_words: tuple[str, str], usual_if_wrong: float
-) -> tuple[str, str]:
-    wrong = rng.random() < _WRONG
-    return _word_answer(rng, statement, label_words, wrong, usual_if_wrong if wrong else USUAL_IF_RIGHT)
 
 
 def _word_answer(

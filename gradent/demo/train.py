@@ -17,24 +17,15 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallb
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from gradent.demo.settings import DemoSettings
-from gradent.demo.task import Task, TokenPair, prompt_of, responses_of, tokenize_style
+from gradent.demo.task import Task, TokenPair, text_rows, tokenize_style
 from gradent.measurement import measure
 from gradent.pair_gram import PairGram
 from gradent.pairs.batch import PairBatch
 
 __all__ = [
-    "Measured",
-    "PairCollator",
-    "SplitCollator",
-    "one_thread",
-    "padded",
-    "pair_rows",
-    "sft_row",
-    "train_dpo",
-    "train_quietly",
-    "train_sft",
-    "trainer_arguments",
-]
+    "Measured", "PairCollator", "SplitCollator", "one_thread", "padded", "pair_rows", "sft_row", "train_dpo",
+    "train_quietly", "train_sft", "trainer_arguments",
+]  # fmt: skip
 
 Advance = Callable[[int], None]
 """Told the number of steps done so far."""
@@ -53,66 +44,41 @@ def train_sft(
 ) -> None:
     """Fine-tune a model on the task's answers, the loss on the answers alone."""
     trained = copy.deepcopy(model)  # TRL replaces the forward of the model that it is given
-    rows = datasets.Dataset.from_list([sft_row(tokenizer, *texts) for texts in task.sft])
     with trainer_arguments(seed) as common:
         trainer = SFTTrainer(
             model=trained,
             args=SFTConfig(
-                **common,
-                max_steps=settings.sft_steps,
-                per_device_train_batch_size=settings.sft_batch,
-                learning_rate=settings.sft_lr,
-                warmup_steps=settings.sft_steps // 20,
-                completion_only_loss=True,
+                **common, max_steps=settings.sft_steps, per_device_train_batch_size=settings.sft_batch,
+                learning_rate=settings.sft_lr, warmup_steps=settings.sft_steps // 20, completion_only_loss=True,
                 max_length=None,
             ),
-            train_dataset=rows,
-            processing_class=padded(tokenizer),
-            callbacks=[_Progress(advance)],
-        )
+            train_dataset=datasets.Dataset.from_list([sft_row(tokenizer, *texts) for texts in task.sft]),
+            processing_class=padded(tokenizer), callbacks=[_Progress(advance)],
+        )  # fmt: skip
         train_quietly(trainer)
     model.load_state_dict(trained.state_dict())
 
 
 def train_dpo(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    style: str,
-    settings: DemoSettings,
-    *,
-    seed: int,
+    model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, style: str, settings: DemoSettings, *, seed: int,
     advance: Advance,
-) -> list[Measured]:
+) -> list[Measured]:  # fmt: skip
     """Run TRL's DPOTrainer on one style's pairs, and measure the probe pairs on the way."""
     pairs = tokenize_style(tokenizer, task.train, style, task.label_words)
-    watch = _Watch(
-        PairBatch.from_tokens(tokenize_style(tokenizer, task.probe, style, task.label_words)),
-        settings.measure_every,
-        advance,
-    )
+    probe = PairBatch.from_tokens(tokenize_style(tokenizer, task.probe, style, task.label_words))
+    watch = _Watch(probe, settings.measure_every, advance)
     with trainer_arguments(seed) as common:
         trainer = DPOTrainer(
-            model=copy.deepcopy(model),
-            ref_model=copy.deepcopy(model),
+            model=copy.deepcopy(model), ref_model=copy.deepcopy(model),
             args=DPOConfig(
-                **common,
-                beta=settings.beta,
-                max_steps=settings.dpo_steps,
-                per_device_train_batch_size=settings.dpo_batch,
-                learning_rate=settings.dpo_lr,
-                lr_scheduler_type="constant",
-                optim=settings.dpo_optimizer,
-                max_grad_norm=0.0,
-                weight_decay=0.0,
-                max_length=None,
-                remove_unused_columns=False,
+                **common, beta=settings.beta, max_steps=settings.dpo_steps,
+                per_device_train_batch_size=settings.dpo_batch, learning_rate=settings.dpo_lr,
+                lr_scheduler_type="constant", optim=settings.dpo_optimizer, max_grad_norm=0.0, weight_decay=0.0,
+                max_length=None, remove_unused_columns=False,
             ),
-            data_collator=PairCollator(pairs),
-            train_dataset=pair_rows(task, style),
-            processing_class=padded(tokenizer),
-            callbacks=[watch],
-        )
+            data_collator=PairCollator(pairs), train_dataset=pair_rows(task, style),
+            processing_class=padded(tokenizer), callbacks=[watch],
+        )  # fmt: skip
         train_quietly(trainer)
     return watch.measured
 
@@ -154,11 +120,7 @@ class PairCollator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """A batch of B pairs."""
         batch = PairBatch.from_tokens([self._pairs[row["pair"]] for row in rows])
-        return {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            "completion_mask": batch.completion_mask,
-        }
+        return {name: getattr(batch, name) for name in ("input_ids", "attention_mask", "completion_mask")}
 
 
 class SplitCollator(PairCollator):
@@ -185,11 +147,8 @@ def sft_row(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> dic
 
 def pair_rows(task: Task, style: str) -> Any:
     """The pairs of the training statements, as TRL's dataset."""
-    rows = []
-    for number, statement in enumerate(task.train):
-        chosen, rejected = responses_of(statement, style, task.label_words)
-        rows.append({"pair": number, "prompt": prompt_of(statement, style), "chosen": chosen, "rejected": rejected})
-    return datasets.Dataset.from_list(rows)
+    rows = text_rows(task.train, style, task.label_words)
+    return datasets.Dataset.from_list([{"pair": number, **row} for number, row in enumerate(rows)])
 
 
 def padded(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -221,16 +180,10 @@ def trainer_arguments(seed: int) -> Iterator[dict[str, Any]]:
             # TRL's defaults still use names that transformers has renamed.
             warnings.simplefilter("ignore", FutureWarning)
             yield {
-                "output_dir": folder,
-                "seed": seed,
-                "bf16": False,
-                "gradient_checkpointing": False,
-                "save_strategy": "no",
-                "logging_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
+                "output_dir": folder, "seed": seed, "bf16": False, "gradient_checkpointing": False,
+                "save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True,
                 "use_cpu": torch.cuda.device_count() != 1,
-            }
+            }  # fmt: skip
     finally:
         if shown:
             datasets.enable_progress_bars()

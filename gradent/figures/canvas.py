@@ -57,10 +57,8 @@ def draw_figure(figure: Chart | Bars) -> Figure:
         for tick in axis.get_ticklabels():
             tick.set(fontsize=8, fontfamily=_FONT)
     axes.grid(visible=False)
-    style = {"family": _FONT, "size": 8}
-    drawing.legend(
-        *axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, prop=style
-    )  # fmt: skip
+    style: dict[str, Any] = {"frameon": False, "prop": {"family": _FONT, "size": 8}}
+    drawing.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, **style)
     return drawing
 
 
@@ -88,9 +86,8 @@ def escape_missing(text: str, letters: frozenset[int]) -> str:
 
 def _draw_lines(axes: Axes, chart: Chart) -> None:
     for line in chart.lines:
-        style: dict[str, Any] = (
-            {"linewidth": 0.9, "linestyle": ":"} if line.dashed else {"marker": "o", "markersize": 3}
-        )
+        style: dict[str, Any] = {"marker": "o", "markersize": 3}
+        style = {"linewidth": 0.9, "linestyle": ":"} if line.dashed else style
         axes.plot(line.x, line.y, color=COLOURS[line.colour], label=line.name, **style)
         low, high = line.edges()
         if len(low):
@@ -108,6 +105,8 @@ def _draw_stack(axes: Axes, chart: Chart) -> None:
 
 
 def _draw_bars(axes: Axes, bars: Bars) -> None:
+    from matplotlib import font_manager  # noqa: PLC0415
+
     places, left = list(range(len(bars.names))), [0.0] * len(bars.names)
     for series in bars.series:
         values = [value if math.isfinite(value) else 0.0 for value in series.values]
@@ -117,7 +116,10 @@ def _draw_bars(axes: Axes, bars: Bars) -> None:
                 colour, middle = "white" if series.colour in DARK else "black", left[place] + value / 2
                 axes.text(middle, place, f"{value:.0%}", color=colour, fontsize=7, ha="center", va="center")
         left = [start + value for start, value in zip(left, values, strict=True)]
-    axes.set_yticks(places, [_bar_name(name) for name in bars.names], parse_math=False)
+    letters = letters_of(font_manager.findfont(_FONT))
+    names = [escape_missing(visible(name, space=" "), letters) for name in bars.names]
+    names = [name if len(name) <= _LABEL else name[: _LABEL - 1] + "…" for name in names]
+    axes.set_yticks(places, names, parse_math=False)
     axes.set_ylim(len(places) - 0.4, -0.6)
     axes.set_xlim(0, 1)
     _show_percent(axes.xaxis)
@@ -127,10 +129,3 @@ def _show_percent(axis: Any) -> None:
     from matplotlib.ticker import PercentFormatter  # noqa: PLC0415
 
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-
-
-def _bar_name(text: str) -> str:
-    from matplotlib import font_manager  # noqa: PLC0415
-
-    name = escape_missing(visible(text, space=" "), letters_of(font_manager.findfont(_FONT)))
-    return name if len(name) <= _LABEL else name[: _LABEL - 1] + "…"

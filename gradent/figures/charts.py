@@ -11,14 +11,9 @@ from dataclasses import dataclass
 __all__ = ["COLOURS", "DARK", "Bars", "Chart", "Figure", "HeatMap", "Line", "Series", "fill_gap", "token_cosines"]
 
 COLOURS: dict[str, str] = {
-    "chosen": "#1f6fb4",
-    "rejected": "#c77400",
-    "ideal": "#2a9d8f",
-    "both_down": "#e76f51",
-    "both_up": "#e9c46a",
-    "reversed": "#9b2226",
-    "inactive": "#adb5bd",
-}
+    "chosen": "#1f6fb4", "rejected": "#c77400", "ideal": "#2a9d8f", "both_down": "#e76f51", "both_up": "#e9c46a",
+    "reversed": "#9b2226", "inactive": "#adb5bd",
+}  # fmt: skip
 """Colours by name, where no page brings its own (which know light from dark)."""
 
 DARK = frozenset({"ideal", "reversed"})
@@ -108,12 +103,9 @@ Figure = Chart | Bars | HeatMap
 
 
 def token_cosines(
-    chosen: Sequence[str],
-    rejected: Sequence[str],
-    cosines: Sequence[Sequence[float | None]],
-    alignment: Sequence[tuple[int, int]] = (),
-    title: str = "",
-) -> HeatMap:
+    chosen: Sequence[str], rejected: Sequence[str], cosines: Sequence[Sequence[float | None]],
+    alignment: Sequence[tuple[int, int]] = (), title: str = "",
+) -> HeatMap:  # fmt: skip
     """Cosines of the gradients of T_w chosen and T_l rejected tokens, `[T_w, T_l]`; aligned tokens are outlined."""
     return HeatMap("rejected", "chosen", rejected, chosen, cosines, "cosine", marked=alignment, title=title)
 

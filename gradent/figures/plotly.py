@@ -127,8 +127,8 @@ def _bars(bars: Bars) -> dict[str, Any]:
             "hovertemplate": shown, "orientation": "v" if bars.upright else "h", "customdata": names,
         }  # fmt: skip
         if bars.percent:
-            trace |= {"text": [_piece(value) for value in values], "textposition": "inside", "textangle": 0}
-            trace["insidetextanchor"] = "middle"
+            texts = ["" if value is None or value < _LEAST_TEXT else f"{value:.0%}" for value in values]
+            trace |= {"text": texts, "textposition": "inside", "textangle": 0, "insidetextanchor": "middle"}
         traces.append(trace)
     value_axis: dict[str, Any] = {"title": {"text": _label(bars.value_label)}, "zeroline": False}
     value_axis |= {"tickformat": ".0%", "range": [0, 1]} if bars.percent else {}
@@ -136,13 +136,9 @@ def _bars(bars: Bars) -> dict[str, Any]:
     name_axis |= {} if bars.places else {"tickvals": places, "ticktext": names}
     name_axis |= {"title": {"text": _label(bars.label)}} if bars.upright else {"autorange": "reversed"}
     layout = {
-        f"{across}axis": {**name_axis, "showgrid": False},
-        f"{along}axis": value_axis,
-        "barmode": "stack",
-        "bargap": 0.05 if bars.upright else 0.3,
-        "hovermode": "closest",
-        "uniformtext": {"minsize": 9, "mode": "hide"},
-    }
+        f"{across}axis": {**name_axis, "showgrid": False}, f"{along}axis": value_axis, "barmode": "stack",
+        "bargap": 0.05 if bars.upright else 0.3, "hovermode": "closest", "uniformtext": {"minsize": 9, "mode": "hide"},
+    }  # fmt: skip
     return {"data": traces, "layout": {**layout, "showlegend": len(bars.series) > 1}}
 
 
@@ -151,13 +147,10 @@ def _heat_map(heat: HeatMap) -> dict[str, Any]:
     name, x_label, y_label = _label(heat.name), _label(heat.x_label), _label(heat.y_label)
     has_names = all(isinstance(column, str) for column in heat.columns)
     trace = {
-        "type": "heatmap",
-        "x": [_label(column) if isinstance(column, str) else column for column in heat.columns],
+        "type": "heatmap", "x": [_label(column) if isinstance(column, str) else column for column in heat.columns],
         "y": [_label(row) for row in heat.rows],
         "z": [[value if value is None else round(value, 4) for value in _gaps(row)] for row in heat.values],
-        "zmin": -heat.limit,
-        "zmax": heat.limit,
-        "hoverongaps": False,
+        "zmin": -heat.limit, "zmax": heat.limit, "hoverongaps": False,
         "hovertemplate": f"{y_label} %{{y}}<br>{x_label} %{{x}}<br>{name} %{{z:.3f}}<extra></extra>",
         "colorbar": {
             "title": {"text": name, "side": "top"}, "orientation": "h", "thickness": 10, "len": 0.5, "x": 0,
@@ -175,19 +168,13 @@ def _heat_map(heat: HeatMap) -> dict[str, Any]:
     layout = {
         "xaxis": {**x_axis, **turned, "title": {"text": x_label, "standoff": 24}},
         "yaxis": {**axis, "title": {"text": y_label, "standoff": 12}, "autorange": "reversed"},
-        "hovermode": "closest",
-        "shapes": outlines,
     }
-    return {"data": [trace], "layout": layout}
+    return {"data": [trace], "layout": {**layout, "hovermode": "closest", "shapes": outlines}}
 
 
 def _label(text: str) -> str:
     """A text as plotly shows it: plotly reads some tags and entities in its labels."""
     return escape(printable(text), quote=False)
-
-
-def _piece(value: float | None) -> str:
-    return "" if value is None or value < _LEAST_TEXT else f"{value:.0%}"
 
 
 def _gaps(values: Sequence[float | None]) -> list[float | None]:

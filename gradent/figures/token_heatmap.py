@@ -12,7 +12,7 @@ import io
 import math
 import os
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,7 +100,10 @@ def draw_tokens(picture: TokenPicture) -> Figure:
     """Draw the matrix, chosen tokens downwards, rejected tokens to the right, with strips of entanglement."""
     figure, heat = new_figure(_DPI), picture.heat
     fonts, letters = _fonts()
-    labels = [_labels(texts, letters) for texts in (heat.rows, [*map(str, heat.columns)])]
+    labels = [
+        [f"{place} {visible(_escape(text, letters), _LABEL)}" for place, text in enumerate(map(str, texts))]
+        for texts in (heat.rows, heat.columns)
+    ]
     plan = _plan(heat, labels, letters)
     figure.set_size_inches(plan.width, plan.height)
     text = {"fontfamily": fonts, "parse_math": False, "usetex": False, "color": "black"}
@@ -140,7 +143,8 @@ def _plan(heat: HeatMap, labels: Sequence[Sequence[str]], letters: frozenset[int
     left = _EDGE + _LINE + beside + _STRIP + _GAP
     width = left + across + 2 * _BAR_ROOM + _EDGE
     heading = _wrap(_escape(heat.title, letters), width, 12, 3)
-    foot = _wrap(_HELP + _no_gradient(heat), width, 8, 8)
+    has_gaps = not np.isfinite(np.array(heat.values, dtype=np.float64)).all()
+    foot = _wrap(_HELP + (" Grey: a token without gradient has no cosine." if has_gaps else ""), width, 8, 8)
     bottom = _EDGE + len(foot) * 0.16 + 0.1 + _LINE + below + _STRIP + _GAP
     height = max(bottom + up, _EDGE + len(foot) * 0.16 + 0.3 + _BAR_LENGTH) + _EDGE + 0.08 + len(heading) * _LINE
     bottom = height - up - _EDGE - 0.08 - len(heading) * _LINE
@@ -148,11 +152,6 @@ def _plan(heat: HeatMap, labels: Sequence[Sequence[str]], letters: frozenset[int
         width=width, height=height, left=left, bottom=bottom, across=across, up=up, font=font,
         steps=(steps[0], steps[1]), heading=heading, foot=foot,
     )  # fmt: skip
-
-
-def _no_gradient(heat: HeatMap) -> str:
-    has_gaps = not np.isfinite(np.array(heat.values, dtype=np.float64)).all()
-    return " Grey: a token without gradient has no cosine." if has_gaps else ""
 
 
 def _wrap(text: str, width: float, size: float, most: int) -> list[str]:
@@ -174,13 +173,9 @@ def _paint(axes: Axes, values: Floats, limit: float) -> AxesImage:
     from matplotlib import colormaps  # noqa: PLC0415
 
     image = axes.imshow(
-        np.ma.masked_invalid(values),
-        cmap=colormaps[_COLOURS].with_extremes(bad=_NO_COSINE),
-        vmin=-limit,
-        vmax=limit,
-        aspect="auto",
-        interpolation="nearest",
-    )
+        np.ma.masked_invalid(values), cmap=colormaps[_COLOURS].with_extremes(bad=_NO_COSINE), vmin=-limit, vmax=limit,
+        aspect="auto", interpolation="nearest",
+    )  # fmt: skip
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(visible=False)
@@ -198,9 +193,8 @@ def _outline(axes: Axes, alignment: Sequence[tuple[int, int]], cell: float) -> N
         return
     line = min(1.0, 72 * cell * 0.09)
     for color, width in (("white", 2.2 * line), ("black", line)):
-        axes.add_collection(
-            PolyCollection(squares, facecolors="none", edgecolors=color, linewidths=width), autolim=False
-        )
+        outlines = PolyCollection(squares, facecolors="none", edgecolors=color, linewidths=width)
+        axes.add_collection(outlines, autolim=False)
 
 
 def _draw_strips(
@@ -209,10 +203,8 @@ def _draw_strips(
     """The two strips on one scale, with the tokens' names on their outer sides."""
     strengths = picture.chosen_entanglement, picture.rejected_entanglement
     largest = max((float(np.abs(side[np.isfinite(side)]).max(initial=0.0)) for side in strengths), default=0.0)
-    boxes = (
-        plan.box(plan.left - _GAP - _STRIP, plan.bottom, _STRIP, plan.up),
-        plan.box(plan.left, plan.bottom - _GAP - _STRIP, plan.across, _STRIP),
-    )
+    beside = plan.box(plan.left - _GAP - _STRIP, plan.bottom, _STRIP, plan.up)
+    boxes = beside, plan.box(plan.left, plan.bottom - _GAP - _STRIP, plan.across, _STRIP)
     shared = {a for a, _ in picture.heat.marked}, {b for _, b in picture.heat.marked}
     for side, name in enumerate(("chosen", "rejected")):
         axes = figure.add_axes(boxes[side], label=name)
@@ -224,12 +216,10 @@ def _draw_strips(
         axis.set_tick_params(length=0, pad=2, labelrotation=0 if side == 0 else 90)
         for place, tick in zip(places, axis.get_ticklabels(), strict=True):
             tick.set_color(_IDENTICAL if place in shared[side] else _DIFFERING)
-    middle = plan.left + plan.across / 2, plan.bottom + plan.up / 2
-    figure.text(
-        (_EDGE + 0.06) / plan.width, middle[1] / plan.height, "chosen", rotation=90, fontsize=9, va="center", **text
-    )
-    below = _EDGE + len(plan.foot) * 0.16 + 0.1
-    figure.text(middle[0] / plan.width, below / plan.height, "rejected", fontsize=9, ha="center", va="bottom", **text)
+    across, up = (plan.left + plan.across / 2) / plan.width, (plan.bottom + plan.up / 2) / plan.height
+    below = (_EDGE + len(plan.foot) * 0.16 + 0.1) / plan.height
+    figure.text((_EDGE + 0.06) / plan.width, up, "chosen", rotation=90, fontsize=9, va="center", **text)
+    figure.text(across, below, "rejected", fontsize=9, ha="center", va="bottom", **text)
     return image
 
 
@@ -241,19 +231,11 @@ def _draw_bars(figure: Figure, plan: _Plan, images: tuple[AxesImage, AxesImage],
         axes = figure.add_axes(plan.box(left, bottom, _BAR, _BAR_LENGTH), label=f"scale {number}")
         bar = figure.colorbar(image, cax=axes)
         places = np.linspace(*image.get_clim(), 5)
-        bar.set_ticks(
-            places.tolist(),
-            labels=[f"{place:{',.0f' if 1e3 <= abs(place) < 1e6 else '.3g'}}" for place in places],
-            fontsize=7,
-            **text,
-        )
+        figures = [f"{place:{',.0f' if 1e3 <= abs(place) < 1e6 else '.3g'}}" for place in places]
+        bar.set_ticks(places.tolist(), labels=figures, fontsize=7, **text)
         bar.ax.tick_params(length=2)
         bar.set_label(name, fontsize=8, **text)
         bar.outline.set_linewidth(0.5)
-
-
-def _labels(texts: Sequence[str], letters: frozenset[int]) -> list[str]:
-    return [f"{place} {visible(_escape(text, letters), _LABEL)}" for place, text in enumerate(texts)]
 
 
 def _escape(text: str, letters: frozenset[int]) -> str:
@@ -262,16 +244,10 @@ def _escape(text: str, letters: frozenset[int]) -> str:
 
 def _fonts() -> tuple[list[str], frozenset[int]]:
     """The families to draw with, the user's own first, and all characters that they have."""
-    from matplotlib import font_manager  # noqa: PLC0415
-
-    files = {font.name: font.fname for font in reversed(font_manager.fontManager.ttflist)}
-    families = [name for name in (*_own_families(), "DejaVu Sans") if name in files]
-    return list(dict.fromkeys(families)), letters_of(*(files[name] for name in families))
-
-
-def _own_families() -> Iterator[str]:
-    from matplotlib import rcParams  # noqa: PLC0415
+    from matplotlib import font_manager, rcParams  # noqa: PLC0415
 
     settings: Any = rcParams
-    for family in settings["font.family"]:
-        yield from settings.get(f"font.{family}", [family])
+    files = {font.name: font.fname for font in reversed(font_manager.fontManager.ttflist)}
+    wanted = [name for family in settings["font.family"] for name in settings.get(f"font.{family}", [family])]
+    families = [name for name in (*wanted, "DejaVu Sans") if name in files]
+    return list(dict.fromkeys(families)), letters_of(*(files[name] for name in families))

@@ -79,7 +79,5 @@ def _to_curve(checkpoint: str, table: Mapping[tuple[int, int], float]) -> Curve:
             f"{checkpoint}: {len(table)} rows for {len(steps)} steps of {len(pairs)} pairs; every pair must be "
             "there at every step."
         )
-    return Curve(
-        np.array(steps, dtype=np.int64),
-        np.array([[table[step, pair] for pair in pairs] for step in steps], dtype=np.float64),
-    )
+    values = [[table[step, pair] for pair in pairs] for step in steps]
+    return Curve(np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64))

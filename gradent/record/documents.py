@@ -18,18 +18,9 @@ from gradent.record.parquet import SCHEMA_VERSION, check_version, first_line
 from gradent.version import __version__
 
 __all__ = [
-    "AUDIT_FILES",
-    "DemoRecord",
-    "DocumentKind",
-    "Summary",
-    "TokenRecord",
-    "read_demo",
-    "read_summary",
-    "read_token_record",
-    "write_demo",
-    "write_summary",
-    "write_token_record",
-]
+    "AUDIT_FILES", "DemoRecord", "DocumentKind", "Summary", "TokenRecord", "read_demo", "read_summary",
+    "read_token_record", "write_demo", "write_summary", "write_token_record",
+]  # fmt: skip
 
 Document = TypeVar("Document", bound=Mapping[str, Any])
 
@@ -184,7 +175,8 @@ class DocumentKind(Generic[Document]):
             InputError: a key is missing or unknown, or a value is not JSON.
         """
         content = {**record, "schema": self.schema, "schema_version": SCHEMA_VERSION, "gradent_version": __version__}
-        missing, unknown = (sorted(names) for names in (self._names - set(content), set(content) - self._names))
+        names = set(self.keys.__annotations__)
+        missing, unknown = sorted(names - set(content)), sorted(set(content) - names)
         if missing or unknown:
             raise InputError(f"{self.writer}: missing keys {missing}, unknown {unknown}.")
         try:
@@ -211,27 +203,21 @@ class DocumentKind(Generic[Document]):
         try:
             content = json.loads(Path(path).read_bytes())
         except FileNotFoundError as error:
-            raise DataFileError(
-                f"{path}: there is no such file. `gradent {self.command} ... --out DIR` writes it."
-            ) from error
+            writer = f"gradent {self.command} ... --out DIR"
+            raise DataFileError(f"{path}: there is no such file. `{writer}` writes it.") from error
         except (OSError, ValueError) as error:
             raise DataFileError(f"{path}: not a readable JSON file ({first_line(error)}).") from error
         if not isinstance(content, dict) or content.get("schema") != self.schema:
-            raise DataFileError(
-                f"{path}: JSON, but not one of gradent's {self.noun} (its `schema` is not {self.schema!r})."
-            )
+            problem = f"(its `schema` is not {self.schema!r})"
+            raise DataFileError(f"{path}: JSON, but not one of gradent's {self.noun} {problem}.")
         check_version(path, str(content.get("schema_version", "")))
         content = {**dict.fromkeys(self.added), **content}
-        missing = sorted(self._names - set(content))
+        missing = sorted(set(self.keys.__annotations__) - set(content))
         if missing:
             raise DataFileError(f"{path}: keys missing: {', '.join(missing)}. Run the {self.command} again.")
         if self.check is not None:
             self.check(path, content)
         return cast(Document, content)
-
-    @property
-    def _names(self) -> set[str]:
-        return set(self.keys.__annotations__)
 
 
 def _check_lengths(path: str | os.PathLike[str], record: TokenRecord) -> None:

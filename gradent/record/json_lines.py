@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,9 +89,12 @@ class JsonLines:
             start = max(0, start - _CHUNK)
             tail = os.pread(self._file, size - start, start)
         line = tail.rpartition(b"\n")[2]
-        if line and _is_json(line):
+        if not line:
+            return
+        try:
+            json.loads(line)
             os.write(self._file, b"\n")
-        elif line:
+        except ValueError:
             os.ftruncate(self._file, size - len(line))
 
 
@@ -109,9 +113,8 @@ def read_lines(path: Path, kind: LineFormat) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines) or (kind.has_cut_lines and not line.endswith(b"}")):
                 continue
-            raise DataFileError(
-                f"{path}:{number}: this line of {kind.noun} is damaged ({error}). {kind.remedy}".rstrip()
-            ) from error
+            problem = f"this line of {kind.noun} is damaged ({error})"
+            raise DataFileError(f"{path}:{number}: {problem}. {kind.remedy}".rstrip()) from error
         if not isinstance(entry, dict) or not entry.keys() >= kind.keys:
             wanted = f"its keys are not {', '.join(sorted(kind.keys))}"
             raise DataFileError(f"{path}:{number}: not an entry of {kind.noun}: {wanted}. {kind.remedy}".rstrip())
@@ -125,18 +128,9 @@ def _is_unfinished_head(content: bytes, kind: LineFormat) -> bool:
 
 
 def _check_head(path: Path, line: bytes, kind: LineFormat) -> None:
-    try:
+    head = None
+    with suppress(ValueError):
         head = json.loads(line)
-    except ValueError:
-        head = None
     if not isinstance(head, dict) or head.get("schema") != kind.schema:
         raise DataFileError(f"{path}: not {kind.noun} (its first line does not say so). {kind.remedy}".rstrip())
     check_version(path, str(head.get("schema_version", "")))
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True

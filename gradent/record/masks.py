@@ -13,15 +13,9 @@ from gradent.record.parquet import TableKind
 __all__ = ["MASKS", "MASK_COLUMNS", "mask_schema", "read_masks", "read_pair_masks", "write_masks"]
 
 MASK_COLUMNS: dict[str, str] = {
-    "pair": "int64",
-    "side": "string",
-    "position": "int64",
-    "token_id": "int64",
-    "token": "string",
-    "score": "float64",
-    "mask": "float64",
-    "kept": "bool_",
-}
+    "pair": "int64", "side": "string", "position": "int64", "token_id": "int64", "token": "string", "score": "float64",
+    "mask": "float64", "kept": "bool_",
+}  # fmt: skip
 """Columns of `masks.parquet` in order, each with its Arrow type: a row a token of a response, prompts left out.
 
 `pair` is the row of the data, counted from 0; `side` is chosen or rejected; `position` counts from 0 at the response's
@@ -50,11 +44,8 @@ def read_pair_masks(
         ids_there = [row["token_id"] for row in part]
         if ids_there != list(tokens):
             at = next((n for n, (a, b) in enumerate(zip(ids_there, tokens, strict=False)) if a != b), None)
-            where = (
-                f"they differ from token {at} on"
-                if at is not None
-                else f"{len(ids_there)} against {len(tokens)} tokens"
-            )
+            counts = f"{len(ids_there)} against {len(tokens)} tokens"
+            where = counts if at is None else f"they differ from token {at} on"
             raise InputError(
                 f"{path}: the masks of row {pair}, {side}, are of other tokens than are measured ({where}). "
                 "Export them with the same data, tokenizer and lengths; plain strings get an EOS in both, unless "

@@ -48,10 +48,8 @@ class TableKind:
             The columns in order; only those that may be missing are nullable.
         """
         pyarrow, _ = _import_pyarrow()
-        fields = [
-            pyarrow.field(name, getattr(pyarrow, arrow)(), nullable=name in self.nullable)
-            for name, arrow in self.columns.items()
-        ]
+        types = {name: getattr(pyarrow, arrow)() for name, arrow in self.columns.items()}
+        fields = [pyarrow.field(name, kind, nullable=name in self.nullable) for name, kind in types.items()]
         version = {_VERSION_KEY: str(SCHEMA_VERSION).encode(), _WRITER_KEY: __version__.encode()}
         return pyarrow.schema(fields, metadata={_SCHEMA_KEY: self.name.encode(), **version})
 

@@ -10,47 +10,17 @@ from __future__ import annotations
 from gradent.record.parquet import TableKind
 
 __all__ = [
-    "CASE_NAMES",
-    "MODULES",
-    "MODULE_COLUMNS",
-    "PAIRS",
-    "PAIR_COLUMNS",
-    "SAMPLE",
-    "SAMPLE_COLUMNS",
-    "TOKENS",
-    "TOKEN_COLUMNS",
-    "pair_schema",
-    "read_modules",
-    "read_pairs",
-    "read_sample",
-    "read_tokens",
-    "token_schema",
-    "write_modules",
-    "write_pairs",
-    "write_sample",
-    "write_tokens",
-]
+    "CASE_NAMES", "MODULES", "MODULE_COLUMNS", "PAIRS", "PAIR_COLUMNS", "SAMPLE", "SAMPLE_COLUMNS", "TOKENS",
+    "TOKEN_COLUMNS", "pair_schema", "read_modules", "read_pairs", "read_sample", "read_tokens", "token_schema",
+    "write_modules", "write_pairs", "write_sample", "write_tokens",
+]  # fmt: skip
 
 PAIR_COLUMNS: dict[str, str] = {
-    "checkpoint": "string",
-    "step": "int64",
-    "pair": "int64",
-    "chosen_sq": "float64",
-    "rejected_sq": "float64",
-    "inner": "float64",
-    "cosine": "float64",
-    "chosen_logp": "float64",
-    "rejected_logp": "float64",
-    "ref_chosen_logp": "float64",
-    "ref_rejected_logp": "float64",
-    "chosen_len": "int64",
-    "rejected_len": "int64",
-    "d_w": "float64",
-    "d_l": "float64",
-    "chosen_change": "float64",
-    "rejected_change": "float64",
-    "case": "int64",
-}
+    "checkpoint": "string", "step": "int64", "pair": "int64", "chosen_sq": "float64", "rejected_sq": "float64",
+    "inner": "float64", "cosine": "float64", "chosen_logp": "float64", "rejected_logp": "float64",
+    "ref_chosen_logp": "float64", "ref_rejected_logp": "float64", "chosen_len": "int64", "rejected_len": "int64",
+    "d_w": "float64", "d_l": "float64", "chosen_change": "float64", "rejected_change": "float64", "case": "int64",
+}  # fmt: skip
 """Columns of `pairs.parquet` in order, each with its Arrow type. `pair` is the row of the data, counted from 0."""
 
 NULLABLE = frozenset({"cosine", "ref_chosen_logp", "ref_rejected_logp"})
@@ -60,20 +30,10 @@ CASE_NAMES: dict[int, str] = {1: "ideal", 2: "both_down", 3: "both_up", 4: "reve
 """Meaning of the column `case`: Table 1 of the paper, `reversed` (chosen falls, rejected rises) and no gradient."""
 
 TOKEN_COLUMNS: dict[str, str] = {
-    "checkpoint": "string",
-    "step": "int64",
-    "pair": "int64",
-    "side": "string",
-    "position": "int64",
-    "token_id": "int64",
-    "token": "string",
-    "identical": "bool_",
-    "sq": "float64",
-    "entanglement": "float64",
-    "aligned_inner": "float64",
-    "facing_inner": "float64",
-    "own_inner": "float64",
-}
+    "checkpoint": "string", "step": "int64", "pair": "int64", "side": "string", "position": "int64",
+    "token_id": "int64", "token": "string", "identical": "bool_", "sq": "float64", "entanglement": "float64",
+    "aligned_inner": "float64", "facing_inner": "float64", "own_inner": "float64",
+}  # fmt: skip
 """Columns of `tokens.parquet` in order, each with its Arrow type: a row a token of a response, prompts left out.
 
 `pair` is the row of the data, as in `pairs.parquet`; `side` is chosen or rejected; `position` counts from 0 at the
@@ -86,14 +46,9 @@ squared norm; null in records of before it was measured).
 """
 
 MODULE_COLUMNS: dict[str, str] = {
-    "checkpoint": "string",
-    "step": "int64",
-    "module": "string",
-    "pairs": "int64",
-    "cosine_part": "float64",
-    "chosen_share": "float64",
-    "rejected_share": "float64",
-}
+    "checkpoint": "string", "step": "int64", "module": "string", "pairs": "int64", "cosine_part": "float64",
+    "chosen_share": "float64", "rejected_share": "float64",
+}  # fmt: skip
 """Columns of `modules.parquet` in order, each with its Arrow type: a row a module and checkpoint.
 
 Means over the `pairs` whose cosine is defined: `cosine_part` is the module's part of the cosine (over all modules they
@@ -101,19 +56,10 @@ sum to the mean cosine), `chosen_share` and `rejected_share` its parts of `‖g_
 """
 
 SAMPLE_COLUMNS: dict[str, str] = {
-    "pair": "int64",
-    "where": "string",
-    "prompt": "string",
-    "chosen": "string",
-    "rejected": "string",
-    "prompt_len": "int64",
-    "chosen_len": "int64",
-    "rejected_len": "int64",
-    "shared_prefix": "int64",
-    "shared_suffix": "int64",
-    "edit_distance": "int64",
-    "truncated": "int64",
-}
+    "pair": "int64", "where": "string", "prompt": "string", "chosen": "string", "rejected": "string",
+    "prompt_len": "int64", "chosen_len": "int64", "rejected_len": "int64", "shared_prefix": "int64",
+    "shared_suffix": "int64", "edit_distance": "int64", "truncated": "int64",
+}  # fmt: skip
 """Columns of `sample.parquet` in order, each with its Arrow type: a row a pair that an audit measured.
 
 `pair` is the row of the data, as in `pairs.parquet`, and `where` its file and line; `prompt`, `chosen` and `rejected`

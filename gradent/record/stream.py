@@ -14,11 +14,9 @@ from gradent.record.json_lines import JsonLines, LineFormat, read_lines
 __all__ = ["PairStream", "read_stream"]
 
 _FORMAT = LineFormat(
-    schema="gradent.pair_stream",
-    noun="a stream of gradent's records (PairStream)",
-    keys=frozenset(PAIR_COLUMNS),
+    schema="gradent.pair_stream", noun="a stream of gradent's records (PairStream)", keys=frozenset(PAIR_COLUMNS),
     has_cut_lines=True,
-)
+)  # fmt: skip
 
 
 class PairStream:

@@ -62,24 +62,16 @@ def list_tokens(record: TokenRecord) -> list[TokenRow]:
         columns = response["tokens"], response["squares"], response["effects"], entanglements
         rows += [
             TokenRow(
-                side=side,
-                position=position,
-                text=text,
-                identical=position in shared,
-                entanglement=entanglement,
-                share=entanglement / total if total else None,
-                norm=math.sqrt(square),
-                effect=effect,
+                side=side, position=position, text=text, identical=position in shared, entanglement=entanglement,
+                share=entanglement / total if total else None, norm=math.sqrt(square), effect=effect,
             )
             for position, (text, square, effect, entanglement) in enumerate(zip(*columns, strict=True))
-        ]
+        ]  # fmt: skip
     return rows
 
 
 def rank_ends(rows: Sequence[Row], value: Callable[[Row], float], count: int) -> tuple[list[Row], list[Row]]:
     """The rows with the largest positive values and those with the most negative ones, at most `count` of each."""
     ordered = sorted(rows, key=value)
-    return (
-        [row for row in reversed(ordered) if value(row) > 0][:count],
-        [row for row in ordered if value(row) < 0][:count],
-    )
+    highest = [row for row in reversed(ordered) if value(row) > 0]
+    return highest[:count], [row for row in ordered if value(row) < 0][:count]

@@ -16,14 +16,6 @@ from gradent.report.terminal.compare import print_comparison
 from gradent.report.tokens.page import write_token_report
 
 __all__ = [
-    "compare_rows",
-    "print_comparison",
-    "stream_audit",
-    "wandb_dashboard",
-    "write_audit_figures",
-    "write_audit_report",
-    "write_comparison",
-    "write_demo_report",
-    "write_report",
-    "write_token_report",
-]
+    "compare_rows", "print_comparison", "stream_audit", "wandb_dashboard", "write_audit_figures", "write_audit_report",
+    "write_comparison", "write_demo_report", "write_report", "write_token_report",
+]  # fmt: skip

@@ -16,8 +16,6 @@ from gradent.report.page.parts import Cell, Table
 
 __all__ = ["write_demo_report"]
 
-_STEP = "DPO step"
-
 
 def write_demo_report(directory: str | os.PathLike[str]) -> Path:
     """Write `report.html` beside a demo's records."""
@@ -29,6 +27,9 @@ def write_demo_report(directory: str | os.PathLike[str]) -> Path:
 def _to_page(columns: Mapping[str, Sequence[Any]], record: DemoRecord) -> Page:
     model, settings = record["model"], record["settings"]
     count = sum(bool(finding["appears"]) for finding in record["findings"])
+    labels = " / ".join(map(str, model["label_words"]))
+    texts = [[row["style"], row["prompt"], row["chosen"].strip(), row["rejected"].strip()] for row in record["styles"]]
+    styles = Table(("Style", "Prompt", "Chosen", "Rejected"), texts)
     return Page(
         title="Gradient entanglement: the sentiment experiment in miniature",
         lead=(
@@ -44,21 +45,19 @@ def _to_page(columns: Mapping[str, Sequence[Any]], record: DemoRecord) -> Page:
                 "errors (±, over the pairs).",
                 [_finding_table(record["findings"])],
             ),
-            Section(
-                "Log-prob of the chosen response",
-                "Change since step 0, mean over the pairs; the band is one standard error.",
-                [_change_chart(columns, "chosen_logp", "change of log π(chosen), nats")],
-            ),
-            Section(
-                "Log-prob of the rejected response",
-                "Change since step 0, mean over the pairs; the band is one standard error.",
-                [_change_chart(columns, "rejected_logp", "change of log π(rejected), nats")],
+            *(
+                Section(
+                    f"Log-prob of the {side} response",
+                    "Change since step 0, mean over the pairs; the band is one standard error.",
+                    [_chart(columns, f"{side}_logp", f"change of log π({side}), nats", is_change=True)],
+                )
+                for side in ("chosen", "rejected")
             ),
             Section(
                 "Cosine of the two gradients",
                 "Of ∇ log π(chosen) and ∇ log π(rejected) over all parameters, mean over the pairs; the band is one "
                 "standard error. Where it is positive, pushing rejected down pulls chosen down as well.",
-                [_value_chart(columns, "cosine", "gradient cosine")],
+                [_chart(columns, "cosine", "gradient cosine")],
             ),
             Section(
                 "What a small gradient step on a pair would do to that pair",
@@ -67,7 +66,7 @@ def _to_page(columns: Mapping[str, Sequence[Any]], record: DemoRecord) -> Page:
                 "steps on batches, where other pairs with the same suffix move this pair too.",
                 [_case_table(columns)],
             ),
-            Section("The four styles", f"Of one held-out statement. Labels: {_words(model)}.", [_styles_table(record)]),
+            Section("The four styles", f"Of one held-out statement. Labels: {labels}.", [styles]),
         ],
         foot=f"gradent {record['gradent_version']}, schema version {record['schema_version']}. The numbers behind this "
         "page are in pairs.parquet and demo.json beside it.",
@@ -77,17 +76,12 @@ def _to_page(columns: Mapping[str, Sequence[Any]], record: DemoRecord) -> Page:
 def _facts(record: DemoRecord) -> list[tuple[str, str]]:
     model, settings = record["model"], record["settings"]
     source = model["source"] or "built on the spot"
+    sft_rate = f"rate {settings['sft_lr']:g}"
+    rate = f"rate {settings['dpo_lr']:g}, β {settings['beta']:g}"
     return [
         ("Model", f"{source}: {model['architecture']}, {model['parameters']:,} parameters"),
-        (
-            "SFT",
-            f"{settings['sft_steps']} steps of {settings['sft_batch']} answers, AdamW, rate {settings['sft_lr']:g}",
-        ),
-        (
-            "DPO",
-            f"{settings['dpo_steps']} steps of {settings['dpo_batch']} pairs, {settings['dpo_optimizer']}, rate "
-            f"{settings['dpo_lr']:g}, β {settings['beta']:g}",
-        ),
+        ("SFT", f"{settings['sft_steps']} steps of {settings['sft_batch']} answers, AdamW, {sft_rate}"),
+        ("DPO", f"{settings['dpo_steps']} steps of {settings['dpo_batch']} pairs, {settings['dpo_optimizer']}, {rate}"),
         ("Measured", f"{settings['probe']} held-out pairs a style"),
         ("Seed", str(settings["seed"])),
         ("Took", f"{record['seconds']:.0f} s"),
@@ -106,20 +100,12 @@ def _finding_table(findings: Sequence[Mapping[str, Any]]) -> Table:
     return Table(("The paper's finding", "Measured", "In this run"), rows)
 
 
-def _value_chart(columns: Mapping[str, Sequence[Any]], name: str, label: str) -> Chart:
+def _chart(columns: Mapping[str, Sequence[Any]], name: str, label: str, *, is_change: bool = False) -> Chart:
+    curves = {style: curve.since_start if is_change else curve for style, curve in read_curves(columns, name).items()}
     lines = [
-        Line(style, curve.steps.tolist(), curve.mean.tolist(), curve.error.tolist())
-        for style, curve in read_curves(columns, name).items()
+        Line(style, curve.steps.tolist(), curve.mean.tolist(), curve.error.tolist()) for style, curve in curves.items()
     ]
-    return Chart(_STEP, label, lines, zero=True)
-
-
-def _change_chart(columns: Mapping[str, Sequence[Any]], name: str, label: str) -> Chart:
-    lines = []
-    for style, curve in read_curves(columns, name).items():
-        since = curve.since_start
-        lines.append(Line(style, since.steps.tolist(), since.mean.tolist(), since.error.tolist()))
-    return Chart(_STEP, label, lines, zero=True)
+    return Chart("DPO step", label, lines, zero=True)
 
 
 def _case_table(columns: Mapping[str, Sequence[Any]]) -> Table:
@@ -128,12 +114,3 @@ def _case_table(columns: Mapping[str, Sequence[Any]]) -> Table:
         shares = [float((curve.values == case).mean()) for case in CASE_NAMES]
         rows.append([style, *(f"{share:.0%}" for share in shares)])
     return Table(["Style", *(name.replace("_", " ") for name in CASE_NAMES.values())], rows)
-
-
-def _styles_table(record: DemoRecord) -> Table:
-    rows = [[row["style"], row["prompt"], row["chosen"].strip(), row["rejected"].strip()] for row in record["styles"]]
-    return Table(("Style", "Prompt", "Chosen", "Rejected"), rows)
-
-
-def _words(model: Mapping[str, Any]) -> str:
-    return " / ".join(map(str, model["label_words"]))

@@ -56,10 +56,8 @@ def _chart(intervals: Sequence[Row]) -> Chart:
 
 
 def _table(rows: Sequence[Sequence[str]], folded: str = "") -> Table:
-    header = [
-        "Steps", "Chosen", "Predicted", "Rejected", "Predicted", "Step size", "Explained", "Sign, chosen",
-        "Sign, rejected", "Pairs",
-    ]  # fmt: skip
+    header = ["Steps", "Chosen", "Predicted", "Rejected", "Predicted", "Step size", "Explained"]
+    header += ["Sign, chosen", "Sign, rejected", "Pairs"]
     return Table(header, rows, folded, "Changes of the mean log-probs in nats, interval by interval", figures_from=1)
 
 
@@ -76,9 +74,7 @@ def _row(interval: Row, name: str = "") -> list[str]:
 
 def _cases(records: AuditRecords, realised: Row) -> Table:
     last = records.last
-    rows = [
-        [label, percent(share_of(realised, case)), percent(None if last is None else last.share(case))]
-        for case, label in CASES.items()
-    ]
+    predicted = {case: None if last is None else last.share(case) for case in CASES}
+    rows = [[CASES[case], percent(share_of(realised, case)), percent(predicted[case])] for case in CASES]
     caption = "What became of the pairs over the run, beside what a small step on each alone would do to it now"
     return Table(["Case", "Realised over the run", "Predicted, last checkpoint"], rows, caption=caption, figures_from=1)

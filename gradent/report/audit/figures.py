@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,9 +24,15 @@ def write_audit_figures(directory: str | os.PathLike[str]) -> list[Path]:
 def draw_audit(records: AuditRecords) -> list[Path]:
     """The same, of records that are read already."""
     place = make_directory(records.directory / "figures")
+    chart, cases, onset = logp_chart(records), case_chart(records), records.of_dynamics("onset").get("measured")
+    figures: dict[str, Chart | Bars | None] = {
+        # With the measured onset alone: a legend has no room for two kinds of marks.
+        "logps": chart and replace(chart, marks=chart.marks[: onset is not None]),
+        "cases": cases if isinstance(cases, Chart) else None,
+        "what_if": loss_bars(records),
+    }
     written = []
-    for name, describe in _FIGURES.items():
-        figure = describe(records)
+    for name, figure in figures.items():
         drawing = None if figure is None else draw_figure(figure)
         for form in ("png", "svg"):
             path = place / f"{name}.{form}"
@@ -38,21 +43,3 @@ def draw_audit(records: AuditRecords) -> list[Path]:
             write_whole(path, lambda handle, content=content: handle.write(content))  # type: ignore[misc]
             written.append(path)
     return written
-
-
-def _logps(records: AuditRecords) -> Chart | None:
-    """The curves with the measured onset alone: a legend has no room for two kinds of marks."""
-    chart, onset = logp_chart(records), records.of_dynamics("onset").get("measured")
-    return chart and replace(chart, marks=chart.marks[: onset is not None])
-
-
-def _cases(records: AuditRecords) -> Chart | None:
-    figure = case_chart(records)
-    return figure if isinstance(figure, Chart) else None
-
-
-_FIGURES: dict[str, Callable[[AuditRecords], Chart | Bars | None]] = {
-    "logps": _logps,
-    "cases": _cases,
-    "what_if": loss_bars,
-}

@@ -61,13 +61,11 @@ def layer_section(records: AuditRecords) -> Section:
     names = {part.module: part.figures for part in last}
     folded = "Modules, the largest parts first"
     parts.append(_table(names, "Module", "Modules at the last checkpoint", _MODULES, folded))
-    return Section(
-        title,
+    text = (
         "Each part's share of the cosine, a mean over the pairs: over all modules the parts add up to the mean cosine. "
-        "A part can be negative, where a layer holds the two gradients apart.",
-        parts,
-        serves,
+        "A part can be negative, where a layer holds the two gradients apart."
     )
+    return Section(title, text, parts, serves)
 
 
 def _bare(module: str) -> str:
@@ -90,10 +88,8 @@ def _list_parts(records: AuditRecords) -> list[_Part]:
         return [_Part(0, "last", name, _figures(part)) for name, part in modules.items()]
     keys = sorted({(row["step"], row["checkpoint"]) for row in records.modules})
     times = Counter(step for step, _ in keys)
-    places = {
-        (step, name): (place, f"{step:,}" if times[step] == 1 else f"{step:,} {name}")
-        for place, (step, name) in enumerate(keys)
-    }
+    labels = [f"{step:,}" if times[step] == 1 else f"{step:,} {name}" for step, name in keys]
+    places = dict(zip(keys, enumerate(labels), strict=True))
     return [_Part(*places[row["step"], row["checkpoint"]], row["module"], _figures(row)) for row in records.modules]
 
 
@@ -122,15 +118,10 @@ def _heat_map(parts: Sequence[_Part], checkpoints: Sequence[tuple[int, str]], la
     values = [[float(cells.get((place, layer), missing)[0]) for place, _ in checkpoints] for layer in layers]
     limit = max((abs(value) for row in values for value in row if math.isfinite(value)), default=0.0)
     return HeatMap(
-        x_label="training step",
-        y_label="layer",
-        columns=[label for _, label in checkpoints],
-        rows=_short(layers),
-        values=values,
-        name="part of the cosine",
-        limit=limit or 1.0,
+        x_label="training step", y_label="layer", columns=[label for _, label in checkpoints], rows=_short(layers),
+        values=values, name="part of the cosine", limit=limit or 1.0,
         title="Layers over the run" if len(checkpoints) > 1 else "Layers",
-    )
+    )  # fmt: skip
 
 
 def _short(layers: Sequence[str]) -> list[str]:
@@ -148,10 +139,11 @@ def _short(layers: Sequence[str]) -> list[str]:
 def _table(parts: Mapping[str, Floats], name: str, caption: str, most: int, folded: str = "") -> Table:
     cosine = sum(float(figures[0]) for figures in parts.values() if math.isfinite(figures[0]))
     ranked = sorted(parts.items(), key=lambda item: -abs(item[1][0]) if math.isfinite(item[1][0]) else 0.0)
-    rows = []
-    for module, (part, chosen, rejected) in ranked[:most]:
-        share = part / cosine if abs(cosine) > _SLACK else None
-        rows.append([module, fixed(part), percent(share), percent(chosen), percent(rejected)])
+    total = cosine if abs(cosine) > _SLACK else math.nan
+    rows = [
+        [module, fixed(part), percent(part / total), percent(chosen), percent(rejected)]
+        for module, (part, chosen, rejected) in ranked[:most]
+    ]
     if len(ranked) > most:
         caption += f"; {len(ranked) - most:,} more in the records"
     header = [name, "Part of the cosine", "Share of it", "Of ‖g_w‖²", "Of ‖g_l‖²"]

@@ -79,19 +79,16 @@ def _row(row: Row) -> list[Cell | str]:
         lines.append(f"{about} of the paper)")
     if row.get("reason"):
         lines.append(str(row["reason"]))
-    return [
-        Cell(tuple(lines)),
-        *(percent(share_of(row.get("cases"), case)) for case in CASES),
-        *(number(row.get(name)) for name in ("ratio", "needs_at_least", "needs_at_most")),
-        percent(row.get("within")),
-    ]
+    shares = [percent(share_of(row.get("cases"), case)) for case in CASES]
+    figures = [number(row.get(name)) for name in ("ratio", "needs_at_least", "needs_at_most")]
+    return [Cell(tuple(lines)), *shares, *figures, percent(row.get("within"))]
 
 
 def _over_steps(rows: Sequence[Row], recommended: Mapping[str, object]) -> list[Line]:
     """The run's loss, the best other one and the designs, where there are several steps."""
-    wanted = [row for row in rows if row.get("group") == "run"]
-    wanted += [row for row in rows if row.get("group") == "paper" and row.get("label") == recommended.get("best")]
-    wanted += [row for row in rows if row.get("group") == "design"]
+    best = recommended.get("best")
+    # `rows` come in this order: the run's loss, the paper's, the designs.
+    wanted = [row for row in rows if row.get("group") != "paper" or row.get("label") == best]
     lines = []
     for row in wanted[:_LINES]:
         points = [point for point in row.get("ideal_by_step") or [] if point[0] is not None]

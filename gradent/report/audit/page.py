@@ -1,8 +1,4 @@
-"""The page of `gradent audit`, from the records in its directory alone: what to do first, then why.
-
-Sections are made in `audit_steps`, `audit_dynamics`, `audit_losses`, `audit_pairs`, `audit_layers`, `audit_tokens` and
-`audit_settings`.
-"""
+"""The page of `gradent audit`, from the records in its directory alone: what to do first, then why."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ from gradent.report.audit.steps import case_section, cosine_section, logp_sectio
 from gradent.report.audit.tokens import token_section
 from gradent.report.page.html import Page, Section, write_page
 from gradent.report.page.numbers import count, fixed, percent, plural, step_name
-from gradent.report.page.parts import BigNumber, Notice, Numbers, Table
+from gradent.report.page.parts import BigNumber, Notice, Numbers
 
 __all__ = ["write_audit_page", "write_audit_report"]
 
@@ -37,18 +33,10 @@ def write_audit_page(records: AuditRecords) -> Path:
 def _to_page(records: AuditRecords) -> Page:
     summary = records.summary
     sections = [
-        _first_section(records),
-        logp_section(records),
-        case_section(records),
-        cosine_section(records),
-        dynamics_section(records),
-        loss_section(records),
-        pair_section(records),
-        property_section(records),
-        layer_section(records),
-        token_section(records),
-        settings_section(records),
-    ]
+        _first_section(records), logp_section(records), case_section(records), cosine_section(records),
+        dynamics_section(records), loss_section(records), pair_section(records), property_section(records),
+        layer_section(records), token_section(records), settings_section(records),
+    ]  # fmt: skip
     return Page(
         title=f"Audit of {records.name}",
         lead=_lead(records),
@@ -94,12 +82,10 @@ def _notices(records: AuditRecords) -> list[Notice]:
         )
         notices.append(Notice("This audit is not complete.", text, warns=True))
     if summary["left_out"]:
-        reasons = "\n".join(
-            f"{row.get('checkpoint')} ({step_name(row.get('step'))}): {row.get('reason')}"
-            for row in summary["left_out"]
-        )
-        title = f"{plural(len(summary['left_out']), 'checkpoint')} could not be measured"
-        notices.append(Notice(title, reasons, warns=True))
+        rows = summary["left_out"]
+        reasons = [f"{row.get('checkpoint')} ({step_name(row.get('step'))}): {row.get('reason')}" for row in rows]
+        title = f"{plural(len(rows), 'checkpoint')} could not be measured"
+        notices.append(Notice(title, "\n".join(reasons), warns=True))
     return notices
 
 
@@ -107,16 +93,14 @@ def _first_section(records: AuditRecords) -> Section:
     recommendation = records.summary["recommendation"] or {}
     text = recommendation.get("text") or "There is no recommendation: nothing was measured that one could rest on."
     first, last = records.first, records.last
-    parts: list[Notice | Numbers | Table] = [Notice("", str(text))]
+    parts: list[Notice | Numbers] = [Notice("", str(text))]
     if first is not None and last is not None:
         parts.append(Numbers(_big_numbers(first, last)))
-    return Section(
-        "What to do",
-        "",
-        parts,
+    serves = (
         "Decides: whether to change the loss, its hyperparameters, or the data. The text speaks of the last measured "
-        "checkpoint, to first order.",
+        "checkpoint, to first order."
     )
+    return Section("What to do", "", parts, serves)
 
 
 def _big_numbers(first: Measured, last: Measured) -> list[BigNumber]:
@@ -126,8 +110,8 @@ def _big_numbers(first: Measured, last: Measured) -> list[BigNumber]:
         "Case 2: both fall": (first.share("both_down"), last.share("both_down"), percent),
         "Median cosine": (first.quantile("cosine", 0.5), last.quantile("cosine", 0.5), fixed),
     }
-    numbers = []
-    for name, (before, now, shown) in figures.items():
-        note = f"{shown(before)} {start}" if start else f"of {plural(len(last.pairs), 'pair')}"
-        numbers.append(BigNumber(name, shown(now), note))
-    return numbers
+    of = f"of {plural(len(last.pairs), 'pair')}"
+    return [
+        BigNumber(name, shown(now), f"{shown(before)} {start}" if start else of)
+        for name, (before, now, shown) in figures.items()
+    ]

@@ -19,13 +19,9 @@ _RANKED = 8  # pairs at each end
 _LONGEST = 5000  # characters of a text
 
 _COUNTED = {
-    "prompt_len": "Prompt",
-    "chosen_len": "Chosen",
-    "rejected_len": "Rejected",
-    "shared_prefix": "Shared start",
-    "shared_suffix": "Shared end",
-    "edit_distance": "Edits",
-}
+    "prompt_len": "Prompt", "chosen_len": "Chosen", "rejected_len": "Rejected", "shared_prefix": "Shared start",
+    "shared_suffix": "Shared end", "edit_distance": "Edits",
+}  # fmt: skip
 
 
 def ranked_pairs(measured: Measured, most: int) -> tuple[list[int], list[int]]:
@@ -67,18 +63,14 @@ def property_section(records: AuditRecords) -> Section | None:
     names = ["Lowest quarter", "Second", "Third", "Highest quarter"]
     if quarters != len(names):
         names = [f"Group {place + 1}" for place in range(quarters)]
-    table = Table(
-        ["Property", "ρ", "95% interval", "Pairs", *names],
-        [_property_row(row, quarters) for row in rows],
-        caption="Spearman's ρ of each property with the cosine, and the pairs in groups by that property",
-        figures_from=1,
-    )
+    header, cells = ["Property", "ρ", "95% interval", "Pairs", *names], [_property_row(row, quarters) for row in rows]
+    caption = "Spearman's ρ of each property with the cosine, and the pairs in groups by that property"
     return Section(
         "What goes with entanglement",
         "Spearman's rank correlation of a property of the pair with its cosine at the last checkpoint, with its 95% "
         "interval: one that holds 0 may be chance. Beside it, the pairs in groups by the property: its range, their "
         "cosine, and their share in case 1. A relation in this sample is no cause by itself.",
-        [table],
+        [Table(header, cells, caption=caption, figures_from=1)],
         "Decides: which kind of pair to collect more of, and which to avoid.",
     )
 
@@ -87,14 +79,10 @@ def _property_row(row: Row, quarters: int) -> list[Cell | str]:
     low, high = row.get("low"), row.get("high")
     groups = [_group_cell(group) for group in row.get("groups") or []]
     label = str(row.get("label") or row.get("property") or "")
-    return [
-        Cell((label, *(str(row[key]) for key in ("unit", "reason") if row.get(key)))),
-        fixed(row.get("spearman")),
-        NOTHING if low is None or high is None else f"{fixed(low)} to {fixed(high)}",
-        count(row.get("pairs")),
-        *groups,
-        *[""] * (quarters - len(groups)),
-    ]
+    name = Cell((label, *(str(row[key]) for key in ("unit", "reason") if row.get(key))))
+    interval = NOTHING if low is None or high is None else f"{fixed(low)} to {fixed(high)}"
+    missing = [""] * (quarters - len(groups))
+    return [name, fixed(row.get("spearman")), interval, count(row.get("pairs")), *groups, *missing]
 
 
 def _group_cell(group: Row) -> Cell:
@@ -119,24 +107,12 @@ def _pair_table(records: AuditRecords, places: Sequence[int], caption: str) -> T
         texts = records.sample.get(pair, {})
         cosine, chosen, rejected = (last.columns[name][place] for name in ("cosine", "chosen_logp", "rejected_logp"))
         cut = [f"{plural(texts['truncated'], 'response')} cut"] if texts.get("truncated") else []
-        rows.append([
-            Cell((f"{pair:,}", *cut)),
-            CASES[last.case_of(place)],
-            fixed(cosine),
-            *([] if before is None else [fixed(before.get(pair))]),
-            number(chosen),
-            number(rejected),
-            *(count(texts.get(name)) for name in counted),
-        ])  # fmt: skip
-    header = [
-        "Row",
-        "Case",
-        "Cosine",
-        *([] if before is None else ["At first"]),
-        "Chosen log-prob",
-        "Rejected log-prob",
-    ]
-    return Table([*header, *counted.values()], rows, caption=caption, figures_from=2)
+        cells = [CASES[last.case_of(place)], fixed(cosine), *([] if before is None else [fixed(before.get(pair))])]
+        cells += [number(chosen), number(rejected), *(count(texts.get(name)) for name in counted)]
+        rows.append([Cell((f"{pair:,}", *cut)), *cells])
+    header = ["Row", "Case", "Cosine", *([] if before is None else ["At first"])]
+    header += ["Chosen log-prob", "Rejected log-prob", *counted.values()]
+    return Table(header, rows, caption=caption, figures_from=2)
 
 
 def pair_quotes(records: AuditRecords, place: int) -> list[Quote]:
@@ -147,11 +123,8 @@ def pair_quotes(records: AuditRecords, place: int) -> list[Quote]:
     if texts is None:
         texts = next((row for row in records.summary["most_entangled"] if row.get("pair") == pair), {})
     where = f" ({texts['where']})" if texts.get("where") else ""
-    quotes = [
-        Quote(f"Row {pair:,}{where}: {side}", _shorten(str(texts[side])))
-        for side in ("prompt", "chosen", "rejected")
-        if texts.get(side) is not None
-    ]
+    sides = [side for side in ("prompt", "chosen", "rejected") if texts.get(side) is not None]
+    quotes = [Quote(f"Row {pair:,}{where}: {side}", _shorten(str(texts[side]))) for side in sides]
     return quotes or [Quote(f"Row {pair:,}", "Its text is not in the records.")]
 
 

@@ -131,14 +131,9 @@ def read_audit(directory: str | os.PathLike[str]) -> AuditRecords:
     place = Path(directory)
     summary = read_summary(place / "summary.json")
     measured = _by_checkpoint(read_pairs(place / "pairs.parquet"))
-    return AuditRecords(
-        directory=place,
-        summary=summary,
-        measured=measured,
-        sample={row["pair"]: row for row in _rows(place / "sample.parquet", read_sample) or []},
-        modules=_rows(place / "modules.parquet", read_modules),
-        tokens=_rows(place / "tokens.parquet", read_tokens),
-    )
+    sample = {row["pair"]: row for row in _rows(place / "sample.parquet", read_sample) or []}
+    modules, tokens = _rows(place / "modules.parquet", read_modules), _rows(place / "tokens.parquet", read_tokens)
+    return AuditRecords(place, summary, measured, sample, modules, tokens)
 
 
 def _rows(path: Path, read: Callable[[Path], Any]) -> list[Row] | None:

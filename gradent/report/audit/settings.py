@@ -28,12 +28,8 @@ def settings_section(records: AuditRecords) -> Section:
         folded = f"{plural(len(skipped), 'row')} skipped, with the reasons"
         parts.append(Table(["Row", "Where", "Reason"], shown, folded, f"Rows that could not be used{more}"))
     parts += [Notice("Note", str(note)) for note in summary["notes"]]
-    return Section(
-        "Settings and data",
-        _describe_data(summary["data"]),
-        parts,
-        "Decides: whether two audits can be compared, and how to run this one again.",
-    )
+    serves = "Decides: whether two audits can be compared, and how to run this one again."
+    return Section("Settings and data", _describe_data(summary["data"]), parts, serves)
 
 
 def describe_loss(loss: Mapping[str, Any]) -> str:

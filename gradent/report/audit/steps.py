@@ -10,7 +10,6 @@ from itertools import pairwise
 import numpy as np
 
 from gradent.figures.charts import Bars, Chart, Line, Series, fill_gap
-from gradent.record.table import Floats
 from gradent.report.audit.records import AuditRecords, Measured
 from gradent.report.page.cases import CASES, CASES_EXPLAINED, case_series
 from gradent.report.page.html import Section
@@ -81,11 +80,9 @@ def _describe_onset(records: AuditRecords) -> str:
         return ""
     onset = records.of_dynamics("onset")
     measured, logged = onset.get("measured"), onset.get("logged")
-    text = (
-        "At none of the measured checkpoints had both log-probs begun to fall."
-        if measured is None
-        else f"On the measured pairs, both log-probs fall from {step_name(measured)} on."
-    )
+    text = f"On the measured pairs, both log-probs fall from {step_name(measured)} on."
+    if measured is None:
+        text = "At none of the measured checkpoints had both log-probs begun to fall."
     if logged is not None:
         keys = " and ".join(map(str, onset.get("logged_keys") or [])) or "the logged log-probs"
         text += f" In the trainer's log ({keys}), they do from {step_name(logged)} on."
@@ -107,16 +104,11 @@ def _start(records: AuditRecords) -> str:
 
 def _logp_table(measured: Sequence[Measured]) -> Table:
     names = ("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp")
-    rows = [
-        [
-            f"{checkpoint.step:,}",
-            checkpoint.name,
-            *(change(0.0, checkpoint.mean(name), checkpoint.error(name)) for name in names[:2]),
-            *(number(checkpoint.mean(name)) for name in names[2:]),
-            f"{len(checkpoint.pairs):,}",
-        ]
-        for checkpoint in measured
-    ]
+    rows = []
+    for checkpoint in measured:
+        logps = [change(0.0, checkpoint.mean(name), checkpoint.error(name)) for name in names[:2]]
+        references = [number(checkpoint.mean(name)) for name in names[2:]]
+        rows.append([f"{checkpoint.step:,}", checkpoint.name, *logps, *references, f"{len(checkpoint.pairs):,}"])
     header = ["Step", "Checkpoint", "Chosen", "Rejected", "Reference, chosen", "Reference, rejected", "Pairs"]
     folded = "Log-probs at every checkpoint" if len(measured) > 1 else ""
     return Table(header, rows, folded, "Mean log-probs of whole responses in nats, ± one standard error", 2)
@@ -125,13 +117,9 @@ def _logp_table(measured: Sequence[Measured]) -> Table:
 def case_section(records: AuditRecords) -> Section:
     """Cases of the pairs over steps."""
     loss, figure = str(records.summary["loss"].get("name", "the loss")), case_chart(records)
-    return Section(
-        "Cases",
-        f"What one small gradient step of {loss} on a pair, alone, would do to that pair, to first order. "
-        f"{CASES_EXPLAINED}",
-        [] if figure is None else [figure],
-        "Decides: whether the loss still does to most pairs what it is meant to do.",
-    )
+    text = f"What one small gradient step of {loss} on a pair, alone, would do to that pair, to first order. "
+    serves = "Decides: whether the loss still does to most pairs what it is meant to do."
+    return Section("Cases", text + CASES_EXPLAINED, [] if figure is None else [figure], serves)
 
 
 def case_chart(records: AuditRecords) -> Chart | Bars | None:
@@ -179,19 +167,13 @@ def _histogram(measured: Measured, title: str) -> Bars:
 
 def _cosine_table(measured: Sequence[Measured]) -> Table:
     shares = {"min": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "max": 1.0}
-    rows = [
-        [
-            f"{checkpoint.step:,}",
-            *(fixed(checkpoint.quantile("cosine", share)) for share in shares.values()),
-            fixed(checkpoint.mean("cosine")),
-            percent(_share_positive(checkpoint.finite("cosine"))),
-        ]
-        for checkpoint in measured
-    ]
+    rows = []
+    for checkpoint in measured:
+        quantiles = [checkpoint.quantile("cosine", share) for share in shares.values()]
+        cosines = checkpoint.finite("cosine")
+        positive = float((cosines > 0).mean()) if cosines.size else math.nan
+        mean = fixed(checkpoint.mean("cosine"))
+        rows.append([f"{checkpoint.step:,}", *map(fixed, quantiles), mean, percent(positive)])
     folded = "Cosines at every checkpoint" if len(measured) > 1 else ""
     header = ["Step", *shares, "Mean", "Positive"]
     return Table(header, rows, folded, "Distribution of the cosine over the pairs", figures_from=1)
-
-
-def _share_positive(values: Floats) -> float:
-    return float((values > 0).mean()) if values.size else math.nan

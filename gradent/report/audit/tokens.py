@@ -60,14 +60,11 @@ def _ranking(tokens: Mapping[str, Any], kind: str) -> Table:
     often = f", of those that occur {least} times or more" if least > 1 else ""
     rows = [
         [
-            visible(str(row.get("token")), 40),
-            fixed(row.get("sum")),
-            fixed(row.get("mean")),
-            count(row.get("count")),
+            visible(str(row.get("token")), 40), fixed(row.get("sum")), fixed(row.get("mean")), count(row.get("count")),
             count(row.get("identical")),
         ]
         for row in tokens[kind][:_RANKED]
-    ]
+    ]  # fmt: skip
     header = ["Token", "Sum", "Mean", "Times", "Of them identical"]
     return Table(header, rows, caption=f"The most {kind} tokens by what they add to the cosines{often}", figures_from=1)
 

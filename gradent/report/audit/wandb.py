@@ -22,12 +22,7 @@ __all__ = ["stream_audit"]
 _STEP = "gradent/step"
 _PAIRS = 50  # of the table of pairs
 _LONGEST = 2000  # characters of a text in it
-_MEANS = {
-    "gradent/chosen_logp": "chosen_logp",
-    "gradent/rejected_logp": "rejected_logp",
-    "gradent/chosen_change": "chosen_change",
-    "gradent/rejected_change": "rejected_change",
-}
+_MEANS = ("chosen_logp", "rejected_logp", "chosen_change", "rejected_change")
 
 
 def stream_audit(directory: str | os.PathLike[str], project: str, *, name: str | None = None) -> str:
@@ -42,9 +37,8 @@ def stream_audit(directory: str | os.PathLike[str], project: str, *, name: str |
             f"A wandb run is active ({wandb.run.name}), and an audit is a run of its own. Call wandb.finish() first."
         )
     try:
-        run = wandb.init(
-            project=project, name=name or printable(records.name), job_type="audit", config=_config(records)
-        )
+        name = name or printable(records.name)
+        run = wandb.init(project=project, name=name, job_type="audit", config=_config(records))
         try:
             _log(wandb, run, records)
         finally:
@@ -67,8 +61,15 @@ def _log(wandb: Any, run: Any, records: AuditRecords) -> None:
         shown["gradent/report"] = wandb.Html(page.read_text("utf-8"), inject=False)
     if shown:
         run.log({**shown, _STEP: records.last.step if records.last else 0})
-    for key, value in _summary(records).items():
-        run.summary[key] = value
+    text = (records.summary["recommendation"] or {}).get("text")
+    values = {
+        "gradent/recommendation": text and printable(str(text)),
+        "gradent/onset": records.of_dynamics("onset").get("measured"),
+        "gradent/complete": records.summary["complete"],
+    }
+    for key, value in values.items():
+        if value is not None:
+            run.summary[key] = value
     run.log_artifact(_artifact(wandb, run, records))
 
 
@@ -81,8 +82,7 @@ def _rows(records: AuditRecords) -> Iterator[dict[str, float]]:
                 rows.setdefault(float(step), {})[f"gradent/logged/{printable(key)}"] = float(value)
     for measured in records.measured:
         rows.setdefault(float(measured.step), {}).update(_measured(measured))
-    for step, row in sorted(rows.items()):
-        yield {_STEP: step, **row}
+    yield from ({_STEP: step, **row} for step, row in sorted(rows.items()))
 
 
 def _measured(measured: Measured) -> dict[str, float]:
@@ -90,7 +90,7 @@ def _measured(measured: Measured) -> dict[str, float]:
         "gradent/cosine": measured.mean("cosine"),
         "gradent/cosine_median": measured.quantile("cosine", 0.5),
         **{f"gradent/case/{case}": measured.share(case) for case in CASES},
-        **{key: measured.mean(column) for key, column in _MEANS.items()},
+        **{f"gradent/{column}": measured.mean(column) for column in _MEANS},
         "gradent/pairs_measured": float(len(measured.pairs)),
     }
     return {key: value for key, value in row.items() if math.isfinite(value)}
@@ -103,15 +103,12 @@ def _loss_table(wandb: Any, records: AuditRecords) -> Any:
     figures = ("ratio", "needs_at_least", "needs_at_most", "within")
     data = [
         [
-            printable(describe_row(row)),
-            str(row.get("group")),
-            row.get("pairs"),
-            *(share_of(row.get("cases"), case) for case in CASES),
-            *(row.get(figure) for figure in figures),
+            printable(describe_row(row)), str(row.get("group")), row.get("pairs"),
+            *(share_of(row.get("cases"), case) for case in CASES), *(row.get(figure) for figure in figures),
             printable(str(row.get("reason") or "")),
         ]
         for row in rows
-    ]
+    ]  # fmt: skip
     return wandb.Table(columns=["loss", "group", "pairs", *CASES, *figures, "reason"], data=data)
 
 
@@ -121,13 +118,9 @@ def _pair_table(wandb: Any, records: AuditRecords) -> Any:
         return None
     data = []
     for place in ranked_pairs(last, _PAIRS)[0]:
-        texts = records.sample.get(last.pairs[place], {})
-        data.append([
-            last.pairs[place],
-            float(last.columns["cosine"][place]),
-            last.case_of(place),
-            *(printable(str(texts.get(side, "")))[:_LONGEST] for side in ("prompt", "chosen", "rejected")),
-        ])  # fmt: skip
+        row = records.sample.get(last.pairs[place], {})
+        texts = [printable(str(row.get(side, "")))[:_LONGEST] for side in ("prompt", "chosen", "rejected")]
+        data.append([last.pairs[place], float(last.columns["cosine"][place]), last.case_of(place), *texts])
     return wandb.Table(columns=["row", "cosine", "case", "prompt", "chosen", "rejected"], data=data)
 
 
@@ -140,16 +133,6 @@ def _artifact(wandb: Any, run: Any, records: AuditRecords) -> Any:
     for path in sorted((records.directory / "figures").glob("*.*")):
         artifact.add_file(str(path), name=f"figures/{path.name}")
     return artifact
-
-
-def _summary(records: AuditRecords) -> dict[str, Any]:
-    recommendation = records.summary["recommendation"] or {}
-    values = {
-        "gradent/recommendation": recommendation.get("text") and printable(str(recommendation["text"])),
-        "gradent/onset": records.of_dynamics("onset").get("measured"),
-        "gradent/complete": records.summary["complete"],
-    }
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def _config(records: AuditRecords) -> dict[str, Any]:

@@ -23,8 +23,6 @@ from gradent.report.page.numbers import plural
 
 __all__ = ["Compared", "Comparison", "compare_audits", "compare_rows"]
 
-_TEXTS = ("prompt", "chosen", "rejected")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
@@ -56,15 +54,19 @@ def compare_audits(directory_a: str | os.PathLike[str], directory_b: str | os.Pa
     """Read two audits and hold them against each other."""
     first, second = read_audit(directory_a), read_audit(directory_b)
     places, matching = _match(first, second)
+    rows: list[Compared] = []
+    transitions: Counter[tuple[str, str]] = Counter()
+    if first.last is not None and second.last is not None:
+        a, b = first.last, second.last
+        rows = [_compare(name, values(a), values(b), places) for name, values in _FIGURES.items()]
+        transitions = Counter((a.case_of(left), b.case_of(right)) for left, right in places)
+    left, right = list_settings(first.summary), list_settings(second.summary)
+    names = dict.fromkeys([*left, *right])
+    settings = [(name, left.get(name, "not set"), right.get(name, "not set")) for name in names]
     return Comparison(
-        first=first,
-        second=second,
-        places=places,
-        matching=matching,
-        settings=_differing(first, second),
-        rows=_rows(first.last, second.last, places),
-        transitions=_transitions(first.last, second.last, places),
-    )
+        first=first, second=second, places=places, matching=matching, rows=rows, transitions=transitions,
+        settings=[(name, a, b) for name, a, b in settings if a != b],
+    )  # fmt: skip
 
 
 def compare_rows(directory_a: str | os.PathLike[str], directory_b: str | os.PathLike[str]) -> list[Compared]:
@@ -98,50 +100,23 @@ def _match(first: AuditRecords, second: AuditRecords) -> tuple[list[tuple[int, i
 
 def _texts(records: AuditRecords, pair: int) -> tuple[Any, ...] | None:
     row = records.sample.get(pair)
-    return None if row is None else tuple(row[name] for name in _TEXTS)
-
-
-def _differing(first: AuditRecords, second: AuditRecords) -> list[tuple[str, str, str]]:
-    left, right = list_settings(first.summary), list_settings(second.summary)
-    names = dict.fromkeys([*left, *right])
-    both = ((name, left.get(name, "not set"), right.get(name, "not set")) for name in names)
-    return [(name, a, b) for name, a, b in both if a != b]
-
-
-def _column(name: str) -> Callable[[Measured], Floats]:
-    return lambda measured: measured.columns[name]
-
-
-def _norm(name: str) -> Callable[[Measured], Floats]:
-    return lambda measured: np.sqrt(measured.columns[name])
-
-
-def _case(name: str) -> Callable[[Measured], Floats]:
-    return lambda measured: measured.is_case(name).astype(np.float64)
-
-
-def _margin(measured: Measured) -> Floats:
-    return np.asarray(measured.columns["chosen_logp"] - measured.columns["rejected_logp"])
+    return None if row is None else (row["prompt"], row["chosen"], row["rejected"])
 
 
 _FIGURES: dict[str, Callable[[Measured], Floats]] = {
-    "mean cosine": _column("cosine"),
-    "median cosine": _column("cosine"),
-    "share in case 1 (ideal)": _case("ideal"),
-    "share in case 2 (both down)": _case("both_down"),
-    "share in case 3 (both up)": _case("both_up"),
-    "mean log π(chosen), nats": _column("chosen_logp"),
-    "mean log π(rejected), nats": _column("rejected_logp"),
-    "mean margin log π(chosen) - log π(rejected), nats": _margin,
-    "mean ‖∇ log π(chosen)‖": _norm("chosen_sq"),
-    "mean ‖∇ log π(rejected)‖": _norm("rejected_sq"),
+    "mean cosine": lambda at: at.columns["cosine"],
+    "median cosine": lambda at: at.columns["cosine"],
+    "share in case 1 (ideal)": lambda at: at.is_case("ideal").astype(np.float64),
+    "share in case 2 (both down)": lambda at: at.is_case("both_down").astype(np.float64),
+    "share in case 3 (both up)": lambda at: at.is_case("both_up").astype(np.float64),
+    "mean log π(chosen), nats": lambda at: at.columns["chosen_logp"],
+    "mean log π(rejected), nats": lambda at: at.columns["rejected_logp"],
+    "mean margin log π(chosen) - log π(rejected), nats": lambda at: (
+        at.columns["chosen_logp"] - at.columns["rejected_logp"]
+    ),
+    "mean ‖∇ log π(chosen)‖": lambda at: np.sqrt(at.columns["chosen_sq"]),
+    "mean ‖∇ log π(rejected)‖": lambda at: np.sqrt(at.columns["rejected_sq"]),
 }
-
-
-def _rows(first: Measured | None, second: Measured | None, places: Sequence[tuple[int, int]]) -> list[Compared]:
-    if first is None or second is None:
-        return []
-    return [_compare(name, values(first), values(second), places) for name, values in _FIGURES.items()]
 
 
 def _compare(name: str, first: Floats, second: Floats, places: Sequence[tuple[int, int]]) -> Compared:
@@ -156,21 +131,10 @@ def _compare(name: str, first: Floats, second: Floats, places: Sequence[tuple[in
     else:
         difference, error = right - left, math.hypot(left_error, right_error)
     if name.startswith("median"):
-        left, right = (_median(values) for values in (first, second))
+        medians = (np.nanmedian(values) if np.isfinite(values).any() else math.nan for values in (first, second))
+        left, right = map(float, medians)
         difference, error = right - left, math.nan
     return Compared(
         name=name, first=left, second=right, difference=difference, error=error,
         pairs=len(first) if places else None, share=name.startswith("share"),
     )  # fmt: skip
-
-
-def _median(values: Floats) -> float:
-    return float(np.nanmedian(values)) if np.isfinite(values).any() else math.nan
-
-
-def _transitions(
-    first: Measured | None, second: Measured | None, places: Sequence[tuple[int, int]]
-) -> Counter[tuple[str, str]]:
-    if first is None or second is None:
-        return Counter()
-    return Counter((first.case_of(left), second.case_of(right)) for left, right in places)

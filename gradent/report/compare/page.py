@@ -44,13 +44,9 @@ def describe_difference(row: Compared) -> str:
 
 def _to_page(both: Comparison) -> Page:
     sections = [
-        _settings_section(both),
-        _figure_section(both),
-        _case_section(both),
-        *_curve_sections(both),
-        _loss_section(both),
-        _pair_section(both),
-    ]
+        _settings_section(both), _figure_section(both), _case_section(both), *_curve_sections(both),
+        _loss_section(both), _pair_section(both),
+    ]  # fmt: skip
     return Page(
         title="Two audits, side by side",
         lead="Differences are B minus A, at the last measured checkpoint of each.",
@@ -133,18 +129,15 @@ def _curve_sections(both: Comparison) -> list[Section]:
     cosines = [records.quartile_line("cosine", f"{name}: median, band: quartiles") for name, records in named]
     return [
         Section(
-            "Log-probs over steps",
-            "Means over the pairs of each audit, with one standard error.",
+            "Log-probs over steps", "Means over the pairs of each audit, with one standard error.",
             [Chart(STEP, "mean log π(response), nats", logps)],
             "Decides: which run keeps chosen up while rejected falls.",
         ),
         Section(
-            "Cosines over steps",
-            "",
-            [Chart(STEP, "cosine of the two gradients", cosines, zero=True)],
+            "Cosines over steps", "", [Chart(STEP, "cosine of the two gradients", cosines, zero=True)],
             "Decides: in which run entanglement grows.",
         ),
-    ]
+    ]  # fmt: skip
 
 
 def _loss_section(both: Comparison) -> Section | None:

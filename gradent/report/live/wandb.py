@@ -34,7 +34,12 @@ class Panels:
         run = getattr(wandb, "run", None)
         if wandb is None or run is None:
             return
-        self._remember(window)
+        self._steps += window.steps
+        self._cases += window.cases
+        for layer, cosines in window.layer_cosines.items():
+            self._layers.setdefault(layer, {}).update(zip(window.steps, cosines, strict=True))
+        changes = zip(window.predicted, window.realised, strict=False)
+        self._changes = [*self._changes, *((*predicted, *realised) for predicted, realised in changes)][-_MOST_POINTS:]
         content: dict[str, Any] = {**scalars, "train/global_step": step}
         if window.entangled:
             columns = ["step", "cosine", "case", "prompt", "chosen", "rejected"]
@@ -42,15 +47,6 @@ class Panels:
             content["gradent/pairs"] = wandb.Table(columns=columns, data=rows)
         content |= {name: wandb.Plotly(drawing) for name, drawing in self._drawings(window.tokens).items()}
         run.log(content)
-
-    def _remember(self, window: Window) -> None:
-        self._steps += window.steps
-        self._cases += window.cases
-        for layer, cosines in window.layer_cosines.items():
-            self._layers.setdefault(layer, {}).update(zip(window.steps, cosines, strict=True))
-        changes = zip(window.predicted, window.realised, strict=False)
-        self._changes += [(*predicted, *realised) for predicted, realised in changes]
-        self._changes = self._changes[-_MOST_POINTS:]
 
     def _drawings(self, tokens: TokenHeatMap | None) -> dict[str, Any]:
         try:
@@ -70,16 +66,13 @@ class Panels:
             title, names = "Cosine of chosen and rejected gradients by layer", list(self._layers)
             figures["gradent/layers"] = HeatMap("step", "layer", self._steps, names, cosines, "cosine", title=title)
         if self._changes:
-            columns = list(zip(*self._changes, strict=True))
+            chosen, rejected, *realised = zip(*self._changes, strict=True)
+            sides = zip(("chosen", "rejected"), (chosen, rejected), realised, strict=True)
             figures["gradent/changes"] = Chart(
-                "predicted, first order (nats per unit of learning rate)",
-                "realised by the optimizer's step (nats)",
-                [
-                    Line(side, columns[number], columns[number + 2], colour=side, points=True)
-                    for number, side in enumerate(("chosen", "rejected"))
-                ],
+                "predicted, first order (nats per unit of learning rate)", "realised by the optimizer's step (nats)",
+                [Line(side, predicted, change, colour=side, points=True) for side, predicted, change in sides],
                 title="Predicted and realised changes of log-probs",
-            )
+            )  # fmt: skip
         if tokens is not None:
             title = f"Cosine of token gradients, most entangled pair of step {tokens.step}"
             figures["gradent/tokens"] = token_cosines(tokens.chosen, tokens.rejected, tokens.cosines, title=title)
@@ -121,9 +114,8 @@ def wandb_dashboard(entity: str, project: str, *, name: str = "gradent") -> str:
     panels = [reports.LinePlot(title=title, x="train/global_step", y=keys) for title, keys in lines.items()]
     panels += [reports.MediaBrowser(media_keys=[f"gradent/{key}"]) for key in ("cases", "layers", "changes", "tokens")]
     try:
-        view = workspaces.Workspace(
-            entity=entity, project=project, name=name, sections=[workspaces.Section(name="gradent", panels=panels)]
-        )
+        section = workspaces.Section(name="gradent", panels=panels)
+        view = workspaces.Workspace(entity=entity, project=project, name=name, sections=[section])
         view.save()
     except Exception as error:
         raise GradentError(f"wandb did not make the view {name!r} in {entity}/{project}: {error}") from error

@@ -32,33 +32,20 @@ class TokenHeatMap:
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """Some measured steps.
+    """Some measured steps."""
 
-    Attributes:
-        steps: their numbers, in order.
-        cases: shares of the pairs by name of the case, one dict a step.
-        pairs: active pairs of each step.
-        chosen_needs: `⟨g_w,g_l⟩ / ‖g_w‖²` of each pair whose chosen falls: the `d_w/d_l` from which it would rise.
-        weight_ratio: `d_w/d_l` of the same pairs.
-        layer_cosines: `{layer: mean cosine in each step}`; None where a step has none.
-        layer_inner: `{layer: sum over the window's pairs of its inner product}`.
-        predicted: `(chosen_change, rejected_change)` of each pair, nats per unit of learning rate.
-        realised: the changes that the optimizer's step really made, of the same pairs; empty unless asked for.
-        entangled: the pairs with the largest cosine, with their text.
-        tokens: the window's last token matrix; None where none was measured.
-    """
-
-    steps: Sequence[int]
-    cases: Sequence[dict[str, float]]
-    pairs: Sequence[int]
+    steps: Sequence[int]  # their numbers, in order
+    cases: Sequence[dict[str, float]]  # shares of the pairs by name of the case, one dict a step
+    pairs: Sequence[int]  # active pairs of each step
+    # `⟨g_w,g_l⟩ / ‖g_w‖²` of each pair whose chosen falls: the `d_w/d_l` from which it would rise
     chosen_needs: Sequence[float] = ()
-    weight_ratio: Sequence[float] = ()
-    layer_cosines: dict[str, list[float | None]] = field(default_factory=dict)
-    layer_inner: dict[str, float] = field(default_factory=dict)
-    predicted: Sequence[tuple[float, float]] = ()
-    realised: Sequence[tuple[float, float]] = ()
-    entangled: Sequence[EntangledPair] = ()
-    tokens: TokenHeatMap | None = None
+    weight_ratio: Sequence[float] = ()  # `d_w/d_l` of the same pairs
+    layer_cosines: dict[str, list[float | None]] = field(default_factory=dict)  # means by step; None for none
+    layer_inner: dict[str, float] = field(default_factory=dict)  # sums over the window's pairs of the inner product
+    predicted: Sequence[tuple[float, float]] = ()  # changes of both log-probs by pair, nats per unit of learning rate
+    realised: Sequence[tuple[float, float]] = ()  # what the optimizer's step made of them; empty unless asked for
+    entangled: Sequence[EntangledPair] = ()  # the pairs with the largest cosine, with their text
+    tokens: TokenHeatMap | None = None  # the window's last token matrix; None where none was measured
 
     def share(self, case: str) -> float:
         """Share of all the window's pairs in a case."""

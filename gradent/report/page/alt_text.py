@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from itertools import zip_longest
 
 from gradent.figures.charts import Bars, Chart, Figure, HeatMap, Line
 from gradent.report.page.numbers import NOTHING, number, percent
@@ -21,11 +22,8 @@ def tabulate_figure(figure: Figure) -> Table | None:
         header, rows = _chart_rows(figure)
     elif isinstance(figure, Bars):
         header = [figure.label, *(series.name for series in figure.series)]
-        shown = percent if figure.percent else number
-        rows = [
-            [name, *(shown(series.values[place]) for series in figure.series)]
-            for place, name in enumerate(figure.names)
-        ]
+        columns = [map(percent if figure.percent else number, series.values) for series in figure.series]
+        rows = [[name, *values] for name, *values in zip(figure.names, *columns, strict=True)]
     else:
         header = [figure.y_label, *map(str, figure.columns)]
         if len(figure.rows) * len(header) > _MOST_CELLS:
@@ -64,26 +62,22 @@ def _name(figure: Figure) -> str:
 
 
 def _chart_rows(chart: Chart) -> tuple[list[str], list[list[str]]]:
-    cells = [_line_cells(line, percent=chart.percent) for line in chart.lines]
+    shown = percent if chart.percent else number
+    cells = [dict(zip(line.x, _line_cells(line, shown), strict=True)) for line in chart.lines]
     places = sorted({x for column in cells for x in column})
     rows = [[_place(x), *(column.get(x, NOTHING) for column in cells)] for x in places]
     return [chart.x_label, *(line.name for line in chart.lines)], rows
 
 
-def _line_cells(line: Line, *, percent: bool) -> dict[float, str]:
-    low, high = line.edges()
-    return {
-        x: _value(y, low[place : place + 1], high[place : place + 1], even=bool(len(line.band)), share=percent)
-        for place, (x, y) in enumerate(zip(line.x, line.y, strict=True))
-    }
-
-
-def _value(y: float, low: Sequence[float], high: Sequence[float], *, even: bool, share: bool) -> str:
-    shown = percent if share else number
-    text = shown(y)
-    if not len(low) or not (math.isfinite(low[0]) and math.isfinite(high[0])):
-        return text
-    return f"{text} ± {shown((high[0] - low[0]) / 2)}" if even else f"{text} ({shown(low[0])} to {shown(high[0])})"
+def _line_cells(line: Line, shown: Callable[[float], str]) -> Iterator[str]:
+    """Each value of a line, with its band where there is one."""
+    for y, low, high in zip_longest(line.y, *line.edges(), fillvalue=math.nan):
+        if not (math.isfinite(low) and math.isfinite(high)):
+            yield shown(y)
+        elif len(line.band):
+            yield f"{shown(y)} ± {shown((high - low) / 2)}"
+        else:
+            yield f"{shown(y)} ({shown(low)} to {shown(high)})"
 
 
 def _place(x: float) -> str:

@@ -10,12 +10,9 @@ from gradent.figures.charts import Series
 __all__ = ["CASES", "CASES_EXPLAINED", "case_series", "share_of"]
 
 CASES: dict[str, str] = {
-    "ideal": "case 1: ideal",
-    "both_down": "case 2: both down",
-    "both_up": "case 3: both up",
-    "reversed": "reversed",
+    "ideal": "case 1: ideal", "both_down": "case 2: both down", "both_up": "case 3: both up", "reversed": "reversed",
     "inactive": "inactive",
-}
+}  # fmt: skip
 """Name of a case in the records to its name for readers. The colours of a page go by the records' names."""
 
 CASES_EXPLAINED = (

@@ -24,6 +24,7 @@ from gradent.text import printable, visible
 
 __all__ = ["Page", "Section", "render_page", "write_page"]
 
+_FILES = ("html.j2", "css", "js")
 _CONTENTS = 5  # sections from which on a page lists them
 _BAR, _BARS_ROOM = 2.1, 9.0  # heights in rem: of a lying bar, and of what stands around all bars
 
@@ -60,31 +61,17 @@ def render_page(page: Page) -> str:
             f"Reports need jinja2 and plotly, and {error.name} is not installed. Install the extra: "
             'pip install "gradent[audit]".'
         ) from error
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_shown
-    )
+    strict = jinja2.StrictUndefined
+    environment = jinja2.Environment(autoescape=True, undefined=strict, trim_blocks=True, finalize=_shown)
     sections: list[dict[str, Any]] = [
-        {
-            "title": section.title,
-            "text": section.text,
-            "serves": section.serves,
-            "parts": [_to_part(part) for part in section.parts],
-        }
-        for section in page.sections
+        {**vars(section), "parts": [_to_part(part) for part in section.parts]} for section in page.sections
     ]
     kinds = {part["kind"] for section in sections for part in section["parts"]}
-    return environment.from_string(_file("page.html.j2")).render(
-        page=page,
-        sections=sections,
-        contents=len(sections) >= _CONTENTS,
-        css=_file("page.css"),
-        plotlyjs=get_plotlyjs() if "figure" in kinds else "",
-        script=_file("page.js") if {"figure", "words"} & kinds else "",
-    )
-
-
-def _file(name: str) -> str:
-    return (Path(__file__).parent / name).read_text("utf-8")
+    template, css, script = ((Path(__file__).parent / f"page.{end}").read_text("utf-8") for end in _FILES)
+    return environment.from_string(template).render(
+        page=page, sections=sections, contents=len(sections) >= _CONTENTS, css=css,
+        plotlyjs=get_plotlyjs() if "figure" in kinds else "", script=script if {"figure", "words"} & kinds else "",
+    )  # fmt: skip
 
 
 def write_page(path: str | os.PathLike[str], page: Page) -> Path:
@@ -104,7 +91,7 @@ def _to_part(part: Part) -> dict[str, Any]:
     if isinstance(part, Quote):
         return {"kind": "quote", "title": part.title, "text": part.text}
     if isinstance(part, Words):
-        return {"kind": "words", **_to_words(part)}
+        return _to_words(part)
     if isinstance(part, Numbers):
         return {"kind": "numbers", "numbers": part.numbers}
     if isinstance(part, Notice):
@@ -122,14 +109,13 @@ def _to_figure(figure: Figure) -> dict[str, Any]:
         size = {"rows": len(figure.rows), "columns": len(figure.columns)}
     elif isinstance(figure, Bars) and not figure.upright:
         size["height"] = f"{_BARS_ROOM + _BAR * len(figure.names):.1f}rem"
+    content = json.dumps(plotly_json(figure), ensure_ascii=True, allow_nan=False)
+    for letter in "&<>":  # safe inside a script element
+        content = content.replace(letter, f"\\u{ord(letter):04x}")
     return {
-        "kind": "figure",
-        "figure": _json(plotly_json(figure)),
-        "title": figure.title,
-        "label": describe_figure(figure),
-        "table": None if table is None else _to_table(table),
-        **size,
-    }
+        "kind": "figure", "figure": content, "title": figure.title, "label": describe_figure(figure),
+        "table": None if table is None else _to_table(table), **size,
+    }  # fmt: skip
 
 
 def _to_table(table: Table) -> dict[str, Any]:
@@ -142,14 +128,9 @@ def _to_table(table: Table) -> dict[str, Any]:
     header = [(name, "num" if column >= first else "") for column, name in enumerate(table.header)]
     label = table.caption or table.folded or ", ".join(name for name in table.header if name)
     return {
-        "kind": "table",
-        "header": header,
-        "rows": rows,
-        "folded": table.folded,
-        "caption": table.caption,
-        "label": label,
-        "measured": has_names,
-    }
+        "kind": "table", "header": header, "rows": rows, "folded": table.folded, "caption": table.caption,
+        "label": label, "measured": has_names,
+    }  # fmt: skip
 
 
 def _to_cell(cell: Cell | str, figure: bool, names: bool) -> dict[str, Any]:
@@ -174,25 +155,10 @@ def _to_words(words: Words) -> dict[str, Any]:
             return ""
         return ("above" if value > 0 else "below") + (" red" if (value > 0) == words.bad_above else " blue")
 
-    texts = [
-        (
-            title,
-            [
-                {"word": word, "text": _word_text(word), "depth": depth(word.value), "mood": mood(word.value)}
-                for word in pieces
-            ],
-        )
-        for title, pieces in words.texts
-    ]
-    return {"texts": texts, "ends": [(words.below, mood(-1.0)), (words.above, mood(1.0))] if limit else []}
+    def piece(word: Word) -> dict[str, Any]:
+        text = (word.text or visible("")).replace("\n", "⏎\n")  # a line end is seen and ends the line
+        return {"word": word, "text": text, "depth": depth(word.value), "mood": mood(word.value)}
 
-
-def _word_text(word: Word) -> str:
-    """A line end is seen and ends the line."""
-    return (word.text or visible("")).replace("\n", "⏎\n")
-
-
-def _json(figure: dict[str, Any]) -> str:
-    """JSON that is safe inside a script element."""
-    text = json.dumps(figure, ensure_ascii=True, allow_nan=False)
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    texts = [(title, [piece(word) for word in pieces]) for title, pieces in words.texts]
+    ends = [(words.below, mood(-1.0)), (words.above, mood(1.0))] if limit else []
+    return {"kind": "words", "texts": texts, "ends": ends}

@@ -7,17 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 __all__ = [
-    "NOTHING",
-    "change",
-    "count",
-    "describe_evidence",
-    "fixed",
-    "number",
-    "percent",
-    "plural",
-    "signed_number",
+    "NOTHING", "change", "count", "describe_evidence", "fixed", "number", "percent", "plural", "signed_number",
     "step_name",
-]
+]  # fmt: skip
 
 NOTHING = "-"
 

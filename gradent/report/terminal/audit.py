@@ -19,12 +19,9 @@ from gradent.text import printable, visible
 __all__ = ["print_summary"]
 
 _ARROWS = {
-    "ideal": ("rises", "falls"),
-    "both_down": ("falls", "falls"),
-    "both_up": ("rises", "rises"),
-    "reversed": ("falls", "rises"),
-    "inactive": ("-", "-"),
-}
+    "ideal": ("rises", "falls"), "both_down": ("falls", "falls"), "both_up": ("rises", "rises"),
+    "reversed": ("falls", "rises"), "inactive": ("-", "-"),
+}  # fmt: skip
 _MODULES_SHOWN = 12
 _TOKENS_SHOWN = 5
 _TOKEN_WIDTH = 24  # characters of a token
@@ -38,8 +35,7 @@ def print_summary(summary: Summary, console: Console) -> None:
 
 
 def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
-    model, loss, data = summary["model"], summary["loss"], summary["data"]
-    run = summary["run"]
+    model, loss, data, run = summary["model"], summary["loss"], summary["data"], summary["run"]
     facts = {
         **({"model": model["checkpoint"]} if run is None else {"run": run["directory"]}),
         "data": f"{data['source']}, {data['measured']} pairs",
@@ -59,11 +55,8 @@ def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
     yield _cosine_table(summary["cosine"])
     yield Text(f"\nWhat one small gradient step of {loss['name']} on a pair does to that pair (first order)")
     yield _case_table(summary["cases"])
-    norms = summary["norms"]
-    lines = [
-        *_weight_lines(summary["weights"]),
-        f"Mean ‖g_w‖ {_number(norms['chosen_mean'])}, mean ‖g_l‖ {_number(norms['rejected_mean'])}.",
-    ]
+    lines, norms = _weight_lines(summary["weights"]), summary["norms"]
+    lines.append(f"Mean ‖g_w‖ {_number(norms['chosen_mean'])}, mean ‖g_l‖ {_number(norms['rejected_mean'])}.")
     yield Padding(Text("\n".join(lines)), (0, 0, 0, 1), expand=False)
     if summary["most_entangled"]:
         yield Text("\nMost entangled pairs (rows counted from 0), where their responses part")
@@ -81,10 +74,9 @@ def _checkpoint_table(checkpoints: Sequence[dict[str, Any]]) -> Table:
     table = new_table("step", "pairs", "cosine", "ideal", "both down", "both up", "reversed", "chosen", "rejected")
     for checkpoint in checkpoints:
         cases = [percent(checkpoint["cases"][name]["share"]) for name in ("ideal", "both_down", "both_up", "reversed")]
-        logps = [_nats(checkpoint["logps"][name]) for name in ("chosen_logp", "rejected_logp")]
-        table.add_row(
-            str(checkpoint["step"]), str(checkpoint["pairs"]), fixed(checkpoint["cosine"]["p50"]), *cases, *logps
-        )
+        logps = [checkpoint["logps"][name] for name in ("chosen_logp", "rejected_logp")]
+        cases += ["-" if logp is None else f"{logp:.1f}" for logp in logps]
+        table.add_row(str(checkpoint["step"]), str(checkpoint["pairs"]), fixed(checkpoint["cosine"]["p50"]), *cases)
     return table
 
 
@@ -143,13 +135,9 @@ def _module_table(modules: dict[str, dict[str, float]], width: int) -> Table:
     for full, part in ranked[:_MODULES_SHOWN]:
         name = full.removesuffix(".default")  # what PEFT calls the only adapter
         share = percent(part["cosine_part"] / total) if total else "-"
-        table.add_row(
-            Text(name if len(name) <= room else "…" + name[1 - room :]),  # a name's end tells more than its beginning
-            fixed(part["cosine_part"]),
-            share,
-            percent(part["chosen_share"]),
-            percent(part["rejected_share"]),
-        )
+        text = Text(name if len(name) <= room else "…" + name[1 - room :])  # its end tells more than its beginning
+        shares = share, percent(part["chosen_share"]), percent(part["rejected_share"])
+        table.add_row(text, fixed(part["cosine_part"]), *shares)
     if len(ranked) > _MODULES_SHOWN:
         table.caption = f"{len(ranked) - _MODULES_SHOWN} more modules are in summary.json."
     return table
@@ -157,7 +145,12 @@ def _module_table(modules: dict[str, dict[str, float]], width: int) -> Table:
 
 def _render_tokens(tokens: dict[str, Any]) -> Iterator[RenderableType]:
     yield Text(f"\nWhich tokens entangle: {tokens['pairs']} pairs, spread over all cosines")
-    yield _part_table(tokens)
+    table = new_table("", "mean cosine", "tokens", text=1)
+    counts = {"identical": tokens["identical_tokens"], "differing": tokens["tokens"] - tokens["identical_tokens"]}
+    for kind, count in counts.items():
+        table.add_row(f"from {kind} tokens", fixed(tokens["cosine"][kind]), str(count))
+    table.add_row("together", fixed(tokens["cosine"]["mean"]), str(tokens["tokens"]))
+    yield table
     aligned, facing = tokens["aligned"], tokens["facing"]
     lines = [
         f"Of {aligned['count']} identical tokens and their matches, {percent(aligned['share'])} have a positive inner "
@@ -171,31 +164,13 @@ def _render_tokens(tokens: dict[str, Any]) -> Iterator[RenderableType]:
         least = tokens["least_count"]
         often = f" (those that occur {least} times or more)" if least > 1 else ""
         yield Text(f"\nTokens by what they add to the cosines{often}")
-        yield _token_table(tokens)
-
-
-def _part_table(tokens: dict[str, Any]) -> Table:
-    table = new_table("", "mean cosine", "tokens", text=1)
-    counts = {"identical": tokens["identical_tokens"], "differing": tokens["tokens"] - tokens["identical_tokens"]}
-    for kind, count in counts.items():
-        table.add_row(f"from {kind} tokens", fixed(tokens["cosine"][kind]), str(count))
-    table.add_row("together", fixed(tokens["cosine"]["mean"]), str(tokens["tokens"]))
-    return table
-
-
-def _token_table(tokens: dict[str, Any]) -> Table:
-    table = new_table("", "token", "sum", "mean", "times", text=2)
-    for kind in ("entangling", "disentangling"):
-        for number, row in enumerate(tokens[kind][:_TOKENS_SHOWN]):
-            text = Text(visible(row["token"], _TOKEN_WIDTH))
-            head = "" if number else kind
-            table.add_row(head, text, fixed(row["sum"]), f"{row['mean']:+.4f}", str(row["count"]))
-    return table
+        table = new_table("", "token", "sum", "mean", "times", text=2)
+        for kind in ("entangling", "disentangling"):
+            for number, row in enumerate(tokens[kind][:_TOKENS_SHOWN]):
+                names = "" if number else kind, Text(visible(row["token"], _TOKEN_WIDTH))
+                table.add_row(*names, fixed(row["sum"]), f"{row['mean']:+.4f}", str(row["count"]))
+        yield table
 
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
-
-
-def _nats(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"

@@ -21,25 +21,20 @@ def print_findings(columns: Mapping[str, Sequence[Any]], record: DemoRecord, con
     """Print both tables of a demo."""
     model, settings = record["model"], record["settings"]
     name = model["source"] or "the embedded model"
-    console.print(
-        Text(
-            f"\nDPO on {name} ({model['architecture']}, {model['parameters']:,} parameters), {settings['dpo_steps']} "
-            f"steps, seed {settings['seed']}; means over {settings['probe']} held-out pairs\n",
-            "bold",
-        ),
-        soft_wrap=True,
+    title = (
+        f"\nDPO on {name} ({model['architecture']}, {model['parameters']:,} parameters), {settings['dpo_steps']} "
+        f"steps, seed {settings['seed']}; means over {settings['probe']} held-out pairs\n"
     )
+    console.print(Text(title, "bold"), soft_wrap=True)
     console.print(_style_table(columns))
     console.print(Text("\nThe paper's findings, as measured in this run (± one standard error over the pairs)\n"))
     console.print(_finding_table(record["findings"]))
     count = sum(bool(finding["appears"]) for finding in record["findings"])
-    console.print(
-        Text(
-            f"\n{count} of {len(record['findings'])} findings appear: every mean has the finding's sign by more than "
-            f"two standard errors. Took {record['seconds']:.0f} s."
-        ),
-        soft_wrap=True,
+    foot = (
+        f"\n{count} of {len(record['findings'])} findings appear: every mean has the finding's sign by more than "
+        f"two standard errors. Took {record['seconds']:.0f} s."
     )
+    console.print(Text(foot), soft_wrap=True)
 
 
 def _style_table(columns: Mapping[str, Sequence[Any]]) -> Table:

@@ -13,7 +13,7 @@ from gradent.record.masks import read_masks
 from gradent.record.token_rows import name_token
 from gradent.report.page.html import Page, Section, write_page
 from gradent.report.page.numbers import count, number, percent, plural
-from gradent.report.page.parts import BigNumber, Notice, Numbers, Part, Table, Word, Words
+from gradent.report.page.parts import BigNumber, Notice, Numbers, Table, Word, Words
 from gradent.text import visible
 from gradent.version import __version__
 
@@ -45,6 +45,12 @@ def write_mask_report(
 def _to_page(rows: Sequence[_Row], source: str, limit: int) -> Page:
     numbers = sorted({row["pair"] for row in rows})
     shown = set(numbers[:limit])
+    figures = []
+    for side in _SIDES:
+        part = _of(rows, side)
+        note = f"{count(sum(row['kept'] for row in part))} of {plural(len(part), 'token')}"
+        figures.append(BigNumber(f"Kept of {side}", _share_kept(rows, side), note))
+        figures.append(BigNumber(f"Mean mask of {side}", number(_mean([row["mask"] for row in part]))))
     notices = []
     if len(numbers) > limit:
         text = f"The first {limit:,} of {len(numbers):,} pairs are shown; shares and tables are over all of them."
@@ -60,7 +66,7 @@ def _to_page(rows: Sequence[_Row], source: str, limit: int) -> Page:
             ("Mask", "m = σ(k(u − r)), from a token's learned score u; it is kept where u ≥ r, so where m ≥ 1/2"),
         ],
         sections=[
-            Section("How much is kept", "", [_numbers(rows)]),
+            Section("How much is kept", "", [Numbers(figures)]),
             Section(
                 "The responses",
                 "Tokens in bold are kept. The deeper the colour, the farther a mask is from 1/2.",
@@ -86,29 +92,15 @@ def _share_kept(rows: Sequence[_Row], side: str) -> str:
     return percent(_mean([float(row["kept"]) for row in _of(rows, side)]))
 
 
-def _numbers(rows: Sequence[_Row]) -> Numbers:
-    figures = []
-    for side in _SIDES:
-        part = _of(rows, side)
-        note = f"{count(sum(row['kept'] for row in part))} of {plural(len(part), 'token')}"
-        figures.append(BigNumber(f"Kept of {side}", _share_kept(rows, side), note))
-        figures.append(BigNumber(f"Mean mask of {side}", number(_mean([row["mask"] for row in part]))))
-    return Numbers(figures)
-
-
 def mask_words(responses: Sequence[tuple[str, Sequence[tuple[str, float, bool]]]]) -> Words:
     """Responses, coloured by mask, kept tokens in bold."""
-    return Words(
-        [(title, [_word(place, *token, note="") for place, token in enumerate(tokens)]) for title, tokens in responses],
-        *_LEGEND,
-    )
+    texts = [(title, [_word(place, *token) for place, token in enumerate(tokens)]) for title, tokens in responses]
+    return Words(texts, *_LEGEND)
 
 
-def _word(place: int, text: str, mask: float, kept: bool, *, note: str) -> Word:
+def _word(place: int, text: str, mask: float, kept: bool, note: str = "") -> Word:
     state = "kept" if kept else "left out"
-    return Word(
-        text=text, value=mask - 0.5, note=f"{name_token(place, text)}: {state}, mask {number(mask)}{note}", strong=kept
-    )
+    return Word(text, mask - 0.5, f"{name_token(place, text)}: {state}, mask {number(mask)}{note}", strong=kept)
 
 
 def _words(rows: Sequence[_Row]) -> Words:
@@ -116,7 +108,7 @@ def _words(rows: Sequence[_Row]) -> Words:
     order = {side: place for place, side in enumerate(_SIDES)}
     for row in sorted(rows, key=lambda row: (row["pair"], order.get(row["side"], len(order)), row["position"])):
         note = f", score {number(row['score'])}"
-        word = _word(row["position"], row["token"], row["mask"], row["kept"], note=note)
+        word = _word(row["position"], row["token"], row["mask"], row["kept"], note)
         texts.setdefault((row["pair"], row["side"]), []).append(word)
     titled = [(f"Pair {pair}, {side}", words) for (pair, side), words in texts.items()]
     return Words(titled, *_LEGEND)
@@ -133,16 +125,10 @@ def _ranking(rows: Sequence[_Row], *, kept: bool) -> Section:
     title = f"The tokens most often {state}"
     if not ranked:
         return Section(title, f"No token is {state}.", [])
-    cells = [
-        [
-            visible(text, _LABEL),
-            count(times[text]),
-            count(len(groups[text])),
-            percent(times[text] / len(groups[text])),
-            number(_mean([row["mask"] for row in groups[text]])),
-        ]
-        for text in ranked
-    ]
+    cells = []
+    for text in ranked:
+        some, every = times[text], len(groups[text])
+        mask = number(_mean([row["mask"] for row in groups[text]]))
+        cells.append([visible(text, _LABEL), count(some), count(every), percent(some / every), mask])
     header = ("Token", f"Times {state}", "Times in all", "Share", "Mean mask")
-    parts: list[Part] = [Table(header, cells, caption=title, figures_from=1)]
-    return Section(title, "", parts)
+    return Section(title, "", [Table(header, cells, caption=title, figures_from=1)])

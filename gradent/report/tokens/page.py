@@ -96,11 +96,8 @@ def _mask_section(record: TokenRecord) -> Section:
         responses.append((f"{side.capitalize()} response", tokens))
         for position, (_, _, is_kept) in enumerate(tokens):
             states["identical" if position in shared else "differing"].append(is_kept)
-    shares = [
-        f"{sum(kept)} of {len(kept)} {name} tokens ({percent(sum(kept) / len(kept))})"
-        for name, kept in states.items()
-        if kept
-    ]
+    counts = [(name, sum(kept), len(kept)) for name, kept in states.items() if kept]
+    shares = [f"{kept} of {tokens} {name} tokens ({percent(kept / tokens)})" for name, kept, tokens in counts]
     return Section(
         "Which tokens the masked loss keeps",
         f"By {masks['source']}: {' and '.join(shares)}. Tokens in bold are kept; the deeper the colour, the farther a "
@@ -128,6 +125,10 @@ def _facts(record: TokenRecord) -> list[tuple[str, str]]:
     model, data, split = record["model"], record["data"], record["split"]
     chosen, rejected = record["chosen"], record["rejected"]
     inner = split["identical"] + split["differing"]
+    lengths = (
+        f"{len(chosen['ids'])} chosen and {len(rejected['ids'])} rejected tokens, {split['identical_tokens']} of "
+        f"them the same ones, after {len(record['prompt']['ids'])} tokens of prompt"
+    )
     norms = math.sqrt(chosen["sq"]), math.sqrt(rejected["sq"])
     cosine = inner / (norms[0] * norms[1]) if norms[0] * norms[1] else math.nan
     parts = [
@@ -138,11 +139,7 @@ def _facts(record: TokenRecord) -> list[tuple[str, str]]:
         ("Model", f"{model['checkpoint']}, {model['trainable_parameters']:,} parameters measured, {model['dtype']}"),
         ("Data", str(data["source"])),
         ("Pair", f"row {data['row']}, counted from 0, of {data['rows']} ({data['where']})"),
-        (
-            "Lengths",
-            f"{len(chosen['ids'])} chosen and {len(rejected['ids'])} rejected tokens, {split['identical_tokens']} of "
-            f"them the same ones, after {len(record['prompt']['ids'])} tokens of prompt",
-        ),
+        ("Lengths", lengths),
         ("Log-probs", f"chosen {chosen['logp']:.4g}, rejected {rejected['logp']:.4g} nats"),
         ("Gradients", "g_w = ∇ log π(chosen), g_l = ∇ log π(rejected), over all measured parameters"),
         ("Cosine", "none: a gradient is zero" if math.isnan(cosine) else f"{cosine:+.4f}"),
@@ -153,17 +150,14 @@ def _facts(record: TokenRecord) -> list[tuple[str, str]]:
 
 
 def _words(rows: Sequence[TokenRow], figure: str, below: str, above: str, *, bad_above: bool) -> Words:
-    texts = []
-    for side in _SIDES:
-        words = []
-        for row in rows:
-            if row.side == side:
-                value = float(getattr(row, figure))
-                verb = above if value > 0 else below if value < 0 else "neither"
-                note = f"{row.name}: {verb} ({signed_number(value)}), {row.kind}"
-                words.append(Word(row.text, value, note, strong=not row.identical))
-        texts.append((f"{side.capitalize()} response", words))
-    return scaled_words(texts, below, above, bad_above=bad_above)
+    texts: dict[str, list[Word]] = {side: [] for side in _SIDES}
+    for row in rows:
+        value = float(getattr(row, figure))
+        verb = above if value > 0 else below if value < 0 else "neither"
+        note = f"{row.name}: {verb} ({signed_number(value)}), {row.kind}"
+        texts[row.side].append(Word(row.text, value, note, strong=not row.identical))
+    titled = [(f"{side.capitalize()} response", words) for side, words in texts.items()]
+    return scaled_words(titled, below, above, bad_above=bad_above)
 
 
 def _heat_map(record: TokenRecord, rows: Sequence[TokenRow]) -> HeatMap:
@@ -171,8 +165,8 @@ def _heat_map(record: TokenRecord, rows: Sequence[TokenRow]) -> HeatMap:
     norms = np.outer([row.norm for row in chosen], [row.norm for row in rejected])
     with np.errstate(divide="ignore", invalid="ignore"):
         cosines = np.array(record["inner"], dtype=np.float64) / norms
-    alignment = [(a, b) for a, b in record["alignment"]]
-    return token_cosines([row.name for row in chosen], [row.name for row in rejected], cosines.tolist(), alignment)
+    names = [row.name for row in chosen], [row.name for row in rejected]
+    return token_cosines(*names, cosines.tolist(), [(a, b) for a, b in record["alignment"]])
 
 
 def _ranking(kind: str, rows: Sequence[TokenRow]) -> Section:
@@ -181,45 +175,24 @@ def _ranking(kind: str, rows: Sequence[TokenRow]) -> Section:
 
 
 def _table(rows: Sequence[TokenRow], folded: str = "") -> Table:
-    header = [
-        "Rank" if not folded else "",
-        "Response",
-        "Position",
-        "Token",
-        "Kind",
-        "Entanglement",
-        "Share",
-        "Norm",
-        "Margin step",
-    ]
+    header = ["" if folded else "Rank", "Response", "Position", "Token", "Kind", "Entanglement", "Share", "Norm"]
     cells: list[list[Cell | str]] = [
         [
-            str(number),
-            row.side,
-            str(row.position),
-            visible(row.text),
-            row.kind,
-            signed_number(row.entanglement),
-            "-" if row.share is None else f"{row.share:+.1%}",
-            f"{row.norm:.3g}",
-            signed_number(row.effect),
+            str(number), row.side, str(row.position), visible(row.text), row.kind, signed_number(row.entanglement),
+            "-" if row.share is None else f"{row.share:+.1%}", f"{row.norm:.3g}", signed_number(row.effect),
         ]
         for number, row in enumerate(rows, start=1)
-    ]
-    return Table(header, cells, folded)
+    ]  # fmt: skip
+    return Table([*header, "Margin step"], cells, folded)
 
 
 def _module_section(modules: dict[str, list[float]]) -> Section:
     totals = [sum(column) for column in zip(*modules.values(), strict=True)]
     ranked = sorted(modules.items(), key=lambda item: -abs(item[1][2]))
-    rows = [
-        [
-            name,
-            signed_number(part[2]),
-            *(f"{part[number] / totals[number]:+.1%}" if totals[number] else "-" for number in (2, 0, 1)),
-        ]
-        for name, part in ranked[:_MODULES]
-    ]
+    rows = []
+    for name, part in ranked[:_MODULES]:
+        shares = [f"{part[number] / totals[number]:+.1%}" if totals[number] else "-" for number in (2, 0, 1)]
+        rows.append([name, signed_number(part[2]), *shares])
     more = len(ranked) - len(rows)
     return Section(
         "Where it comes from",
