@@ -36,10 +36,8 @@ Mode = Literal["auto", "piggyback", "measure"]
 WeightGrad = Literal["shared"]
 
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "mode": get_args(Mode),
-    "pairing": get_args(Pairing),
-    "weight_grad": (None, *get_args(WeightGrad)),
-}
+    "mode": get_args(Mode), "pairing": get_args(Pairing), "weight_grad": (None, *get_args(WeightGrad)),
+}  # fmt: skip
 """What the arguments of `attach` accept, where that can be listed."""
 
 
@@ -130,13 +128,10 @@ def attach(
     check_choices("attach", CHOICES, mode=mode, pairing=pairing, weight_grad=weight_grad)
     watched = model if compiled is None else compiled
     config = WatchConfig(
-        model=watched,
-        budget=parse_budget(memory_budget) or DEFAULT_BUDGET,
-        pairing=pairing,
-        has_entries=mode != "measure" and watched is unwrap_compiled(model),
-        is_trusted=trusted,
+        model=watched, budget=parse_budget(memory_budget) or DEFAULT_BUDGET, pairing=pairing,
+        has_entries=mode != "measure" and watched is unwrap_compiled(model), is_trusted=trusted,
         should_share=weight_grad is not None,
-    )
+    )  # fmt: skip
     return Recorder(unwrap_compiled(model), config, mode=mode, by_module=by_module, metric=metric)
 
 
@@ -281,14 +276,10 @@ class Recorder:
             )
         weights = observation.c * (2 * pairs + observation.unpaired if self._config.pairing == "signs" else pairs)
         return Recording(
-            gram=gram,
-            d_w=-weights[:pairs][active],
-            d_l=weights[pairs:][active],
-            source="measure" if needs_pass else "piggyback",
-            batch=batch,
-            inactive=pairs - len(active),
+            gram=gram, d_w=-weights[:pairs][active], d_l=weights[pairs:][active],
+            source="measure" if needs_pass else "piggyback", batch=batch, inactive=pairs - len(active),
             unpaired=observation.unpaired,
-        )
+        )  # fmt: skip
 
     def _has_two_responses(self, observation: BackwardObservation, pair: int) -> bool:
         """Whether a pair's two rows differ; one and the same response is neither chosen nor rejected."""
@@ -342,15 +333,10 @@ class Recorder:
         totals = sum(modules.values(), torch.zeros(3, pairs, dtype=torch.float64))
         lengths = torch.tensor([int(marks.sum()) for _, marks in observation.rows], dtype=torch.int64)
         return PairGram(
-            chosen_sq=totals[0],
-            rejected_sq=totals[1],
-            inner=totals[2],
-            chosen_logp=observation.logps[:pairs],
-            rejected_logp=observation.logps[pairs:],
-            chosen_len=lengths[:pairs],
-            rejected_len=lengths[pairs:],
+            chosen_sq=totals[0], rejected_sq=totals[1], inner=totals[2], chosen_logp=observation.logps[:pairs],
+            rejected_logp=observation.logps[pairs:], chosen_len=lengths[:pairs], rejected_len=lengths[pairs:],
             modules={name: (part[0], part[1], part[2]) for name, part in modules.items()} if self._by_module else None,
-        )
+        )  # fmt: skip
 
     def _log_once(self, text: str) -> None:
         """Log a line once; figures in it, which differ from step to step, do not make it another one."""
@@ -370,12 +356,8 @@ def join_recordings(recordings: Sequence[Recording], *, scale: float = 1.0) -> R
     d_w, d_l = (torch.cat([getattr(part, name) for part in recordings]) * scale for name in ("d_w", "d_l"))
     batches = [part.batch for part in recordings if part.batch is not None]
     return Recording(
-        gram=PairGram.join([part.gram for part in recordings]),
-        d_w=d_w,
-        d_l=d_l,
+        gram=PairGram.join([part.gram for part in recordings]), d_w=d_w, d_l=d_l,
         source="measure" if any(part.source == "measure" for part in recordings) else "piggyback",
-        batch=PairBatch.join(batches) if batches else None,
-        inactive=sum(part.inactive for part in recordings),
-        unpaired=sum(part.unpaired for part in recordings),
-        overhead_s=sum(part.overhead_s for part in recordings),
-    )
+        batch=PairBatch.join(batches) if batches else None, inactive=sum(part.inactive for part in recordings),
+        unpaired=sum(part.unpaired for part in recordings), overhead_s=sum(part.overhead_s for part in recordings),
+    )  # fmt: skip

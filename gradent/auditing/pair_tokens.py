@@ -79,15 +79,13 @@ def audit_tokens(config: TokenConfig) -> TokenAudit:
             "source": config.data, "split": config.split, "row": pair.row, "rows": ready.material.rows,
             "where": pair.where, "truncated": pair.truncated,
         },
-        **_figures(ready, pair, measured),
-        "masks": masks,
+        **_figures(ready, pair, measured), "masks": masks,
         "settings": {
             "max_length": ready.material.max_length, "add_eos": ready.material.add_eos,
             "memory_budget": config.memory_budget, "by_module": config.by_module, "dtype": config.dtype,
             "device": config.device,
         },
-        "notes": notes,
-        "seconds": round(time.monotonic() - started, 3),
+        "notes": notes, "seconds": round(time.monotonic() - started, 3),
     }  # fmt: skip
     result = _write(directory, content, measured.gram)
     if not config.quiet:
@@ -114,23 +112,17 @@ def _figures(ready: Prepared, pair: AuditPair, measured: _Measured) -> dict[str,
     }
     responses = {
         side: {
-            "ids": ids,
-            "tokens": token_texts(ready.material.tokenizer, ids),
-            "squares": squares.tolist(),
-            "effects": effects.tolist(),
-            "logp": float(logp),
-            "sq": float(square),
+            "ids": ids, "tokens": token_texts(ready.material.tokenizer, ids), "squares": squares.tolist(),
+            "effects": effects.tolist(), "logp": float(logp), "sq": float(square),
         }
         for side, (ids, squares, effects, logp, square) in sides.items()
-    }
+    }  # fmt: skip
     return {
-        "prompt": {"ids": pair.prompt_ids, "text": str(ready.material.tokenizer.decode(pair.prompt_ids))},
-        **responses,
-        "inner": gram.inner.tolist(),
-        "alignment": [list(match) for match in gram.alignment],
+        "prompt": {"ids": pair.prompt_ids, "text": str(ready.material.tokenizer.decode(pair.prompt_ids))}, **responses,
+        "inner": gram.inner.tolist(), "alignment": [list(match) for match in gram.alignment],
         "split": {**asdict(split), "identical": split.identical, "differing": split.differing},
         "modules": total.modules and {name: [*map(float, parts)] for name, parts in total.modules.items()},
-    }
+    }  # fmt: skip
 
 
 def _write(directory: Path, content: dict[str, Any], gram: TokenGram) -> TokenAudit:

@@ -22,17 +22,9 @@ from gradent.model.observed import observed
 from gradent.model.parameters import input_device
 
 __all__ = [
-    "DTYPES",
-    "LOAD_ERRORS",
-    "check_device",
-    "check_dtype",
-    "check_vocabulary",
-    "load_config",
-    "load_model",
-    "load_tokenizer",
-    "not_causal",
-    "read_adapter",
-]
+    "DTYPES", "LOAD_ERRORS", "check_device", "check_dtype", "check_vocabulary", "load_config", "load_model",
+    "load_tokenizer", "not_causal", "read_adapter",
+]  # fmt: skip
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
 LOAD_ERRORS = (Exception,)

@@ -170,16 +170,9 @@ def _to_pair(
     if truncated:
         ids = _tokenize(tokenizer, parts, max_length=max_length, add_eos=add_eos, where=row.where)
     return AuditPair(
-        row=row.index,
-        where=row.where,
-        prompt_ids=ids[0],
-        chosen_ids=ids[1],
-        rejected_ids=ids[2],
-        chosen_text=_plain(chosen),
-        rejected_text=_plain(rejected),
-        prompt_text=_plain(prompt),
-        truncated=truncated,
-    )
+        row=row.index, where=row.where, prompt_ids=ids[0], chosen_ids=ids[1], rejected_ids=ids[2],
+        chosen_text=_plain(chosen), rejected_text=_plain(rejected), prompt_text=_plain(prompt), truncated=truncated,
+    )  # fmt: skip
 
 
 def _tokenize(

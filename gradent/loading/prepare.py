@@ -50,15 +50,11 @@ def describe_model(model: Any, source: ModelSource, step: int, device: str) -> d
     """What a record says of a model, of the step at which it was saved and of its place."""
     parameters = list(model.parameters())
     return {
-        "checkpoint": source.name,
-        "base": source.base,
-        "adapter": source.adapter,
-        "step": step,
+        "checkpoint": source.name, "base": source.base, "adapter": source.adapter, "step": step,
         "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         "parameters": sum(parameter.numel() for parameter in parameters),
-        "dtype": str(parameters[0].dtype).removeprefix("torch."),
-        "device": device,
-    }
+        "dtype": str(parameters[0].dtype).removeprefix("torch."), "device": device,
+    }  # fmt: skip
 
 
 def choose_device(device: str | None, local: int = 0) -> str:

@@ -17,13 +17,9 @@ if TYPE_CHECKING:
     from gradent.trainer.token_masking.trainer import TokenMaskedDPOTrainer
 
 __all__ = [
-    "EntanglementCallback",
-    "PairwiseNormalizedDPOConfig",
-    "PairwiseNormalizedDPOTrainer",
-    "StepRecord",
-    "TokenMaskedDPOConfig",
-    "TokenMaskedDPOTrainer",
-]
+    "EntanglementCallback", "PairwiseNormalizedDPOConfig", "PairwiseNormalizedDPOTrainer", "StepRecord",
+    "TokenMaskedDPOConfig", "TokenMaskedDPOTrainer",
+]  # fmt: skip
 
 
 _NEED_TRL = {

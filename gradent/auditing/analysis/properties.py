@@ -32,10 +32,8 @@ def pair_properties(chosen_ids: Sequence[int], rejected_ids: Sequence[int]) -> d
     prefix = Prefix.similarity(chosen, rejected)
     suffix = Postfix.similarity(chosen[prefix:], rejected[prefix:])
     return {
-        "shared_prefix": prefix,
-        "shared_suffix": suffix,
-        "edit_distance": int(Levenshtein.distance(chosen, rejected)),
-    }
+        "shared_prefix": prefix, "shared_suffix": suffix, "edit_distance": int(Levenshtein.distance(chosen, rejected)),
+    }  # fmt: skip
 
 
 def summarize_properties(pairs: Mapping[str, Any], sample: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -77,15 +75,13 @@ def _properties(rows: Table, texts: Table) -> list[tuple[str, str, str, Floats]]
         ("shared_suffix", "Shared end", of_shorter, texts["shared_suffix"] / shorter),
         ("length_ratio", "Length ratio", "chosen tokens for each rejected token", ratio),
         (
-            "length",
-            "Length of both responses",
-            "tokens",
+            "length", "Length of both responses", "tokens",
             (rows["chosen_len"] + rows["rejected_len"]).astype(np.float64),
         ),
         ("chosen_logp", "Log-prob of chosen", "nats a token", chosen),
         ("rejected_logp", "Log-prob of rejected", "nats a token", rejected),
         ("margin", "Margin log π(y_w) - log π(y_l)", averaged, chosen - rejected),
-    ]
+    ]  # fmt: skip
     if np.isfinite(margin).any():
         properties.append(
             ("reference_margin", "Margin against the reference", "nats, summed over the responses", margin)
@@ -126,12 +122,9 @@ def _groups(values: Floats, cosine: Floats, ideal: NDArray[np.bool_]) -> Iterato
         inside = quarter == number
         if inside.any():
             yield {
-                "low": float(values[inside].min()),
-                "high": float(values[inside].max()),
-                "pairs": int(inside.sum()),
-                "cosine": float(cosine[inside].mean()),
-                "ideal": float(ideal[inside].mean()),
-            }
+                "low": float(values[inside].min()), "high": float(values[inside].max()), "pairs": int(inside.sum()),
+                "cosine": float(cosine[inside].mean()), "ideal": float(ideal[inside].mean()),
+            }  # fmt: skip
 
 
 def _ranks(values: Floats) -> Floats:

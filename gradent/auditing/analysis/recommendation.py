@@ -24,11 +24,9 @@ NEARLY_ALL = 0.95
 Row = Mapping[str, Any]
 
 _OTHERWISE = {
-    "both_down": "both fall",
-    "both_up": "both rise",
-    "reversed": "chosen falls and rejected rises",
+    "both_down": "both fall", "both_up": "both rise", "reversed": "chosen falls and rejected rises",
     "inactive": "the loss moves nothing",
-}
+}  # fmt: skip
 _DESIGN = "pairwise normalization (the paper's Section 5.1)"
 
 
@@ -83,12 +81,9 @@ def _is_clear(row: Row | None) -> bool:
 def _compare(name: str, row: Row | None) -> dict[str, Any]:
     against = (row or {}).get("against_run") or {"gained": None, "lost": None}
     return {
-        name: row["label"] if row is not None else None,
-        f"{name}_ideal": _ideal(row),
-        f"{name}_gained": against["gained"],
-        f"{name}_lost": against["lost"],
-        f"{name}_clear": _is_clear(row),
-    }
+        name: row["label"] if row is not None else None, f"{name}_ideal": _ideal(row),
+        f"{name}_gained": against["gained"], f"{name}_lost": against["lost"], f"{name}_clear": _is_clear(row),
+    }  # fmt: skip
 
 
 def _find_lever(run: Row, best: Row | None, tuned: Row | None) -> str | None:

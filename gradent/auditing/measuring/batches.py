@@ -22,18 +22,9 @@ from gradent.pairs.batch import PairBatch
 from gradent.record.table import Floats, Table, stack
 
 __all__ = [
-    "ENTRIES",
-    "REFERENCES",
-    "BatchResults",
-    "Block",
-    "Reference",
-    "adapter_off",
-    "itself",
-    "join_blocks",
-    "measure_batches",
-    "measure_reference",
-    "plan_batches",
-]
+    "ENTRIES", "REFERENCES", "BatchResults", "Block", "Reference", "adapter_off", "itself", "join_blocks",
+    "measure_batches", "measure_reference", "plan_batches",
+]  # fmt: skip
 
 Reference = Callable[[PairBatch, PairGram], tuple[Tensor, Tensor]]
 """From a batch and its measurement to `(ref_chosen_logp, ref_rejected_logp)`, float64 `[B]` each."""
@@ -92,12 +83,10 @@ def measure_batches(
         chunk = [pairs[position] for position in positions]
         gram, references = _measure_batch(model, chunk, reference, options)
         yield {
-            "positions": list(positions),
-            **{name: getattr(gram, name).tolist() for name in ENTRIES},
+            "positions": list(positions), **{name: getattr(gram, name).tolist() for name in ENTRIES},
             **{name: values.tolist() for name, values in zip(REFERENCES, references, strict=False)},
-            "modules": _module_sums(gram),
-            "coverage": gram.coverage,
-        }
+            "modules": _module_sums(gram), "coverage": gram.coverage,
+        }  # fmt: skip
 
 
 def measure_reference(model: Any, pairs: Sequence[AuditPair], batches: Sequence[Sequence[int]]) -> Iterator[Block]:

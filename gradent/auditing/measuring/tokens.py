@@ -24,14 +24,9 @@ from gradent.tokens.gram import TokenGram, match_tokens
 from gradent.tokens.matrix import measure_tokens
 
 __all__ = [
-    "choose_pairs",
-    "face_tokens",
-    "measure_pair_tokens",
-    "named_errors",
-    "refuse_non_finite",
-    "token_cost",
+    "choose_pairs", "face_tokens", "measure_pair_tokens", "named_errors", "refuse_non_finite", "token_cost",
     "token_rows",
-]
+]  # fmt: skip
 
 Matches = Sequence[tuple[int, int]]
 

@@ -24,10 +24,9 @@ class AuditConfig(LoadConfig):
         Option(
             "Directory of a finished run (with checkpoint-* in it), or directory or hub id of a causal LM, or of a "
             "PEFT adapter.",
-            MODEL,
-            is_argument=True,
+            MODEL, is_argument=True,
         ),
-    ]
+    ]  # fmt: skip
     data: Annotated[
         str,
         Option(
@@ -98,10 +97,9 @@ class TokenConfig(LoadConfig):
         Option(
             "Also show which tokens a masked loss keeps: masks.parquet of TokenMaskedDPOTrainer.export_masks, of the "
             "same data.",
-            RUN,
-            Path,
+            RUN, Path,
         ),
-    ] = None
+    ] = None  # fmt: skip
     quiet: bool = False
     max_pairs: int | None = None
     seed: int = 0

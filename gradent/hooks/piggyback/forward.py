@@ -82,13 +82,9 @@ class WatchedForward:
             if config.should_share and not config.sharded:
                 self._sharing = WeightGradReuse(config.tensors)
             self._capture = Capture(
-                config.tensors,
-                self.layout,
-                self._arrive,
-                late=self._expect_late,
-                on_error=guard.keep_error,
+                config.tensors, self.layout, self._arrive, late=self._expect_late, on_error=guard.keep_error,
                 clock=guard.clock,
-            )
+            )  # fmt: skip
             self._adopt_whole_parameters(self._capture)
 
     def _adopt_whole_parameters(self, capture: Capture) -> None:

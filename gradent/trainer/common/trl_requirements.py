@@ -16,16 +16,9 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from gradent.errors import InputError
 
 __all__ = [
-    "make_config",
-    "option",
-    "reference_in_batch",
-    "refuse_options",
-    "require_choice",
-    "require_number",
-    "require_trl",
-    "require_unsharded",
-    "sharding_options",
-]
+    "make_config", "option", "reference_in_batch", "refuse_options", "require_choice", "require_number", "require_trl",
+    "require_unsharded", "sharding_options",
+]  # fmt: skip
 
 C = TypeVar("C", bound=DPOConfig)
 

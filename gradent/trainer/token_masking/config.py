@@ -52,13 +52,11 @@ _REFUSED = {
 _REFUSED_OPTIMIZERS = ("lomo", "layerwise", "muon")  # they take no further group of parameters
 
 _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "mask_eta": (lambda x: x >= 0, "a finite number >= 0"),
-    "mask_threshold": (lambda x: True, "a finite number"),
-    "mask_k_start": (lambda x: x > 0, "a finite number > 0"),
-    "mask_k_end": (lambda x: x > 0, "a finite number > 0"),
+    "mask_eta": (lambda x: x >= 0, "a finite number >= 0"), "mask_threshold": (lambda x: True, "a finite number"),
+    "mask_k_start": (lambda x: x > 0, "a finite number > 0"), "mask_k_end": (lambda x: x > 0, "a finite number > 0"),
     "mask_init": (lambda x: 0.5 < x < 1, "a number above 0.5 and below 1"),
     "mask_learning_rate": (lambda x: x >= 0, "None or a finite number >= 0"),
-}
+}  # fmt: skip
 """What each number has to be, as a test and in words."""
 
 

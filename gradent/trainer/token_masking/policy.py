@@ -49,11 +49,9 @@ def mask_tokens(head: MaskHead, hidden: Tensor, tokens: Tensor, config: TokenMas
         ones = torch.ones_like(scores)
         return TokenMasks(tokens=tokens, scores=scores.detach(), soft=ones, kept=torch.ones_like(tokens))
     return TokenMasks(
-        tokens=tokens,
-        scores=scores,
-        soft=soft_mask(scores, threshold=config.mask_threshold, k=k),
+        tokens=tokens, scores=scores, soft=soft_mask(scores, threshold=config.mask_threshold, k=k),
         kept=hard_mask(scores.detach(), threshold=config.mask_threshold),
-    )
+    )  # fmt: skip
 
 
 def read_masks(

@@ -114,12 +114,9 @@ class TokenMaskedDPOTrainer(DPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
         training, config = self._policy.training, self._masking
         masked = MaskedPolicy(
-            read=lambda kwargs: self._read(model, kwargs),
-            plain=model,
-            reference=self._reference_logps,
-            batch=dict(inputs),
-            is_hard=config.mask_hard_eval and not training,
-        )
+            read=lambda kwargs: self._read(model, kwargs), plain=model, reference=self._reference_logps,
+            batch=dict(inputs), is_hard=config.mask_hard_eval and not training,
+        )  # fmt: skip
         with reference_in_batch(self):  # where `masked` puts it
             result = super()._compute_loss(masked, masked.batch, return_outputs)  # type: ignore[no-untyped-call]
         loss, outputs = result if return_outputs else (result, None)
