@@ -96,17 +96,15 @@ class WatchedBackward:
         if isinstance(numbers, str):
             self.guard.break_off(numbers)
             return
-        self._places = {
-            forward: Place(forward.layout, rows) for forward, rows in zip(self.forwards, numbers, strict=True)
-        }
+        numbered = zip(self.forwards, numbers, strict=True)
+        self._places = {forward: Place(forward.layout, rows) for forward, rows in numbered}
         observation.unpaired = sum(number < 0 for rows in numbers for number in rows)
         pairs = sum(number >= 0 for rows in numbers for number in rows) // 2
         observation.c, observation.logps = (torch.zeros(2 * pairs, dtype=torch.float64) for _ in range(2))
         observation.rows = [(torch.zeros(0), torch.zeros(0))] * (2 * pairs)
         observation.tokens = [torch.zeros(0)] * (2 * pairs)
-        self._collector = Collector(
-            Ledger(Wanted.pairs(pairs), budget=config.budget, weight=config.weight), config.budget
-        )
+        ledger = Ledger(Wanted.pairs(pairs), budget=config.budget, weight=config.weight)
+        self._collector = Collector(ledger, config.budget)
         for forward, place in self._places.items():
             for tap in forward.expected:
                 self._collector.expect(tap, place)

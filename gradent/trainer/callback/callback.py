@@ -253,8 +253,7 @@ class EntanglementCallback(TrainerCallback):
         if records:
             scalars |= summarize(records)
             if self.by_module:
-                cosines = layer_cosines(records)
-                scalars |= {f"gradent/layer/{layer}/cosine": value for layer, value in cosines.items()}
+                scalars |= {f"gradent/layer/{name}/cosine": value for name, value in layer_cosines(records).items()}
         if not scalars:
             return
         logs.update(scalars)

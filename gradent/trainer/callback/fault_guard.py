@@ -17,6 +17,9 @@ __all__ = ["LIMIT", "GuardedCallback", "guarded_event"]
 LIMIT = 3
 """Errors after which the callback leaves the run alone."""
 
+_MORE_MEMORY = "Give EntanglementCallback a smaller memory_budget, or train in smaller, accumulated batches."
+_OTHER_WAYS = "EntanglementCallback(on_error='raise') stops here instead; mode='measure' measures in another way."
+
 
 class GuardedCallback(Protocol):
     """What the decorator needs of the callback."""
@@ -49,15 +52,10 @@ def guarded_event(event: Callable[..., None]) -> Callable[..., None]:
             summary = f"{type(error).__name__}: {error}"
             text = f"gradent failed in {event.__name__}, and training is not affected: {summary}"
             if not isinstance(error, GradentError):  # which says itself what to do
-                text = f"{text} {_remedy(error)}\n{''.join(traceback.format_exception(error))}"
+                remedy = _MORE_MEMORY if isinstance(error, torch.OutOfMemoryError) else _OTHER_WAYS
+                text = f"{text} -- {remedy}\n{''.join(traceback.format_exception(error))}"
             self.notices.once(text, key=summary)
             if self.errors == LIMIT:
                 log(f"gradent has failed {LIMIT} times and leaves this run alone from here on.")
 
     return handler
-
-
-def _remedy(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return "-- Give EntanglementCallback a smaller memory_budget, or train in smaller, accumulated batches."
-    return "-- EntanglementCallback(on_error='raise') stops here instead; mode='measure' measures in another way."

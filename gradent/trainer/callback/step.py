@@ -128,11 +128,9 @@ def layer_cosines(records: Iterable[StepRecord]) -> dict[str, float]:
 
 def to_rows(record: StepRecord) -> list[dict[str, Any]]:
     """A step's pairs as rows of the record's schema (`PAIR_COLUMNS`), without a reference."""
-    pairs = len(record.gram)
-    sources = (record.gram, record.verdict)
-    table = Table(
-        {name: getattr(source, name).numpy() for source in sources for name in PAIR_COLUMNS if hasattr(source, name)}
-    )
+    pairs, sources = len(record.gram), (record.gram, record.verdict)
+    names = [(source, name) for source in sources for name in PAIR_COLUMNS if hasattr(source, name)]
+    table = Table({name: getattr(source, name).numpy() for source, name in names})
     columns = dict.fromkeys(PAIR_COLUMNS, [None] * pairs) | table.to_lists()
     columns |= {"checkpoint": ["train"] * pairs, "step": [record.step] * pairs, "pair": list(range(pairs))}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
