@@ -139,14 +139,9 @@ class Recorder:
     """Watches a model between `arm` and `disarm`, and gives what its backwards showed when asked. Made by `attach`."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        config: WatchConfig,
-        *,
-        mode: Mode,
-        by_module: bool,
+        self, model: nn.Module, config: WatchConfig, *, mode: Mode, by_module: bool,
         metric: torch.optim.Optimizer | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.metric = metric
         self._model, self._config, self._mode, self._by_module = model, config, mode, by_module
         self._is_compiled = config.model is not model
@@ -254,12 +249,10 @@ class Recorder:
             return None
         pairs = observation.pairs
         is_moved = (observation.c[:pairs] != 0) & (observation.c[pairs:] != 0)
-        active = [
-            pair
-            for pair in is_moved.nonzero()[:, 0].tolist()
-            if observation.is_reward or self._has_two_responses(observation, pair)
-        ]
-        batch = None if observation.is_reward else _make_batch(observation, active)
+        moved = is_moved.nonzero()[:, 0].tolist()
+        active = [pair for pair in moved if observation.is_reward or self._has_two_responses(observation, pair)]
+        numbers = [] if observation.is_reward else [*active, *(pairs + pair for pair in active)]
+        batch = PairBatch.from_rows([observation.rows[number] for number in numbers]) if numbers else None
         obstacle = "the model is compiled" if self._is_compiled else observation.no_entries_reason
         needs_pass = bool(active) and (self._mode == "measure" or obstacle is not None)
         if needs_pass:
@@ -341,12 +334,6 @@ class Recorder:
     def _log_once(self, text: str) -> None:
         """Log a line once; figures in it, which differ from step to step, do not make it another one."""
         self._notices.once(text, key=re.sub(r"[\d.]+(e[+-]?\d+)?", "", text))
-
-
-def _make_batch(observation: BackwardObservation, active: Sequence[int]) -> PairBatch | None:
-    """The tokens of the active pairs; None without any."""
-    numbers = [*active, *(observation.pairs + pair for pair in active)]
-    return PairBatch.from_rows([observation.rows[number] for number in numbers]) if numbers else None
 
 
 def join_recordings(recordings: Sequence[Recording], *, scale: float = 1.0) -> Recording:

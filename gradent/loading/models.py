@@ -72,13 +72,9 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
 
 
 def load_model(
-    source: ModelSource,
-    *,
-    dtype: str = "float32",
-    device: str = "cpu",
-    trust_remote_code: bool = False,
+    source: ModelSource, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False,
     trainable: bool = True,
-) -> Any:
+) -> Any:  # fmt: skip
     """The causal LM, with its adapter's parameters trainable (all parameters where there is no adapter)."""
     check_dtype(dtype)
     place = check_device(device)
@@ -137,9 +133,8 @@ def _load_base(base: str, dtype: str, trust_remote_code: bool) -> Any:
             raise not_causal(base, config) from error
         raise ModelError(f"{base}: the model cannot be loaded ({brief(error)}).{hint(base)}") from error
     model, report = loaded
-    other = {
-        key: f"{key} (saved {list(saved)}, needed {list(needed)})" for key, saved, needed in report["mismatched_keys"]
-    }
+    mismatched = report["mismatched_keys"]
+    other = {key: f"{key} (saved {list(saved)}, needed {list(needed)})" for key, saved, needed in mismatched}
     lacking = sorted(set(report["missing_keys"]) - set(other)) + sorted(other.values())
     if lacking:
         raise ModelError(

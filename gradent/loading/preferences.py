@@ -43,6 +43,11 @@ class AuditPair:
     truncated: int = 0  # responses (0, 1 or 2) that lost their end to `max_length`
 
     @property
+    def ids(self) -> tuple[list[int], list[int], list[int]]:
+        """Tokens of prompt, chosen and rejected, as `PairBatch.from_tokens` takes them."""
+        return self.prompt_ids, self.chosen_ids, self.rejected_ids
+
+    @property
     def tokens(self) -> int:
         """Tokens of both rows, prompts included: what measuring the pair costs."""
         return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
@@ -71,21 +76,16 @@ class PairSet:
 
 
 def prepare_pairs(
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int | None = 1024,
-    add_eos: bool = True,
-    skip_bad_rows: bool = False,
-    max_pairs: int | None = None,
-    seed: int = 0,
-) -> PairSet:
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = 1024, add_eos: bool = True,
+    skip_bad_rows: bool = False, max_pairs: int | None = None, seed: int = 0,
+) -> PairSet:  # fmt: skip
     """Check and tokenize the rows."""
     if max_pairs is not None and max_pairs < 1:
         raise InputError(f"max_pairs is {max_pairs}; it must be at least 1 (command line: --max-pairs).")
     readable, skipped = _read(rows)
     pairs: list[AuditPair] = []
-    for candidates in draw_in_slices([_length(parts) for _, parts in readable], max_pairs, seed):
+    letters = [sum(len(_plain(response)) for response in parts[1:]) for _, parts in readable]
+    for candidates in draw_in_slices(letters, max_pairs, seed):
         for number in candidates:  # the first that can be used
             row, parts = readable[number]
             try:
@@ -129,11 +129,6 @@ def _read(rows: Sequence[Row]) -> tuple[list[tuple[Row, Parts]], list[SkippedRow
 
 def _skip(row: Row, error: Exception) -> SkippedRow:
     return SkippedRow(row=row.index, where=row.where, reason=str(error))
-
-
-def _length(parts: Parts) -> int:
-    """Characters of both responses."""
-    return sum(len(_plain(response)) for response in parts[1:])
 
 
 def _describe_bad(skipped: Sequence[SkippedRow], *, rows: int, anything_left: bool) -> str:

@@ -19,14 +19,18 @@ _MEANS = ("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp"
 def summarize_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
     """The keys `cosine`, `cases`, `weights`, `norms` and `logps` of a summary, from pair columns `[P]`."""
     table = Table.read(columns)
-    case = table["case"]
+    case, chosen, rejected = table["case"], np.sqrt(table["chosen_sq"]), np.sqrt(table["rejected_sq"])
     return {
         "cosine": _summarize_cosine(table["cosine"]),
         "cases": {
             name: {"count": int((case == number).sum()), "share": float((case == number).mean())}
             for number, name in CASE_NAMES.items()
         },
-        "weights": _summarize_weights(table), "norms": _summarize_norms(table),
+        "weights": _summarize_weights(table),
+        "norms": {
+            "chosen_mean": mean(chosen), "rejected_mean": mean(rejected), "chosen_median": _median(chosen),
+            "rejected_median": _median(rejected), "inner_mean": mean(table["inner"]),
+        },
         "logps": {name: mean(table[name]) for name in _MEANS},
     }  # fmt: skip
 
@@ -73,14 +77,6 @@ def _summarize_weights(table: Table) -> dict[str, Any]:
         "balanced_ratio": _median(np.sqrt(table["rejected_sq"][binding] / table["chosen_sq"][binding])),
         "share_chosen_rises": mean((table["chosen_change"][active] >= 0).astype(np.float64)),
         "share_rejected_falls": mean((table["rejected_change"][active] <= 0).astype(np.float64)),
-    }  # fmt: skip
-
-
-def _summarize_norms(table: Table) -> dict[str, Any]:
-    chosen, rejected = np.sqrt(table["chosen_sq"]), np.sqrt(table["rejected_sq"])
-    return {
-        "chosen_mean": mean(chosen), "rejected_mean": mean(rejected), "chosen_median": _median(chosen),
-        "rejected_median": _median(rejected), "inner_mean": mean(table["inner"]),
     }  # fmt: skip
 
 

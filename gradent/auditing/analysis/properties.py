@@ -67,6 +67,7 @@ def _properties(rows: Table, texts: Table) -> list[tuple[str, str, str, Floats]]
     rejected = rows["rejected_logp"] / rows["rejected_len"]
     of_longer, of_shorter = (f"share of the {which} response's tokens" for which in ("longer", "shorter"))
     ratio = rows["chosen_len"] / rows["rejected_len"]
+    length = (rows["chosen_len"] + rows["rejected_len"]).astype(np.float64)
     margin = rows["chosen_logp"] - rows["ref_chosen_logp"] - (rows["rejected_logp"] - rows["ref_rejected_logp"])
     averaged = "nats a token, each response averaged over its own"
     properties = [
@@ -74,18 +75,14 @@ def _properties(rows: Table, texts: Table) -> list[tuple[str, str, str, Floats]]
         ("shared_prefix", "Shared beginning", of_shorter, texts["shared_prefix"] / shorter),
         ("shared_suffix", "Shared end", of_shorter, texts["shared_suffix"] / shorter),
         ("length_ratio", "Length ratio", "chosen tokens for each rejected token", ratio),
-        (
-            "length", "Length of both responses", "tokens",
-            (rows["chosen_len"] + rows["rejected_len"]).astype(np.float64),
-        ),
+        ("length", "Length of both responses", "tokens", length),
         ("chosen_logp", "Log-prob of chosen", "nats a token", chosen),
         ("rejected_logp", "Log-prob of rejected", "nats a token", rejected),
         ("margin", "Margin log π(y_w) - log π(y_l)", averaged, chosen - rejected),
     ]  # fmt: skip
     if np.isfinite(margin).any():
-        properties.append(
-            ("reference_margin", "Margin against the reference", "nats, summed over the responses", margin)
-        )
+        summed = "nats, summed over the responses"
+        properties.append(("reference_margin", "Margin against the reference", summed, margin))
     return properties
 
 

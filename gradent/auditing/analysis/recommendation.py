@@ -149,7 +149,9 @@ def _last_sentence(facts: Mapping[str, Any], run: Row, tuned: Row | None, judged
     if facts["lever"] == "loss" and _is_clear(tuned):
         return [f"{_propose(run, tuned)}."]
     if facts["not_compared"]:
-        return [f"{_join(facts['not_compared'])} could not be compared, for want of a reference's log-probs."]
+        names = [label.partition(" (")[0] for label in facts["not_compared"]]
+        listed = " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])
+        return [f"{listed} could not be compared, for want of a reference's log-probs."]
     raising = [row for row in judged if _raises_both(row)]
     if raising and _find_rest(run) == "both_down":
         most = max(raising, key=lambda row: row["cases"]["both_up"])
@@ -183,8 +185,3 @@ def _percent(share: float | None) -> str:
 
 def _count(pairs: int) -> str:
     return f"{pairs} pair" + ("" if pairs == 1 else "s")
-
-
-def _join(labels: Sequence[str]) -> str:
-    names = [label.partition(" (")[0] for label in labels]
-    return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])

@@ -5,7 +5,7 @@ Letters: T_w and T_l completion tokens of chosen and rejected; a a chosen token,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,7 +65,9 @@ def token_rows(
     columns: dict[str, list[Any]] = {name: [] for name in TOKEN_COLUMNS if name not in {"checkpoint", "step"}}
     for side, name in enumerate(("chosen", "rejected")):
         count = len(ids[side])
-        aligned, facing = (_entries(gram, places, side) for places in (matched, faced))
+        aligned, facing = (  # entries of the matrix, by their token on this side
+            {match[side]: float(gram.inner[match]) for match in places} for places in (matched, faced)
+        )
         columns["pair"] += [pair] * count
         columns["side"] += [name] * count
         columns["position"] += range(count)
@@ -80,11 +82,6 @@ def token_rows(
     return columns
 
 
-def _entries(gram: TokenGram, places: Matches, side: int) -> Mapping[int, float]:
-    """Some entries of the matrix, by their token on one side."""
-    return {(a, b)[side]: float(gram.inner[a, b]) for a, b in places}
-
-
 def token_cost(pair: AuditPair) -> int:
     """Cost of a pair's matrix: tokens of the prefixes that end with a token of either response."""
     prompt = len(pair.prompt_ids)
@@ -95,7 +92,7 @@ def measure_pair_tokens(
     model: Any, tokenizer: Any, pair: AuditPair, *, memory_budget: int | str | None = None
 ) -> dict[str, list[Any]]:
     """The columns of `record.TOKEN_COLUMNS` but `checkpoint` and `step` for one pair; an error names the row."""
-    batch = PairBatch.from_tokens([(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)])
+    batch = PairBatch.from_tokens([pair.ids])
     with named_errors(pair, "token matrix", ", --dtype bfloat16, or leave --token-pairs out"):
         (gram,) = measure_tokens(model, batch, memory_budget=memory_budget, progress=False)
         ((chosen, _),) = batch.split_tokens(token_effects(model, batch, toward="chosen"))

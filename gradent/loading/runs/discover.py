@@ -65,7 +65,9 @@ def find_run(path: str | os.PathLike[str], *, base: str | None = None) -> Run:
     saved = [look_at(directory / name, name, step, root) for step, name in _numbered(directory, notes)]
     kind = _common_kind([model.checkpoint for model in saved])
     state, last = _look_at_root(directory, root, kind, saved, notes)
-    history = _longest([model.state for model in saved], state)
+    # The state with the most lines; of several the run's own, else the last checkpoint's.
+    states = [known for known in [state, *(model.state for model in reversed(saved))] if known is not None]
+    history = max(states, key=lambda known: known.lines).path if states else None
     if history is None:
         notes.append(f"{directory}: no checkpoint has a readable {STATE}, so what the trainer logged is not known.")
     saved += last
@@ -150,12 +152,6 @@ def _base_of_full(directory: Path, root: Path, notes: list[str]) -> str | None:
             "with the model that training started from."
         )
     return base
-
-
-def _longest(states: list[State | None], root: State | None) -> Path | None:
-    """The state with the most lines; of several the run's own, else the last checkpoint's."""
-    known = [state for state in [root, *reversed(states)] if state is not None]
-    return max(known, key=lambda state: state.lines).path if known else None
 
 
 def _on_base(saved: Saved, base: str | None, problem: str | None, run: str) -> Saved:
