@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,19 +45,6 @@ class Coefficients:
     is_reward: bool = False  # the model is a reward model
 
 
-class Readout(Protocol):
-    """Where a forward's log-probs leave the model."""
-
-    @property
-    def root(self) -> Tensor:
-        """The tensor whose gradient holds the coefficients."""
-        ...
-
-    def read(self, grad: Tensor) -> Coefficients:
-        """The coefficients of the N rows, from the gradient that arrived at `root`."""
-        ...
-
-
 @dataclass(frozen=True)
 class FusedReadout:
     """TRL's fused head: per-token log-probs `[N, K]`, the first predicted token first."""
@@ -67,7 +54,7 @@ class FusedReadout:
     length: int
 
     def read(self, grad: Tensor) -> Coefficients:
-        """See `Readout.read`."""
+        """The coefficients of the N rows, from the gradient that arrived at `root`."""
         take = slice(-(self.length - 1), None)
         grad, logps, mask = grad[:, take].double(), self.root.detach()[:, take].double(), self.mask[:, take].bool()
         count = mask.sum(1).clamp_min(1)
@@ -86,7 +73,7 @@ class LogitsReadout:
     labels: Tensor | None
 
     def read(self, grad: Tensor) -> Coefficients:
-        """See `Readout.read`."""
+        """The coefficients of the N rows, from the gradient that arrived at `root`."""
         length = self.input_ids.shape[1]
         count = min(length - 1, self.root.shape[1] - 1)  # positions that predict a token of the row
         logits, grad = self.root.detach()[:, -count - 1 : -1], grad[:, -count - 1 : -1]
@@ -223,11 +210,15 @@ class RewardReadout:
     attention_mask: Tensor
 
     def read(self, grad: Tensor) -> Coefficients:
-        """See `Readout.read`."""
+        """The coefficients of the N rows, from the gradient that arrived at `root`."""
         c, reward = grad[:, 0].double(), self.root.detach()[:, 0].double()
         marks = self.attention_mask.bool()
         coefficients = _judge(c, reward, marks, c[:, None] * marks, torch.zeros_like(c), self.root.dtype)
         return replace(coefficients, is_reward=True)
+
+
+Readout = FusedReadout | LogitsReadout | RewardReadout
+"""Where a forward's log-probs leave the model: `read` takes the gradient at the tensor `root` for the coefficients."""
 
 
 def _judge(c: Tensor, logp: Tensor, marks: Tensor, tokens: Tensor, off: Tensor, dtype: torch.dtype) -> Coefficients:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import traceback
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 
 from gradent.errors import GradentError
-from gradent.notices import Notices, log
+from gradent.notices import log
 
-__all__ = ["LIMIT", "GuardedCallback", "guarded_event"]
+__all__ = ["LIMIT", "guarded_event"]
 
 LIMIT = 3
 """Errors after which the callback leaves the run alone."""
@@ -21,27 +21,12 @@ _MORE_MEMORY = "Give EntanglementCallback a smaller memory_budget, or train in s
 _OTHER_WAYS = "EntanglementCallback(on_error='raise') stops here instead; mode='measure' measures in another way."
 
 
-class GuardedCallback(Protocol):
-    """What the decorator needs of the callback."""
-
-    on_error: str
-    errors: int
-    notices: Notices
-
-    def step_aside(self) -> None:
-        """Take every hook off the model."""
-        ...
-
-
-C = TypeVar("C", bound=GuardedCallback)
-
-
 def guarded_event(event: Callable[..., None]) -> Callable[..., None]:
     """Decorator of an event handler: its errors are logged, each once, unless `on_error="raise"`."""
 
     # The handler goes on being called and looks at `errors` itself: on several ranks some must meet the other ranks.
     @functools.wraps(event)
-    def handler(self: C, *args: Any, **kwargs: Any) -> None:
+    def handler(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
             event(self, *args, **kwargs)
         except Exception as error:

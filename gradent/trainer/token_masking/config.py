@@ -10,14 +10,7 @@ from typing import Literal, get_args
 from trl.trainer.dpo_config import DPOConfig
 
 from gradent.errors import InputError
-from gradent.trainer.common.trl_requirements import (
-    option,
-    refuse_options,
-    require_choice,
-    require_number,
-    require_trl,
-    sharding_options,
-)
+from gradent.trainer.common.trl_requirements import option, refuse_options, require_choice, require_number, require_trl
 
 __all__ = ["METHOD", "Anneal", "TokenMaskedDPOConfig"]
 
@@ -45,7 +38,6 @@ _REFUSED = {
     "padding_free": "it puts many responses into one row, and the masks are made row by row",
     "use_liger_kernel": "it exchanges parts of the model that the head reads from",
     "torch_compile": "the hidden states that the head reads are not there in a compiled model",
-    **sharding_options("the head is no part of the model that is sharded"),
 }
 """Options that cannot work, or were never tried."""
 
@@ -116,7 +108,8 @@ class TokenMaskedDPOConfig(DPOConfig):
                 f"mask_freeze=True with mask_eta={self.mask_eta!r}: masks that stay 1 cannot become sparse. Set "
                 "mask_eta=0, or leave mask_freeze out."
             )
-        refuse_options(self, _REFUSED, "token masking cannot work")
+        sharding = "the head is no part of the model that is sharded"
+        refuse_options(self, _REFUSED, "token masking cannot work", sharding=sharding)
         for name in self.loss_type:
             if name not in _LOSSES:
                 reason = _REFUSED_LOSSES.get(name, "it is not known here")

@@ -18,7 +18,7 @@ from gradent.losses.token_masked import hard_mask, masked_logps, soft_mask
 from gradent.trainer.token_masking.config import TokenMaskedDPOConfig
 from gradent.trainer.token_masking.head import MaskHead
 
-__all__ = ["LogProbs", "MaskedPolicy", "TokenMasks", "mask_tokens", "read_masks"]
+__all__ = ["MaskedPolicy", "TokenMasks", "mask_tokens", "read_masks"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,19 +110,4 @@ class MaskedPolicy:
         output.log_probs, kept = masked_logps(policy, reference, self.mask)
         self.batch["ref_chosen_logps"], self.batch["ref_rejected_logps"] = kept.sum(1).chunk(2)
         self.logps = policy.detach().sum(1)
-        return output
-
-
-class LogProbs:
-    """A model that keeps the `log_probs` of its last forward."""
-
-    log_probs: Tensor
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def __call__(self, **kwargs: Any) -> Any:
-        """Run the model."""
-        output = self._model(**kwargs)
-        self.log_probs = output.log_probs
         return output

@@ -28,7 +28,7 @@ from gradent.trainer.common.trl_requirements import make_config, reference_in_ba
 from gradent.trainer.token_masking.config import METHOD, TokenMaskedDPOConfig
 from gradent.trainer.token_masking.export import mask_batches, write_mask_table
 from gradent.trainer.token_masking.head import HeadUpdate, MaskHead, load_head, reduce_gradients, save_head
-from gradent.trainer.token_masking.policy import LogProbs, MaskedPolicy, TokenMasks, read_masks
+from gradent.trainer.token_masking.policy import MaskedPolicy, TokenMasks, read_masks
 
 __all__ = ["TokenMaskedDPOConfig", "TokenMaskedDPOTrainer"]
 
@@ -137,9 +137,15 @@ class TokenMaskedDPOTrainer(DPOTrainer):
 
     def _reference_logps(self, batch: Mapping[str, Any]) -> Tensor:
         """`log π_ref` of every token, `[N, K]`, by TRL's own reference pass."""
-        reference = LogProbs(self.model if self.ref_model is None else self.ref_model)
+        model: Any = self.model if self.ref_model is None else self.ref_model
+        outputs = []
+
+        def reference(**kwargs: Any) -> Any:
+            outputs.append(model(**kwargs))
+            return outputs[-1]
+
         self.compute_ref_log_probs(reference, batch)  # type: ignore[no-untyped-call]
-        return reference.log_probs
+        return outputs[-1].log_probs
 
     def _log_masks(self, masked: MaskedPolicy, penalty: Tensor, mode: str) -> None:
         """Add to TRL's metrics means over the tokens of all ranks, and make its `logps/*` those of all tokens again."""
