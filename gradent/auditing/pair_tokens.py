@@ -101,7 +101,7 @@ def _measure(ready: Prepared, pair: AuditPair, config: TokenConfig) -> tuple[Tok
         }
         for side, (ids, squares, moves, logp, square) in sides.items()
     }  # fmt: skip
-    return {
+    return gram, {
         "prompt": {"ids": pair.prompt_ids, "text": str(ready.material.tokenizer.decode(pair.prompt_ids))}, **responses,
         "inner": gram.inner.tolist(), "alignment": [list(match) for match in gram.alignment],
         "split": {**asdict(split), "identical": split.identical, "differing": split.differing},

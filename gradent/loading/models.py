@@ -120,14 +120,10 @@ def _load_base(base: str, dtype: str, trust_remote_code: bool) -> Any:
     config = load_config(base, trust_remote_code=trust_remote_code)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base,
-            config=config,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
+            base, config=config, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True,
+            trust_remote_code=trust_remote_code, output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, and refused below
-            output_loading_info=True,
-        )
+        )  # fmt: skip
     except LOAD_ERRORS as error:
         if "Unrecognized configuration class" in str(error):
             raise not_causal(base, config) from error

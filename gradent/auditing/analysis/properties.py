@@ -100,16 +100,12 @@ def _summarize(
             reason = f"{'the property' if np.ptp(values) == 0 else 'the cosine'} is the same for all pairs"
     rho, low, high = correlation or (None, None, None)
     return {
-        "property": name,
-        "label": label,
-        "unit": unit,
-        "spearman": rho,
-        "low": low,  # the interval of `rank_correlation`
-        "high": high,
+        "property": name, "label": label, "unit": unit,
+        "spearman": rho, "low": low, "high": high,  # and its interval
         "reason": reason,  # why there is no correlation
         "pairs": len(values),
         "groups": list(_groups(values, cosine, ideal)) if len(values) >= FEWEST else [],
-    }
+    }  # fmt: skip
 
 
 def _groups(values: Floats, cosine: Floats, ideal: NDArray[np.bool_]) -> Iterator[dict[str, Any]]:

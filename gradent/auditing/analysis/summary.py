@@ -79,7 +79,13 @@ def summarize(
         "recommendation": recommend(rows), "properties": summarize_properties(last.table, sample), "model": last.model,
         **summarize_columns(last.table), "most_entangled": _describe_most_entangled(last, plan),
         "modules": last.modules, "reference": {"kind": plan.reference.kind, "source": reference},
-        "data": _describe_data(config, plan),
+        "data": {
+            "source": config.data, "rows": plan.material.rows, "measured": len(plan.pairs),
+            "skipped": [
+                {"row": bad.row, "where": bad.where, "reason": bad.reason} for bad in plan.material.pairs.skipped
+            ],
+            "truncated_responses": sum(pair.truncated for pair in plan.pairs),
+        },
         "tokens": summarize_tokens(tokens, last.table) if tokens is not None else None,
         "loss": {"name": loss.name, **read_hyperparameters(loss)},
         "settings": {
@@ -117,15 +123,6 @@ def _describe_run(plan: AuditPlan) -> dict[str, Any] | None:
         "directory": str(plan.run.directory), "kind": plan.run.kind, "base": plan.run.base,
         "found": [checkpoint.step for checkpoint in plan.run.checkpoints],
         "asked": [target.step for target in plan.targets],
-    }  # fmt: skip
-
-
-def _describe_data(config: AuditConfig, plan: AuditPlan) -> dict[str, Any]:
-    skipped = plan.material.pairs.skipped
-    return {
-        "source": config.data, "rows": plan.material.rows, "measured": len(plan.pairs),
-        "skipped": [{"row": bad.row, "where": bad.where, "reason": bad.reason} for bad in skipped],
-        "truncated_responses": sum(pair.truncated for pair in plan.pairs),
     }  # fmt: skip
 
 

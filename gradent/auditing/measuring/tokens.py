@@ -5,7 +5,7 @@ Letters: T_w and T_l completion tokens of chosen and rejected; a a chosen token,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,17 +68,15 @@ def token_rows(
         aligned, facing = (  # entries of the matrix, by their token on this side
             {match[side]: float(gram.inner[match]) for match in places} for places in (matched, faced)
         )
-        columns["pair"] += [pair] * count
-        columns["side"] += [name] * count
-        columns["position"] += range(count)
-        columns["token_id"] += ids[side]
-        columns["token"] += texts[side]
-        columns["identical"] += [place in aligned for place in range(count)]
-        columns["sq"] += squares[side].tolist()
-        columns["entanglement"] += entanglements[side].tolist()
-        columns["aligned_inner"] += [aligned.get(place) for place in range(count)]
-        columns["facing_inner"] += [facing.get(place) for place in range(count)]
-        columns["own_inner"] += own_inner[side].tolist()
+        rows: dict[str, Iterable[Any]] = {
+            "pair": [pair] * count, "side": [name] * count, "position": range(count), "token_id": ids[side],
+            "token": texts[side], "identical": [place in aligned for place in range(count)],
+            "sq": squares[side].tolist(), "entanglement": entanglements[side].tolist(),
+            "aligned_inner": map(aligned.get, range(count)), "facing_inner": map(facing.get, range(count)),
+            "own_inner": own_inner[side].tolist(),
+        }  # fmt: skip
+        for column, values in rows.items():
+            columns[column] += values
     return columns
 
 

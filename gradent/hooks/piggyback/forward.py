@@ -140,7 +140,10 @@ class WatchedForward:
         self.has_hidden_regions = survey.hidden
         self.expected += [tap for tap in capture.taps if tap.node in survey.reached]
         if survey.hidden or any(not tap.ready for tap in capture.taps):
-            self._watch_recomputation()
+            # Checkpointed regions are computed again during the backward, where the capture is to see them.
+            for module in self._config.model.modules():
+                self._handles.append(module.register_forward_pre_hook(self._before_recomputation, prepend=True))
+                self._handles.append(module.register_forward_hook(self._after_recomputation, always_call=True))
 
     def _watch_fused_head(self, capture: Capture, readout: FusedReadout) -> None:
         """Record the fused head's weight and bias, which no operator shows, and wait for its output gradient."""
@@ -158,12 +161,6 @@ class WatchedForward:
                     self._arrive(tap, grads[0])
 
         self._handles.append(node.register_prehook(lambda grads: self._guard.guarded(arrive, grads)))
-
-    def _watch_recomputation(self) -> None:
-        """Have the capture see checkpointed regions when they are computed again, during the backward."""
-        for module in self._config.model.modules():
-            self._handles.append(module.register_forward_pre_hook(self._before_recomputation, prepend=True))
-            self._handles.append(module.register_forward_hook(self._after_recomputation, always_call=True))
 
     def _before_recomputation(self, module: nn.Module, args: Any) -> None:
         if self._recomputed is None and in_backward() and torch.is_grad_enabled() and self._capture is not None:

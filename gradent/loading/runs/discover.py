@@ -211,14 +211,10 @@ def _check_there(run: Run, steps: set[int], known: list[int]) -> None:
     if not unknown:
         return
     listed = f"It has {some([str(step) for step in known], 50)}."
+    why = f"has no checkpoint of step {some([str(step) for step in unknown])}."
     if unknown == [0] and run.kind == "adapter":
-        raise InputError(
-            f"{run.directory}: step 0 cannot be measured: the first, random adapter that training started from was "
-            f"not saved. {listed}"
-        )
-    if unknown == [0] and run.kind == "full":
-        raise InputError(
-            f"{run.directory}: step 0, the model before training, is not known. Pass --base DIR, with the model that "
-            f"training started from. {listed}"
-        )
-    raise InputError(f"{run.directory}: has no checkpoint of step {some([str(step) for step in unknown])}. {listed}")
+        why = "step 0 cannot be measured: the first, random adapter that training started from was not saved."
+    elif unknown == [0] and run.kind == "full":
+        model = "the model that training started from"
+        why = f"step 0, the model before training, is not known. Pass --base DIR, with {model}."
+    raise InputError(f"{run.directory}: {why} {listed}")

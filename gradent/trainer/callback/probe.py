@@ -37,7 +37,7 @@ class Probe:
         limit, names, tokens = getattr(args, "max_length", None), ("prompt", "chosen", "rejected"), []
         for number, row in enumerate(self._rows):
             parts = maybe_extract_prompt({name: row[name] for name in names if name in row})
-            texts = tuple(parts[name] for name in names)
+            texts: tuple[Any, ...] = tuple(parts[name] for name in names)
             eos = isinstance(texts[1], str) and tokenizer.eos_token is not None
             place = f"probe_data[{number}]"
             tokens.append(tokenize_pair(tokenizer, *texts, max_length=limit, add_eos=eos, where=place))

@@ -145,7 +145,8 @@ class TokenMaskedDPOTrainer(DPOTrainer):
             return outputs[-1]
 
         self.compute_ref_log_probs(reference, batch)  # type: ignore[no-untyped-call]
-        return outputs[-1].log_probs
+        logps: Tensor = outputs[-1].log_probs
+        return logps
 
     def _log_masks(self, masked: MaskedPolicy, penalty: Tensor, mode: str) -> None:
         """Add to TRL's metrics means over the tokens of all ranks, and make its `logps/*` those of all tokens again."""
