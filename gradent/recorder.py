@@ -36,10 +36,8 @@ Mode = Literal["auto", "piggyback", "measure"]
 WeightGrad = Literal["shared"]
 
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "mode": get_args(Mode),
-    "pairing": get_args(Pairing),
-    "weight_grad": (None, *get_args(WeightGrad)),
-}
+    "mode": get_args(Mode), "pairing": get_args(Pairing), "weight_grad": (None, *get_args(WeightGrad)),
+}  # fmt: skip
 """What the arguments of `attach` accept, where that can be listed."""
 
 
@@ -130,13 +128,10 @@ def attach(
     check_choices("attach", CHOICES, mode=mode, pairing=pairing, weight_grad=weight_grad)
     watched = model if compiled is None else compiled
     config = WatchConfig(
-        model=watched,
-        budget=parse_budget(memory_budget) or DEFAULT_BUDGET,
-        pairing=pairing,
-        has_entries=mode != "measure" and watched is unwrap_compiled(model),
-        is_trusted=trusted,
+        model=watched, budget=parse_budget(memory_budget) or DEFAULT_BUDGET, pairing=pairing,
+        has_entries=mode != "measure" and watched is unwrap_compiled(model), is_trusted=trusted,
         should_share=weight_grad is not None,
-    )
+    )  # fmt: skip
     return Recorder(unwrap_compiled(model), config, mode=mode, by_module=by_module, metric=metric)
 
 
@@ -144,14 +139,9 @@ class Recorder:
     """Watches a model between `arm` and `disarm`, and gives what its backwards showed when asked. Made by `attach`."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        config: WatchConfig,
-        *,
-        mode: Mode,
-        by_module: bool,
+        self, model: nn.Module, config: WatchConfig, *, mode: Mode, by_module: bool,
         metric: torch.optim.Optimizer | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.metric = metric
         self._model, self._config, self._mode, self._by_module = model, config, mode, by_module
         self._is_compiled = config.model is not model
@@ -259,12 +249,10 @@ class Recorder:
             return None
         pairs = observation.pairs
         is_moved = (observation.c[:pairs] != 0) & (observation.c[pairs:] != 0)
-        active = [
-            pair
-            for pair in is_moved.nonzero()[:, 0].tolist()
-            if observation.is_reward or self._has_two_responses(observation, pair)
-        ]
-        batch = None if observation.is_reward else _make_batch(observation, active)
+        moved = is_moved.nonzero()[:, 0].tolist()
+        active = [pair for pair in moved if observation.is_reward or self._has_two_responses(observation, pair)]
+        numbers = [] if observation.is_reward else [*active, *(pairs + pair for pair in active)]
+        batch = PairBatch.from_rows([observation.rows[number] for number in numbers]) if numbers else None
         obstacle = "the model is compiled" if self._is_compiled else observation.no_entries_reason
         needs_pass = bool(active) and (self._mode == "measure" or obstacle is not None)
         if needs_pass:
@@ -281,14 +269,10 @@ class Recorder:
             )
         weights = observation.c * (2 * pairs + observation.unpaired if self._config.pairing == "signs" else pairs)
         return Recording(
-            gram=gram,
-            d_w=-weights[:pairs][active],
-            d_l=weights[pairs:][active],
-            source="measure" if needs_pass else "piggyback",
-            batch=batch,
-            inactive=pairs - len(active),
+            gram=gram, d_w=-weights[:pairs][active], d_l=weights[pairs:][active],
+            source="measure" if needs_pass else "piggyback", batch=batch, inactive=pairs - len(active),
             unpaired=observation.unpaired,
-        )
+        )  # fmt: skip
 
     def _has_two_responses(self, observation: BackwardObservation, pair: int) -> bool:
         """Whether a pair's two rows differ; one and the same response is neither chosen nor rejected."""
@@ -342,25 +326,14 @@ class Recorder:
         totals = sum(modules.values(), torch.zeros(3, pairs, dtype=torch.float64))
         lengths = torch.tensor([int(marks.sum()) for _, marks in observation.rows], dtype=torch.int64)
         return PairGram(
-            chosen_sq=totals[0],
-            rejected_sq=totals[1],
-            inner=totals[2],
-            chosen_logp=observation.logps[:pairs],
-            rejected_logp=observation.logps[pairs:],
-            chosen_len=lengths[:pairs],
-            rejected_len=lengths[pairs:],
+            chosen_sq=totals[0], rejected_sq=totals[1], inner=totals[2], chosen_logp=observation.logps[:pairs],
+            rejected_logp=observation.logps[pairs:], chosen_len=lengths[:pairs], rejected_len=lengths[pairs:],
             modules={name: (part[0], part[1], part[2]) for name, part in modules.items()} if self._by_module else None,
-        )
+        )  # fmt: skip
 
     def _log_once(self, text: str) -> None:
         """Log a line once; figures in it, which differ from step to step, do not make it another one."""
         self._notices.once(text, key=re.sub(r"[\d.]+(e[+-]?\d+)?", "", text))
-
-
-def _make_batch(observation: BackwardObservation, active: Sequence[int]) -> PairBatch | None:
-    """The tokens of the active pairs; None without any."""
-    numbers = [*active, *(observation.pairs + pair for pair in active)]
-    return PairBatch.from_rows([observation.rows[number] for number in numbers]) if numbers else None
 
 
 def join_recordings(recordings: Sequence[Recording], *, scale: float = 1.0) -> Recording:
@@ -370,12 +343,8 @@ def join_recordings(recordings: Sequence[Recording], *, scale: float = 1.0) -> R
     d_w, d_l = (torch.cat([getattr(part, name) for part in recordings]) * scale for name in ("d_w", "d_l"))
     batches = [part.batch for part in recordings if part.batch is not None]
     return Recording(
-        gram=PairGram.join([part.gram for part in recordings]),
-        d_w=d_w,
-        d_l=d_l,
+        gram=PairGram.join([part.gram for part in recordings]), d_w=d_w, d_l=d_l,
         source="measure" if any(part.source == "measure" for part in recordings) else "piggyback",
-        batch=PairBatch.join(batches) if batches else None,
-        inactive=sum(part.inactive for part in recordings),
-        unpaired=sum(part.unpaired for part in recordings),
-        overhead_s=sum(part.overhead_s for part in recordings),
-    )
+        batch=PairBatch.join(batches) if batches else None, inactive=sum(part.inactive for part in recordings),
+        unpaired=sum(part.unpaired for part in recordings), overhead_s=sum(part.overhead_s for part in recordings),
+    )  # fmt: skip

@@ -129,11 +129,9 @@ def audit(
     summary = run(config)
     paths = {name: config.out / name for name in AUDIT_FILES}
     return AuditResult(
-        summary=summary,
-        pairs_path=paths["pairs.parquet"],
-        summary_path=paths["summary.json"],
+        summary=summary, pairs_path=paths["pairs.parquet"], summary_path=paths["summary.json"],
         sample_path=paths["sample.parquet"],
         modules_path=paths["modules.parquet"] if summary["modules"] is not None else None,
         tokens_path=paths["tokens.parquet"] if summary["tokens"] is not None else None,
         report_path=paths["report.html"] if report else None,
-    )
+    )  # fmt: skip

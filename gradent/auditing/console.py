@@ -22,14 +22,10 @@ def pair_progress(label: str, pairs: int, cost: int, *, quiet: bool) -> Iterator
     """A bar over the cost of pairs, on a terminal only; yields a function that takes pairs done and their cost."""
     console = Console(stderr=True)
     columns = (
-        TextColumn(label),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[done]}/{task.fields[pairs]} pairs"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn(label), BarColumn(), TaskProgressColumn(),
+        TextColumn("{task.fields[done]}/{task.fields[pairs]} pairs"), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(),
-    )
+    )  # fmt: skip
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal, transient=True) as progress:
         task = progress.add_task("", total=cost, done=0, pairs=pairs)
 

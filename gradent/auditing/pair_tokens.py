@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from gradent.auditing.console import make_tell, warnings_as_notes
 from gradent.auditing.measuring.tokens import named_errors, refuse_non_finite
@@ -21,7 +18,6 @@ from gradent.kernels.common.budget import parse_budget
 from gradent.loading.preferences import AuditPair
 from gradent.loading.prepare import Prepared, describe_model, prepare
 from gradent.measurement import measure
-from gradent.pair_gram import PairGram
 from gradent.pairs.batch import PairBatch
 from gradent.record import TokenRecord, write_token_record
 from gradent.record.atomic import make_directory
@@ -39,6 +35,7 @@ __all__ = ["TokenAudit", "audit_tokens"]
 
 _FILES = ("tokens.json", "tokens.png", "tokens.html")
 _SHOWN = 5  # tokens at either end in the printed table
+_COLUMNS = ("response", "position", "token", "", "entanglement", "share", "margin step")  # of that table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +46,6 @@ class TokenAudit:
     record_path: Path  # `tokens.json`; `gradent.record.read_token_record` reads it
     picture_path: Path  # `tokens.png`, the heat map of `TokenGram.plot`
     page_path: Path  # `tokens.html`, one file that loads nothing
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Measured:
-    """Whole responses, token matrix, and both responses' effects of a margin step."""
-
-    pair: PairGram
-    gram: TokenGram
-    effects: tuple[Tensor, Tensor]
 
 
 def audit_tokens(config: TokenConfig) -> TokenAudit:
@@ -72,65 +60,53 @@ def audit_tokens(config: TokenConfig) -> TokenAudit:
     responses = pair.chosen_ids, pair.rejected_ids
     masks = None if config.masks is None else read_pair_masks(config.masks, pair.row, responses)
     with warnings_as_notes(tell):
-        measured = _measure(ready.model, pair, config)
+        gram, figures = _measure(ready, pair, config)
     content = {
         "model": describe_model(ready.model, ready.source, ready.step, ready.device),
         "data": {
             "source": config.data, "split": config.split, "row": pair.row, "rows": ready.material.rows,
             "where": pair.where, "truncated": pair.truncated,
         },
-        **_figures(ready, pair, measured),
-        "masks": masks,
+        **figures, "masks": masks,
         "settings": {
             "max_length": ready.material.max_length, "add_eos": ready.material.add_eos,
             "memory_budget": config.memory_budget, "by_module": config.by_module, "dtype": config.dtype,
             "device": config.device,
         },
-        "notes": notes,
-        "seconds": round(time.monotonic() - started, 3),
+        "notes": notes, "seconds": round(time.monotonic() - started, 3),
     }  # fmt: skip
-    result = _write(directory, content, measured.gram)
+    result = _write(directory, content, gram)
     if not config.quiet:
         _print(result.record, Console(highlight=False))
     return result
 
 
-def _measure(model: Any, pair: AuditPair, config: TokenConfig) -> _Measured:
-    batch = PairBatch.from_tokens([(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)])
-    budget = config.memory_budget
+def _measure(ready: Prepared, pair: AuditPair, config: TokenConfig) -> tuple[TokenGram, dict[str, Any]]:
+    """The token matrix, and what the record says of whole responses, of the matrix and of a margin step's effects."""
+    model, budget, batch = ready.model, config.memory_budget, PairBatch.from_tokens([pair.ids])
     with named_errors(pair, "tokens", ", or --dtype bfloat16"):
-        pair_gram = measure(model, batch, by_module=config.by_module, memory_budget=budget)
+        total = measure(model, batch, by_module=config.by_module, memory_budget=budget)
         (gram,) = measure_tokens(model, batch, memory_budget=budget, progress=not config.quiet)
         (effects,) = batch.split_tokens(token_effects(model, batch, toward="margin"))
     refuse_non_finite(pair, (gram.inner.flatten(), gram.chosen_sq, gram.rejected_sq, *effects), "another --pair")
-    return _Measured(pair=pair_gram, gram=gram, effects=effects)
-
-
-def _figures(ready: Prepared, pair: AuditPair, measured: _Measured) -> dict[str, Any]:
-    gram, total, split = measured.gram, measured.pair, measured.gram.split()
+    split = gram.split()
     sides = {
-        "chosen": (pair.chosen_ids, gram.chosen_sq, measured.effects[0], total.chosen_logp, total.chosen_sq),
-        "rejected": (pair.rejected_ids, gram.rejected_sq, measured.effects[1], total.rejected_logp, total.rejected_sq),
+        "chosen": (pair.chosen_ids, gram.chosen_sq, effects[0], total.chosen_logp, total.chosen_sq),
+        "rejected": (pair.rejected_ids, gram.rejected_sq, effects[1], total.rejected_logp, total.rejected_sq),
     }
     responses = {
         side: {
-            "ids": ids,
-            "tokens": token_texts(ready.material.tokenizer, ids),
-            "squares": squares.tolist(),
-            "effects": effects.tolist(),
-            "logp": float(logp),
-            "sq": float(square),
+            "ids": ids, "tokens": token_texts(ready.material.tokenizer, ids), "squares": squares.tolist(),
+            "effects": moves.tolist(), "logp": float(logp), "sq": float(square),
         }
-        for side, (ids, squares, effects, logp, square) in sides.items()
-    }
-    return {
-        "prompt": {"ids": pair.prompt_ids, "text": str(ready.material.tokenizer.decode(pair.prompt_ids))},
-        **responses,
-        "inner": gram.inner.tolist(),
-        "alignment": [list(match) for match in gram.alignment],
+        for side, (ids, squares, moves, logp, square) in sides.items()
+    }  # fmt: skip
+    return gram, {
+        "prompt": {"ids": pair.prompt_ids, "text": str(ready.material.tokenizer.decode(pair.prompt_ids))}, **responses,
+        "inner": gram.inner.tolist(), "alignment": [list(match) for match in gram.alignment],
         "split": {**asdict(split), "identical": split.identical, "differing": split.differing},
         "modules": total.modules and {name: [*map(float, parts)] for name, parts in total.modules.items()},
-    }
+    }  # fmt: skip
 
 
 def _write(directory: Path, content: dict[str, Any], gram: TokenGram) -> TokenAudit:
@@ -159,18 +135,12 @@ def _print(record: TokenRecord, console: Console) -> None:
     for kind, rows in zip(("entangling", "disentangling"), ends, strict=True):
         if rows:
             console.print(Text(f"\nThe most {kind} tokens (positions counted from 0)"))
-            console.print(_token_table(rows))
+            console.print(new_table(*_COLUMNS, text={0, 2, 3}, rows=[_cells(row) for row in rows]))
         else:
             console.print(Text(f"\nNo token is {kind}."))
 
 
-def _token_table(rows: Sequence[TokenRow]) -> Table:
-    cells = [
-        [
-            row.side, str(row.position), visible(row.text, 24), row.kind, signed_number(row.entanglement),
-            "-" if row.share is None else f"{row.share:+.1%}", signed_number(row.effect),
-        ]
-        for row in rows
-    ]  # fmt: skip
-    names = ("response", "position", "token", "", "entanglement", "share", "margin step")
-    return new_table(*names, text={0, 2, 3}, rows=cells)
+def _cells(row: TokenRow) -> list[str]:
+    share = "-" if row.share is None else f"{row.share:+.1%}"
+    entanglement, effect = signed_number(row.entanglement), signed_number(row.effect)
+    return [row.side, str(row.position), visible(row.text, 24), row.kind, entanglement, share, effect]

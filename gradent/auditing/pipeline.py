@@ -174,14 +174,13 @@ def _measure_reference(sweep: Sweep, advance: Callable[[int, int], None]) -> Non
     loss = sweep.config.loss
     try:
         sweep.measure_reference(advance)
-    except JournalError:
-        raise
     except GradentError as error:
+        if isinstance(error, JournalError):
+            raise
         remedy = "Pass the model that training started from with --base, or another reference with --reference."
         if loss.needs_reference:
-            raise ModelError(
-                f"The reference, which {loss.name} needs, cannot be measured. {remedy}\n{error}"
-            ) from error
+            needs = f"The reference, which {loss.name} needs, cannot be measured."
+            raise ModelError(f"{needs} {remedy}\n{error}") from error
         sweep.tell(f"The reference cannot be measured, so no loss that needs one is judged. {remedy}\n{error}")
 
 
@@ -193,10 +192,8 @@ def _measure_tokens(sweep: Sweep, last: TargetRecord) -> None:
     with warnings_as_notes(sweep.tell), progress as advance:
         try:
             sweep.measure_tokens(last.target, pairs, advance)
-        except JournalError:
-            raise
         except GradentError as error:
-            if sweep.plan.run is None:
+            if sweep.plan.run is None or isinstance(error, JournalError):
                 raise
             failures.append(str(error))
     failures = sweep.ranks.gather(failures)

@@ -22,11 +22,8 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     name="gradent",
     help="Why do chosen and rejected log-probs move together? gradent measures the gradient entanglement behind it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-)
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+)  # fmt: skip
 for command in (demo, audit, report, compare, tokens, plan, doctor):
     app.command()(command)
 

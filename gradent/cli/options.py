@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -71,13 +71,9 @@ def read_options(config: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(config: type) -> dict[str, tuple[Option, Any]]:
     """Name -> the option and its default, of every field that is an option."""
-    hints = get_type_hints(config, include_extras=True)
-    result = {}
-    for field in fields(config):
-        option = next(iter(getattr(hints[field.name], "__metadata__", ())), None)
-        if isinstance(option, Option):
-            result[field.name] = option, field.default
-    return result
+    return {
+        field.name: (field.metadata["option"], field.default) for field in fields(config) if "option" in field.metadata
+    }
 
 
 def _read_count(text: str, option: str) -> int | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import MISSING, dataclass, field
+from typing import Any
 
-__all__ = ["DATA", "MODEL", "RUN", "LoadConfig", "Option"]
+__all__ = ["DATA", "MODEL", "RUN", "LoadConfig", "Option", "option"]
 
 MODEL, DATA, RUN = "Model", "Data", "Measuring"  # panels of the help
 
@@ -21,31 +21,36 @@ class Option:
     is_argument: bool = False
 
 
+def option(text: str, panel: str, kind: type = str, flags: str = "", *, default: Any = MISSING, **more: bool) -> Any:
+    """A config's field that is an `Option`."""
+    return field(default=default, metadata={"option": Option(text, panel, kind, flags, **more)})
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoadConfig:
     """Which model and which pairs to load."""
 
-    model: Annotated[str, Option("Directory or hub id of a causal LM, or of a PEFT adapter.", MODEL, is_argument=True)]
-    data: Annotated[str, Option("Preference pairs, as `gradent audit` reads them.", DATA)]
-    adapter: Annotated[
-        str | None, Option("PEFT adapter on MODEL; its parameters are then what is measured.", MODEL)
-    ] = None
-    dtype: Annotated[str, Option("float32, float64, bfloat16, float16 or auto.", MODEL)] = "float32"
-    device: Annotated[str | None, Option("[default: cuda where there is one, else cpu]", MODEL)] = None
-    trust_remote_code: Annotated[
-        bool, Option("Run code from the model's repository.", MODEL, bool, "--trust-remote-code")
-    ] = False
-    split: Annotated[str, Option("Split of a dataset.", DATA)] = "train"
-    max_length: Annotated[
-        int | None, Option("Most tokens of prompt + response. [default: 1024, or what the model can take]", DATA, int)
-    ] = None
-    max_pairs: Annotated[
-        int | None, Option("Measure that many pairs, drawn with --seed from slices of like length, or all.", DATA)
-    ] = 256
-    seed: Annotated[int, Option("Seed of that draw.", DATA, int)] = 0
-    skip_bad_rows: Annotated[
-        bool, Option("Go on without unusable rows; they are listed.", DATA, bool, "--skip-bad-rows")
-    ] = False
-    add_eos: Annotated[
-        bool, Option("Append no EOS to plain strings (TRL's DPOTrainer does).", DATA, bool, "--no-add-eos")
-    ] = True
+    model: str = option("Directory or hub id of a causal LM, or of a PEFT adapter.", MODEL, is_argument=True)
+    data: str = option("Preference pairs, as `gradent audit` reads them.", DATA)
+    adapter: str | None = option(
+        "PEFT adapter on MODEL; its parameters are then what is measured.", MODEL, default=None
+    )
+    dtype: str = option("float32, float64, bfloat16, float16 or auto.", MODEL, default="float32")
+    device: str | None = option("[default: cuda where there is one, else cpu]", MODEL, default=None)
+    trust_remote_code: bool = option(
+        "Run code from the model's repository.", MODEL, bool, "--trust-remote-code", default=False
+    )
+    split: str = option("Split of a dataset.", DATA, default="train")
+    max_length: int | None = option(
+        "Most tokens of prompt + response. [default: 1024, or what the model can take]", DATA, int, default=None
+    )
+    max_pairs: int | None = option(
+        "Measure that many pairs, drawn with --seed from slices of like length, or all.", DATA, default=256
+    )
+    seed: int = option("Seed of that draw.", DATA, int, default=0)
+    skip_bad_rows: bool = option(
+        "Go on without unusable rows; they are listed.", DATA, bool, "--skip-bad-rows", default=False
+    )
+    add_eos: bool = option(
+        "Append no EOS to plain strings (TRL's DPOTrainer does).", DATA, bool, "--no-add-eos", default=True
+    )

@@ -22,17 +22,9 @@ from gradent.model.observed import observed
 from gradent.model.parameters import input_device
 
 __all__ = [
-    "DTYPES",
-    "LOAD_ERRORS",
-    "check_device",
-    "check_dtype",
-    "check_vocabulary",
-    "load_config",
-    "load_model",
-    "load_tokenizer",
-    "not_causal",
-    "read_adapter",
-]
+    "DTYPES", "LOAD_ERRORS", "check_device", "check_dtype", "check_vocabulary", "load_config", "load_model",
+    "load_tokenizer", "not_causal", "read_adapter",
+]  # fmt: skip
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
 LOAD_ERRORS = (Exception,)
@@ -80,13 +72,9 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
 
 
 def load_model(
-    source: ModelSource,
-    *,
-    dtype: str = "float32",
-    device: str = "cpu",
-    trust_remote_code: bool = False,
+    source: ModelSource, *, dtype: str = "float32", device: str = "cpu", trust_remote_code: bool = False,
     trainable: bool = True,
-) -> Any:
+) -> Any:  # fmt: skip
     """The causal LM, with its adapter's parameters trainable (all parameters where there is no adapter)."""
     check_dtype(dtype)
     place = check_device(device)
@@ -132,22 +120,17 @@ def _load_base(base: str, dtype: str, trust_remote_code: bool) -> Any:
     config = load_config(base, trust_remote_code=trust_remote_code)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base,
-            config=config,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
+            base, config=config, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True,
+            trust_remote_code=trust_remote_code, output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, and refused below
-            output_loading_info=True,
-        )
+        )  # fmt: skip
     except LOAD_ERRORS as error:
         if "Unrecognized configuration class" in str(error):
             raise not_causal(base, config) from error
         raise ModelError(f"{base}: the model cannot be loaded ({brief(error)}).{hint(base)}") from error
     model, report = loaded
-    other = {
-        key: f"{key} (saved {list(saved)}, needed {list(needed)})" for key, saved, needed in report["mismatched_keys"]
-    }
+    mismatched = report["mismatched_keys"]
+    other = {key: f"{key} (saved {list(saved)}, needed {list(needed)})" for key, saved, needed in mismatched}
     lacking = sorted(set(report["missing_keys"]) - set(other)) + sorted(other.values())
     if lacking:
         raise ModelError(

@@ -91,8 +91,8 @@ def _read_json(path: Path) -> Iterator[Row]:
         raise DataFileError(f"{path}: {problem}")
     if text.lstrip()[:1] == "{" and not ("\n" in text.strip() and _is_json(text)):
         yield from _read_jsonl(path)  # one object a line under the name .json, which datasets reads as well
-        return
-    yield from _read_json_array(path, text)
+    else:
+        yield from _read_json_array(path, text)
 
 
 def _read_json_array(path: Path, text: str) -> Iterator[Row]:
@@ -177,7 +177,12 @@ def _read_dataset(source: str, split: str) -> list[Row]:
     saved = Path(source) / "dataset_dict.json", Path(source) / "state.json"
     try:
         if any(marker.is_file() for marker in saved):
-            data = _pick_split(source, datasets.load_from_disk(source), split)
+            # Of what `save_to_disk` wrote: one of several splits, or a single one under its own name or the default's.
+            data = datasets.load_from_disk(source)
+            splits = dict(data) if isinstance(data, dict) else {"train" if split == "train" else str(data.split): data}
+            if split not in splits:
+                raise DataFileError(f"{source}: has no split {split!r}; it has {sorted(splits)}. Pass --split.")
+            data = splits[split]
         else:
             data = datasets.load_dataset(source, split=split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
@@ -190,11 +195,3 @@ def _read_dataset(source: str, split: str) -> list[Row]:
             f"{source}: datasets cannot read it ({' '.join(str(cause).split())[:300]}). {hint}"
         ) from error
     return [Row(index=index, where=f"{source}[{split}], row {index}", values=row) for index, row in enumerate(data)]
-
-
-def _pick_split(source: str, data: Any, split: str) -> Any:
-    """A split of what `save_to_disk` wrote: of several, or of a single one under its own name or the default's."""
-    splits = dict(data) if isinstance(data, dict) else {"train" if split == "train" else str(data.split): data}
-    if split not in splits:
-        raise DataFileError(f"{source}: has no split {split!r}; it has {sorted(splits)}. Pass --split.")
-    return splits[split]

@@ -43,6 +43,11 @@ class AuditPair:
     truncated: int = 0  # responses (0, 1 or 2) that lost their end to `max_length`
 
     @property
+    def ids(self) -> tuple[list[int], list[int], list[int]]:
+        """Tokens of prompt, chosen and rejected, as `PairBatch.from_tokens` takes them."""
+        return self.prompt_ids, self.chosen_ids, self.rejected_ids
+
+    @property
     def tokens(self) -> int:
         """Tokens of both rows, prompts included: what measuring the pair costs."""
         return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
@@ -71,21 +76,16 @@ class PairSet:
 
 
 def prepare_pairs(
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int | None = 1024,
-    add_eos: bool = True,
-    skip_bad_rows: bool = False,
-    max_pairs: int | None = None,
-    seed: int = 0,
-) -> PairSet:
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = 1024, add_eos: bool = True,
+    skip_bad_rows: bool = False, max_pairs: int | None = None, seed: int = 0,
+) -> PairSet:  # fmt: skip
     """Check and tokenize the rows."""
     if max_pairs is not None and max_pairs < 1:
         raise InputError(f"max_pairs is {max_pairs}; it must be at least 1 (command line: --max-pairs).")
     readable, skipped = _read(rows)
     pairs: list[AuditPair] = []
-    for candidates in draw_in_slices([_length(parts) for _, parts in readable], max_pairs, seed):
+    letters = [sum(len(_plain(response)) for response in parts[1:]) for _, parts in readable]
+    for candidates in draw_in_slices(letters, max_pairs, seed):
         for number in candidates:  # the first that can be used
             row, parts = readable[number]
             try:
@@ -131,11 +131,6 @@ def _skip(row: Row, error: Exception) -> SkippedRow:
     return SkippedRow(row=row.index, where=row.where, reason=str(error))
 
 
-def _length(parts: Parts) -> int:
-    """Characters of both responses."""
-    return sum(len(_plain(response)) for response in parts[1:])
-
-
 def _describe_bad(skipped: Sequence[SkippedRow], *, rows: int, anything_left: bool) -> str:
     lines = [skipped[0].reason]
     others = skipped[1 : 1 + _LISTED]
@@ -170,16 +165,9 @@ def _to_pair(
     if truncated:
         ids = _tokenize(tokenizer, parts, max_length=max_length, add_eos=add_eos, where=row.where)
     return AuditPair(
-        row=row.index,
-        where=row.where,
-        prompt_ids=ids[0],
-        chosen_ids=ids[1],
-        rejected_ids=ids[2],
-        chosen_text=_plain(chosen),
-        rejected_text=_plain(rejected),
-        prompt_text=_plain(prompt),
-        truncated=truncated,
-    )
+        row=row.index, where=row.where, prompt_ids=ids[0], chosen_ids=ids[1], rejected_ids=ids[2],
+        chosen_text=_plain(chosen), rejected_text=_plain(rejected), prompt_text=_plain(prompt), truncated=truncated,
+    )  # fmt: skip
 
 
 def _tokenize(

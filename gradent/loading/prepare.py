@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from gradent.errors import InputError, ModelError
 from gradent.loading.config import LoadConfig
 from gradent.loading.models import check_vocabulary, load_config, load_model, load_tokenizer
-from gradent.loading.preference_files import Row, read_rows
-from gradent.loading.preferences import AuditPair, PairSet, prepare_pairs
+from gradent.loading.preference_files import read_rows
+from gradent.loading.preferences import PairSet, prepare_pairs
 from gradent.loading.source import ModelSource, read_step, resolve_source
 
 __all__ = ["Material", "Prepared", "choose_device", "describe_model", "open_model", "prepare", "read_material"]
@@ -50,15 +50,11 @@ def describe_model(model: Any, source: ModelSource, step: int, device: str) -> d
     """What a record says of a model, of the step at which it was saved and of its place."""
     parameters = list(model.parameters())
     return {
-        "checkpoint": source.name,
-        "base": source.base,
-        "adapter": source.adapter,
-        "step": step,
+        "checkpoint": source.name, "base": source.base, "adapter": source.adapter, "step": step,
         "trainable_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         "parameters": sum(parameter.numel() for parameter in parameters),
-        "dtype": str(parameters[0].dtype).removeprefix("torch."),
-        "device": device,
-    }
+        "dtype": str(parameters[0].dtype).removeprefix("torch."), "device": device,
+    }  # fmt: skip
 
 
 def choose_device(device: str | None, local: int = 0) -> str:
@@ -77,14 +73,22 @@ def read_material(
     source, model_config, tokenizer = _first_readable(sources, config.trust_remote_code)
     positions = getattr(model_config, "max_position_embeddings", None)
     limit = _choose_max_length(positions, config.max_length, source.base, tell)
-    add_eos = config.add_eos and _has_eos(tokenizer, tell)
+    add_eos = config.add_eos and tokenizer.eos_token is not None
+    if config.add_eos and not add_eos:
+        tell("The tokenizer has no EOS token, so none is appended to the responses.")
     rows = read_rows(config.data, config.split)
-    chosen_rows = rows if only is None else [_pick_row(rows, only, config.data)]
+    if only is not None and not 0 <= only < len(rows):
+        raise InputError(
+            f"{config.data}: there is no row {only}. It has {len(rows)} rows, counted from 0; accepted is 0 "
+            f"to {len(rows) - 1} (command line: --pair)."
+        )
+    chosen_rows = rows if only is None else [rows[only]]
     pairs = prepare_pairs(
         chosen_rows, tokenizer, max_length=limit, add_eos=add_eos, skip_bad_rows=config.skip_bad_rows,
         max_pairs=config.max_pairs, seed=config.seed,
     )  # fmt: skip
-    used = _largest_id(pairs.pairs)
+    largest = [(max(*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids), pair.where) for pair in pairs.pairs]
+    used = max(largest, key=lambda item: item[0])
     check_vocabulary(tokenizer, model_config.vocab_size, source.base, used)
     _tell_about_pairs(pairs, len(chosen_rows), limit, config.seed, tell)
     return Material(tokenizer=tokenizer, pairs=pairs, rows=len(rows), max_length=limit, add_eos=add_eos, used=used)
@@ -128,15 +132,6 @@ def prepare(config: LoadConfig, tell: Tell, *, only: int | None = None) -> Prepa
     return Prepared(model=model, source=source, material=material, step=read_step(source), device=device)
 
 
-def _pick_row(rows: Sequence[Row], number: int, data: str) -> Row:
-    if not 0 <= number < len(rows):
-        raise InputError(
-            f"{data}: there is no row {number}. It has {len(rows)} rows, counted from 0; accepted is 0 "
-            f"to {len(rows) - 1} (command line: --pair)."
-        )
-    return rows[number]
-
-
 def _choose_max_length(positions: int | None, asked: int | None, source: str, tell: Tell) -> int:
     if asked is not None and asked < 2:
         raise InputError(f"max_length is {asked}; it must leave room for a prompt and a response, so 2 at least.")
@@ -150,18 +145,6 @@ def _choose_max_length(positions: int | None, asked: int | None, source: str, te
             f"max_length is {asked}, and {source} has {positions} positions. Pass --max-length {positions} or less."
         )
     return asked
-
-
-def _has_eos(tokenizer: PreTrainedTokenizerBase, tell: Tell) -> bool:
-    if tokenizer.eos_token is not None:
-        return True
-    tell("The tokenizer has no EOS token, so none is appended to the responses.")
-    return False
-
-
-def _largest_id(pairs: Sequence[AuditPair]) -> tuple[int, str]:
-    largest = ((max(*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids), pair.where) for pair in pairs)
-    return max(largest, key=lambda item: item[0])
 
 
 def _tell_about_pairs(pairs: PairSet, rows: int, limit: int, seed: int, tell: Tell) -> None:

@@ -9,7 +9,6 @@ import fnmatch
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from gradent.errors import ModelError
 from gradent.loading.files import AGAIN, brief, leads_outside, read_object, some
@@ -177,7 +176,10 @@ def _check_tensors(path: Path) -> None:
                 stated = f" where its header should take {length}" if size >= 8 else ""
                 raise ModelError(f"{path}: is no whole safetensors file: it has {size} bytes{stated}. {AGAIN}")
             header = json.loads(handle.read(length))
-        data = _data_length(header)
+        spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+        if not all(isinstance(end, int) and isinstance(start, int) and 0 <= start <= end for start, end in spans):
+            raise ValueError("data_offsets are not what they should be")
+        data = max((end for _, end in spans), default=0)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror}). Check its permissions.") from error
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
@@ -186,10 +188,3 @@ def _check_tensors(path: Path) -> None:
         ) from error
     if 8 + length + data != size:
         raise ModelError(f"{path}: has {size} bytes, and {8 + length + data} by its own header. {AGAIN}")
-
-
-def _data_length(header: dict[str, Any]) -> int:
-    spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
-    if not all(isinstance(end, int) and isinstance(start, int) and 0 <= start <= end for start, end in spans):
-        raise ValueError("data_offsets are not what they should be")
-    return max((end for _, end in spans), default=0)

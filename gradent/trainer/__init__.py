@@ -17,24 +17,13 @@ if TYPE_CHECKING:
     from gradent.trainer.token_masking.trainer import TokenMaskedDPOTrainer
 
 __all__ = [
-    "EntanglementCallback",
-    "PairwiseNormalizedDPOConfig",
-    "PairwiseNormalizedDPOTrainer",
-    "StepRecord",
-    "TokenMaskedDPOConfig",
-    "TokenMaskedDPOTrainer",
-]
-
-
-_NEED_TRL = {
-    "PairwiseNormalizedDPOConfig": "gradent.trainer.pairwise.trainer",
-    "PairwiseNormalizedDPOTrainer": "gradent.trainer.pairwise.trainer",
-    "TokenMaskedDPOConfig": "gradent.trainer.token_masking.trainer",
-    "TokenMaskedDPOTrainer": "gradent.trainer.token_masking.trainer",
-}
+    "EntanglementCallback", "PairwiseNormalizedDPOConfig", "PairwiseNormalizedDPOTrainer", "StepRecord",
+    "TokenMaskedDPOConfig", "TokenMaskedDPOTrainer",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NEED_TRL:
-        return getattr(import_module(_NEED_TRL[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    room = "pairwise" if name.startswith("Pairwise") else "token_masking"
+    return getattr(import_module(f"gradent.trainer.{room}.trainer"), name)

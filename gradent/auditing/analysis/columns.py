@@ -96,13 +96,10 @@ def _pair_table(target: Target, entries: Table, loss: Loss, pairs: Sequence[Audi
     judged = judge(entries, loss)
     rows = np.array([pair.row for pair in pairs])
     table = {
-        **entries,
-        "checkpoint": np.full(count, target.name, dtype=object),
-        "step": np.full(count, target.step),
-        "pair": rows[entries["position"]],
-        "cosine": judged.gram.cosine.numpy(),
+        **entries, "checkpoint": np.full(count, target.name, dtype=object), "step": np.full(count, target.step),
+        "pair": rows[entries["position"]], "cosine": judged.gram.cosine.numpy(),
         **{name: getattr(judged, name).numpy() for name in JUDGED},
-    }
+    }  # fmt: skip
     return Table(table).pick([*PAIR_COLUMNS])
 
 
@@ -124,15 +121,12 @@ def module_table(records: Sequence[TargetRecord]) -> Table | None:
     """The rows of `modules.parquet`, target by target; None where modules were not measured."""
     rows = [
         {
-            "checkpoint": record.target.name,
-            "step": record.target.step,
-            "module": module,
-            "pairs": record.defined,
+            "checkpoint": record.target.name, "step": record.target.step, "module": module, "pairs": record.defined,
             **part,
         }
         for record in records
         for module, part in (record.modules or {}).items()
-    ]
+    ]  # fmt: skip
     return Table.read({name: [row[name] for row in rows] for name in MODULE_COLUMNS}) if rows else None
 
 
@@ -140,19 +134,13 @@ def sample_table(pairs: Sequence[AuditPair]) -> Table:
     """The rows of `sample.parquet`."""
     rows = [
         {
-            "pair": pair.row,
-            "where": pair.where,
-            "prompt": pair.prompt_text,
-            "chosen": pair.chosen_text,
-            "rejected": pair.rejected_text,
-            "prompt_len": len(pair.prompt_ids),
-            "chosen_len": len(pair.chosen_ids),
-            "rejected_len": len(pair.rejected_ids),
-            "truncated": pair.truncated,
+            "pair": pair.row, "where": pair.where, "prompt": pair.prompt_text, "chosen": pair.chosen_text,
+            "rejected": pair.rejected_text, "prompt_len": len(pair.prompt_ids), "chosen_len": len(pair.chosen_ids),
+            "rejected_len": len(pair.rejected_ids), "truncated": pair.truncated,
             **pair_properties(pair.chosen_ids, pair.rejected_ids),
         }
         for pair in pairs
-    ]
+    ]  # fmt: skip
     return Table.read({name: [row[name] for row in rows] for name in SAMPLE_COLUMNS})
 
 

@@ -19,7 +19,7 @@ _MEANS = ("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp"
 def summarize_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
     """The keys `cosine`, `cases`, `weights`, `norms` and `logps` of a summary, from pair columns `[P]`."""
     table = Table.read(columns)
-    case = table["case"]
+    case, chosen, rejected = table["case"], np.sqrt(table["chosen_sq"]), np.sqrt(table["rejected_sq"])
     return {
         "cosine": _summarize_cosine(table["cosine"]),
         "cases": {
@@ -27,9 +27,12 @@ def summarize_columns(columns: Mapping[str, Any]) -> dict[str, Any]:
             for number, name in CASE_NAMES.items()
         },
         "weights": _summarize_weights(table),
-        "norms": _summarize_norms(table),
+        "norms": {
+            "chosen_mean": mean(chosen), "rejected_mean": mean(rejected), "chosen_median": _median(chosen),
+            "rejected_median": _median(rejected), "inner_mean": mean(table["inner"]),
+        },
         "logps": {name: mean(table[name]) for name in _MEANS},
-    }
+    }  # fmt: skip
 
 
 def most_entangled(cosines: Sequence[float | None] | Floats, count: int = 5) -> list[int]:
@@ -66,30 +69,15 @@ def _summarize_weights(table: Table) -> dict[str, Any]:
     binding = positive & (table["inner"] > 0)
     inner = table["inner"][binding]
     return {
-        "d_w": _median(d_w[active]),
-        "d_l": _median(d_l[active]),
-        "ratio": _median(d_w[positive] / d_l[positive]),
-        "active": int(active.sum()),
-        "not_positive": int((active & ~positive).sum()),
-        "bound_pairs": int(binding.sum()),
+        "d_w": _median(d_w[active]), "d_l": _median(d_l[active]), "ratio": _median(d_w[positive] / d_l[positive]),
+        "active": int(active.sum()), "not_positive": int((active & ~positive).sum()), "bound_pairs": int(binding.sum()),
         "bound_ratio": _median(d_w[binding] / d_l[binding]),
         "needs_at_least": _median(inner / table["chosen_sq"][binding]),
         "needs_at_most": _median(table["rejected_sq"][binding] / inner),
         "balanced_ratio": _median(np.sqrt(table["rejected_sq"][binding] / table["chosen_sq"][binding])),
         "share_chosen_rises": mean((table["chosen_change"][active] >= 0).astype(np.float64)),
         "share_rejected_falls": mean((table["rejected_change"][active] <= 0).astype(np.float64)),
-    }
-
-
-def _summarize_norms(table: Table) -> dict[str, Any]:
-    chosen, rejected = np.sqrt(table["chosen_sq"]), np.sqrt(table["rejected_sq"])
-    return {
-        "chosen_mean": mean(chosen),
-        "rejected_mean": mean(rejected),
-        "chosen_median": _median(chosen),
-        "rejected_median": _median(rejected),
-        "inner_mean": mean(table["inner"]),
-    }
+    }  # fmt: skip
 
 
 def mean(values: Floats) -> float | None:

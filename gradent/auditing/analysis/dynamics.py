@@ -34,8 +34,6 @@ _REFERENCES = ("ref_chosen_logp", "ref_rejected_logp")
 _CHANGES = ("chosen_change", "rejected_change")
 
 Curves = Mapping[str, Sequence[Sequence[Any]]]
-Points = Mapping[int, Floats]
-"""Pair -> log-probs of chosen and rejected, nats, `[2]`."""
 
 
 def dynamics(columns: Mapping[str, Any], curves: Curves) -> dict[str, Any] | None:
@@ -47,10 +45,17 @@ def dynamics(columns: Mapping[str, Any], curves: Curves) -> dict[str, Any] | Non
     if len(checkpoints) < 2 and not keys:
         return None
     intervals = [_fit(begin, end, checkpoints) for begin, end in pairwise(checkpoints)]
+    points = [
+        (step, dict(zip(table["pair"].tolist(), _matrix(table, _LOGPS), strict=True)))
+        for step, table in checkpoints.items()
+    ]
+    if start is not None and 0 not in checkpoints:
+        points.insert(0, (0, start))
     return {
         # Steps from which both log-probs stay below their start: on the pairs, and on the trainer's curves.
-        "onset": {"measured": _find_onset(checkpoints, start), "logged": logged, "logged_keys": keys},
-        "start": _describe_start(start),  # mean log-probs of step 0; None where there is no one fixed reference
+        "onset": {"measured": measured_onset(points), "logged": logged, "logged_keys": keys},
+        # Mean log-probs of step 0; None where there is no one fixed reference.
+        "start": start and dict(zip(_LOGPS, np.mean(list(start.values()), axis=0).tolist(), strict=True)),
         "intervals": intervals,  # between successive checkpoints, over the pairs of both
         **_describe_whole(checkpoints, intervals),
     }
@@ -73,23 +78,6 @@ def _read_start(checkpoints: Mapping[int, Table]) -> dict[int, Floats] | None:
             return None
         start = {**reference, **start}
     return start or None
-
-
-def _find_onset(checkpoints: Mapping[int, Table], start: Points | None) -> int | None:
-    points: list[tuple[int, Points]] = [
-        (step, dict(zip(table["pair"].tolist(), _matrix(table, _LOGPS), strict=True)))
-        for step, table in checkpoints.items()
-    ]
-    if start is not None and 0 not in checkpoints:
-        points.insert(0, (0, start))
-    return measured_onset(points)
-
-
-def _describe_start(start: Points | None) -> dict[str, float] | None:
-    if start is None:
-        return None
-    chosen, rejected = np.mean(list(start.values()), axis=0)
-    return {"chosen_logp": float(chosen), "rejected_logp": float(rejected)}
 
 
 def _fit(begin: int, end: int, checkpoints: Mapping[int, Table]) -> dict[str, Any]:
@@ -116,7 +104,10 @@ def _describe_whole(checkpoints: Mapping[int, Table], intervals: Sequence[Mappin
         predicted += (interval["step_size"] or 0.0) * _matrix(tables[interval["from"]], _CHANGES)
     sizes = [interval["step_size"] for interval in intervals if interval["step_size"] is not None]
     total = _compare(change, predicted, sum(sizes) if sizes else None, predicted)
-    return {"whole": {"from": first, "to": last, **total}, "cases_realised": _realised(change)}
+    moved = 1 + (change[:, 0] < 0) + 2 * (change[:, 1] > 0)  # the numbers of the cases, as in `verdict`
+    case = np.where((change == 0).all(axis=1), 0, moved)
+    shares = {name: float((case == number).mean()) for number, name in CASE_NAMES.items()} if len(case) else None
+    return {"whole": {"from": first, "to": last, **total}, "cases_realised": shares}
 
 
 def _matrix(table: Table, names: Sequence[str]) -> Floats:
@@ -144,14 +135,6 @@ def _compare(change: Floats, predicted: Floats, size: float | None, direction: F
     return {**figures, "step_size": size, "explained": explained}
 
 
-def _realised(change: Floats) -> dict[str, float] | None:
-    if not len(change):
-        return None
-    moved = 1 + (change[:, 0] < 0) + 2 * (change[:, 1] > 0)  # the numbers of the cases, as in `verdict`
-    case = np.where((change == 0).all(axis=1), 0, moved)
-    return {name: float((case == number).mean()) for number, name in CASE_NAMES.items()}
-
-
 def measured_onset(points: Sequence[tuple[int, Mapping[int, Floats]]]) -> int | None:
     """The first step from which on both mean log-probs stay below their start, the first point; None if they do not."""
     # Below means: by more than two standard errors of the mean change, over the pairs of both; being paired, changes
@@ -175,7 +158,10 @@ def logged_onset(curves: Mapping[str, Sequence[Sequence[Any]]]) -> tuple[int | N
     # of w points is under its start by more than twice the noise of the difference of two such medians, √2·1.2533/√w
     # times that of a point, i.e. 1.4826/√2 times the median difference of neighbours, which a trend hardly touches.
     for keys in _candidates(curves):
-        chosen, rejected = (_read_curve(curves[key]) for key in keys)
+        chosen, rejected = (
+            {int(step): float(value) for step, value in curves[key] if value is not None and math.isfinite(value)}
+            for key in keys
+        )
         steps = sorted(chosen.keys() & rejected.keys())
         if len(steps) < FEWEST_POINTS:
             continue
@@ -207,7 +193,3 @@ def _candidates(curves: Mapping[str, Sequence[Any]]) -> list[list[str]]:
     prefixes = [key.removesuffix(CHOSEN) for key in curves if key.endswith(CHOSEN)]
     keys_of = [[prefix + CHOSEN, prefix + REJECTED] for prefix in prefixes if prefix + REJECTED in curves]
     return sorted(keys_of, key=lambda keys: (not keys[0].startswith("eval"), -len(curves[keys[0]])))
-
-
-def _read_curve(points: Sequence[Sequence[Any]]) -> dict[int, float]:
-    return {int(step): float(value) for step, value in points if value is not None and math.isfinite(value)}

@@ -12,31 +12,16 @@ from gradent.losses import LOSSES, Loss
 __all__ = ["SWEEPS", "Variant", "describe_setting", "label_loss", "list_variants", "read_hyperparameters"]
 
 NAMES = {
-    "dpo": "DPO",
-    "rdpo": "R-DPO",
-    "simpo": "SimPO",
-    "ipo": "IPO",
-    "rrhf": "RRHF",
-    "slic": "SLiC-HF",
-    "cpo": "CPO",
-    "dpop": "DPOP",
-    "kto": "KTO",
-    "sppo": "SPPO",
-    "pairwise_normalized": "Pairwise normalized",
+    "dpo": "DPO", "rdpo": "R-DPO", "simpo": "SimPO", "ipo": "IPO", "rrhf": "RRHF", "slic": "SLiC-HF", "cpo": "CPO",
+    "dpop": "DPOP", "kto": "KTO", "sppo": "SPPO", "pairwise_normalized": "Pairwise normalized",
     "token_masked": "Token-masked",
-}
+}  # fmt: skip
 """How the paper writes the losses of `LOSSES`; any other loss goes by its own name."""
 
 LETTERS = {
-    "beta": "β",
-    "lam": "λ",
-    "alpha": "α",
-    "gamma": "γ",
-    "delta": "δ",
-    "lambda_w": "λ_w",
-    "lambda_l": "λ_l",
+    "beta": "β", "lam": "λ", "alpha": "α", "gamma": "γ", "delta": "δ", "lambda_w": "λ_w", "lambda_l": "λ_l",
     "z_ref": "z",
-}
+}  # fmt: skip
 """How the paper writes the hyperparameters of the losses."""
 
 Hyperparameters = dict[str, Any]

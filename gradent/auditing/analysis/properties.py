@@ -32,10 +32,8 @@ def pair_properties(chosen_ids: Sequence[int], rejected_ids: Sequence[int]) -> d
     prefix = Prefix.similarity(chosen, rejected)
     suffix = Postfix.similarity(chosen[prefix:], rejected[prefix:])
     return {
-        "shared_prefix": prefix,
-        "shared_suffix": suffix,
-        "edit_distance": int(Levenshtein.distance(chosen, rejected)),
-    }
+        "shared_prefix": prefix, "shared_suffix": suffix, "edit_distance": int(Levenshtein.distance(chosen, rejected)),
+    }  # fmt: skip
 
 
 def summarize_properties(pairs: Mapping[str, Any], sample: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -69,6 +67,7 @@ def _properties(rows: Table, texts: Table) -> list[tuple[str, str, str, Floats]]
     rejected = rows["rejected_logp"] / rows["rejected_len"]
     of_longer, of_shorter = (f"share of the {which} response's tokens" for which in ("longer", "shorter"))
     ratio = rows["chosen_len"] / rows["rejected_len"]
+    length = (rows["chosen_len"] + rows["rejected_len"]).astype(np.float64)
     margin = rows["chosen_logp"] - rows["ref_chosen_logp"] - (rows["rejected_logp"] - rows["ref_rejected_logp"])
     averaged = "nats a token, each response averaged over its own"
     properties = [
@@ -76,20 +75,14 @@ def _properties(rows: Table, texts: Table) -> list[tuple[str, str, str, Floats]]
         ("shared_prefix", "Shared beginning", of_shorter, texts["shared_prefix"] / shorter),
         ("shared_suffix", "Shared end", of_shorter, texts["shared_suffix"] / shorter),
         ("length_ratio", "Length ratio", "chosen tokens for each rejected token", ratio),
-        (
-            "length",
-            "Length of both responses",
-            "tokens",
-            (rows["chosen_len"] + rows["rejected_len"]).astype(np.float64),
-        ),
+        ("length", "Length of both responses", "tokens", length),
         ("chosen_logp", "Log-prob of chosen", "nats a token", chosen),
         ("rejected_logp", "Log-prob of rejected", "nats a token", rejected),
         ("margin", "Margin log π(y_w) - log π(y_l)", averaged, chosen - rejected),
-    ]
+    ]  # fmt: skip
     if np.isfinite(margin).any():
-        properties.append(
-            ("reference_margin", "Margin against the reference", "nats, summed over the responses", margin)
-        )
+        summed = "nats, summed over the responses"
+        properties.append(("reference_margin", "Margin against the reference", summed, margin))
     return properties
 
 
@@ -107,16 +100,12 @@ def _summarize(
             reason = f"{'the property' if np.ptp(values) == 0 else 'the cosine'} is the same for all pairs"
     rho, low, high = correlation or (None, None, None)
     return {
-        "property": name,
-        "label": label,
-        "unit": unit,
-        "spearman": rho,
-        "low": low,  # the interval of `rank_correlation`
-        "high": high,
+        "property": name, "label": label, "unit": unit,
+        "spearman": rho, "low": low, "high": high,  # and its interval
         "reason": reason,  # why there is no correlation
         "pairs": len(values),
         "groups": list(_groups(values, cosine, ideal)) if len(values) >= FEWEST else [],
-    }
+    }  # fmt: skip
 
 
 def _groups(values: Floats, cosine: Floats, ideal: NDArray[np.bool_]) -> Iterator[dict[str, Any]]:
@@ -126,12 +115,9 @@ def _groups(values: Floats, cosine: Floats, ideal: NDArray[np.bool_]) -> Iterato
         inside = quarter == number
         if inside.any():
             yield {
-                "low": float(values[inside].min()),
-                "high": float(values[inside].max()),
-                "pairs": int(inside.sum()),
-                "cosine": float(cosine[inside].mean()),
-                "ideal": float(ideal[inside].mean()),
-            }
+                "low": float(values[inside].min()), "high": float(values[inside].max()), "pairs": int(inside.sum()),
+                "cosine": float(cosine[inside].mean()), "ideal": float(ideal[inside].mean()),
+            }  # fmt: skip
 
 
 def _ranks(values: Floats) -> Floats:

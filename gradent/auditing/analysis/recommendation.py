@@ -24,11 +24,9 @@ NEARLY_ALL = 0.95
 Row = Mapping[str, Any]
 
 _OTHERWISE = {
-    "both_down": "both fall",
-    "both_up": "both rise",
-    "reversed": "chosen falls and rejected rises",
+    "both_down": "both fall", "both_up": "both rise", "reversed": "chosen falls and rejected rises",
     "inactive": "the loss moves nothing",
-}
+}  # fmt: skip
 _DESIGN = "pairwise normalization (the paper's Section 5.1)"
 
 
@@ -83,12 +81,9 @@ def _is_clear(row: Row | None) -> bool:
 def _compare(name: str, row: Row | None) -> dict[str, Any]:
     against = (row or {}).get("against_run") or {"gained": None, "lost": None}
     return {
-        name: row["label"] if row is not None else None,
-        f"{name}_ideal": _ideal(row),
-        f"{name}_gained": against["gained"],
-        f"{name}_lost": against["lost"],
-        f"{name}_clear": _is_clear(row),
-    }
+        name: row["label"] if row is not None else None, f"{name}_ideal": _ideal(row),
+        f"{name}_gained": against["gained"], f"{name}_lost": against["lost"], f"{name}_clear": _is_clear(row),
+    }  # fmt: skip
 
 
 def _find_lever(run: Row, best: Row | None, tuned: Row | None) -> str | None:
@@ -154,7 +149,9 @@ def _last_sentence(facts: Mapping[str, Any], run: Row, tuned: Row | None, judged
     if facts["lever"] == "loss" and _is_clear(tuned):
         return [f"{_propose(run, tuned)}."]
     if facts["not_compared"]:
-        return [f"{_join(facts['not_compared'])} could not be compared, for want of a reference's log-probs."]
+        names = [label.partition(" (")[0] for label in facts["not_compared"]]
+        listed = " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])
+        return [f"{listed} could not be compared, for want of a reference's log-probs."]
     raising = [row for row in judged if _raises_both(row)]
     if raising and _find_rest(run) == "both_down":
         most = max(raising, key=lambda row: row["cases"]["both_up"])
@@ -188,8 +185,3 @@ def _percent(share: float | None) -> str:
 
 def _count(pairs: int) -> str:
     return f"{pairs} pair" + ("" if pairs == 1 else "s")
-
-
-def _join(labels: Sequence[str]) -> str:
-    names = [label.partition(" (")[0] for label in labels]
-    return " and ".join([", ".join(names[:-1])] * (len(names) > 1) + names[-1:])

@@ -63,31 +63,29 @@ def summarize(
     left_out = [(target, failures[target.name]) for target in plan.targets if target.name in failures]
     left_out += [(last.target, f"Its tokens alone: {reason}") for reason in sweep.token_failures]
     summary = {
-        "complete": complete,
-        "run": _describe_run(plan),
+        "complete": complete, "run": _describe_run(plan),
         "left_out": [
             {"checkpoint": target.name, "step": target.step, "reason": reason} for target, reason in left_out
         ],
         "checkpoints": [
             {
-                "name": record.target.name,
-                "step": record.target.step,
-                "pairs": record.table.rows,
+                "name": record.target.name, "step": record.target.step, "pairs": record.table.rows,
                 **summarize_columns(record.table),
             }
             for record in records
         ],
         "history": history,
-        "dynamics": dynamics(_with_start(table, plan), {} if history is None else history["curves"]),
-        "what_if": rows,
-        "recommendation": recommend(rows),
-        "properties": summarize_properties(last.table, sample),
-        "model": last.model,
-        **summarize_columns(last.table),
-        "most_entangled": _describe_most_entangled(last, plan),
-        "modules": last.modules,
-        "reference": {"kind": plan.reference.kind, "source": reference},
-        "data": _describe_data(config, plan),
+        "dynamics": dynamics(_with_start(table, plan), {} if history is None else history["curves"]), "what_if": rows,
+        "recommendation": recommend(rows), "properties": summarize_properties(last.table, sample), "model": last.model,
+        **summarize_columns(last.table), "most_entangled": _describe_most_entangled(last, plan),
+        "modules": last.modules, "reference": {"kind": plan.reference.kind, "source": reference},
+        "data": {
+            "source": config.data, "rows": plan.material.rows, "measured": len(plan.pairs),
+            "skipped": [
+                {"row": bad.row, "where": bad.where, "reason": bad.reason} for bad in plan.material.pairs.skipped
+            ],
+            "truncated_responses": sum(pair.truncated for pair in plan.pairs),
+        },
         "tokens": summarize_tokens(tokens, last.table) if tokens is not None else None,
         "loss": {"name": loss.name, **read_hyperparameters(loss)},
         "settings": {
@@ -122,23 +120,10 @@ def _describe_run(plan: AuditPlan) -> dict[str, Any] | None:
     if plan.run is None:
         return None
     return {
-        "directory": str(plan.run.directory),
-        "kind": plan.run.kind,
-        "base": plan.run.base,
+        "directory": str(plan.run.directory), "kind": plan.run.kind, "base": plan.run.base,
         "found": [checkpoint.step for checkpoint in plan.run.checkpoints],
         "asked": [target.step for target in plan.targets],
-    }
-
-
-def _describe_data(config: AuditConfig, plan: AuditPlan) -> dict[str, Any]:
-    skipped = plan.material.pairs.skipped
-    return {
-        "source": config.data,
-        "rows": plan.material.rows,
-        "measured": len(plan.pairs),
-        "skipped": [{"row": bad.row, "where": bad.where, "reason": bad.reason} for bad in skipped],
-        "truncated_responses": sum(pair.truncated for pair in plan.pairs),
-    }
+    }  # fmt: skip
 
 
 def _describe_most_entangled(last: TargetRecord, plan: AuditPlan) -> list[dict[str, Any]]:
@@ -148,10 +133,7 @@ def _describe_most_entangled(last: TargetRecord, plan: AuditPlan) -> list[dict[s
     for row, cosine, case in zip(rows["pair"], rows["cosine"], rows["case"], strict=True):
         pair = by_row[row]
         described.append({
-            "pair": row,
-            "where": pair.where,
-            "cosine": cosine,
-            "case": CASE_NAMES[case],
+            "pair": row, "where": pair.where, "cosine": cosine, "case": CASE_NAMES[case],
             "chosen": preview(pair.chosen_text, pair.rejected_text),
             "rejected": preview(pair.rejected_text, pair.chosen_text),
         })  # fmt: skip

@@ -75,13 +75,8 @@ def mask_row(columns: Columns | None, last: Table, run: Tensor | None) -> dict[s
         against = {"gained": int(((case == 1) & (before != 1)).sum()), "lost": int(((case != 1) & (before == 1)).sum())}
     moved = bool(active.any())
     return {
-        **empty,
-        "reason": None,
-        "pairs": changes.rows,
-        "cases": shares,
-        "ratio": 1.0 if moved else None,
+        **empty, "reason": None, "pairs": changes.rows, "cases": shares, "ratio": 1.0 if moved else None,
         "share_chosen_rises": float((chosen[active] >= 0).double().mean()) if moved else None,
         "share_rejected_falls": float((rejected[active] <= 0).double().mean()) if moved else None,
-        "against_run": against,
-        "ideal_by_step": [[step, shares["ideal"]]],
-    }
+        "against_run": against, "ideal_by_step": [[step, shares["ideal"]]],
+    }  # fmt: skip

@@ -53,14 +53,13 @@ def summarize_tokens(tokens: Columns, pairs: Columns) -> dict[str, Any]:
         # A part over the whole of its pair, which means little where the whole is near zero.
         "share": {kind: _quartiles(part[inner != 0] / inner[inner != 0]) for kind, part in parts.items()},
         "sum": {
-            "inner": total,
-            **{kind: float(part.sum()) for kind, part in parts.items()},
+            "inner": total, **{kind: float(part.sum()) for kind, part in parts.items()},
             "identical_share": float(parts["identical"].sum()) / total if total else None,
         },
         "aligned": _count(table, "aligned_inner", sign=1),
         "facing": _count(table, "facing_inner", sign=-1),
         **rank_tokens(table, norms),
-    }
+    }  # fmt: skip
 
 
 def rank_tokens(tokens: Columns, norms: Mapping[int, float], most: int = KEPT) -> dict[str, Any]:
@@ -85,12 +84,9 @@ def rank_tokens(tokens: Columns, norms: Mapping[int, float], most: int = KEPT) -
 def _token_row(text: str, occurrences: Sequence[tuple[float, bool]]) -> dict[str, Any]:
     total = sum(value for value, _ in occurrences)
     return {
-        "token": text,
-        "count": len(occurrences),
-        "identical": sum(identical for _, identical in occurrences),
-        "sum": total,
-        "mean": total / len(occurrences),
-    }
+        "token": text, "count": len(occurrences), "identical": sum(identical for _, identical in occurrences),
+        "sum": total, "mean": total / len(occurrences),
+    }  # fmt: skip
 
 
 def _count(table: Table, column: str, *, sign: int) -> dict[str, Any]:

@@ -101,15 +101,12 @@ def _row(verdicts: Sequence[Verdict | str], checkpoints: Sequence[Table], run: T
 def _summarize(judged: Verdict, table: Table) -> dict[str, Any]:
     with np.errstate(over="ignore"):  # a ratio beyond float64 is inf, and then None
         figures = summarize_columns({**table, **{name: getattr(judged, name).numpy() for name in JUDGED}})
+    weights = {name: figures["weights"][name] for name in _WEIGHTS}
     # Dividing by the positive weights of a bound pair turns (9) and (10) into the two thresholds: both hold in case 1.
     bound = (judged.d_w > 0) & (judged.d_l > 0) & (judged.gram.inner > 0)
     return {
         # Shares of all pairs, of the active ones, and of the bound ones: those with a positive inner product.
         "cases": {name: figures["cases"][name]["share"] for name in (CASES[number] for number in (1, 2, 3, 4, 0))},
-        **{name: _finite(figures["weights"][name]) for name in _WEIGHTS},
+        **{name: value if value is not None and math.isfinite(value) else None for name, value in weights.items()},
         "within": float((judged.case[bound] == _IDEAL).double().mean()) if bool(bound.any()) else None,
     }
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -22,18 +22,9 @@ from gradent.pairs.batch import PairBatch
 from gradent.record.table import Floats, Table, stack
 
 __all__ = [
-    "ENTRIES",
-    "REFERENCES",
-    "BatchResults",
-    "Block",
-    "Reference",
-    "adapter_off",
-    "itself",
-    "join_blocks",
-    "measure_batches",
-    "measure_reference",
-    "plan_batches",
-]
+    "ENTRIES", "REFERENCES", "BatchResults", "Block", "Reference", "adapter_off", "itself", "join_blocks",
+    "measure_batches", "measure_reference", "plan_batches",
+]  # fmt: skip
 
 Reference = Callable[[PairBatch, PairGram], tuple[Tensor, Tensor]]
 """From a batch and its measurement to `(ref_chosen_logp, ref_rejected_logp)`, float64 `[B]` each."""
@@ -80,24 +71,18 @@ def plan_batches(pairs: Sequence[AuditPair], batch_size: int) -> list[list[int]]
 
 
 def measure_batches(
-    model: Any,
-    pairs: Sequence[AuditPair],
-    batches: Sequence[Sequence[int]],
-    *,
-    reference: Reference | None = None,
+    model: Any, pairs: Sequence[AuditPair], batches: Sequence[Sequence[int]], *, reference: Reference | None = None,
     **options: Any,
-) -> Iterator[Block]:
+) -> Iterator[Block]:  # fmt: skip
     """What `measure` with these options gives of each batch, and the reference's log-probs; an error names the row."""
     for positions in batches:
         chunk = [pairs[position] for position in positions]
         gram, references = _measure_batch(model, chunk, reference, options)
         yield {
-            "positions": list(positions),
-            **{name: getattr(gram, name).tolist() for name in ENTRIES},
+            "positions": list(positions), **{name: getattr(gram, name).tolist() for name in ENTRIES},
             **{name: values.tolist() for name, values in zip(REFERENCES, references, strict=False)},
-            "modules": _module_sums(gram),
-            "coverage": gram.coverage,
-        }
+            "modules": _module_sums(gram), "coverage": gram.coverage,
+        }  # fmt: skip
 
 
 def measure_reference(model: Any, pairs: Sequence[AuditPair], batches: Sequence[Sequence[int]]) -> Iterator[Block]:
@@ -105,7 +90,7 @@ def measure_reference(model: Any, pairs: Sequence[AuditPair], batches: Sequence[
     for positions in batches:
         chunk = [pairs[position] for position in positions]
         with _memory_errors(chunk):
-            references = sequence_logps(model, _to_batch(chunk))
+            references = sequence_logps(model, PairBatch.from_tokens([pair.ids for pair in chunk]))
         _check_reference(chunk, references)
         yield {name: values.tolist() for name, values in zip(REFERENCES, references, strict=True)}
 
@@ -124,14 +109,10 @@ def join_blocks(blocks: Sequence[Mapping[str, Any]]) -> BatchResults:
     return BatchResults(table=table.select(np.argsort(table["position"])), modules=modules, coverage=coverage)
 
 
-def _to_batch(chunk: Sequence[AuditPair]) -> PairBatch:
-    return PairBatch.from_tokens([(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in chunk])
-
-
 def _measure_batch(
     model: Any, chunk: Sequence[AuditPair], reference: Reference | None, options: Mapping[str, Any]
 ) -> tuple[PairGram, tuple[Tensor, ...]]:
-    batch = _to_batch(chunk)
+    batch = PairBatch.from_tokens([pair.ids for pair in chunk])
     try:
         with _memory_errors(chunk):
             gram = measure(model, batch, **options)
@@ -172,7 +153,7 @@ def _check_reference(chunk: Sequence[AuditPair], references: Sequence[Tensor]) -
 def _module_sums(gram: PairGram) -> dict[str, list[float]]:
     defined = (gram.chosen_sq > 0) & (gram.rejected_sq > 0)
     scales = torch.stack([(gram.chosen_sq * gram.rejected_sq).sqrt(), gram.chosen_sq, gram.rejected_sq])[:, defined]
-    sums = {}
-    for name, (chosen_sq, rejected_sq, inner) in (gram.modules or {}).items():
-        sums[name] = (torch.stack([inner, chosen_sq, rejected_sq])[:, defined] / scales).sum(1).tolist()
-    return sums
+    return {
+        name: (torch.stack([inner, chosen_sq, rejected_sq])[:, defined] / scales).sum(1).tolist()
+        for name, (chosen_sq, rejected_sq, inner) in (gram.modules or {}).items()
+    }

@@ -57,10 +57,8 @@ class Sweep:
                 continue
             try:
                 self._measure_target(target, advance)
-            except JournalError:
-                raise
             except GradentError as error:
-                if self.plan.run is None:
+                if self.plan.run is None or isinstance(error, JournalError):
                     raise
                 self.failures[target.name] = str(error)
 

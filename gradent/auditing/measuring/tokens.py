@@ -5,7 +5,7 @@ Letters: T_w and T_l completion tokens of chosen and rejected; a a chosen token,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,14 +24,9 @@ from gradent.tokens.gram import TokenGram, match_tokens
 from gradent.tokens.matrix import measure_tokens
 
 __all__ = [
-    "choose_pairs",
-    "face_tokens",
-    "measure_pair_tokens",
-    "named_errors",
-    "refuse_non_finite",
-    "token_cost",
+    "choose_pairs", "face_tokens", "measure_pair_tokens", "named_errors", "refuse_non_finite", "token_cost",
     "token_rows",
-]
+]  # fmt: skip
 
 Matches = Sequence[tuple[int, int]]
 
@@ -70,24 +65,19 @@ def token_rows(
     columns: dict[str, list[Any]] = {name: [] for name in TOKEN_COLUMNS if name not in {"checkpoint", "step"}}
     for side, name in enumerate(("chosen", "rejected")):
         count = len(ids[side])
-        aligned, facing = (_entries(gram, places, side) for places in (matched, faced))
-        columns["pair"] += [pair] * count
-        columns["side"] += [name] * count
-        columns["position"] += range(count)
-        columns["token_id"] += ids[side]
-        columns["token"] += texts[side]
-        columns["identical"] += [place in aligned for place in range(count)]
-        columns["sq"] += squares[side].tolist()
-        columns["entanglement"] += entanglements[side].tolist()
-        columns["aligned_inner"] += [aligned.get(place) for place in range(count)]
-        columns["facing_inner"] += [facing.get(place) for place in range(count)]
-        columns["own_inner"] += own_inner[side].tolist()
+        aligned, facing = (  # entries of the matrix, by their token on this side
+            {match[side]: float(gram.inner[match]) for match in places} for places in (matched, faced)
+        )
+        rows: dict[str, Iterable[Any]] = {
+            "pair": [pair] * count, "side": [name] * count, "position": range(count), "token_id": ids[side],
+            "token": texts[side], "identical": [place in aligned for place in range(count)],
+            "sq": squares[side].tolist(), "entanglement": entanglements[side].tolist(),
+            "aligned_inner": map(aligned.get, range(count)), "facing_inner": map(facing.get, range(count)),
+            "own_inner": own_inner[side].tolist(),
+        }  # fmt: skip
+        for column, values in rows.items():
+            columns[column] += values
     return columns
-
-
-def _entries(gram: TokenGram, places: Matches, side: int) -> Mapping[int, float]:
-    """Some entries of the matrix, by their token on one side."""
-    return {(a, b)[side]: float(gram.inner[a, b]) for a, b in places}
 
 
 def token_cost(pair: AuditPair) -> int:
@@ -100,7 +90,7 @@ def measure_pair_tokens(
     model: Any, tokenizer: Any, pair: AuditPair, *, memory_budget: int | str | None = None
 ) -> dict[str, list[Any]]:
     """The columns of `record.TOKEN_COLUMNS` but `checkpoint` and `step` for one pair; an error names the row."""
-    batch = PairBatch.from_tokens([(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)])
+    batch = PairBatch.from_tokens([pair.ids])
     with named_errors(pair, "token matrix", ", --dtype bfloat16, or leave --token-pairs out"):
         (gram,) = measure_tokens(model, batch, memory_budget=memory_budget, progress=False)
         ((chosen, _),) = batch.split_tokens(token_effects(model, batch, toward="chosen"))

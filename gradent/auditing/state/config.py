@@ -5,73 +5,54 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from gradent.loading.config import DATA, MODEL, RUN, LoadConfig, Option
+from gradent.loading.config import DATA, MODEL, RUN, LoadConfig, option
 
 __all__ = ["LOSS", "AuditConfig", "TokenConfig"]
 
 LOSS = "Loss"
-_BUDGET = Option("Scratch of the reductions, e.g. 512MiB.", RUN)
+_BUDGET = "Scratch of the reductions, e.g. 512MiB."
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuditConfig(LoadConfig):
     """Options of `audit`, which describes them; the help is that of `gradent audit`."""
 
-    model: Annotated[
-        str,
-        Option(
-            "Directory of a finished run (with checkpoint-* in it), or directory or hub id of a causal LM, or of a "
-            "PEFT adapter.",
-            MODEL,
-            is_argument=True,
-        ),
-    ]
-    data: Annotated[
-        str,
-        Option(
-            "Preference pairs: .jsonl, .json or .parquet file, dataset directory, or hub id, in TRL's formats.", DATA
-        ),
-    ]
-    out: Annotated[Path, Option("Directory for report.html, pairs.parquet, ...", RUN, Path)]
-    loss: Annotated[
-        Any,  # a name or a Loss
-        Option(
-            "dpo, rdpo, simpo, ipo, rrhf, slic, cpo, dpop, kto, sppo, or pairwise_normalized (of dpo); what is not set "
-            "below has its default.",
-            LOSS,
-        ),
-    ] = "dpo"
-    checkpoints: Annotated[
-        str | Sequence[int],
-        Option("Of a run: all, last, or steps such as 0,200,400; 0 is the model before training.", MODEL),
-    ] = "all"
-    base: Annotated[
-        str | None, Option("Of a run: the model that it started from, where its files do not say or have moved.", MODEL)
-    ] = None
-    reference: Annotated[
-        str | None,
-        Option(
-            "Reference model. [default: what the run started from, or the base under the adapter; for a single model, "
-            "MODEL itself]",
-            MODEL,
-        ),
-    ] = None
-    batch_size: Annotated[int, Option("Most pairs a batch.", RUN, int)] = 8
-    memory_budget: Annotated[int | str | None, _BUDGET] = None
-    engine: Annotated[str, Option("hooks or func.", RUN)] = "hooks"
-    by_module: Annotated[
-        bool, Option("Which modules the cosine comes from.", RUN, bool, "--by-module/--no-by-module")
-    ] = True
-    token_pairs: Annotated[
-        int | None,
-        Option(
-            "Also measure the tokens of that many pairs, spread over all cosines, and show which entangle.", RUN, int
-        ),
-    ] = None
-    report: Annotated[bool, Option("Write report.html and figures.", RUN, bool, "--report/--no-report")] = True
-    wandb: Annotated[str | None, Option("Stream the records to this wandb project.", RUN)] = None
+    model: str = option(
+        "Directory of a finished run (with checkpoint-* in it), or directory or hub id of a causal LM, or of a PEFT "
+        "adapter.", MODEL, is_argument=True,
+    )  # fmt: skip
+    data: str = option(
+        "Preference pairs: .jsonl, .json or .parquet file, dataset directory, or hub id, in TRL's formats.", DATA
+    )
+    out: Path = option("Directory for report.html, pairs.parquet, ...", RUN, Path)  # noqa: RUF009
+    loss: Any = option(  # noqa: RUF009  (a name or a Loss)
+        "dpo, rdpo, simpo, ipo, rrhf, slic, cpo, dpop, kto, sppo, or pairwise_normalized (of dpo); what is not set "
+        "below has its default.", LOSS, default="dpo",
+    )  # fmt: skip
+    checkpoints: str | Sequence[int] = option(
+        "Of a run: all, last, or steps such as 0,200,400; 0 is the model before training.", MODEL, default="all"
+    )
+    base: str | None = option(
+        "Of a run: the model that it started from, where its files do not say or have moved.", MODEL, default=None
+    )
+    reference: str | None = option(
+        "Reference model. [default: what the run started from, or the base under the adapter; for a single model, "
+        "MODEL itself]", MODEL, default=None,
+    )  # fmt: skip
+    batch_size: int = option("Most pairs a batch.", RUN, int, default=8)
+    memory_budget: int | str | None = option(_BUDGET, RUN, default=None)
+    engine: str = option("hooks or func.", RUN, default="hooks")
+    by_module: bool = option(
+        "Which modules the cosine comes from.", RUN, bool, "--by-module/--no-by-module", default=True
+    )
+    token_pairs: int | None = option(
+        "Also measure the tokens of that many pairs, spread over all cosines, and show which entangle.", RUN, int,
+        default=None,
+    )  # fmt: skip
+    report: bool = option("Write report.html and figures.", RUN, bool, "--report/--no-report", default=True)
+    wandb: str | None = option("Stream the records to this wandb project.", RUN, default=None)
     quiet: bool = False
 
     @property
@@ -89,19 +70,14 @@ class AuditConfig(LoadConfig):
 class TokenConfig(LoadConfig):
     """Options of `audit_tokens`: those of `audit` for one row of the data."""
 
-    pair: Annotated[int, Option("Row of the data, counted from 0.", DATA, int)]
-    out: Annotated[Path, Option("Directory for tokens.json, tokens.png and tokens.html.", RUN, Path)]
-    memory_budget: Annotated[int | str | None, _BUDGET] = None
-    by_module: Annotated[bool, Option("Also show which modules entangle the pair.", RUN, bool, "--by-module")] = False
-    masks: Annotated[
-        Path | None,
-        Option(
-            "Also show which tokens a masked loss keeps: masks.parquet of TokenMaskedDPOTrainer.export_masks, of the "
-            "same data.",
-            RUN,
-            Path,
-        ),
-    ] = None
+    pair: int = option("Row of the data, counted from 0.", DATA, int)
+    out: Path = option("Directory for tokens.json, tokens.png and tokens.html.", RUN, Path)  # noqa: RUF009
+    memory_budget: int | str | None = option(_BUDGET, RUN, default=None)
+    by_module: bool = option("Also show which modules entangle the pair.", RUN, bool, "--by-module", default=False)
+    masks: Path | None = option(  # noqa: RUF009
+        "Also show which tokens a masked loss keeps: masks.parquet of TokenMaskedDPOTrainer.export_masks, of the same "
+        "data.", RUN, Path, default=None,
+    )  # fmt: skip
     quiet: bool = False
     max_pairs: int | None = None
     seed: int = 0

@@ -21,11 +21,9 @@ from gradent.record.json_lines import JsonLines, LineFormat, read_lines
 __all__ = ["Journal", "JournalError", "only_audit"]
 
 _FORMAT = LineFormat(
-    schema="gradent.audit_journal",
-    noun="a journal of an audit",
-    keys=frozenset({"kind", "of", "number", "content"}),
+    schema="gradent.audit_journal", noun="a journal of an audit", keys=frozenset({"kind", "of", "number", "content"}),
     remedy="Remove the file to measure its part anew, and run the same command again.",
-)
+)  # fmt: skip
 
 
 class JournalError(InputError):

@@ -96,17 +96,15 @@ class WatchedBackward:
         if isinstance(numbers, str):
             self.guard.break_off(numbers)
             return
-        self._places = {
-            forward: Place(forward.layout, rows) for forward, rows in zip(self.forwards, numbers, strict=True)
-        }
+        numbered = zip(self.forwards, numbers, strict=True)
+        self._places = {forward: Place(forward.layout, rows) for forward, rows in numbered}
         observation.unpaired = sum(number < 0 for rows in numbers for number in rows)
         pairs = sum(number >= 0 for rows in numbers for number in rows) // 2
         observation.c, observation.logps = (torch.zeros(2 * pairs, dtype=torch.float64) for _ in range(2))
         observation.rows = [(torch.zeros(0), torch.zeros(0))] * (2 * pairs)
         observation.tokens = [torch.zeros(0)] * (2 * pairs)
-        self._collector = Collector(
-            Ledger(Wanted.pairs(pairs), budget=config.budget, weight=config.weight), config.budget
-        )
+        ledger = Ledger(Wanted.pairs(pairs), budget=config.budget, weight=config.weight)
+        self._collector = Collector(ledger, config.budget)
         for forward, place in self._places.items():
             for tap in forward.expected:
                 self._collector.expect(tap, place)
@@ -143,11 +141,13 @@ class WatchedBackward:
             guard.break_off(f"the backward did not reach every forward{cause}")
         elif not self.has_started and guard.no_entries_reason is not None:
             guard.break_off(guard.no_entries_reason)  # no coefficients to read, so a backward may have gone unseen
-        if len(self.forwards) == 2 and guard.unusable_reason is None and not _are_sides(observation.c):
-            guard.break_off(
-                "two forwards preceded the backward, and they are not the chosen rows and then the rejected rows: "
-                "their weights have other signs"
-            )
+        if len(self.forwards) == 2 and guard.unusable_reason is None:
+            chosen, rejected = observation.c.chunk(2)  # the loss wants the first log-probs up and the second down
+            if not bool((chosen <= 0).all() and (rejected >= 0).all()):
+                guard.break_off(
+                    "two forwards preceded the backward, and they are not the chosen rows and then the rejected rows: "
+                    "their weights have other signs"
+                )
         observation.no_entries_reason, observation.unusable_reason = guard.no_entries_reason, guard.unusable_reason
         self.close()
         return observation
@@ -188,12 +188,6 @@ class WatchedBackward:
         for forward in self.forwards:
             forward.close()
         self._drop_collector()
-
-
-def _are_sides(c: Tensor) -> bool:
-    """Whether the loss wants the first half of the log-probs up and the second half down."""
-    chosen, rejected = c.chunk(2)
-    return bool((chosen <= 0).all() and (rejected >= 0).all())
 
 
 def _grad_version(parameter: Tensor) -> int:

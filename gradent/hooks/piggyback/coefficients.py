@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,40 +33,16 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torc
 
 @dataclass(frozen=True, kw_only=True)
 class Coefficients:
-    """What one forward's output and its gradient say of each of its N rows, on the CPU.
+    """What one forward's output and its gradient say of each of its N rows, on the CPU."""
 
-    Attributes:
-        c: `∂L/∂log π(y|x)`, float64 `[N]`; 0 where the loss does not move the row.
-        logp: `log π(y|x)` in nats, float64 `[N]`; for a reward model, the reward.
-        marks: the tokens that the log-prob is over, bool `[N, L]`.
-        tokens: coefficient of each token, of which `c` is the mean, float64 `[N, L]`.
-        spread: largest deviation of a token's coefficient from its row's, relative to `|c|`.
-        is_constant: rounding explains the spread; if not, the trainer's gradient is not `c ∇log π(y|x)`.
-        has_given_marks: the marks came with the batch (labels, or the head's mask), and are not made of the gradient.
-        is_reward: the model is a reward model.
-    """
-
-    c: Tensor
-    logp: Tensor
-    marks: Tensor
-    tokens: Tensor
-    spread: float
-    is_constant: bool
-    has_given_marks: bool = True
-    is_reward: bool = False
-
-
-class Readout(Protocol):
-    """Where a forward's log-probs leave the model."""
-
-    @property
-    def root(self) -> Tensor:
-        """The tensor whose gradient holds the coefficients."""
-        ...
-
-    def read(self, grad: Tensor) -> Coefficients:
-        """The coefficients of the N rows, from the gradient that arrived at `root`."""
-        ...
+    c: Tensor  # `∂L/∂log π(y|x)`, float64 `[N]`; 0 where the loss does not move the row
+    logp: Tensor  # `log π(y|x)` in nats, float64 `[N]`; for a reward model, the reward
+    marks: Tensor  # the tokens that the log-prob is over, bool `[N, L]`
+    tokens: Tensor  # coefficient of each token, of which `c` is the mean, float64 `[N, L]`
+    spread: float  # largest deviation of a token's coefficient from its row's, relative to `|c|`
+    is_constant: bool  # rounding explains the spread; if not, the trainer's gradient is not `c ∇log π(y|x)`
+    has_given_marks: bool = True  # they came with the batch (labels, the head's mask), and are not made of the gradient
+    is_reward: bool = False  # the model is a reward model
 
 
 @dataclass(frozen=True)
@@ -78,7 +54,7 @@ class FusedReadout:
     length: int
 
     def read(self, grad: Tensor) -> Coefficients:
-        """See `Readout.read`."""
+        """The coefficients of the N rows, from the gradient that arrived at `root`."""
         take = slice(-(self.length - 1), None)
         grad, logps, mask = grad[:, take].double(), self.root.detach()[:, take].double(), self.mask[:, take].bool()
         count = mask.sum(1).clamp_min(1)
@@ -97,7 +73,7 @@ class LogitsReadout:
     labels: Tensor | None
 
     def read(self, grad: Tensor) -> Coefficients:
-        """See `Readout.read`."""
+        """The coefficients of the N rows, from the gradient that arrived at `root`."""
         length = self.input_ids.shape[1]
         count = min(length - 1, self.root.shape[1] - 1)  # positions that predict a token of the row
         logits, grad = self.root.detach()[:, -count - 1 : -1], grad[:, -count - 1 : -1]
@@ -118,8 +94,11 @@ class LogitsReadout:
             """Values of the positions that matter, on all positions."""
             return values.new_zeros(size.shape).index_put_(at, values)
 
-        logps, moved = spread(z_y - normalizer), spread((g_y != 0) | (g_v != 0))
-        used = _with_certain_tokens(moved, logps) if labelled is None else labelled
+        logps, used = spread(z_y - normalizer), labelled
+        if used is None:  # tokens that got a gradient, and those between them that got none because they are certain
+            moved = spread((g_y != 0) | (g_v != 0))
+            inside_moved = (moved.cumsum(1) > 0) & (moved.flip(1).cumsum(1).flip(1) > 0)
+            used = moved | (inside_moved & (logps > -1e-6))
         # A token that is all but certain hardly moves; its gradient is rounding, and weighs as little as it matters.
         weight = -torch.expm1(logps) * used
         tokens = torch.where(weight > 0, spread(g_y - g_v * (z_y - z_v).clamp_max(80).exp()), 0.0)
@@ -139,9 +118,8 @@ def _ends(live: Tensor) -> list[tuple[int, int]]:
     if not live.shape[1]:
         return [(0, 0)] * len(live)
     first, after = live.int().argmax(1), live.shape[1] - live.flip(1).int().argmax(1)
-    return [
-        (start, stop) if some else (0, 0) for start, stop, some in torch.stack([first, after, live.any(1)], 1).tolist()
-    ]
+    ends = torch.stack([first, after, live.any(1)], 1).tolist()
+    return [(start, stop) if some else (0, 0) for start, stop, some in ends]
 
 
 def _positions(spans: Sequence[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -232,11 +210,15 @@ class RewardReadout:
     attention_mask: Tensor
 
     def read(self, grad: Tensor) -> Coefficients:
-        """See `Readout.read`."""
+        """The coefficients of the N rows, from the gradient that arrived at `root`."""
         c, reward = grad[:, 0].double(), self.root.detach()[:, 0].double()
         marks = self.attention_mask.bool()
         coefficients = _judge(c, reward, marks, c[:, None] * marks, torch.zeros_like(c), self.root.dtype)
         return replace(coefficients, is_reward=True)
+
+
+Readout = FusedReadout | LogitsReadout | RewardReadout
+"""Where a forward's log-probs leave the model: `read` takes the gradient at the tensor `root` for the coefficients."""
 
 
 def _judge(c: Tensor, logp: Tensor, marks: Tensor, tokens: Tensor, off: Tensor, dtype: torch.dtype) -> Coefficients:
@@ -248,12 +230,6 @@ def _judge(c: Tensor, logp: Tensor, marks: Tensor, tokens: Tensor, off: Tensor, 
     is_cancelled = bool((off[~active] > 0).any())
     is_constant = spread <= ROUNDING.get(dtype, ROUNDING[torch.bfloat16]) and not is_cancelled
     return Coefficients(c=c, logp=logp, marks=marks, tokens=tokens, spread=spread, is_constant=is_constant)
-
-
-def _with_certain_tokens(moved: Tensor, logps: Tensor) -> Tensor:
-    """Tokens that got a gradient, and those between them that got none because they are certain; bool `[N, K]`."""
-    inside = (moved.cumsum(1) > 0) & (moved.flip(1).cumsum(1).flip(1) > 0)
-    return moved | (inside & (logps > -1e-6))
 
 
 def find_readout(output: Any, kwargs: Mapping[str, Any], input_ids: Tensor) -> Readout | str:

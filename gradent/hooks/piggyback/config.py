@@ -17,27 +17,16 @@ __all__ = ["WatchConfig"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WatchConfig:
-    """What is watched, and how; a parameter's number is its place in `parameters`.
+    """What is watched, and how; a parameter's number is its place in `parameters`."""
 
-    Attributes:
-        model: the model that the trainer calls, unwrapped.
-        parameters: all its trainable parameters by name.
-        budget: bytes that the reductions' tiles may take.
-        pairing: which rows of a forward are chosen, which rejected.
-        weight: parameter number -> square root of the preconditioner's diagonal, or None.
-        has_entries: measure Gram entries too; without, only coefficients are read.
-        is_trusted: the loss sees log-probs alone, whatever else the model is asked for.
-        should_share: give the trainer's backward the weight gradients that the measured products add up to.
-    """
-
-    model: nn.Module
-    parameters: Mapping[str, Tensor] = field(default_factory=dict)
-    budget: int = DEFAULT_BUDGET
-    pairing: Pairing = "halves"
-    weight: Callable[[int], Tensor] | None = None
-    has_entries: bool = True
-    is_trusted: bool = False
-    should_share: bool = False
+    model: nn.Module  # which the trainer calls, unwrapped
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)  # all trainable ones, by name
+    budget: int = DEFAULT_BUDGET  # bytes that the reductions' tiles may take
+    pairing: Pairing = "halves"  # which rows of a forward are chosen, which rejected
+    weight: Callable[[int], Tensor] | None = None  # parameter number -> square root of the preconditioner's diagonal
+    has_entries: bool = True  # measure Gram entries too; without, only coefficients are read
+    is_trusted: bool = False  # the loss sees log-probs alone, whatever else the model is asked for
+    should_share: bool = False  # the trainer's backward takes the weight gradients that measured products add up to
 
     @cached_property
     def tensors(self) -> list[Tensor]:

@@ -35,35 +35,22 @@ __all__ = ["WatchedForward", "is_synchronous"]
 _KNOWN_OUTPUTS = {"loss", "logits", "log_probs", "entropy", "aux_loss", "router_logits"}
 """Parts of an output that are the log-probs, are made of them, or are looked after elsewhere."""
 
+_OnCoefficients = Callable[["WatchedForward", Coefficients], tuple[Place, Collector] | None]
+
 
 class WatchedForward:
-    """Captures a forward, reads the rows' coefficients when its backward starts, and collects output gradients.
-
-    Output gradients that arrive before the coefficients wait in a queue.
-
-    Attributes:
-        layout: the forward's rows and tokens.
-        expected: recorded uses whose output gradients the backward will bring.
-        has_hidden_regions: a reentrant checkpoint hides a part of the graph.
-        is_read: the backward has reached the output.
-        remainders: what is left of each row's `1 / c` beside the power of two that its gradients are multiplied by.
-        padding_gradients: scalars on the model's device, zero where padding got no gradient; looked at in the end.
-    """
+    """Captures a forward, reads the rows' coefficients when its backward starts, and collects output gradients."""
 
     def __init__(
-        self,
-        config: WatchConfig,
-        guard: Guard,
-        on_coefficients: Callable[[WatchedForward, Coefficients], tuple[Place, Collector] | None],
-        input_ids: Tensor,
-        attention_mask: Tensor,
+        self, config: WatchConfig, guard: Guard, on_coefficients: _OnCoefficients, input_ids: Tensor, mask: Tensor
     ) -> None:
-        self.input_ids, self.attention_mask = input_ids, attention_mask
+        self.input_ids, self.attention_mask = input_ids, mask
         self.layout = Layout(*input_ids.shape)
-        self.expected: list[Tap] = []
-        self.has_hidden_regions = self.is_read = False
-        self.remainders: list[float] = []
-        self.padding_gradients: list[Tensor] = []
+        self.expected: list[Tap] = []  # recorded uses whose output gradients the backward will bring
+        self.has_hidden_regions = False  # a reentrant checkpoint hides a part of the graph
+        self.is_read = False  # the backward has reached the output
+        self.remainders: list[float] = []  # of each row's `1 / c`, beside the power of two that gradients are scaled by
+        self.padding_gradients: list[Tensor] = []  # scalars on the model's device, zero where padding got no gradient
         self._config, self._guard, self._on_coefficients = config, guard, on_coefficients
         self._readout: Readout | None = None
         self._logits: Node | None = None
@@ -73,7 +60,7 @@ class WatchedForward:
         self._powers: list[float] = []
         self._spans: dict[bool, list[tuple[int, int]]] = {}
         self._outside: dict[bool, Tensor] = {}
-        self._queue: list[tuple[Tap, Tensor]] = []
+        self._queue: list[tuple[Tap, Tensor]] = []  # output gradients that arrived before the coefficients
         self._handles: list[RemovableHandle] = []
         self._recomputed: nn.Module | None = None
         self._sharing: WeightGradReuse | None = None
@@ -82,13 +69,9 @@ class WatchedForward:
             if config.should_share and not config.sharded:
                 self._sharing = WeightGradReuse(config.tensors)
             self._capture = Capture(
-                config.tensors,
-                self.layout,
-                self._arrive,
-                late=self._expect_late,
-                on_error=guard.keep_error,
+                config.tensors, self.layout, self._arrive, late=self._expect_late, on_error=guard.keep_error,
                 clock=guard.clock,
-            )
+            )  # fmt: skip
             self._adopt_whole_parameters(self._capture)
 
     def _adopt_whole_parameters(self, capture: Capture) -> None:
@@ -152,13 +135,15 @@ class WatchedForward:
         if isinstance(readout, FusedReadout):
             self._watch_fused_head(capture, readout)
         survey = capture.survey(readout.root, opaque=True)
-        if survey.missed:
-            self._fail_for(survey.missed)
+        if self._fails_for(survey.missed):
             return
         self.has_hidden_regions = survey.hidden
         self.expected += [tap for tap in capture.taps if tap.node in survey.reached]
         if survey.hidden or any(not tap.ready for tap in capture.taps):
-            self._watch_recomputation()
+            # Checkpointed regions are computed again during the backward, where the capture is to see them.
+            for module in self._config.model.modules():
+                self._handles.append(module.register_forward_pre_hook(self._before_recomputation, prepend=True))
+                self._handles.append(module.register_forward_hook(self._after_recomputation, always_call=True))
 
     def _watch_fused_head(self, capture: Capture, readout: FusedReadout) -> None:
         """Record the fused head's weight and bias, which no operator shows, and wait for its output gradient."""
@@ -176,12 +161,6 @@ class WatchedForward:
                     self._arrive(tap, grads[0])
 
         self._handles.append(node.register_prehook(lambda grads: self._guard.guarded(arrive, grads)))
-
-    def _watch_recomputation(self) -> None:
-        """Have the capture see checkpointed regions when they are computed again, during the backward."""
-        for module in self._config.model.modules():
-            self._handles.append(module.register_forward_pre_hook(self._before_recomputation, prepend=True))
-            self._handles.append(module.register_forward_hook(self._after_recomputation, always_call=True))
 
     def _before_recomputation(self, module: nn.Module, args: Any) -> None:
         if self._recomputed is None and in_backward() and torch.is_grad_enabled() and self._capture is not None:
@@ -201,12 +180,12 @@ class WatchedForward:
             output = tuple(output.values())
         parts = output if isinstance(output, (tuple, list)) else [output]
         roots = [part for part in parts if isinstance(part, Tensor) and part.grad_fn is not None]
-        missed = frozenset[int]().union(*(capture.survey(root, opaque=True).missed for root in roots))
-        if missed:
-            self._fail_for(missed)
+        self._fails_for(frozenset[int]().union(*(capture.survey(root, opaque=True).missed for root in roots)))
 
-    def _fail_for(self, missed: frozenset[int]) -> None:
-        self._guard.fail(f"no rule can tell the rows apart where the model uses {self._config.list_names(missed)}")
+    def _fails_for(self, missed: frozenset[int]) -> bool:
+        if missed:
+            self._guard.fail(f"no rule can tell the rows apart where the model uses {self._config.list_names(missed)}")
+        return bool(missed)
 
     def _on_grad(self, grad: Tensor) -> None:
         wait_for(grad.device)
@@ -268,7 +247,11 @@ class WatchedForward:
         # A token is predicted at the position before it. Above the head's output there is nothing but these.
         self._spans = {False: [(0, stop) for stop in after]}
         self._spans[True] = [(max(0, start - 1), stop) for start, stop in zip(first, after, strict=True)]
-        self._outside = {is_logits: _positions_outside(spans, length) for is_logits, spans in self._spans.items()}
+        for is_logits, spans in self._spans.items():  # positions of flattened `[N, L]`, int64
+            inside = torch.zeros(len(spans), length, dtype=torch.bool)
+            for row, span in zip(inside, spans, strict=True):
+                row[slice(*span)] = True
+            self._outside[is_logits] = (~inside).flatten().nonzero()[:, 0]
 
     def _find_spans(self, tap: Tap, grad_output: Tensor) -> list[tuple[int, int]] | None:
         """Each row's `(start, stop)` outside of which an output gradient is zero; None where that is not so."""
@@ -302,14 +285,6 @@ class WatchedForward:
 def is_synchronous(device: torch.device) -> bool:
     """Whether values can be looked at as they come; elsewhere work is queued, and a look would wait for all of it."""
     return device.type == "cpu"
-
-
-def _positions_outside(spans: Sequence[tuple[int, int]], length: int) -> Tensor:
-    """Positions of flattened `[N, L]` outside of the rows' spans, int64."""
-    inside = torch.zeros(len(spans), length, dtype=torch.bool)
-    for row, span in zip(inside, spans, strict=True):
-        row[slice(*span)] = True
-    return (~inside).flatten().nonzero()[:, 0]
 
 
 def _find_bypass(output: Any) -> str | None:

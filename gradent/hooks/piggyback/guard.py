@@ -19,18 +19,14 @@ _OUT_OF_MEMORY = (
 
 
 class Guard:
-    """Runs parts of the watching of one backward, and keeps their errors as reasons instead of raising them.
-
-    Attributes:
-        clock: counts the time of these parts.
-        no_entries_reason: why there are no Gram entries of this backward; None while there are.
-        unusable_reason: why not even the coefficients can be used; None while they can.
-    """
+    """Runs parts of the watching of one backward, and keeps their errors as reasons instead of raising them."""
 
     def __init__(self, clock: Clock, on_out_of_memory: Callable[[], None]) -> None:
-        self.clock = clock
-        self.no_entries_reason: str | None = None
-        self.unusable_reason: str | None = None
+        self.clock = clock  # counts the time of these parts
+        self.no_entries_reason: str | None = (
+            None  # why there are no Gram entries of this backward; None while there are
+        )
+        self.unusable_reason: str | None = None  # why not even the coefficients can be used; None while they can
         self._on_out_of_memory = on_out_of_memory
 
     def guarded(self, function: Callable[..., None], *args: Any) -> None:

@@ -19,35 +19,21 @@ def _no_rows() -> Tensor:
 
 @dataclass(eq=False)
 class BackwardObservation:
-    """One backward of the trainer, with the one or two forwards below it; everything is on the CPU.
+    """One backward of the trainer, with the one or two forwards below it; everything is on the CPU."""
 
-    Attributes:
-        rows: `(ids int64 [T], marks bool [T])` of the 2k rows that are paired.
-        tokens: coefficient of each token, float64 `[T]`, of those rows.
-        c: `∂L/∂log π(y|x)` of those rows, float64 `[2k]`.
-        logps: their log-probs (a reward model's rewards), float64 `[2k]`.
-        is_constant: a row's tokens share one coefficient.
-        has_given_marks: the marks came with the batch.
-        is_reward: the model is a reward model.
-        unpaired: rows that found no partner.
-        entries: parameter number -> `[k, 3]` float64, complete if `no_entries_reason` is None.
-        shared: parameters whose gradient the trainer's backward took from the measurement.
-        no_entries_reason: why there are no entries, or None.
-        unusable_reason: why not even the coefficients can be used, or None.
-    """
-
-    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    tokens: list[Tensor] = field(default_factory=list)
-    c: Tensor = field(default_factory=_no_rows)
-    logps: Tensor = field(default_factory=_no_rows)
-    is_constant: bool = True
-    has_given_marks: bool = True
-    is_reward: bool = False
-    unpaired: int = 0
+    rows: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # of the 2k paired rows, ids int64 and marks bool
+    tokens: list[Tensor] = field(default_factory=list)  # coefficient of each of their tokens, float64 `[T]`
+    c: Tensor = field(default_factory=_no_rows)  # `∂L/∂log π(y|x)` of those rows, float64 `[2k]`
+    logps: Tensor = field(default_factory=_no_rows)  # their log-probs (a reward model's rewards), float64 `[2k]`
+    is_constant: bool = True  # a row's tokens share one coefficient
+    has_given_marks: bool = True  # the marks came with the batch
+    is_reward: bool = False  # the model is a reward model
+    unpaired: int = 0  # rows that found no partner
+    # Parameter number -> `[k, 3]` float64, complete if `no_entries_reason` is None.
     entries: dict[int, Tensor] = field(default_factory=dict)
-    shared: int = 0
-    no_entries_reason: str | None = None
-    unusable_reason: str | None = None
+    shared: int = 0  # parameters whose gradient the trainer's backward took from the measurement
+    no_entries_reason: str | None = None  # why there are no entries
+    unusable_reason: str | None = None  # why not even the coefficients can be used
 
     @property
     def pairs(self) -> int:

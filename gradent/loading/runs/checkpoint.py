@@ -40,13 +40,18 @@ def look_at(directory: Path, name: str, step: int, root: Path) -> Saved:
         check_links(directory, root)
         kind = kind_of(directory)
         state = read_own_state(directory / STATE, root)
-        _check_step(directory, step, state)
+        if state is not None and state.step != step:
+            raise ModelError(
+                f"{directory}: its {STATE} says step {state.step}, and its name says step {step}. Was it renamed, or "
+                f"mixed with another? Give it the name of its step, checkpoint-{state.step}, or remove the {STATE}."
+            )
         check_weights(directory, kind)
-        base = _base_named(read_object(directory / CONFIGS[kind or "full"]).get("base_model_name_or_path"))
+        base = read_object(directory / CONFIGS[kind or "full"]).get("base_model_name_or_path")
     except GradentError as error:
         problem = str(error)
     checkpoint = Checkpoint(step=step, path=str(directory), name=name, kind=kind, problem=problem)
-    return Saved(checkpoint=checkpoint, base=base if kind == "adapter" else None, state=state)
+    is_named = kind == "adapter" and isinstance(base, str) and base != ""
+    return Saved(checkpoint=checkpoint, base=base if is_named else None, state=state)
 
 
 def read_own_state(path: Path, root: Path) -> State | None:
@@ -54,15 +59,3 @@ def read_own_state(path: Path, root: Path) -> State | None:
     if leads_outside(path, root):
         raise ModelError(f"{path}: is a link that leads out of the run's directory, and is not followed. Remove it.")
     return read_state(path)
-
-
-def _check_step(directory: Path, step: int, state: State | None) -> None:
-    if state is not None and state.step != step:
-        raise ModelError(
-            f"{directory}: its {STATE} says step {state.step}, and its name says step {step}. Was it renamed, or mixed "
-            f"with another? Give it the name of its step, checkpoint-{state.step}, or remove the {STATE}."
-        )
-
-
-def _base_named(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None

@@ -65,7 +65,9 @@ def find_run(path: str | os.PathLike[str], *, base: str | None = None) -> Run:
     saved = [look_at(directory / name, name, step, root) for step, name in _numbered(directory, notes)]
     kind = _common_kind([model.checkpoint for model in saved])
     state, last = _look_at_root(directory, root, kind, saved, notes)
-    history = _longest([model.state for model in saved], state)
+    # The state with the most lines; of several the run's own, else the last checkpoint's.
+    states = [known for known in [state, *(model.state for model in reversed(saved))] if known is not None]
+    history = max(states, key=lambda known: known.lines).path if states else None
     if history is None:
         notes.append(f"{directory}: no checkpoint has a readable {STATE}, so what the trainer logged is not known.")
     saved += last
@@ -152,12 +154,6 @@ def _base_of_full(directory: Path, root: Path, notes: list[str]) -> str | None:
     return base
 
 
-def _longest(states: list[State | None], root: State | None) -> Path | None:
-    """The state with the most lines; of several the run's own, else the last checkpoint's."""
-    known = [state for state in [root, *reversed(states)] if state is not None]
-    return max(known, key=lambda state: state.lines).path if known else None
-
-
 def _on_base(saved: Saved, base: str | None, problem: str | None, run: str) -> Saved:
     """The same adapter, with a problem where it has another base than the run, or one that cannot be used."""
     checkpoint = saved.checkpoint
@@ -215,14 +211,10 @@ def _check_there(run: Run, steps: set[int], known: list[int]) -> None:
     if not unknown:
         return
     listed = f"It has {some([str(step) for step in known], 50)}."
+    why = f"has no checkpoint of step {some([str(step) for step in unknown])}."
     if unknown == [0] and run.kind == "adapter":
-        raise InputError(
-            f"{run.directory}: step 0 cannot be measured: the first, random adapter that training started from was "
-            f"not saved. {listed}"
-        )
-    if unknown == [0] and run.kind == "full":
-        raise InputError(
-            f"{run.directory}: step 0, the model before training, is not known. Pass --base DIR, with the model that "
-            f"training started from. {listed}"
-        )
-    raise InputError(f"{run.directory}: has no checkpoint of step {some([str(step) for step in unknown])}. {listed}")
+        why = "step 0 cannot be measured: the first, random adapter that training started from was not saved."
+    elif unknown == [0] and run.kind == "full":
+        model = "the model that training started from"
+        why = f"step 0, the model before training, is not known. Pass --base DIR, with {model}."
+    raise InputError(f"{run.directory}: {why} {listed}")

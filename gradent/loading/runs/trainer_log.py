@@ -16,14 +16,9 @@ from gradent.text import quoted
 __all__ = ["History", "read_history"]
 
 _TRAINED = (
-    "loss",
-    "logps/chosen",
-    "logps/rejected",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
+    "loss", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins",
     "rewards/accuracies",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,11 +40,7 @@ __all__ = ["EntanglementCallback"]
 KEPT = 1000
 """Measured steps that `records` holds."""
 
-_CHOICES = CHOICES | {
-    "pairing": (None, *CHOICES["pairing"]),
-    "metric": (None, "adam"),
-    "on_error": ("warn", "raise"),
-}
+_CHOICES = CHOICES | {"pairing": (None, *CHOICES["pairing"]), "metric": (None, "adam"), "on_error": ("warn", "raise")}
 
 
 class EntanglementCallback(TrainerCallback):
@@ -152,13 +148,10 @@ class EntanglementCallback(TrainerCallback):
         self._window.clear()
         trainer = find_trainer() if getattr(args, "torch_compile", False) else None
         self._recorder = attach(
-            kwargs["model"],
-            pairing=self._pairing or _implied_pairing(args),
-            by_module=True,
+            kwargs["model"], pairing=self._pairing or _implied_pairing(args), by_module=True,
             compiled=None if trainer is None else trainer.model_wrapped,
-            trusted=type(args).__module__.startswith("trl."),
-            **self._options,
-        )
+            trusted=type(args).__module__.startswith("trl."), **self._options,
+        )  # fmt: skip
         if self._out is not None and is_first():
             self._stream = PairStream(self._out / "pairs.jsonl")
         if self._probe is not None:
@@ -260,8 +253,7 @@ class EntanglementCallback(TrainerCallback):
         if records:
             scalars |= summarize(records)
             if self.by_module:
-                cosines = layer_cosines(records)
-                scalars |= {f"gradent/layer/{layer}/cosine": value for layer, value in cosines.items()}
+                scalars |= {f"gradent/layer/{name}/cosine": value for name, value in layer_cosines(records).items()}
         if not scalars:
             return
         logs.update(scalars)

@@ -5,32 +5,20 @@ from __future__ import annotations
 import functools
 import traceback
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 
 from gradent.errors import GradentError
-from gradent.notices import Notices, log
+from gradent.notices import log
 
-__all__ = ["LIMIT", "GuardedCallback", "guarded_event"]
+__all__ = ["LIMIT", "guarded_event"]
 
 LIMIT = 3
 """Errors after which the callback leaves the run alone."""
 
-
-class GuardedCallback(Protocol):
-    """What the decorator needs of the callback."""
-
-    on_error: str
-    errors: int
-    notices: Notices
-
-    def step_aside(self) -> None:
-        """Take every hook off the model."""
-        ...
-
-
-C = TypeVar("C", bound=GuardedCallback)
+_MORE_MEMORY = "Give EntanglementCallback a smaller memory_budget, or train in smaller, accumulated batches."
+_OTHER_WAYS = "EntanglementCallback(on_error='raise') stops here instead; mode='measure' measures in another way."
 
 
 def guarded_event(event: Callable[..., None]) -> Callable[..., None]:
@@ -38,7 +26,7 @@ def guarded_event(event: Callable[..., None]) -> Callable[..., None]:
 
     # The handler goes on being called and looks at `errors` itself: on several ranks some must meet the other ranks.
     @functools.wraps(event)
-    def handler(self: C, *args: Any, **kwargs: Any) -> None:
+    def handler(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
             event(self, *args, **kwargs)
         except Exception as error:
@@ -49,15 +37,10 @@ def guarded_event(event: Callable[..., None]) -> Callable[..., None]:
             summary = f"{type(error).__name__}: {error}"
             text = f"gradent failed in {event.__name__}, and training is not affected: {summary}"
             if not isinstance(error, GradentError):  # which says itself what to do
-                text = f"{text} {_remedy(error)}\n{''.join(traceback.format_exception(error))}"
+                remedy = _MORE_MEMORY if isinstance(error, torch.OutOfMemoryError) else _OTHER_WAYS
+                text = f"{text} -- {remedy}\n{''.join(traceback.format_exception(error))}"
             self.notices.once(text, key=summary)
             if self.errors == LIMIT:
                 log(f"gradent has failed {LIMIT} times and leaves this run alone from here on.")
 
     return handler
-
-
-def _remedy(error: Exception) -> str:
-    if isinstance(error, torch.OutOfMemoryError):
-        return "-- Give EntanglementCallback a smaller memory_budget, or train in smaller, accumulated batches."
-    return "-- EntanglementCallback(on_error='raise') stops here instead; mode='measure' measures in another way."

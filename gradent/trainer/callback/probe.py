@@ -32,10 +32,12 @@ class Probe:
             return
         if tokenizer is None:
             raise InputError("probe_data holds text, and the trainer has no tokenizer (processing_class). Pass one.")
-        limit = getattr(args, "max_length", None)
-        tokens = []
+        from trl.data_utils import maybe_extract_prompt  # noqa: PLC0415  (TRL is an extra)
+
+        limit, names, tokens = getattr(args, "max_length", None), ("prompt", "chosen", "rejected"), []
         for number, row in enumerate(self._rows):
-            texts = _split(row)
+            parts = maybe_extract_prompt({name: row[name] for name in names if name in row})
+            texts: tuple[Any, ...] = tuple(parts[name] for name in names)
             eos = isinstance(texts[1], str) and tokenizer.eos_token is not None
             place = f"probe_data[{number}]"
             tokens.append(tokenize_pair(tokenizer, *texts, max_length=limit, add_eos=eos, where=place))
@@ -70,12 +72,3 @@ def _check_rows(data: Any) -> list[Mapping[str, Any]]:
         if missing:
             raise InputError(f"probe_data[{number}]: missing {' and '.join(map(repr, missing))}.")
     return rows
-
-
-def _split(row: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """Prompt, chosen and rejected of a row."""
-    from trl.data_utils import maybe_extract_prompt  # noqa: PLC0415  (TRL is an extra)
-
-    names = ("prompt", "chosen", "rejected")
-    parts = maybe_extract_prompt({name: row[name] for name in names if name in row})
-    return parts["prompt"], parts["chosen"], parts["rejected"]

@@ -21,15 +21,7 @@ from gradent.recorder import Recording
 from gradent.theory.conditions import CASES, Verdict
 from gradent.trainer.callback.token_map import TokenMap
 
-__all__ = [
-    "StepRecord",
-    "case_shares",
-    "finite_means",
-    "gram_values",
-    "layer_cosines",
-    "summarize",
-    "to_rows",
-]
+__all__ = ["StepRecord", "case_shares", "finite_means", "gram_values", "layer_cosines", "summarize", "to_rows"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +74,10 @@ class StepRecord:
         chosen_realised, rejected_realised = (None, None) if realised is None else realised.unbind(0)
         names = ("gram", "verdict", "source", "overhead_s", "inactive", "unpaired", "batch")
         return cls(
-            **{name: getattr(recording, name) for name in names},
-            step=step,
-            layers=group_layers(recording.gram.modules or {}),
-            chosen_realised=chosen_realised,
-            rejected_realised=rejected_realised,
-            tokens=tokens,
-        )
+            **{name: getattr(recording, name) for name in names}, step=step,
+            layers=group_layers(recording.gram.modules or {}), chosen_realised=chosen_realised,
+            rejected_realised=rejected_realised, tokens=tokens,
+        )  # fmt: skip
 
 
 def finite_means(values: Mapping[str, Tensor], prefix: str) -> dict[str, float]:
@@ -113,10 +102,9 @@ def summarize(records: Sequence[StepRecord]) -> dict[str, float]:
     gram = PairGram.join([record.gram for record in records])
     inactive = sum(record.inactive for record in records)
     scalars = {
-        "gradent/inactive": inactive / max(1, inactive + len(gram)),
-        "gradent/coverage": gram.coverage,
+        "gradent/inactive": inactive / max(1, inactive + len(gram)), "gradent/coverage": gram.coverage,
         "gradent/overhead_s": sum(record.overhead_s for record in records) / len(records),
-    }
+    }  # fmt: skip
     if not len(gram):
         return scalars
     names = ("chosen_change", "rejected_change", "weight_ratio", "case")
@@ -140,11 +128,9 @@ def layer_cosines(records: Iterable[StepRecord]) -> dict[str, float]:
 
 def to_rows(record: StepRecord) -> list[dict[str, Any]]:
     """A step's pairs as rows of the record's schema (`PAIR_COLUMNS`), without a reference."""
-    pairs = len(record.gram)
-    sources = (record.gram, record.verdict)
-    table = Table(
-        {name: getattr(source, name).numpy() for source in sources for name in PAIR_COLUMNS if hasattr(source, name)}
-    )
+    pairs, sources = len(record.gram), (record.gram, record.verdict)
+    names = [(source, name) for source in sources for name in PAIR_COLUMNS if hasattr(source, name)]
+    table = Table({name: getattr(source, name).numpy() for source, name in names})
     columns = dict.fromkeys(PAIR_COLUMNS, [None] * pairs) | table.to_lists()
     columns |= {"checkpoint": ["train"] * pairs, "step": [record.step] * pairs, "pair": list(range(pairs))}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -34,18 +34,13 @@ def to_window(records: Sequence[StepRecord], tokenizer: Any) -> Window:
     cosines = [layer_cosines([record]) for record in records]
     layers = [layer for layer in (records[0].layers if records else ()) if any(layer in step for step in cosines)]
     return Window(
-        steps=[record.step for record in records],
-        cases=[record.verdict.fractions() for record in records],
-        pairs=[len(record.gram) for record in records],
-        chosen_needs=needs,
-        weight_ratio=ratios,
-        layer_cosines={layer: [step.get(layer) for step in cosines] for layer in layers},
-        layer_inner=dict(inner),
-        predicted=predicted,
-        realised=realised if len(realised) == len(predicted) else (),
+        steps=[record.step for record in records], cases=[record.verdict.fractions() for record in records],
+        pairs=[len(record.gram) for record in records], chosen_needs=needs, weight_ratio=ratios,
+        layer_cosines={layer: [step.get(layer) for step in cosines] for layer in layers}, layer_inner=dict(inner),
+        predicted=predicted, realised=realised if len(realised) == len(predicted) else (),
         entangled=[] if tokenizer is None else _find_entangled(records, tokenizer),
         tokens=_make_heat_map(records, tokenizer),
-    )
+    )  # fmt: skip
 
 
 def _make_heat_map(records: Sequence[StepRecord], tokenizer: Any) -> TokenHeatMap | None:

@@ -16,16 +16,9 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from gradent.errors import InputError
 
 __all__ = [
-    "make_config",
-    "option",
-    "reference_in_batch",
-    "refuse_options",
-    "require_choice",
-    "require_number",
-    "require_trl",
+    "make_config", "option", "reference_in_batch", "refuse_options", "require_choice", "require_number", "require_trl",
     "require_unsharded",
-    "sharding_options",
-]
+]  # fmt: skip
 
 C = TypeVar("C", bound=DPOConfig)
 
@@ -33,11 +26,6 @@ C = TypeVar("C", bound=DPOConfig)
 def option(default: Any, text: str, **metadata: Any) -> Any:
     """A config's field, with the text that a command line shows of it."""
     return field(default=default, metadata={"help": text, **metadata})
-
-
-def sharding_options(reason: str) -> dict[str, str]:
-    """The options under which a model is in parts on several ranks, each with one reason against it."""
-    return dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), reason)
 
 
 def require_trl(method: str) -> None:
@@ -52,9 +40,9 @@ def require_trl(method: str) -> None:
         )
 
 
-def refuse_options(config: DPOConfig, refused: Mapping[str, str], trouble: str) -> None:
-    """Raise an `InputError` where one of the refused options, `{name: reason}`, is set."""
-    for name, reason in refused.items():
+def refuse_options(config: DPOConfig, refused: Mapping[str, str], trouble: str, *, sharding: str) -> None:
+    """Raise an `InputError` where an option is set that has a reason against it, or one that shards the model."""
+    for name, reason in {**refused, **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), sharding)}.items():
         value = getattr(config, name, None)
         is_unset = value is None or value is False or value in ("", [], {})  # 0.0 is set: ld_alpha=0.0 means something
         if not is_unset and not (name == "fsdp_config" and not config.fsdp):

@@ -12,14 +12,7 @@ from gradent import losses
 from gradent.errors import InputError
 from gradent.kernels.common.budget import parse_budget
 from gradent.losses.designs import SCALES
-from gradent.trainer.common.trl_requirements import (
-    option,
-    refuse_options,
-    require_choice,
-    require_number,
-    require_trl,
-    sharding_options,
-)
+from gradent.trainer.common.trl_requirements import option, refuse_options, require_choice, require_number, require_trl
 
 __all__ = ["METHOD", "PairwiseNormalizedDPOConfig"]
 
@@ -30,7 +23,6 @@ _REFUSED = {
     "use_liger_kernel": "Liger's layers hide their weights' gradients",
     "activation_offloading": "offloaded activations can be fetched for one backward only, and there are two",
     "torch_compile": "a compiled graph can be run backward once only, and there are two backwards",
-    **sharding_options("parameters or gradients are sharded over ranks"),
 }
 """Options that cannot be exact."""
 
@@ -77,7 +69,8 @@ class PairwiseNormalizedDPOConfig(DPOConfig):
         if self.preference_loss is None and self.preference_loss_kwargs:
             raise InputError("preference_loss_kwargs without preference_loss; name the loss that they belong to.")
         self.make_loss()
-        refuse_options(self, _REFUSED, "pairwise normalization cannot be exact")
+        sharding = "parameters or gradients are sharded over ranks"
+        refuse_options(self, _REFUSED, "pairwise normalization cannot be exact", sharding=sharding)
         self._check_checkpointing()
         self._check_loss()
 

@@ -44,22 +44,12 @@ class RowNorms:
 
 
 class WatchedModel:
-    """A model for one forward of a loss that sees its log-probs alone.
+    """A model for one forward of a loss that sees its log-probs alone, and can be differentiated by them alone."""
 
-    Called in the model's place, it runs the model and gives its output with the log-probs cut off from the model: a
-    loss that is made of them can be differentiated by the log-probs alone.
-
-    Attributes:
-        root: per-token log-probs `[N, K]`, with their graph.
-        leaf: the same numbers without it, of which the loss was made.
-        mask: the tokens that they are over, bool `[N, K]`.
-        aux_loss: the routers' auxiliary loss with its graph; None without one.
-    """
-
-    root: Tensor
-    leaf: Tensor
-    mask: Tensor
-    aux_loss: Tensor | None = None
+    root: Tensor  # per-token log-probs `[N, K]`, with their graph
+    leaf: Tensor  # the same numbers without it, of which the loss was made
+    mask: Tensor  # the tokens that they are over, bool `[N, K]`
+    aux_loss: Tensor | None = None  # the routers' auxiliary loss with its graph; None without one
 
     def __init__(self, model: nn.Module, config: WatchConfig) -> None:
         self._model, self._config = model, config
@@ -103,8 +93,9 @@ class WatchedModel:
                 "Reentrant gradient checkpointing hides the layers inside it from pairwise normalization. Use "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}, or switch checkpointing off."
             )
-        device = self.root.device.type
-        with torch.autocast(device, enabled=False):  # as the trainer's backward, which runs outside of autocast
+        with torch.autocast(
+            self.root.device.type, enabled=False
+        ):  # as the trainer's backward, which runs outside of autocast
             entries = self._read_entries(notices)
         chosen_sq, rejected_sq, inner = entries.unbind(1)
         bad = ~entries.isfinite().all(1)
@@ -136,11 +127,11 @@ class WatchedModel:
 
     def _differentiate(self, inputs: list[Any], rows: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """Gradients of `Σ log π` over the masked tokens (of some rows), at `inputs`."""
+        if not inputs:
+            return ()
         grad_output = self.mask.to(self.root.dtype)
         if rows is not None:
             grad_output = grad_output * rows.to(grad_output)[:, None]
-        if not inputs:
-            return ()
         return torch.autograd.grad(self.root, inputs, grad_output, retain_graph=True, allow_unused=True)
 
     def _measure_row_by_row(self) -> Tensor:

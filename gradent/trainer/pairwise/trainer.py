@@ -158,10 +158,8 @@ class PairwiseNormalizedDPOTrainer(DPOTrainer):
         operands: dict[str, Any] = {}
         for name, logp, length in zip(("chosen", "rejected"), logps, lengths, strict=True):
             operands |= {
-                f"{name}_logp": logp,
-                f"{name}_len": length,
-                f"ref_{name}_logp": batch.get(f"ref_{name}_logps"),
-            }
+                f"{name}_logp": logp, f"{name}_len": length, f"ref_{name}_logp": batch.get(f"ref_{name}_logps"),
+            }  # fmt: skip
         value = preference.value(**operands).mean()
         self._metrics["train"]["pairwise/preference_loss"].append(self.accelerator.gather(value).mean().item())
         d_w, d_l = preference.weights(**operands)
@@ -173,13 +171,10 @@ class PairwiseNormalizedDPOTrainer(DPOTrainer):
         both = counts.all(0)
         ones = torch.ones_like(both)
         columns = {
-            "chosen_norm": (norms.chosen, ones),
-            "rejected_norm": (norms.rejected, ones),
-            "cosine": (norms.cosine, both),
-            "weight_ratio": (norms.rejected / norms.chosen, both),
-            "zero_norm": ((~counts).double().mean(0), ones),
-            "reversed": ((scales < 0).double(), ones),
-        }
+            "chosen_norm": (norms.chosen, ones), "rejected_norm": (norms.rejected, ones),
+            "cosine": (norms.cosine, both), "weight_ratio": (norms.rejected / norms.chosen, both),
+            "zero_norm": ((~counts).double().mean(0), ones), "reversed": ((scales < 0).double(), ones),
+        }  # fmt: skip
         sums = [[float(values[defined].sum()), float(defined.sum())] for values, defined in columns.values()]
         gathered = self.accelerator.gather(torch.tensor([sums], device=self.accelerator.device)).double().sum(0)
         for name, (total, count) in zip(columns, gathered.tolist(), strict=True):

@@ -10,14 +10,7 @@ from typing import Literal, get_args
 from trl.trainer.dpo_config import DPOConfig
 
 from gradent.errors import InputError
-from gradent.trainer.common.trl_requirements import (
-    option,
-    refuse_options,
-    require_choice,
-    require_number,
-    require_trl,
-    sharding_options,
-)
+from gradent.trainer.common.trl_requirements import option, refuse_options, require_choice, require_number, require_trl
 
 __all__ = ["METHOD", "Anneal", "TokenMaskedDPOConfig"]
 
@@ -45,20 +38,17 @@ _REFUSED = {
     "padding_free": "it puts many responses into one row, and the masks are made row by row",
     "use_liger_kernel": "it exchanges parts of the model that the head reads from",
     "torch_compile": "the hidden states that the head reads are not there in a compiled model",
-    **sharding_options("the head is no part of the model that is sharded"),
 }
 """Options that cannot work, or were never tried."""
 
 _REFUSED_OPTIMIZERS = ("lomo", "layerwise", "muon")  # they take no further group of parameters
 
 _NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "mask_eta": (lambda x: x >= 0, "a finite number >= 0"),
-    "mask_threshold": (lambda x: True, "a finite number"),
-    "mask_k_start": (lambda x: x > 0, "a finite number > 0"),
-    "mask_k_end": (lambda x: x > 0, "a finite number > 0"),
+    "mask_eta": (lambda x: x >= 0, "a finite number >= 0"), "mask_threshold": (lambda x: True, "a finite number"),
+    "mask_k_start": (lambda x: x > 0, "a finite number > 0"), "mask_k_end": (lambda x: x > 0, "a finite number > 0"),
     "mask_init": (lambda x: 0.5 < x < 1, "a number above 0.5 and below 1"),
     "mask_learning_rate": (lambda x: x >= 0, "None or a finite number >= 0"),
-}
+}  # fmt: skip
 """What each number has to be, as a test and in words."""
 
 
@@ -118,7 +108,8 @@ class TokenMaskedDPOConfig(DPOConfig):
                 f"mask_freeze=True with mask_eta={self.mask_eta!r}: masks that stay 1 cannot become sparse. Set "
                 "mask_eta=0, or leave mask_freeze out."
             )
-        refuse_options(self, _REFUSED, "token masking cannot work")
+        sharding = "the head is no part of the model that is sharded"
+        refuse_options(self, _REFUSED, "token masking cannot work", sharding=sharding)
         for name in self.loss_type:
             if name not in _LOSSES:
                 reason = _REFUSED_LOSSES.get(name, "it is not known here")

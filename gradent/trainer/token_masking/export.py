@@ -59,22 +59,15 @@ def write_mask_table(
     for batch, numbers in batches:
         masks = read(batch)
         for row in range(2 * len(numbers)):
-            side, pair = ("chosen", "rejected")[row // len(numbers)], numbers[row % len(numbers)]
-            _add(columns, pair, side, batch, masks, row)
+            marks = masks.tokens[row].cpu()
+            # A token at the very start of a row is predicted by nothing and is left out.
+            ids = batch["input_ids"][row, 1:].cpu()[marks].tolist()
+            columns["pair"] += [numbers[row % len(numbers)]] * len(ids)
+            columns["side"] += [("chosen", "rejected")[row // len(numbers)]] * len(ids)
+            columns["position"] += (batch["completion_mask"][row].cpu().cumsum(0)[1:] - 1)[marks].tolist()
+            columns["token_id"] += ids
+            columns["kept"] += masks.kept[row].cpu()[marks].tolist()
+            for name, values in (("score", masks.scores), ("mask", masks.soft)):
+                columns[name] += values[row].detach().cpu()[marks].double().tolist()
     columns["token"] = token_texts(tokenizer, columns["token_id"])
     write_masks(path, columns)
-
-
-def _add(
-    columns: dict[str, list[Any]], pair: int, side: str, batch: Mapping[str, Any], masks: TokenMasks, row: int
-) -> None:
-    """Add one response's tokens; a token at the very start of a row is predicted by nothing and is left out."""
-    marks = masks.tokens[row].cpu()
-    ids = batch["input_ids"][row, 1:].cpu()[marks].tolist()
-    columns["pair"] += [pair] * len(ids)
-    columns["side"] += [side] * len(ids)
-    columns["position"] += (batch["completion_mask"][row].cpu().cumsum(0)[1:] - 1)[marks].tolist()
-    columns["token_id"] += ids
-    columns["kept"] += masks.kept[row].cpu()[marks].tolist()
-    for name, values in (("score", masks.scores), ("mask", masks.soft)):
-        columns[name] += values[row].detach().cpu()[marks].double().tolist()

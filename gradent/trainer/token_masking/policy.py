@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,24 +18,17 @@ from gradent.losses.token_masked import hard_mask, masked_logps, soft_mask
 from gradent.trainer.token_masking.config import TokenMaskedDPOConfig
 from gradent.trainer.token_masking.head import MaskHead
 
-__all__ = ["LogProbs", "MaskedPolicy", "TokenMasks", "mask_tokens", "read_masks"]
+__all__ = ["MaskedPolicy", "TokenMasks", "mask_tokens", "read_masks"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMasks:
-    """Scores and masks of a batch's tokens, `[N, K]` each.
+    """Scores and masks of a batch's tokens, `[N, K]` each."""
 
-    Attributes:
-        tokens: the responses' tokens, bool; elsewhere the others mean nothing.
-        scores: u.
-        soft: `σ(k(u - r))`.
-        kept: `u >= r`, bool.
-    """
-
-    tokens: Tensor
-    scores: Tensor
-    soft: Tensor
-    kept: Tensor
+    tokens: Tensor  # the responses' tokens, bool; elsewhere the others mean nothing
+    scores: Tensor  # u
+    soft: Tensor  # `σ(k(u - r))`
+    kept: Tensor  # `u >= r`, bool
 
 
 def mask_tokens(head: MaskHead, hidden: Tensor, tokens: Tensor, config: TokenMaskedDPOConfig, k: float) -> TokenMasks:
@@ -49,11 +42,9 @@ def mask_tokens(head: MaskHead, hidden: Tensor, tokens: Tensor, config: TokenMas
         ones = torch.ones_like(scores)
         return TokenMasks(tokens=tokens, scores=scores.detach(), soft=ones, kept=torch.ones_like(tokens))
     return TokenMasks(
-        tokens=tokens,
-        scores=scores,
-        soft=soft_mask(scores, threshold=config.mask_threshold, k=k),
+        tokens=tokens, scores=scores, soft=soft_mask(scores, threshold=config.mask_threshold, k=k),
         kept=hard_mask(scores.detach(), threshold=config.mask_threshold),
-    )
+    )  # fmt: skip
 
 
 def read_masks(
@@ -93,60 +84,30 @@ def _last_hidden_states(backbone: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+@dataclass(kw_only=True, eq=False)
 class MaskedPolicy:
-    """Called in the policy's place, it gives kept log-probs, and puts the reference's into the batch.
+    """Called in the policy's place, it gives kept log-probs, and puts the reference's into the batch."""
 
-    `read` runs the policy with its masks, `plain` as it is; `reference` gives the reference's log-probs `[N, K]`.
-
-    Attributes:
-        batch: TRL's, with the reference's kept log-probs of each response once the policy was called.
-        masks: those of the batch's tokens.
-        mask: m, what log-probs were multiplied by.
-        logps: `log π(y|x)` of whole responses, `[N]`, without gradient.
-    """
-
-    masks: TokenMasks
-    mask: Tensor
-    logps: Tensor
-
-    def __init__(
-        self,
-        *,
-        read: Callable[[Mapping[str, Any]], tuple[Any, TokenMasks]],
-        plain: Any,
-        reference: Callable[[Mapping[str, Any]], Tensor],
-        batch: dict[str, Any],
-        is_hard: bool,
-    ) -> None:
-        self._read, self._plain, self._reference, self._is_hard = read, plain, reference, is_hard
-        self.batch = batch
+    read: Callable[[Mapping[str, Any]], tuple[Any, TokenMasks]]  # runs the policy with its masks
+    plain: Any  # the policy as it is
+    reference: Callable[[Mapping[str, Any]], Tensor]  # gives the reference's log-probs `[N, K]`
+    batch: dict[str, Any]  # TRL's, with the reference's kept log-probs of each response once the policy was called
+    is_hard: bool
+    masks: TokenMasks = field(init=False)  # those of the batch's tokens
+    mask: Tensor = field(init=False)  # m, what log-probs were multiplied by
+    logps: Tensor = field(init=False)  # `log π(y|x)` of whole responses, `[N]`, without gradient
 
     def __call__(self, **kwargs: Any) -> Any:
         """Run the policy, then the reference; the output's log-probs come multiplied by the masks."""
         if not kwargs.get("fused_lm_head"):
-            return self._plain(**kwargs)
-        output, self.masks = self._read(kwargs)
+            return self.plain(**kwargs)
+        output, self.masks = self.read(kwargs)
         width = self.masks.tokens.shape[1]
         policy = output.log_probs[:, -width:]
-        reference = self._reference(self.batch)[:, -width:].to(policy.device)
-        mask = self.masks.kept.to(policy.dtype) if self._is_hard else self.masks.soft
+        reference = self.reference(self.batch)[:, -width:].to(policy.device)
+        mask = self.masks.kept.to(policy.dtype) if self.is_hard else self.masks.soft
         self.mask = mask.to(policy.device)
         output.log_probs, kept = masked_logps(policy, reference, self.mask)
         self.batch["ref_chosen_logps"], self.batch["ref_rejected_logps"] = kept.sum(1).chunk(2)
         self.logps = policy.detach().sum(1)
-        return output
-
-
-class LogProbs:
-    """A model that keeps the `log_probs` of its last forward."""
-
-    log_probs: Tensor
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def __call__(self, **kwargs: Any) -> Any:
-        """Run the model."""
-        output = self._model(**kwargs)
-        self.log_probs = output.log_probs
         return output

@@ -28,7 +28,7 @@ from gradent.trainer.common.trl_requirements import make_config, reference_in_ba
 from gradent.trainer.token_masking.config import METHOD, TokenMaskedDPOConfig
 from gradent.trainer.token_masking.export import mask_batches, write_mask_table
 from gradent.trainer.token_masking.head import HeadUpdate, MaskHead, load_head, reduce_gradients, save_head
-from gradent.trainer.token_masking.policy import LogProbs, MaskedPolicy, TokenMasks, read_masks
+from gradent.trainer.token_masking.policy import MaskedPolicy, TokenMasks, read_masks
 
 __all__ = ["TokenMaskedDPOConfig", "TokenMaskedDPOTrainer"]
 
@@ -114,12 +114,9 @@ class TokenMaskedDPOTrainer(DPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
         training, config = self._policy.training, self._masking
         masked = MaskedPolicy(
-            read=lambda kwargs: self._read(model, kwargs),
-            plain=model,
-            reference=self._reference_logps,
-            batch=dict(inputs),
-            is_hard=config.mask_hard_eval and not training,
-        )
+            read=lambda kwargs: self._read(model, kwargs), plain=model, reference=self._reference_logps,
+            batch=dict(inputs), is_hard=config.mask_hard_eval and not training,
+        )  # fmt: skip
         with reference_in_batch(self):  # where `masked` puts it
             result = super()._compute_loss(masked, masked.batch, return_outputs)  # type: ignore[no-untyped-call]
         loss, outputs = result if return_outputs else (result, None)
@@ -140,9 +137,16 @@ class TokenMaskedDPOTrainer(DPOTrainer):
 
     def _reference_logps(self, batch: Mapping[str, Any]) -> Tensor:
         """`log π_ref` of every token, `[N, K]`, by TRL's own reference pass."""
-        reference = LogProbs(self.model if self.ref_model is None else self.ref_model)
+        model: Any = self.model if self.ref_model is None else self.ref_model
+        outputs = []
+
+        def reference(**kwargs: Any) -> Any:
+            outputs.append(model(**kwargs))
+            return outputs[-1]
+
         self.compute_ref_log_probs(reference, batch)  # type: ignore[no-untyped-call]
-        return reference.log_probs
+        logps: Tensor = outputs[-1].log_probs
+        return logps
 
     def _log_masks(self, masked: MaskedPolicy, penalty: Tensor, mode: str) -> None:
         """Add to TRL's metrics means over the tokens of all ranks, and make its `logps/*` those of all tokens again."""
