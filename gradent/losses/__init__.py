@@ -15,18 +15,9 @@ from gradent.losses.table import CPO, DPO, DPOP, IPO, KTO, RDPO, RRHF, SPPO, Sim
 
 __all__ = ["DESIGNS", "LOSSES", "Loss", "available", "from_callable", "get"]
 
-LOSSES: dict[str, type[Loss]] = {
-    "dpo": DPO,
-    "rdpo": RDPO,
-    "simpo": SimPO,
-    "ipo": IPO,
-    "rrhf": RRHF,
-    "slic": SLiC,
-    "cpo": CPO,
-    "dpop": DPOP,
-    "kto": KTO,
-    "sppo": SPPO,
-}
+_TABLE_2: tuple[type[Loss], ...] = (DPO, RDPO, SimPO, IPO, RRHF, SLiC, CPO, DPOP, KTO, SPPO)
+
+LOSSES: dict[str, type[Loss]] = {loss.__name__.lower(): loss for loss in _TABLE_2}
 """Name to class, in the order of the paper's Table 2."""
 
 DESIGNS: dict[str, type[Design]] = {"pairwise_normalized": PairwiseNormalized, "token_masked": TokenMasked}

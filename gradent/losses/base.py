@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,58 +35,32 @@ NOT_NEGATIVE: Rule = (lambda value: value >= 0, "a finite number >= 0")
 ANY_NUMBER: Rule = (lambda value: True, "any finite number")
 
 HYPERPARAMETERS: dict[str, Rule] = {
-    "beta": POSITIVE,
-    "lam": NOT_NEGATIVE,
-    "alpha": ANY_NUMBER,
-    "gamma": NOT_NEGATIVE,
-    "delta": NOT_NEGATIVE,
-    "lambda_w": NOT_NEGATIVE,
-    "lambda_l": NOT_NEGATIVE,
-    "z_ref": ANY_NUMBER,
-    "C": POSITIVE,
+    **dict.fromkeys(("beta", "C"), POSITIVE),
+    **dict.fromkeys(("lam", "gamma", "delta", "lambda_w", "lambda_l"), NOT_NEGATIVE),
+    **dict.fromkeys(("alpha", "z_ref"), ANY_NUMBER),
 }
 """What each numeric hyperparameter may be. The two switches (bool) are not listed: they are True or False."""
 
 
+class _Argument:
+    """An argument of a loss, as an attribute of `PairTerms`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, terms: PairTerms, owner: type) -> Tensor:
+        return terms.given[self._name]
+
+
 @dataclass(frozen=True)
 class PairTerms:
-    """The arguments of a loss after checking, under the letters of the formulas.
+    """The arguments of a loss after checking, under the letters of the formulas."""
 
-    Attributes:
-        given: `{argument: float64 [B]}`; what the loss does not use may be missing.
-    """
+    given: Mapping[str, Tensor]  # {argument: float64 [B]}; what the loss does not use may be missing
 
-    given: Mapping[str, Tensor]
-
-    @property
-    def s_w(self) -> Tensor:
-        """Log-prob of chosen, nats."""
-        return self.given["chosen_logp"]
-
-    @property
-    def s_l(self) -> Tensor:
-        """Log-prob of rejected, nats."""
-        return self.given["rejected_logp"]
-
-    @property
-    def r_w(self) -> Tensor:
-        """Reference log-prob of chosen, nats."""
-        return self.given["ref_chosen_logp"]
-
-    @property
-    def r_l(self) -> Tensor:
-        """Reference log-prob of rejected, nats."""
-        return self.given["ref_rejected_logp"]
-
-    @property
-    def n_w(self) -> Tensor:
-        """Tokens of chosen."""
-        return self.given["chosen_len"]
-
-    @property
-    def n_l(self) -> Tensor:
-        """Tokens of rejected."""
-        return self.given["rejected_len"]
+    s_w, s_l = _Argument("chosen_logp"), _Argument("rejected_logp")
+    r_w, r_l = _Argument("ref_chosen_logp"), _Argument("ref_rejected_logp")
+    n_w, n_l = _Argument("chosen_len"), _Argument("rejected_len")
 
     @property
     def margin(self) -> Tensor:
@@ -111,6 +85,7 @@ class Loss(ABC):
     """
 
     name: str = field(init=False)
+    _arguments: ClassVar[tuple[str, ...]] = ()  # what `_uses` gives where it is the same for all hyperparameters
 
     def __post_init__(self) -> None:
         for hyper in fields(self):
@@ -207,7 +182,7 @@ class Loss(ABC):
 
     def _uses(self) -> Sequence[str]:
         """The arguments, beyond the two log-probs, without which this loss cannot be computed."""
-        return ()
+        return self._arguments
 
     def _reads(self) -> Sequence[str]:
         """The arguments that are checked and handed on; the others are ignored."""

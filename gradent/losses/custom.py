@@ -19,19 +19,12 @@ __all__ = ["CallableLoss", "from_callable"]
 @final
 @dataclass(frozen=True, kw_only=True)
 class CallableLoss(Loss):
-    """A user's scalar function as a `Loss`; made by `from_callable`.
+    """A user's scalar function as a `Loss`; made by `from_callable`."""
 
-    Attributes:
-        name: the function's own name.
-        fn: the function.
-        accepts: which of the six arguments it takes.
-        requires: those of them that it cannot do without.
-    """
-
-    name: str
+    name: str  # the function's own
     fn: Callable[..., Tensor]
-    accepts: tuple[str, ...]
-    requires: tuple[str, ...]
+    accepts: tuple[str, ...]  # which of the six arguments it takes
+    requires: tuple[str, ...]  # those of them that it cannot do without
 
     def _uses(self) -> Sequence[str]:
         return [argument for argument in self.requires if argument not in LOGPS]

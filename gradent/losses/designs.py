@@ -71,11 +71,6 @@ class Design(Loss):
     base: Loss = field(default_factory=DPO)
 
     def __post_init__(self) -> None:
-        """Check the hyperparameters.
-
-        Raises:
-            InputError: one of them is not accepted, or the base is no loss, or a design itself.
-        """
         super().__post_init__()
         if not isinstance(self.base, Loss) or isinstance(self.base, Design):
             raise InputError(
@@ -117,11 +112,6 @@ class PairwiseNormalized(Design):
     C: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the hyperparameters.
-
-        Raises:
-            InputError: one of them is not accepted.
-        """
         super().__post_init__()
         if self.scale not in SCALES:
             raise InputError(f"{self.name}: scale is {self.scale!r}; accepted: {', '.join(map(repr, SCALES))}.")

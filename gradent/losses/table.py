@@ -48,8 +48,7 @@ class DPO(_Logistic):
 
     name: str = field(default="dpo", init=False)
 
-    def _uses(self) -> Sequence[str]:
-        return REFERENCE
+    _arguments = REFERENCE
 
     def _logit(self, terms: PairTerms) -> Tensor:
         return self.beta * terms.margin
@@ -70,8 +69,7 @@ class RDPO(_Logistic):
     name: str = field(default="rdpo", init=False)
     alpha: float = 0.2
 
-    def _uses(self) -> Sequence[str]:
-        return (*REFERENCE, *LENGTHS)
+    _arguments = REFERENCE + LENGTHS
 
     def _logit(self, terms: PairTerms) -> Tensor:
         return self.beta * terms.margin + self.alpha * (terms.n_w - terms.n_l)
@@ -90,8 +88,7 @@ class SimPO(_Logistic):
     name: str = field(default="simpo", init=False)
     gamma: float = 0.5
 
-    def _uses(self) -> Sequence[str]:
-        return LENGTHS
+    _arguments = LENGTHS
 
     def _logit(self, terms: PairTerms) -> Tensor:
         return self.beta * terms.mean_margin - self.gamma
@@ -152,8 +149,7 @@ class RRHF(Loss):
     name: str = field(default="rrhf", init=False)
     lam: float = 1.0
 
-    def _uses(self) -> Sequence[str]:
-        return LENGTHS
+    _arguments = LENGTHS
 
     def _weights(self, terms: PairTerms) -> tuple[Tensor, Tensor]:
         active = (terms.mean_margin < 0).to(torch.float64)
@@ -229,8 +225,7 @@ class DPOP(_Logistic):
     name: str = field(default="dpop", init=False)
     lam: float = 50.0
 
-    def _uses(self) -> Sequence[str]:
-        return REFERENCE
+    _arguments = REFERENCE
 
     def _logit(self, terms: PairTerms) -> Tensor:
         return self.beta * (terms.margin - self.lam * (terms.r_w - terms.s_w).clamp_min(0))
@@ -262,8 +257,7 @@ class KTO(Loss):
     lambda_l: float = 1.0
     z_ref: float = 0.0
 
-    def _uses(self) -> Sequence[str]:
-        return REFERENCE
+    _arguments = REFERENCE
 
     def _logits(self, terms: PairTerms) -> tuple[Tensor, Tensor]:
         chosen = self.beta * (terms.s_w - terms.r_w) - self.z_ref

@@ -123,15 +123,10 @@ def token_masked_loss(
             f"{list(scores.shape)}, tokens {list(tokens.shape)}; accepted is one shape [2B, K] for all, B chosen rows "
             "before their B rejected ones."
         )
-    mask = hard_mask(scores, threshold=threshold).to(policy.dtype)
-    if not hard:
-        mask = soft_mask(scores, threshold=threshold, k=k)
-    mask = torch.where(tokens, mask, torch.zeros_like(mask))
-    kept, kept_reference = masked_logps(
-        torch.where(tokens, policy, torch.zeros_like(policy)),
-        torch.where(tokens, reference, torch.zeros_like(reference)),
-        mask,
-    )
+    is_kept = hard_mask(scores, threshold=threshold)
+    mask = is_kept.to(policy.dtype) if hard else soft_mask(scores, threshold=threshold, k=k)
+    mask, policy, reference = (values.where(tokens, 0.0) for values in (mask, policy, reference))
+    kept, kept_reference = masked_logps(policy, reference, mask)
     chosen, rejected = (kept.sum(1) - kept_reference.sum(1)).chunk(2)
     share_w, share_l = sparsity(mask, tokens).chunk(2)
     return -logsigmoid(beta * (chosen - rejected)) + eta * (share_w + share_l) / 2

@@ -16,6 +16,7 @@ from gradent.errors import ModelError, NotCausalError
 from gradent.model.calls import forward_logits, takes_keep
 
 __all__ = [
+    "Batching",
     "ModelFacts",
     "announce_untrimmed",
     "check_causal",
@@ -52,6 +53,14 @@ def computing_dtypes(model: nn.Module, device: torch.device) -> set[torch.dtype]
     return {parameter.dtype for parameter in model.parameters()} | cast
 
 
+@dataclass(frozen=True)
+class Batching:
+    """How a model's rows are measured: in shared forwards or not, and with the logits of responses alone or of all."""
+
+    is_shared: bool
+    trim: bool = False
+
+
 @dataclass
 class ModelFacts:
     """What is known of a model with one set of trainable parameters; None where it was not tried yet."""
@@ -59,7 +68,7 @@ class ModelFacts:
     is_causal: bool = False
     ignores_padding: bool | None = None
     trims: bool | None = None
-    batching: Any = None  # how `measure_pairs` batches its rows
+    batching: Batching | None = None
     token_by_token: str | None = None  # why its tokens cannot share a backward pass; "" where they can
     shares_tangents: bool | None = None  # whether rows of one padded forward have the tangents of single rows
 

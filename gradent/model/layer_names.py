@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -10,15 +11,12 @@ if TYPE_CHECKING:  # names are read without torch, in reports too
 
 __all__ = ["group_layers", "layer_of", "unwrapped"]
 
-_WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
+_WRAPPERS = re.compile(r"^(base_model\.model\.|module\.|_orig_mod\.)+")
 
 
 def unwrapped(module: str) -> str:
     """A module's dotted name without the wrappers in front of it (PEFT, DDP, torch.compile)."""
-    name = module
-    while any(name.startswith(wrapper) for wrapper in _WRAPPERS):
-        name = next(name.removeprefix(wrapper) for wrapper in _WRAPPERS if name.startswith(wrapper))
-    return name
+    return _WRAPPERS.sub("", module)
 
 
 def layer_of(module: str) -> str:

@@ -24,16 +24,7 @@ CACHED = 2 * 2**20
 
 # Nodes that do not keep their own result for the backward pass: the logits they return may be overwritten by their
 # gradient. Anything else (tanh of a soft cap, say) gets a tensor of its own.
-_FORGETFUL = {
-    "UnsafeViewBackward0",
-    "MmBackward0",
-    "AddmmBackward0",
-    "LinearBackward0",
-    "MulBackward0",
-    "DivBackward0",
-    "AddBackward0",
-    "ToCopyBackward0",
-}
+_FORGETFUL = {f"{name}Backward0" for name in ("UnsafeView", "Mm", "Addmm", "Linear", "Mul", "Div", "Add", "ToCopy")}
 
 
 # The softmax is taken in float32 (float64 for float64 logits) whatever the logits' dtype, in tiles. In the backward the
@@ -59,9 +50,8 @@ class _SequenceLogProbs(torch.autograd.Function):
             chosen = scores.gather(1, targets[row, span, None])[:, 0] - normalizer[row, span]
             total[row] += chosen.where(marks[row, span], 0).double().sum()
         is_view = logits._is_view()  # noqa: SLF001  (torch has no public name for it)
-        reuse = not is_view and logits.grad_fn is not None and logits.grad_fn.name() in _FORGETFUL
+        ctx.reuse = not is_view and logits.grad_fn is not None and logits.grad_fn.name() in _FORGETFUL
         ctx.save_for_backward(logits, targets, marks, normalizer)
-        ctx.reuse = reuse
         return total
 
     @staticmethod
@@ -101,8 +91,8 @@ def _spans(marks: Tensor, width: int, tile: int) -> list[tuple[int, slice, bool]
 
 def check_logps(logps: Tensor, pairs: Sequence[int], chosen: Sequence[bool]) -> None:
     """Refuse non-finite log-probs `[R]`, naming the first row by its pair and side."""
-    names = [f"pair {pair}, {'chosen' if side else 'rejected'}" for pair, side in zip(pairs, chosen, strict=True)]
-    check_rows(logps, names)
+    sides = zip(pairs, chosen, strict=True)
+    check_rows(logps, [f"pair {pair}, {'chosen' if is_chosen else 'rejected'}" for pair, is_chosen in sides])
 
 
 def check_rows(logps: Tensor, names: Sequence[str]) -> None:

@@ -209,10 +209,8 @@ def theorem_3(
         InputError: shapes differ, a row is no probability distribution, the responses do not differ at exactly one
             position, or the distributions differ before their prefixes do.
     """
-    chosen, rejected = (
-        _residuals("chosen", chosen_probs, chosen_ids),
-        _residuals("rejected", rejected_probs, rejected_ids),
-    )
+    chosen = _residuals("chosen", chosen_probs, chosen_ids)
+    rejected = _residuals("rejected", rejected_probs, rejected_ids)
     if chosen.shape != rejected.shape:
         raise InputError(
             f"theorem_3: chosen_probs has shape {list(chosen.shape)} and rejected_probs {list(rejected.shape)}; both "

@@ -70,7 +70,7 @@ class Verdict:
                     f"is [{len(gram)}], one weight a pair."
                 )
             weights[name] = values.detach().to("cpu", torch.float64)
-        entries = {name: getattr(gram, name).to("cpu", torch.float64) for name in ("chosen_sq", "rejected_sq", "inner")}
+        entries = _entries(gram)
         for name, values in (entries | weights).items():
             bad = ~values.isfinite()
             if bool(bad.any()):
@@ -119,11 +119,8 @@ class Verdict:
         Returns:
             `{"ideal", "both_down", "both_up", "reversed", "inactive"}` to shares that sum to 1; all 0 without a pair.
         """
-        names = ("ideal", "both_down", "both_up", "reversed", "inactive")
-        if not len(self.case):
-            return dict.fromkeys(names, 0.0)
-        numbers = {name: number for number, name in CASES.items()}
-        return {name: (self.case == numbers[name]).double().mean().item() for name in names}
+        count = max(1, len(self.case))
+        return {CASES[number]: (self.case == number).sum().item() / count for number in (1, 2, 3, 4, 0)}
 
 
 def verdict(
@@ -155,9 +152,7 @@ def verdict(
             f"verdict: loss is {loss!r}, a {type(loss).__name__}; accepted is a Loss: losses.get('dpo', beta=0.1), or "
             "losses.from_callable(fn)."
         )
-    norms = {}
-    if loss.needs_norms:
-        norms = {"chosen_norm": _norm(gram.chosen_sq), "rejected_norm": _norm(gram.rejected_sq)}
+    norms = {f"{side}_norm": _norm(getattr(gram, f"{side}_sq")) for side in ("chosen", "rejected") if loss.needs_norms}
     d_w, d_l = loss.weights(
         chosen_logp=gram.chosen_logp,
         rejected_logp=gram.rejected_logp,
@@ -171,6 +166,11 @@ def verdict(
     return _balanced(result) if loss.needs_norms else result
 
 
+def _entries(gram: PairGram) -> dict[str, Tensor]:
+    """The gram's entries by name, float64 `[B]`, on the CPU."""
+    return {name: getattr(gram, name).to("cpu", torch.float64) for name in ("chosen_sq", "rejected_sq", "inner")}
+
+
 def _norm(square: Tensor) -> Tensor:
     """The root; a square that rounding has left below 0 is one of 0."""
     return square.double().clamp_min(0).sqrt()
@@ -180,9 +180,7 @@ def _balanced(result: Verdict) -> Verdict:
     """The verdict for weights that bring both gradients to one length, with signs that rounding cannot turn."""
     # With d_w‖g_w‖ = d_l‖g_l‖, chosen changes by d_w‖g_w‖²(1 - cos) and rejected by -d_l‖g_l‖²(1 - cos). A measured
     # cosine beyond 1 by rounding counts as 1, and that of a zero gradient as 0.
-    chosen_sq, rejected_sq, inner = (
-        getattr(result.gram, name).to("cpu", torch.float64) for name in ("chosen_sq", "rejected_sq", "inner")
-    )
+    chosen_sq, rejected_sq, inner = _entries(result.gram).values()
     scale = _norm(chosen_sq) * _norm(rejected_sq)
     gap = 1 - torch.where(scale > 0, inner / scale, 0.0).clamp(-1, 1)
     chosen_change, rejected_change = result.d_w * chosen_sq * gap, -result.d_l * rejected_sq * gap
@@ -195,17 +193,7 @@ def _balanced(result: Verdict) -> Verdict:
 
 
 def case_numbers(d_w: Tensor, d_l: Tensor, rises: Tensor, falls: Tensor) -> Tensor:
-    """The case of each pair, as `Verdict.case` numbers them.
-
-    Args:
-        d_w: weight of chosen, `[B]`; a pair whose weights are both 0 is inactive.
-        d_l: weight of rejected, `[B]`.
-        rises: whether chosen rises (or stays), bool `[B]`.
-        falls: whether rejected falls (or stays), bool `[B]`.
-
-    Returns:
-        int64 `[B]`.
-    """
+    """`Verdict.case` of each pair, int64 `[B]`, from the weights and whether chosen rises and rejected falls, `[B]`."""
     # 1 = both as wanted; chosen failing adds 1, rejected failing adds 2: 2 both down, 3 both up, 4 reversed.
     case = 1 + (~rises).long() + 2 * (~falls).long()
     return torch.where((d_w == 0) & (d_l == 0), 0, case)

@@ -15,14 +15,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gradent import notices
 from gradent.hooks.passes.autograd_engine import is_plain, plain_rows, run_plainly
-from gradent.hooks.passes.driver import announce_single_rows, measure_groups, rows_share
+from gradent.hooks.passes.driver import announce_single_rows, measure_groups
 from gradent.hooks.passes.hooks_engine import NeedsSingleRows, run
 from gradent.hooks.passes.microbatch import MicroBatch, group_rows
 from gradent.hooks.reduction.ledger import Ledger
@@ -52,6 +54,7 @@ PATIENCE = 3.0
 
 Row = tuple[Tensor, Tensor]
 Advance = Callable[[float], None]
+_Sum = TypeVar("_Sum", TokenEntries, Tensor)
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,9 @@ class _Pair:
         """The trainable parameters by their numbers."""
         return list(self.parameters.values())
 
-    def sum_by_home(self, parts: Iterable[tuple[int, TokenEntries]]) -> Iterable[tuple[str, TokenEntries]]:
-        """The entries of a block by module, from those by parameter number."""
-        sums: dict[str, TokenEntries] = {}
+    def sum_by_home(self, parts: Iterable[tuple[int, _Sum]]) -> Iterable[tuple[str, _Sum]]:
+        """The entries of a block by module, from those by parameter number, which are added up in place."""
+        sums: dict[str, _Sum] = {}
         for number, entries in parts:
             home = self.homes[number]
             if home in sums:
@@ -257,15 +260,9 @@ def _bar(pairs: int, *, shown: bool) -> Iterator[Advance]:
         yield lambda share: None
         return
     from rich.console import Console  # noqa: PLC0415
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn  # noqa: PLC0415
 
-    columns = (
-        TextColumn("measuring tokens"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
+    columns = ("measuring tokens", BarColumn(), TaskProgressColumn(), "left", TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
     task, began = bar.add_task("", total=float(pairs)), time.monotonic()
 
@@ -284,16 +281,10 @@ def _bar(pairs: int, *, shown: bool) -> Iterator[Advance]:
 def _one_by_one(pair: _Pair) -> dict[str, TokenEntries]:
     """The entries by module, each token measured as a row of its own."""
     chosen, rejected = (_prefixes(*row) for row in pair.rows)
-    if rows_share(pair.model, pair.parameters) is None:  # found out, once a model, by measuring a pair of it
+    if facts(pair.model).batching is None:  # found out, once a model, by measuring a pair of it
+        names, make_ledger = MicroBatch.pair(pair.rows, pair.number).names, partial(Ledger, budget=pair.budget)
         measure_groups(
-            pair.model,
-            pair.parameters,
-            pair.rows,
-            [[0, 1]],
-            MicroBatch.pair(pair.rows, pair.number).names,
-            lambda wanted: Ledger(wanted, budget=pair.budget),
-            explicit_budget=None,
-            dropout=False,
+            pair.model, pair.parameters, pair.rows, [[0, 1]], names, make_ledger, explicit_budget=None, dropout=False
         )
     room = TOKENS.get(pair.rows[0][0].device.type, TOKENS["cuda"]) // max(len(ids) for ids, _ in pair.rows)
     blocks = pair.blocks(room)
@@ -301,13 +292,9 @@ def _one_by_one(pair: _Pair) -> dict[str, TokenEntries]:
     for block in blocks:
         top, left = block
         split = top.stop - top.start
-        sums: dict[str, Tensor] = {}
-        for number, matrix in _all_products(pair, [*chosen[top], *rejected[left]]).items():
-            home = pair.homes[number]
-            sums[home] = sums[home] + matrix if home in sums else matrix
-        for home, matrix in sums.items():
-            diagonal = matrix.diagonal()
-            squares = diagonal[:split], diagonal[split:]
+        products = _all_products(pair, [*chosen[top], *rejected[left]])
+        for home, matrix in pair.sum_by_home(products.items()):
+            squares = matrix.diagonal().tensor_split([split])
             total.setdefault(home, TokenEntries(pair.sizes)).put(block, matrix[:split, split:], squares)
         pair.advance(1 / len(blocks))
     return total
@@ -325,8 +312,9 @@ def _all_products(pair: _Pair, tokens: Sequence[Row]) -> dict[int, Tensor]:
         entries = run(pair.model, pair.tensors, micro, ledger, explicit_budget=None).entries
         return {number: wanted.matrix(entry.cpu()) for number, entry in entries.items()}
 
+    batching = facts(pair.model).batching
     try:
-        return measured(grouped if rows_share(pair.model, pair.parameters) else single)
+        return measured(grouped if batching and batching.is_shared else single)
     except NeedsSingleRows as need:  # the model changed since it was tried
         announce_single_rows(need, list(pair.parameters))
         return measured(single)

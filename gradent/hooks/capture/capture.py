@@ -49,21 +49,20 @@ class Tap:
     early: Tensor | None = None  # an output gradient that arrived before the operands
 
 
+_Pending = tuple[Sequence[Tap], torch.Size]
+"""A call's taps and its output's shape, in a checkpointed region: to be recognised when it is computed again."""
+
+
 class _Seen(NamedTuple):
     """What is noted of a call with a trainable operand before it runs."""
 
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
     tracked: list[Tensor]
     operands: list[tuple[Tensor, Node | None]]
     region: Any
     again: bool
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """A call in a checkpointed region, to be recognised when it is computed again."""
-
-    taps: Sequence[Tap]
-    shape: torch.Size
 
 
 class Capture(TorchFunctionMode):
@@ -115,7 +114,7 @@ class Capture(TorchFunctionMode):
         seen = self._guarded(self._before, func, args, kwargs)
         out = func(*args, **kwargs)
         if seen is not None and isinstance(out, Tensor) and out.grad_fn is not None:
-            self._guarded(self._after, func, args, kwargs, out, seen)
+            self._guarded(self._after, seen, out)
         return out
 
     def _concerns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -148,11 +147,18 @@ class Capture(TorchFunctionMode):
         # The operator may be where the computation is cut short: its operands are taken now.
         if again and self._refill(region, self._key(func, tracked), args, kwargs):
             return None
-        return _Seen(tracked, [(tensor, self._node(tensor)) for tensor in tensors], region, again)
+        operands = [(tensor, self._node(tensor)) for tensor in tensors]
+        return _Seen(func, args, kwargs, tracked, operands, region, again)
 
-    def _after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor, seen: _Seen) -> None:
-        if seen.again or not self._record(func, seen, args, kwargs, out):
-            self._follow(func, args, kwargs, out, seen.tracked)
+    def _after(self, seen: _Seen, out: Tensor) -> None:
+        """Record the uses of a call, or else follow the one parameter that it made a view of."""
+        if (not seen.again and self._record(seen, out)) or len(seen.tracked) != 1:
+            return
+        source = self._find(seen.tracked[0])
+        view = None if source is None else follow(seen.func, source, seen.tracked[0], seen.args, seen.kwargs, out)
+        if view is not None and id(out) not in self._views:  # a cast with nothing to do returns its argument
+            self._views[id(out)] = (view, out.grad_fn)
+            self._held.append(out)
 
     def _key(self, func: Any, tracked: list[Tensor]) -> _Key:
         views = (self._find(tensor) for tensor in tracked)
@@ -165,26 +171,17 @@ class Capture(TorchFunctionMode):
     def _in_order(self, tensor: Tensor) -> bool:
         return in_order(tensor, self._layout.rows, self._layout.length, self._ordered)
 
-    def _record(self, func: Any, seen: _Seen, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
+    def _record(self, seen: _Seen, out: Tensor) -> bool:
         """Record the uses that the call's rule accounts for; whether there is any."""
-        region = seen.region
-        taps = [self._tap(use, out, seen.operands, region is not None) for use in self._uses(func, args, kwargs, out)]
+        region, uses = seen.region, self._uses(seen.func, seen.args, seen.kwargs, out)
+        taps = [self._tap(use, out, seen.operands, region is not None) for use in uses]
         if self._late is not None and in_backward():
             for tap in taps:
                 self._late(tap)
         if taps and region is not None:
-            key = self._key(func, seen.tracked)
-            self._pending.setdefault(region, {}).setdefault(key, deque()).append(_Pending(taps, out.shape))
+            key = self._key(seen.func, seen.tracked)
+            self._pending.setdefault(region, {}).setdefault(key, deque()).append((taps, out.shape))
         return bool(taps)
-
-    def _follow(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor, tracked: list[Tensor]
-    ) -> None:
-        source = self._find(tracked[0]) if len(tracked) == 1 else None
-        view = None if source is None else follow(func, source, tracked[0], args, kwargs, out)
-        if view is not None and id(out) not in self._views:  # a cast with nothing to do returns its argument
-            self._views[id(out)] = (view, out.grad_fn)
-            self._held.append(out)
 
     def _tap(self, use: Use, out: Tensor, operands: list[tuple[Tensor, Node | None]], is_checkpointed: bool) -> Tap:
         node = out.grad_fn
@@ -213,9 +210,9 @@ class Capture(TorchFunctionMode):
         calls = self._pending.get(region, {}).get(key)
         if not calls:
             return False
-        call = calls.popleft()
-        uses = self._uses(key[0], args, kwargs, torch.empty(call.shape, device="meta"))
-        for tap, use in zip(call.taps, uses, strict=False):
+        taps, shape = calls.popleft()
+        uses = self._uses(key[0], args, kwargs, torch.empty(shape, device="meta"))
+        for tap, use in zip(taps, uses, strict=False):
             if tap.use.view == use.view and not tap.ready:
                 tap.use, tap.ready = use, True
                 if tap.early is not None:
@@ -264,14 +261,9 @@ class Capture(TorchFunctionMode):
         # garbage collector does not see, and that would keep every activation.
         for handle in self._handles:
             handle.remove()
-        self.taps.clear()
-        self._pending.clear()
-        self._leaves.clear()
-        self._nodes.clear()
-        self._ordered.clear()
-        self._handles.clear()
-        self._views.clear()
-        self._held.clear()
+        held: tuple[Any, ...] = (self.taps, self._pending, self._leaves, self._nodes, self._ordered, self._handles)
+        for part in (*held, self._views, self._held):
+            part.clear()
         self._deliver = _ignore
 
     def survey(self, loss: Tensor, without: frozenset[int] = frozenset(), *, opaque: bool = False) -> Survey:
@@ -282,8 +274,7 @@ class Capture(TorchFunctionMode):
         for tap in taps:
             for edge in tap.edges:
                 claimed[edge] = claimed.get(edge, frozenset()) | {tap.node}
-        parameters = self.leaves
-        return survey(loss.grad_fn, claimed, frozenset(tap.node for tap in taps), parameters, opaque=opaque)
+        return survey(loss.grad_fn, claimed, frozenset(tap.node for tap in taps), self.leaves, opaque=opaque)
 
 
 def _ignore(tap: Tap, grad_output: Tensor) -> None:

@@ -17,9 +17,8 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from gradent.errors import ModelError
 from gradent.model.autograd import REENTRANT
 
-__all__ = ["HIDDEN", "Edge", "Survey", "edges_between", "node_of", "survey"]
+__all__ = ["Edge", "Survey", "edges_between", "node_of", "survey"]
 
-HIDDEN = REENTRANT
 Edge = tuple[Node, int]
 """A node and the number of one of its inputs."""
 
@@ -33,19 +32,15 @@ def node_of(tensor: Tensor) -> Node | None:
 
 def edges_between(start: Node, target: Node, stops: Iterable[Node]) -> set[Edge]:
     """Edges into `target` that one operator made, between its output's node and its operands' nodes, `stops`."""
-    stopped = {*stops, target}
-    edges: set[Edge] = set()
-    if start in stopped:
-        return edges
-    seen, pending = {start}, [start]
+    seen, edges = {*stops, target}, set[Edge]()
+    pending = [] if start in seen else [start]
     while pending:
         node = pending.pop()
+        seen.add(node)
         for number, (child, _) in enumerate(node.next_functions):
-            if child is None:
-                continue
             if child is target:
                 edges.add((node, number))
-            elif child not in stopped and child not in seen:
+            elif child is not None and child not in seen:
                 seen.add(child)
                 pending.append(child)
     return edges
@@ -94,7 +89,7 @@ def survey(
             if node.name() == "CheckpointFunctionBackward":
                 hidden = True
                 if not opaque:
-                    raise ModelError(HIDDEN)
+                    raise ModelError(REENTRANT)
             pending.extend(child for child in children if child not in opened)
             continue
         pending.pop()

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gradent.errors import ModelError
-from gradent.hooks.capture.coverage import HIDDEN
 from gradent.hooks.passes.microbatch import Forward, MicroBatch, Outcome
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.kernels.common.precision import is_exact
+from gradent.model.autograd import row_gradients
 
 __all__ = ["EXACT", "is_plain", "plain_rows", "rows_within", "run_plainly"]
 
@@ -61,19 +60,9 @@ def run_plainly(model: nn.Module, parameters: Sequence[Tensor], micro: MicroBatc
         forward = Forward(micro, members)
         logp = forward.logps(forward.logits(model), budget)
         logps[list(members)] = logp.detach().cpu()
-        grads = _gradients(logp.sum(), parameters)
-        for number in reversed(range(len(grads))):  # about the order of the backward pass
-            grad = grads[number]
+        grads = row_gradients(logp.sum(), parameters)
+        for number, grad in reversed(list(enumerate(grads))):  # about the order of the backward pass
             if grad is not None:
-                ledger.add_rows(number, members, (), (grad.to_dense() if grad.is_sparse else grad)[None])
+                ledger.add_rows(number, members, (), grad[None])
     ledger.close()
     return Outcome(ledger.entries, logps, ledger.wanted)
-
-
-def _gradients(total: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    try:
-        return torch.autograd.grad(total, list(parameters), allow_unused=True)
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
-        raise ModelError(HIDDEN) from error

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +15,23 @@ from gradent.hooks.passes.hooks_engine import NeedsSingleRows, run
 from gradent.hooks.passes.microbatch import MicroBatch, Outcome, group_rows, micro_batches
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.kernels.common.wanted import Wanted
-from gradent.model.facts import announce_untrimmed, longest_input, require_causal, trims
+from gradent.model.facts import (
+    Batching,
+    announce_untrimmed,
+    computing_dtypes,
+    facts,
+    longest_input,
+    require_causal,
+    tolerance,
+    trims,
+)
 from gradent.model.observed import observed
 
-__all__ = ["agreement", "announce_single_rows", "measure_groups", "rows_share"]
+__all__ = ["announce_single_rows", "measure_groups"]
 
 Row = tuple[Tensor, Tensor]
 RowsOutcome = tuple[list[int], Outcome]
 """Numbers of a micro-batch's rows, and what came out."""
-
-
-@dataclass(frozen=True)
-class _Batching:
-    """How a model's rows are measured: in shared forwards or not, and with the logits of responses alone or of all."""
-
-    is_shared: bool
-    trim: bool = False
-
-
-# What was found out about a model, so that it is found out once, by the names of what is trainable in it.
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], _Batching]] = weakref.WeakKeyDictionary()
-
-# Scaled difference beyond which a batched forward and single rows are not the same measurement. Rounding alone stays
-# far below; rows mistaken for one another are wrong in the first digit.
-_AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-4}
-_AGREEMENT_NARROW = 0.2
 
 
 def measure_groups(
@@ -81,10 +72,10 @@ def measure_groups(
         singles = [[place] for place in range(len(numbers))]
         return numbers, MicroBatch([rows[n] for n in numbers], singles, wanted, [names[n] for n in numbers])
 
-    known, key = _KNOWN.setdefault(model, {}), tuple(parameters)
+    known = facts(model)
     outcomes: list[RowsOutcome] = []
     batches = micro_batches([[len(rows[row][0]) for row in group] for group in groups], device)
-    if key not in known:
+    if known.batching is None:
         first = batches[0][0]
         probe = [*groups[first], *(row for row in range(len(rows)) if row not in groups[first])][:2]
         with observed(model):  # in eval mode: dropout would make two looks at one pair differ
@@ -92,39 +83,26 @@ def measure_groups(
             numbers, alone = micro_of([probe])
             outcome = run_micro(alone)
             if len(probe) == 2:
-                known[key] = _find_batching(model, list(parameters), alone, outcome, run_micro)
+                known.batching = _find_batching(model, list(parameters), alone, outcome, run_micro)
         # If rows share forwards it is measured again, so that every call gives the same bits.
-        if not dropout and list(groups[first]) == probe and not (key in known and known[key].is_shared):
+        if not dropout and list(groups[first]) == probe and not (known.batching and known.batching.is_shared):
             outcomes.append((numbers, outcome))
             batches[0].remove(first)
     for batch in filter(None, batches):
-        if key in known and known[key].is_shared:
+        if known.batching and known.batching.is_shared:
             numbers, micro = micro_of([groups[number] for number in batch])
             forwards = group_rows([len(ids) for ids, _ in micro.rows], device, few=few)
             try:
-                micro = replace(micro, forwards=forwards, trim=known[key].trim)
+                micro = replace(micro, forwards=forwards, trim=known.batching.trim)
                 outcomes.append((numbers, run_micro(micro)))
                 continue
             except NeedsSingleRows as need:  # the model changed since it was tried (another attention, say)
-                known[key] = _Batching(is_shared=False)
+                known.batching = Batching(is_shared=False)
                 announce_single_rows(need, list(parameters))
         for number in batch:
             numbers, micro = micro_of([groups[number]])
             outcomes.append((numbers, run_micro(micro)))
     return outcomes
-
-
-def rows_share(model: nn.Module, parameters: Mapping[str, Tensor]) -> bool | None:
-    """Whether rows of the model can share a forward, as `measure_groups` found out; None if it has not yet."""
-    batching = _KNOWN.get(model, {}).get(tuple(parameters))
-    return None if batching is None else batching.is_shared
-
-
-def agreement(model: nn.Module, device: torch.device) -> float:
-    """Scaled difference that rounding alone may make, by autocast's or the parameters' dtype."""
-    if torch.is_autocast_enabled(device.type):
-        return _AGREEMENT_NARROW
-    return max(_AGREEMENT.get(parameter.dtype, _AGREEMENT_NARROW) for parameter in model.parameters())
 
 
 def _find_batching(
@@ -133,19 +111,19 @@ def _find_batching(
     pair: MicroBatch,
     single: Outcome,
     run_micro: Callable[[MicroBatch], Outcome],
-) -> _Batching:
+) -> Batching:
     """Which padded forwards of two rows agree with two forwards of one row; announced where none does."""
     # Padded until its length differs from its number of rows: one axis cannot pass for the other.
     longest = max(len(ids) for ids, _ in pair.rows)
     room = longest_input(model)
     both = replace(pair, forwards=[[0, 1]], least_length=longest + 3 if longest + 3 <= room else 0)
-    limit = agreement(model, pair.rows[0][0].device)
+    limit = tolerance("batched rows", computing_dtypes(model, pair.rows[0][0].device))
     # This pair's prompts may be too short to tell; what is seen here is that gradients follow.
     reason = ""
     if trims(model, pair.rows[0][0]):
         try:
             if _difference(single, run_micro(replace(both, trim=True))) <= limit:
-                return _Batching(is_shared=True, trim=True)
+                return Batching(is_shared=True, trim=True)
             reason = "they lead to other gradients"
         except NeedsSingleRows:
             reason = "no rule can tell the rows of a batched forward apart"
@@ -155,12 +133,12 @@ def _find_batching(
         error = _difference(single, run_micro(both))
     except NeedsSingleRows as need:
         announce_single_rows(need, names)
-        return _Batching(is_shared=False)
+        return Batching(is_shared=False)
     if error > limit:
         _announce(f"a batched forward of two rows differs from two forwards of one row by {error:.1e} (scaled)")
     elif error <= limit and reason:
         announce_untrimmed(model, reason)
-    return _Batching(is_shared=error <= limit)
+    return Batching(is_shared=error <= limit)
 
 
 def _difference(single: Outcome, both: Outcome) -> float:

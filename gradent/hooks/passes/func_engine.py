@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from gradent.errors import GradentWarning
 from gradent.hooks.passes.microbatch import Outcome
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.uses.formats import Materialized
-from gradent.kernels.common.numerics import spans
+from gradent.kernels.common.numerics import accumulator, spans
 from gradent.kernels.common.wanted import Wanted
+from gradent.model.autograd import quiet_vmap, row_gradients
 from gradent.model.calls import forward_logits
 from gradent.model.facts import check_causal, ignores_padding
 from gradent.model.logprobs import check_rows
@@ -48,12 +50,12 @@ def per_sample_rows(
     with observed(model):
         check_causal(model, rows[0][0])
         is_padded = ignores_padding(model, rows[0][0]) and not _counts_tokens(model)
+    mapped: Way = partial(_mapped, randomness="different" if dropout else "error")
     ways: list[tuple[str, Way]] = [
+        ("with torch.func's vmap(grad)", mapped),
         ("with torch.func's grad, a row at a time", _row_by_row),
         ("with plain autograd, a row at a time", _plainly),
-    ]
-    if is_padded:
-        ways.insert(0, ("with torch.func's vmap(grad)", _Mapped("different" if dropout else "error")))
+    ][0 if is_padded else 1 :]
     outcomes = []
     for group in groups:
         ledger, logps = make_ledger(Wanted.all(len(group))), torch.zeros(len(group), dtype=torch.float64)
@@ -92,25 +94,15 @@ def _first_that_runs(
     return ways[0][1](model, parameters, rows)
 
 
-class _Mapped:
+def _mapped(
+    model: nn.Module, parameters: Mapping[str, Tensor], rows: Sequence[Row], *, randomness: str
+) -> tuple[dict[str, Sequence[Tensor]], Tensor]:
     """Two rows at once, by `vmap(grad)`."""
-
-    def __init__(self, randomness: str) -> None:
-        self._map = vmap(grad_and_value(_logp, argnums=1), in_dims=(None, None, 0, 0), randomness=randomness)
-
-    def __call__(
-        self, model: nn.Module, parameters: Mapping[str, Tensor], rows: Sequence[Row]
-    ) -> tuple[dict[str, Sequence[Tensor]], Tensor]:
-        longest = max(len(ids) for ids, _ in rows)
-        ids, marks = (
-            torch.stack([nn.functional.pad(row[part], (0, longest - len(row[part]))) for row in rows])
-            for part in (0, 1)
-        )
-        with warnings.catch_warnings():
-            # vmap loops where it has no batching rule, and says so at every operator.
-            warnings.filterwarnings("ignore", message="There is a performance drop")
-            grads, logps = self._map(model, _detached(parameters), ids, marks)
-        return grads, logps
+    ids, marks = (nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in zip(*rows, strict=True))
+    differentiate = vmap(grad_and_value(_logp, argnums=1), in_dims=(None, None, 0, 0), randomness=randomness)
+    with quiet_vmap():  # vmap loops where it has no batching rule, and says so at every operator
+        grads, logps = differentiate(model, _detached(parameters), ids, marks)
+    return grads, logps
 
 
 def _row_by_row(
@@ -128,8 +120,8 @@ def _plainly(
     tensors, grads, logps = list(parameters.values()), [], []
     for ids, marks in rows:
         logp = _score(forward_logits(model, ids[None])[0], ids, marks)
-        found = torch.autograd.grad(logp, tensors, allow_unused=True)
-        grads.append([torch.zeros_like(p) if g is None else g for p, g in zip(tensors, found, strict=True)])
+        row_grads = row_gradients(logp, tensors)
+        grads.append([torch.zeros_like(p) if g is None else g for p, g in zip(tensors, row_grads, strict=True)])
         logps.append(logp.detach())
     return dict(zip(parameters, zip(*grads, strict=True), strict=True)), torch.stack(logps)
 
@@ -142,8 +134,7 @@ def _logp(model: nn.Module, parameters: Mapping[str, Tensor], ids: Tensor, marks
 
 def _score(logits: Tensor, ids: Tensor, marks: Tensor) -> Tensor:
     """`Σ log π(y_t)` over the marked tokens, in plain differentiable torch; logits `[T, V]`."""
-    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    scores = torch.log_softmax(logits[:-1].to(wide), -1)
+    scores = torch.log_softmax(logits[:-1].to(accumulator(logits.dtype)), -1)
     return (scores.gather(1, ids[1:, None])[:, 0] * marks[1:]).sum()
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradent.hooks.rules.registry import Call, register_rule
-from gradent.hooks.uses.uses import Cut, Factor, SumUse, Use
+from gradent.hooks.uses.uses import Factor, SumUse, Use
 
 __all__ = ["sum_use"]
 
@@ -21,12 +20,12 @@ def sum_use(call: Call, operand: Any, factor: Factor | None, beside: Tensor | No
         return []
     rows, out = call.layout.rows, call.out
     if rows > 1:
-        flat = out.shape[0] == rows * call.layout.length and out.dim() == 2
+        flat = out.dim() == 2 and out.shape[0] == rows * call.layout.length
         if out.dim() < 2 or (out.shape[0] != rows and not flat):
             return []
-        if flat and not call.ordered(out if beside is None else beside):
-            return []
         if operand.dim() >= out.dim() and operand.shape[0] != 1:
+            return []
+        if flat and not call.ordered(out if beside is None else beside):
             return []
     return [SumUse(view, operand.shape, factor)]
 
@@ -37,12 +36,11 @@ def multiply(call: Call) -> list[Use]:
     left, right = call.args if len(call.args) == 2 else (None, None)
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return []
-    if call.find(left) is not None and call.find(right) is not None:
+    if (call.find(left) is None) == (call.find(right) is None):
         return []
-    for operand, other in ((left, right), (right, left)):
-        if call.find(operand) is not None:
-            return sum_use(call, operand, partial(_part, other.detach().expand(call.out.shape)), other)
-    return []
+    operand, other = (right, left) if call.find(left) is None else (left, right)
+    factor = other.detach().expand(call.out.shape)
+    return sum_use(call, operand, lambda cut: cut(factor), other)
 
 
 @register_rule(torch.add, torch.Tensor.add, torch.Tensor.add_)
@@ -52,8 +50,3 @@ def add(call: Call) -> list[Use]:
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return []
     return [use for operand, other in ((left, right), (right, left)) for use in sum_use(call, operand, None, other)]
-
-
-def _part(tensor: Tensor, cut: Cut) -> Tensor:
-    """The factor that a tensor itself is."""
-    return cut(tensor)

@@ -13,18 +13,8 @@ __all__: list[str] = []
 @register_rule(F.embedding)
 def embedding(call: Call) -> list[Use]:
     """`F.embedding(ids, weight, padding_idx)`; rows at `padding_idx` get no gradient, as in torch."""
-    named = call.bind(
-        "input",
-        "weight",
-        "padding_idx",
-        "max_norm",
-        "norm_type",
-        "scale_grad_by_freq",
-        "sparse",
-        padding_idx=None,
-        max_norm=None,
-        scale_grad_by_freq=False,
-    )
+    names = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    named = call.bind(*names, padding_idx=None, max_norm=None, scale_grad_by_freq=False)
     if named is None or named["max_norm"] is not None or named["scale_grad_by_freq"]:
         return []
     view = call.find(named["weight"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +24,16 @@ def _is_matrix(view: View | None) -> TypeGuard[View]:
 def linear(call: Call) -> list[Use]:
     """`F.linear(input, weight, bias)`, weight `[O, I]`."""
     named = call.bind("input", "weight", "bias", bias=None)
-    if named is None:
-        return []
+    return [] if named is None else _affine(call, named["input"], named["weight"], named["bias"], swapped=False)
+
+
+def _affine(call: Call, x: Tensor, matrix: Any, bias: Any, *, swapped: bool) -> list[Use]:
+    """Uses of the matrix V and of the bias of `x Vᵀ + bias`, or of `x V + bias` when `swapped`."""
     uses: list[Use] = []
-    weight = call.find(named["weight"])
-    if _is_matrix(weight) and call.find(named["input"]) is None and call.splits(named["input"]):
-        uses.append(MatrixUse(weight, named["input"].detach(), swapped=weight.flipped))
-    return uses + sum_use(call, named["bias"], None, named["input"])
+    view = call.find(matrix)
+    if _is_matrix(view) and call.find(x) is None and call.splits(x):
+        uses.append(MatrixUse(view, x.detach(), swapped=view.flipped != swapped))
+    return uses + sum_use(call, bias, None, x)
 
 
 @register_rule(torch.matmul, torch.Tensor.matmul, torch.mm, torch.Tensor.mm)
@@ -42,9 +45,7 @@ def matmul(call: Call) -> list[Use]:
     for view, other, on_right in ((call.find(right), left, True), (call.find(left), right, False)):
         if not _is_matrix(view) or call.find(other) is not None:
             continue
-        if other.dim() < 2 and not on_right:
-            continue
-        if not on_right and call.layout.rows > 1 and other.dim() < 3:
+        if not on_right and other.dim() < (3 if call.layout.rows > 1 else 2):
             continue  # [I, tokens]: rows would have to be told apart along the last axis
         use = MatrixUse(view, other.detach(), swapped=view.flipped != on_right, transposed=not on_right)
         if on_right:
@@ -57,13 +58,7 @@ def matmul(call: Call) -> list[Use]:
 def addmm(call: Call) -> list[Use]:
     """`addmm(bias, x, V)` with V `[I, O]`: HF's Conv1D."""
     named = call.bind("input", "mat1", "mat2")
-    if named is None:
-        return []
-    uses: list[Use] = []
-    view = call.find(named["mat2"])
-    if _is_matrix(view) and call.find(named["mat1"]) is None and call.splits(named["mat1"]):
-        uses.append(MatrixUse(view, named["mat1"].detach(), swapped=not view.flipped))
-    return uses + sum_use(call, named["input"], None, named["mat1"])
+    return [] if named is None else _affine(call, named["mat1"], named["mat2"], named["input"], swapped=True)
 
 
 def grouped(call: Call) -> list[Use]:

@@ -19,13 +19,12 @@ def layer_norm(call: Call) -> list[Use]:
     named = call.bind("input", "normalized_shape", "weight", "bias", "eps", weight=None, bias=None, eps=1e-5)
     if named is None or call.find(named["input"]) is not None:
         return []
-    uses = sum_use(call, named["bias"], None, named["input"])
+    operand, shape, eps = named["input"], named["normalized_shape"], named["eps"]
+    uses = sum_use(call, named["bias"], None, operand)
     if call.find(named["weight"]) is not None:
-        x, shape, eps = named["input"].detach(), named["normalized_shape"], named["eps"]
+        x = operand.detach()
         wide = accumulator(x.dtype)
-        uses += sum_use(
-            call, named["weight"], lambda cut: F.layer_norm(cut(x).to(wide), shape, eps=eps), named["input"]
-        )
+        uses += sum_use(call, named["weight"], lambda cut: F.layer_norm(cut(x).to(wide), shape, eps=eps), operand)
     return uses
 
 

@@ -67,16 +67,8 @@ Form = Solid | LazyFactored
 
 
 def split_factor(factor: float) -> tuple[float, float]:
-    """What a gradient is multiplied by before products of it are formed, and what its products are multiplied by.
-
-    Args:
-        factor: finite.
-
-    Returns:
-        `(power, rest)`, `power · rest` the factor: a power of two, by which any dtype can be multiplied without
-        rounding, and a rest of a size between 1/2 and 1; `(1, factor)` where the factor `can_wait`, `(0, 0)`
-        of 0.
-    """
+    """A finite factor as `(power, rest)`: what a gradient is multiplied by, and what its products are multiplied by."""
+    # Any dtype can be multiplied by a power of two without rounding; the rest is of a size between 1/2 and 1.
     if can_wait(factor):
         return 1.0, factor
     rest, exponent = math.frexp(factor)
@@ -84,21 +76,11 @@ def split_factor(factor: float) -> tuple[float, float]:
 
 
 def scaled(form: Form, power: float) -> Form:
-    """`power` times the gradient that a form stands for. bfloat16 factors stay as they are, others become wide.
-
-    Args:
-        form: any form.
-        power: a power of two.
-
-    Returns:
-        The scaled form, itself for 1; of a `Factored`, the smaller operand is copied, or both where one could leave
-        float32's range.
-    """
+    """`power`, a power of two, times the gradient of a form: bfloat16 factors stay bfloat16, others become wide."""
     if power == 1:
         return form
     if isinstance(form, LazyFactored):
-        make = form.make
-        return LazyFactored(lambda: _scaled_dense(make(), power))
+        return LazyFactored(lambda: _scaled_dense(form.make(), power))
     if isinstance(form, Factored):
         return _scaled_dense(form, power)
     if isinstance(form, SparseRows):
@@ -107,16 +89,7 @@ def scaled(form: Form, power: float) -> Form:
 
 
 def scaled_rows(u: Tensor, v: Tensor, powers: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """`scaled` for the factors of all rows at once.
-
-    Args:
-        u: `[R, T, O]`.
-        v: `[R, T, I]`.
-        powers: of each row, a power of two; 0 makes a row's gradient zero.
-
-    Returns:
-        `(u, v)`, of which one is a copy, or both; themselves where all powers are 1.
-    """
+    """`scaled` for the factors u `[R, T, O]`, v `[R, T, I]` of all rows; 0 makes a row's gradient zero."""
     of_u, of_v = _shares(u, v, powers)
     return u if of_u is None else _times(u, of_u), v if of_v is None else _times(v, of_v)
 
@@ -138,18 +111,8 @@ def _shares(u: Tensor, v: Tensor, powers: Sequence[float]) -> tuple[Sequence[flo
 
 
 def scaled_gradients(grads: Tensor, powers: Sequence[float]) -> Tensor:
-    """`scaled` for the gradients of all rows at once.
-
-    Args:
-        grads: `[R, ...]`, wide.
-        powers: of each row, a power of two; 0 makes a row's gradient zero.
-
-    Returns:
-        Of the same shape: a copy, or itself where all powers are 1.
-    """
-    if all(power == 1 for power in powers):
-        return grads
-    return _times(grads, powers)
+    """`scaled` for the wide gradients `[R, ...]` of all rows; 0 makes a row's gradient zero."""
+    return grads if all(power == 1 for power in powers) else _times(grads, powers)
 
 
 def _times(rows: Tensor, powers: Sequence[float]) -> Tensor:

@@ -92,9 +92,8 @@ def _index(op: Operation) -> View | None:
 
 def _select(op: Operation) -> View | None:
     named = dict(zip(("dim", "index"), op.args[1:], strict=False)) | op.kwargs
-    if named.get("dim") != 0 or not isinstance(named.get("index"), int):
-        return None
-    return _take(op, named["index"])
+    index = named.get("index")
+    return _take(op, index) if named.get("dim") == 0 and isinstance(index, int) else None
 
 
 def _take(op: Operation, index: int) -> View | None:
@@ -107,16 +106,13 @@ def _take(op: Operation, index: int) -> View | None:
 
 def _plus_scalar(op: Operation) -> View | None:
     """`1 + weight`, as in Gemma's norms."""
-    if op.kwargs or len(op.args) != 2 or not any(isinstance(arg, (int, float)) for arg in op.args):
-        return None
-    return op.view
+    is_plus = not op.kwargs and len(op.args) == 2 and any(isinstance(arg, (int, float)) for arg in op.args)
+    return op.view if is_plus else None
 
 
 def _times_one(op: Operation) -> View | None:
     """`1 * weight`: where a product over adapters begins, as in IA3."""
-    if op.kwargs or len(op.args) != 2 or not any(isinstance(arg, (int, float)) and arg == 1 for arg in op.args):
-        return None
-    return op.view
+    return _plus_scalar(op) if any(isinstance(arg, (int, float)) and arg == 1 for arg in op.args) else None
 
 
 def _over(op: Operation) -> View | None:
@@ -149,44 +145,18 @@ def _shared_lookup(op: Operation) -> View | None:
 
 Step = Callable[[Operation], "View | None"]
 
+_CASTS = ("to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone")
+_SHAPES = ("reshape", "unsqueeze", "squeeze", "flatten")
+
 STEPS: dict[Any, Step] = {
-    **dict.fromkeys(
-        (
-            torch.Tensor.to,
-            torch.Tensor.float,
-            torch.Tensor.double,
-            torch.Tensor.half,
-            torch.Tensor.bfloat16,
-            torch.Tensor.type,
-            torch.Tensor.type_as,
-            torch.Tensor.contiguous,
-            torch.Tensor.clone,
-        ),
-        _same,
-    ),
-    torch.Tensor.t: _flip_2d,
-    torch.t: _flip_2d,
-    torch.Tensor.T.__get__: _flip_2d,  # type: ignore[attr-defined]
+    **{getattr(torch.Tensor, name): _same for name in _CASTS},
+    **{getattr(home, name): _reshape for home in (torch, torch.Tensor) for name in _SHAPES},
+    torch.Tensor.view: _reshape,
+    **dict.fromkeys((torch.Tensor.t, torch.t, torch.Tensor.T.__get__), _flip_2d),  # type: ignore[attr-defined]
     torch.Tensor.mT.__get__: _flip,  # type: ignore[attr-defined]
-    torch.Tensor.transpose: _transpose,
-    torch.transpose: _transpose,
-    **dict.fromkeys(
-        (
-            torch.Tensor.view,
-            torch.Tensor.reshape,
-            torch.reshape,
-            torch.Tensor.unsqueeze,
-            torch.unsqueeze,
-            torch.Tensor.squeeze,
-            torch.squeeze,
-            torch.Tensor.flatten,
-            torch.flatten,
-        ),
-        _reshape,
-    ),
+    **dict.fromkeys((torch.Tensor.transpose, torch.transpose), _transpose),
     torch.Tensor.__getitem__: _index,
-    torch.Tensor.select: _select,
-    torch.select: _select,
+    **dict.fromkeys((torch.Tensor.select, torch.select), _select),
     **dict.fromkeys((torch.Tensor.add, torch.add), _plus_scalar),
     **dict.fromkeys((torch.Tensor.mul, torch.mul), _times_one),
     **dict.fromkeys((torch.Tensor.sub, torch.sub), _minus_scalar),

@@ -42,21 +42,17 @@ class Use(Protocol):
     @property
     def without_activations(self) -> Use:
         """The use without the activations that it holds; itself where it holds none."""
-        ...
 
     @property
     def view(self) -> View:
         """The operand, as a view of its parameter."""
-        ...
 
     @property
     def depth(self) -> int:
         """Leading axes of the parameter that its slots fix: 0 for a whole parameter, 1 for one expert's matrix."""
-        ...
 
     def forms(self, grad_output: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
         """Each row's `(row, slot, form)` of the parameter's gradient, from b, in scratch of `budget` bytes."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -184,23 +180,20 @@ class SumUse(_WholeSlot):
 
     def forms(self, grad_output: Tensor, layout: Layout, budget: int) -> Iterator[tuple[int, tuple[int, ...], Form]]:
         """See `Use`."""
-        if self.view.ids is None:
-            for row, grad in enumerate(self.gradients(grad_output, layout, budget)):
-                yield row, self.view.slot, Materialized(grad)
-            return
-        # Learned positions, added to every row of the batch.
-        for row, values in enumerate(self._row_sums(grad_output, layout, budget)):
-            yield row, (), SparseRows(self.view.ids.reshape(-1), values)
-
-    def gradients(self, grad_output: Tensor, layout: Layout, budget: int) -> Tensor:
-        """Every row's gradient of the slot, `[R, *slot]`, wide, where it is no lookup (`view.ids`)."""
-        return self._row_sums(grad_output, layout, budget)
+        ids = self.view.ids
+        for row, values in enumerate(self.gradients(grad_output, layout, budget)):
+            if ids is None:
+                yield row, self.view.slot, Materialized(values)
+            else:  # learned positions, added to every row of the batch
+                yield row, (), SparseRows(ids.reshape(-1), values)
 
     def token_sums(self, grad_outputs: Tensor, budget: int) -> Tensor:
         """Gradients `[m, *view]`, wide, of output gradients `[m, *output shape]` of one row's tokens."""
         return self._shaped(self._sums(grad_outputs, lambda tensor: tensor[None], budget))
 
-    def _row_sums(self, grad_output: Tensor, layout: Layout, budget: int) -> Tensor:
+    def gradients(self, grad_output: Tensor, layout: Layout, budget: int) -> Tensor:
+        """Every row's gradient of the slot, `[R, *slot]`, wide; of a lookup, of the rows that `view.ids` names."""
+
         def by_row(tensor: Tensor) -> Tensor:
             """A tensor of the output's shape as `[R, *shape of a row]`."""
             if layout.rows == 1:
@@ -239,18 +232,8 @@ class SumUse(_WholeSlot):
             return terms.sum(axes, keepdim=True) if axes else terms
 
         if step >= count:
-            return sum_part(_all)
+            return sum_part(lambda tensor: tensor)
         total = b.new_zeros(shape, dtype=wide)
         for start in range(0, count, step):
-            total += sum_part(partial(_narrow, axis=longest, start=start, stop=min(count, start + step)))
+            total += sum_part(partial(torch.narrow, dim=longest, start=start, length=min(step, count - start)))
         return total
-
-
-def _all(tensor: Tensor) -> Tensor:
-    """All positions."""
-    return tensor
-
-
-def _narrow(tensor: Tensor, axis: int, start: int, stop: int) -> Tensor:
-    """A part of the positions along one axis."""
-    return tensor.narrow(axis, start, stop - start)
