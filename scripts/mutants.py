@@ -43,7 +43,7 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("gradent/hooks/readout.py", "gradent/hooks/piggyback/coefficients.py"),
         ("tests/hooks/piggyback/test_coefficients.py", "tests/hooks/piggyback/test_watcher.py"),
     ),
-    "decide": (("gradent/hooks/reduction/strategy.py",), ("tests/hooks/test_strategy.py",)),
+    "decide": (("gradent/hooks/reduction/strategy.py",), ("tests/kernels/test_strategy.py",)),
 }
 """Name to (where the code is, the tests that should notice); files that are not there are left out."""
 
