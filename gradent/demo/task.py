@@ -71,15 +71,9 @@ class Task:
 
 
 def make_task(
-    *,
-    seed: int,
-    train: int,
-    probe: int,
-    answers: int,
-    label_words: tuple[str, str] = LABEL_WORDS[0],
-    usual_if_wrong: float = USUAL_IF_WRONG,
-    statements: Sequence[Statement] | None = None,
-) -> Task:
+    *, seed: int, train: int, probe: int, answers: int, label_words: tuple[str, str] = LABEL_WORDS[0],
+    usual_if_wrong: float = USUAL_IF_WRONG, statements: Sequence[Statement] | None = None,
+) -> Task:  # fmt: skip
     """Draw a task."""
     rng = random.Random(seed)
     if statements is None:

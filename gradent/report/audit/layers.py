@@ -50,7 +50,10 @@ def layer_section(records: AuditRecords) -> Section:
     if not modules:
         text = "Modules were not measured: leave --no-by-module out of `gradent audit` to see layers here."
         return Section(title, text, [], serves)
-    checkpoints = _spread(sorted({(part.place, part.label) for part in modules}))
+    checkpoints = sorted({(part.place, part.label) for part in modules})
+    if len(checkpoints) > _MOST_COLUMNS:  # so many evenly over the run, its last one among them
+        step = (len(checkpoints) - 1) / (_MOST_COLUMNS - 1)
+        checkpoints = [checkpoints[round(number * step)] for number in range(_MOST_COLUMNS)]
     last = [part for part in modules if part.place == checkpoints[-1][0]]
     parts: list[HeatMap | Table] = []
     layers = list(dict.fromkeys(layer_of(_bare(part.module)) for part in last))
@@ -95,14 +98,6 @@ def _list_parts(records: AuditRecords) -> list[_Part]:
 
 def _figures(row: Row) -> Floats:
     return np.array([fill_gap(row.get(name)) for name in ("cosine_part", "chosen_share", "rejected_share")])
-
-
-def _spread(checkpoints: list[tuple[int, str]]) -> list[tuple[int, str]]:
-    """The checkpoints; of very many, so many evenly over the run, its last one among them."""
-    if len(checkpoints) <= _MOST_COLUMNS:
-        return checkpoints
-    step = (len(checkpoints) - 1) / (_MOST_COLUMNS - 1)
-    return [checkpoints[round(number * step)] for number in range(_MOST_COLUMNS)]
 
 
 def _add_up(parts: Iterable[tuple[Key, Floats]]) -> dict[Key, Floats]:

@@ -123,11 +123,11 @@ def pair_quotes(records: AuditRecords, place: int) -> list[Quote]:
     if texts is None:
         texts = next((row for row in records.summary["most_entangled"] if row.get("pair") == pair), {})
     where = f" ({texts['where']})" if texts.get("where") else ""
-    sides = [side for side in ("prompt", "chosen", "rejected") if texts.get(side) is not None]
-    quotes = [Quote(f"Row {pair:,}{where}: {side}", _shorten(str(texts[side]))) for side in sides]
+    quotes = []
+    for side in ("prompt", "chosen", "rejected"):
+        if texts.get(side) is not None:
+            text = str(texts[side])
+            left = len(text) - _LONGEST
+            more = f"…\n({left:,} more characters are in sample.parquet)" if left > 0 else ""
+            quotes.append(Quote(f"Row {pair:,}{where}: {side}", text[:_LONGEST] + more))
     return quotes or [Quote(f"Row {pair:,}", "Its text is not in the records.")]
-
-
-def _shorten(text: str) -> str:
-    left = len(text) - _LONGEST
-    return text if left <= 0 else f"{text[:_LONGEST]}…\n({left:,} more characters are in sample.parquet)"

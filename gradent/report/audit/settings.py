@@ -28,8 +28,11 @@ def settings_section(records: AuditRecords) -> Section:
         folded = f"{plural(len(skipped), 'row')} skipped, with the reasons"
         parts.append(Table(["Row", "Where", "Reason"], shown, folded, f"Rows that could not be used{more}"))
     parts += [Notice("Note", str(note)) for note in summary["notes"]]
+    data, cut = summary["data"], summary["data"].get("truncated_responses")
+    text = f"{count(data.get('measured'))} of the {count(data.get('rows'))} rows of the data were to be measured."
+    text += f" {plural(cut, 'response')} lost the end to max_length." if cut else ""
     serves = "Decides: whether two audits can be compared, and how to run this one again."
-    return Section("Settings and data", _describe_data(summary["data"]), parts, serves)
+    return Section("Settings and data", text, parts, serves)
 
 
 def describe_loss(loss: Mapping[str, Any]) -> str:
@@ -64,9 +67,3 @@ def _text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_text(item) for item in value) or "none"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _describe_data(data: Mapping[str, Any]) -> str:
-    cut = data.get("truncated_responses")
-    text = f"{count(data.get('measured'))} of the {count(data.get('rows'))} rows of the data were to be measured."
-    return text + (f" {plural(cut, 'response')} lost the end to max_length." if cut else "")

@@ -28,7 +28,15 @@ def token_section(records: AuditRecords) -> Section:
     if tokens is None:
         text = "Tokens were not measured. `gradent audit ... --token-pairs 8` measures those of eight pairs."
         return Section(title, text, [], serves)
-    parts: list[Table | Words] = [_split(tokens)]
+    cosine, whole, identical = tokens.get("cosine") or {}, tokens.get("tokens"), tokens.get("identical_tokens")
+    differing = None if whole is None or identical is None else whole - identical
+    rows = [
+        ["From identical tokens", fixed(cosine.get("identical")), count(identical)],
+        ["From differing tokens", fixed(cosine.get("differing")), count(differing)],
+        ["Together", fixed(cosine.get("mean")), count(whole)],
+    ]
+    caption = "Where the mean cosine comes from"
+    parts: list[Table | Words] = [Table(["", "Mean cosine", "Tokens"], rows, caption=caption, figures_from=1)]
     parts += [_ranking(tokens, kind) for kind in ("entangling", "disentangling") if tokens.get(kind)]
     if records.tokens is not None:
         parts += _coloured(records, records.tokens)
@@ -42,17 +50,6 @@ def token_section(records: AuditRecords) -> Section:
         parts,
         serves,
     )
-
-
-def _split(tokens: Mapping[str, Any]) -> Table:
-    cosine, whole, identical = tokens.get("cosine") or {}, tokens.get("tokens"), tokens.get("identical_tokens")
-    differing = None if whole is None or identical is None else whole - identical
-    rows = [
-        ["From identical tokens", fixed(cosine.get("identical")), count(identical)],
-        ["From differing tokens", fixed(cosine.get("differing")), count(differing)],
-        ["Together", fixed(cosine.get("mean")), count(whole)],
-    ]
-    return Table(["", "Mean cosine", "Tokens"], rows, caption="Where the mean cosine comes from", figures_from=1)
 
 
 def _ranking(tokens: Mapping[str, Any], kind: str) -> Table:

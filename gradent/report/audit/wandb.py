@@ -70,7 +70,15 @@ def _log(wandb: Any, run: Any, records: AuditRecords) -> None:
     for key, value in values.items():
         if value is not None:
             run.summary[key] = value
-    run.log_artifact(_artifact(wandb, run, records))
+    artifact_name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"audit-{run.id}")
+    metadata = {"complete": records.summary["complete"]}
+    artifact = wandb.Artifact(artifact_name, type="gradent-audit", metadata=metadata)
+    for file in AUDIT_FILES:
+        if (records.directory / file).is_file():
+            artifact.add_file(str(records.directory / file))
+    for path in sorted((records.directory / "figures").glob("*.*")):
+        artifact.add_file(str(path), name=f"figures/{path.name}")
+    run.log_artifact(artifact)
 
 
 def _rows(records: AuditRecords) -> Iterator[dict[str, float]]:
@@ -122,17 +130,6 @@ def _pair_table(wandb: Any, records: AuditRecords) -> Any:
         texts = [printable(str(row.get(side, "")))[:_LONGEST] for side in ("prompt", "chosen", "rejected")]
         data.append([last.pairs[place], float(last.columns["cosine"][place]), last.case_of(place), *texts])
     return wandb.Table(columns=["row", "cosine", "case", "prompt", "chosen", "rejected"], data=data)
-
-
-def _artifact(wandb: Any, run: Any, records: AuditRecords) -> Any:
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", f"audit-{run.id}")
-    artifact = wandb.Artifact(name, type="gradent-audit", metadata={"complete": records.summary["complete"]})
-    for file in AUDIT_FILES:
-        if (records.directory / file).is_file():
-            artifact.add_file(str(records.directory / file))
-    for path in sorted((records.directory / "figures").glob("*.*")):
-        artifact.add_file(str(path), name=f"figures/{path.name}")
-    return artifact
 
 
 def _config(records: AuditRecords) -> dict[str, Any]:

@@ -45,15 +45,13 @@ class Panels:
             columns = ["step", "cosine", "case", "prompt", "chosen", "rejected"]
             rows = [[getattr(pair, column) for column in columns] for pair in window.entangled]
             content["gradent/pairs"] = wandb.Table(columns=columns, data=rows)
-        content |= {name: wandb.Plotly(drawing) for name, drawing in self._drawings(window.tokens).items()}
-        run.log(content)
-
-    def _drawings(self, tokens: TokenHeatMap | None) -> dict[str, Any]:
         try:
-            return {name: draw_plotly(figure) for name, figure in self._figures(tokens).items()}
+            drawings = {name: draw_plotly(figure) for name, figure in self._figures(window.tokens).items()}
         except ImportError:
             self._notices.once('gradent sends no figures to wandb without plotly: pip install "gradent[audit]".')
-            return {}
+        else:
+            content |= {name: wandb.Plotly(drawing) for name, drawing in drawings.items()}
+        run.log(content)
 
     def _figures(self, tokens: TokenHeatMap | None) -> dict[str, Figure]:
         shares = {name: [cases.get(name, 0.0) for cases in self._cases] for name in CASES}
