@@ -19,11 +19,8 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 def options(config: type, *names: str) -> list[inspect.Parameter]:
     """Typer's parameters for a config's options (those named, else all): required, its own, then inherited ones."""
-    parameters = []
-    known = _read(config)
-    for name in sorted(
-        names or known, key=lambda name: (known[name][1] is not MISSING, name not in config.__annotations__)
-    ):
+    parameters, known, own = [], _read(config), config.__annotations__
+    for name in sorted(names or known, key=lambda name: (known[name][1] is not MISSING, name not in own)):
         option, default = known[name]
         kind: Any = option.kind | None if default is None else option.kind
         if option.is_argument:

@@ -82,7 +82,15 @@ def prepare_pairs(
     """Check and tokenize the rows."""
     if max_pairs is not None and max_pairs < 1:
         raise InputError(f"max_pairs is {max_pairs}; it must be at least 1 (command line: --max-pairs).")
-    readable, skipped = _read(rows)
+    readable: list[tuple[Row, Parts]] = []  # the rows that hold a pair
+    skipped: list[SkippedRow] = []
+    for row in rows:
+        try:
+            if row.problem is not None:
+                raise DataFileError(f"{row.where}: {row.problem}")
+            readable.append((row, _split_row(row.where, row.values)))
+        except (DataFileError, PairError) as error:
+            skipped.append(_skip(row, error))
     pairs: list[AuditPair] = []
     letters = [sum(len(_plain(response)) for response in parts[1:]) for _, parts in readable]
     for candidates in draw_in_slices(letters, max_pairs, seed):
@@ -112,19 +120,6 @@ def draw_in_slices(sizes: Sequence[int], count: int | None, seed: int) -> list[l
     for positions in slices:
         chance.shuffle(positions)
     return slices
-
-
-def _read(rows: Sequence[Row]) -> tuple[list[tuple[Row, Parts]], list[SkippedRow]]:
-    """The rows that hold a pair, each with its prompt, chosen and rejected; and the others."""
-    readable, skipped = [], []
-    for row in rows:
-        try:
-            if row.problem is not None:
-                raise DataFileError(f"{row.where}: {row.problem}")
-            readable.append((row, _split_row(row.where, row.values)))
-        except (DataFileError, PairError) as error:
-            skipped.append(_skip(row, error))
-    return readable, skipped
 
 
 def _skip(row: Row, error: Exception) -> SkippedRow:

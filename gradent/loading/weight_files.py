@@ -107,11 +107,9 @@ def _refuse_without_tensors(directory: Path, kind: str | None, names: set[str]) 
     sharded = sorted(name for name in names if name.startswith("pytorch_model_fsdp"))
     if sharded:
         saved = directory / sharded[0]
-        remedy = (
-            f"put it together once: accelerate merge-weights {saved} {directory}"
-            if os.path.isdir(saved)
-            else f"load it once into the base with torch.load({str(saved)!r}, weights_only=True), and save_pretrained"
-        )
+        remedy = f"load it once into the base with torch.load({str(saved)!r}, weights_only=True), and save_pretrained"
+        if os.path.isdir(saved):
+            remedy = f"put it together once: accelerate merge-weights {saved} {directory}"
         raise ModelError(
             f"{directory}: saved by FSDP as {some(sharded)}, which only training can read; gradent reads safetensors. "
             f"If you trust it, {remedy}"
@@ -125,11 +123,9 @@ def _refuse_without_tensors(directory: Path, kind: str | None, names: set[str]) 
         )
     pickled = sorted(name for name in names if _is_weights(name) and not name.endswith(".safetensors"))
     if pickled:
-        loader = (
-            f"PeftModel.from_pretrained(base_model, {str(directory)!r})"
-            if kind == "adapter"
-            else f"AutoModelForCausalLM.from_pretrained({str(directory)!r}, use_safetensors=False)"
-        )
+        loader = f"AutoModelForCausalLM.from_pretrained({str(directory)!r}, use_safetensors=False)"
+        if kind == "adapter":
+            loader = f"PeftModel.from_pretrained(base_model, {str(directory)!r})"
         raise ModelError(
             f"{directory}: only pickled weights ({some(pickled)}), which can run code when they are loaded; gradent "
             f"reads safetensors. If you trust the file, convert it once: {loader}.save_pretrained({str(directory)!r})"

@@ -157,7 +157,9 @@ def logged_onset(curves: Mapping[str, Sequence[Sequence[Any]]]) -> tuple[int | N
     # Curves of an evaluation set come first: its points are all of the same pairs. Below means: the running median
     # of w points is under its start by more than twice the noise of the difference of two such medians, √2·1.2533/√w
     # times that of a point, i.e. 1.4826/√2 times the median difference of neighbours, which a trend hardly touches.
-    for keys in _candidates(curves):
+    prefixes = [key.removesuffix(CHOSEN) for key in curves if key.endswith(CHOSEN)]
+    candidates = [[prefix + CHOSEN, prefix + REJECTED] for prefix in prefixes if prefix + REJECTED in curves]
+    for keys in sorted(candidates, key=lambda keys: (not keys[0].startswith("eval"), -len(curves[keys[0]]))):
         chosen, rejected = (
             {int(step): float(value) for step, value in curves[key] if value is not None and math.isfinite(value)}
             for key in keys
@@ -186,10 +188,3 @@ def _is_below(values: Floats) -> NDArray[np.bool_]:
     smoothed = smooth(values, width)
     noise = 1.4826 / math.sqrt(2) * float(np.median(np.abs(np.diff(values))))
     return np.asarray(smoothed < smoothed[0] - 2 * math.sqrt(2) * 1.2533 / math.sqrt(width) * noise)
-
-
-def _candidates(curves: Mapping[str, Sequence[Any]]) -> list[list[str]]:
-    """Pairs of keys: evaluation sets first, the longest of them first."""
-    prefixes = [key.removesuffix(CHOSEN) for key in curves if key.endswith(CHOSEN)]
-    keys_of = [[prefix + CHOSEN, prefix + REJECTED] for prefix in prefixes if prefix + REJECTED in curves]
-    return sorted(keys_of, key=lambda keys: (not keys[0].startswith("eval"), -len(curves[keys[0]])))

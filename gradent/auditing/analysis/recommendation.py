@@ -100,7 +100,12 @@ def _write(facts: Mapping[str, Any], run: Row, best: Row | None, tuned: Row | No
     if run["cases"] is None:
         return _write_without_run(facts, run)
     design = f"{_percent(facts['design_ideal'])} by construction"
-    sentences = [_open(run)]
+    most = _find_rest(run)
+    rest = f"; on {_percent(run['cases'][most])} {_OTHERWISE[most]}" if run["cases"][most] >= 0.05 else ""
+    sentences = [
+        f"With {run['label']}, case 1 (chosen rises, rejected falls) holds for {_percent(_ideal(run))} of "
+        f"{_count(run['pairs'])}, to first order and for one small step on each pair alone{rest}."
+    ]
     if facts["lever"] == "none_needed":
         return [*sentences, "That is nearly every pair that the loss moves: another loss has little to add."]
     if facts["lever"] == "none":
@@ -116,15 +121,6 @@ def _write(facts: Mapping[str, Any], run: Row, best: Row | None, tuned: Row | No
     else:
         sentences.append(f"{_propose(run, tuned)}; {_DESIGN} {design}.")
     return [*sentences, *_last_sentence(facts, run, tuned, judged)]
-
-
-def _open(run: Row) -> str:
-    most = _find_rest(run)
-    rest = f"; on {_percent(run['cases'][most])} {_OTHERWISE[most]}" if run["cases"][most] >= 0.05 else ""
-    return (
-        f"With {run['label']}, case 1 (chosen rises, rejected falls) holds for {_percent(_ideal(run))} of "
-        f"{_count(run['pairs'])}, to first order and for one small step on each pair alone{rest}."
-    )
 
 
 def _find_rest(run: Row) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,14 +42,14 @@ class Sweep:
     def measure_reference(self, advance: Advance) -> None:
         """The log-probs of a reference that is a model of its own, once for all targets."""
         source, identity = self.plan.reference.source, self.plan.reference.identity
-        missing = self._missing("reference", identity, advance)
+        missing = self._missing("reference", identity, self._costs, advance)
         if source is None or not missing:
             return
         model = self._open(source, trainable=False)
         blocks = measure_reference(model, self.plan.pairs, [self.plan.batches[number] for number in missing])
         for number, block in zip(missing, blocks, strict=True):
             self.journal.append("reference", identity, number, block)
-            advance(*self._cost(number))
+            advance(*self._costs[number])
 
     def measure_targets(self, advance: Advance) -> None:
         """The Gram entries of every pair on every target; of a run, a target that fails is left out."""
@@ -64,12 +65,9 @@ class Sweep:
 
     def measure_tokens(self, target: Target, pairs: Sequence[AuditPair], advance: Advance) -> None:
         """The token matrices of some pairs on one target."""
-        missing = []
-        for number in self.ranks.share(len(pairs)):
-            if self.journal.find("tokens", target.identity, pairs[number].row) is None:
-                missing.append(pairs[number])
-            else:
-                advance(1, token_cost(pairs[number]))
+        share = [pairs[number] for number in self.ranks.share(len(pairs))]
+        rows = self._missing("tokens", target.identity, {pair.row: (1, token_cost(pair)) for pair in share}, advance)
+        missing = [pair for pair in share if pair.row in rows]
         if target.source is None or not missing:
             return
         model = self._open(target.source)
@@ -80,7 +78,7 @@ class Sweep:
             advance(1, token_cost(pair))
 
     def _measure_target(self, target: Target, advance: Advance) -> None:
-        missing = self._missing("batch", target.identity, advance)
+        missing = self._missing("batch", target.identity, self._costs, advance)
         if target.source is None or not missing:
             return
         model = self._open(target.source)
@@ -94,7 +92,7 @@ class Sweep:
         )  # fmt: skip
         for number, block in zip(missing, blocks, strict=True):
             self.journal.append("batch", target.identity, number, block)
-            advance(*self._cost(number))
+            advance(*self._costs[number])
 
     def _reference_in_place(self, model: Any) -> Reference | None:
         """The reference where it is the measured model itself, or its base with the adapter off."""
@@ -109,17 +107,18 @@ class Sweep:
             torch.cuda.empty_cache()
         return open_model(source, self.plan.material, self.config, self.device, trainable=trainable)
 
-    def _missing(self, kind: str, identity: str, advance: Advance) -> list[int]:
-        """This rank's batches that the journal lacks."""
-        missing = []
-        for number in self.ranks.share(len(self.plan.batches)):
-            if self.journal.find(kind, identity, number) is None:
-                missing.append(number)
-            else:
-                advance(*self._cost(number))
+    def _missing(self, kind: str, identity: str, costs: Mapping[int, tuple[int, int]], advance: Advance) -> list[int]:
+        """The numbers that the journal lacks; the others advance by their costs."""
+        missing = [number for number in costs if self.journal.find(kind, identity, number) is None]
+        for number in costs.keys() - set(missing):
+            advance(*costs[number])
         return missing
 
-    def _cost(self, number: int) -> tuple[int, int]:
-        """Pairs and tokens of a batch."""
-        pairs = [self.plan.pairs[position] for position in self.plan.batches[number]]
-        return len(pairs), sum(pair.tokens for pair in pairs)
+    @cached_property
+    def _costs(self) -> dict[int, tuple[int, int]]:
+        """Pairs and tokens of each of this rank's batches."""
+        costs = {}
+        for number in self.ranks.share(len(self.plan.batches)):
+            pairs = [self.plan.pairs[position] for position in self.plan.batches[number]]
+            costs[number] = len(pairs), sum(pair.tokens for pair in pairs)
+        return costs

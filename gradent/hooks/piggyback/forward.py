@@ -91,17 +91,15 @@ class WatchedForward:
 
     def start(self) -> None:
         """Watch from here on."""
-        if self._sharing is not None:  # under the capture, which sees a call as the model makes it
-            self._sharing.start()
-        if self._capture is not None:
-            self._capture.start()
+        for part in (self._sharing, self._capture):  # the capture on top, which sees a call as the model makes it
+            if part is not None:
+                part.start()
 
     def stop(self) -> None:
         """The forward is over, well or not."""
-        if self._capture is not None:
-            self._capture.stop()
-        if self._sharing is not None:
-            self._sharing.stop()
+        for part in (self._capture, self._sharing):
+            if part is not None:
+                part.stop()
 
     def inspect(self, output: Any, kwargs: Mapping[str, Any]) -> None:
         """Find where the output's coefficients can be read, and whether every use of a parameter was seen."""

@@ -23,9 +23,7 @@ class Guard:
 
     def __init__(self, clock: Clock, on_out_of_memory: Callable[[], None]) -> None:
         self.clock = clock  # counts the time of these parts
-        self.no_entries_reason: str | None = (
-            None  # why there are no Gram entries of this backward; None while there are
-        )
+        self.no_entries_reason: str | None = None  # why this backward has no Gram entries; None while it has
         self.unusable_reason: str | None = None  # why not even the coefficients can be used; None while they can
         self._on_out_of_memory = on_out_of_memory
 

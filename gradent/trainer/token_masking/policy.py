@@ -84,7 +84,7 @@ def _last_hidden_states(backbone: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False, repr=False)
 class MaskedPolicy:
     """Called in the policy's place, it gives kept log-probs, and puts the reference's into the batch."""
 

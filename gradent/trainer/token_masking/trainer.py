@@ -78,15 +78,7 @@ class TokenMaskedDPOTrainer(DPOTrainer):
         return self._masking.k_at(self.state.global_step, self.state.max_steps)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's optimizer, with the head's parameters as its last group.
-
-        Args:
-            args: as TRL takes them.
-            kwargs: as TRL takes them.
-
-        Returns:
-            The optimizer.
-        """
+        """TRL's optimizer, with the head's parameters as its last group."""
         optimizer = super().create_optimizer(*args, **kwargs)
         parameters = list(self.mask_head.parameters())
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -97,15 +89,7 @@ class TokenMaskedDPOTrainer(DPOTrainer):
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's step; on the last micro-batch, the head's gradients are averaged over the ranks.
-
-        Args:
-            args: as TRL takes them.
-            kwargs: as TRL takes them.
-
-        Returns:
-            The loss.
-        """
+        """TRL's step; on the last micro-batch, the head's gradients are averaged over the ranks."""
         loss = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
         if self.accelerator.sync_gradients:
             reduce_gradients(self.mask_head, self.accelerator)
