@@ -119,10 +119,9 @@ class IPO(Loss):
         return (*REFERENCE, *LENGTHS) if self.length_normalized else REFERENCE
 
     def _shortfall(self, terms: PairTerms) -> Tensor:
+        margin = terms.margin
         if self.length_normalized:
             margin = (terms.s_w - terms.r_w) / terms.n_w - (terms.s_l - terms.r_l) / terms.n_l
-        else:
-            margin = terms.margin
         return 1 / (2 * self.beta) - margin
 
     def _weights(self, terms: PairTerms) -> tuple[Tensor, Tensor]:

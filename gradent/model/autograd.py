@@ -1,17 +1,21 @@
-"""Plain autograd: the gradients of one log-prob, and one wording where checkpointing does not allow them."""
+"""Plain autograd and `torch.func`: gradients of one log-prob, and calls of a model with other parameters."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from gradent.errors import ModelError
 
-__all__ = ["REENTRANT", "quiet_vmap", "row_gradients"]
+__all__ = ["REENTRANT", "quiet_vmap", "row_gradients", "with_parameters"]
+
+_T = TypeVar("_T")
 
 REENTRANT = (
     "Reentrant gradient checkpointing hides the layers inside it from a measurement. Use "
@@ -42,3 +46,26 @@ def quiet_vmap() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "There is a performance drop")
         yield
+
+
+def with_parameters(model: nn.Module, values: Mapping[str, Tensor], function: Callable[[nn.Module], _T]) -> _T:
+    """`function(model)` with other tensors in the place of the model's parameters of these names."""
+    # `functional_call` mixes up parameters that several modules share: every one is put back where it was.
+    held = [(module, dict(module._parameters)) for module in model.modules()]  # noqa: SLF001
+    try:
+        result: _T = functional_call(_Called(model, function), {f"model.{name}": values[name] for name in values}, ())
+        return result
+    finally:
+        for module, parameters in held:
+            module._parameters.update(parameters)  # noqa: SLF001
+
+
+class _Called(nn.Module):
+    """A function of a model as a module, so that `functional_call` can swap the model's parameters."""
+
+    def __init__(self, model: nn.Module, function: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self) -> Any:
+        return self.function(self.model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -70,15 +69,13 @@ def _contiguous_head_input(model: nn.Module) -> Iterator[None]:
     if head is None:
         yield
         return
-    handle = head.register_forward_pre_hook(lambda _, args: _contiguous(args))
+    handle = head.register_forward_pre_hook(
+        lambda _, args: tuple(value.contiguous() if isinstance(value, Tensor) else value for value in args)
+    )
     try:
         yield
     finally:
         handle.remove()
-
-
-def _contiguous(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(value.contiguous() if isinstance(value, Tensor) else value for value in args)
 
 
 def forward_marked(model: nn.Module, ids: Tensor, marks: Tensor, *, trim: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,7 +48,7 @@ def observed(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
                 for module in checkpointed:
                     module.gradient_checkpointing = False  # type: ignore[assignment]
             for module, _ in warners:
-                setattr(module, _PADDING_WARNING, _no_warning)
+                setattr(module, _PADDING_WARNING, lambda *args, **kwargs: None)
             # A cached cast is one tensor for several uses: the uses could not be told apart in the graph.
             torch.set_autocast_cache_enabled(False)
             yield
@@ -64,10 +64,6 @@ def observed(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
         if dropout:
             for module in checkpointed:
                 module.gradient_checkpointing = True  # type: ignore[assignment]
-
-
-def _no_warning(*args: object, **kwargs: object) -> None:
-    """Replaces transformers' warning about padding while a model is observed."""
 
 
 def _lookup(module: nn.Module, name: str) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from gradent.pairs.tokenize import tokenize_pair
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PairBatch"]
+__all__ = ["PairBatch", "find_problem", "make_row", "pad_rows"]
 
 TokenPair = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
@@ -47,11 +48,10 @@ class PairBatch:
 
     def __post_init__(self) -> None:
         shape = tuple(self.input_ids.shape)
-        for name in ("attention_mask", "completion_mask"):
-            other = tuple(getattr(self, name).shape)
-            if other != shape:
+        for name, mask in (("attention_mask", self.attention_mask), ("completion_mask", self.completion_mask)):
+            if mask.shape != shape:
                 raise InputError(
-                    f"PairBatch: {name} has shape {list(other)} but input_ids has shape {list(shape)}; "
+                    f"PairBatch: {name} has shape {list(mask.shape)} but input_ids has shape {list(shape)}; "
                     "all three must be [2B, L]."
                 )
         if len(shape) != 2 or shape[0] == 0 or shape[0] % 2:
@@ -59,32 +59,12 @@ class PairBatch:
                 f"PairBatch: input_ids has shape {list(shape)}; accepted is [2B, L] with B >= 1: "
                 "all chosen rows first, then all rejected rows in the same order."
             )
-        self._check_rows()
-
-    def _check_rows(self) -> None:
-        keep, mark = self.attention_mask.bool(), self.completion_mask.bool()
-        runs = keep[:, 0].int() + (keep[:, 1:] & ~keep[:, :-1]).sum(1)
-        first = keep.int().argmax(1, keepdim=True)
         half = len(self)
-        for problem, is_bad in (
-            ("the row has no real token (attention_mask is all 0). Remove this pair.", ~keep.any(1)),
-            ("attention_mask has a hole; real tokens must be contiguous in a row.", runs > 1),
-            ("completion_mask marks padding; it may mark real tokens only.", (mark & ~keep).any(1)),
-            (
-                "the completion is empty. A completion needs at least one token: remove this pair, or raise max_length "
-                "if truncation ate it.",
-                ~mark.any(1),
-            ),
-            (
-                "the completion starts at the row's first token, so nothing predicts it. Give a prompt of at least one "
-                "token (a BOS token will do).",
-                mark.gather(1, first)[:, 0],
-            ),
-        ):
-            if bool(is_bad.any()):
-                row = int(is_bad.nonzero()[0])
-                side = "chosen" if row < half else "rejected"
-                raise PairError(f"pair {row % half}, {side} (row {row}): {problem}")
+        empty = "A completion needs at least one token: remove this pair, or raise max_length if truncation ate it."
+        problem = find_problem(self.attention_mask, self.completion_mask, kind="pair", empty=empty)
+        if problem is not None:
+            row, text = problem
+            raise PairError(f"pair {row % half}, {'chosen' if row < half else 'rejected'} (row {row}): {text}")
         for pair in range(half):
             chosen, rejected = self.row(pair), self.row(half + pair)
             if torch.equal(chosen[0], rejected[0]) and torch.equal(chosen[1], rejected[1]):
@@ -156,9 +136,8 @@ class PairBatch:
         Returns:
             A new, right-padded `PairBatch`.
         """
-        half = len(self)
-        rows = [*pairs, *(half + pair for pair in pairs)]
-        return _collate([self.row(index) for index in rows], pad_token_id=0)
+        rows = [*pairs, *(len(self) + pair for pair in pairs)]
+        return PairBatch(*pad_rows([self.row(index) for index in rows]))
 
     @classmethod
     def from_rows(cls, rows: Sequence[tuple[Tensor, Tensor]]) -> PairBatch:
@@ -170,7 +149,7 @@ class PairBatch:
         Returns:
             The right-padded `PairBatch`, on the rows' device.
         """
-        return _collate(rows, pad_token_id=0)
+        return cls(*pad_rows(rows))
 
     @classmethod
     def join(cls, batches: Sequence[PairBatch]) -> PairBatch:
@@ -219,9 +198,9 @@ class PairBatch:
             for part, ids in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
                 if not ids:
                     raise PairError(f"pair {number}: {part} is empty; it needs at least one token.")
-            chosen_rows.append(_row(prompt, chosen))
-            rejected_rows.append(_row(prompt, rejected))
-        return _collate([*chosen_rows, *rejected_rows], pad_token_id)
+            chosen_rows.append(make_row(prompt, chosen))
+            rejected_rows.append(make_row(prompt, rejected))
+        return cls(*pad_rows([*chosen_rows, *rejected_rows], pad_token_id))
 
     @classmethod
     def from_text(
@@ -265,24 +244,34 @@ class PairBatch:
             tokenize_pair(tokenizer, *texts, max_length=max_length, add_eos=add_eos, where=f"pair {number}")
             for number, texts in enumerate(zip(prompts, chosen, rejected, strict=True))
         ]
-        pad = tokenizer.pad_token_id
-        return cls.from_tokens(pairs, pad_token_id=0 if pad is None else pad)
+        return cls.from_tokens(pairs, pad_token_id=tokenizer.pad_token_id or 0)
 
 
-def _row(prompt: list[int], completion: list[int]) -> tuple[Tensor, Tensor]:
+def find_problem(attention_mask: Tensor, completion_mask: Tensor, *, kind: str, empty: str) -> tuple[int, str] | None:
+    """A row that cannot be measured, of masks `[R, L]`, and why; `empty` says what to do about an empty completion."""
+    keep, marks = attention_mask.bool(), completion_mask.bool()
+    starts = keep & ~torch.nn.functional.pad(keep, (1, 0))[:, :-1]
+    problems = {
+        f"the row has no real token (attention_mask is all 0). Remove this {kind}.": ~keep.any(1),
+        "attention_mask has a hole; real tokens must be contiguous in a row.": starts.sum(1) > 1,
+        "completion_mask marks padding; it may mark real tokens only.": (marks & ~keep).any(1),
+        f"the completion is empty. {empty}": ~marks.any(1),
+        "the completion starts at the row's first token, so nothing predicts it. Give a prompt of at least one token "
+        "(a BOS token will do).": (marks & starts).any(1),
+    }
+    return next(((int(bad.nonzero()[0]), text) for text, bad in problems.items() if bool(bad.any())), None)
+
+
+def make_row(prompt: Sequence[int], completion: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """A row's ids, int64 `[T]`, and its completion's marks, bool `[T]`."""
     marks = torch.zeros(len(prompt) + len(completion), dtype=torch.bool)
     marks[len(prompt) :] = True
-    return torch.tensor(prompt + completion, dtype=torch.int64), marks
+    return torch.tensor([*prompt, *completion], dtype=torch.int64), marks
 
 
-def _collate(rows: Sequence[tuple[Tensor, Tensor]], pad_token_id: int) -> PairBatch:
-    longest = max(len(ids) for ids, _ in rows)
-    device = rows[0][0].device
-    input_ids = torch.full((len(rows), longest), pad_token_id, dtype=torch.int64, device=device)
-    attention_mask = torch.zeros_like(input_ids)
-    completion_mask = torch.zeros_like(input_ids)
-    for index, (ids, marks) in enumerate(rows):
-        input_ids[index, : len(ids)] = ids
-        attention_mask[index, : len(ids)] = 1
-        completion_mask[index, : len(ids)] = marks.to(torch.int64)
-    return PairBatch(input_ids, attention_mask, completion_mask)
+def pad_rows(rows: Sequence[tuple[Tensor, Tensor]], pad_token_id: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, attention mask and completion mask of rows, int64 `[R, L]`, padded on the right."""
+    padded = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    ids = [ids.long() for ids, _ in rows]
+    masks = [torch.ones_like(row) for row in ids], [marks.long() for _, marks in rows]
+    return padded(ids, padding_value=pad_token_id), padded(masks[0]), padded(masks[1])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradent.errors import InputError, PairError
+from gradent.pairs.batch import find_problem, make_row, pad_rows
 from gradent.pairs.tokenize import tokenize_completions
 
 if TYPE_CHECKING:
@@ -53,25 +54,11 @@ class RowBatch:
                 f"{list(shapes[1])} and group {list(self.group.shape)}; accepted are [N, L] with N >= 1 for the first "
                 "three and [N] for group."
             )
-        for number in range(shape[0]):
-            self._check(number)
-
-    def _check(self, number: int) -> None:
-        keep, marks = self.attention_mask[number].bool(), self.completion_mask[number].bool()
-        where, real = f"row {number} (group {int(self.group[number])})", keep.nonzero()[:, 0].tolist()
-        if not real:
-            raise PairError(f"{where}: the row has no real token (attention_mask is all 0). Remove this row.")
-        if real[-1] - real[0] >= len(real):
-            raise PairError(f"{where}: attention_mask has a hole; real tokens must be contiguous in a row.")
-        if bool((marks & ~keep).any()):
-            raise PairError(f"{where}: completion_mask marks padding; it may mark real tokens only.")
-        if not bool(marks.any()):
-            raise PairError(f"{where}: the completion is empty. It needs at least one token: remove this row.")
-        if bool(marks[real[0]]):
-            raise PairError(
-                f"{where}: the completion starts at the row's first token, so nothing predicts it. Give a prompt of at "
-                "least one token (a BOS token will do)."
-            )
+        empty = "It needs at least one token: remove this row."
+        problem = find_problem(self.attention_mask, self.completion_mask, kind="row", empty=empty)
+        if problem is not None:
+            number, text = problem
+            raise PairError(f"row {number} (group {int(self.group[number])}): {text}")
 
     def row(self, index: int) -> tuple[Tensor, Tensor]:
         """Real token ids and completion marks of one row, padding removed.
@@ -113,7 +100,7 @@ class RowBatch:
         """
         if len(groups) == 0:
             raise InputError("RowBatch.from_tokens: received no group; at least one is needed.")
-        rows: list[tuple[list[int], list[int]]] = []
+        rows: list[tuple[Tensor, Tensor]] = []
         numbers: list[int] = []
         for number, group in enumerate(groups):
             if len(group) != 2 or any(isinstance(ids, int) for ids in group[1]):
@@ -124,17 +111,9 @@ class RowBatch:
             prompt, completions = list(map(int, group[0])), [list(map(int, ids)) for ids in group[1]]
             if not prompt or not completions or not all(completions):
                 raise PairError(f"group {number}: the prompt and every completion need at least one token.")
-            rows += [(prompt, completion) for completion in completions]
+            rows += [make_row(prompt, completion) for completion in completions]
             numbers += [number] * len(completions)
-        longest = max(len(prompt) + len(completion) for prompt, completion in rows)
-        ids = torch.full((len(rows), longest), pad_token_id, dtype=torch.int64)
-        attention_mask, completion_mask = torch.zeros_like(ids), torch.zeros_like(ids)
-        for index, (prompt, completion) in enumerate(rows):
-            stop = len(prompt) + len(completion)
-            ids[index, :stop] = torch.tensor(prompt + completion)
-            attention_mask[index, :stop] = 1
-            completion_mask[index, len(prompt) : stop] = 1
-        return cls(ids, attention_mask, completion_mask, torch.tensor(numbers))
+        return cls(*pad_rows(rows, pad_token_id), torch.tensor(numbers))
 
     @classmethod
     def from_text(
@@ -173,5 +152,4 @@ class RowBatch:
             )
             for number, (prompt, texts) in enumerate(zip(prompts, completions, strict=True))
         ]
-        pad = tokenizer.pad_token_id
-        return cls.from_tokens(groups, pad_token_id=0 if pad is None else pad)
+        return cls.from_tokens(groups, pad_token_id=tokenizer.pad_token_id or 0)

@@ -27,22 +27,16 @@ def tokenize_pair(
     where: str = "pair",
 ) -> tuple[list[int], list[int], list[int]]:
     """`(prompt_ids, chosen_ids, rejected_ids)`, truncated, of strings or message lists; `where` is for errors."""
-    prompt_ids, completions = tokenize_completions(
-        tokenizer,
-        prompt,
-        (chosen, rejected),
-        max_length=max_length,
-        add_eos=add_eos,
-        where=where,
-        names=("chosen", "rejected"),
+    names = ("chosen", "rejected")
+    prompt_ids, (chosen_ids, rejected_ids) = tokenize_completions(
+        tokenizer, prompt, (chosen, rejected), max_length=max_length, add_eos=add_eos, where=where, names=names
     )
-    result = prompt_ids, completions[0], completions[1]
-    if result[1] == result[2]:
+    if chosen_ids == rejected_ids:
         raise PairError(
             f"{where}: chosen equals rejected, token for token (after truncation to max_length={max_length}). Such a "
             "pair has no preference to learn: remove it, or raise max_length if truncation made the two equal."
         )
-    return result
+    return prompt_ids, chosen_ids, rejected_ids
 
 
 def tokenize_completions(

@@ -220,10 +220,8 @@ def _is_prefix(short: Tensor, long: Tensor) -> bool:
     start = long[: len(short)]
     if short.shape != start.shape or short.dtype != start.dtype:
         return False
-    if short.dtype == torch.int64:
+    if short.dtype == torch.int64 or not short.numel():
         return torch.equal(short, start)
-    if not short.numel():
-        return True
     limit = 64 * torch.finfo(short.dtype).eps * float(long.abs().max())
     return float((short - start).abs().max()) <= limit
 
@@ -260,11 +258,7 @@ def rank_one_entries(parts: Sequence[RankOne], sizes: tuple[int, int], budget: i
 
 
 def tied_entries(
-    heads: Sequence[RankOne],
-    lookups: Sequence[SharedFactor],
-    ids: Tensor,
-    sizes: tuple[int, int],
-    budget: int,
+    heads: Sequence[RankOne], lookups: Sequence[SharedFactor], ids: Tensor, sizes: tuple[int, int], budget: int
 ) -> TokenEntries:
     """Cross terms of a tied head, u on the rows `ids` alone, and its embedding: to be added to the entries of both."""
     entries = TokenEntries(sizes)

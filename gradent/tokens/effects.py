@@ -114,10 +114,7 @@ def _shared_direction(
     toward: str | Mapping[str, Tensor] | Tensor, optimizer: object, parameters: Mapping[str, Tensor]
 ) -> Direction:
     """The direction that all pairs share: the optimizer's next step, or the user's vector."""
-    if isinstance(toward, str):
-        vector = planned_step(optimizer, parameters)
-    else:
-        vector = given_vector(toward, parameters)
+    vector = planned_step(optimizer, parameters) if isinstance(toward, str) else given_vector(toward, parameters)
     squares = dot(vector, vector)
     for name, square in squares.items():
         if math.isfinite(square):

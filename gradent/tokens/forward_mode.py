@@ -74,7 +74,7 @@ class _Rules(TorchFunctionMode):
         if result is NotImplemented:
             result = func(*args, **kwargs)
         # torch.no_grad() says nothing to forward mode; the model meant a constant by it.
-        return result if torch.is_grad_enabled() else tree_map(_constant, result)
+        return result if torch.is_grad_enabled() else tree_map(lambda value: split(value)[0], result)
 
 
 def _are_plain(values: Any) -> bool:
@@ -94,10 +94,6 @@ def _joined(value: Tensor, parts: Sequence[Tensor | None]) -> Tensor:
     return dual
 
 
-def _constant(value: Any) -> Any:
-    return split(value)[0]
-
-
 def _product(func: Rule, left: Any, right: Any, **kwargs: Any) -> Any:
     """`x ∘ y`: `dx ∘ y + x ∘ dy`, without the half whose tangent is zero."""
     if kwargs.get("out") is not None or kwargs.get("bias") is not None:
@@ -115,22 +111,13 @@ def _quotient(func: Rule, left: Any, right: Any, **kwargs: Any) -> Any:
     return _joined(func(x, c), [None if dx is None else func(dx, c)])
 
 
-def _sum(func: Rule, left: Any, right: Any, **kwargs: Any) -> Any:
-    """`x + c` and `c + x`: dx."""
+def _shift(func: Rule, left: Any, right: Any, **kwargs: Any) -> Any:
+    """`x + c`, `c + x` and `x - c`: dx."""
     (x, dx), (y, dy) = split(left), split(right)
-    if kwargs or (dx is None) == (dy is None):
+    if kwargs or (dx is None) == (dy is None) or (dx is None and func in _DIFFERENCES):
         return NotImplemented
     value = func(x, y)
     return _joined(value, [_spread(dy if dx is None else dx, value)])
-
-
-def _difference(func: Rule, left: Any, right: Any, **kwargs: Any) -> Any:
-    """`x - c`: dx."""
-    (x, dx), (c, dc) = split(left), split(right)
-    if kwargs or dx is None or dc is not None:
-        return NotImplemented
-    value = func(x, c)
-    return _joined(value, [_spread(dx, value)])
 
 
 def _linear(func: Rule, left: Any, weight: Any, bias: Any = None) -> Any:
@@ -203,12 +190,13 @@ def _attention(
         return (scores.softmax(-1) @ value.to(wide)).to(query.dtype)
 
 
+_DIFFERENCES = (torch.sub, Tensor.sub)
+
 _RULES: dict[Any, Rule] = {
     **dict.fromkeys((torch.mul, torch.matmul, torch.mm, torch.bmm), _product),
     **dict.fromkeys((Tensor.mul, Tensor.matmul, Tensor.mm, Tensor.bmm), _product),
     **dict.fromkeys((torch.div, Tensor.div), _quotient),
-    **dict.fromkeys((torch.add, Tensor.add), _sum),
-    **dict.fromkeys((torch.sub, Tensor.sub), _difference),
+    **dict.fromkeys((torch.add, Tensor.add, *_DIFFERENCES), _shift),
     **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
     F.linear: _linear,
     F.embedding: _embedding,

@@ -111,10 +111,9 @@ class TokenGram:
             contrasting ones prevent it).
         """
         matched = self.alignment
-        rows, columns = torch.zeros(len(self.chosen_ids)), torch.zeros(len(self.rejected_ids))
+        rows, columns = (torch.zeros(size, dtype=torch.float64) for size in self.inner.shape)
         for a, b in matched:
             rows[a], columns[b] = 1.0, 1.0
-        rows, columns = rows.double(), columns.double()
         both_identical = float(rows @ self.inner @ columns)
         both_differing = float((1 - rows) @ self.inner @ (1 - columns))
         return TokenSplit(

@@ -83,7 +83,7 @@ class TokenLedger:
         if param in self._reduced_heads:
             head, ids = self._reduced_heads.pop(param)
             total += head
-            lookups = _joined([part for part in slots[()] if isinstance(part, SharedFactor)])
+            lookups = _joined(slots[()])
             factors = [part for part in slots[()] if isinstance(part, RankOne)]
             total += shared_entries(lookups, self._sizes, self._budget)
             total += tied_entries(factors, lookups, ids, self._sizes, self._budget)
@@ -100,7 +100,7 @@ class TokenLedger:
         """Entries of a slot whose parts are of one kind; None where they are not."""
         kinds = {type(part) for part in parts}
         if kinds == {SharedFactor}:
-            shared = _joined([part for part in parts if isinstance(part, SharedFactor)])
+            shared = _joined(parts)
             if len({(part.is_lookup, part.b_on_rows) for part in shared}) == 1 and _are_distinct(shared):
                 return shared_entries(shared, self._sizes, self._budget)
         elif kinds == {RankOne} and _are_distinct(parts):
@@ -123,11 +123,9 @@ class TokenLedger:
                     ledger.add(0, token + part.side * chosen, slot, form)
         ledger.finish(0)
         ledger.close()
-        matrix = wanted.matrix(ledger.entries[0].cpu())
-        entries = TokenEntries(self._sizes)
-        entries.inner += matrix[:chosen, chosen:]
-        entries.squares[0].add_(matrix.diagonal()[:chosen])
-        entries.squares[1].add_(matrix.diagonal()[chosen:])
+        matrix, entries = wanted.matrix(ledger.entries[0].cpu()), TokenEntries(self._sizes)
+        squares = matrix.diagonal().tensor_split([chosen])
+        entries.put((slice(chosen), slice(rejected)), matrix[:chosen, chosen:], squares)
         return entries
 
 
@@ -151,10 +149,10 @@ def _are_distinct(parts: Sequence[Part]) -> bool:
     return len(tokens) == len(set(tokens))
 
 
-def _joined(parts: Sequence[SharedFactor]) -> list[SharedFactor]:
-    """Uses of one weight by the same tokens, one after the other along their positions."""
+def _joined(parts: Sequence[Part]) -> list[SharedFactor]:
+    """The shared factors among some parts, those of the same tokens one after the other along their positions."""
     groups: dict[tuple[int, tuple[int, ...], bool, bool], list[SharedFactor]] = defaultdict(list)
-    for part in parts:
+    for part in [part for part in parts if isinstance(part, SharedFactor)]:
         groups[part.side, tuple(part.tokens), part.is_lookup, part.b_on_rows].append(part)
     return [
         replace(group[0], b=torch.cat([part.b for part in group], 1), a=torch.cat([part.a for part in group]))

@@ -28,7 +28,7 @@ from gradent.model.facts import tolerance
 from gradent.model.logprobs import check_logps
 from gradent.tokens.schedule import byte_size, find_schedule
 
-__all__ = ["Arrival", "LeafGradients", "NoSharedBackward", "RowPass", "RowTokens"]
+__all__ = ["Arrival", "LeafGradients", "NoSharedBackward", "RowPass", "RowTokens", "put"]
 
 
 class NoSharedBackward(Exception):
@@ -80,7 +80,8 @@ class RowPass:
         self._parameters, self._tile = parameters, tile
         self._capture = Capture(parameters, self.layout, self._arrive)
         self._nodes: frozenset[Node] = frozenset()  # of the piece that runs
-        self._receive: Callable[[Tap, Tensor, int | None], None] = _ignore
+        self._span: slice | None = None  # of the tokens that run; None in the head, where all have one gradient
+        self._take: Callable[[Arrival], None] = _ignore
         self._grad_outputs: list[Tensor | None] = []
         self._count = 0  # tokens that run
         keep = self.layout.length + 1 - tokens.positions[0] if trim else 0
@@ -117,7 +118,7 @@ class RowPass:
         """Let go of the graph."""
         self._capture.close()
         self._grad_outputs.clear()
-        self._receive = _ignore
+        self._take = _ignore
 
     def _tiles(self, count: int) -> list[slice]:
         """`range(count)` in steps of as many distributions as fit the tile; each is there three times."""
@@ -218,9 +219,9 @@ class RowPass:
         self._nodes = frozenset(self.schedule.nodes[: self.head])
         inputs = [edge, *(GradientEdge(tap.node, 0) for tap in self.head_taps())]
         arrived: list[Arrival] = []
-        self._receive = lambda tap, grad_output, _: arrived.append(Arrival(tap, slice(0, len(predicting)), grad_output))
+        self._span, self._take = None, arrived.append
         grad = torch.autograd.grad([self._root], inputs, [total], retain_graph=True, allow_unused=True)[0]
-        self._receive = _ignore
+        self._take = _ignore
         assert grad is not None
         flat = grad if grad.dim() == 2 else grad[0]
         rows = predicting + (flat.shape[0] - self.layout.length)
@@ -245,24 +246,28 @@ class RowPass:
         inputs: list[Any] = [*after, *(self._parameters[number] for number in leaves), *sinks]
         moved: list[Tensor | None] = [None] * len(after)
         for span in spans(self._count, step) if reached and inputs else []:
-            self._receive = _receiver(span, len(range(self._count)[span]), take)
+            self._span, self._take = span, take
             grads = _backward([edge for edge, _ in reached], inputs, [grads[span] for _, grads in reached])
             for number, grad in enumerate(grads[: len(after)]):
-                moved[number] = _put(moved[number], self._count, span, grad)
+                if grad is not None:
+                    moved[number] = put(moved[number], self._count, span, grad)
             for number, grad in zip(leaves, grads[len(after) :], strict=False):
                 if grad is not None:
                     take(LeafGradients(number, span, grad))
-        self._receive = _ignore
+        self._take = _ignore
         self._grad_outputs = moved
 
     def _arrive(self, tap: Tap, grad_output: Tensor) -> None:
         if tap.node not in self._nodes:  # at the edge of a piece: it will arrive again, complete
             return
         functorch = torch._C._functorch  # noqa: SLF001  (torch has no public name for what vmap's tensors are)
+        span = self._span
         if functorch.is_batchedtensor(grad_output):
-            self._receive(tap, functorch.get_unwrapped(grad_output), functorch.maybe_get_bdim(grad_output))
-        else:
-            self._receive(tap, grad_output, None)
+            axis = functorch.maybe_get_bdim(grad_output)
+            grad_output = functorch.get_unwrapped(grad_output).movedim(axis, 0)
+        elif span is not None:
+            grad_output = grad_output.expand(span.stop - span.start, *grad_output.shape)
+        self._take(Arrival(tap, span or slice(self._count), grad_output))
 
 
 def _held_at(tap: Tap) -> int:
@@ -286,29 +291,14 @@ def _check_head(alone: Tensor, together: Tensor, row: Tensor) -> None:
         )
 
 
-def _ignore(tap: Tap, grad_output: Tensor, batch_dim: int | None) -> None:
+def _ignore(arrival: Arrival) -> None:
     """Receives output gradients while nothing is to be taken."""
 
 
-def _receiver(
-    span: slice, width: int, take: Callable[[Arrival | LeafGradients], None]
-) -> Callable[[Tap, Tensor, int | None], None]:
-    """A function that hands what arrives for a span of tokens to `take`, with a leading axis of tokens."""
-
-    def receive(tap: Tap, grad_output: Tensor, batch_dim: int | None) -> None:
-        if batch_dim is None:
-            grad_outputs = grad_output.expand(width, *grad_output.shape)
-        else:
-            grad_outputs = grad_output.movedim(batch_dim, 0)
-        take(Arrival(tap, span, grad_outputs))
-
-    return receive
-
-
-def _put(target: Tensor | None, count: int, span: slice, part: Tensor | None) -> Tensor | None:
+def put(target: Tensor | None, count: int, span: slice, part: Tensor) -> Tensor:
     """`target[span] = part`, with `target [count, ...]` made where it is not there yet."""
-    if part is None or len(part) == count:
-        return target if part is None else part
+    if len(part) == count:
+        return part
     if target is None:
         target = part.new_zeros(count, *part.shape[1:])
     target[span] = part

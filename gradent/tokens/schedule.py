@@ -87,26 +87,18 @@ def find_schedule(
     return BackwardSchedule(nodes, pending, costs, dict(leaves), sinks)
 
 
-def _children(node: Node, claimed: frozenset[Edge]) -> list[tuple[Node, int]]:
-    return [
-        (child, nr)
-        for number, (child, nr) in enumerate(node.next_functions)
-        if child is not None and (node, number) not in claimed
-    ]
-
-
 def _useful(
     root: Node, claimed: frozenset[Edge], uses: frozenset[Node], parameters: Mapping[Node, int]
 ) -> tuple[dict[Node, list[tuple[Node, int]]], set[Node]]:
     """Every node's edges, and the nodes at or above a use or an unrecorded parameter."""
-    useful: set[Node] = set()
     below: dict[Node, list[tuple[Node, int]]] = {}
-    closed: set[Node] = set()
+    useful, closed = set[Node](), set[Node]()
     stack = [root]
     while stack:
         node = stack[-1]
         if node not in below:
-            below[node] = _children(node, claimed)
+            edges = [edge for number, edge in enumerate(node.next_functions) if (node, number) not in claimed]
+            below[node] = [(child, nr) for child, nr in edges if child is not None]
             stack.extend(child for child, _ in below[node] if child not in below)
             continue
         stack.pop()

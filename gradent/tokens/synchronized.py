@@ -22,8 +22,8 @@ from gradent.hooks.uses.uses import LookupUse, MatrixUse, SumUse
 from gradent.kernels.common.numerics import accumulator, spans
 from gradent.kernels.common.precision import exact_products
 from gradent.tokens.contractions import Gradients, RankOne, SharedFactor, TokenEntries
-from gradent.tokens.ledger import OtherForm, TokenLedger
-from gradent.tokens.row_pass import Arrival, LeafGradients, RowPass, RowTokens
+from gradent.tokens.ledger import OtherForm, Part, TokenLedger
+from gradent.tokens.row_pass import Arrival, LeafGradients, RowPass, RowTokens, put
 from gradent.tokens.schedule import byte_size, cut_schedule
 
 __all__ = ["SynchronizedPasses"]
@@ -156,7 +156,7 @@ class _Run:
 
     def _tokens(self, row_pass: RowPass, span: slice | None = None) -> list[int]:
         """Numbers of a pass's running tokens within the block."""
-        running = self._running[row_pass] if span is None else self._running[row_pass][span]
+        running = self._running[row_pass][span or slice(None)]
         return [row_pass.tokens.numbers[index] - self._first[row_pass.tokens.side] for index in running]
 
     def start(self, *, check: bool) -> None:
@@ -202,10 +202,10 @@ class _Run:
             done = set(row_pass.schedule.nodes[start:stop])
             for tap in row_pass.taps:
                 if tap.node in done:
-                    self._add_use(row_pass, tap)
+                    self._hand_over(row_pass, tap)
             for param, nodes in row_pass.schedule.leaves.items():
                 if start <= max(nodes) < stop:
-                    self._add_leaf(row_pass, param)
+                    self._hand_over(row_pass, param)
         for param, waiting in list(self._waiting.items()):
             if not waiting:
                 self._finish(param)
@@ -246,12 +246,14 @@ class _Run:
 
     def _take(self, row_pass: RowPass, arrival: Arrival | LeafGradients) -> None:
         """Keep what has arrived at a use, as gradients or as output gradients, whichever are smaller."""
+        count = len(self._running[row_pass])
         if isinstance(arrival, LeafGradients):
+            source = row_pass, arrival.param
             grads = arrival.grads.to(accumulator(arrival.grads.dtype))
-            if (row_pass, arrival.param) in self._buffers:
-                self._buffers[row_pass, arrival.param][arrival.span] += grads
+            if source in self._buffers:
+                self._buffers[source][arrival.span] += grads
             else:
-                self._keep(row_pass, arrival.param, arrival.span, grads)
+                self._buffers[source] = put(None, count, arrival.span, grads)
             return
         tap, b = arrival.tap, arrival.grad_outputs
         use = tap.use
@@ -271,48 +273,31 @@ class _Run:
                 for _, slot, form in use.forms(grad_output, row_pass.layout, self._tile):
                     self.ledger.add(use.view.param, slot, OtherForm(row_pass.tokens.side, [token], form))
             return
-        self._keep(row_pass, tap, arrival.span, values)
-
-    def _keep(self, row_pass: RowPass, key: Tap | int, span: slice, values: Tensor) -> None:
-        count = len(self._running[row_pass])
-        if len(values) == count:
-            self._buffers[row_pass, key] = values
-            return
-        if (row_pass, key) not in self._buffers:
-            self._buffers[row_pass, key] = values.new_zeros(count, *values.shape[1:])
-        self._buffers[row_pass, key][span] = values
+        self._buffers[row_pass, tap] = put(self._buffers.get((row_pass, tap)), count, arrival.span, values)
 
     def _is_formed(self, use: MatrixUse) -> bool:
         """Whether a use's gradients are smaller than its output gradients: LoRA's second matrix, short weights."""
         return use.inputs.shape[-2 if use.transposed else -1] < self._longest
 
-    def _add_leaf(self, row_pass: RowPass, param: int) -> None:
-        """Hand over the gradients of a parameter that no rule recorded, complete for all tokens."""
-        self._waiting[param].discard((row_pass, param))
-        values = self._buffers.pop((row_pass, param), None)
-        if values is not None:
-            self.ledger.add(param, (), Gradients(row_pass.tokens.side, self._tokens(row_pass), values))
-
-    def _add_use(self, row_pass: RowPass, tap: Tap) -> None:
-        """Hand over what was kept of a use, complete for all tokens."""
-        use, view = tap.use, tap.use.view
-        self._waiting[view.param].discard((row_pass, tap))
-        values = self._buffers.pop((row_pass, tap), None)
-        side, tokens = row_pass.tokens.side, self._tokens(row_pass)
+    def _hand_over(self, row_pass: RowPass, source: Tap | int) -> None:
+        """Add what was kept of a use, or of a parameter that no rule recorded, complete for all tokens."""
+        use = None if isinstance(source, int) else source.use
+        param, slot = (source, ()) if isinstance(source, int) else (source.use.view.param, source.use.view.slot)
+        self._waiting[param].discard((row_pass, source))
+        values = self._buffers.pop((row_pass, source), None)
         if values is None:  # no token reached it, or it was taken form by form
             return
+        side, tokens = row_pass.tokens.side, self._tokens(row_pass)
+        part: Part = Gradients(side, tokens, values)
         if isinstance(use, MatrixUse) and not self._is_formed(use):
             a, _ = use.oriented(values)
             part = SharedFactor(side, tokens, values, a.reshape(-1, a.shape[-1]), b_on_rows=not use.swapped)
-            self.ledger.add(view.param, view.slot, part)
         elif isinstance(use, LookupUse):
             ids = use.row_ids(0, row_pass.layout)
             if use.padding_idx is not None:
                 real = ids != use.padding_idx
                 values, ids = values[:, real], ids[real]
-            self.ledger.add(view.param, view.slot, SharedFactor(side, tokens, values, ids, b_on_rows=False))
-        elif view.ids is not None:
-            part = SharedFactor(side, tokens, values, view.ids.reshape(-1), b_on_rows=False)
-            self.ledger.add(view.param, (), part)
-        else:
-            self.ledger.add(view.param, view.slot, Gradients(side, tokens, values))
+            part = SharedFactor(side, tokens, values, ids, b_on_rows=False)
+        elif use is not None and use.view.ids is not None:
+            part, slot = SharedFactor(side, tokens, values, use.view.ids.reshape(-1), b_on_rows=False), ()
+        self.ledger.add(param, slot, part)

@@ -8,17 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from gradent import notices
 from gradent.errors import NonFiniteError
-from gradent.hooks.passes.func_engine import parameters_kept
 from gradent.kernels.common.numerics import accumulator, spans
-from gradent.model.autograd import row_gradients
+from gradent.model.autograd import row_gradients, with_parameters
 from gradent.model.calls import forward_logits, forward_marked
 from gradent.model.facts import computing_dtypes, facts, tolerance, trims
 from gradent.model.logprobs import TILE, check_logps
@@ -114,28 +113,19 @@ class Differentiator:
         if failure or was_tried:
             return effects, failure
         padded, failure = attempt(is_padded=True)
-        known.shares_tangents = not failure and self._agree(padded, effects)
+        known.shares_tangents = False
+        if not failure:
+            apart = max(float((left - right).abs().max()) for left, right in zip(padded, effects, strict=True))
+            known.shares_tangents = apart <= self._limit * max(float(part.abs().max()) for part in effects)
         return (padded if known.shares_tangents else effects), ""
-
-    def _agree(self, padded: Sequence[Tensor], single: Sequence[Tensor]) -> bool:
-        """Whether the rows of one padded forward have the effects that each has in a forward of its own."""
-        apart = max(float((left - right).abs().max()) for left, right in zip(padded, single, strict=True))
-        return apart <= self._limit * max(float(effects.abs().max()) for effects in single)
 
     def _push(
         self, rows: Sequence[Row], pair: int, vector: Mapping[str, Tensor], *, is_padded: bool
     ) -> tuple[list[Tensor], str]:
         """The effects along `vector`, or why there are none."""
-        module = _Rows(self._model, is_padded=is_padded, trim=is_padded and trims(self._model, rows[0][0]))
-
-        def function(values: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-            swapped = {f"model.{name}": value for name, value in values.items()}
-            result: list[tuple[Tensor, Tensor]] = functional_call(module, swapped, (rows,))
-            return result
-
+        forward = partial(_forward, rows=rows, is_padded=is_padded, trim=is_padded and trims(self._model, rows[0][0]))
         try:
-            with parameters_kept(self._model):
-                results = push(function, self._parameters, vector)
+            results = push(lambda values: with_parameters(self._model, values, forward), self._parameters, vector)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
@@ -170,22 +160,12 @@ class Differentiator:
         return torch.tensor(effects, dtype=torch.float64)
 
 
-class _Rows(nn.Module):
-    """The rows' log-probs and effects as a function of the model's parameters, for `functional_call` to swap them."""
-
-    def __init__(self, model: nn.Module, *, is_padded: bool, trim: bool) -> None:
-        super().__init__()
-        self.model, self.is_padded, self.trim = model, is_padded, trim
-
-    def forward(self, rows: Sequence[Row]) -> list[tuple[Tensor, Tensor]]:
-        """Log-prob and effects of each row, one row a forward, or all in one padded forward."""
-        if self.is_padded:
-            parts = zip(*rows, strict=True)
-            ids, marks = (nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in parts)
-            return [
-                _row_tangents(*row) for row in zip(*forward_marked(self.model, ids, marks, trim=self.trim), strict=True)
-            ]
-        return [_row_tangents(forward_logits(self.model, ids[None])[0], ids, marks) for ids, marks in rows]
+def _forward(model: nn.Module, rows: Sequence[Row], *, is_padded: bool, trim: bool) -> list[tuple[Tensor, Tensor]]:
+    """Log-prob and effects of each row, one row a forward, or all in one padded forward."""
+    if not is_padded:
+        return [_row_tangents(forward_logits(model, ids[None])[0], ids, marks) for ids, marks in rows]
+    ids, marks = (nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in zip(*rows, strict=True))
+    return [_row_tangents(*row) for row in zip(*forward_marked(model, ids, marks, trim=trim), strict=True)]
 
 
 def _row_tangents(logits: Tensor, ids: Tensor, marks: Tensor) -> tuple[Tensor, Tensor]:

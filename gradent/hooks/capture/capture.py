@@ -264,7 +264,7 @@ class Capture(TorchFunctionMode):
         held: tuple[Any, ...] = (self.taps, self._pending, self._leaves, self._nodes, self._ordered, self._handles)
         for part in (*held, self._views, self._held):
             part.clear()
-        self._deliver = _ignore
+        self._deliver = lambda tap, grad_output: None
 
     def survey(self, loss: Tensor, without: frozenset[int] = frozenset(), *, opaque: bool = False) -> Survey:
         """Which uses and parameters the graph below `loss` reaches, uses of the parameters `without` disregarded."""
@@ -275,10 +275,6 @@ class Capture(TorchFunctionMode):
             for edge in tap.edges:
                 claimed[edge] = claimed.get(edge, frozenset()) | {tap.node}
         return survey(loss.grad_fn, claimed, frozenset(tap.node for tap in taps), self.leaves, opaque=opaque)
-
-
-def _ignore(tap: Tap, grad_output: Tensor) -> None:
-    """Receives output gradients once a pass has been closed."""
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

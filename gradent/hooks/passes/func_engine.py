@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import grad_and_value, vmap
 
 from gradent.errors import GradentWarning
 from gradent.hooks.passes.microbatch import Outcome
@@ -17,13 +16,13 @@ from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.uses.formats import Materialized
 from gradent.kernels.common.numerics import accumulator, spans
 from gradent.kernels.common.wanted import Wanted
-from gradent.model.autograd import quiet_vmap, row_gradients
+from gradent.model.autograd import quiet_vmap, row_gradients, with_parameters
 from gradent.model.calls import forward_logits
 from gradent.model.facts import check_causal, ignores_padding
 from gradent.model.logprobs import check_rows
 from gradent.model.observed import observed
 
-__all__ = ["parameters_kept", "per_sample_rows"]
+__all__ = ["per_sample_rows"]
 
 Row = tuple[Tensor, Tensor]
 Way = Callable[[nn.Module, Mapping[str, Tensor], Sequence[Row]], tuple[dict[str, Sequence[Tensor]], Tensor]]
@@ -61,8 +60,7 @@ def per_sample_rows(
         ledger, logps = make_ledger(Wanted.all(len(group))), torch.zeros(len(group), dtype=torch.float64)
         for span in spans(len(group), 2):
             numbers = list(group)[span]
-            with parameters_kept(model):
-                grads, found = _first_that_runs(ways, model, parameters, [rows[row] for row in numbers])
+            grads, found = _first_that_runs(ways, model, parameters, [rows[row] for row in numbers])
             check_rows(found, [names[row] for row in numbers])
             logps[span] = found.detach().double().cpu()
             for number, name in enumerate(parameters):
@@ -128,7 +126,7 @@ def _plainly(
 
 def _logp(model: nn.Module, parameters: Mapping[str, Tensor], ids: Tensor, marks: Tensor) -> Tensor:
     """Summed completion log-prob of one row as a function of the parameters."""
-    logits = functional_call(_Logits(model), {f"model.{name}": tensor for name, tensor in parameters.items()}, (ids,))
+    logits = with_parameters(model, parameters, lambda swapped: forward_logits(swapped, ids[None])[0])
     return _score(logits, ids, marks)
 
 
@@ -145,25 +143,3 @@ def _detached(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _counts_tokens(model: nn.Module) -> bool:
     """Whether an embedding divides its gradient by how often a token occurs, padding included."""
     return any(getattr(module, "scale_grad_by_freq", False) for module in model.modules())
-
-
-@contextmanager
-def parameters_kept(model: nn.Module) -> Iterator[None]:
-    """Put every parameter back where it was: `functional_call` mixes up those that several modules share."""
-    kept = [(module, dict(module._parameters)) for module in model.modules()]  # noqa: SLF001
-    try:
-        yield
-    finally:
-        for module, own in kept:
-            module._parameters.update(own)  # noqa: SLF001
-
-
-class _Logits(nn.Module):
-    """The model as a function of one row of ids, so that `functional_call` can swap its parameters."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return forward_logits(self.model, ids[None])[0]
