@@ -18,7 +18,7 @@ __all__ = ["DESIGNS", "LOSSES", "Loss", "available", "from_callable", "get"]
 _TABLE_2: tuple[type[Loss], ...] = (DPO, RDPO, SimPO, IPO, RRHF, SLiC, CPO, DPOP, KTO, SPPO)
 
 LOSSES: dict[str, type[Loss]] = {loss.__name__.lower(): loss for loss in _TABLE_2}
-"""Name to class, in the order of the paper's Table 2."""
+"""Name, the class's in lower case, to class, in the order of the paper's Table 2."""
 
 DESIGNS: dict[str, type[Design]] = {"pairwise_normalized": PairwiseNormalized, "token_masked": TokenMasked}
 """Name to class of the designs of the paper's Section 5, each on a loss of `LOSSES`."""
