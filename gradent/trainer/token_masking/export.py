@@ -58,12 +58,14 @@ def write_mask_table(
     columns: dict[str, list[Any]] = {name: [] for name in MASK_COLUMNS}
     for batch, numbers in batches:
         masks = read(batch)
-        for row in range(2 * len(numbers)):
+        rows = [(pair, side, place) for place, pair in enumerate(numbers) for side in ("chosen", "rejected")]
+        for pair, side, place in rows:
+            row = place + (len(numbers) if side == "rejected" else 0)
             marks = masks.tokens[row].cpu()
             # A token at the very start of a row is predicted by nothing and is left out.
             ids = batch["input_ids"][row, 1:].cpu()[marks].tolist()
-            columns["pair"] += [numbers[row % len(numbers)]] * len(ids)
-            columns["side"] += [("chosen", "rejected")[row // len(numbers)]] * len(ids)
+            columns["pair"] += [pair] * len(ids)
+            columns["side"] += [side] * len(ids)
             columns["position"] += (batch["completion_mask"][row].cpu().cumsum(0)[1:] - 1)[marks].tolist()
             columns["token_id"] += ids
             columns["kept"] += masks.kept[row].cpu()[marks].tolist()
