@@ -20,6 +20,7 @@ _LEAST_TEXT = 0.06  # of 1: a piece of a bar that holds its own figure
 _LONGEST = 30  # characters of a bar's name
 _TEXT = "#1c2127"
 _NUMBERED = ("#1f6fb4", "#c77400", "#b23a6f", "#5a4fb5")  # colours of lines without a named one
+_GAP = "#c4c9cf"  # behind a heat map: no value is of this colour
 _DIVERGING = [[0, "#266fbf"], [0.5, "#f7f7f7"], [1, "#cb342a"]]
 
 
@@ -39,7 +40,8 @@ def draw_plotly(figure: Figure) -> Any:
         _colour(trace)
     for shape in content["layout"].get("shapes", ()):
         shape["line"]["color"] = _TEXT
-    return Drawing(content["data"], {**content["layout"], "title": {"text": _label(figure.title)}})
+    ground = {"plot_bgcolor": _GAP} if isinstance(figure, HeatMap) else {}
+    return Drawing(content["data"], {**content["layout"], **ground, "title": {"text": _label(figure.title)}})
 
 
 def _colour(trace: dict[str, Any]) -> None:
