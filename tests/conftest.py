@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
 import platform
-import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 # Before anything imports transformers or wandb: both read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-# What is measured of this machine stays out of the user's cache, and is measured once for all of a session's processes.
-if "GRADENT_CACHE" not in os.environ:
-    os.environ["GRADENT_CACHE"] = tempfile.mkdtemp(prefix="gradent-tests-")
-    atexit.register(shutil.rmtree, os.environ["GRADENT_CACHE"], ignore_errors=True)
 
 # `pytest -m cuda` is for a GPU. Anything else runs as on a machine without one, kernels in Triton's interpreter: torch
 # and triton read these once. A session's other processes inherit them.
