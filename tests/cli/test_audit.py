@@ -130,12 +130,22 @@ def test_damaged_records_are_named(here) -> None:
     assert "pairs.parquet: not a readable parquet file" in result.stderr
 
 
+def heed_ctrl_c() -> None:
+    """What a shell starts in the background ignores SIGINT, and so does what that starts in turn."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_readable_partial_report(here) -> None:
     rows = (here / "pairs.jsonl").read_text() * 32
     (here / "pairs.jsonl").write_text(rows)
     command = ["audit", "run", "--data", "pairs.jsonl", "--out", "out", "--batch-size", "1"]
-    process = subprocess.Popen([sys.executable, "-m", "gradent", *command], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gradent", *command],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_ctrl_c,
+    )
     journal, waited = here / "out" / "journal", 0.0
     while waited < 120 and sum(path.read_bytes().count(b'"batch"') for path in journal.glob("*.jsonl")) < 20:
         time.sleep(0.05)
