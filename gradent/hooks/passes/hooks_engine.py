@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradent.hooks.capture.capture import Capture, Tap
+from gradent.hooks.capture.capture import Capture
 from gradent.hooks.capture.coverage import Survey
 from gradent.hooks.passes.microbatch import Forward, MicroBatch, Outcome
 from gradent.hooks.reduction.collector import Collector
@@ -77,22 +77,20 @@ class _Run:
         self.budget = ledger.budget
         self.collector = Collector(ledger, ledger.budget)
         self._captures: list[Capture] = []
-        self._ignored: frozenset[int] = frozenset()
 
     def forward(self, members: Sequence[int], *, watch: bool = True) -> _Pass:
         """One recorded forward of some rows."""
         micro = self.micro
         forward = Forward(micro, members)
         rows, length = forward.ids.shape
-        layout = Layout(rows, length, lambda: [(0, len(micro.rows[row][0])) for row in members])
-        capture = Capture(self.parameters if watch else [], layout, lambda tap, b: self._deliver(one, tap, b))
+        place = Place(Layout(rows, length, lambda: [(0, len(micro.rows[row][0])) for row in members]), members)
+        capture = Capture(
+            self.parameters if watch else [], place.layout, lambda tap, grad: self.collector.arrive(tap, grad, place)
+        )
         self._captures.append(capture)
         with capture:
             logits = forward.logits(self.model)
-        one = _Pass(
-            Place(layout, members), capture, forward.logps(logits, self.budget)
-        )  # `deliver` knows it by its name
-        return one
+        return _Pass(place, capture, forward.logps(logits, self.budget))
 
     def close(self) -> None:
         """Let go of every graph, also of those that an exception left behind."""
@@ -123,7 +121,7 @@ class _Run:
         self, passes: list[_Pass], surveys: list[Survey], explicit: frozenset[int], batch: Sequence[int]
     ) -> None:
         """The pruned backward of every forward, last first; explicit gradients of `batch` come out of it too."""
-        self._ignored = explicit
+        self.collector.ignored = explicit
         for one, found in zip(passes, surveys, strict=True):
             for tap in one.capture.taps:
                 if tap.node in found.reached and tap.use.view.param not in explicit:
@@ -150,10 +148,6 @@ class _Run:
         for number, grad in zip(batch, grads[len(bottoms) :], strict=True):
             if grad is not None:
                 self.ledger.add(number, one.place.rows[0], (), Materialized(grad))
-
-    def _deliver(self, one: _Pass, tap: Tap, cotangent: Tensor) -> None:
-        if tap.use.view.param not in self._ignored:
-            self.collector.arrive(tap, cotangent, one.place)
 
 
 def _fit(

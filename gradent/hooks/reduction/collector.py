@@ -30,6 +30,8 @@ class Collector:
 
     def __init__(self, ledger: Ledger, budget: int) -> None:
         self.ledger = ledger
+        self.ignored: frozenset[int] = frozenset()
+        """Parameters whose uses are not reduced: autograd forms their gradients."""
         self._budget = budget
         self._waiting: dict[int, dict[Tap, Place]] = defaultdict(dict)
 
@@ -44,6 +46,8 @@ class Collector:
 
     def arrive(self, tap: Tap, grad_output: Tensor, place: Place, factors: Sequence[float] | None = None) -> None:
         """Take a use's output gradient, whose rows `factors` (powers of two, 0 to leave a row out) multiply."""
+        if tap.use.view.param in self.ignored:
+            return
         with torch.no_grad(), exact_products(grad_output.device):
             self._take(tap, Arrival(tap.use, grad_output, place, factors, tap.node))
         tap.use = tap.use.without_activations  # the graph lets go of its activations as the backward passes them
