@@ -213,19 +213,7 @@ def measure_rows(
 
 @torch.no_grad()
 def sequence_logps(model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor]:
-    """Summed completion log-probs without gradients: what a reference model contributes to a loss.
-
-    Args:
-        model: a causal language model.
-        batch: B preference pairs.
-
-    Returns:
-        `(chosen, rejected)`, each float64 `[B]` on the CPU, in nats.
-
-    Raises:
-        InputError: token ids outside the model's vocabulary.
-        ModelError: the model returns no logits.
-    """
+    """Summed completion log-probs `(chosen, rejected)`, float64 `[B]` on the CPU, as of a loss's reference model."""
     model = unwrap_compiled(model)
     rows = _rows(model, batch)
     result = torch.zeros(len(rows), dtype=torch.float64)

@@ -44,21 +44,10 @@ _announced: set[tuple[torch.device, str]] = set()
 
 
 def path(device: torch.device | str, dtype: torch.dtype) -> str:
-    """What reduces operands of a dtype on a device.
+    """What reduces operands of a dtype on a device: "triton", or "torch" and why, as `torch (float64 operands)`.
 
     The first question about a CUDA device imports Triton and runs the self-check, which compiles (half a minute or so;
     little where Triton's cache has the kernels).
-
-    Args:
-        device: where the operands are.
-        dtype: theirs.
-
-    Returns:
-        "triton", or "torch" and why, as `torch (float64 operands)`.
-
-    Raises:
-        InputError: `GRADENT_KERNELS` has another value than `torch` or `triton`, or asks for kernels that this process
-            cannot run.
     """
     device = torch.device(device)
     forced = os.environ.get(VARIABLE, "")
@@ -77,14 +66,7 @@ def path(device: torch.device | str, dtype: torch.dtype) -> str:
 
 
 def on_kernels(*operands: Tensor) -> bool:
-    """Whether kernels, not torch, reduce these operands.
-
-    Args:
-        *operands: tensors on one device.
-
-    Returns:
-        Whether `path` is "triton" for all of them.
-    """
+    """Whether kernels, not torch, reduce these operands, which lie on one device."""
     kinds = {(operand.device, operand.dtype) for operand in operands}
     return all(path(device, dtype) == "triton" for device, dtype in kinds)
 
@@ -92,18 +74,8 @@ def on_kernels(*operands: Tensor) -> bool:
 def attempt(device: torch.device, launch: Callable[[], T]) -> T | None:
     """What kernels give, or None where they cannot be compiled or launched: torch is then to do it.
 
-    The failure is announced, and `path` names torch for the device from then on.
-
-    Args:
-        device: where the operands are.
-        launch: calls Triton's kernels.
-
-    Returns:
-        What `launch` returned, or None.
-
-    Raises:
-        OutOfMemoryError: torch's own, also where Triton found no memory: it says nothing about the kernels.
-        BROKEN: what Triton raised, with `GRADENT_KERNELS=triton`.
+    The failure is announced, and `path` names torch for the device from then on; with `GRADENT_KERNELS=triton` it is
+    raised. So is OutOfMemoryError, which says nothing about the kernels, also where Triton found no memory.
     """
     from gradent.kernels.self_check import BROKEN  # noqa: PLC0415  (imports Triton)
 
@@ -121,13 +93,7 @@ def attempt(device: torch.device, launch: Callable[[], T]) -> T | None:
 
 
 def announce_budget(device: torch.device, needed: int, budget: int) -> None:
-    """Say, once a device, that torch reduces what the kernels have no room for.
-
-    Args:
-        device: where the operands are.
-        needed: bytes that the kernel would hold.
-        budget: bytes that it may.
-    """
+    """Say, once a device, that torch reduces what the kernels, which need so many bytes, have no room for."""
     reason = f"the kernels would hold {needed:,} bytes for some products, and memory_budget is {budget:,}"
     _announce_once(device, reason, "give a larger memory_budget", kind="budget")
 

@@ -28,10 +28,7 @@ __all__ = ["is_even", "reduce_at_once", "reduce_group", "reduce_rows"]
 def reduce_group(
     factors: Factors, *, budget: int, weight: Tensor | None = None, directions: Tensor | None = None
 ) -> Tensor:
-    """Entries `[m]` float64 of one group of rows, none of whose gradients is ever held whole.
-
-    `weight` `[O, I]` is the root of the metric's diagonal and multiplies every gradient; `directions` are `[D, O, I]`.
-    """
+    """Entries `[m]` float64 of a group, no gradient of which is held whole; `weight` is the metric's root `[O, I]`."""
     u, v = factors[0]
     alike = all(row[0].dtype == u.dtype and row[1].dtype == v.dtype for row in factors)
     product = Product(

@@ -36,13 +36,10 @@ _allowance: dict[str, str] = {}
 
 
 class exact_products:
-    """Inside, matrix products on a device are formed in their operands' own dtype: no autocast, no tf32.
+    """Inside, matrix products on a type of device are formed in their operands' own dtype: no autocast, no tf32.
 
-    The allowance is one for the whole process and given back at the end, by the last thread that is inside: while this
-    is active, products that another thread forms at the same time are exact as well.
-
-    Args:
-        device: where the operands are; all devices of its type are meant.
+    The allowance is one for the whole process, given back by the last thread that is inside: until then, products of
+    other threads are exact as well.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -79,14 +76,7 @@ def is_exact(device: torch.device) -> bool:
 
 
 def exactly(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
-    """Decorator: `exact_products` on the device of the first argument.
-
-    Args:
-        function: takes a tensor first.
-
-    Returns:
-        The function.
-    """
+    """Decorator: `exact_products` on the device of the first argument, a tensor."""
 
     @wraps(function)
     def run(first: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -40,18 +40,11 @@ def current_device(device: torch.device) -> AbstractContextManager[object]:
 
 @dataclass(frozen=True, init=False)
 class Spans:
-    """Where the tokens of k pairs lie in the factors' rows.
+    """Where the tokens of k pairs lie in the factors' rows: four sequences of k numbers."""
 
-    Attributes:
-        chosen_start: k numbers, the first row of each chosen response in `u_w` and `v_w`.
-        chosen_length: k numbers, its tokens; 0 for a zero gradient.
-        rejected_start: the same of the rejected ones, in `u_l` and `v_l`.
-        rejected_length: k numbers.
-    """
-
-    chosen_start: tuple[int, ...]
-    chosen_length: tuple[int, ...]
-    rejected_start: tuple[int, ...]
+    chosen_start: tuple[int, ...]  # first row of each chosen response in `u_w` and `v_w`
+    chosen_length: tuple[int, ...]  # its tokens; 0 for a zero gradient
+    rejected_start: tuple[int, ...]  # the same of the rejected ones, in `u_l` and `v_l`
     rejected_length: tuple[int, ...]
 
     def __init__(
@@ -127,17 +120,11 @@ class Spans:
 
 @dataclass(frozen=True, init=False)
 class Groups:
-    """Where the tokens of N rows lie in one pair of factors, and which rows are multiplied with each other.
+    """Where the tokens of N rows lie in one pair of factors, and which rows are multiplied with each other."""
 
-    Attributes:
-        lengths: N numbers, the tokens of each row; 0 for a zero gradient.
-        members: the numbers of the rows of each group.
-        starts: N numbers, the first token of each row.
-    """
-
-    lengths: tuple[int, ...]
-    members: tuple[tuple[int, ...], ...]
-    starts: tuple[int, ...]
+    lengths: tuple[int, ...]  # tokens of each of the N rows; 0 for a zero gradient
+    members: tuple[tuple[int, ...], ...]  # numbers of the rows of each group
+    starts: tuple[int, ...]  # first token of each of the N rows
 
     def __init__(
         self,
@@ -255,20 +242,12 @@ def _padded(pairs: int, tokens: int, lengths: tuple[int, ...] | None) -> Spans:
 
 @dataclass(frozen=True)
 class Factors:
-    """The factors of rows, as a kernel takes them; those of a pair may lie in two tensors, others lie in one.
+    """The factors of rows, as a kernel takes them; those of a pair may lie in two tensors, others lie in one."""
 
-    Attributes:
-        u_w: `[N_w, O]`, tokens of all chosen rows; float32, bfloat16 or float16, any strides.
-        v_w: `[N_w, I]`; its dtype may be another than that of `u_w`.
-        u_l: `[N_l, O]`, tokens of all rejected rows, of the dtype of `u_w`.
-        v_l: `[N_l, I]`, of the dtype of `v_w`.
-        spans: where each row's tokens lie.
-    """
-
-    u_w: Tensor
-    v_w: Tensor
-    u_l: Tensor
-    v_l: Tensor
+    u_w: Tensor  # `[N_w, O]`, tokens of all chosen rows; float32, bfloat16 or float16, any strides
+    v_w: Tensor  # `[N_w, I]`; its dtype may be another than that of `u_w`
+    u_l: Tensor  # `[N_l, O]`, tokens of all rejected rows, of the dtype of `u_w`
+    v_l: Tensor  # `[N_l, I]`, of the dtype of `v_w`
     spans: Spans | Groups
 
     def __post_init__(self) -> None:
