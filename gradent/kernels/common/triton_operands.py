@@ -251,7 +251,7 @@ class Factors:
     spans: Spans | Groups
 
     def __post_init__(self) -> None:
-        u_w, v_w, u_l, v_l = self.u_w, self.v_w, self.u_l, self.v_l
+        u_w, v_w, u_l, v_l = self.operands
         if not u_w.dim() == v_w.dim() == u_l.dim() == v_l.dim() == 2:
             raise InputError(f"factors are matrices, tokens by features; got {self._shapes()}.")
         if u_w.dtype not in DTYPES or v_w.dtype not in DTYPES:
@@ -262,7 +262,7 @@ class Factors:
         if u_w.dtype != u_l.dtype or v_w.dtype != v_l.dtype:
             raise InputError(f"chosen and rejected have one dtype on each side of a weight; got {self._shapes()}.")
         if not u_w.device == v_w.device == u_l.device == v_l.device:
-            devices = ", ".join(str(tensor.device) for tensor in (u_w, v_w, u_l, v_l))
+            devices = ", ".join(str(tensor.device) for tensor in self.operands)
             raise InputError(f"factors lie on one device; got {devices}.")
         (chosen, rows), (rejected, _) = u_w.shape, u_l.shape
         if rows != u_l.shape[1] or v_w.shape[1] != v_l.shape[1]:
@@ -274,8 +274,13 @@ class Factors:
                 raise InputError(f"a {side} span ends behind the last of {most} rows: at {end}.")
 
     def _shapes(self) -> str:
-        tensors = {"u_w": self.u_w, "v_w": self.v_w, "u_l": self.u_l, "v_l": self.v_l}
-        return ", ".join(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items())
+        named = zip(("u_w", "v_w", "u_l", "v_l"), self.operands, strict=True)
+        return ", ".join(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in named)
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The tensors, as kernels take them first."""
+        return self.u_w, self.v_w, self.u_l, self.v_l
 
     @property
     def device(self) -> torch.device:
@@ -300,4 +305,4 @@ class Factors:
     @property
     def strides(self) -> tuple[int, ...]:
         """Strides of both axes of `u_w`, `v_w`, `u_l`, `v_l`."""
-        return (*self.u_w.stride(), *self.v_w.stride(), *self.u_l.stride(), *self.v_l.stride())
+        return tuple(stride for tensor in self.operands for stride in tensor.stride())
