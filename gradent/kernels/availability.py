@@ -15,7 +15,6 @@ import contextlib
 import importlib.util
 import os
 import platform
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -23,8 +22,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from gradent.errors import GradentWarning, InputError
+from gradent.errors import InputError
 from gradent.kernels.common.streams import is_capturing
+from gradent.notices import Notices, warn
 
 __all__ = ["VARIABLE", "announce_budget", "attempt", "device_name", "on_kernels", "path"]
 
@@ -39,7 +39,7 @@ KEEP = f"{VARIABLE}=torch keeps torch without this warning"
 _verdicts: dict[torch.device, str] = {}
 """Device -> why the kernels are not used on it, "" where they are."""
 
-_announced: set[tuple[torch.device, str]] = set()
+_notices = Notices(warn)
 """What was said of single reductions that kernels leave to torch."""
 
 
@@ -95,15 +95,7 @@ def attempt(device: torch.device, launch: Callable[[], T]) -> T | None:
 def announce_budget(device: torch.device, needed: int, budget: int) -> None:
     """Say, once a device, that torch reduces what the kernels, which need so many bytes, have no room for."""
     reason = f"the kernels would hold {needed:,} bytes for some products, and memory_budget is {budget:,}"
-    _announce_once(device, reason, "give a larger memory_budget", kind="budget")
-
-
-def _announce_once(device: torch.device, reason: str, remedy: str, *, kind: str = "") -> None:
-    """One warning a device and kind of reason."""
-    key = device, kind or reason
-    if key not in _announced:
-        _announced.add(key)
-        _warn(device, reason, remedy)
+    _notices.once(_left(device, reason, "give a larger memory_budget"), key=device)
 
 
 def _forced(device: torch.device) -> str:
@@ -127,7 +119,7 @@ def _verdict(device: torch.device) -> str:
     if device not in _verdicts:
         if is_capturing(device):  # a check waits for the device, which ends the capture
             reason = "a CUDA graph is captured before the kernels were checked"
-            _announce_once(device, reason, f"measure once before the capture; {KEEP}")
+            _notices.once(_left(device, reason, f"measure once before the capture; {KEEP}"))
             return reason
         reason = _examine(device)
         if reason:
@@ -155,15 +147,13 @@ def _give_up(device: torch.device, reason: str) -> None:
         if reason == MISSING
         else "pip install --upgrade 'gradent[cuda]', or report it with this message"
     )
-    _warn(device, reason, f"{remedy}; {KEEP}")
+    warn(_left(device, reason, f"{remedy}; {KEEP}"))
 
 
-def _warn(device: torch.device, reason: str, remedy: str) -> None:
-    warnings.warn(
+def _left(device: torch.device, reason: str, remedy: str) -> str:
+    return (
         f"Gradients on {device} are reduced in plain torch, not by gradent's kernels: {reason}. Results are the same, "
-        f"later. What to do: {remedy}.",
-        GradentWarning,
-        stacklevel=3,
+        f"later. What to do: {remedy}."
     )
 
 

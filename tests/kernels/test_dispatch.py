@@ -22,6 +22,7 @@ from gradent.kernels.common.wanted import Wanted
 from gradent.kernels.gram.reference import reduce_gram
 from gradent.kernels.outer.reference import reduce_all_rows
 from gradent.kernels.strategy import Product, decide
+from gradent.notices import Notices, warn
 from tests.batches import ragged
 from tests.truth import TOLERANCE, assert_exact, truth
 
@@ -42,7 +43,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No variable, and no verdict from before."""
     monkeypatch.delenv(availability.VARIABLE, raising=False)
     monkeypatch.setattr(availability, "_verdicts", {})
-    monkeypatch.setattr(availability, "_announced", set())
+    monkeypatch.setattr(availability, "_notices", Notices(warn))
     with warnings.catch_warnings():
         warnings.simplefilter("error", GradentWarning)
         yield
