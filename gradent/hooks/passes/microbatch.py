@@ -15,7 +15,7 @@ from gradent.kernels.common.wanted import Wanted
 from gradent.model.calls import forward_logits
 from gradent.model.logprobs import TILE, check_rows, sequence_logprobs
 
-__all__ = ["Forward", "MicroBatch", "Outcome", "group_rows", "micro_batches"]
+__all__ = ["Forward", "MicroBatch", "Outcome", "Row", "group_rows", "micro_batches"]
 
 Row = tuple[Tensor, Tensor]
 """`(ids int64 [T], marks bool [T])`, without padding."""
