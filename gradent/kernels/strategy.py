@@ -97,9 +97,9 @@ def decide(product: Product, budget: int) -> Strategy:
     """The strategy for a product under `budget` bytes of scratch; raises MemoryBudgetError where no tile fits."""
     if product.is_materialized:
         return _materialized(product, budget)
-    lack = _lacking(product)
-    if lack:
+    if product.directions and product.has_kernels and not product.can_reuse:
         strategy = decide(replace(product, has_kernels=False), budget)
+        lack = "in torch, since Triton's kernels have no products with directions"
         return replace(strategy, why=f"{strategy.why}; {lack}")
     room = product.room(budget)
     if product.can_reuse:
@@ -127,15 +127,6 @@ def decide(product: Product, budget: int) -> Strategy:
         why = "the gradients are smaller than their factors, so they are formed as they arrive"
         return _all_rows("queue" if is_small else "materialize", product, why)
     return _group_by_group(product, room + product.copied)  # rows are scaled one by one
-
-
-def _lacking(product: Product) -> str:
-    """Why Triton's kernels cannot do what they would otherwise be taken for; empty where they can."""
-    if not product.has_kernels or product.can_reuse:
-        return ""
-    if product.directions:
-        return "in torch, since Triton's kernels have no products with directions"
-    return ""
 
 
 def _all_rows(reducer: Reducer, product: Product, why: str) -> Strategy:

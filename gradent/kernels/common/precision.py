@@ -32,7 +32,7 @@ _lock = threading.Lock()
 _inside: dict[str, int] = {}
 """Type of device -> how many threads are inside."""
 _allowance: dict[str, str] = {}
-"""Type of device -> what float32 products may be computed in outside, while a thread is inside."""
+"""Type of device -> what float32 products may be computed in outside, as the first thread to come inside found it."""
 
 
 class exact_products:
@@ -53,7 +53,12 @@ class exact_products:
         self._nested = self._before == self._kind
         if self._nested:
             return
-        _forbid(self._kind)
+        with _lock:
+            if not _inside.get(self._kind):
+                _allowance[self._kind] = _allowed(self._kind)
+                if _allowance[self._kind]:
+                    _allow(self._kind, _EXACT)
+            _inside[self._kind] = _inside.get(self._kind, 0) + 1
         if torch.is_autocast_enabled(self._kind):
             self._cast = torch.autocast(self._kind, enabled=False)
             self._cast.__enter__()  # type: ignore[no-untyped-call]
@@ -67,7 +72,10 @@ class exact_products:
             return
         if self._cast is not None:
             self._cast.__exit__(kind, error, trace)
-        _give_back(self._kind)
+        with _lock:
+            _inside[self._kind] -= 1
+            if not _inside[self._kind] and _allowance[self._kind]:
+                _allow(self._kind, _allowance[self._kind])
 
 
 def is_exact(device: torch.device) -> bool:
@@ -84,24 +92,6 @@ def exactly(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatena
             return function(first, *args, **kwargs)
 
     return run
-
-
-def _forbid(kind: str) -> None:
-    """Let float32 products be computed in float32: the first thread to come remembers what is allowed outside."""
-    with _lock:
-        if not _inside.get(kind):
-            _allowance[kind] = _allowed(kind)
-            if _allowance[kind]:
-                _allow(kind, _EXACT)
-        _inside[kind] = _inside.get(kind, 0) + 1
-
-
-def _give_back(kind: str) -> None:
-    """The last thread to go allows again what was allowed."""
-    with _lock:
-        _inside[kind] -= 1
-        if not _inside[kind] and _allowance[kind]:
-            _allow(kind, _allowance[kind])
 
 
 def _allowed(kind: str) -> str:
