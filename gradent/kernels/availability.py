@@ -1,12 +1,8 @@
 """Whether Triton's kernels are used on a device: asked once, and said once where they are not.
 
-On a CUDA device they are used where Triton is installed and, once a device and process, their self-check succeeds; if
-either fails, one `GradentWarning` says so, and plain torch does it. So does one where a budget is below the kernels'
-scratch, or a CUDA graph is captured before the check. float64 is torch's business anyway. On a CPU nothing of this is
-loaded.
-
-The environment variable `GRADENT_KERNELS` forces a path: `torch`, or `triton`, without a self-check (on a CPU that
-takes Triton's interpreter, `TRITON_INTERPRET=1`, and is meant for tests).
+On a CUDA device they are used where Triton is installed and, once a device and process, their self-check succeeds.
+`GRADENT_KERNELS` forces a path: `torch`, or `triton`, without a self-check (on a CPU by `TRITON_INTERPRET=1`, for
+tests). Where a kernel has no room, or a CUDA graph is captured before the check, torch reduces as well.
 """
 
 from __future__ import annotations
