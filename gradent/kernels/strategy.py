@@ -198,15 +198,13 @@ def _group_by_group(product: Product, room: int) -> Strategy:
 def _materialized(product: Product, budget: int) -> Strategy:
     """Gradients that are there as such: wait for others, all rows at once, or one group after the other."""
     count, size = len(product.lengths), product.out * product.inp * product.itemsize
-    flops = 2 * product.out * product.inp * count * (count + product.directions)
+    flops, held = 2 * product.out * product.inp * count * (count + product.directions), 2 * product.gradient_bytes
     if product.gradient_bytes <= waiting_limits(budget)[0]:
         why = "the gradients are so small that they wait for others of their size"
-        return Strategy(reducer="queue", scratch=2 * product.gradient_bytes, flops=flops, rows=product.rows, why=why)
-    if 2 * product.gradient_bytes <= batch_room(product.room(budget), product.device):
+        return Strategy(reducer="queue", scratch=held, flops=flops, rows=product.rows, why=why)
+    if held <= batch_room(product.room(budget), product.device):
         why = "the gradients of all rows, and a copy of them, fit at once"
-        return Strategy(
-            reducer="materialize", scratch=2 * product.gradient_bytes, flops=flops, rows=product.rows, why=why
-        )
+        return Strategy(reducer="materialize", scratch=held, flops=flops, rows=product.rows, why=why)
     why = "the gradients are large, so they are put side by side one group after the other"
     return Strategy(reducer="group_by_group", scratch=count * size, flops=flops, rows=count, why=why)
 
