@@ -74,6 +74,12 @@ class Product:
         return u, v
 
     @property
+    def widest(self) -> torch.dtype:
+        """The dtype in which a kernel multiplies u and v: their own, or float32 where they differ."""
+        u, v = self.dtypes
+        return u if u == v else torch.float32
+
+    @property
     def factor_bytes(self) -> int:
         """Bytes of one token's u and v."""
         return self.out * self.dtypes[0].itemsize + self.inp * self.dtypes[1].itemsize
@@ -277,10 +283,9 @@ def _kernel_cost(
     form: Literal["gram", "outer"], product: Product, groups: int, room: int, flops: int
 ) -> tuple[tuple[int, int], int, int]:
     """`(tile, scratch, flops of a group)` of one launch for some groups of n rows; `flops` as torch counts them."""
-    length, count = max(product.lengths), len(product.lengths)
+    length, count, wide = max(product.lengths), len(product.lengths), product.widest
     members = [range(group * count, group * count + count) for group in range(groups)]
     rows = Spans.padded(groups, length) if count == 2 else Groups.padded(length, [length] * (groups * count), members)
-    wide = torch.float32 if torch.float32 in product.dtypes else product.dtypes[1]
     copied = 0
     if count != 2 and not product.is_complete:  # rows of one group are put side by side
         copied = sum(product.lengths) * product.factor_bytes
