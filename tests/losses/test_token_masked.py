@@ -11,16 +11,16 @@ from torch import Tensor
 from gradent.errors import InputError
 from gradent.losses.token_masked import hard_mask, masked_logps, soft_mask, sparsity, token_masked_loss
 
-PAIRS, K = 2, 5
+PAIRS, K = 3, 5
 
 
 def drawn(elsewhere: float = math.nan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs of both models, scores, and responses of 4, 2, 3 and no tokens, with a number elsewhere."""
+    """Log-probs of both models, scores, and responses of no to five tokens, with a number elsewhere."""
     torch.manual_seed(0)
     policy, reference = (-3 * torch.rand(2 * PAIRS, K, dtype=torch.float64) for _ in range(2))
     scores = torch.randn(2 * PAIRS, K, dtype=torch.float64)
     tokens = torch.zeros(2 * PAIRS, K, dtype=torch.bool)
-    for row, (start, stop) in enumerate([(1, 5), (0, 2), (2, 5), (0, 0)]):
+    for row, (start, stop) in enumerate([(1, 5), (0, 2), (2, 3), (2, 5), (0, 0), (0, 5)]):
         tokens[row, start:stop] = True
     return *(part.masked_fill(~tokens, elsewhere) for part in (policy, reference, scores)), tokens  # type: ignore[return-value]
 

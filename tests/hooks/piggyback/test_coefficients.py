@@ -233,6 +233,7 @@ def test_where_log_probs_are_found() -> None:
         found = find_readout(given, {"labels": LABELS}, IDS)
         assert isinstance(found, LogitsReadout) and found.root is LOGITS
         assert found.labels is LABELS and found.input_ids is IDS
+    assert isinstance(find_readout(LOGITS[:, :, :2], {}, IDS), LogitsReadout), "a vocabulary of two"
     for kwargs, mask in (({"attention_mask": LABELS}, LABELS), ({}, torch.ones_like(IDS))):
         reward = find_readout(SimpleNamespace(logits=REWARDS), kwargs, IDS)
         assert isinstance(reward, RewardReadout) and reward.root is REWARDS and torch.equal(reward.attention_mask, mask)
