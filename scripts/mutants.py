@@ -43,7 +43,14 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("gradent/hooks/piggyback/coefficients.py",),
         ("tests/hooks/piggyback/test_coefficients.py", "tests/hooks/piggyback/test_watcher.py"),
     ),
-    "decide": (("gradent/kernels/strategy.py",), ("tests/kernels/test_strategy.py",)),
+    "decide": (
+        ("gradent/kernels/strategy.py",),
+        (
+            "tests/kernels/test_strategy_torch.py",
+            "tests/kernels/test_strategy_kernels.py",
+            "tests/kernels/test_strategy.py",
+        ),
+    ),
 }
 """Name to (where the code is, the tests that should notice)."""
 

@@ -140,7 +140,7 @@ def _launch_groups(
     groups = Groups(lengths, members) if tokens is None else Groups.padded(tokens, lengths, members)
     if strategy.form == "gram":
         return gram.gram_products(u, v, groups)
-    wide = torch.float32 if torch.float32 in (u.dtype, v.dtype) else v.dtype
+    wide = u.dtype if u.dtype == v.dtype else torch.float32
     copied = u.nbytes + v.nbytes if tokens is None else 0  # of `scratch`, what the rows side by side take already
     plan = plan_groups(wide, u.shape[1], v.shape[1], groups, budget=strategy.scratch - copied)
     return outer.outer_products(u, v, groups, weight, plan=plan)

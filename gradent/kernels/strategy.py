@@ -56,6 +56,17 @@ class Product:
         return u, v
 
     @property
+    def widest(self) -> torch.dtype:
+        """The dtype in which a kernel multiplies u and v: their own, or float32 where they differ."""
+        u, v = self.dtypes
+        return u if u == v else torch.float32
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes of one token's u and v."""
+        return self.out * self.dtypes[0].itemsize + self.inp * self.dtypes[1].itemsize
+
+    @property
     def gradient_bytes(self) -> int:
         """Bytes of all rows' gradients."""
         return self.rows * self.out * self.inp * self.itemsize
@@ -111,7 +122,7 @@ def decide(product: Product, budget: int) -> Strategy:
         why = "the gradients are smaller than their factors, and so small that they wait for others of their size"
         return _all_rows("queue", product, why)
     refused = 0
-    if product.is_complete and room > 0:
+    if product.is_complete:
         if product.has_kernels:
             strategy = _by_kernel(product, room)
             if not strategy.refused:
@@ -145,9 +156,7 @@ def _is_smaller(product: Product, budget: int) -> bool:
     """Whether gradients are smaller than their factors and fit at once, and nothing is held as factors."""
     if product.has_factors or product.batch_bytes > batch_room(budget, product.device):
         return False
-    size = sum(side * dtype.itemsize for side, dtype in zip((product.out, product.inp), product.dtypes, strict=True))
-    gradient = product.out * product.inp * product.itemsize
-    return gradient <= max(product.lengths) * size
+    return product.out * product.inp * product.itemsize <= max(product.lengths) * product.factor_bytes
 
 
 def _outer_flops(product: Product) -> int:
@@ -160,7 +169,7 @@ def _tiling(product: Product, room: int, backend: Literal["torch", "triton"] = "
         product.lengths,
         product.out,
         product.inp,
-        itemsize=product.itemsize if backend == "torch" else 4,
+        itemsize=product.itemsize,
         budget=room,
         widen=backend == "torch" and any(product.is_widened),
         weighted=product.is_weighted,
@@ -232,23 +241,21 @@ def _kernel_cost(
     form: Literal["gram", "outer"], product: Product, groups: int, room: int, flops: int
 ) -> tuple[tuple[int, int], int, int]:
     """`(tile, scratch, flops of a group)` of one launch for some groups of n rows; `flops` as torch counts them."""
-    length, count = max(product.lengths), len(product.lengths)
+    length, count, wide = max(product.lengths), len(product.lengths), product.widest
     members = [range(group * count, group * count + count) for group in range(groups)]
     rows = Spans.padded(groups, length) if count == 2 else Groups.padded(length, [length] * (groups * count), members)
-    wide = torch.float32 if torch.float32 in product.dtypes else product.dtypes[1]
     copied = 0
     if count != 2 and not product.is_complete:  # rows of one group are put side by side
-        copied = sum(product.lengths) * sum(
-            side * dtype.itemsize for side, dtype in zip((product.out, product.inp), product.dtypes, strict=True)
-        )
+        copied = sum(product.lengths) * product.factor_bytes
     if form == "outer" and count == 2:
         config = pick_outer(wide, product.out, product.inp, groups, store=False)
         return (config.rows, config.cols), outer_bytes(product.out, product.inp, groups, config), flops
     if form == "outer":
         assert isinstance(rows, Groups)
         plan = plan_groups(wide, product.out, product.inp, rows, budget=room - copied)
-        config = plan.large.config if plan.large else plan.small or pick_outer(wide, 1, 1, 1, store=False)
-        return (config.rows, config.cols), plan.scratch + copied, flops
+        planned = plan.large.config if plan.large else plan.small
+        assert planned is not None
+        return (planned.rows, planned.cols), plan.scratch + copied, flops
     config = pick_gram(wide, length, rows.pairs)
     whole, rest = divmod(length, config.rows)
     triangle = (length**2 + whole * config.rows**2 + rest**2) // 2  # tiles on and below the diagonal

@@ -118,6 +118,25 @@ def test_what_is_decided_fits_and_says_why(product: Product, budget: int, count:
         assert strategy.refused > room and product.has_kernels
 
 
+@pytest.mark.parametrize("form", ["gram", "outer"])
+@pytest.mark.parametrize("dtypes", list(every([torch.float32, torch.bfloat16, torch.float16], repeat=2)))
+def test_a_launch_holds_what_is_said(dtypes: tuple[torch.dtype, torch.dtype], form: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from gradent.kernels.common.triton_operands import Spans  # noqa: PLC0415  (imports Triton)
+    from gradent.kernels.gram.triton import gram_scratch  # noqa: PLC0415
+    from gradent.kernels.outer.triton import outer_scratch  # noqa: PLC0415
+
+    pairs, tokens, out, inp = 64, *((70, 400, 320) if form == "gram" else (300, 130, 129))
+    shape = Product(
+        rows=2 * pairs, lengths=(tokens,) * 2, out=out, inp=inp, dtypes=dtypes, has_kernels=True, is_complete=True
+    )
+    strategy = decide(shape, 2**26)
+    sides = [torch.empty(pairs * tokens, size, dtype=dtype) for size, dtype in zip((out, inp), dtypes, strict=True)]
+    needed = gram_scratch if form == "gram" else outer_scratch
+    assert (strategy.form, strategy.backend) == (form, "triton")
+    assert strategy.scratch == needed(*sides, *sides, Spans.padded(pairs, tokens))
+
+
 @settings(max_examples=100, deadline=None)
 @given(products, budgets, groups)
 def test_gradients_that_are_there_wait_or_are_reduced(product: Product, budget: int, count: int) -> None:

@@ -265,6 +265,7 @@ def test_available_defaults_and_needs():
     assert all(default.get("beta", 0.1) == 0.1 for default in defaults.values())
     assert [defaults[name]["lam"] for name in ("cpo", "rrhf", "slic", "dpop")] == [1, 1, 1, 50]
     assert (defaults["slic"]["delta"], defaults["simpo"]["gamma"], defaults["rdpo"]["alpha"]) == (1, 0.5, 0.2)
+    assert [defaults["kto"][name] for name in ("lambda_w", "lambda_l", "z_ref")] == [1, 1, 0]
 
 
 def test_loss_is_frozen():

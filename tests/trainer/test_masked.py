@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
-from gradent.errors import InputError
-from gradent.losses.token_masked import hard_mask, masked_logps, soft_mask, sparsity, token_masked_loss
+from gradent.losses.token_masked import token_masked_loss
 from gradent.trainer.token_masking.config import TokenMaskedDPOConfig
 from gradent.trainer.token_masking.head import MaskHead
 from gradent.trainer.token_masking.trainer import TokenMaskedDPOTrainer
@@ -61,81 +59,6 @@ def logged(trainer: Any, key: str) -> list[float]:
 
 def error(got: Tensor, want: Tensor) -> float:
     return float((got - want).norm() / want.norm())
-
-
-# The loss by itself.
-
-
-def case(rows: int = 4, width: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs of both models, scores, and ragged responses, float64."""
-    draw = torch.Generator().manual_seed(0)
-    policy, reference = (-3 * torch.rand(rows, width, generator=draw, dtype=torch.float64) for _ in range(2))
-    scores = torch.randn(rows, width, generator=draw, dtype=torch.float64)
-    tokens = torch.arange(width)[None] < torch.tensor([5, 2, 4, 1])[:, None]
-    return policy, reference, scores, tokens
-
-
-@pytest.mark.parametrize("hard", [False, True])
-def test_loss_is_its_formula(hard: bool) -> None:
-    policy, reference, scores, tokens = case()
-    got = token_masked_loss(
-        policy, reference, scores, tokens, beta=0.3, eta=0.7, threshold=0.1, k=1.0 if hard else 1e6, hard=hard
-    )
-    for pair in range(2):
-        sums, shares = [], []
-        for row in (pair, pair + 2):
-            length = int(tokens[row].sum())
-            kept = [place for place in range(length) if scores[row, place].item() >= 0.1]
-            sums.append(sum(policy[row, place].item() - reference[row, place].item() for place in kept))
-            shares.append(len(kept) / length)
-        want = math.log1p(math.exp(-0.3 * (sums[0] - sums[1]))) + 0.7 * (shares[0] + shares[1]) / 2
-        assert got[pair].item() == pytest.approx(want, rel=1e-12)
-    assert 0 < hard_mask(scores, threshold=0.1)[tokens].sum() < tokens.sum()
-
-
-def test_a_token_at_the_threshold_is_kept() -> None:
-    scores = torch.tensor([0.5, 0.5 - 1e-6])
-    assert hard_mask(scores, threshold=0.5).tolist() == [True, False]
-    assert soft_mask(scores, threshold=0.5, k=1e9)[0] == 0.5
-
-
-def test_gradcheck() -> None:
-    policy, reference, scores, tokens = case()
-    inputs = policy.requires_grad_(), scores.requires_grad_()
-
-    def loss(policy: Tensor, scores: Tensor) -> Tensor:
-        return token_masked_loss(policy, reference, scores, tokens, beta=0.3, eta=0.7, threshold=0.1, k=2.0)
-
-    assert torch.autograd.gradcheck(loss, inputs)
-    policy_grad, score_grad = torch.autograd.grad(loss(*inputs).sum(), inputs)
-    assert not policy_grad[~tokens].any() and not score_grad[~tokens].any()
-    assert score_grad[tokens].all()
-
-
-def test_kept_log_probs() -> None:
-    policy, reference, scores, _ = case()
-    mask = soft_mask(scores, threshold=0.0, k=1.0).requires_grad_()
-    kept, kept_reference = masked_logps(policy, reference, mask)
-    assert torch.equal(kept, mask * policy) and torch.equal(kept_reference, mask * reference)
-    (grad,) = torch.autograd.grad((kept - kept_reference).sum(), mask)
-    assert torch.allclose(grad, policy - reference, rtol=1e-12)
-    ones = torch.ones_like(policy)
-    kept, kept_reference = masked_logps(policy, reference, ones)
-    assert torch.equal(kept, policy) and torch.equal(kept_reference, reference)
-
-
-def test_sparsity_is_a_share_of_each_response() -> None:
-    mask, tokens = torch.tensor([[1.0, 0.5, 9.0], [0.2, 9.0, 9.0], [9.0, 9.0, 9.0]]), torch.zeros(3, 3, dtype=bool)
-    tokens[0, :2] = tokens[1, :1] = True
-    assert sparsity(mask, tokens).tolist() == pytest.approx([0.75, 0.2, 0.0])
-
-
-def test_shapes_that_differ_are_refused() -> None:
-    policy, reference, scores, tokens = case()
-    with pytest.raises(InputError, match=r"accepted is one shape \[2B, K\]"):
-        token_masked_loss(policy, reference, scores[:2], tokens, beta=0.1, eta=0.0)
-    with pytest.raises(InputError, match=r"accepted is one shape \[2B, K\]"):
-        token_masked_loss(policy[:3], reference[:3], scores[:3], tokens[:3], beta=0.1, eta=0.0)
 
 
 # The trainer's loss and gradients against the formula, row by row.

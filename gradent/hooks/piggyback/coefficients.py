@@ -81,7 +81,7 @@ class LogitsReadout:
         labelled = None if self.labels is None else self.labels[:, -count:] != -100
         size = torch.stack([_absolute_sums(row) for row in grad])
         # All there is to see lies between the first and the last position that matters; a prompt's do not.
-        spans = _ends(size != 0 if labelled is None else (size != 0) | labelled)
+        spans = _ends(size != 0 if labelled is None else labelled)
         at = _positions(spans, logits.device)
         y = targets[at]
         v, top = _best_others(logits, spans, at, y)
@@ -101,7 +101,7 @@ class LogitsReadout:
             used = moved | (inside_moved & (logps > -1e-6))
         # A token that is all but certain hardly moves; its gradient is rounding, and weighs as little as it matters.
         weight = -torch.expm1(logps) * used
-        tokens = torch.where(weight > 0, spread(g_y - g_v * (z_y - z_v).clamp_max(80).exp()), 0.0)
+        tokens = torch.where(weight > 0, spread(g_y - g_v * (z_y - z_v).exp()), 0.0)
         c = (tokens * weight).sum(1) / weight.sum(1).clamp_min(1e-300)
         # v has its share of the softmax and nothing besides, and so have all others; no other position is moved: else
         # the loss has a part that is no log-prob of these tokens (a z-loss, an entropy bonus, a term over the prompt).
@@ -115,8 +115,6 @@ class LogitsReadout:
 
 def _ends(live: Tensor) -> list[tuple[int, int]]:
     """Each row's first true position of bool `[N, K]` and the position after its last; (0, 0) where none is true."""
-    if not live.shape[1]:
-        return [(0, 0)] * len(live)
     first, after = live.int().argmax(1), live.shape[1] - live.flip(1).int().argmax(1)
     ends = torch.stack([first, after, live.any(1)], 1).tolist()
     return [(start, stop) if some else (0, 0) for start, stop, some in ends]
@@ -166,9 +164,9 @@ def _best_in_blocks(logits: Tensor, at: Sequence[Tensor], targets: Tensor, maxim
 def _block_maxima(logits: Tensor) -> Tensor:
     """Largest logit of each `BLOCK` tokens, `[K, V / BLOCK rounded up]`."""
     full = logits.shape[1] // BLOCK * BLOCK
-    parts = [logits[:, :full].reshape(len(logits), full // BLOCK, BLOCK).amax(-1)] if full else []
+    parts = [logits[:, :full].reshape(len(logits), full // BLOCK, BLOCK).amax(2)] if full else []
     if full < logits.shape[1]:
-        parts.append(logits[:, full:].amax(-1, keepdim=True))
+        parts.append(logits[:, full:].amax(1, keepdim=True))
     return torch.cat(parts, 1)
 
 
@@ -181,7 +179,7 @@ def _log_normalizers(logits: Tensor, spans: Sequence[tuple[int, int]], top: Tens
         for span in _tiles(logits[row, start:stop]):
             size = span.stop - span.start
             largest = top[done : done + size, None].to(wide)
-            sums[done : done + size] = (logits[row, start:stop][span] - largest).exp_().sum(-1)
+            sums[done : done + size] = (logits[row, start:stop][span] - largest).exp_().sum(1)
             done += size
     return sums.double().log_().add_(top)
 
@@ -192,7 +190,7 @@ def _absolute_sums(values: Tensor) -> Tensor:
     wide = accumulator(values.dtype)
     sums = torch.empty(len(values), dtype=wide, device=values.device)
     for span in _tiles(values):
-        sums[span] = values[span].abs().to(wide).sum(-1)
+        sums[span] = values[span].abs().to(wide).sum(1)
     return sums.double()
 
 

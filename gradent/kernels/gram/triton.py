@@ -42,17 +42,13 @@ def gram_products(
 
 def gram_scratch(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, spans: Spans | Groups) -> int:
     """Bytes that `gram_entries` or `gram_products` allocates besides its result."""
-    return gram_bytes(_wide(Factors(u_w, v_w, u_l, v_l, spans)), spans)
-
-
-def _wide(factors: Factors) -> torch.dtype:
-    return factors.u_w.dtype if factors.u_w.dtype == torch.float32 else factors.v_w.dtype
+    return gram_bytes(Factors(u_w, v_w, u_l, v_l, spans).widest, spans)
 
 
 def _launch(factors: Factors, config: Config | None, poison: bool) -> Tensor:
     """A float64 number for each of the spans' products."""
     spans = factors.spans
-    config = config or pick_gram(_wide(factors), spans.longest, spans.pairs)
+    config = config or pick_gram(factors.widest, spans.longest, spans.pairs)
     tiles = gram_tiles(spans, config.rows)
     if spans.count * tiles == 0:
         return torch.zeros(spans.count, dtype=torch.float64, device=factors.device)
