@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,12 @@ __all__ = ["is_even", "reduce_at_once", "reduce_group", "reduce_rows"]
 
 
 def reduce_group(
-    factors: Factors, *, budget: int, weight: Tensor | None = None, directions: Tensor | None = None
+    factors: Factors,
+    *,
+    budget: int,
+    weight: Tensor | None = None,
+    directions: Tensor | None = None,
+    plain: int = 0,
 ) -> Tensor:
     """Entries `[m]` float64 of one group of rows, none of whose gradients is ever held whole.
 
@@ -45,6 +50,7 @@ def reduce_group(
         has_factors=True,
         is_weighted=weight is not None,
         directions=0 if directions is None else len(directions),
+        plain=plain,
     )
     strategy = decide(product, budget)
     if strategy.refused:
@@ -55,8 +61,8 @@ def reduce_group(
             return entries
         strategy = decide(replace(product, has_kernels=False), budget)
     if strategy.form == "gram":
-        return reduce_gram(factors, strategy.tiling, directions, budget=strategy.scratch)
-    return reduce_outer(factors, strategy.tiling, weight, directions)
+        return reduce_gram(factors, strategy.tiling, directions, budget=strategy.scratch, plain=plain)
+    return reduce_outer(factors, strategy.tiling, weight, directions, plain)
 
 
 def reduce_at_once(
@@ -100,6 +106,7 @@ def reduce_rows(
         is_complete=True,
         is_weighted=weight is not None,
         directions=wanted.directions,
+        plain=wanted.plain,
     )
     for attempted in (product, replace(product, has_kernels=False)):
         strategy = decide(attempted, budget)
@@ -108,7 +115,8 @@ def reduce_rows(
             if entries is not None:
                 return entries
     groups = [[(u[row, : ends[row]], v[row, : ends[row]]) for row in group] for group in wanted.groups]
-    return torch.cat([reduce_group(group, budget=budget, weight=weight, directions=directions) for group in groups])
+    rest: dict[str, Any] = {"budget": budget, "weight": weight, "directions": directions, "plain": wanted.plain}
+    return torch.cat([reduce_group(group, **rest) for group in groups])
 
 
 def is_even(rows: Tensor) -> bool:

@@ -106,7 +106,7 @@ class Ledger:
         if parts is not None and param not in self._ahead:
             reducer = decide(self._product(parts), self.budget).reducer
             if reducer == "queue":
-                self._queue.add(param, self._materialized.pop(param))
+                self._queue.add(param, self._materialized.pop(param), *self.metric(param, parts[0].slot))
                 self.entries[param] = torch.zeros(0, dtype=torch.float64)
                 if self._queue.is_full(self.budget):
                     self._flush()
@@ -135,12 +135,13 @@ class Ledger:
             is_materialized=True,
             is_weighted=self.is_weighted,
             directions=self.wanted.directions,
+            plain=self.wanted.plain,
             waiting=self.waiting,
         )
 
     def _flush(self) -> None:
         """Reduce the small parameters that wait."""
-        self.entries.update(self._patiently(self._queue.reduce, self.metric))
+        self.entries.update(self._patiently(self._queue.reduce))
         self._queue.clear()
 
     def _single_slot(self, param: int) -> list[MaterializedRows] | None:
@@ -153,10 +154,8 @@ class Ledger:
     def _all_rows(self, param: int, parts: Sequence[MaterializedRows]) -> Tensor | None:
         """Entries of a parameter of which gradients of one slot are all there is; None where memory ran out."""
         root, directions = self.metric(param, parts[0].slot)
-        if root is not None and directions is not None:
-            directions = directions * root
         try:
-            entries = reduce_tiles(row_gradients(parts, self.wanted.rows, root), self.wanted, directions)
+            entries = reduce_tiles(row_gradients(parts, self.wanted.rows), self.wanted, directions, root)
         except torch.OutOfMemoryError:
             return None
         del self._materialized[param]
@@ -194,7 +193,7 @@ class Ledger:
     def _slot(self, param: int, slot: Slot, rows: Sequence[Sequence[Form]]) -> Tensor:
         """Entries `[m]` of one group and slot."""
         root, directions = self.metric(param, slot)
-        return reduce_forms(rows, budget=self._room, root=root, directions=directions)
+        return reduce_forms(rows, budget=self._room, root=root, directions=directions, plain=self.wanted.plain)
 
     def shrink(self, param: int, lookups: Callable[[int], Tensor]) -> None:
         """Reduce a tied weight's factored gradients now, and keep only the rows of them that its lookups will touch.

@@ -40,7 +40,12 @@ def merge_forms(forms: Sequence[Form]) -> list[Solid]:
 
 
 def reduce_forms(
-    rows: Sequence[Sequence[Form]], *, budget: int, root: Tensor | None = None, directions: Tensor | None = None
+    rows: Sequence[Sequence[Form]],
+    *,
+    budget: int,
+    root: Tensor | None = None,
+    directions: Tensor | None = None,
+    plain: int = 0,
 ) -> Tensor:
     """Entries `[m]` float64 of n rows, each the sum of its formats; `root` multiplies gradients and directions."""
     sides = [merge_forms(forms) for forms in rows]
@@ -50,13 +55,13 @@ def reduce_forms(
         assert isinstance(first, Factored)
         empty = first.u[:0], first.v[:0]
         factors = [next(((f.u, f.v) for f in side if isinstance(f, Factored)), empty) for side in sides]
-        return reduce_group(factors, budget=budget, weight=root, directions=directions)
+        return reduce_group(factors, budget=budget, weight=root, directions=directions, plain=plain)
     if kinds == {SparseRows}:
         lookups = [[form for form in side if isinstance(form, SparseRows)] for side in sides]
-        return reduce_sparse(lookups, budget=budget, root=root, directions=directions)
+        return reduce_sparse(lookups, budget=budget, root=root, directions=directions, plain=plain)
     if kinds == {Materialized}:
-        return _reduce_materialized(sides, root, directions)
-    return _reduce_mixed(sides, budget, root, directions)
+        return _reduce_materialized(sides, root, directions, plain)
+    return _reduce_mixed(sides, budget, root, directions, plain)
 
 
 def reduce_sparse(
@@ -65,6 +70,7 @@ def reduce_sparse(
     budget: int,
     root: Tensor | None = None,
     directions: Tensor | None = None,
+    plain: int = 0,
 ) -> Tensor:
     """Entries `[m]` of n rows' lookups, on the rows of the weight that any of them touches, a few columns at a time."""
     forms = [form for side in rows for form in side]
@@ -77,6 +83,7 @@ def reduce_sparse(
     )  # cut out, or widened
     step = max(1, tile_room(budget) // max(1, (height + copied) * wide.itemsize))
     gram = torch.zeros(len(rows) + extra, len(rows), dtype=torch.float64, device=ids.device)
+    bare = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=ids.device) if plain else None
     buffer = torch.empty(height * min(cols, step), dtype=wide, device=ids.device)
     for span in spans(cols, step):
         width = span.stop - span.start
@@ -84,28 +91,34 @@ def reduce_sparse(
         for grad, side in zip(tile, rows, strict=False):
             for form in side:
                 grad.index_add_(0, torch.searchsorted(ids, form.ids), form.values[:, span].to(wide))
+        flat = tile.view(len(rows) + extra, -1)
+        if bare is not None:
+            bare += dots(flat[: len(rows)], flat[: len(rows)])
         if directions is not None:
             tile[len(rows) :] = directions[:, ids, span]
         if root is not None:
             tile *= root[ids, span]
-        flat = tile.view(len(rows) + extra, -1)
         gram += dots(flat, flat[: len(rows)])
-    return pick(gram, len(rows))
+    return pick(gram, len(rows), bare, plain)
 
 
-def _reduce_materialized(sides: Sequence[Sequence[Solid]], root: Tensor | None, directions: Tensor | None) -> Tensor:
+def _reduce_materialized(
+    sides: Sequence[Sequence[Solid]], root: Tensor | None, directions: Tensor | None, plain: int
+) -> Tensor:
     """Entries `[m]` of gradients that are there as such, put side by side."""
     grads = [next((form.grad for form in side if isinstance(form, Materialized)), None) for side in sides]
     some = next(grad for grad in grads if grad is not None)
     filled = [torch.zeros_like(some) if grad is None else grad for grad in grads]
     tile = torch.stack([*filled, *([] if directions is None else directions.to(some.dtype))])
+    flat = tile.view(len(tile), -1)
+    bare = dots(flat[: len(grads)], flat[: len(grads)]) if plain else None
     if root is not None:
         tile *= root
-    return reduce_flat(tile.view(len(tile), -1), len(grads))
+    return reduce_flat(flat, len(grads), bare, plain)
 
 
 def _reduce_mixed(
-    sides: Sequence[Sequence[Solid]], budget: int, root: Tensor | None, directions: Tensor | None
+    sides: Sequence[Sequence[Solid]], budget: int, root: Tensor | None, directions: Tensor | None, plain: int
 ) -> Tensor:
     """Entries `[m]` of rows that hold several formats, in tiles of the weight to which each format adds its part."""
     forms = [form for side in sides for form in side]
@@ -121,7 +134,7 @@ def _reduce_mixed(
     root = None if root is None else _matrix(root)
     along = None if directions is None else torch.stack([_matrix(direction) for direction in directions])
     with exact_products(device):
-        return reduce_tiled(put, len(sides), shape, tiling.tile, wide, device, root, along)
+        return reduce_tiled(put, len(sides), shape, tiling.tile, wide, device, root, along, plain=plain)
 
 
 def _add_tile(form: Solid, place: Place, out: Tensor) -> None:

@@ -31,7 +31,11 @@ Place = tuple[slice, slice]
 
 
 def reduce_outer(
-    factors: Factors, tiling: Tiling, weight: Tensor | None = None, directions: Tensor | None = None
+    factors: Factors,
+    tiling: Tiling,
+    weight: Tensor | None = None,
+    directions: Tensor | None = None,
+    plain: int = 0,
 ) -> Tensor:
     """A group's entries `[m]` float64 from the factors of n rows; `weight` `[O, I]` multiplies every gradient."""
     u, v = factors[0]
@@ -47,7 +51,9 @@ def reduce_outer(
 
     with exact_products(u.device):
         shape = u.shape[1], v.shape[1]
-        return reduce_tiled(put, len(factors), shape, tiling.tile, wide, u.device, weight, directions, turned=turned)
+        return reduce_tiled(
+            put, len(factors), shape, tiling.tile, wide, u.device, weight, directions, turned=turned, plain=plain
+        )
 
 
 def reduce_tiled(
@@ -61,11 +67,13 @@ def reduce_tiled(
     directions: Tensor | None = None,
     *,
     turned: bool = False,
+    plain: int = 0,
 ) -> Tensor:
     """A group's entries `[m]` from whatever `put` writes as a row's tile; with `turned`, column by column."""
     extra = 0 if directions is None else len(directions)
     buffer = torch.empty((rows + extra) * tile[0] * tile[1], dtype=dtype, device=device)
     gram = torch.zeros(rows + extra, rows, dtype=torch.float64, device=device)
+    bare = torch.zeros(rows, rows, dtype=torch.float64, device=device) if plain else None
     for top in spans(shape[0], tile[0]):
         for left in spans(shape[1], tile[1]):
             sides = top.stop - top.start, left.stop - left.start
@@ -73,13 +81,15 @@ def reduce_tiled(
             for row in range(rows):
                 put(row, (top, left), part[row])
             grid = part.view(rows + extra, sides[1], sides[0]).mT if turned else part
+            flat = part.view(rows + extra, -1)
+            if bare is not None:
+                bare += dots(flat[:rows], flat[:rows])
             if directions is not None:
                 grid[rows:] = directions[:, top, left]
             if weight is not None:
                 grid *= weight[top, left]
-            flat = part.view(rows + extra, -1)
             gram += dots(flat, flat[:rows])
-    return pick(gram, rows)
+    return pick(gram, rows, bare, plain)
 
 
 @exactly
@@ -87,8 +97,4 @@ def reduce_all_rows(
     u: Tensor, v: Tensor, wanted: Wanted, weight: Tensor | None = None, directions: Tensor | None = None
 ) -> Tensor:
     """Entries `[M]` float64 of all groups at once, from u `[N, T, O]` and v `[N, T, I]`: one batched product."""
-    grads = row_products(u, v)
-    if weight is not None:
-        grads *= weight
-        directions = None if directions is None else directions * weight
-    return reduce_tiles(grads, wanted, directions)
+    return reduce_tiles(row_products(u, v), wanted, directions, weight, own=True)
