@@ -6,7 +6,7 @@ Letters: k pairs of a backward, the active ones those that the loss moves on bot
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import TracebackType
@@ -16,8 +16,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from gradent.attribution.step import StepAttribution, attribute_backward
+from gradent.attribution.update_rule import FIRST_STEP, UpdateRule, find_update_rule
+from gradent.distributed import world_size
 from gradent.errors import InputError, ModelError
-from gradent.hooks.piggyback.config import WatchConfig
+from gradent.hooks.piggyback.config import StepMetric, WatchConfig
 from gradent.hooks.piggyback.observation import BackwardObservation, mark_completions
 from gradent.hooks.piggyback.pairing import Pairing
 from gradent.hooks.piggyback.watcher import Piggyback
@@ -55,6 +58,8 @@ class Recording:
         inactive: pairs that the loss does not move, on either side or both: counted, not averaged.
         unpaired: rows that found no partner.
         overhead_s: wall time that gradent took, in seconds.
+        attribution: what moved each of these responses in the step that follows; None without an optimizer, or where
+            its step has no such account (said once in the log).
     """
 
     gram: PairGram
@@ -65,6 +70,7 @@ class Recording:
     inactive: int
     unpaired: int
     overhead_s: float = 0.0
+    attribution: StepAttribution | None = None
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -91,6 +97,7 @@ def attach(
     compiled: nn.Module | None = None,
     trusted: bool = False,
     weight_grad: WeightGrad | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Recorder:
     """Watch the model that a training loop runs, from `with` to the end of the block (or between `arm` and `disarm`).
 
@@ -112,6 +119,8 @@ def attach(
             once, for the entries and for the loop's own gradient, which spares the products of a measured step but sums
             that gradient in another order: the run is no longer the same to the bit. For parameters that are trained in
             full; the weight of a tied or fused head is measured as without.
+        optimizer: the loop's own; then a recording's `attribution` says what moved each response in its next step, by
+            source. SGD, Adam and AdamW are accounted for, in whichever implementation.
 
     Returns:
         The recorder, which is a context manager.
@@ -132,7 +141,7 @@ def attach(
         has_entries=mode != "measure" and watched is unwrap_compiled(model), is_trusted=trusted,
         should_share=weight_grad is not None,
     )  # fmt: skip
-    return Recorder(unwrap_compiled(model), config, mode=mode, by_module=by_module, metric=metric)
+    return Recorder(unwrap_compiled(model), config, mode=mode, by_module=by_module, metric=metric, optimizer=optimizer)
 
 
 class Recorder:
@@ -140,9 +149,11 @@ class Recorder:
 
     def __init__(
         self, model: nn.Module, config: WatchConfig, *, mode: Mode, by_module: bool,
-        metric: torch.optim.Optimizer | None,
+        metric: torch.optim.Optimizer | None, optimizer: torch.optim.Optimizer | None = None,
     ) -> None:  # fmt: skip
-        self.metric = metric
+        self.metric, self.optimizer = metric, optimizer
+        self._rule: UpdateRule | None = None
+        self._accounts: list[tuple[BackwardObservation, list[int]]] = []
         self._model, self._config, self._mode, self._by_module = model, config, mode, by_module
         self._is_compiled = config.model is not model
         self._piggyback: Piggyback | None = None
@@ -174,9 +185,26 @@ class Recorder:
         if self.metric is not None and is_sharded(self._model):
             raise ModelError("metric: the optimizer's state is sharded (FSDP); only metric=None is available there.")
         weight = None if self.metric is None else metric_roots(self.metric, parameters)
-        self._config = replace(self._config, parameters=parameters, weight=weight)
+        self._rule = self._find_rule(parameters)
+        step = None if self._rule is None else _step_metric(self._rule)
+        self._config = replace(self._config, parameters=parameters, weight=weight, step=step)
         self._piggyback = Piggyback(self._config)
         self._piggyback.arm()
+
+    def _find_rule(self, parameters: Mapping[str, Tensor]) -> UpdateRule | None:
+        """The optimizer's step to come; None, and a line in the log, where it has no account."""
+        if self.optimizer is None:
+            return None
+        rule: UpdateRule | str = "a sharded model's optimizer state is sharded too (FSDP)"
+        if self._config.should_share:
+            rule = "weight_grad='shared' forms its products in another way"
+        elif not is_sharded(self._model):
+            rule = find_update_rule(self.optimizer, parameters)
+        if not isinstance(rule, str):
+            return rule
+        if rule != FIRST_STEP:
+            self._log_once(f"gradent gives no account of steps: {rule}.")
+        return None
 
     @property
     def armed(self) -> bool:
@@ -189,12 +217,14 @@ class Recorder:
             self._piggyback.disarm()
             self._piggyback = None
         self._collected.clear()
+        self._accounts.clear()
         self._backwards = 0
 
-    def harvest(self, *, scale: float = 1.0) -> Recording | None:
-        """What the backwards since the last call showed. Call it before `optimizer.step()`.
+    def harvest(self, *, scale: float = 1.0, lr: float | None = None) -> Recording | None:
+        """What the backwards since the last call showed. Call it before `optimizer.step()`, and after clipping.
 
         Args:
+            lr: learning rate of the step to come, for its attribution; None for that of each parameter group.
             scale: what the loss was divided by before the backward beyond its mean over the pairs: the number of
                 accumulated micro-batches, the inverse of a gradient scaler's scale. It scales `d_w` and `d_l`.
 
@@ -208,9 +238,12 @@ class Recorder:
         """
         self.collect()
         recordings, self._collected, self._backwards = self._collected, [], 0
+        accounts, self._accounts = self._accounts, []
         if not recordings:
             return None
         recording = join_recordings(recordings, scale=scale)
+        if self._rule is not None:
+            recording = replace(recording, attribution=self._attribute(accounts, self._rule, lr))
         _ = recording.verdict  # raises here where an entry is not finite
         return recording
 
@@ -239,6 +272,28 @@ class Recorder:
             raise
         return self._backwards
 
+    def _attribute(
+        self, accounts: Sequence[tuple[BackwardObservation, list[int]]], rule: UpdateRule, lr: float | None
+    ) -> StepAttribution | None:
+        """What moves the active pairs of some backwards; None, and a line in the log, where that is not known."""
+        parts: list[StepAttribution] = []
+        last = accounts[-1][0].norms
+        kept: float | str = "nothing was read off the backward" if last is None else last.factor()
+        for observation, active in accounts:
+            part: StepAttribution | str = (
+                kept
+                if isinstance(kept, str)
+                else (
+                    observation.no_entries_reason
+                    or attribute_backward(observation, rule, kept=kept / world_size(), lr=lr)
+                )
+            )
+            if isinstance(part, str):
+                self._log_once(f"gradent gives no account of a step: {part}.")
+                return None
+            parts.append(part.select(active))
+        return StepAttribution.join(parts)
+
     def _settle(self, observation: BackwardObservation) -> Recording | None:
         """The recording of one backward; None, and a line in the log, where it cannot be used."""
         reason = observation.unusable_reason
@@ -251,6 +306,7 @@ class Recorder:
         is_moved = (observation.c[:pairs] != 0) & (observation.c[pairs:] != 0)
         moved = is_moved.nonzero()[:, 0].tolist()
         active = [pair for pair in moved if observation.is_reward or self._has_two_responses(observation, pair)]
+        self._accounts.append((observation, active))
         numbers = [] if observation.is_reward else [*active, *(pairs + pair for pair in active)]
         batch = PairBatch.from_rows([observation.rows[number] for number in numbers]) if numbers else None
         obstacle = "the model is compiled" if self._is_compiled else observation.no_entries_reason
@@ -334,6 +390,16 @@ class Recorder:
     def _log_once(self, text: str) -> None:
         """Log a line once; figures in it, which differ from step to step, do not make it another one."""
         self._notices.once(text, key=re.sub(r"[\d.]+(e[+-]?\d+)?", "", text))
+
+
+def _step_metric(rule: UpdateRule) -> StepMetric:
+    """What the account takes of an optimizer."""
+    directions: dict[str, Callable[[int], Tensor | None]] = {}
+    if rule.has_momentum:
+        directions["momentum"] = rule.momentum
+    if rule.has_decay:
+        directions["weight_decay"] = rule.decay_direction
+    return StepMetric(root=rule.root if rule.is_adaptive else None, directions=directions)
 
 
 def join_recordings(recordings: Sequence[Recording], *, scale: float = 1.0) -> Recording:

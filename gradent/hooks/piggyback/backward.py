@@ -15,16 +15,22 @@ from gradent.hooks.overhead import Clock, wait_for
 from gradent.hooks.piggyback.coefficients import Coefficients
 from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.forward import WatchedForward
+from gradent.hooks.piggyback.gradient_norms import GradientNorms
 from gradent.hooks.piggyback.guard import Guard
 from gradent.hooks.piggyback.observation import BackwardObservation
 from gradent.hooks.piggyback.pairing import pair_rows
 from gradent.hooks.reduction.collector import Collector
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.reduction.reducers import Place
+from gradent.kernels.common.numerics import accumulator
 from gradent.kernels.common.wanted import Wanted
 from gradent.pair_gram import on_cpu
 
 __all__ = ["WatchedBackward"]
+
+
+EARLIER = "earlier_batches"
+"""The source that is what a parameter's gradient was before this backward."""
 
 
 class WatchedBackward:
@@ -90,7 +96,7 @@ class WatchedBackward:
         """The backward has reached the first output: settle which row is which."""
         self._has_started = True
         config, observation = self.config, self.observation
-        if any(forward.has_hidden_regions for forward in self.forwards):
+        if config.step is not None or any(forward.has_hidden_regions for forward in self.forwards):
             self._grad_versions = [_grad_version(parameter) for parameter in config.tensors]
         numbers = self._number_rows(coefficients.c)
         if isinstance(numbers, str):
@@ -103,11 +109,38 @@ class WatchedBackward:
         observation.c, observation.logps = (torch.zeros(2 * pairs, dtype=torch.float64) for _ in range(2))
         observation.rows = [(torch.zeros(0), torch.zeros(0))] * (2 * pairs)
         observation.tokens = [torch.zeros(0)] * (2 * pairs)
-        ledger = Ledger(Wanted.pairs(pairs), budget=config.budget, weight=config.weight)
-        self._collector = Collector(ledger, config.budget)
+        self._collector = Collector(self._make_ledger(pairs), config.budget)
         for forward, place in self._places.items():
             for tap in forward.expected:
                 self._collector.expect(tap, place)
+
+    def _make_ledger(self, pairs: int) -> Ledger:
+        config, step = self.config, self.config.step
+        if step is None:
+            return Ledger(Wanted.pairs(pairs), budget=config.budget, weight=config.weight)
+        self.observation.norms = GradientNorms(config.tensors)
+        self.observation.norms.start()
+        sources = [*step.directions, *([EARLIER] if any(version >= 0 for version in self._grad_versions) else [])]
+        self.observation.sources = tuple(sources)
+        return Ledger(
+            Wanted.all(2 * pairs, len(sources), plain=0 if config.weight else pairs),
+            budget=config.budget, weight=step.root, directions=self._directions if sources else None,
+        )  # fmt: skip
+
+    def _directions(self, number: int) -> Tensor:
+        """A parameter's directions `[D, *shape]`, one a source."""
+        tensor, step, sources = self.config.tensors[number], self.config.step, self.observation.sources
+        assert step is not None
+        stack = torch.zeros(len(sources), *tensor.shape, dtype=accumulator(tensor.dtype), device=tensor.device)
+        for row, source in zip(stack, sources, strict=True):
+            direction = tensor.grad if source == EARLIER else step.directions[source](number)
+            if source == EARLIER and _grad_version(tensor) != self._grad_versions[number]:
+                self.observation.no_account_reason = (
+                    "a parameter's gradient was accumulated before its last use was seen"
+                )
+            if direction is not None:
+                row.copy_(direction)
+        return stack
 
     def _number_rows(self, c: Tensor) -> list[Sequence[int]] | str:
         """Each forward's rows as numbers among the 2k (-1: in no pair), or why they do not pair up."""
@@ -165,14 +198,17 @@ class WatchedBackward:
                 if number >= 0:
                     remainders[number] = remainder
         entries, wanted = on_cpu(collector.ledger.entries), collector.ledger.wanted
-        observation.entries = {
-            number: wanted.scaled(entry, remainders).view(-1, 3) for number, entry in entries.items()
-        }
+        for number, entry in entries.items():
+            scaled = wanted.scaled(entry, remainders)
+            if config.step is not None:
+                observation.products[number], observation.along[number] = wanted.matrix(scaled), wanted.along(scaled)
+            observation.entries[number] = wanted.pair_entries(scaled)
         observation.shared = collector.shared
         # Parameters that got a gradient from a hidden region, where no use of them was seen.
         missed = {
             number
             for number, version in enumerate(self._grad_versions)
+            if any(forward.has_hidden_regions for forward in self.forwards)
             if number not in observation.entries and _grad_version(config.tensors[number]) != version
         }
         missed |= set(collector.open)

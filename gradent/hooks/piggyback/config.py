@@ -12,7 +12,15 @@ from gradent.hooks.piggyback.pairing import Pairing
 from gradent.kernels.common.budget import DEFAULT_BUDGET
 from gradent.model.sharding import find_owners
 
-__all__ = ["WatchConfig"]
+__all__ = ["StepMetric", "WatchConfig"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepMetric:
+    """What a step's account takes of the optimizer; parameters go by number."""
+
+    root: Callable[[int], Tensor] | None  # square root of the preconditioner's diagonal; None for 1
+    directions: Mapping[str, Callable[[int], Tensor | None]]  # by source, of the parameter's shape; None for zero
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,6 +32,7 @@ class WatchConfig:
     budget: int = DEFAULT_BUDGET  # bytes that the reductions' tiles may take
     pairing: Pairing = "halves"  # which rows of a forward are chosen, which rejected
     weight: Callable[[int], Tensor] | None = None  # parameter number -> square root of the preconditioner's diagonal
+    step: StepMetric | None = None  # measure all products of a backward's rows in the optimizer's metric, too
     has_entries: bool = True  # measure Gram entries too; without, only coefficients are read
     is_trusted: bool = False  # the loss sees log-probs alone, whatever else the model is asked for
     should_share: bool = False  # the trainer's backward takes the weight gradients that measured products add up to

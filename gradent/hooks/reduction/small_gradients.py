@@ -61,7 +61,7 @@ class SmallGradientQueue:
     def add(
         self, param: int, parts: Sequence[MaterializedRows], root: Tensor | None, directions: Tensor | None
     ) -> None:
-        """Let a parameter wait; `parts` are all there is of it, of one slot, `root` and `directions` are that slot's."""
+        """Let a parameter wait: `parts` of one slot are all there is of it, with that slot's root and directions."""
         small = self._waiting[param] = _Small(parts, root, directions)
         self.held += small.nbytes
 
@@ -79,11 +79,12 @@ class SmallGradientQueue:
             alike[flat[0].shape[1], flat[0].dtype, flat[0].device][param] = flat
         entries: dict[int, Tensor] = {}
         for group in alike.values():
-            grads, directions, root = (
-                None if parts[0] is None else torch.stack(parts, min(1, parts[0].dim() - 1))
-                for parts in zip(*group.values(), strict=True)
-            )
-            reduced = reduce_stacked(grads, self._wanted, directions, root)
+            grads, directions, root = zip(*group.values(), strict=True)
+            reduced = reduce_stacked(
+                torch.stack(grads, 1), self._wanted,
+                None if directions[0] is None else torch.stack(directions, 1),
+                None if root[0] is None else torch.stack(root),
+            )  # fmt: skip
             entries |= dict(zip(group, reduced.unbind(), strict=True))
         return entries
 

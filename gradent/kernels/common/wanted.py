@@ -116,7 +116,14 @@ class Wanted:
 
     def pair_entries(self, entries: Tensor) -> Tensor:
         """`(‖G_w‖², ‖G_l‖², ⟨G_w, G_l⟩)` of each pair `[k, 3]`: without the metric where `plain` asks for that."""
-        return entries[-3 * self.plain :].view(3, -1).T if self.plain else entries.view(-1, 3)
+        if self.plain:
+            return entries[-3 * self.plain :].view(3, -1).T
+        half = self.rows // 2
+        if self == Wanted.pairs(half):
+            return entries.view(-1, 3)
+        products = self.matrix(entries)
+        squares = products.diagonal()
+        return torch.stack([squares[:half], squares[half:], products[:half, half:].diagonal()], 1)
 
     @property
     def _weighted(self) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,140 @@
+"""The account of one optimizer step: what moved each response's log-prob, to first order.
+
+With `g_i = ∇ log π(y_i|x_i)` and `h_j` what row j gives to the loss's gradient, an optimizer's step
+`Δθ = −lr [P ∘ (fresh · κ (Σ_j h_j + r) + carried · m) + decay · θ]` moves response i by `⟨g_i, Δθ⟩`, a sum over what is
+in the step. κ is what clipping leaves of the gradient, r what earlier micro-batches have accumulated.
+
+Letters: k pairs of a backward, rows 0..k-1 chosen and k..2k-1 rejected; N rows of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from gradent.attribution.update_rule import UpdateRule
+from gradent.hooks.piggyback.observation import BackwardObservation
+
+__all__ = ["SOURCES", "StepAttribution", "attribute_backward"]
+
+SOURCES = (
+    "own", "partner", "others_chosen", "others_rejected", "earlier_batches", "momentum", "weight_decay",
+)  # fmt: skip
+"""What moves a response in a step, in the order of tables and panels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepAttribution:
+    """What moved the responses of one optimizer step, to first order, by source.
+
+    Rows are the step's N = 2k responses in the order of `gram`: chosen of pair 0 to k-1, then rejected. Changes are in
+    nats: what the step adds to `log π(y_i|x_i)`.
+
+    Attributes:
+        products: `⟨g_i, P h_j⟩ / c_j`, the rows' Gram matrix in the optimizer's metric, float64 `[N, N]`; nan where two
+            rows did not meet in one backward.
+        pushes: what row j's part of the gradient does to row i, nats, float64 `[N, N]`; nan as in `products`.
+        moved: source -> float64 `[N]`, nats: own (the row itself), partner (the other response of its pair),
+            others_chosen and others_rejected (the other pairs of its micro-batch), earlier_batches (what the step's
+            earlier micro-batches have accumulated), momentum, weight_decay.
+        realised: how much each `log π(y_i|x_i)` really changed, float64 `[N]`; None unless it was measured.
+    """
+
+    products: Tensor
+    pushes: Tensor
+    moved: dict[str, Tensor]
+    realised: Tensor | None = None
+
+    @cached_property
+    def total(self) -> Tensor:
+        """The first-order change of each response, float64 `[N]`: the sum over sources."""
+        return torch.stack(list(self.moved.values())).sum(0)
+
+    @property
+    def rest(self) -> Tensor | None:
+        """What the account does not explain, float64 `[N]`: later micro-batches, other ranks, curvature."""
+        return None if self.realised is None else self.realised - self.total
+
+    @property
+    def explained(self) -> float | None:
+        """`1 − Σ (realised − total)² / Σ realised²` over the rows; None without `realised`, nan where nothing moved."""
+        rest = self.rest
+        if rest is None or self.realised is None:
+            return None
+        moved = float(self.realised.square().sum())
+        return 1 - float(rest.square().sum()) / moved if moved > 0 else float("nan")
+
+    def select(self, pairs: Sequence[int]) -> Self:
+        """The rows of some pairs; what the others did to them stays in `moved`."""
+        half = len(self.products) // 2
+        rows = torch.tensor([*pairs, *(half + pair for pair in pairs)], dtype=torch.int64)
+        return replace(
+            self, products=self.products[rows][:, rows], pushes=self.pushes[rows][:, rows],
+            moved={source: values[rows] for source, values in self.moved.items()},
+            realised=None if self.realised is None else self.realised[rows],
+        )  # fmt: skip
+
+    @classmethod
+    def join(cls, parts: Sequence[StepAttribution]) -> StepAttribution:
+        """The rows of several micro-batches or ranks, chosen of all of them first; at least one."""
+        if len(parts) == 1:
+            return parts[0]
+        halves = [len(part.products) // 2 for part in parts]
+        pairs = sum(halves)
+        products, pushes = (torch.full((2 * pairs, 2 * pairs), float("nan"), dtype=torch.float64) for _ in range(2))
+        start = 0
+        for part, half in zip(parts, halves, strict=True):
+            rows = torch.cat([torch.arange(half) + start, torch.arange(half) + pairs + start])
+            products[rows[:, None], rows], pushes[rows[:, None], rows] = part.products, part.pushes
+            start += half
+        realised = [part.realised for part in parts if part.realised is not None]
+        return cls(
+            products=products, pushes=pushes,
+            moved={source: _sides(parts, [part.moved[source] for part in parts]) for source in parts[0].moved},
+            realised=_sides(parts, realised) if len(realised) == len(parts) else None,
+        )  # fmt: skip
+
+
+def _sides(parts: Sequence[StepAttribution], values: Sequence[Tensor]) -> Tensor:
+    """Values of every part's rows, chosen of all parts first."""
+    return torch.cat([half for side in (0, 1) for half in (value.view(2, -1)[side] for value in values)])
+
+
+def attribute_backward(
+    observation: BackwardObservation, rule: UpdateRule, *, kept: float, lr: float | None = None
+) -> StepAttribution | str:
+    """The account of one backward's rows, or why there is none; `kept` is the part that clipping leaves."""
+    if observation.no_account_reason is not None:
+        return observation.no_account_reason
+    missing = rule.without_state & observation.products.keys()
+    if missing:
+        return f"the optimizer has no second moment for {len(missing)} parameters with a gradient yet"
+    rows = 2 * observation.pairs
+    products, fresh = (torch.zeros(rows, rows, dtype=torch.float64) for _ in range(2))
+    sources = {source: torch.zeros(rows, dtype=torch.float64) for source in observation.sources}
+    for number, part in observation.products.items():
+        terms, along = rule.terms(number, lr), observation.along[number]
+        products += part
+        fresh -= terms.lr * terms.fresh * part
+        factors = {"momentum": terms.carried, "weight_decay": terms.decay, "earlier_batches": terms.fresh * kept}
+        for place, source in enumerate(observation.sources):
+            sources[source] -= terms.lr * factors[source] * along[:, place]
+    pushes = fresh * (kept * observation.c)
+    chosen, rejected = (pushes[:, half].sum(1) for half in (slice(0, rows // 2), slice(rows // 2, rows)))
+    own, partner = pushes.diagonal(), torch.cat([pushes.diagonal(rows // 2), pushes.diagonal(-rows // 2)])
+    is_chosen = torch.arange(rows) < rows // 2
+    moved = {
+        "own": own.clone(), "partner": partner,
+        "others_chosen": chosen - torch.where(is_chosen, own, partner),
+        "others_rejected": rejected - torch.where(is_chosen, partner, own),
+        **sources,
+    }  # fmt: skip
+    zero = torch.zeros(rows, dtype=torch.float64)
+    return StepAttribution(
+        products=products, pushes=pushes, moved={source: moved.get(source, zero.clone()) for source in SOURCES}
+    )

@@ -1,0 +1,141 @@
+"""The account of a step in loops written by hand, against float64 autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gradent import PairBatch, attach
+from gradent.attribution.step import SOURCES, StepAttribution
+from tests.adapters import lora_everywhere
+from tests.attribution.brute_force import Frozen, Sources, flat
+from tests.batches import ragged, uneven
+from tests.trainer_steps import dpo, through_fused_head, through_logits, with_fused_head
+from tests.zoo import build
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "tied": lambda: build("gpt2"), "untied": lambda: build("llama"), "LoRA": lambda: lora_everywhere("llama"),
+}  # fmt: skip
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda groups: torch.optim.SGD(groups, lr=1e-2, weight_decay=0.1),
+    "momentum": lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9),
+    "Adam": lambda groups: torch.optim.Adam(groups, lr=1e-3, weight_decay=0.1),
+    "AdamW": lambda groups: torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.1),
+    "AdamW, fused": lambda groups: torch.optim.AdamW(groups, lr=1e-3, fused=True),
+    "amsgrad": lambda groups: torch.optim.AdamW(groups, lr=1e-3, amsgrad=True, foreach=True),
+}
+TOLERANCE = 1e-5
+"""Largest error, scaled by the largest part of any row."""
+
+
+def split_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Two parameter groups with learning rates of their own."""
+    parts = [part for part in model.parameters() if part.requires_grad]
+    return [{"params": parts[::2]}, {"params": parts[1::2], "lr": 3e-3, "weight_decay": 0.02}]
+
+
+def warm(model: nn.Module, optimizer: torch.optim.Optimizer, batch: PairBatch, steps: int = 3) -> None:
+    for _ in range(steps):
+        through_logits(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def check(found: StepAttribution | None, products: torch.Tensor, moved: Sources, frozen: Frozen) -> None:
+    assert found is not None
+    assert tuple(found.moved) == SOURCES
+    scale = products.diagonal().sqrt()
+    assert float(((found.products - products) / (scale[:, None] * scale)).abs().max()) <= TOLERANCE
+    largest = torch.stack([part.abs() for part in moved.values()]).amax()
+    for source in SOURCES:
+        error = float((found.moved[source] - moved[source]).abs().max() / largest)
+        assert error <= TOLERANCE, (source, error)
+    total = torch.stack(list(moved.values())).sum(0)
+    assert float((found.total - total).abs().max() / largest) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_source_is_what_autograd_says(name: str, kind: str) -> None:
+    model, batch = MODELS[kind](), ragged(3)
+    optimizer = OPTIMIZERS[name](split_groups(model))
+    warm(model, optimizer, uneven())
+    frozen = Frozen(model, optimizer)
+    with attach(model, optimizer=optimizer) as recorder:
+        through_logits(model, batch).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        found = recorder.harvest()
+    assert norm > 0.05
+    assert found is not None
+    check(found.attribution, *frozen.account(batch, dpo, 0.05 / (float(norm) + 1e-6)), frozen)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_step_that_follows_is_the_one_that_was_accounted_for(kind: str) -> None:
+    model, batch = MODELS[kind](), ragged(3)
+    optimizer = torch.optim.SGD(split_groups(model), lr=1e-2, momentum=0.9, weight_decay=0.1)
+    warm(model, optimizer, uneven())
+    frozen = Frozen(model, optimizer)
+    with attach(model, optimizer=optimizer) as recorder:
+        through_logits(model, batch).backward()
+        found = recorder.harvest()
+    optimizer.step()
+    step = flat([part for part in model.parameters() if part.requires_grad]) - frozen.theta
+    want = frozen.row_gradients(batch) @ step
+    assert found is not None
+    assert found.attribution is not None
+    torch.testing.assert_close(found.attribution.total, want, rtol=0, atol=1e-4 * float(want.abs().max()))
+
+
+def test_micro_batches_that_came_before_are_a_source() -> None:
+    model, parts = build("llama"), [ragged(2), uneven()]
+    optimizer = torch.optim.AdamW(split_groups(model), lr=1e-3)
+    warm(model, optimizer, uneven())
+    frozen = Frozen(model, optimizer)
+
+    def half(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
+        return dpo(chosen, rejected) / 2
+
+    before, wants = None, []
+    with attach(model, optimizer=optimizer) as recorder:
+        for part in parts:
+            through_logits(model, part, half).backward()
+            recorder.collect()
+            wants.append(frozen.account(part, half, 1.0, before))
+            before = flat([weight.grad for weight in model.parameters() if weight.grad is not None])
+        found = recorder.harvest(scale=2)
+    assert found is not None
+    account = found.attribution
+    assert account is not None
+    counts = [len(part) for part in parts]
+    pairs = sum(counts)
+    start = 0
+    for (products, moved), count in zip(wants, counts, strict=True):
+        rows = torch.cat([torch.arange(count) + start, torch.arange(count) + pairs + start])
+        got = StepAttribution(
+            products=account.products[rows][:, rows], pushes=account.pushes[rows][:, rows],
+            moved={source: part[rows] for source, part in account.moved.items()},
+        )  # fmt: skip
+        check(got, products, moved, frozen)
+        start += count
+    assert bool(account.products[0, counts[0] :][: counts[1]].isnan().all())
+
+
+def test_a_fused_head_and_checkpointing_and_a_learning_rate_of_ones_own() -> None:
+    model, batch = with_fused_head(lora_everywhere("llama")), ragged(3)
+    optimizer = torch.optim.AdamW([part for part in model.parameters() if part.requires_grad], lr=1e-3)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    warm(model, optimizer, uneven())
+    frozen = Frozen(model, optimizer, lora_everywhere("llama"))
+    frozen.lr = torch.full_like(frozen.lr, 5e-4)
+    with attach(model, optimizer=optimizer) as recorder:
+        through_fused_head(model, batch).backward()
+        found = recorder.harvest(lr=5e-4)
+    assert found is not None
+    check(found.attribution, *frozen.account(batch, dpo, 1.0), frozen)
