@@ -408,9 +408,11 @@ def join_recordings(recordings: Sequence[Recording], *, scale: float = 1.0) -> R
         return recordings[0]
     d_w, d_l = (torch.cat([getattr(part, name) for part in recordings]) * scale for name in ("d_w", "d_l"))
     batches = [part.batch for part in recordings if part.batch is not None]
+    accounts = [part.attribution for part in recordings if part.attribution is not None]
     return Recording(
         gram=PairGram.join([part.gram for part in recordings]), d_w=d_w, d_l=d_l,
         source="measure" if any(part.source == "measure" for part in recordings) else "piggyback",
         batch=PairBatch.join(batches) if batches else None, inactive=sum(part.inactive for part in recordings),
         unpaired=sum(part.unpaired for part in recordings), overhead_s=sum(part.overhead_s for part in recordings),
+        attribution=StepAttribution.join(accounts) if len(accounts) == len(recordings) else None,
     )  # fmt: skip

@@ -19,13 +19,9 @@ from typing_extensions import Self
 
 from gradent.attribution.update_rule import UpdateRule
 from gradent.hooks.piggyback.observation import BackwardObservation
+from gradent.record import MOVED_SOURCES
 
-__all__ = ["SOURCES", "StepAttribution", "attribute_backward"]
-
-SOURCES = (
-    "own", "partner", "others_chosen", "others_rejected", "earlier_batches", "momentum", "weight_decay",
-)  # fmt: skip
-"""What moves a response in a step, in the order of tables and panels."""
+__all__ = ["StepAttribution", "attribute_backward"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,5 +132,5 @@ def attribute_backward(
     }  # fmt: skip
     zero = torch.zeros(rows, dtype=torch.float64)
     return StepAttribution(
-        products=products, pushes=pushes, moved={source: moved.get(source, zero.clone()) for source in SOURCES}
+        products=products, pushes=pushes, moved={source: moved.get(source, zero.clone()) for source in MOVED_SOURCES}
     )

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from gradent import PairBatch, attach
-from gradent.attribution.step import SOURCES, StepAttribution
+from gradent.attribution.step import StepAttribution
+from gradent.record import MOVED_SOURCES as SOURCES
 from tests.adapters import lora_everywhere
 from tests.attribution.brute_force import Frozen, Sources, flat
 from tests.batches import ragged, uneven

@@ -64,6 +64,9 @@ class EntanglementCallback(TrainerCallback):
         probe_every: steps between two looks at the probe; by default `every`.
         realised: measure how much chosen and rejected really moved in each measured step, beside the prediction: by one
             more forward on either side of the optimizer's step, without dropout.
+        attribution: say for each measured step what moved chosen and rejected, by source: the response itself, its
+            partner, other pairs, earlier micro-batches, momentum, weight decay (`record.attribution`, logged as
+            `gradent/moved/...`). For SGD, Adam and AdamW; beside `realised`, also the share that this explains.
         tokens_every: also measure, every so many steps, the token matrix of the step's most entangled pair (0: never).
             It costs about a forward and a backward a token of the two responses. Kept in the record (`record.tokens`),
             and shown as a heat map in a running wandb run.
@@ -94,6 +97,7 @@ class EntanglementCallback(TrainerCallback):
         probe_data: PairBatch | Sequence[Mapping[str, Any]] | Any = None,
         probe_every: int | None = None,
         realised: bool = False,
+        attribution: bool = True,
         tokens_every: int = 0,
         out: str | os.PathLike[str] | None = None,
         alert: Alert | None = DEFAULT_ALERT,
@@ -119,6 +123,7 @@ class EntanglementCallback(TrainerCallback):
         self.errors = 0
         self.notices = Notices()
         self._pairing, self._metric, self._budget = pairing, metric, memory_budget
+        self._attribution = attribution
         self._options: dict[str, Any] = {"mode": mode, "memory_budget": memory_budget, "weight_grad": weight_grad}
         self._probe = None if probe_data is None else Probe(probe_data, every=probe_every or every)
         self._out = None if out is None else Path(out)
@@ -171,6 +176,7 @@ class EntanglementCallback(TrainerCallback):
                 self._is_measuring = False  # before its first step, Adam has no geometry
                 return
             self._recorder.metric = optimizer
+        self._recorder.optimizer = kwargs.get("optimizer") if self._attribution else None
         self._recorder.arm()
 
     @guarded_event
