@@ -6,7 +6,7 @@ Letters: k pairs of a backward, the active ones those that the loss moves on bot
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import TracebackType
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from gradent.attribution.step import StepAttribution, attribute_backward
+from gradent.attribution.step import StepAttribution, attribute_backward, step_metric
 from gradent.attribution.update_rule import FIRST_STEP, UpdateRule, find_update_rule
 from gradent.distributed import world_size
 from gradent.errors import InputError, ModelError
-from gradent.hooks.piggyback.config import StepMetric, WatchConfig
+from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.observation import BackwardObservation, mark_completions
 from gradent.hooks.piggyback.pairing import Pairing
 from gradent.hooks.piggyback.watcher import Piggyback
@@ -186,7 +186,7 @@ class Recorder:
             raise ModelError("metric: the optimizer's state is sharded (FSDP); only metric=None is available there.")
         weight = None if self.metric is None else metric_roots(self.metric, parameters)
         self._rule = self._find_rule(parameters)
-        step = None if self._rule is None else _step_metric(self._rule)
+        step = None if self._rule is None else step_metric(self._rule)
         self._config = replace(self._config, parameters=parameters, weight=weight, step=step)
         self._piggyback = Piggyback(self._config)
         self._piggyback.arm()
@@ -198,6 +198,8 @@ class Recorder:
         rule: UpdateRule | str = "a sharded model's optimizer state is sharded too (FSDP)"
         if self._config.should_share:
             rule = "weight_grad='shared' forms its products in another way"
+        elif self.metric is not None:
+            rule = "with `metric`, products are measured in that geometry alone"
         elif not is_sharded(self._model):
             rule = find_update_rule(self.optimizer, parameters)
         if not isinstance(rule, str):
@@ -390,16 +392,6 @@ class Recorder:
     def _log_once(self, text: str) -> None:
         """Log a line once; figures in it, which differ from step to step, do not make it another one."""
         self._notices.once(text, key=re.sub(r"[\d.]+(e[+-]?\d+)?", "", text))
-
-
-def _step_metric(rule: UpdateRule) -> StepMetric:
-    """What the account takes of an optimizer."""
-    directions: dict[str, Callable[[int], Tensor | None]] = {}
-    if rule.has_momentum:
-        directions["momentum"] = rule.momentum
-    if rule.has_decay:
-        directions["weight_decay"] = rule.decay_direction
-    return StepMetric(root=rule.root if rule.is_adaptive else None, directions=directions)
 
 
 def join_recordings(recordings: Sequence[Recording], *, scale: float = 1.0) -> Recording:

@@ -18,10 +18,12 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gradent.attribution.update_rule import UpdateRule
+from gradent.hooks.piggyback.config import StepMetric
 from gradent.hooks.piggyback.observation import BackwardObservation
+from gradent.kernels.common.account import ElementMetric
 from gradent.record import MOVED_SOURCES
 
-__all__ = ["StepAttribution", "attribute_backward"]
+__all__ = ["StepAttribution", "attribute_backward", "step_metric"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,20 +109,22 @@ def attribute_backward(
     """The account of one backward's rows, or why there is none; `kept` is the part that clipping leaves."""
     if observation.no_account_reason is not None:
         return observation.no_account_reason
-    missing = rule.without_state & observation.products.keys()
-    if missing:
-        return f"the optimizer has no second moment for {len(missing)} parameters with a gradient yet"
     rows = 2 * observation.pairs
-    products, fresh = (torch.zeros(rows, rows, dtype=torch.float64) for _ in range(2))
-    sources = {source: torch.zeros(rows, dtype=torch.float64) for source in observation.sources}
-    for number, part in observation.products.items():
-        terms, along = rule.terms(number, lr), observation.along[number]
-        products += part
-        fresh -= terms.lr * terms.fresh * part
-        factors = {"momentum": terms.carried, "weight_decay": terms.decay, "earlier_batches": terms.fresh * kept}
-        for place, source in enumerate(observation.sources):
-            sources[source] -= terms.lr * factors[source] * along[:, place]
-    pushes = fresh * (kept * observation.c)
+    zeros = torch.zeros(rows, rows, dtype=torch.float64)
+    products, pushes = zeros.clone(), zeros.clone()
+    sources = {source: zeros[0].clone() for source in MOVED_SOURCES[4:]}
+    for number, blocks in observation.account.items():
+        terms = rule.terms(number, lr)
+        # Where an element had no preconditioner, the step moves it by `limit`, whatever the clipped gradient's size.
+        gradient, limit = terms.fresh * kept, terms.limit
+        products += blocks["products"] + blocks["fresh"][:rows] * (limit / gradient if gradient else 0.0)
+        pushes -= terms.lr * (gradient * blocks["products"] + limit * blocks["fresh"][:rows])
+        factors = {"momentum": terms.carried, "weight_decay": terms.decay, "earlier_batches": gradient}
+        for name, block in ((observation.weighted, blocks["along"]), (observation.plain, blocks["plain"])):
+            for source, along in zip(name, block, strict=True):
+                sources[source] -= terms.lr * factors[source] * along
+        sources["earlier_batches"] -= terms.lr * limit * blocks["fresh"][rows]
+    pushes = pushes * observation.c
     chosen, rejected = (pushes[:, half].sum(1) for half in (slice(0, rows // 2), slice(rows // 2, rows)))
     own, partner = pushes.diagonal(), torch.cat([pushes.diagonal(rows // 2), pushes.diagonal(-rows // 2)])
     is_chosen = torch.arange(rows) < rows // 2
@@ -130,7 +134,20 @@ def attribute_backward(
         "others_rejected": rejected - torch.where(is_chosen, partner, own),
         **sources,
     }  # fmt: skip
-    zero = torch.zeros(rows, dtype=torch.float64)
-    return StepAttribution(
-        products=products, pushes=pushes, moved={source: moved.get(source, zero.clone()) for source in MOVED_SOURCES}
-    )
+    return StepAttribution(products=products, pushes=pushes, moved={source: moved[source] for source in MOVED_SOURCES})
+
+
+def step_metric(rule: UpdateRule) -> StepMetric:
+    """What the account takes of an optimizer."""
+    decay = "weight_decay" if rule.has_decay else None
+    weighted = [*(["momentum"] if rule.has_momentum else []), *([decay] if decay and not rule.is_decoupled else [])]
+    plain = [decay] if decay and rule.is_decoupled else []
+
+    def metric(number: int) -> ElementMetric:
+        found = rule.elements(number)
+        directions = {"momentum": rule.momentum(number), "weight_decay": rule.values(number)}
+        return replace(
+            found, weighted=[directions[name] for name in weighted], plain=[directions[name] for name in plain]
+        )
+
+    return StepMetric(metric=metric, weighted=weighted, plain=plain)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradent.kernels.common.account import ElementMetric
 from gradent.kernels.common.numerics import accumulator
 
 __all__ = ["FIRST_STEP", "Terms", "UpdateRule", "find_update_rule"]
@@ -32,6 +33,7 @@ class Terms:
 
     lr: float
     fresh: float = 1.0
+    limit: float = 0.0  # what `fresh · P · grad` comes to where P is all of this gradient's making
     carried: float = 0.0
     coupled: float = 0.0
     decoupled: float = 0.0
@@ -49,12 +51,11 @@ class UpdateRule:
         self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor], *, is_next: bool = False
     ) -> None:
         self._optimizer, self._is_next = optimizer, is_next
-        self._last: tuple[int, Tensor] | None = None
         self._tensors = list(parameters.values())
         self._groups = {id(tensor): group for group in optimizer.param_groups for tensor in group["params"]}
         self.is_adaptive = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
-        self.without_state: set[int] = set()
-        """Parameters that a second moment was asked for and that have none yet."""
+        self.is_decoupled = self.is_adaptive and all(map(self._decouples, optimizer.param_groups))
+        """Whether weight decay passes the preconditioner by."""
 
     def holds(self, number: int) -> bool:
         """Whether the optimizer steps this parameter."""
@@ -79,11 +80,12 @@ class UpdateRule:
         if not self.is_adaptive:
             return _sgd(group, rate, sign, decay, is_first=state.get("momentum_buffer") is None)
         beta, step = float(group["betas"][0]), float(state["step"]) + 1 if "step" in state else 1.0
-        corrected = 1 - beta**step
-        is_decoupled = group.get("decoupled_weight_decay", isinstance(self._optimizer, torch.optim.AdamW))
+        corrected, second = 1 - beta**step, float(group["betas"][1])
+        is_decoupled = self._decouples(group)
         return Terms(
             lr=rate, fresh=sign * (1 - beta) / corrected, carried=beta / corrected,
             coupled=0.0 if is_decoupled else decay, decoupled=decay if is_decoupled else 0.0,
+            limit=sign * (1 - beta) / corrected * math.sqrt((1 - second**step) / (1 - second)),
         )  # fmt: skip
 
     def momentum(self, number: int) -> Tensor | None:
@@ -92,35 +94,26 @@ class UpdateRule:
         moment: Tensor | None = state.get("exp_avg" if self.is_adaptive else "momentum_buffer")
         return moment
 
-    def root(self, number: int) -> Tensor:
-        """`√P`, wide."""
-        return self._denominator(number).rsqrt()
+    def values(self, number: int) -> Tensor:
+        """θ."""
+        return self._tensors[number].detach()
 
-    def decay_direction(self, number: int) -> Tensor:
-        """What stands for θ among directions that P multiplies: θ itself, or `θ / P` where the decay is decoupled."""
-        tensor = self._tensors[number].detach()
-        if not self.is_adaptive or self.terms(number).decoupled == 0:
-            return tensor
-        return tensor * self._denominator(number)
-
-    def _denominator(self, number: int) -> Tensor:
-        """`1 / P`, wide; ones where the second moment is missing, which `without_state` then says."""
-        if self._last is not None and self._last[0] == number:
-            return self._last[1]
-        self._last = None
+    def elements(self, number: int) -> ElementMetric:
+        """P of every element, as it is before the step, or with `is_next` as the step takes it."""
+        if not self.is_adaptive:
+            return ElementMetric()
         state, group, tensor = self._state(number), self._group(number), self._tensors[number]
-        wide, beta = accumulator(tensor.dtype), float(group["betas"][1])
+        beta, step = float(group["betas"][1]), float(state.get("step", 0))
         if self._is_next:
-            second, step = self._next_second(number), float(state.get("step", 0)) + 1
+            second, step = self._next_second(number), step + 1
         else:
-            second, step = state.get("max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"), state.get("step", 1)
-        if second is None:
-            self.without_state.add(number)
-            return torch.ones_like(tensor, dtype=wide)
-        corrected = second.to(wide, copy=True).div_(1 - beta ** float(step))
-        denominator: Tensor = corrected.sqrt_().add_(float(group["eps"]))
-        self._last = number, denominator  # the root and the decay both want it
-        return denominator
+            second = state.get("max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq")
+        if second is None:  # it had no gradient yet, so every element of it is new
+            second, step = torch.zeros_like(tensor), max(step, 1.0)
+        return ElementMetric(
+            second=second, correction=1 - beta**step, eps=float(group["eps"]),
+            growth=0.0 if self._is_next else math.sqrt((1 - beta) / (1 - beta ** (step + 1))),
+        )  # fmt: skip
 
     def _next_second(self, number: int) -> Tensor | None:
         """v after the step, from the gradient that the parameter has now; None without a gradient."""
@@ -137,6 +130,9 @@ class UpdateRule:
         if group.get("amsgrad") and "max_exp_avg_sq" in state:
             second = torch.maximum(second, state["max_exp_avg_sq"].to(wide))
         return second
+
+    def _decouples(self, group: Mapping[str, Any]) -> bool:
+        return bool(group.get("decoupled_weight_decay", isinstance(self._optimizer, torch.optim.AdamW)))
 
     def _group(self, number: int) -> dict[str, Any]:
         return self._groups[id(self._tensors[number])]

@@ -7,31 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gradent.kernels.availability import announce_budget, attempt, on_kernels
+from gradent.kernels.common.account import AccountSums
 from gradent.kernels.common.numerics import Factors
 from gradent.kernels.common.wanted import Wanted
 from gradent.kernels.gram.reference import reduce_gram
-from gradent.kernels.outer.reference import reduce_all_rows, reduce_outer
+from gradent.kernels.outer.reference import account_outer, reduce_all_rows, reduce_outer
 from gradent.kernels.strategy import Product, Strategy, decide
 
 if TYPE_CHECKING:
     from gradent.kernels.common.triton_operands import Spans
 
-__all__ = ["is_even", "reduce_at_once", "reduce_group", "reduce_rows"]
+__all__ = ["account_group", "is_even", "reduce_at_once", "reduce_group", "reduce_rows"]
 
 
 def reduce_group(
-    factors: Factors,
-    *,
-    budget: int,
-    weight: Tensor | None = None,
-    directions: Tensor | None = None,
-    plain: int = 0,
+    factors: Factors, *, budget: int, weight: Tensor | None = None, directions: Tensor | None = None
 ) -> Tensor:
     """Entries `[m]` float64 of one group of rows, none of whose gradients is ever held whole.
 
@@ -50,7 +46,6 @@ def reduce_group(
         has_factors=True,
         is_weighted=weight is not None,
         directions=0 if directions is None else len(directions),
-        plain=plain,
     )
     strategy = decide(product, budget)
     if strategy.refused:
@@ -61,8 +56,25 @@ def reduce_group(
             return entries
         strategy = decide(replace(product, has_kernels=False), budget)
     if strategy.form == "gram":
-        return reduce_gram(factors, strategy.tiling, directions, budget=strategy.scratch, plain=plain)
-    return reduce_outer(factors, strategy.tiling, weight, directions, plain)
+        return reduce_gram(factors, strategy.tiling, directions, budget=strategy.scratch)
+    return reduce_outer(factors, strategy.tiling, weight, directions)
+
+
+def account_group(factors: Factors, sums: AccountSums, *, budget: int) -> Tensor:
+    """Entries `[M]` of a step's account, none of the rows' gradients ever held whole."""
+    u, v = factors[0]
+    product = Product(
+        rows=len(factors),
+        lengths=tuple(len(row[0]) for row in factors),
+        out=u.shape[1],
+        inp=v.shape[1],
+        dtypes=_widest(factors),
+        device=u.device.type,
+        has_factors=True,
+        is_weighted=True,
+        directions=sums.extra + 2,  # beside directions, a tile has its sum over rows and its denominators
+    )
+    return account_outer(factors, decide(product, budget).tiling, sums)
 
 
 def reduce_at_once(
@@ -106,7 +118,6 @@ def reduce_rows(
         is_complete=True,
         is_weighted=weight is not None,
         directions=wanted.directions,
-        plain=wanted.plain,
     )
     for attempted in (product, replace(product, has_kernels=False)):
         strategy = decide(attempted, budget)
@@ -115,8 +126,7 @@ def reduce_rows(
             if entries is not None:
                 return entries
     groups = [[(u[row, : ends[row]], v[row, : ends[row]]) for row in group] for group in wanted.groups]
-    rest: dict[str, Any] = {"budget": budget, "weight": weight, "directions": directions, "plain": wanted.plain}
-    return torch.cat([reduce_group(group, **rest) for group in groups])
+    return torch.cat([reduce_group(group, budget=budget, weight=weight, directions=directions) for group in groups])
 
 
 def is_even(rows: Tensor) -> bool:

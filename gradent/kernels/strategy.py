@@ -42,7 +42,6 @@ class Product:
         can_reuse: the backward that brings the output gradients takes a weight gradient that is made of all rows.
         is_weighted: a preconditioner multiplies the gradients.
         directions: D.
-        plain: pairs whose products without the preconditioner are wanted too.
         waiting: bytes of small gradients that wait to be reduced.
         copied: bytes that scaled copies of the factors take.
     """
@@ -60,7 +59,6 @@ class Product:
     can_reuse: bool = False
     is_weighted: bool = False
     directions: int = 0
-    plain: int = 0
     waiting: int = 0
     copied: int = 0
 
@@ -168,8 +166,6 @@ def _lacking(product: Product) -> str:
         return ""
     if product.directions:
         return "in torch, since Triton's kernels have no products with directions"
-    if product.plain:
-        return "in torch, since Triton's kernels have one metric at a time"
     return ""
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradent import PairBatch, attach
+from gradent import attach
 from gradent.attribution.step import StepAttribution
 from gradent.record import MOVED_SOURCES as SOURCES
 from tests.adapters import lora_everywhere
@@ -40,8 +40,9 @@ def split_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": parts[::2]}, {"params": parts[1::2], "lr": 3e-3, "weight_decay": 0.02}]
 
 
-def warm(model: nn.Module, optimizer: torch.optim.Optimizer, batch: PairBatch, steps: int = 3) -> None:
-    for _ in range(steps):
+def warm(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 2) -> None:
+    """Some steps, after which every element that the tests' batches move has a second moment."""
+    for batch in [ragged(3), uneven()] * steps:
         through_logits(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -65,7 +66,7 @@ def check(found: StepAttribution | None, products: torch.Tensor, moved: Sources,
 def test_every_source_is_what_autograd_says(name: str, kind: str) -> None:
     model, batch = MODELS[kind](), ragged(3)
     optimizer = OPTIMIZERS[name](split_groups(model))
-    warm(model, optimizer, uneven())
+    warm(model, optimizer)
     frozen = Frozen(model, optimizer)
     with attach(model, optimizer=optimizer) as recorder:
         through_logits(model, batch).backward()
@@ -80,7 +81,7 @@ def test_every_source_is_what_autograd_says(name: str, kind: str) -> None:
 def test_the_step_that_follows_is_the_one_that_was_accounted_for(kind: str) -> None:
     model, batch = MODELS[kind](), ragged(3)
     optimizer = torch.optim.SGD(split_groups(model), lr=1e-2, momentum=0.9, weight_decay=0.1)
-    warm(model, optimizer, uneven())
+    warm(model, optimizer)
     frozen = Frozen(model, optimizer)
     with attach(model, optimizer=optimizer) as recorder:
         through_logits(model, batch).backward()
@@ -96,7 +97,7 @@ def test_the_step_that_follows_is_the_one_that_was_accounted_for(kind: str) -> N
 def test_micro_batches_that_came_before_are_a_source() -> None:
     model, parts = build("llama"), [ragged(2), uneven()]
     optimizer = torch.optim.AdamW(split_groups(model), lr=1e-3)
-    warm(model, optimizer, uneven())
+    warm(model, optimizer)
     frozen = Frozen(model, optimizer)
 
     def half(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
@@ -132,7 +133,7 @@ def test_a_fused_head_and_checkpointing_and_a_learning_rate_of_ones_own() -> Non
     optimizer = torch.optim.AdamW([part for part in model.parameters() if part.requires_grad], lr=1e-3)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    warm(model, optimizer, uneven())
+    warm(model, optimizer)
     frozen = Frozen(model, optimizer, lora_everywhere("llama"))
     frozen.lr = torch.full_like(frozen.lr, 5e-4)
     with attach(model, optimizer=optimizer) as recorder:

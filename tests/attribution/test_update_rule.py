@@ -30,14 +30,23 @@ RULES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 def predicted(rule: UpdateRule, number: int, tensor: Tensor) -> Tensor:
     """Δθ of a parameter, from the rule alone."""
-    terms, moment = rule.terms(number), rule.momentum(number)
-    root = rule.root(number) if rule.is_adaptive else torch.ones_like(tensor)
-    decay = rule.decay_direction(number)
+    terms, moment, values = rule.terms(number), rule.momentum(number), rule.values(number)
     assert tensor.grad is not None
-    step = terms.fresh * tensor.grad + terms.decay * decay
+    step = terms.fresh * tensor.grad
     if moment is not None:
         step = step + terms.carried * moment
-    return -terms.lr * root.square() * step
+    if not rule.is_decoupled:
+        step = step + terms.decay * values
+    step = metric(rule, number) * step
+    return -terms.lr * (step + terms.decay * values if rule.is_decoupled else step)
+
+
+def metric(rule: UpdateRule, number: int) -> Tensor:
+    """P."""
+    found = rule.elements(number)
+    if found.second is None:
+        return torch.ones(())
+    return 1 / ((found.second / found.correction).sqrt() + found.eps)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -70,7 +79,7 @@ def test_the_preconditioner_before_the_step_is_that_of_the_steps_so_far() -> Non
     rule = find_update_rule(optimizer, {"a": tensor})
     assert isinstance(rule, UpdateRule)
     second = (0.99 * 0.01 * torch.tensor([1.0, 4.0]) + 0.01 * torch.tensor([9.0, 1.0])) / (1 - 0.99**2)
-    torch.testing.assert_close(rule.root(0).square(), 1 / (second.double().sqrt() + 1e-3), rtol=1e-6, atol=0)
+    torch.testing.assert_close(metric(rule, 0), 1 / (second.double().sqrt() + 1e-3), rtol=1e-6, atol=0)
 
 
 class Sign(torch.optim.SGD):
@@ -92,12 +101,16 @@ def test_what_has_no_linear_form_says_so() -> None:
         assert said in rule
 
 
-def test_a_parameter_without_a_second_moment_is_counted() -> None:
+def test_a_parameter_without_a_second_moment_moves_by_the_limit() -> None:
     tensors = {"a": nn.Parameter(torch.ones(2)), "b": nn.Parameter(torch.ones(2))}
-    optimizer = torch.optim.Adam(tensors.values())
+    optimizer = torch.optim.Adam(tensors.values(), lr=0.1)
     tensors["a"].grad = torch.ones(2)
     optimizer.step()
     rule = find_update_rule(optimizer, tensors)
     assert isinstance(rule, UpdateRule)
-    assert torch.equal(rule.root(1), torch.ones(2))
-    assert rule.without_state == {1}
+    assert torch.equal(rule.elements(1).second, torch.zeros(2))  # type: ignore[arg-type]
+    tensors["b"].grad = torch.tensor([3.0, -0.01])
+    terms = rule.terms(1)
+    optimizer.step()
+    moved = tensors["b"].detach() - 1
+    torch.testing.assert_close(moved, -terms.lr * terms.limit * torch.tensor([1.0, -1.0]), rtol=1e-4, atol=0)

@@ -6,6 +6,7 @@ Letters: N rows of a forward, k pairs, rows 0..k-1 chosen and k..2k-1 rejected.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from gradent.hooks.piggyback.gradient_norms import GradientNorms
 from gradent.hooks.piggyback.guard import Guard
 from gradent.hooks.piggyback.observation import BackwardObservation
 from gradent.hooks.piggyback.pairing import pair_rows
+from gradent.hooks.reduction.account_ledger import AccountLedger
 from gradent.hooks.reduction.collector import Collector
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.reduction.reducers import Place
-from gradent.kernels.common.numerics import accumulator
+from gradent.hooks.uses.formats import split_factor
+from gradent.kernels.common.account import AccountLayout, ElementMetric
 from gradent.kernels.common.wanted import Wanted
 from gradent.pair_gram import on_cpu
 
@@ -44,6 +47,7 @@ class WatchedBackward:
         self._places: dict[WatchedForward, Place] = {}
         self._collector: Collector | None = None
         self._grad_versions: list[int] = []
+        self._shares: Tensor | None = None  # what turns a row's gradient into its part of the loss's
         self._has_started = self._is_finished = False
 
     @property
@@ -89,6 +93,9 @@ class WatchedBackward:
             if number >= 0:
                 observation.rows[number] = (ids[row][mask[row]], coefficients.marks[row][mask[row]])
                 observation.tokens[number] = coefficients.tokens[row][mask[row]]
+                if self._shares is not None:
+                    power, _ = split_factor(1 / float(coefficients.c[row]) if coefficients.c[row] else 0.0)
+                    self._shares[number] = 1 / power if power else 0.0
                 observation.c[number], observation.logps[number] = coefficients.c[row], coefficients.logp[row]
         return place, self._collector
 
@@ -115,32 +122,28 @@ class WatchedBackward:
                 self._collector.expect(tap, place)
 
     def _make_ledger(self, pairs: int) -> Ledger:
-        config, step = self.config, self.config.step
+        config, step, observation = self.config, self.config.step, self.observation
         if step is None:
             return Ledger(Wanted.pairs(pairs), budget=config.budget, weight=config.weight)
-        self.observation.norms = GradientNorms(config.tensors)
-        self.observation.norms.start()
-        sources = [*step.directions, *([EARLIER] if any(version >= 0 for version in self._grad_versions) else [])]
-        self.observation.sources = tuple(sources)
-        return Ledger(
-            Wanted.all(2 * pairs, len(sources), plain=0 if config.weight else pairs),
-            budget=config.budget, weight=step.root, directions=self._directions if sources else None,
-        )  # fmt: skip
+        observation.norms = GradientNorms(config.tensors)
+        observation.norms.start()
+        has_before = any(version >= 0 for version in self._grad_versions)
+        observation.weighted = (*step.weighted, *([EARLIER] if has_before else []))
+        observation.plain = tuple(step.plain)
+        layout = AccountLayout(2 * pairs, len(observation.weighted), len(observation.plain), pairs)
+        self._shares = torch.zeros(2 * pairs, dtype=torch.float64)
+        return AccountLedger(layout, self._element_metric, self._shares, budget=config.budget)
 
-    def _directions(self, number: int) -> Tensor:
-        """A parameter's directions `[D, *shape]`, one a source."""
-        tensor, step, sources = self.config.tensors[number], self.config.step, self.observation.sources
+    def _element_metric(self, number: int) -> ElementMetric:
+        """What the optimizer has of a parameter, and the gradient that was there before this backward."""
+        tensor, step = self.config.tensors[number], self.config.step
         assert step is not None
-        stack = torch.zeros(len(sources), *tensor.shape, dtype=accumulator(tensor.dtype), device=tensor.device)
-        for row, source in zip(stack, sources, strict=True):
-            direction = tensor.grad if source == EARLIER else step.directions[source](number)
-            if source == EARLIER and _grad_version(tensor) != self._grad_versions[number]:
-                self.observation.no_account_reason = (
-                    "a parameter's gradient was accumulated before its last use was seen"
-                )
-            if direction is not None:
-                row.copy_(direction)
-        return stack
+        metric = step.metric(number)
+        if EARLIER not in self.observation.weighted:
+            return metric
+        if _grad_version(tensor) != self._grad_versions[number]:
+            self.observation.no_account_reason = "a parameter's gradient was accumulated before its last use was seen"
+        return replace(metric, before=tensor.grad, weighted=[*metric.weighted, tensor.grad])
 
     def _number_rows(self, c: Tensor) -> list[Sequence[int]] | str:
         """Each forward's rows as numbers among the 2k (-1: in no pair), or why they do not pair up."""
@@ -198,11 +201,14 @@ class WatchedBackward:
                 if number >= 0:
                     remainders[number] = remainder
         entries, wanted = on_cpu(collector.ledger.entries), collector.ledger.wanted
-        for number, entry in entries.items():
-            scaled = wanted.scaled(entry, remainders)
-            if config.step is not None:
-                observation.products[number], observation.along[number] = wanted.matrix(scaled), wanted.along(scaled)
-            observation.entries[number] = wanted.pair_entries(scaled)
+        if isinstance(collector.ledger, AccountLedger):
+            layout = collector.ledger.layout
+            observation.account = {number: layout.scaled(entry, remainders) for number, entry in entries.items()}
+            observation.entries = {number: blocks["bare"].T for number, blocks in observation.account.items()}
+        else:
+            observation.entries = {
+                number: wanted.scaled(entry, remainders).view(-1, 3) for number, entry in entries.items()
+            }
         observation.shared = collector.shared
         # Parameters that got a gradient from a hidden region, where no use of them was seen.
         missed = {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor, nn
 
 from gradent.hooks.piggyback.pairing import Pairing
+from gradent.kernels.common.account import ElementMetric
 from gradent.kernels.common.budget import DEFAULT_BUDGET
 from gradent.model.sharding import find_owners
 
@@ -17,10 +18,11 @@ __all__ = ["StepMetric", "WatchConfig"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepMetric:
-    """What a step's account takes of the optimizer; parameters go by number."""
+    """What a step's account takes of the optimizer."""
 
-    root: Callable[[int], Tensor] | None  # square root of the preconditioner's diagonal; None for 1
-    directions: Mapping[str, Callable[[int], Tensor | None]]  # by source, of the parameter's shape; None for zero
+    metric: Callable[[int], ElementMetric]  # of a parameter, by number, without the gradient before
+    weighted: Sequence[str]  # sources of its directions that the preconditioner multiplies
+    plain: Sequence[str]  # and of those that it does not
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

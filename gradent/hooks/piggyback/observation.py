@@ -1,6 +1,6 @@
 """What one backward of a trainer showed of its pairs.
 
-Letters: k pairs, rows 0..k-1 chosen and k..2k-1 rejected; T tokens of a row, padding left out; D sources.
+Letters: k pairs, rows 0..k-1 chosen and k..2k-1 rejected; T tokens of a row, padding left out.
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ class BackwardObservation:
     unpaired: int = 0  # rows that found no partner
     # Parameter number -> `[k, 3]` float64, complete if `no_entries_reason` is None.
     entries: dict[int, Tensor] = field(default_factory=dict)
-    # Of the step's account: parameter number -> products of all rows in the optimizer's metric, float64 `[2k, 2k]`, and
-    # with each of `sources`, float64 `[2k, D]`.
-    products: dict[int, Tensor] = field(default_factory=dict)
-    along: dict[int, Tensor] = field(default_factory=dict)
-    sources: tuple[str, ...] = ()
+    # Of the step's account: parameter number -> blocks of an `AccountLayout`, and the sources of its directions.
+    account: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    weighted: tuple[str, ...] = ()
+    plain: tuple[str, ...] = ()
     no_account_reason: str | None = None  # why there is no account
     norms: GradientNorms | None = None  # of the gradients when this backward ended
     shared: int = 0  # parameters whose gradient the trainer's backward took from the measurement

@@ -97,7 +97,6 @@ class Collector:
             and sum(row >= 0 for row in place.rows) == wanted.rows,
             is_weighted=ledger.is_weighted,
             directions=wanted.directions,
-            plain=wanted.plain,
             waiting=ledger.waiting,
             copied=0 if factors is None else bytes_scaled(u, v, factors),
         )

@@ -20,7 +20,8 @@ from gradent.hooks.reduction.small_gradients import MaterializedRows, Slot, Smal
 from gradent.hooks.uses.formats import Factored, Form, Materialized, SparseRows
 from gradent.kernels.common.numerics import reduce_tiles
 from gradent.kernels.common.wanted import Wanted
-from gradent.kernels.strategy import Product, decide
+from gradent.kernels.dispatch import reduce_at_once
+from gradent.kernels.strategy import Product, Strategy, decide
 
 __all__ = ["Ledger"]
 
@@ -75,6 +76,18 @@ class Ledger:
             self._refuse_late(param)
         self._forms[param].setdefault(row, {}).setdefault(slot, []).append(form)
 
+    def reduce_factored(
+        self, param: int, u: Tensor, v: Tensor, strategy: Strategy, lengths: Sequence[int] | None
+    ) -> Tensor | None:
+        """Entries `[M]` of a parameter whose factors of all rows these are; None where a kernel fails."""
+        root, directions = self.metric(param, ())
+        return reduce_at_once(strategy, u, v, self.wanted, lengths=lengths, weight=root, directions=directions)
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether small gradients may be reduced later than they arrive."""
+        return True
+
     @property
     def waiting(self) -> int:
         """Bytes of small gradients that wait to be reduced."""
@@ -105,13 +118,13 @@ class Ledger:
         entries, parts = None, self._single_slot(param)
         if parts is not None and param not in self._ahead:
             reducer = decide(self._product(parts), self.budget).reducer
-            if reducer == "queue":
-                self._queue.add(param, self._materialized.pop(param), *self.metric(param, parts[0].slot))
+            if reducer == "queue" and self.can_wait:
+                self._queue.add(param, self._materialized.pop(param))
                 self.entries[param] = torch.zeros(0, dtype=torch.float64)
                 if self._queue.is_full(self.budget):
                     self._flush()
                 return
-            if reducer == "materialize":
+            if reducer in ("materialize", "queue"):
                 entries = self._all_rows(param, parts)
         if entries is None:
             entries = self._group_by_group(param, self._pop(param))
@@ -135,13 +148,12 @@ class Ledger:
             is_materialized=True,
             is_weighted=self.is_weighted,
             directions=self.wanted.directions,
-            plain=self.wanted.plain,
             waiting=self.waiting,
         )
 
     def _flush(self) -> None:
         """Reduce the small parameters that wait."""
-        self.entries.update(self._patiently(self._queue.reduce))
+        self.entries.update(self._patiently(self._queue.reduce, self.metric))
         self._queue.clear()
 
     def _single_slot(self, param: int) -> list[MaterializedRows] | None:
@@ -154,8 +166,10 @@ class Ledger:
     def _all_rows(self, param: int, parts: Sequence[MaterializedRows]) -> Tensor | None:
         """Entries of a parameter of which gradients of one slot are all there is; None where memory ran out."""
         root, directions = self.metric(param, parts[0].slot)
+        if root is not None and directions is not None:
+            directions = directions * root
         try:
-            entries = reduce_tiles(row_gradients(parts, self.wanted.rows), self.wanted, directions, root)
+            entries = reduce_tiles(row_gradients(parts, self.wanted.rows, root), self.wanted, directions)
         except torch.OutOfMemoryError:
             return None
         del self._materialized[param]
@@ -193,7 +207,7 @@ class Ledger:
     def _slot(self, param: int, slot: Slot, rows: Sequence[Sequence[Form]]) -> Tensor:
         """Entries `[m]` of one group and slot."""
         root, directions = self.metric(param, slot)
-        return reduce_forms(rows, budget=self._room, root=root, directions=directions, plain=self.wanted.plain)
+        return reduce_forms(rows, budget=self._room, root=root, directions=directions)
 
     def shrink(self, param: int, lookups: Callable[[int], Tensor]) -> None:
         """Reduce a tied weight's factored gradients now, and keep only the rows of them that its lookups will touch.

@@ -68,59 +68,23 @@ def dots(left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def reduce_flat(tile: Tensor, rows: int | None = None, bare: Tensor | None = None, plain: int = 0) -> Tensor:
+def reduce_flat(tile: Tensor, rows: int | None = None) -> Tensor:
     """A group's entries `[m]` from a tile `[n + D, K]`, wide, of n rows (all by default) and D directions."""
     rows = len(tile) if rows is None else rows
-    return pick(dots(tile, tile[:rows]), rows, bare, plain)
+    return pick(dots(tile, tile[:rows]), rows)
 
 
 @exactly
-def reduce_tiles(
-    grads: Tensor, wanted: Wanted, directions: Tensor | None = None, weight: Tensor | None = None, *, own: bool = False
-) -> Tensor:
-    """Entries `[M]` from the gradients of all rows, `[N, ...]` float32 or float64, and directions `[D, ...]`.
-
-    `weight` `[...]` multiplies them all, gradients in place if they are the callee's `own`.
-    """
-    bare = _plain_pairs(in_memory_order(grads)[0][:, None], wanted)[0] if wanted.plain else None
-    if weight is not None:
-        grads = grads.mul_(weight) if own else grads * weight
-        directions = None if directions is None else directions * weight
+def reduce_tiles(grads: Tensor, wanted: Wanted, directions: Tensor | None = None) -> Tensor:
+    """Entries `[M]` from the gradients of all rows, `[N, ...]` float32 or float64, and directions `[D, ...]`."""
     flat, along = in_memory_order(grads, directions)
-    entries = _stacked(flat[:, None], wanted)[0]
-    entries = entries if along is None else wanted.joined(entries, dots(flat, along))
-    return entries if bare is None else torch.cat([entries, bare])
+    entries = reduce_stacked(flat[:, None], wanted)[0]
+    return entries if along is None else wanted.joined(entries, dots(flat, along))
 
 
 @exactly
-def reduce_stacked(
-    stack: Tensor, wanted: Wanted, directions: Tensor | None = None, weight: Tensor | None = None
-) -> Tensor:
-    """Entries `[P, M]` of P parameters whose gradients lie side by side, `[N, P, K]`, as their directions `[D, P, K]`.
-
-    `weight` `[P, K]` multiplies them all.
-    """
-    bare = _plain_pairs(stack, wanted) if wanted.plain else None
-    if weight is not None:
-        stack, directions = stack * weight, None if directions is None else directions * weight
-    if directions is None:
-        entries = _stacked(stack, wanted)
-    elif len(wanted.groups) == 1:
-        rows = len(stack)
-        entries = pick(_grams(torch.cat([stack, directions]).transpose(0, 1), rows), rows)
-    else:
-        along = stack.double().transpose(0, 1) @ directions.double().permute(1, 2, 0)
-        entries = torch.stack([wanted.joined(*part) for part in zip(_stacked(stack, wanted), along, strict=True)])
-    return entries if bare is None else torch.cat([entries, bare], 1)
-
-
-def _plain_pairs(stack: Tensor, wanted: Wanted) -> Tensor:
-    """The last entries `[P, 3 k]`, those of pairs without the metric."""
-    return _stacked(stack[: 2 * wanted.plain], Wanted.pairs(wanted.plain)).view(stack.shape[1], -1, 3).mT.flatten(1)
-
-
-def _stacked(stack: Tensor, wanted: Wanted) -> Tensor:
-    """Products among rows alone, `[P, M]`."""
+def reduce_stacked(stack: Tensor, wanted: Wanted) -> Tensor:
+    """Products among rows alone, `[P, M]` float64, of P parameters whose gradients lie side by side, `[N, P, K]`."""
     _, count, numbers = stack.shape
     if wanted.is_even:
         size, groups = wanted.largest, len(wanted.groups)
@@ -130,14 +94,14 @@ def _stacked(stack: Tensor, wanted: Wanted) -> Tensor:
     return torch.cat(parts, 1) if parts else torch.zeros(count, 0, dtype=torch.float64, device=stack.device)
 
 
-def _grams(tiles: Tensor, rows: int | None = None) -> Tensor:
-    """Products of the first n rows (all by default) of each of B tiles `[B, n + D, K]` with all: `[B, n + D, n]`."""
-    count, height, numbers = tiles.shape
+def _grams(tiles: Tensor) -> Tensor:
+    """Products of the rows of each of B tiles `[B, n, K]`, float64 `[B, n, n]`."""
+    count, rows, numbers = tiles.shape
     if numbers > RUN and numbers % RUN and count:  # runs of several tiles are no view: the product would copy them
-        return torch.stack([dots(tile, tile[:rows]) for tile in tiles])
+        return torch.stack([dots(tile, tile) for tile in tiles])
     run = min(RUN, max(1, numbers))
-    runs = tiles.reshape(count, height, numbers // run, run).transpose(1, 2)
-    return (runs @ runs[:, :, :rows].mT).double().sum(1)
+    runs = tiles.reshape(count, rows, numbers // run, run).transpose(1, 2)
+    return (runs @ runs.mT).double().sum(1)
 
 
 def in_memory_order(grads: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,6 @@
 """Which products of the rows of a backward are wanted, and where each of them lies among the entries.
 
-Letters: N rows, n rows of one group, D directions, M entries, k pairs of rows i and k + i.
+Letters: N rows, n rows of one group, D directions, M entries.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ class Wanted:
     """A partition of N rows into groups: the products among a group's rows, and of every row with D directions.
 
     Entries are one flat float64 vector, group after group: n squares, the n(n-1)/2 products of two rows, row by row,
-    and each row's D products with directions. Of a pair these are `(‖G_w‖², ‖G_l‖², ⟨G_w, G_l⟩)`. With one group,
-    `plain` pairs' three numbers without the metric may follow: k squares of rows i, k of rows k + i, k products.
+    and each row's D products with directions. Of a pair these are `(‖G_w‖², ‖G_l‖², ⟨G_w, G_l⟩)`.
     """
 
     groups: tuple[tuple[int, ...], ...]
     directions: int = 0
-    plain: int = 0
 
     @classmethod
     def pairs(cls, count: int) -> Wanted:
@@ -42,9 +40,9 @@ class Wanted:
         return cls(tuple(tuple(range(a, a + n)) for a, n in zip(starts, sizes, strict=True)), directions)
 
     @classmethod
-    def all(cls, rows: int, directions: int = 0, *, plain: int = 0) -> Wanted:
+    def all(cls, rows: int, directions: int = 0) -> Wanted:
         """One group of all rows."""
-        return cls((tuple(range(rows)),), directions, plain)
+        return cls.sizes([rows], directions)
 
     @cached_property
     def rows(self) -> int:
@@ -64,7 +62,7 @@ class Wanted:
 
     def count(self, group: Sequence[int]) -> int:
         """Entries of a group, m."""
-        return len(group) * (len(group) + 1) // 2 + len(group) * self.directions + 3 * self.plain
+        return len(group) * (len(group) + 1) // 2 + len(group) * self.directions
 
     def joined(self, products: Tensor, along: Tensor) -> Tensor:
         """Entries `[M]` from the products among rows, group after group, and the products with directions `[N, D]`."""
@@ -86,9 +84,6 @@ class Wanted:
             couples += [(row, self.rows + number) for row in group for number in range(self.directions)]
             left += [row for row, _ in couples]
             right += [other for _, other in couples]
-        chosen, rejected = list(range(self.plain)), list(range(self.plain, 2 * self.plain))
-        left += [*chosen, *rejected, *chosen]
-        right += [*chosen, *rejected, *rejected]
         return torch.tensor(left, dtype=torch.int64), torch.tensor(right, dtype=torch.int64)
 
     def scaled(self, entries: Tensor, factors: Tensor) -> Tensor:
@@ -100,47 +95,23 @@ class Wanted:
     def matrix(self, entries: Tensor) -> Tensor:
         """Products of rows `[N, N]`, nan where they are not wanted, from entries `[M]` on the CPU."""
         products = torch.full((self.rows, self.rows), float("nan"), dtype=torch.float64)
-        left, right = self._weighted
+        left, right = self.places
         inside = right < self.rows
         left, right = left[inside], right[inside]
-        products[left, right] = products[right, left] = entries[: len(inside)][inside]
+        products[left, right] = products[right, left] = entries[inside]
         return products
 
     def along(self, entries: Tensor) -> Tensor:
         """Products of rows with directions `[N, D]`, from entries `[M]` on the CPU."""
-        left, right = self._weighted
+        left, right = self.places
         outside = right >= self.rows
         products = torch.zeros(self.rows, self.directions, dtype=torch.float64)
-        products[left[outside], right[outside] - self.rows] = entries[: len(outside)][outside]
+        products[left[outside], right[outside] - self.rows] = entries[outside]
         return products
 
-    def pair_entries(self, entries: Tensor) -> Tensor:
-        """`(‖G_w‖², ‖G_l‖², ⟨G_w, G_l⟩)` of each pair `[k, 3]`: without the metric where `plain` asks for that."""
-        if self.plain:
-            return entries[-3 * self.plain :].view(3, -1).T
-        half = self.rows // 2
-        if self == Wanted.pairs(half):
-            return entries.view(-1, 3)
-        products = self.matrix(entries)
-        squares = products.diagonal()
-        return torch.stack([squares[:half], squares[half:], products[:half, half:].diagonal()], 1)
 
-    @property
-    def _weighted(self) -> tuple[Tensor, Tensor]:
-        """`places` without those of plain pairs."""
-        left, right = self.places
-        return left[: len(left) - 3 * self.plain], right[: len(right) - 3 * self.plain]
-
-
-def pick(gram: Tensor, rows: int, bare: Tensor | None = None, plain: int = 0) -> Tensor:
-    """A group's entries `[..., m]` from `[..., n + D, n]`, products of its rows and of D directions with its rows.
-
-    `bare` `[..., n, n]` are the products of its rows without the metric, of which `plain` pairs are taken.
-    """
+def pick(gram: Tensor, rows: int) -> Tensor:
+    """A group's entries `[..., m]` from `[..., n + D, n]`, products of its rows and of D directions with its rows."""
     among = [gram[..., row, row + 1 : rows] for row in range(rows - 1)]
     parts = [gram[..., :rows, :].diagonal(dim1=-2, dim2=-1), *among, gram[..., rows:, :].mT.flatten(-2)]
-    parts = parts if gram.shape[-2] > rows else parts[:-1]
-    if bare is not None:
-        squares = bare[..., : 2 * plain, : 2 * plain].diagonal(dim1=-2, dim2=-1)
-        parts += [squares, bare[..., :plain, plain : 2 * plain].diagonal(dim1=-2, dim2=-1)]
-    return torch.cat(parts, -1)
+    return torch.cat(parts if gram.shape[-2] > rows else parts[:-1], -1)

@@ -15,22 +15,15 @@ from gradent.kernels.common.precision import exact_products
 __all__ = ["along_directions", "reduce_gram"]
 
 
-def reduce_gram(
-    factors: Factors, tiling: Tiling, directions: Tensor | None = None, *, budget: int, plain: int = 0
-) -> Tensor:
+def reduce_gram(factors: Factors, tiling: Tiling, directions: Tensor | None = None, *, budget: int) -> Tensor:
     """A group's entries `[m]` float64 from the factors of n rows, and from directions `[D, O, I]`."""
     with exact_products(factors[0][0].device):
         couples = [(row, row) for row in factors]
         couples += [(row, other) for place, row in enumerate(factors) for other in factors[place + 1 :]]
         entries = torch.stack([_product(*row, *other, tiling) for row, other in couples])
-        parts = [entries]
-        if directions is not None:
-            parts += [along_directions(u, v, directions, budget=budget) for u, v in factors]
-        if plain:  # there is no metric here: pairs' own products are among those that are there
-            count = len(factors)
-            inner = [count + row * count - row * (row + 1) // 2 + plain - 1 for row in range(plain)]
-            parts.append(entries[[*range(2 * plain), *inner]])
-        return torch.cat(parts)
+        if directions is None:
+            return entries
+        return torch.cat([entries, *(along_directions(u, v, directions, budget=budget) for u, v in factors)])
 
 
 def along_directions(u: Tensor, v: Tensor, directions: Tensor, *, budget: int) -> Tensor:
