@@ -5,8 +5,8 @@ worked out on the spot: nothing of a parameter's size is made beside the optimiz
 
 P is the preconditioner as it is before the step. An element whose second moment this step lets grow more than `GROWTH`
 times over (a rare token's embedding, that had no gradient until now) has no such P: before the step it is 1/ε, a
-hundred million, and after it what the step's own gradient makes it. Adam moves it by `lr · limit · sign(grad)`, whatever
-the gradient's size, and row j's part of that is `h_j / |grad|`. These elements have products of their own.
+hundred million, and after it what the step's own gradient makes it. Adam moves it by `lr · limit · sign(grad)`, however
+large the gradient, and row j's part of that is `h_j / |grad|`. These elements have products of their own.
 
 Letters: N rows, W directions that P multiplies, E that it does not, k pairs of rows i and k + i, M entries.
 """

@@ -1,4 +1,8 @@
-"""The verdict in words, for the training log: a sentence when it matters, nothing otherwise."""
+"""What a step did, in words, for the training log: a sentence when it matters, nothing otherwise.
+
+The sentence leads with what moved chosen or rejected in the last measured step, by source; behind it stands the verdict
+of Conditions 1 and 2, which is about each pair alone under plain gradient descent.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from gradent.report.live.window import Window
 
 __all__ = ["DEFAULT_ALERT", "Alert", "Alerter", "describe"]
 
+_PARTNER = {"chosen": "rejected partner", "rejected": "chosen partner"}
 _CASES = {"both_down": "case 2 (both fall)", "both_up": "case 3 (both rise)", "reversed": "case 4 (reversed)"}
 
 
@@ -20,6 +25,7 @@ class Alert:
     """When a window is worth a sentence.
 
     Attributes:
+        chosen_falls: nats by which a step lowers chosen on average, to first order, above which that is said.
         both_down: share of pairs from which "both fall" is said.
         both_up: the same for "both rise".
         reversed: the same for chosen falling and rejected rising.
@@ -30,6 +36,7 @@ class Alert:
         InputError: a share outside of (0, 1], or `again` below 1.
     """
 
+    chosen_falls: float = 0.0
     both_down: float = 0.5
     both_up: float = 0.9
     reversed: float = 0.25
@@ -40,6 +47,8 @@ class Alert:
         for name in ("both_down", "both_up", "reversed", "layers"):
             if not 0 < getattr(self, name) <= 1:
                 raise InputError(f"Alert: {name}={getattr(self, name)!r}; accepted is a share, 0 < share <= 1.")
+        if self.chosen_falls < 0:
+            raise InputError(f"Alert: chosen_falls={self.chosen_falls!r}; accepted is a number of nats >= 0.")
         if self.again < 1:
             raise InputError(f"Alert: again={self.again!r}; accepted is a number of windows >= 1.")
 
@@ -57,7 +66,7 @@ class Alerter:
 
     def check(self, window: Window) -> str | None:
         """The line for a window; None where no threshold is reached, or its case was described not long ago."""
-        case = _worst_case(window, self._alert)
+        case = _find_news(window, self._alert)
         self._windows += 1
         if case is None or self._windows - self._last.get(case, -self._alert.again) < self._alert.again:
             return None
@@ -67,12 +76,40 @@ class Alerter:
 
 def describe(window: Window, alert: Alert) -> str | None:
     """What is wrong in a window, in one line; None where no threshold is reached."""
+    if _find_news(window, alert) is None:
+        return None
+    parts = [_describe_step(window), _describe_pairs(window, alert)]
+    return "; ".join(part for part in parts if part)
+
+
+def _describe_step(window: Window) -> str:
+    """What moved both sides in the window's last step that has an account; empty where none has."""
+    sides = [_describe_side(side, window.moved_last(side)) for side in ("chosen", "rejected")]
+    if not all(sides):
+        return ""
+    explained = "" if window.explained is None else f"; {window.explained:.0%} explained"
+    return f"step {window.steps[-1]}: {'; '.join(sides)}{explained}"
+
+
+def _describe_side(side: str, moved: dict[str, float]) -> str:
+    if not moved:
+        return ""
+    named = {"own": moved["own"], _PARTNER[side]: moved["partner"], "momentum": moved["momentum"]}
+    named["other pairs"] = moved["others_chosen"] + moved["others_rejected"] + moved["earlier_batches"]
+    parts = sorted((value, name) for name, value in named.items() if value)
+    listed = ", ".join(f"{name} {value:+.2g}" for value, name in parts)
+    return f"{side} {sum(moved.values()):+.2g} nats ({listed})"
+
+
+def _describe_pairs(window: Window, alert: Alert) -> str:
+    """The verdict of each pair alone; empty where no threshold is reached."""
     case = _worst_case(window, alert)
     if case is None:
-        return None
+        return ""
     first, last = window.steps[0], window.steps[-1]
     steps = f"step {first}" if first == last else f"steps {first}-{last}"
-    parts = [f"{steps}: {window.share(case):.0%} of {sum(window.pairs)} pairs in {_CASES[case]}"]
+    share = f"{window.share(case):.0%} of {sum(window.pairs)} pairs in {_CASES[case]}"
+    parts = [f"{steps}: {share}, each pair alone under plain gradient descent"]
     if case != "both_up" and window.chosen_needs:
         needs, ratio = statistics.median(window.chosen_needs), statistics.median(window.weight_ratio)
         parts.append(f"chosen would rise if d_w/d_l ≥ {needs:.2g} (median; it is {ratio:.2g})")
@@ -80,6 +117,14 @@ def describe(window: Window, alert: Alert) -> str | None:
     if layers is not None:
         parts.append(layers)
     return "; ".join(parts)
+
+
+def _find_news(window: Window, alert: Alert) -> str | None:
+    """What a window has that is worth a sentence: its case, or that a step lowers chosen; None for nothing."""
+    chosen = window.moved_last("chosen")
+    if chosen and sum(chosen.values()) < -alert.chosen_falls:
+        return "chosen falls"
+    return _worst_case(window, alert)
 
 
 def _worst_case(window: Window, alert: Alert) -> str | None:
