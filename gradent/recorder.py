@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from gradent.attribution.own_pass import attribute_rows
 from gradent.attribution.step import StepAttribution, attribute_backward, step_metric
 from gradent.attribution.update_rule import FIRST_STEP, UpdateRule, find_update_rule
 from gradent.distributed import world_size
@@ -153,7 +154,7 @@ class Recorder:
     ) -> None:  # fmt: skip
         self.metric, self.optimizer = metric, optimizer
         self._rule: UpdateRule | None = None
-        self._accounts: list[tuple[BackwardObservation, list[int]]] = []
+        self._accounts: list[tuple[BackwardObservation, list[int], bool]] = []
         self._model, self._config, self._mode, self._by_module = model, config, mode, by_module
         self._is_compiled = config.model is not model
         self._piggyback: Piggyback | None = None
@@ -275,26 +276,42 @@ class Recorder:
         return self._backwards
 
     def _attribute(
-        self, accounts: Sequence[tuple[BackwardObservation, list[int]]], rule: UpdateRule, lr: float | None
+        self, accounts: Sequence[tuple[BackwardObservation, list[int], bool]], rule: UpdateRule, lr: float | None
     ) -> StepAttribution | None:
         """What moves the active pairs of some backwards; None, and a line in the log, where that is not known."""
         parts: list[StepAttribution] = []
-        last = accounts[-1][0].norms
-        kept: float | str = "nothing was read off the backward" if last is None else last.factor()
-        for observation, active in accounts:
-            part: StepAttribution | str = (
-                kept
-                if isinstance(kept, str)
-                else (
-                    observation.no_entries_reason
-                    or attribute_backward(observation, rule, kept=kept / world_size(), lr=lr)
-                )
-            )
+        norms = accounts[-1][0].norms
+        kept: float | str = "nothing was read off the backward" if norms is None else norms.factor()
+        for observation, active, has_own_pass in accounts:
+            part: StepAttribution | str
+            if isinstance(kept, str):
+                part = kept
+            elif has_own_pass:
+                part = self._attribute_by_pass(observation, active, kept / world_size(), lr)
+            else:
+                part = attribute_backward(observation, rule, kept=kept / world_size(), lr=lr)
+                part = part if isinstance(part, str) else part.select(active)
             if isinstance(part, str):
                 self._log_once(f"gradent gives no account of a step: {part}.")
                 return None
-            parts.append(part.select(active))
+            parts.append(part)
         return StepAttribution.join(parts)
+
+    def _attribute_by_pass(
+        self, observation: BackwardObservation, active: Sequence[int], kept: float, lr: float | None
+    ) -> StepAttribution | str:
+        """The account of a backward's active pairs by a pass of gradent's own."""
+        parameters = trainable(self._model)
+        rule = find_update_rule(self.optimizer, parameters, is_next=True)
+        if isinstance(rule, str):
+            return rule
+        numbers = [*active, *(observation.pairs + pair for pair in active)]
+        rows = [observation.rows[number] for number in numbers]
+        weights = None if observation.is_constant else [observation.tokens[number] for number in numbers]
+        return attribute_rows(
+            self._model, parameters, rows, observation.c[numbers], rule, kept=kept, lr=lr, budget=self._config.budget,
+            weights=weights,
+        )  # fmt: skip
 
     def _settle(self, observation: BackwardObservation) -> Recording | None:
         """The recording of one backward; None, and a line in the log, where it cannot be used."""
@@ -308,11 +325,11 @@ class Recorder:
         is_moved = (observation.c[:pairs] != 0) & (observation.c[pairs:] != 0)
         moved = is_moved.nonzero()[:, 0].tolist()
         active = [pair for pair in moved if observation.is_reward or self._has_two_responses(observation, pair)]
-        self._accounts.append((observation, active))
         numbers = [] if observation.is_reward else [*active, *(pairs + pair for pair in active)]
         batch = PairBatch.from_rows([observation.rows[number] for number in numbers]) if numbers else None
         obstacle = "the model is compiled" if self._is_compiled else observation.no_entries_reason
         needs_pass = bool(active) and (self._mode == "measure" or obstacle is not None)
+        self._accounts.append((observation, active, needs_pass))
         if needs_pass:
             gram = self._measure(batch, obstacle)
             self._compare(gram, observation, active)

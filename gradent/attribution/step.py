@@ -9,7 +9,7 @@ Letters: k pairs of a backward, rows 0..k-1 chosen and k..2k-1 rejected; N rows 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -23,7 +23,7 @@ from gradent.hooks.piggyback.observation import BackwardObservation
 from gradent.kernels.common.account import ElementMetric
 from gradent.record import MOVED_SOURCES
 
-__all__ = ["StepAttribution", "attribute_backward", "step_metric"]
+__all__ = ["StepAttribution", "assemble", "attribute_backward", "step_metric"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,32 +109,55 @@ def attribute_backward(
     """The account of one backward's rows, or why there is none; `kept` is the part that clipping leaves."""
     if observation.no_account_reason is not None:
         return observation.no_account_reason
-    rows = 2 * observation.pairs
-    zeros = torch.zeros(rows, rows, dtype=torch.float64)
-    products, pushes = zeros.clone(), zeros.clone()
-    sources = {source: zeros[0].clone() for source in MOVED_SOURCES[4:]}
-    for number, blocks in observation.account.items():
+    sources = observation.weighted, observation.plain
+    return assemble(observation.account, rule, observation.c, sources, kept=kept, lr=lr)
+
+
+def assemble(
+    account: Mapping[int, Mapping[str, Tensor]],
+    rule: UpdateRule,
+    c: Tensor,
+    sources: tuple[Sequence[str], Sequence[str]],
+    *,
+    kept: float,
+    lr: float | None = None,
+    weighted_rows: int = 0,
+) -> StepAttribution:
+    """The account of N rows with coefficients `[N]` from the blocks of every parameter and the directions' sources."""
+    # With `weighted_rows` N, N more rows follow the first: `h_j` as the loss weighs their tokens. "gradient" is the whole
+    # gradient of the step, and what these rows do not account for of it is earlier micro-batches'.
+    rows = len(c)
+    ends = slice(weighted_rows, weighted_rows + rows)  # the rows that push
+    products, fresh = (torch.zeros(rows, rows, dtype=torch.float64) for _ in range(2))
+    moved = {source: torch.zeros(rows, dtype=torch.float64) for source in (*MOVED_SOURCES, "gradient")}
+    for number, blocks in account.items():
         terms = rule.terms(number, lr)
-        # Where an element had no preconditioner, the step moves it by `limit`, whatever the clipped gradient's size.
         gradient, limit = terms.fresh * kept, terms.limit
-        products += blocks["products"] + blocks["fresh"][:rows] * (limit / gradient if gradient else 0.0)
-        pushes -= terms.lr * (gradient * blocks["products"] + limit * blocks["fresh"][:rows])
-        factors = {"momentum": terms.carried, "weight_decay": terms.decay, "earlier_batches": gradient}
-        for name, block in ((observation.weighted, blocks["along"]), (observation.plain, blocks["plain"])):
-            for source, along in zip(name, block, strict=True):
-                sources[source] -= terms.lr * factors[source] * along
-        sources["earlier_batches"] -= terms.lr * limit * blocks["fresh"][rows]
-    pushes = pushes * observation.c
-    chosen, rejected = (pushes[:, half].sum(1) for half in (slice(0, rows // 2), slice(rows // 2, rows)))
-    own, partner = pushes.diagonal(), torch.cat([pushes.diagonal(rows // 2), pushes.diagonal(-rows // 2)])
-    is_chosen = torch.arange(rows) < rows // 2
-    moved = {
-        "own": own.clone(), "partner": partner,
-        "others_chosen": chosen - torch.where(is_chosen, own, partner),
-        "others_rejected": rejected - torch.where(is_chosen, partner, own),
-        **sources,
-    }  # fmt: skip
-    return StepAttribution(products=products, pushes=pushes, moved={source: moved[source] for source in MOVED_SOURCES})
+        plain_part, fresh_part = blocks["products"][:rows, ends], blocks["fresh"][:rows, ends]
+        # Where an element had no preconditioner, the step moves it by `limit`, whatever the clipped gradient's size.
+        products += plain_part + (fresh_part * (limit / gradient) if gradient else 0.0)
+        fresh -= terms.lr * (gradient * plain_part + limit * fresh_part)
+        factors = {
+            "momentum": terms.carried, "weight_decay": terms.decay, "earlier_batches": gradient,
+            "gradient": terms.fresh,
+        }  # fmt: skip
+        for names, block in zip(sources, (blocks["along"], blocks["plain"]), strict=True):
+            for source, along in zip(names, block, strict=True):
+                moved[source] -= terms.lr * factors[source] * along[:rows]
+        moved["earlier_batches"] -= terms.lr * limit * blocks["fresh"][-1, :rows]
+    pushes = fresh if weighted_rows else fresh * c
+    half, is_chosen = rows // 2, torch.arange(rows) < rows // 2
+    chosen, rejected = pushes[:, :half].sum(1), pushes[:, half:].sum(1)
+    own, partner = pushes.diagonal(), torch.cat([pushes.diagonal(half), pushes.diagonal(-half)])
+    moved["own"], moved["partner"] = own.clone(), partner
+    moved["others_chosen"] = chosen - torch.where(is_chosen, own, partner)
+    moved["others_rejected"] = rejected - torch.where(is_chosen, partner, own)
+    if "gradient" in sources[0]:
+        moved["earlier_batches"] = moved["gradient"] - pushes.sum(1)
+    return StepAttribution(
+        products=products / c if weighted_rows else products, pushes=pushes,
+        moved={source: moved[source] for source in MOVED_SOURCES},
+    )  # fmt: skip
 
 
 def step_metric(rule: UpdateRule) -> StepMetric:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradent import attach
+from gradent import PairBatch, attach
 from gradent.attribution.step import StepAttribution
 from gradent.record import MOVED_SOURCES as SOURCES
 from tests.adapters import lora_everywhere
@@ -126,6 +126,73 @@ def test_micro_batches_that_came_before_are_a_source() -> None:
         check(got, products, moved, frozen)
         start += count
     assert bool(account.products[0, counts[0] :][: counts[1]].isnan().all())
+
+
+@pytest.mark.parametrize("name", ["momentum", "Adam", "AdamW", "amsgrad"])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_pass_of_its_own_accounts_for_the_step_itself(name: str, steps: int) -> None:
+    model, batch = MODELS["tied"](), ragged(3)
+    optimizer = OPTIMIZERS[name](split_groups(model))
+    warm(model, optimizer, steps)
+    frozen = Frozen(model, optimizer)
+    with attach(model, optimizer=optimizer, mode="measure") as recorder:
+        through_logits(model, batch).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        found = recorder.harvest()
+    optimizer.step()
+    want = frozen.row_gradients(batch) @ (flat(list(model.parameters())) - frozen.theta)
+    assert found is not None
+    account = found.attribution
+    assert account is not None
+    torch.testing.assert_close(account.total, want, rtol=0, atol=1e-4 * float(want.abs().max()))
+    assert float(account.moved["earlier_batches"].abs().max()) <= 1e-5 * float(account.pushes.abs().max())
+
+
+def test_a_pass_of_its_own_knows_the_other_micro_batches() -> None:
+    model, parts = build("llama"), [ragged(2), uneven()]
+    optimizer = torch.optim.AdamW(split_groups(model), lr=1e-3)
+    warm(model, optimizer)
+    frozen = Frozen(model, optimizer)
+    with attach(model, optimizer=optimizer, mode="measure") as recorder:
+        for part in parts:
+            (through_logits(model, part) / 2).backward()
+        found = recorder.harvest(scale=2)
+    optimizer.step()
+    step = flat(list(model.parameters())) - frozen.theta
+    chosen, rejected = zip(*((frozen.row_gradients(part) @ step).chunk(2) for part in parts), strict=True)
+    want = torch.cat([*chosen, *rejected])
+    assert found is not None
+    assert found.attribution is not None
+    torch.testing.assert_close(found.attribution.total, want, rtol=0, atol=1e-4 * float(want.abs().max()))
+
+
+def weighted(model: nn.Module, batch: PairBatch) -> torch.Tensor:
+    """A loss that weighs a response's later tokens more, and the prompts of chosen ones a little."""
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    logps = logits[:, :-1].double().log_softmax(-1).gather(-1, batch.input_ids[:, 1:, None])[..., 0]
+    marks = batch.completion_mask[:, 1:].double()
+    late = marks * torch.linspace(0.5, 1.5, marks.shape[1])
+    chosen, rejected = (logps * late).sum(1).chunk(2)
+    return dpo(chosen, rejected) - 0.02 * (logps * marks).sum(1).chunk(2)[0].mean()
+
+
+def test_a_loss_that_weighs_tokens_is_accounted_for_as_it_is() -> None:
+    model, batch = build("llama"), ragged(3)
+    optimizer = torch.optim.AdamW(split_groups(model), lr=1e-3)
+    warm(model, optimizer)
+    frozen = Frozen(model, optimizer)
+    with attach(model, optimizer=optimizer) as recorder:
+        weighted(model, batch).backward()
+        found = recorder.harvest()
+    # Each row's part of the loss's gradient: that of the loss with every other row held constant.
+    gradients = frozen.row_gradients(batch)
+    assert found is not None
+    account = found.attribution
+    assert account is not None
+    optimizer.step()
+    want = gradients @ (flat(list(model.parameters())) - frozen.theta)
+    torch.testing.assert_close(account.total, want, rtol=0, atol=1e-4 * float(want.abs().max()))
+    assert float(account.moved["earlier_batches"].abs().max()) <= 1e-4 * float(account.pushes.abs().max())
 
 
 def test_a_fused_head_and_checkpointing_and_a_learning_rate_of_ones_own() -> None:
