@@ -124,8 +124,8 @@ def assemble(
     weighted_rows: int = 0,
 ) -> StepAttribution:
     """The account of N rows with coefficients `[N]` from the blocks of every parameter and the directions' sources."""
-    # With `weighted_rows` N, N more rows follow the first: `h_j` as the loss weighs their tokens. "gradient" is the whole
-    # gradient of the step, and what these rows do not account for of it is earlier micro-batches'.
+    # With `weighted_rows` N, N more rows follow the first: `h_j` as the loss weighs their tokens. "gradient" is the
+    # step's whole gradient, and what these rows do not account for of it is earlier micro-batches'.
     rows = len(c)
     ends = slice(weighted_rows, weighted_rows + rows)  # the rows that push
     products, fresh = (torch.zeros(rows, rows, dtype=torch.float64) for _ in range(2))
