@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from gradent.attribution.own_pass import attribute_rows
-from gradent.attribution.step import StepAttribution, attribute_backward, step_metric
+from gradent.attribution.step import StepAttribution, attribute_backward, attribute_kept, step_metric
 from gradent.attribution.update_rule import FIRST_STEP, UpdateRule, find_update_rule
 from gradent.distributed import world_size
 from gradent.errors import InputError, ModelError
@@ -187,7 +187,7 @@ class Recorder:
             raise ModelError("metric: the optimizer's state is sharded (FSDP); only metric=None is available there.")
         weight = None if self.metric is None else metric_roots(self.metric, parameters)
         self._rule = self._find_rule(parameters)
-        step = None if self._rule is None else step_metric(self._rule)
+        step = None if self._rule is None else step_metric(self._rule, budget=self._config.budget // 2)
         self._config = replace(self._config, parameters=parameters, weight=weight, step=step)
         self._piggyback = Piggyback(self._config)
         self._piggyback.arm()
@@ -242,6 +242,8 @@ class Recorder:
         self.collect()
         recordings, self._collected, self._backwards = self._collected, [], 0
         accounts, self._accounts = self._accounts, []
+        if self._config.step is not None:
+            self._config.step.store.clear()
         if not recordings:
             return None
         recording = join_recordings(recordings, scale=scale)
@@ -280,22 +282,40 @@ class Recorder:
     ) -> StepAttribution | None:
         """What moves the active pairs of some backwards; None, and a line in the log, where that is not known."""
         parts: list[StepAttribution] = []
+        part: StepAttribution | str
         norms = accounts[-1][0].norms
         kept: float | str = "nothing was read off the backward" if norms is None else norms.factor()
+        if isinstance(kept, str):
+            self._log_once(f"gradent gives no account of a step: {kept}.")
+            return None
+        share = kept / world_size()
+        whole = [seen for seen, _, has_own_pass in accounts if seen.rows_kept and not has_own_pass]
+        if len(whole) == len(accounts):
+            return self._attribute_kept(accounts, share, lr)
         for observation, active, has_own_pass in accounts:
-            part: StepAttribution | str
-            if isinstance(kept, str):
-                part = kept
-            elif has_own_pass:
-                part = self._attribute_by_pass(observation, active, kept / world_size(), lr)
+            if has_own_pass:
+                part = self._attribute_by_pass(observation, active, share, lr)
+            elif observation.rows_kept:
+                part = self._attribute_kept([(observation, active, False)], share, lr)
             else:
-                part = attribute_backward(observation, rule, kept=kept / world_size(), lr=lr)
-                part = part if isinstance(part, str) else part.select(active)
+                account = attribute_backward(observation, rule, kept=share, lr=lr)
+                part = account if isinstance(account, str) else account.select(active)
             if isinstance(part, str):
                 self._log_once(f"gradent gives no account of a step: {part}.")
                 return None
             parts.append(part)
         return StepAttribution.join(parts)
+
+    def _attribute_kept(
+        self, accounts: Sequence[tuple[BackwardObservation, list[int], bool]], share: float, lr: float | None
+    ) -> StepAttribution:
+        """The account of backwards whose rows' gradients were kept, all together."""
+        assert self._rule is not None
+        observations = [observation for observation, _, _ in accounts]
+        account = attribute_kept(observations, self._config.tensors, self._rule, kept=share, lr=lr)
+        starts = [sum(seen.pairs for seen in observations[:place]) for place in range(len(observations))]
+        active = [start + pair for start, (_, pairs, _) in zip(starts, accounts, strict=True) for pair in pairs]
+        return account.select(active)
 
     def _attribute_by_pass(
         self, observation: BackwardObservation, active: Sequence[int], kept: float, lr: float | None

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from gradent.attribution.step import StepAttribution, assemble, step_metric
+from gradent.attribution.step import GRADIENT, StepAttribution, assemble, step_metric
 from gradent.attribution.update_rule import UpdateRule
 from gradent.hooks.passes.driver import measure_groups
 from gradent.hooks.reduction.account_ledger import AccountLedger
@@ -28,9 +28,6 @@ __all__ = ["attribute_rows"]
 
 Row = tuple[Tensor, Tensor]
 """`(ids int64 [T], marks bool or weights [T])`."""
-
-GRADIENT = "gradient"
-"""The direction that is the whole gradient of the step."""
 
 
 def attribute_rows(

@@ -18,12 +18,17 @@ from torch import Tensor
 from typing_extensions import Self
 
 from gradent.attribution.update_rule import UpdateRule
-from gradent.hooks.piggyback.config import StepMetric
+from gradent.hooks.piggyback.config import RowStore, StepMetric
 from gradent.hooks.piggyback.observation import BackwardObservation
-from gradent.kernels.common.account import ElementMetric
+from gradent.kernels.common.account import AccountLayout, AccountSums, ElementMetric, KeptEstimate
+from gradent.kernels.common.numerics import accumulator
 from gradent.record import MOVED_SOURCES
 
-__all__ = ["StepAttribution", "assemble", "attribute_backward", "step_metric"]
+__all__ = ["GRADIENT", "StepAttribution", "assemble", "attribute_backward", "attribute_kept", "step_metric"]
+
+
+GRADIENT = "gradient"
+"""The direction that is the whole gradient of the step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +43,10 @@ class StepAttribution:
             rows did not meet in one backward.
         pushes: what row j's part of the gradient does to row i, nats, float64 `[N, N]`; nan as in `products`.
         moved: source -> float64 `[N]`, nats: own (the row itself), partner (the other response of its pair),
-            others_chosen and others_rejected (the other pairs of its micro-batch), earlier_batches (what the step's
-            earlier micro-batches have accumulated), momentum, weight_decay.
+            others_chosen and others_rejected (the other pairs that met it in one backward, or in one step where the
+            rows' gradients were kept), earlier_batches (what else is in the gradient: micro-batches before; where the
+            gradients were kept, other ranks; in a pass of gradent's own, all micro-batches and ranks), momentum,
+            weight_decay.
         realised: how much each `log π(y_i|x_i)` really changed, float64 `[N]`; None unless it was measured.
     """
 
@@ -113,6 +120,39 @@ def attribute_backward(
     return assemble(observation.account, rule, observation.c, sources, kept=kept, lr=lr)
 
 
+def attribute_kept(
+    observations: Sequence[BackwardObservation],
+    parameters: Sequence[Tensor],
+    rule: UpdateRule,
+    *,
+    kept: float,
+    lr: float | None = None,
+) -> StepAttribution:
+    """The account of a step whose rows' gradients were kept, with the gradient that the optimizer gets."""
+    metric = step_metric(rule)
+    sources = (*metric.weighted, GRADIENT)
+    sides = [side for half in (0, 1) for side in ((seen, half) for seen in observations)]
+    c = torch.cat([seen.c.view(2, -1)[half] for seen, half in sides])
+    layout = AccountLayout(len(c), len(sources), len(metric.plain), 0)
+    blocks = {}
+    for number in {number: None for seen in observations for number in seen.rows_kept}:
+        tensor = parameters[number]
+        found = metric.metric(number)
+        found = replace(found, weighted=[*found.weighted, tensor.grad], before=tensor.grad)
+        wide = accumulator(tensor.dtype)
+        tile = torch.zeros(len(c) + len(sources) + len(metric.plain), *tensor.shape, dtype=wide, device=tensor.device)
+        start = 0
+        for seen, half in sides:
+            rows = seen.rows_kept.get(number)
+            if rows is not None:
+                tile[start : start + seen.pairs] = rows[half * seen.pairs : (half + 1) * seen.pairs]
+            start += seen.pairs
+        sums = AccountSums(layout, found, torch.zeros(len(c), dtype=torch.float64), KeptEstimate())
+        sums.add(tile, ...)
+        blocks[number] = layout.split(sums.entries.cpu())
+    return assemble(blocks, rule, c, (sources, metric.plain), kept=kept, lr=lr)
+
+
 def assemble(
     account: Mapping[int, Mapping[str, Tensor]],
     rule: UpdateRule,
@@ -126,25 +166,25 @@ def assemble(
     """The account of N rows with coefficients `[N]` from the blocks of every parameter and the directions' sources."""
     # With `weighted_rows` N, N more rows follow the first: `h_j` as the loss weighs their tokens. "gradient" is the
     # step's whole gradient, and what these rows do not account for of it is earlier micro-batches'.
-    rows = len(c)
+    rows, is_whole = len(c), GRADIENT in sources[0]
     ends = slice(weighted_rows, weighted_rows + rows)  # the rows that push
     products, fresh = (torch.zeros(rows, rows, dtype=torch.float64) for _ in range(2))
-    moved = {source: torch.zeros(rows, dtype=torch.float64) for source in (*MOVED_SOURCES, "gradient")}
+    moved = {source: torch.zeros(rows, dtype=torch.float64) for source in (*MOVED_SOURCES, GRADIENT)}
     for number, blocks in account.items():
         terms = rule.terms(number, lr)
-        gradient, limit = terms.fresh * kept, terms.limit
+        # Where an element had no preconditioner, the step moves it by `limit`, whatever the size of the gradient: the
+        # optimizer's, where that is there, else the backward's.
+        gradient, limit = terms.fresh * kept, terms.limit * (kept if is_whole else 1.0)
         plain_part, fresh_part = blocks["products"][:rows, ends], blocks["fresh"][:rows, ends]
-        # Where an element had no preconditioner, the step moves it by `limit`, whatever the clipped gradient's size.
         products += plain_part + (fresh_part * (limit / gradient) if gradient else 0.0)
         fresh -= terms.lr * (gradient * plain_part + limit * fresh_part)
         factors = {
-            "momentum": terms.carried, "weight_decay": terms.decay, "earlier_batches": gradient,
-            "gradient": terms.fresh,
+            "momentum": terms.carried, "weight_decay": terms.decay, "earlier_batches": gradient, GRADIENT: terms.fresh,
         }  # fmt: skip
         for names, block in zip(sources, (blocks["along"], blocks["plain"]), strict=True):
             for source, along in zip(names, block, strict=True):
                 moved[source] -= terms.lr * factors[source] * along[:rows]
-        moved["earlier_batches"] -= terms.lr * limit * blocks["fresh"][-1, :rows]
+        moved[GRADIENT if is_whole else "earlier_batches"] -= terms.lr * terms.limit * blocks["fresh"][-1, :rows]
     pushes = fresh if weighted_rows else fresh * c
     half, is_chosen = rows // 2, torch.arange(rows) < rows // 2
     chosen, rejected = pushes[:, :half].sum(1), pushes[:, half:].sum(1)
@@ -152,16 +192,16 @@ def assemble(
     moved["own"], moved["partner"] = own.clone(), partner
     moved["others_chosen"] = chosen - torch.where(is_chosen, own, partner)
     moved["others_rejected"] = rejected - torch.where(is_chosen, partner, own)
-    if "gradient" in sources[0]:
-        moved["earlier_batches"] = moved["gradient"] - pushes.sum(1)
+    if is_whole:
+        moved["earlier_batches"] = moved[GRADIENT] - pushes.sum(1)
     return StepAttribution(
         products=products / c if weighted_rows else products, pushes=pushes,
         moved={source: moved[source] for source in MOVED_SOURCES},
     )  # fmt: skip
 
 
-def step_metric(rule: UpdateRule) -> StepMetric:
-    """What the account takes of an optimizer."""
+def step_metric(rule: UpdateRule, *, budget: int = 0) -> StepMetric:
+    """What the account takes of an optimizer; `budget` bytes may hold rows' gradients until the step."""
     decay = "weight_decay" if rule.has_decay else None
     weighted = [*(["momentum"] if rule.has_momentum else []), *([decay] if decay and not rule.is_decoupled else [])]
     plain = [decay] if decay and rule.is_decoupled else []
@@ -173,4 +213,4 @@ def step_metric(rule: UpdateRule) -> StepMetric:
             found, weighted=[directions[name] for name in weighted], plain=[directions[name] for name in plain]
         )
 
-    return StepMetric(metric=metric, weighted=weighted, plain=plain)
+    return StepMetric(metric=metric, weighted=weighted, plain=plain, store=RowStore(budget))

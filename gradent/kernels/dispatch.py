@@ -60,6 +60,10 @@ def reduce_group(
     return reduce_outer(factors, strategy.tiling, weight, directions)
 
 
+ACCOUNT_TILES = 8 * 2**20
+"""Bytes of a step's tiles on a CPU, which go through a dozen operators each: they are to stay near the caches."""
+
+
 def account_group(factors: Factors, sums: AccountSums, *, budget: int) -> Tensor:
     """Entries `[M]` of a step's account, none of the rows' gradients ever held whole."""
     u, v = factors[0]
@@ -74,7 +78,8 @@ def account_group(factors: Factors, sums: AccountSums, *, budget: int) -> Tensor
         is_weighted=True,
         directions=sums.extra + 2,  # beside directions, a tile has its sum over rows and its denominators
     )
-    return account_outer(factors, decide(product, budget).tiling, sums)
+    room = min(budget, ACCOUNT_TILES) if u.device.type == "cpu" else budget
+    return account_outer(factors, decide(product, room).tiling, sums)
 
 
 def reduce_at_once(

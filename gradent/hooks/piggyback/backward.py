@@ -20,12 +20,13 @@ from gradent.hooks.piggyback.gradient_norms import GradientNorms
 from gradent.hooks.piggyback.guard import Guard
 from gradent.hooks.piggyback.observation import BackwardObservation
 from gradent.hooks.piggyback.pairing import pair_rows
-from gradent.hooks.reduction.account_ledger import AccountLedger
+from gradent.hooks.reduction.account_ledger import AccountLedger, RowLedger
 from gradent.hooks.reduction.collector import Collector
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.reduction.reducers import Place
 from gradent.hooks.uses.formats import split_factor
 from gradent.kernels.common.account import AccountLayout, ElementMetric
+from gradent.kernels.common.numerics import accumulator
 from gradent.kernels.common.wanted import Wanted
 from gradent.pair_gram import on_cpu
 
@@ -127,6 +128,9 @@ class WatchedBackward:
             return Ledger(Wanted.pairs(pairs), budget=config.budget, weight=config.weight)
         observation.norms = GradientNorms(config.tensors)
         observation.norms.start()
+        size = sum(tensor.numel() * accumulator(tensor.dtype).itemsize for tensor in config.tensors)
+        if step.store.reserve(2 * pairs * size):
+            return RowLedger(2 * pairs, config.tensors, budget=config.budget)
         has_before = any(version >= 0 for version in self._grad_versions)
         observation.weighted = (*step.weighted, *([EARLIER] if has_before else []))
         observation.plain = tuple(step.plain)
@@ -203,6 +207,11 @@ class WatchedBackward:
         entries, wanted = on_cpu(collector.ledger.entries), collector.ledger.wanted
         if isinstance(collector.ledger, AccountLedger):
             layout = collector.ledger.layout
+            if isinstance(collector.ledger, RowLedger):
+                observation.rows_kept = {
+                    number: rows.mul_(remainders.to(rows).view(-1, *(1,) * (rows.dim() - 1)))
+                    for number, rows in collector.ledger.kept.items()
+                }
             observation.account = {number: layout.scaled(entry, remainders) for number, entry in entries.items()}
             observation.entries = {number: blocks["bare"].T for number, blocks in observation.account.items()}
         else:

@@ -13,7 +13,7 @@ from gradent.kernels.common.account import ElementMetric
 from gradent.kernels.common.budget import DEFAULT_BUDGET
 from gradent.model.sharding import find_owners
 
-__all__ = ["StepMetric", "WatchConfig"]
+__all__ = ["RowStore", "StepMetric", "WatchConfig"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -23,6 +23,26 @@ class StepMetric:
     metric: Callable[[int], ElementMetric]  # of a parameter, by number, without the gradient before
     weighted: Sequence[str]  # sources of its directions that the preconditioner multiplies
     plain: Sequence[str]  # and of those that it does not
+    store: RowStore = field(default_factory=lambda: RowStore(0))  # of rows' gradients, where there is room for them
+
+
+class RowStore:
+    """Room for the gradients of a step's rows, in bytes."""
+
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
+        self._held = 0
+
+    def reserve(self, size: int) -> bool:
+        """Whether so many bytes more have room; they are held then, until `clear`."""
+        if self._held + size > self._budget:
+            return False
+        self._held += size
+        return True
+
+    def clear(self) -> None:
+        """The step is over."""
+        self._held = 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -37,6 +37,7 @@ class BackwardObservation:
     account: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     weighted: tuple[str, ...] = ()
     plain: tuple[str, ...] = ()
+    rows_kept: dict[int, Tensor] = field(default_factory=dict)  # or parameter number -> `g_i`, `[2k, *shape]`
     no_account_reason: str | None = None  # why there is no account
     norms: GradientNorms | None = None  # of the gradients when this backward ended
     shared: int = 0  # parameters whose gradient the trainer's backward took from the measurement

@@ -6,6 +6,7 @@ Letters: N rows of the running micro-batch, M entries, k pairs of rows i and k +
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +15,13 @@ from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.reduction.merge import account_forms
 from gradent.hooks.reduction.small_gradients import MaterializedRows, Slot, row_gradients
 from gradent.hooks.uses.formats import Form
-from gradent.kernels.common.account import AccountLayout, AccountSums, ElementMetric, KeptEstimate
-from gradent.kernels.common.numerics import row_products
+from gradent.kernels.common.account import AccountLayout, AccountSums, ElementMetric, KeptEstimate, RowSums
+from gradent.kernels.common.numerics import accumulator, row_products
 from gradent.kernels.common.wanted import Wanted
 from gradent.kernels.outer.reference import account_all_rows
 from gradent.kernels.strategy import Strategy
 
-__all__ = ["AccountLedger"]
+__all__ = ["AccountLedger", "RowLedger"]
 
 
 class AccountLedger(Ledger):
@@ -69,3 +70,28 @@ class AccountLedger(Ledger):
     def _joined(self, parts: Sequence[Tensor | None]) -> Tensor:
         (part,) = parts
         return torch.zeros(self.layout.count, dtype=torch.float64) if part is None else part
+
+
+class RowLedger(AccountLedger):
+    """Keeps every row's gradient, until the whole step is known: for what is small enough."""
+
+    def __init__(self, rows: int, tensors: Sequence[Tensor], *, budget: int) -> None:
+        super().__init__(
+            AccountLayout(rows, 0, 0, rows // 2), lambda number: ElementMetric(), torch.zeros(rows), budget=budget
+        )
+        self._tensors = tensors
+        self.kept: dict[int, Tensor] = {}
+        """Parameter number -> `[N, *shape]`, wide."""
+
+    def _sums(self, param: int, slot: Slot) -> AccountSums:
+        if param not in self.kept:
+            tensor = self._tensors[param]
+            shape = self.layout.rows, *tensor.shape
+            self.kept[param] = torch.zeros(shape, dtype=accumulator(tensor.dtype), device=tensor.device)
+        index: tuple[Any, ...] = (slice(None), *slot)
+        return RowSums(self.layout, self.kept[param][index])
+
+    def clear(self) -> None:
+        """Let go of every format and row; entries stay."""
+        super().clear()
+        self.kept = {}

@@ -21,10 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradent.kernels.common.numerics import dots
+from gradent.kernels.common.numerics import dots, reduce_stacked
 from gradent.kernels.common.precision import exact_products
+from gradent.kernels.common.wanted import Wanted
 
-__all__ = ["AccountLayout", "AccountSums", "ElementMetric", "KeptEstimate"]
+__all__ = ["AccountLayout", "AccountSums", "ElementMetric", "KeptEstimate", "RowSums"]
+
+ENOUGH = 2**22
+"""Elements that tell which part of a gradient is kept."""
 
 GROWTH = 10.0
 """By how much `√v̂ + ε` must grow in a step for the element to have had no preconditioner before it."""
@@ -76,12 +80,15 @@ class KeptEstimate:
 
     def __init__(self) -> None:
         self._sums: dict[torch.device, Tensor] = {}
+        self._seen = 0
 
-    def update(self, second: Tensor, squares: Tensor) -> Tensor:
-        """The estimate, a scalar, with `v̂` and `grad²` of one more tile."""
+    def update(self, second: Tensor, squares: Tensor, correction: float) -> Tensor:
+        """The square of the estimate, a scalar, with `v = correction · v̂` and `grad²` of one more tile."""
         sums = self._sums.setdefault(second.device, torch.zeros(2, dtype=torch.float64, device=second.device))
-        sums += torch.stack([second.sum(dtype=torch.float64), squares.sum(dtype=torch.float64)])
-        return (sums[0] / sums[1].clamp_min(1e-300)).sqrt().clamp_max(1.0)
+        if self._seen < ENOUGH:
+            self._seen += second.numel()
+            sums += torch.stack([second.sum() / correction, squares.sum()])
+        return (sums[0] / sums[1].clamp_min(1e-300)).clamp_max(1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +144,13 @@ class AccountSums:
         """Directions that a tile has room for, after its rows."""
         return self._layout.weighted + self._layout.plain
 
+    def _prepare(self, device: torch.device) -> None:
+        if not self._sums:
+            self._sums = {
+                name: torch.zeros(shape, dtype=torch.float64, device=device)
+                for name, shape in self._layout.blocks.items()
+            }
+
     @property
     def entries(self) -> Tensor:
         """`[M]`."""
@@ -144,49 +158,71 @@ class AccountSums:
 
     def add(self, tile: Tensor, place: Any) -> None:
         """Add a tile `[N + W + E, ...]`, wide, with the rows' gradients of the elements `place`; it is written to."""
-        if not self._sums:
-            self._sums = {
-                name: torch.zeros(shape, dtype=torch.float64, device=tile.device)
-                for name, shape in self._layout.blocks.items()
-            }
+        self._prepare(tile.device)
         with exact_products(tile.device):
             self._add(tile, self._metric.at(place))
 
     def _add(self, tile: Tensor, metric: ElementMetric) -> None:
-        rows, pairs, weighted = self._layout.rows, self._layout.pairs, self._layout.weighted
+        rows, weighted = self._layout.rows, self._layout.weighted
         flat = tile.view(len(tile), -1)
         for part, direction in zip(tile[rows:], [*metric.weighted, *metric.plain], strict=True):
             part.zero_() if direction is None else part.copy_(direction)
-        if pairs:
-            gram = dots(flat[: 2 * pairs], flat[: 2 * pairs])
-            squares = gram.diagonal()
-            self._sums["bare"] += torch.stack([squares[:pairs], squares[pairs:], gram[:pairs, pairs:].diagonal()])
+        self._add_pairs(flat)
         if self._layout.plain:
             self._sums["plain"] += dots(flat[rows + weighted :], flat[:rows])
         if metric.second is not None:
             self._weigh(tile[: rows + weighted], metric)
-        gram = dots(flat[: rows + weighted], flat[:rows])
+        gram = dots(flat[: rows + weighted], flat[:rows]) * metric.correction**0.5
         self._sums["products"] += gram[:rows]
         self._sums["along"] += gram[rows:]
+
+    def _add_pairs(self, flat: Tensor) -> None:
+        pairs = self._layout.pairs
+        if pairs:
+            self._sums["bare"] += reduce_stacked(flat[: 2 * pairs, None], Wanted.pairs(pairs)).view(pairs, 3).T
 
     def _weigh(self, tile: Tensor, metric: ElementMetric) -> None:
         """Multiply rows and directions by `√P`, 0 where an element has none, and add up the products there."""
         assert metric.second is not None
-        rows = self._layout.rows
-        second = metric.second.to(tile.dtype, copy=True).div_(metric.correction)
+        rows, second = self._layout.rows, metric.second.to(tile.dtype)
         grad = torch.tensordot(self._shares.to(tile), tile[:rows], 1)
         if metric.before is not None:
             grad += metric.before
-        kept = self._kept.update(second, grad.square())
-        denominator = second.sqrt_().add_(metric.eps)
-        grad.abs_()
-        fresh = grad * (metric.growth * kept / GROWTH).to(grad.dtype) > denominator
-        root = denominator.rsqrt_()
-        if tile.device.type != "cpu" or bool(fresh.any()):
-            root.masked_fill_(fresh, 0.0)
-            own = torch.where(fresh, grad, 1.0).rsqrt_().masked_fill_(~fresh, 0.0)
-            scaled = (tile[:rows] * own).flatten(1)
-            self._sums["fresh"][:rows] += dots(scaled, scaled)
-            if metric.before is not None:
-                self._sums["fresh"][rows] += dots((metric.before.to(tile.dtype) * own).view(1, -1), scaled)[0]
+        squares = grad.square()
+        kept = self._kept.update(second, squares, metric.correction)
+        reach = metric.correction * (metric.growth / GROWTH) ** 2 * kept  # v grows `GROWTH` times over where it is less
+        lack = torch.addcmul(second, squares, reach.to(tile.dtype), value=-1)
+        root = second.sqrt().add_(metric.eps * metric.correction**0.5).rsqrt_()
+        if tile.device.type != "cpu" or float(lack.amin()) < -metric.correction * metric.eps**2:
+            self._add_fresh(tile[:rows], lack < -metric.correction * metric.eps**2, grad.abs_(), root, metric.before)
         tile *= root
+
+    def _add_fresh(self, grads: Tensor, fresh: Tensor, size: Tensor, root: Tensor, before: Tensor | None) -> None:
+        """Take fresh elements, of which there are few, out of the root: the gradient's own size weighs them."""
+        rows, places = len(grads), fresh.flatten().nonzero()[:, 0]
+        root.masked_fill_(fresh, 0.0)
+        own = size.flatten()[places].rsqrt_()
+        scaled = grads.flatten(1)[:, places] * own
+        self._sums["fresh"][:rows] += dots(scaled, scaled)
+        if before is not None:
+            self._sums["fresh"][rows] += dots((before.flatten()[places].to(own.dtype) * own)[None], scaled)[0]
+
+
+class RowSums(AccountSums):
+    """Keeps the rows' gradients, `[N, *shape]`, instead of summing up what a step makes of them."""
+
+    def __init__(self, layout: AccountLayout, kept: Tensor) -> None:
+        super().__init__(layout, ElementMetric(), torch.zeros(0), KeptEstimate())
+        self._rows = kept
+
+    def reshaped(self, change: Callable[[Tensor], Tensor]) -> AccountSums:
+        """The same, of a parameter as a matrix."""
+        self._rows = self._rows[:, None] if self._rows.dim() < 3 else self._rows.flatten(2)
+        return self
+
+    def add(self, tile: Tensor, place: Any) -> None:
+        """Keep a tile `[N, ...]` of the elements `place`, in place of what was kept of them."""
+        self._prepare(tile.device)
+        with exact_products(tile.device):
+            self._add_pairs(tile.flatten(1))
+        self._rows[place if place is ... else (slice(None), *place)] = tile
