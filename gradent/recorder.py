@@ -248,7 +248,10 @@ class Recorder:
             return None
         recording = join_recordings(recordings, scale=scale)
         if self._rule is not None:
-            recording = replace(recording, attribution=self._attribute(accounts, self._rule, lr))
+            try:
+                recording = replace(recording, attribution=self._attribute(accounts, self._rule, lr))
+            except Exception as error:  # noqa: BLE001  (what was measured must not be lost with its account)
+                self._log_once(f"gradent gives no account of a step: gradent's own {type(error).__name__}: {error}")
         _ = recording.verdict  # raises here where an entry is not finite
         return recording
 
