@@ -84,16 +84,15 @@ def describe(window: Window, alert: Alert) -> str | None:
 
 def _describe_step(window: Window) -> str:
     """What moved both sides in the window's last step that has an account; empty where none has."""
-    sides = [_describe_side(side, window.moved_last(side)) for side in ("chosen", "rejected")]
-    if not all(sides):
+    place = window.last_accounted
+    if place is None:
         return ""
+    sides = "; ".join(_describe_side(side, window.moved_last(side)) for side in ("chosen", "rejected"))
     explained = "" if window.explained is None else f"; {window.explained:.0%} explained"
-    return f"step {window.steps[-1]}: {'; '.join(sides)}{explained}"
+    return f"step {window.steps[place]}: {sides}{explained}"
 
 
 def _describe_side(side: str, moved: dict[str, float]) -> str:
-    if not moved:
-        return ""
     named = {"own": moved["own"], _PARTNER[side]: moved["partner"], "momentum": moved["momentum"]}
     named["other pairs"] = moved["others_chosen"] + moved["others_rejected"] + moved["earlier_batches"]
     parts = sorted((value, name) for name, value in named.items() if value)

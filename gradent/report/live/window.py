@@ -65,14 +65,19 @@ class Window:
     entangled: Sequence[EntangledPair] = ()  # the pairs with the largest cosine, with their text
     tokens: TokenHeatMap | None = None  # the window's last token matrix; None where none was measured
 
+    @property
+    def last_accounted(self) -> int | None:
+        """Place in `steps` of the last step that has an account; None where none has."""
+        for place in reversed(range(len(self.steps))):
+            values = [column[place] for columns in self.moved.values() for column in columns.values()]
+            if values and all(value == value for value in values):
+                return place
+        return None
+
     def moved_last(self, side: str) -> dict[str, float]:
         """Source to nats of the window's last step that has an account; empty where none has."""
-        columns = self.moved.get(side, {})
-        for place in reversed(range(len(self.steps))):
-            values = {source: column[place] for source, column in columns.items()}
-            if values and all(value == value for value in values.values()):
-                return values
-        return {}
+        place = self.last_accounted
+        return {} if place is None else {source: column[place] for source, column in self.moved[side].items()}
 
     def share(self, case: str) -> float:
         """Share of all the window's pairs in a case."""
