@@ -126,6 +126,14 @@ def test_the_sentence_leads_with_what_the_step_does() -> None:
     assert said == f"{LEAD}; 98% explained; step 10: 75% of 4 pairs in case 2 (both fall), {ALONE}"
 
 
+def test_the_sources_listed_add_up() -> None:
+    """Weight decay is among them, and what is below a hundredth of the largest is not worth a word."""
+    said = describe(window((4, {}), moved=moves({"own": [-2.0], "weight_decay": [-0.5]})), DEFAULT_ALERT)
+    assert said is not None and "chosen -2.5 nats (own -2, weight decay -0.5)" in said
+    said = describe(window((4, {}), moved=moves({"own": [-2.0], "weight_decay": [-0.019]})), DEFAULT_ALERT)
+    assert said is not None and "chosen -2 nats (own -2);" in said
+
+
 def test_the_sentence_is_of_the_last_step_that_has_an_account() -> None:
     moved = moves({"own": [1.0, -2.0, NAN]}, {"own": [-1.0, 3.0, NAN]})
     said = describe(window((4, {}), (4, {}), (4, {}), moved=moved), DEFAULT_ALERT)

@@ -17,6 +17,8 @@ from gradent.report.live.window import Window
 __all__ = ["DEFAULT_ALERT", "Alert", "Alerter", "describe"]
 
 _PARTNER = {"chosen": "rejected partner", "rejected": "chosen partner"}
+_LEAST_PART = 0.01
+"""Of the largest: a source below it is not listed."""
 _CASES = {"both_down": "case 2 (both fall)", "both_up": "case 3 (both rise)", "reversed": "case 4 (reversed)"}
 
 
@@ -93,9 +95,13 @@ def _describe_step(window: Window) -> str:
 
 
 def _describe_side(side: str, moved: dict[str, float]) -> str:
-    named = {"own": moved["own"], _PARTNER[side]: moved["partner"], "momentum": moved["momentum"]}
-    named["other pairs"] = moved["others_chosen"] + moved["others_rejected"] + moved["earlier_batches"]
-    parts = sorted((value, name) for name, value in named.items() if value)
+    named = {
+        "own": moved["own"], _PARTNER[side]: moved["partner"], "momentum": moved["momentum"],
+        "other pairs": moved["others_chosen"] + moved["others_rejected"] + moved["earlier_batches"],
+        "weight decay": moved["weight_decay"],
+    }  # fmt: skip
+    least = _LEAST_PART * max(map(abs, named.values()))
+    parts = sorted((value, name) for name, value in named.items() if value and abs(value) >= least)
     listed = ", ".join(f"{name} {value:+.2g}" for value, name in parts)
     return f"{side} {sum(moved.values()):+.2g} nats ({listed})"
 
