@@ -177,6 +177,13 @@ def test_another_case_is_news() -> None:
     assert [alerter.check(one) is not None for one in windows] == [True, True, False, True, False]
 
 
+def test_another_case_is_news_beside_a_chosen_that_falls() -> None:
+    falling = moves({"own": [-1.0]})
+    alerter = Alerter(Alert(again=4))
+    windows = [window((4, shares), moved=falling) for shares in ({}, {}, {"reversed": 1.0}, {"reversed": 1.0}, {}, {})]
+    assert [alerter.check(one) is not None for one in windows] == [True, False, True, False, False, False]
+
+
 @pytest.mark.parametrize("change", [{"both_down": 0.0}, {"reversed": 1.5}, {"layers": -1.0}, {"again": 0}])
 def test_thresholds_that_are_none(change: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(change))):
