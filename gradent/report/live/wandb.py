@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,7 +51,8 @@ class Panels:
             self._is_accounted, self._changes = True, []
         self._explained = window.explained if window.explained is not None else self._explained
         changes = zip(window.accounted if self._is_accounted else window.predicted, window.realised, strict=False)
-        self._changes = [*self._changes, *((*predicted, *realised) for predicted, realised in changes)][-_MOST_POINTS:]
+        points = [(*predicted, *realised) for predicted, realised in changes if not math.isnan(predicted[0])]
+        self._changes = [*self._changes, *points][-_MOST_POINTS:]
         content: dict[str, Any] = {**scalars, "train/global_step": step}
         if window.entangled:
             names = ["step", "cosine", "case", "prompt", "chosen", "rejected"]

@@ -59,7 +59,7 @@ class Window:
     realised: Sequence[tuple[float, float]] = ()  # what the optimizer's step made of them; empty unless asked for
     # What moved chosen and rejected: side -> source -> mean over a step's pairs, nats, one number a step; nan for none
     moved: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    accounted: Sequence[tuple[float, float]] = ()  # their sums by pair, of both log-probs; beside `realised`
+    accounted: Sequence[tuple[float, float]] = ()  # their sums by pair, of both log-probs; nan for none
     explained: float | None = None  # share of the realised changes' variance that they explain
     pushes: Sequence[Push] = ()  # the rows that moved others most, with their text
     entangled: Sequence[EntangledPair] = ()  # the pairs with the largest cosine, with their text
