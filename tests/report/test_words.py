@@ -122,6 +122,8 @@ def test_the_sentence_leads_with_what_the_step_does() -> None:
     moved = moves(CHOSEN, REJECTED)
     assert describe(window((4, {}), moved=moved), DEFAULT_ALERT) == LEAD
     assert describe(window((4, {}), moved=moved, explained=0.984), DEFAULT_ALERT) == f"{LEAD}; 98% explained"
+    worse = describe(window((4, {}), moved=moved, explained=-3.2), DEFAULT_ALERT)
+    assert worse == f"{LEAD}; 0% explained", "worse than to predict no change: nothing is explained"
     said = describe(window((4, {"both_down": 0.75}), moved=moved, explained=0.984), DEFAULT_ALERT)
     assert said == f"{LEAD}; 98% explained; step 10: 75% of 4 pairs in case 2 (both fall), {ALONE}"
 

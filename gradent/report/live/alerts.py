@@ -91,7 +91,7 @@ def _describe_step(window: Window) -> str:
     if place is None:
         return ""
     sides = "; ".join(_describe_side(side, window.moved_last(side)) for side in ("chosen", "rejected"))
-    explained = "" if window.explained is None else f"; {window.explained:.0%} explained"
+    explained = "" if window.explained is None else f"; {max(0.0, window.explained):.0%} explained"
     return f"step {window.steps[place]}: {sides}{explained}"
 
 

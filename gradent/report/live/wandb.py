@@ -107,7 +107,7 @@ def _share_explained(changes: Sequence[tuple[float, float, float, float]]) -> st
     """The share of the realised changes' variance (against zero) that is explained, as the end of a title."""
     moved = sum(each[2] ** 2 + each[3] ** 2 for each in changes)  # predicted of both sides, then realised
     rest = sum((each[2] - each[0]) ** 2 + (each[3] - each[1]) ** 2 for each in changes)
-    return f": {1 - rest / moved:.1%} explained" if moved > 0 else ""
+    return f": {max(0.0, 1 - rest / moved):.1%} explained" if moved > 0 else ""
 
 
 def _table(wandb: Any, names: list[str], entries: Sequence[Any]) -> Any:
