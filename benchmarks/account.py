@@ -100,17 +100,19 @@ def main(
     lora_rates: Annotated[str, typer.Option(help="Learning rates, LoRA.")] = "1e-5,1e-4",
     warm: Annotated[int, typer.Option(help="Steps before those that count.")] = 20,
     steps: Annotated[int, typer.Option(help="Steps that count.")] = 30,
-    mode: Annotated[str, typer.Option(help="auto, or measure: a pass of gradent's own, with P after the step.")] = "auto",
+    mode: Annotated[str, typer.Option(help="auto, or measure: a pass of its own, with P after the step.")] = "auto",
     save: Annotated[bool, typer.Option(help="Append to the results.")] = True,
 ) -> None:
     """Train every model, print the table, append it to the results."""
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
     table = Table("run", "mean |change|", "pair alone", "sign", "account", "sign", *MOVED_SOURCES)
+    runs = [("full", rate) for rate in rates.split(",")] + [("LoRA", rate) for rate in lora_rates.split(",")]
     for folder in models:
-        for kind, lr in [("full", rate) for rate in rates.split(",")] + [("LoRA", rate) for rate in lora_rates.split(",")]:
+        for kind, lr in runs:
             with tempfile.TemporaryDirectory() as out:
-                callback = train(folder, rows, lora=kind == "LoRA", lr=float(lr), steps=warm + steps, out=out, mode=mode)
+                is_lora = kind == "LoRA"
+                callback = train(folder, rows, lora=is_lora, lr=float(lr), steps=warm + steps, out=out, mode=mode)
             found = judge(callback, warm)
             shown = [found[key] for key in ("mean_change", "pair_alone", "pair_alone_sign", "account", "account_sign")]
             name = f"{folder.name}, {kind}, lr {lr}"

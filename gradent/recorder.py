@@ -21,7 +21,7 @@ from gradent.attribution.step import StepAttribution, attribute_backward, attrib
 from gradent.attribution.update_rule import FIRST_STEP, UpdateRule, find_update_rule
 from gradent.distributed import world_size
 from gradent.errors import InputError, ModelError
-from gradent.hooks.piggyback.config import WatchConfig
+from gradent.hooks.piggyback.config import StepMetric, WatchConfig
 from gradent.hooks.piggyback.observation import BackwardObservation, mark_completions
 from gradent.hooks.piggyback.pairing import Pairing
 from gradent.hooks.piggyback.watcher import Piggyback
@@ -154,6 +154,7 @@ class Recorder:
     ) -> None:  # fmt: skip
         self.metric, self.optimizer = metric, optimizer
         self._rule: UpdateRule | None = None
+        self._step: StepMetric | None = None
         self._accounts: list[tuple[BackwardObservation, list[int], bool]] = []
         self._model, self._config, self._mode, self._by_module = model, config, mode, by_module
         self._is_compiled = config.model is not model
@@ -186,16 +187,21 @@ class Recorder:
         if self.metric is not None and is_sharded(self._model):
             raise ModelError("metric: the optimizer's state is sharded (FSDP); only metric=None is available there.")
         weight = None if self.metric is None else metric_roots(self.metric, parameters)
-        self._rule = self._find_rule(parameters)
-        step = None if self._rule is None else step_metric(self._rule, budget=self._config.budget // 2)
+        step = None if self.optimizer is None else self._find_step
+        self._rule, self._step = None, None
         self._config = replace(self._config, parameters=parameters, weight=weight, step=step)
         self._piggyback = Piggyback(self._config)
         self._piggyback.arm()
 
+    def _find_step(self) -> StepMetric | None:
+        """What the account takes of the step to come, with the optimizer as it is when the step's backward starts."""
+        if self._step is None:
+            self._rule = self._find_rule(self._config.parameters)
+            self._step = None if self._rule is None else step_metric(self._rule, budget=self._config.budget // 2)
+        return self._step
+
     def _find_rule(self, parameters: Mapping[str, Tensor]) -> UpdateRule | None:
         """The optimizer's step to come; None, and a line in the log, where it has no account."""
-        if self.optimizer is None:
-            return None
         rule: UpdateRule | str = "a sharded model's optimizer state is sharded too (FSDP)"
         if self._config.should_share:
             rule = "weight_grad='shared' forms its products in another way"
@@ -242,8 +248,7 @@ class Recorder:
         self.collect()
         recordings, self._collected, self._backwards = self._collected, [], 0
         accounts, self._accounts = self._accounts, []
-        if self._config.step is not None:
-            self._config.step.store.clear()
+        self._step = None  # the next backward is another step's
         if not recordings:
             return None
         recording = join_recordings(recordings, scale=scale)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradent.hooks.overhead import Clock, wait_for
 from gradent.hooks.piggyback.coefficients import Coefficients
-from gradent.hooks.piggyback.config import WatchConfig
+from gradent.hooks.piggyback.config import StepMetric, WatchConfig
 from gradent.hooks.piggyback.forward import WatchedForward
 from gradent.hooks.piggyback.gradient_norms import GradientNorms
 from gradent.hooks.piggyback.guard import Guard
@@ -48,6 +48,7 @@ class WatchedBackward:
         self._places: dict[WatchedForward, Place] = {}
         self._collector: Collector | None = None
         self._grad_versions: list[int] = []
+        self._step: StepMetric | None = None
         self._shares: Tensor | None = None  # what turns a row's gradient into its part of the loss's
         self._has_started = self._is_finished = False
 
@@ -104,7 +105,8 @@ class WatchedBackward:
         """The backward has reached the first output: settle which row is which."""
         self._has_started = True
         config, observation = self.config, self.observation
-        if config.step is not None or any(forward.has_hidden_regions for forward in self.forwards):
+        self._step = None if config.step is None else config.step()
+        if self._step is not None or any(forward.has_hidden_regions for forward in self.forwards):
             self._grad_versions = [_grad_version(parameter) for parameter in config.tensors]
         numbers = self._number_rows(coefficients.c)
         if isinstance(numbers, str):
@@ -123,7 +125,7 @@ class WatchedBackward:
                 self._collector.expect(tap, place)
 
     def _make_ledger(self, pairs: int) -> Ledger:
-        config, step, observation = self.config, self.config.step, self.observation
+        config, step, observation = self.config, self._step, self.observation
         if step is None:
             return Ledger(Wanted.pairs(pairs), budget=config.budget, weight=config.weight)
         observation.norms = GradientNorms(config.tensors)
@@ -140,7 +142,7 @@ class WatchedBackward:
 
     def _element_metric(self, number: int) -> ElementMetric:
         """What the optimizer has of a parameter, and the gradient that was there before this backward."""
-        tensor, step = self.config.tensors[number], self.config.step
+        tensor, step = self.config.tensors[number], self._step
         assert step is not None
         metric = step.metric(number)
         if EARLIER not in self.observation.weighted:

@@ -54,7 +54,8 @@ class WatchConfig:
     budget: int = DEFAULT_BUDGET  # bytes that the reductions' tiles may take
     pairing: Pairing = "halves"  # which rows of a forward are chosen, which rejected
     weight: Callable[[int], Tensor] | None = None  # parameter number -> square root of the preconditioner's diagonal
-    step: StepMetric | None = None  # measure all products of a backward's rows in the optimizer's metric, too
+    # Measure all products of a backward's rows in the optimizer's metric, too: asked when a backward starts.
+    step: Callable[[], StepMetric | None] | None = None
     has_entries: bool = True  # measure Gram entries too; without, only coefficients are read
     is_trusted: bool = False  # the loss sees log-probs alone, whatever else the model is asked for
     should_share: bool = False  # the trainer's backward takes the weight gradients that measured products add up to

@@ -17,6 +17,8 @@ from gradent.report.live.window import Window
 __all__ = ["DEFAULT_ALERT", "Alert", "Alerter", "describe"]
 
 _PARTNER = {"chosen": "rejected partner", "rejected": "chosen partner"}
+_LEAST_PART = 0.01
+"""Of the largest: a source below it is not listed."""
 _CASES = {"both_down": "case 2 (both fall)", "both_up": "case 3 (both rise)", "reversed": "case 4 (reversed)"}
 
 
@@ -57,26 +59,27 @@ DEFAULT_ALERT = Alert()
 
 
 class Alerter:
-    """Describes window after window, and the same case only now and then."""
+    """Describes window after window, and the same only now and then."""
 
     def __init__(self, alert: Alert) -> None:
         self._alert = alert
         self._windows = 0
-        self._last: dict[str, int] = {}  # case -> number of the window that it was last described in
+        self._last: dict[str, int] = {}  # news -> number of the window that it was last described in
 
     def check(self, window: Window) -> str | None:
-        """The line for a window; None where no threshold is reached, or its case was described not long ago."""
-        case = _find_news(window, self._alert)
+        """The line for a window; None where no threshold is reached, or all of it was described not long ago."""
+        news = _find_news(window, self._alert)
         self._windows += 1
-        if case is None or self._windows - self._last.get(case, -self._alert.again) < self._alert.again:
+        again = self._alert.again
+        if all(self._windows - self._last.get(each, -again) < again for each in news):
             return None
-        self._last[case] = self._windows
+        self._last |= dict.fromkeys(news, self._windows)
         return describe(window, self._alert)
 
 
 def describe(window: Window, alert: Alert) -> str | None:
     """What is wrong in a window, in one line; None where no threshold is reached."""
-    if _find_news(window, alert) is None:
+    if not _find_news(window, alert):
         return None
     parts = [_describe_step(window), _describe_pairs(window, alert)]
     return "; ".join(part for part in parts if part)
@@ -84,19 +87,22 @@ def describe(window: Window, alert: Alert) -> str | None:
 
 def _describe_step(window: Window) -> str:
     """What moved both sides in the window's last step that has an account; empty where none has."""
-    sides = [_describe_side(side, window.moved_last(side)) for side in ("chosen", "rejected")]
-    if not all(sides):
+    place = window.last_accounted
+    if place is None:
         return ""
-    explained = "" if window.explained is None else f"; {window.explained:.0%} explained"
-    return f"step {window.steps[-1]}: {'; '.join(sides)}{explained}"
+    sides = "; ".join(_describe_side(side, window.moved_last(side)) for side in ("chosen", "rejected"))
+    explained = "" if window.explained is None else f"; {max(0.0, window.explained):.0%} explained"
+    return f"step {window.steps[place]}: {sides}{explained}"
 
 
 def _describe_side(side: str, moved: dict[str, float]) -> str:
-    if not moved:
-        return ""
-    named = {"own": moved["own"], _PARTNER[side]: moved["partner"], "momentum": moved["momentum"]}
-    named["other pairs"] = moved["others_chosen"] + moved["others_rejected"] + moved["earlier_batches"]
-    parts = sorted((value, name) for name, value in named.items() if value)
+    named = {
+        "own": moved["own"], _PARTNER[side]: moved["partner"], "momentum": moved["momentum"],
+        "other pairs": moved["others_chosen"] + moved["others_rejected"] + moved["earlier_batches"],
+        "weight decay": moved["weight_decay"],
+    }  # fmt: skip
+    least = _LEAST_PART * max(map(abs, named.values()))
+    parts = sorted((value, name) for name, value in named.items() if value and abs(value) >= least)
     listed = ", ".join(f"{name} {value:+.2g}" for value, name in parts)
     return f"{side} {sum(moved.values()):+.2g} nats ({listed})"
 
@@ -119,12 +125,11 @@ def _describe_pairs(window: Window, alert: Alert) -> str:
     return "; ".join(parts)
 
 
-def _find_news(window: Window, alert: Alert) -> str | None:
-    """What a window has that is worth a sentence: its case, or that a step lowers chosen; None for nothing."""
-    chosen = window.moved_last("chosen")
-    if chosen and sum(chosen.values()) < -alert.chosen_falls:
-        return "chosen falls"
-    return _worst_case(window, alert)
+def _find_news(window: Window, alert: Alert) -> list[str]:
+    """What a window has that is worth a sentence: that a step lowers chosen, and its case."""
+    case = _worst_case(window, alert)
+    falls = sum(window.moved_last("chosen").values()) < -alert.chosen_falls
+    return [*(["chosen falls"] if falls else []), *([] if case is None else [case])]
 
 
 def _worst_case(window: Window, alert: Alert) -> str | None:

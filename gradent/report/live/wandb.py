@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,7 +30,6 @@ class Panels:
         self._changes: list[tuple[float, float, float, float]] = []
         self._moved: dict[str, dict[str, list[float]]] = {}
         self._is_accounted = False
-        self._explained: float | None = None
         self._notices = Notices()
 
     def send(self, window: Window, scalars: Mapping[str, float], step: int) -> None:
@@ -48,9 +48,9 @@ class Panels:
                 known += [float("nan")] * (len(self._steps) - len(values) - len(known)) + values
         if window.accounted and not self._is_accounted:  # from here on the account is drawn, in other units
             self._is_accounted, self._changes = True, []
-        self._explained = window.explained if window.explained is not None else self._explained
         changes = zip(window.accounted if self._is_accounted else window.predicted, window.realised, strict=False)
-        self._changes = [*self._changes, *((*predicted, *realised) for predicted, realised in changes)][-_MOST_POINTS:]
+        points = [(*predicted, *realised) for predicted, realised in changes if not math.isnan(predicted[0])]
+        self._changes = [*self._changes, *points][-_MOST_POINTS:]
         content: dict[str, Any] = {**scalars, "train/global_step": step}
         if window.entangled:
             names = ["step", "cosine", "case", "prompt", "chosen", "rejected"]
@@ -90,7 +90,7 @@ class Panels:
             title = "Predicted and realised changes of log-probs, each pair alone"
             if self._is_accounted:
                 predicted, title = "account of the step, first order (nats)", "Account of the step and realised changes"
-                title += "" if self._explained is None else f": {self._explained:.1%} explained"
+                title += _share_explained(self._changes)
             chosen, rejected, *realised = zip(*self._changes, strict=True)
             sides = zip(("chosen", "rejected"), (chosen, rejected), realised, strict=True)
             figures["gradent/changes"] = Chart(
@@ -101,6 +101,13 @@ class Panels:
             title = f"Cosine of token gradients, most entangled pair of step {tokens.step}"
             figures["gradent/tokens"] = token_cosines(tokens.chosen, tokens.rejected, tokens.cosines, title=title)
         return figures
+
+
+def _share_explained(changes: Sequence[tuple[float, float, float, float]]) -> str:
+    """The share of the realised changes' variance (against zero) that is explained, as the end of a title."""
+    moved = sum(each[2] ** 2 + each[3] ** 2 for each in changes)  # predicted of both sides, then realised
+    rest = sum((each[2] - each[0]) ** 2 + (each[3] - each[1]) ** 2 for each in changes)
+    return f": {max(0.0, 1 - rest / moved):.1%} explained" if moved > 0 else ""
 
 
 def _table(wandb: Any, names: list[str], entries: Sequence[Any]) -> Any:

@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from gradent.attribution.step import StepAttribution
+import torch
+
 from gradent.record import CASE_NAMES, MOVED_SOURCES
 from gradent.report.live.window import EntangledPair, Push, TokenHeatMap, Window
 from gradent.trainer.callback.step import StepRecord, layer_cosines, share_explained, summarize_moves
@@ -41,7 +42,7 @@ def to_window(records: Sequence[StepRecord], tokenizer: Any) -> Window:
         layer_cosines={layer: [step.get(layer) for step in cosines] for layer in layers}, layer_inner=dict(inner),
         predicted=predicted, realised=realised if len(realised) == len(predicted) else (),
         moved=_find_moves(records), explained=share_explained(accounts),
-        accounted=_totals(accounts) if len(accounts) == len(records) else (),
+        accounted=_totals(records) if accounts else (),
         pushes=[] if tokenizer is None else _find_pushes(records, tokenizer),
         entangled=[] if tokenizer is None else _find_entangled(records, tokenizer),
         tokens=_make_heat_map(records, tokenizer),
@@ -62,9 +63,14 @@ def _find_moves(records: Sequence[StepRecord]) -> dict[str, dict[str, list[float
     return moved
 
 
-def _totals(accounts: Sequence[StepAttribution]) -> list[tuple[float, float]]:
-    """First-order changes of both log-probs, pair by pair."""
-    return [(chosen, rejected) for account in accounts for chosen, rejected in account.total.view(2, -1).T.tolist()]
+def _totals(records: Sequence[StepRecord]) -> list[tuple[float, float]]:
+    """First-order changes of both log-probs, pair by pair; nan for the pairs of a step without an account."""
+    totals = []
+    for record in records:
+        missing = torch.full((2, len(record.gram)), float("nan"), dtype=torch.float64)
+        changes = missing if record.attribution is None else record.attribution.total.view(2, -1)
+        totals += [(chosen, rejected) for chosen, rejected in changes.T.tolist()]
+    return totals
 
 
 def _find_pushes(records: Sequence[StepRecord], tokenizer: Any) -> list[Push]:
