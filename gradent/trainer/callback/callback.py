@@ -194,6 +194,16 @@ class EntanglementCallback(TrainerCallback):
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
         scale = max(1, batches) / (float(scaler.get_scale()) if scaler is not None else 1.0)
         self._pending = self._recorder.harvest(scale=scale)
+        if (
+            self._pending is not None
+            and self._pending.attribution is not None
+            and _keeps_loss_scale(kwargs["optimizer"])
+        ):
+            self.notices.once(
+                "gradent gives no account of steps: gradients keep the loss scale (fp16) until the optimizer steps. "
+                "Clip them (max_grad_norm), which unscales them, or train in bf16."
+            )
+            self._pending = replace(self._pending, attribution=None)
         self._recorder.disarm()
         if self._pending is None:
             return
@@ -285,6 +295,15 @@ class EntanglementCallback(TrainerCallback):
         """Take every hook off the model."""
         if self._recorder is not None:
             self._recorder.disarm()
+
+
+def _keeps_loss_scale(optimizer: Any) -> bool:
+    """Whether a gradient scaler has not divided its scale out of the gradients yet."""
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is None:
+        return False
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return bool(scaler._per_optimizer_states[id(inner)]["stage"].name == "READY")  # noqa: SLF001  (no public name)
 
 
 def _implied_pairing(args: TrainingArguments) -> Pairing:
