@@ -107,7 +107,7 @@ def main(
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
     table = Table("run", "mean |change|", "pair alone", "sign", "account", "sign", *MOVED_SOURCES)
-    runs = [("full", rate) for rate in rates.split(",")] + [("LoRA", rate) for rate in lora_rates.split(",")]
+    runs = [("full", rate) for rate in rates.split(",") if rate] + [("LoRA", rate) for rate in lora_rates.split(",")]
     for folder in models:
         for kind, lr in runs:
             with tempfile.TemporaryDirectory() as out:
