@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.device_bench import Bench, Times
-from gradent.kernels import availability, dispatch
+from benchmarks.reduced import reduce_rows
+from gradent.kernels import availability
 from gradent.kernels.common.budget import DEFAULT_BUDGET
 from gradent.kernels.common.cost import cheapest
 from gradent.kernels.common.wanted import Wanted
@@ -266,7 +267,7 @@ def _call(bench: Bench, given: Operands, times: dict[str, Times]) -> None:
     """A reduction as the ledger asks for it, the host's part included: nothing is queued ahead."""
     case = given.case
     u, v = (side.view(2 * case.pairs, case.tokens, -1) for side in (given.u, given.v))
-    call = {"reduce_pairs": lambda: dispatch.reduce_rows(u, v, Wanted.pairs(case.pairs), budget=DEFAULT_BUDGET)}
+    call = {"reduce_pairs": lambda: reduce_rows(u, v, Wanted.pairs(case.pairs), budget=DEFAULT_BUDGET)}
     taken = bench.turns(call, rounds=25, seconds=0.5, ahead=False)["reduce_pairs"]
     bench.put(
         "reduce_pairs, host too",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.device_bench import Bench
 from benchmarks.device_kernels import runs_kernels
+from benchmarks.reduced import reduce_rows
 from gradent.kernels import availability, dispatch
 from gradent.kernels.common.cost import cheapest
 from gradent.kernels.common.wanted import Wanted
@@ -127,7 +128,7 @@ def _ways(case: Case, buffers: list[Tensor]) -> list[tuple[str, Callable[[], Any
         for flat, size in zip(buffers, (case.rows, case.cols), strict=True)
     )
     ways: list[tuple[str, Callable[[], Any]]] = [
-        ("pairs at once", lambda: dispatch.reduce_rows(u, v, Wanted.pairs(case.pairs), budget=case.budget))
+        ("pairs at once", lambda: reduce_rows(u, v, Wanted.pairs(case.pairs), budget=case.budget))
     ]
     if case.pairs == 1:
         pair = [(u[row, : case.lengths[row]], v[row, : case.lengths[row]]) for row in (0, 1)]

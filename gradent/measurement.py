@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from gradent.errors import InputError, NonFiniteError, UncoveredParameterError
-from gradent.hooks.passes.driver import measure_groups
+from gradent.hooks.passes.driver import RowsOutcome, measure_groups
 from gradent.hooks.passes.func_engine import per_sample_rows
-from gradent.hooks.passes.microbatch import Outcome, group_rows
+from gradent.hooks.passes.microbatch import Row, group_rows
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.kernels.common.numerics import accumulator
@@ -33,8 +33,6 @@ from gradent.row_gram import RowGram
 
 __all__ = ["measure", "measure_rows", "sequence_logps"]
 
-Row = tuple[Tensor, Tensor]
-RowsOutcome = tuple[list[int], Outcome]
 Engine = Literal["hooks", "func"]
 
 
@@ -187,12 +185,10 @@ def measure_rows(
     along = None if directions is None else torch.zeros(count, len(directions), dtype=torch.float64)
     modules: dict[str, Tensor] = {}
     for numbers, outcome in outcomes:
-        at, shares = (
-            torch.tensor(numbers),
-            sum_modules(list(parameters), outcome.entries, len(outcome.wanted.places[0])),
-        )
+        at, entries = torch.tensor(numbers), len(outcome.wanted.places[0])
         place = at[:, None], at[None]
-        total = sum(shares.values(), torch.zeros(len(outcome.wanted.places[0]), dtype=torch.float64))
+        shares = sum_modules(list(parameters), outcome.entries, entries)
+        total = sum(shares.values(), torch.zeros(entries, dtype=torch.float64))
         products[place] = _filled(products[place], outcome.wanted.matrix(total))
         if along is not None:
             along[at] = outcome.wanted.along(total)
@@ -213,19 +209,7 @@ def measure_rows(
 
 @torch.no_grad()
 def sequence_logps(model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor]:
-    """Summed completion log-probs without gradients: what a reference model contributes to a loss.
-
-    Args:
-        model: a causal language model.
-        batch: B preference pairs.
-
-    Returns:
-        `(chosen, rejected)`, each float64 `[B]` on the CPU, in nats.
-
-    Raises:
-        InputError: token ids outside the model's vocabulary.
-        ModelError: the model returns no logits.
-    """
+    """Summed completion log-probs `(chosen, rejected)`, float64 `[B]` on the CPU, as of a loss's reference model."""
     model = unwrap_compiled(model)
     rows = _rows(model, batch)
     result = torch.zeros(len(rows), dtype=torch.float64)

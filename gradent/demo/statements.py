@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from gradent.errors import DataFileError, GradentWarning, InputError
+from gradent.errors import DataFileError, InputError
+from gradent.notices import warn
 
 __all__ = ["LONGEST", "Statement", "divide_statements", "draw_statements", "read_statements", "statement_words"]
 
@@ -97,11 +97,9 @@ def read_statements(
     if not statements:
         raise InputError(f"{path}: {rows} rows, of which none is left ({too_long} of over {longest} characters).")
     if too_long or repeated or both:
-        warnings.warn(
+        warn(
             f"{path}: of {rows} rows {too_long} are left out that have over {longest} characters, {repeated} that "
-            f"repeat an earlier text, and {both} texts that have both sentiments; {len(statements)} statements remain.",
-            GradentWarning,
-            stacklevel=2,
+            f"repeat an earlier text, and {both} texts that have both sentiments; {len(statements)} statements remain."
         )
     return statements
 

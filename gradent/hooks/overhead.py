@@ -13,10 +13,7 @@ __all__ = ["Clock", "wait_for"]
 
 
 class Clock:
-    """Adds up the wall time of `with clock:` blocks in `seconds`; a block inside a block counts once.
-
-    On a GPU, whose work is queued, it is the time on the host alone.
-    """
+    """Adds up the host's wall time of `with clock:` blocks in `seconds`; a block inside a block counts once."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

@@ -1,12 +1,8 @@
 """Whether Triton's kernels are used on a device: asked once, and said once where they are not.
 
-On a CUDA device they are used where Triton is installed and, once a device and process, their self-check succeeds; if
-either fails, one `GradentWarning` says so, and plain torch does it. So does one where a budget is below the kernels'
-scratch, or a CUDA graph is captured before the check. float64 is torch's business anyway. On a CPU nothing of this is
-loaded.
-
-The environment variable `GRADENT_KERNELS` forces a path: `torch`, or `triton`, without a self-check (on a CPU that
-takes Triton's interpreter, `TRITON_INTERPRET=1`, and is meant for tests).
+On a CUDA device they are used where Triton is installed and, once a device and process, their self-check succeeds.
+`GRADENT_KERNELS` forces a path: `torch`, or `triton`, without a self-check (on a CPU by `TRITON_INTERPRET=1`, for
+tests). Where a kernel has no room, or a CUDA graph is captured before the check, torch reduces as well.
 """
 
 from __future__ import annotations
@@ -15,7 +11,6 @@ import contextlib
 import importlib.util
 import os
 import platform
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -23,8 +18,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from gradent.errors import GradentWarning, InputError
+from gradent.errors import InputError
 from gradent.kernels.common.streams import is_capturing
+from gradent.notices import Notices, warn
 
 __all__ = ["VARIABLE", "announce_budget", "attempt", "device_name", "on_kernels", "path"]
 
@@ -39,26 +35,15 @@ KEEP = f"{VARIABLE}=torch keeps torch without this warning"
 _verdicts: dict[torch.device, str] = {}
 """Device -> why the kernels are not used on it, "" where they are."""
 
-_announced: set[tuple[torch.device, str]] = set()
+_notices = Notices(warn)
 """What was said of single reductions that kernels leave to torch."""
 
 
 def path(device: torch.device | str, dtype: torch.dtype) -> str:
-    """What reduces operands of a dtype on a device.
+    """What reduces operands of a dtype on a device: "triton", or "torch" and why, as `torch (float64 operands)`.
 
     The first question about a CUDA device imports Triton and runs the self-check, which compiles (half a minute or so;
     little where Triton's cache has the kernels).
-
-    Args:
-        device: where the operands are.
-        dtype: theirs.
-
-    Returns:
-        "triton", or "torch" and why, as `torch (float64 operands)`.
-
-    Raises:
-        InputError: `GRADENT_KERNELS` has another value than `torch` or `triton`, or asks for kernels that this process
-            cannot run.
     """
     device = torch.device(device)
     forced = os.environ.get(VARIABLE, "")
@@ -77,14 +62,7 @@ def path(device: torch.device | str, dtype: torch.dtype) -> str:
 
 
 def on_kernels(*operands: Tensor) -> bool:
-    """Whether kernels, not torch, reduce these operands.
-
-    Args:
-        *operands: tensors on one device.
-
-    Returns:
-        Whether `path` is "triton" for all of them.
-    """
+    """Whether kernels, not torch, reduce these operands, which lie on one device."""
     kinds = {(operand.device, operand.dtype) for operand in operands}
     return all(path(device, dtype) == "triton" for device, dtype in kinds)
 
@@ -92,18 +70,8 @@ def on_kernels(*operands: Tensor) -> bool:
 def attempt(device: torch.device, launch: Callable[[], T]) -> T | None:
     """What kernels give, or None where they cannot be compiled or launched: torch is then to do it.
 
-    The failure is announced, and `path` names torch for the device from then on.
-
-    Args:
-        device: where the operands are.
-        launch: calls Triton's kernels.
-
-    Returns:
-        What `launch` returned, or None.
-
-    Raises:
-        OutOfMemoryError: torch's own, also where Triton found no memory: it says nothing about the kernels.
-        BROKEN: what Triton raised, with `GRADENT_KERNELS=triton`.
+    The failure is announced, and `path` names torch for the device from then on; with `GRADENT_KERNELS=triton` it is
+    raised. So is OutOfMemoryError, which says nothing about the kernels, also where Triton found no memory.
     """
     from gradent.kernels.self_check import BROKEN  # noqa: PLC0415  (imports Triton)
 
@@ -121,23 +89,9 @@ def attempt(device: torch.device, launch: Callable[[], T]) -> T | None:
 
 
 def announce_budget(device: torch.device, needed: int, budget: int) -> None:
-    """Say, once a device, that torch reduces what the kernels have no room for.
-
-    Args:
-        device: where the operands are.
-        needed: bytes that the kernel would hold.
-        budget: bytes that it may.
-    """
+    """Say, once a device, that torch reduces what the kernels, which need so many bytes, have no room for."""
     reason = f"the kernels would hold {needed:,} bytes for some products, and memory_budget is {budget:,}"
-    _announce_once(device, reason, "give a larger memory_budget", kind="budget")
-
-
-def _announce_once(device: torch.device, reason: str, remedy: str, *, kind: str = "") -> None:
-    """One warning a device and kind of reason."""
-    key = device, kind or reason
-    if key not in _announced:
-        _announced.add(key)
-        _warn(device, reason, remedy)
+    _notices.once(_left(device, reason, "give a larger memory_budget"), key=device)
 
 
 def _forced(device: torch.device) -> str:
@@ -161,7 +115,7 @@ def _verdict(device: torch.device) -> str:
     if device not in _verdicts:
         if is_capturing(device):  # a check waits for the device, which ends the capture
             reason = "a CUDA graph is captured before the kernels were checked"
-            _announce_once(device, reason, f"measure once before the capture; {KEEP}")
+            _notices.once(_left(device, reason, f"measure once before the capture; {KEEP}"))
             return reason
         reason = _examine(device)
         if reason:
@@ -189,15 +143,13 @@ def _give_up(device: torch.device, reason: str) -> None:
         if reason == MISSING
         else "pip install --upgrade 'gradent[cuda]', or report it with this message"
     )
-    _warn(device, reason, f"{remedy}; {KEEP}")
+    warn(_left(device, reason, f"{remedy}; {KEEP}"))
 
 
-def _warn(device: torch.device, reason: str, remedy: str) -> None:
-    warnings.warn(
+def _left(device: torch.device, reason: str, remedy: str) -> str:
+    return (
         f"Gradients on {device} are reduced in plain torch, not by gradent's kernels: {reason}. Results are the same, "
-        f"later. What to do: {remedy}.",
-        GradentWarning,
-        stacklevel=3,
+        f"later. What to do: {remedy}."
     )
 
 

@@ -23,16 +23,13 @@ from gradent.kernels.strategy import Product, Strategy, decide
 if TYPE_CHECKING:
     from gradent.kernels.common.triton_operands import Spans
 
-__all__ = ["account_group", "is_even", "reduce_at_once", "reduce_group", "reduce_rows"]
+__all__ = ["account_group", "is_even", "reduce_at_once", "reduce_group"]
 
 
 def reduce_group(
     factors: Factors, *, budget: int, weight: Tensor | None = None, directions: Tensor | None = None
 ) -> Tensor:
-    """Entries `[m]` float64 of one group of rows, none of whose gradients is ever held whole.
-
-    `weight` `[O, I]` is the root of the metric's diagonal and multiplies every gradient; `directions` are `[D, O, I]`.
-    """
+    """Entries `[m]` float64 of a group, no gradient of which is held whole; `weight` is the metric's root `[O, I]`."""
     u, v = factors[0]
     alike = all(row[0].dtype == u.dtype and row[1].dtype == v.dtype for row in factors)
     product = Product(
@@ -96,42 +93,6 @@ def reduce_at_once(
     if strategy.backend == "triton":
         return attempt(u.device, lambda: _by_kernel(u, v, wanted, strategy, lengths, weight))
     return reduce_all_rows(u, v, wanted, weight, directions)
-
-
-def reduce_rows(
-    u: Tensor,
-    v: Tensor,
-    wanted: Wanted,
-    *,
-    budget: int,
-    lengths: Sequence[int] | None = None,
-    weight: Tensor | None = None,
-    directions: Tensor | None = None,
-) -> Tensor:
-    """Entries `[M]` of all groups from u `[N, T, O]` and v `[N, T, I]`, of which `lengths` tokens a row count."""
-    if not wanted.groups:
-        return torch.zeros(0, dtype=torch.float64, device=u.device)
-    ends = [u.shape[1]] * len(u) if lengths is None else list(lengths)
-    product = Product(
-        rows=len(u),
-        lengths=(max(ends, default=0),) * wanted.largest,
-        out=u.shape[2],
-        inp=v.shape[2],
-        dtypes=(u.dtype, v.dtype),
-        device=u.device.type,
-        has_kernels=on_kernels(u, v) and is_even(u) and is_even(v),
-        is_complete=True,
-        is_weighted=weight is not None,
-        directions=wanted.directions,
-    )
-    for attempted in (product, replace(product, has_kernels=False)):
-        strategy = decide(attempted, budget)
-        if strategy.reducer != "group_by_group":
-            entries = reduce_at_once(strategy, u, v, wanted, lengths=lengths, weight=weight, directions=directions)
-            if entries is not None:
-                return entries
-    groups = [[(u[row, : ends[row]], v[row, : ends[row]]) for row in group] for group in wanted.groups]
-    return torch.cat([reduce_group(group, budget=budget, weight=weight, directions=directions) for group in groups])
 
 
 def is_even(rows: Tensor) -> bool:

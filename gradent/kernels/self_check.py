@@ -62,21 +62,13 @@ EVEN = Shape((401, 0, 17), (3, 390, 1), 264, 392, configs=(-1,))
 
 @dataclass(frozen=True)
 class Case:
-    """Operands and what must come out.
+    """Operands and what must come out."""
 
-    Attributes:
-        factors: `(u_w, v_w, u_l, v_l)`, nan between the spans.
-        spans: three ragged pairs, one without chosen tokens.
-        weight: `[O, I]` float32.
-        coefficients: `[k, 2]` float32.
-        gradients: `[2, k, O, I]` float64.
-    """
-
-    factors: tuple[Tensor, Tensor, Tensor, Tensor]
-    spans: Spans
-    weight: Tensor
-    coefficients: Tensor
-    gradients: Tensor
+    factors: tuple[Tensor, Tensor, Tensor, Tensor]  # `(u_w, v_w, u_l, v_l)`, nan between the spans
+    spans: Spans  # three ragged pairs, one without chosen tokens
+    weight: Tensor  # `[O, I]` float32
+    coefficients: Tensor  # `[k, 2]` float32
+    gradients: Tensor  # `[2, k, O, I]` float64
 
 
 def self_check(device: torch.device | str) -> str:

@@ -26,41 +26,23 @@ Reducer = Literal["gram", "outer", "materialize", "queue", "group_by_group", "we
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """What is to be reduced: the gradients of N rows by a weight, of which groups' products are wanted.
+    """What is to be reduced: the gradients of N rows by a weight, of which groups' products are wanted."""
 
-    Attributes:
-        rows: N, of the whole micro-batch.
-        lengths: tokens of each row of the largest group, padding included where it is not known to be zero.
-        out: O; all numbers of a gradient where these are materialized.
-        inp: I.
-        dtypes: of u and v.
-        device: type of the device.
-        has_kernels: Triton's kernels take such operands here.
-        is_complete: all rows are here, in their order, and nothing else of the parameter is held or still to come.
-        is_materialized: gradients are here as such, not as factors.
-        has_factors: factors of the parameter are held already, or are all that is left to decide about.
-        can_reuse: the backward that brings the output gradients takes a weight gradient that is made of all rows.
-        is_weighted: a preconditioner multiplies the gradients.
-        directions: D.
-        waiting: bytes of small gradients that wait to be reduced.
-        copied: bytes that scaled copies of the factors take.
-    """
-
-    rows: int
-    lengths: tuple[int, ...]
-    out: int
-    inp: int = 1
-    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)
-    device: str = "cpu"
-    has_kernels: bool = False
-    is_complete: bool = False
-    is_materialized: bool = False
-    has_factors: bool = False
-    can_reuse: bool = False
-    is_weighted: bool = False
-    directions: int = 0
-    waiting: int = 0
-    copied: int = 0
+    rows: int  # N, of the whole micro-batch
+    lengths: tuple[int, ...]  # tokens of each row of the largest group, with padding that is not known to be zero
+    out: int  # O; all numbers of a gradient where these are materialized
+    inp: int = 1  # I
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)  # of u and v
+    device: str = "cpu"  # its type
+    has_kernels: bool = False  # Triton's kernels take such operands here
+    is_complete: bool = False  # all rows are here, in their order, and nothing else of the parameter is held or to come
+    is_materialized: bool = False  # gradients are here as such, not as factors
+    has_factors: bool = False  # factors of the parameter are held already, or are all that is left to decide about
+    can_reuse: bool = False  # the backward that brings the output gradients takes a weight gradient made of all rows
+    is_weighted: bool = False  # a preconditioner multiplies the gradients
+    directions: int = 0  # D
+    waiting: int = 0  # bytes of small gradients that wait to be reduced
+    copied: int = 0  # bytes that scaled copies of the factors take
 
     @property
     def itemsize(self) -> int:
@@ -91,31 +73,18 @@ class Product:
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """How a product is reduced.
+    """How a product is reduced."""
 
-    Attributes:
-        reducer: key of `gradent.hooks.reduction.reducers.REDUCERS`.
-        backend: "triton" or "torch".
-        form: the contraction.
-        tile: sides of a tile: tokens for gram, O and I for outer; None where gradients are there as such.
-        depth: length of the contracted axis that is taken at once.
-        scratch: bytes that are held at once.
-        flops: of one group's products.
-        rows: rows that are reduced at once.
-        refused: bytes that a kernel would hold, where torch reduces because these are more than the room; else 0.
-        why: one plain sentence.
-    """
-
-    reducer: Reducer
+    reducer: Reducer  # key of `gradent.hooks.reduction.reducers.REDUCERS`
     backend: Literal["torch", "triton"] = "torch"
     form: Literal["gram", "outer"] = "outer"
-    tile: tuple[int, int] | None = None
-    depth: int = DEPTH
-    scratch: int
-    flops: int = 0
-    rows: int
-    refused: int = 0
-    why: str
+    tile: tuple[int, int] | None = None  # tokens for gram, O and I for outer; None where gradients are there as such
+    depth: int = DEPTH  # length of the contracted axis that is taken at once
+    scratch: int  # bytes that are held at once
+    flops: int = 0  # of one group's products
+    rows: int  # that are reduced at once
+    refused: int = 0  # bytes that a kernel would hold, where torch reduces because they are over the room; else 0
+    why: str  # one plain sentence
 
     @property
     def tiling(self) -> Tiling:
@@ -128,9 +97,9 @@ def decide(product: Product, budget: int) -> Strategy:
     """The strategy for a product under `budget` bytes of scratch; raises MemoryBudgetError where no tile fits."""
     if product.is_materialized:
         return _materialized(product, budget)
-    lack = _lacking(product)
-    if lack:
+    if product.directions and product.has_kernels and not product.can_reuse:
         strategy = decide(replace(product, has_kernels=False), budget)
+        lack = "in torch, since Triton's kernels have no products with directions"
         return replace(strategy, why=f"{strategy.why}; {lack}")
     room = product.room(budget)
     if product.can_reuse:
@@ -158,15 +127,6 @@ def decide(product: Product, budget: int) -> Strategy:
         why = "the gradients are smaller than their factors, so they are formed as they arrive"
         return _all_rows("queue" if is_small else "materialize", product, why)
     return _group_by_group(product, room + product.copied)  # rows are scaled one by one
-
-
-def _lacking(product: Product) -> str:
-    """Why Triton's kernels cannot do what they would otherwise be taken for; empty where they can."""
-    if not product.has_kernels or product.can_reuse:
-        return ""
-    if product.directions:
-        return "in torch, since Triton's kernels have no products with directions"
-    return ""
 
 
 def _all_rows(reducer: Reducer, product: Product, why: str) -> Strategy:
@@ -238,15 +198,13 @@ def _group_by_group(product: Product, room: int) -> Strategy:
 def _materialized(product: Product, budget: int) -> Strategy:
     """Gradients that are there as such: wait for others, all rows at once, or one group after the other."""
     count, size = len(product.lengths), product.out * product.inp * product.itemsize
-    flops = 2 * product.out * product.inp * count * (count + product.directions)
+    flops, held = 2 * product.out * product.inp * count * (count + product.directions), 2 * product.gradient_bytes
     if product.gradient_bytes <= waiting_limits(budget)[0]:
         why = "the gradients are so small that they wait for others of their size"
-        return Strategy(reducer="queue", scratch=2 * product.gradient_bytes, flops=flops, rows=product.rows, why=why)
-    if 2 * product.gradient_bytes <= batch_room(product.room(budget), product.device):
+        return Strategy(reducer="queue", scratch=held, flops=flops, rows=product.rows, why=why)
+    if held <= batch_room(product.room(budget), product.device):
         why = "the gradients of all rows, and a copy of them, fit at once"
-        return Strategy(
-            reducer="materialize", scratch=2 * product.gradient_bytes, flops=flops, rows=product.rows, why=why
-        )
+        return Strategy(reducer="materialize", scratch=held, flops=flops, rows=product.rows, why=why)
     why = "the gradients are large, so they are put side by side one group after the other"
     return Strategy(reducer="group_by_group", scratch=count * size, flops=flops, rows=count, why=why)
 

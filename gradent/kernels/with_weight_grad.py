@@ -149,16 +149,9 @@ def _by_kernel(
     # A side without a row gets an empty span, and a share of 0.
     couples = [(*group, None)[:2] for group in _groups(places, wanted)]
     sides = [[count if row is None else row for row in side] for side in zip(*couples, strict=True)]
-    where = Spans(
-        *(
-            numbers
-            for side in sides
-            for numbers in (
-                [min(row, count - 1) * tokens for row in side],
-                [tokens if row < count else 0 for row in side],
-            )
-        )
-    )
+    starts = [[min(row, count - 1) * tokens for row in side] for side in sides]
+    lengths = [[tokens if row < count else 0 for row in side] for side in sides]
+    where = Spans(starts[0], lengths[0], starts[1], lengths[1])
     flat_u, flat_v = u.flatten(0, 1), v.flatten(0, 1)
     # A power of two rounds nothing, but the range of float16 is too small for it.
     kept, is_moved = torch.float32 if u.dtype == torch.float16 else u.dtype, any(power != 1 for power in powers)

@@ -37,22 +37,7 @@ def show_plan(
     trust_remote_code: bool = False,
     console: Console,
 ) -> None:
-    """Print what `measure` would do to a model, whose weights are not read.
-
-    Args:
-        model: directory or hub id of a causal LM, or of a PEFT adapter; its config.json is enough.
-        tokens: T, tokens of each of a pair's two rows.
-        pairs: pairs of the batch.
-        adapter: PEFT adapter on top of the model.
-        memory_budget: as in `measure`.
-        dtype: as in `audit`.
-        device: where it would run; None for cuda where there is one, else cpu.
-        trust_remote_code: run code that the model's repository brings.
-        console: where to.
-
-    Raises:
-        InputError: no such model, a number that is not positive, an unknown dtype or device.
-    """
+    """Print what `measure` would do to pairs of two rows of T tokens, by the model's config.json alone, no weights."""
     if tokens < 1 or pairs < 1:
         raise InputError(f"tokens is {tokens} and pairs is {pairs}; both must be 1 or more.")
     check_dtype(dtype)
@@ -94,15 +79,7 @@ def show_plan(
 def print_plan(
     lines: Sequence[Line], totals: Totals, setting: CostSetting, traced: TracedModel, console: Console
 ) -> None:
-    """Print the table and the totals.
-
-    Args:
-        lines: of `plan_lines`.
-        totals: of `sum_lines`.
-        setting: what they were made for.
-        traced: the model.
-        console: where to.
-    """
+    """Print the table and the totals."""
     kernels = setting.has_kernels
     names = ("layers", "O×I", "r", "form", *(["path"] if kernels else []), "tile", "FLOPs", "scratch", "share")
     rows: list[list[str | Text]] = [

@@ -25,34 +25,19 @@ _LORA = re.compile(r"lora_(embedding_)?([AB])\b")
 
 @dataclass(frozen=True, kw_only=True)
 class CostSetting:
-    """What a plan is made for.
+    """What a plan is made for."""
 
-    Attributes:
-        tokens: T, of every row, prompt included. The head's products are counted over all T, as of a row without a
-            prompt; a model that forms no logits of prompts needs fewer.
-        groups: groups in all; pairs, where each has two rows.
-        together: groups that are measured together.
-        group: n, rows of a group.
-        rows: rows of the largest forward.
-        is_plain: whether autograd's own gradients are taken, every row having a forward of its own.
-        dtype: of activations and output gradients.
-        device: type of the device.
-        has_kernels: Triton's kernels reduce products.
-        budget: bytes that the tiles may take.
-        limit: bytes that were given for explicit gradients too; None for no limit.
-    """
-
-    tokens: int
-    groups: int = 1
-    together: int = 1
-    group: int = 2
-    rows: int = 2
-    is_plain: bool = False
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    has_kernels: bool = False
-    budget: int
-    limit: int | None = None
+    tokens: int  # T, of every row, prompt included; the head counts them all, as where no prompt logits are left out
+    groups: int = 1  # in all; pairs, where each has two rows
+    together: int = 1  # groups that are measured together
+    group: int = 2  # n, rows of a group
+    rows: int = 2  # of the largest forward
+    is_plain: bool = False  # autograd's own gradients are taken, every row having a forward of its own
+    dtype: torch.dtype = torch.float32  # of activations and output gradients
+    device: str = "cpu"  # its type
+    has_kernels: bool = False  # Triton's kernels reduce products
+    budget: int  # bytes that the tiles may take
+    limit: int | None = None  # bytes that were given for explicit gradients too; None for no limit
 
     @property
     def itemsize(self) -> int:
@@ -93,58 +78,33 @@ class CostSetting:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One kind of layer.
+    """One kind of layer."""
 
-    Attributes:
-        name: of its parameters, `*` for a layer's number.
-        count: how many there are.
-        shape: of one; of an expert's matrix where a parameter holds several.
-        slots: matrices that one holds.
-        rank: r of a LoRA factor.
-        form: "gram", "outer", "lookup", "sum", "explicit" or "unused"; "whole" where autograd forms the gradient.
-        tile: sides of a tile: tokens for gram, O and I for outer; None for the other forms.
-        rows: rows of the batch that are reduced at once.
-        flops: of all of them and all groups.
-        scratch: bytes that the reduction of one holds at once.
-        waiting: bytes of one's gradients, of all rows, that wait for others to be reduced with; 0 where none do.
-        elements: numbers that all of them hold; 0 on a further line of a parameter that is used in two ways.
-        path: "triton" or "torch", what reduces products; "" for the other forms, which are torch's everywhere.
-        refused: bytes that the kernel would hold, where torch reduces because these are more than the budget; else 0.
-        strategy: what `decide` said, for the other forms too where it was asked.
-    """
-
-    name: str = ""
-    count: int = 1
-    shape: tuple[int, ...] = ()
-    slots: int = 1
-    rank: int | None = None
-    form: str
-    tile: tuple[int, int] | None = None
-    rows: int
-    flops: int
-    scratch: int
-    elements: int = 0
-    waiting: int = 0
-    path: str = ""
-    refused: int = 0
-    strategy: Strategy | None = None
+    name: str = ""  # of its parameters, `*` for a layer's number
+    count: int = 1  # how many there are
+    shape: tuple[int, ...] = ()  # of one; of an expert's matrix where a parameter holds several
+    slots: int = 1  # matrices that one holds
+    rank: int | None = None  # r of a LoRA factor
+    form: str  # gram, outer, lookup, sum, explicit or unused; "whole" where autograd forms the gradient
+    tile: tuple[int, int] | None = None  # tokens for gram, O and I for outer; None for the other forms
+    rows: int  # of the batch that are reduced at once
+    flops: int  # of all of them and all groups
+    scratch: int  # bytes that the reduction of one holds at once
+    elements: int = 0  # numbers that all of them hold; 0 on a further line of a parameter that is used in two ways
+    waiting: int = 0  # bytes of one's gradients, of all rows, that wait for others to be reduced with
+    path: str = ""  # "triton" or "torch" for products; "" for the other forms, which are torch's everywhere
+    refused: int = 0  # bytes that the kernel would hold, where torch reduces because they are over the budget; else 0
+    strategy: Strategy | None = None  # what `decide` said, for the other forms too where it was asked
 
 
 @dataclass(frozen=True, kw_only=True)
 class Totals:
-    """Sums of a plan.
+    """Sums of a plan."""
 
-    Attributes:
-        flops: of the reductions.
-        pass_flops: of one forward and backward of all rows: 6 flops a parameter and token, 4 for a frozen one.
-        scratch: the most that reductions hold at once, with what waits to be reduced.
-        waiting: bytes of small gradients that wait at once, at most.
-    """
-
-    flops: int
-    pass_flops: int
-    scratch: int
-    waiting: int
+    flops: int  # of the reductions
+    pass_flops: int  # of one forward and backward of all rows: 6 flops a parameter and token, 4 for a frozen one
+    scratch: int  # the most that reductions hold at once, with what waits to be reduced
+    waiting: int  # bytes of small gradients that wait at once, at most
 
 
 def plan_lines(uses: Sequence[ParameterUse], setting: CostSetting) -> list[Line]:

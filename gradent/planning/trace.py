@@ -40,22 +40,13 @@ Kind = Literal["matrix", "lookup", "sum", "explicit", "unused"]
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterUse:
-    """How a trainable parameter, or one expert of it, is used.
-
-    Attributes:
-        parameter: its name.
-        kind: what its gradient is made of: `matrix` products, a `lookup`, a `sum` over tokens, or one gradient a row
-            as autograd gives it (`explicit`); `unused` where the log-probs do not depend on it.
-        shape: of the parameter; of one expert's matrix where it holds several.
-        density: rows of its operand for each token of a row, all experts together.
-        slots: matrices that it holds.
-    """
+    """How a trainable parameter, or one expert of it, is used."""
 
     parameter: str
-    kind: Kind
-    shape: tuple[int, ...]
-    density: float = 1.0
-    slots: int = 1
+    kind: Kind  # of its gradient; "explicit" is one a row from autograd, "unused" has no part in the log-probs
+    shape: tuple[int, ...]  # of one expert's matrix where the parameter holds several
+    density: float = 1.0  # rows of its operand for each token of a row, all experts together
+    slots: int = 1  # matrices that it holds
 
     @property
     def elements(self) -> int:
@@ -65,39 +56,18 @@ class ParameterUse:
 
 @dataclass(frozen=True, kw_only=True)
 class TracedModel:
-    """A model as far as its configuration tells.
+    """A model as far as its configuration tells."""
 
-    Attributes:
-        name: of its class.
-        uses: of its trainable parameters, in their order; a tied embedding and head is used in two ways.
-        parameters: how many numbers it holds, frozen ones included.
-        trainable: how many of them are trained.
-        dtype: of the weights, as the configuration has it.
-        longest: tokens of the longest row that it says it takes.
-    """
-
-    name: str
-    uses: Sequence[ParameterUse]
-    parameters: int
-    trainable: int
-    dtype: torch.dtype
-    longest: int
+    name: str  # of its class
+    uses: Sequence[ParameterUse]  # in the order of the parameters; a tied embedding and head is used in two ways
+    parameters: int  # numbers that it holds, frozen ones included
+    trainable: int  # how many of them are trained
+    dtype: torch.dtype  # of the weights, as the configuration has it
+    longest: int  # tokens of the longest row that it says it takes
 
 
 def inspect_model(source: ModelSource, *, trust_remote_code: bool = False) -> TracedModel:
-    """Build a model out of nothing, with its adapter, and watch a row pass through.
-
-    Args:
-        source: of the model; its weights are not read.
-        trust_remote_code: run code that the model's repository brings.
-
-    Returns:
-        What was seen; all parameters count as trainable where there is no adapter.
-
-    Raises:
-        NotCausalError: an encoder or encoder-decoder.
-        ModelError: no configuration, an adapter that does not fit, or a forward pass that depends on values.
-    """
+    """Build a model out of nothing, with its adapter, and watch a row pass; raises NotCausalError and ModelError."""
     config = load_config(source.base, trust_remote_code=trust_remote_code)
     given = getattr(config, "dtype", None)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
@@ -125,18 +95,7 @@ def inspect_model(source: ModelSource, *, trust_remote_code: bool = False) -> Tr
 
 
 def watch(model: nn.Module, ids: Tensor) -> list[ParameterUse]:
-    """The uses of a model's trainable parameters in a forward pass.
-
-    Args:
-        model: any causal language model, in evaluation mode.
-        ids: int64 `[1, T]`.
-
-    Returns:
-        In the order of the parameters.
-
-    Raises:
-        ModelError: nothing is trainable, or the model returns no logits.
-    """
+    """The uses of a model's trainable parameters in a forward pass of ids int64 `[1, T]`, in the parameters' order."""
     parameters = trainable(model)
     capture = Capture(list(parameters.values()), Layout(1, ids.shape[1]), lambda tap, cotangent: None)
     try:
@@ -231,10 +190,7 @@ def _adapt(model: Any, adapter: str, base: str) -> Any:
 
 
 def _fake(model: nn.Module) -> None:
-    """Replace what a model holds by fake tensors of the CPU, tied ones by the same.
-
-    Model code asks meta tensors for values; fake tensors tell it that there are none.
-    """
+    """Replace a model's tensors, tied ones by one, by fake CPU ones, which unlike meta ones refuse to give values."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False), *vars(module).items()]

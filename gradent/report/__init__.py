@@ -1,8 +1,4 @@
-"""Records to pages, panels and words. Reads what runs left behind and nothing else: no torch, no model.
-
-`page` is what every report is made of; `audit`, `compare`, `tokens` and `demo` are the reports; `live` is what a
-running trainer says and shows, `terminal` what is printed; `rebuild` makes anew whatever a directory allows.
-"""
+"""Records to pages, panels and words. Reads what runs left behind and nothing else: no torch, no model."""
 
 from gradent.report.audit.figures import write_audit_figures
 from gradent.report.audit.page import write_audit_report

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradent.kernels.common.numerics import RUN, accumulator, spans
+from gradent.kernels.common.numerics import RUN, accumulator, dots, spans
 
 __all__ = [
     "Gradients",
@@ -22,7 +22,6 @@ __all__ = [
     "TokenEntries",
     "gradient_entries",
     "prefix_families",
-    "products",
     "rank_one_entries",
     "shared_entries",
     "tied_entries",
@@ -92,14 +91,6 @@ class TokenEntries:
         return self
 
 
-def products(left: Tensor, right: Tensor) -> Tensor:
-    """`left rightᵀ`, float64 `[m, n]`, of `[m, K]` and `[n, K]`: float32 products of short runs, summed in float64."""
-    gram = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
-    for span in spans(left.shape[1], RUN):
-        gram += (left[:, span] @ right[:, span].T).double()
-    return gram
-
-
 def gradient_entries(parts: Sequence[Gradients], sizes: tuple[int, int], budget: int) -> TokenEntries:
     """Entries of the gradients themselves, widened in tiles of `budget` bytes."""
     entries = TokenEntries(sizes)
@@ -119,7 +110,7 @@ def _add_tile(entries: TokenEntries, tile: Sequence[Gradients]) -> None:
     for left in tile:
         for right in tile:
             if left.side == 0 and right.side == 1:
-                entries.add_inner(left.tokens, right.tokens, products(left.grads, right.grads))
+                entries.add_inner(left.tokens, right.tokens, dots(left.grads, right.grads))
 
 
 def _square(values: Tensor) -> Tensor:
@@ -200,7 +191,7 @@ def _add_columns(
         moved = torch.matmul(kernel, columns)
         for left in family:
             flat = left.b[:, :, span].to(wide).flatten(1)
-            entries.add_inner(left.tokens, right.tokens, products(flat, moved[:, : left.b.shape[1]].flatten(1)))
+            entries.add_inner(left.tokens, right.tokens, dots(flat, moved[:, : left.b.shape[1]].flatten(1)))
             del flat
 
 

@@ -26,7 +26,7 @@ from gradent import notices
 from gradent.hooks.passes.autograd_engine import is_plain, plain_rows, run_plainly
 from gradent.hooks.passes.driver import announce_single_rows, measure_groups
 from gradent.hooks.passes.hooks_engine import NeedsSingleRows, run
-from gradent.hooks.passes.microbatch import MicroBatch, group_rows
+from gradent.hooks.passes.microbatch import MicroBatch, Row, group_rows
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.kernels.common.budget import least_budget, parse_budget
 from gradent.kernels.common.numerics import spans
@@ -52,7 +52,6 @@ DEFAULT_BUDGET = 512 * 2**20
 PATIENCE = 3.0
 """Seconds after which a progress bar is shown."""
 
-Row = tuple[Tensor, Tensor]
 Advance = Callable[[float], None]
 _Sum = TypeVar("_Sum", TokenEntries, Tensor)
 

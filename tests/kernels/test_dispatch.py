@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
+from benchmarks.reduced import reduce_rows
 from gradent import measure
 from gradent.errors import GradentWarning, InputError
 from gradent.hooks.reduction.ledger import Ledger
@@ -22,6 +23,7 @@ from gradent.kernels.common.wanted import Wanted
 from gradent.kernels.gram.reference import reduce_gram
 from gradent.kernels.outer.reference import reduce_all_rows
 from gradent.kernels.strategy import Product, decide
+from gradent.notices import Notices, warn
 from tests.batches import ragged
 from tests.truth import TOLERANCE, assert_exact, truth
 
@@ -42,7 +44,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No variable, and no verdict from before."""
     monkeypatch.delenv(availability.VARIABLE, raising=False)
     monkeypatch.setattr(availability, "_verdicts", {})
-    monkeypatch.setattr(availability, "_announced", set())
+    monkeypatch.setattr(availability, "_notices", Notices(warn))
     with warnings.catch_warnings():
         warnings.simplefilter("error", GradentWarning)
         yield
@@ -89,7 +91,7 @@ def test_the_path_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_cpu_has_the_reference_bit_by_bit(dtype: torch.dtype) -> None:
     u, v = rows(dtype)
-    assert torch.equal(dispatch.reduce_rows(u, v, PAIRS, budget=2**20), reduce_all_rows(u, v, PAIRS))
+    assert torch.equal(reduce_rows(u, v, PAIRS, budget=2**20), reduce_all_rows(u, v, PAIRS))
     pair = [(u[0, :2], v[0, :2]), (u[2, :2], v[2, :2])]
     strategy = decide(product(u, v, lengths=(2, 2), rows=2, has_factors=True, has_kernels=False), 300)
     assert strategy.form == "gram"
@@ -187,7 +189,7 @@ def test_pairs_by_kernels_and_what_they_leave(kernels: None, budget: int, length
         kept = None if given is None else given.clamp(max=x.shape[1])
         said = budget == 16 and x is u  # once
         with pytest.warns(GradentWarning, match=r"hold \d+ bytes .* memory_budget is 16") if said else nullcontext():
-            got = dispatch.reduce_rows(x, y, PAIRS, budget=budget, lengths=None if kept is None else kept.tolist())
+            got = reduce_rows(x, y, PAIRS, budget=budget, lengths=None if kept is None else kept.tolist())
         torch.testing.assert_close(got, whole(x, y), rtol=2e-6, atol=1e-6)
 
 
@@ -241,7 +243,7 @@ def test_a_kernel_that_cannot_be_launched_is_given_up(monkeypatch: pytest.Monkey
         monkeypatch.setattr(availability, "_verdicts", {})
         monkeypatch.setattr(outer, "outer_entries", failing(error))
         with pytest.warns(GradentWarning, match=r"shared memory, Required: 98304|ptxas failed|no compiler") as seen:
-            got = dispatch.reduce_rows(u, v, PAIRS, budget=2**20)
+            got = reduce_rows(u, v, PAIRS, budget=2**20)
         assert len(seen) == 1
         assert torch.equal(got, reduce_all_rows(u, v, PAIRS))
         assert type(error).__name__ in availability._verdicts[CPU]  # noqa: SLF001

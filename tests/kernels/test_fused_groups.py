@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.reduced import reduce_rows
 from gradent.errors import InputError
-from gradent.kernels import dispatch
 from gradent.kernels.common import tiles
 from gradent.kernels.common.tiles import gram_bytes, group_configs, plan_groups
 from gradent.kernels.common.triton_operands import Groups, blank, on_device
@@ -206,7 +206,7 @@ def test_dispatch_gives_the_entries_that_are_wanted(
     generator = torch.Generator().manual_seed(0)
     u, v = (torch.randn(8, tokens, width, generator=generator) for width in (20, 40))
     lengths = [tokens, 3, 0, 5, tokens, 1, 2, 4]
-    got = dispatch.reduce_rows(u, v, wanted, budget=BUDGET, lengths=lengths)
+    got = reduce_rows(u, v, wanted, budget=BUDGET, lengths=lengths)
     gradients = torch.stack([a[:n].double().T @ b[:n].double() for a, b, n in zip(u, v, lengths, strict=True)])
     want = torch.stack([(gradients[i] * gradients[j]).sum() for i, j in zip(*wanted.places, strict=True)])
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6 * float(want.max()))

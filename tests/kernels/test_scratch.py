@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import scratch
+from benchmarks.reduced import reduce_rows
 from gradent.hooks.capture.capture import Capture
 from gradent.hooks.passes.autograd_engine import plain_rows
 from gradent.hooks.reduction.ledger import Ledger
@@ -24,7 +25,7 @@ from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.uses import SumUse
 from gradent.kernels.common.numerics import reduce_flat, reduce_tiles
 from gradent.kernels.common.wanted import Wanted
-from gradent.kernels.dispatch import reduce_group, reduce_rows
+from gradent.kernels.dispatch import reduce_group
 from gradent.kernels.strategy import Product, decide
 from gradent.kernels.with_weight_grad import reduce_with_sum
 from tests.live import LiveBytes

@@ -158,7 +158,7 @@ def test_totals() -> None:
 
 def reduced_by(pairs: int, shape: tuple[int, int], tokens: int, budget: int, monkeypatch: pytest.MonkeyPatch) -> str:
     """What dispatch really takes for such operands: "gram" or "outer" of the kernels, or "torch"."""
-    from gradent.kernels import dispatch  # noqa: PLC0415
+    from benchmarks.reduced import reduce_rows  # noqa: PLC0415
     from gradent.kernels.common.wanted import Wanted  # noqa: PLC0415
     from gradent.kernels.gram import triton as gram  # noqa: PLC0415  (imports Triton, which is optional)
     from gradent.kernels.outer import triton as outer  # noqa: PLC0415
@@ -173,7 +173,7 @@ def reduced_by(pairs: int, shape: tuple[int, int], tokens: int, budget: int, mon
         spy(gram, "gram")
         spy(outer, "outer")
         u, v = (torch.randn(2 * pairs, tokens, size) for size in shape)
-        dispatch.reduce_rows(u, v, Wanted.pairs(pairs), budget=budget)
+        reduce_rows(u, v, Wanted.pairs(pairs), budget=budget)
     return took[0] if took else "torch"
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradent.kernels.common.numerics import dots
 from gradent.tokens import contractions
 from gradent.tokens.contractions import (
     Gradients,
@@ -15,7 +16,6 @@ from gradent.tokens.contractions import (
     SharedFactor,
     TokenEntries,
     gradient_entries,
-    products,
     rank_one_entries,
     shared_entries,
     tied_entries,
@@ -141,7 +141,7 @@ def test_long_sums_in_float32():
     left, right = draw(2, 200_000, dtype=torch.float32), draw(3, 200_000, seed=1, dtype=torch.float32)
     want = left.double() @ right.double().T
     scale = left.double().norm(dim=1)[:, None] * right.double().norm(dim=1)[None]
-    assert ((products(left, right) - want).abs() / scale).max() <= 1e-7
+    assert ((dots(left, right) - want).abs() / scale).max() <= 1e-7
 
 
 def test_a_dropped_token_is_noticed():

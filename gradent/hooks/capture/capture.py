@@ -30,7 +30,7 @@ from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View, follow
 from gradent.hooks.uses.uses import Use
 
-__all__ = ["Capture", "Tap"]
+__all__ = ["Capture", "Tap", "survey_taps"]
 
 _T = TypeVar("_T")
 
@@ -268,13 +268,18 @@ class Capture(TorchFunctionMode):
 
     def survey(self, loss: Tensor, without: frozenset[int] = frozenset(), *, opaque: bool = False) -> Survey:
         """Which uses and parameters the graph below `loss` reaches, uses of the parameters `without` disregarded."""
-        assert loss.grad_fn is not None
         taps = [tap for tap in self.taps if tap.use.view.param not in without]
-        claimed: dict[Edge, frozenset[Node]] = {}
-        for tap in taps:
-            for edge in tap.edges:
-                claimed[edge] = claimed.get(edge, frozenset()) | {tap.node}
-        return survey(loss.grad_fn, claimed, frozenset(tap.node for tap in taps), self.leaves, opaque=opaque)
+        return survey_taps(loss, taps, self.leaves, opaque=opaque)
+
+
+def survey_taps(loss: Tensor, taps: Sequence[Tap], leaves: dict[Node, int], *, opaque: bool = False) -> Survey:
+    """What the graph below `loss` holds, cut at the edges that these uses claim."""
+    assert loss.grad_fn is not None
+    claimed: dict[Edge, frozenset[Node]] = {}
+    for tap in taps:
+        for edge in tap.edges:
+            claimed[edge] = claimed.get(edge, frozenset()) | {tap.node}
+    return survey(loss.grad_fn, claimed, frozenset(tap.node for tap in taps), leaves, opaque=opaque)
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

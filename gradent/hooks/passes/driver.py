@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from gradent.errors import GradentWarning, ModelError
+from gradent.errors import ModelError
 from gradent.hooks.passes.autograd_engine import is_plain, plain_rows, run_plainly
 from gradent.hooks.passes.hooks_engine import NeedsSingleRows, run
-from gradent.hooks.passes.microbatch import MicroBatch, Outcome, group_rows, micro_batches
+from gradent.hooks.passes.microbatch import MicroBatch, Outcome, Row, group_rows, micro_batches
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.kernels.common.wanted import Wanted
 from gradent.model.facts import (
@@ -26,10 +25,10 @@ from gradent.model.facts import (
     trims,
 )
 from gradent.model.observed import observed
+from gradent.notices import warn
 
-__all__ = ["announce_single_rows", "measure_groups"]
+__all__ = ["RowsOutcome", "announce_single_rows", "measure_groups"]
 
-Row = tuple[Tensor, Tensor]
 RowsOutcome = tuple[list[int], Outcome]
 """Numbers of a micro-batch's rows, and what came out."""
 
@@ -156,8 +155,4 @@ def announce_single_rows(need: NeedsSingleRows, names: Sequence[str]) -> None:
 
 
 def _announce(reason: str) -> None:
-    warnings.warn(
-        f"gradent measures this model one row a forward (as exact, but not batched): {reason}.",
-        GradentWarning,
-        stacklevel=5,
-    )
+    warn(f"gradent measures this model one row a forward (as exact, but not batched): {reason}.", stacklevel=6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
-from gradent.errors import GradentWarning
-from gradent.hooks.passes.microbatch import Outcome
+from gradent.hooks.passes.driver import RowsOutcome
+from gradent.hooks.passes.microbatch import Outcome, Row
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.uses.formats import Materialized
 from gradent.kernels.common.numerics import accumulator, spans
@@ -21,10 +20,10 @@ from gradent.model.calls import forward_logits
 from gradent.model.facts import check_causal, ignores_padding
 from gradent.model.logprobs import check_rows
 from gradent.model.observed import observed
+from gradent.notices import warn
 
 __all__ = ["per_sample_rows"]
 
-Row = tuple[Tensor, Tensor]
 Way = Callable[[nn.Module, Mapping[str, Tensor], Sequence[Row]], tuple[dict[str, Sequence[Tensor]], Tensor]]
 """The rows' gradients by parameter name, and their log-probs `[R]`."""
 
@@ -38,7 +37,7 @@ def per_sample_rows(
     make_ledger: Callable[[Wanted], Ledger],
     *,
     dropout: bool,
-) -> list[tuple[list[int], Outcome]]:
+) -> list[RowsOutcome]:
     """`(row numbers, outcome)` of each group, by `vmap(grad)` of two rows at a time.
 
     A gradient of the whole model is held for each row of a group. Where vmap cannot run the model (data-dependent
@@ -83,11 +82,10 @@ def _first_that_runs(
         except (RuntimeError, NotImplementedError, ValueError, IndexError, TypeError) as error:
             failed, _ = ways.pop(0)
             reason = str(error).strip().partition("\n")[0]
-            warnings.warn(
+            warn(
                 f"gradent's engine='func' cannot run this model {failed}, and goes on {ways[0][0]}: "
                 f"{type(error).__name__}: {reason}",
-                GradentWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
     return ways[0][1](model, parameters, rows)
 

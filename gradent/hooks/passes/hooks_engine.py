@@ -111,9 +111,7 @@ class _Run:
         explicit |= {number for number, found in depths.items() if len(found) > 1}
         if explicit and any(len(one.place.rows) > 1 for one in passes):
             raise NeedsSingleRows(frozenset(explicit))
-        if (
-            explicit & depths.keys()
-        ):  # some of their uses were recorded: what lies below those is different without them
+        if explicit & depths.keys():  # what lies below those of their uses that were recorded is different without them
             surveys = [one.capture.survey(one.logps, frozenset(explicit)) for one in passes]
         return surveys, frozenset(explicit)
 

@@ -15,7 +15,7 @@ from gradent.kernels.common.wanted import Wanted
 from gradent.model.calls import forward_logits
 from gradent.model.logprobs import TILE, check_rows, sequence_logprobs
 
-__all__ = ["Forward", "MicroBatch", "Outcome", "group_rows", "micro_batches"]
+__all__ = ["Forward", "MicroBatch", "Outcome", "Row", "group_rows", "micro_batches"]
 
 Row = tuple[Tensor, Tensor]
 """`(ids int64 [T], marks bool [T])`, without padding."""
@@ -41,24 +41,14 @@ WASTE = 1.15
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What is measured together.
+    """What is measured together."""
 
-    Attributes:
-        rows: N rows, on the model's device.
-        forwards: rows of each forward; several rows are right-padded.
-        wanted: which products of the rows are.
-        names: of the rows, for an error.
-        least_length: pad every forward of several rows to at least this many tokens.
-        trim: ask the model for the logits of responses alone, from where the first one of a forward begins. Only for a
-            model that `takes_keep`.
-    """
-
-    rows: Sequence[Row]
-    forwards: Sequence[Sequence[int]]
-    wanted: Wanted
-    names: Sequence[str]
-    least_length: int = 0
-    trim: bool = False
+    rows: Sequence[Row]  # N rows, on the model's device
+    forwards: Sequence[Sequence[int]]  # rows of each forward; several rows are right-padded
+    wanted: Wanted  # which products of the rows are
+    names: Sequence[str]  # of the rows, for an error
+    least_length: int = 0  # tokens to which every forward of several rows is padded at least
+    trim: bool = False  # logits from where a forward's first response begins; for a model that `takes_keep`
 
     @classmethod
     def pair(cls, rows: Sequence[Row], number: int) -> MicroBatch:
@@ -68,20 +58,12 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Entries and log-probs of a micro-batch.
+    """Entries and log-probs of a micro-batch."""
 
-    Attributes:
-        entries: parameter number -> `[M]` float64; a parameter that no row depends on is absent (its gradient is 0).
-            In the order of the backward pass.
-        logps: float64 `[N]`.
-        wanted: where the entries belong.
-        uncovered: parameter number -> why it could not be measured within the budget.
-    """
-
-    entries: dict[int, Tensor]
-    logps: Tensor
-    wanted: Wanted
-    uncovered: dict[int, str] = field(default_factory=dict)
+    entries: dict[int, Tensor]  # parameter number -> `[M]` float64, as completed; none where no row depends on it
+    logps: Tensor  # float64 `[N]`
+    wanted: Wanted  # where the entries belong
+    uncovered: dict[int, str] = field(default_factory=dict)  # parameter number -> why not
 
 
 class Forward:

@@ -32,11 +32,7 @@ RETRIES = 2
 
 
 class Ledger:
-    """Entries of N rows, parameter by parameter.
-
-    `weight` gives a parameter's root of the metric's diagonal, of its shape, and `directions` its D directions
-    `[D, *shape]`, which the metric weighs too.
-    """
+    """Entries of N rows; `weight` gives a parameter's root of the metric, of its shape, `directions` `[D, *shape]`."""
 
     def __init__(
         self,

@@ -107,11 +107,7 @@ def _account_sparse(rows: Sequence[Sequence[SparseRows]], sums: AccountSums, bud
 
 
 def reduce_sparse(
-    rows: Sequence[Sequence[SparseRows]],
-    *,
-    budget: int,
-    root: Tensor | None = None,
-    directions: Tensor | None = None,
+    rows: Sequence[Sequence[SparseRows]], *, budget: int, root: Tensor | None = None, directions: Tensor | None = None
 ) -> Tensor:
     """Entries `[m]` of n rows' lookups, on the rows of the weight that any of them touches, a few columns at a time."""
     forms = [form for side in rows for form in side]
@@ -119,9 +115,8 @@ def reduce_sparse(
     cols, wide = forms[0].values.shape[1], accumulator(*(form.values.dtype for form in forms))
     extra = 0 if directions is None else len(directions)
     height = (len(rows) + extra) * len(ids)
-    copied = max(
-        len(ids) if root is not None or extra else 0, *(len(form.ids) for form in forms)
-    )  # cut out, or widened
+    cut_out = len(ids) if root is not None or extra else 0
+    copied = max(cut_out, *(len(form.ids) for form in forms))  # the forms' are widened
     step = max(1, tile_room(budget) // max(1, (height + copied) * wide.itemsize))
     gram = torch.zeros(len(rows) + extra, len(rows), dtype=torch.float64, device=ids.device)
     buffer = torch.empty(height * min(cols, step), dtype=wide, device=ids.device)

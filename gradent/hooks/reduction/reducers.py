@@ -35,21 +35,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Arrival:
-    """What arrived at a use.
-
-    Attributes:
-        use: of the parameter.
-        grad_output: the gradient at its output.
-        place: the rows of its forward.
-        factors: powers of two that multiply each of the forward's rows, 0 for a row that is left out; None for 1.
-        node: of the graph, for what hands a weight gradient back.
-    """
+    """What arrived at a use of a parameter."""
 
     use: Use
-    grad_output: Tensor
-    place: Place
-    factors: Sequence[float] | None = None
-    node: Any = None
+    grad_output: Tensor  # at the use's output
+    place: Place  # the rows of its forward
+    factors: Sequence[float] | None = None  # powers of two, one a row of the forward, 0 to leave it out; None for 1
+    node: Any = None  # of the graph, for what hands a weight gradient back
 
     @cached_property
     def product(self) -> tuple[Tensor, Tensor]:

@@ -48,21 +48,7 @@ def waiting_limits(budget: int) -> tuple[int, int]:
 
 
 def parse_budget(value: int | str | None) -> int | None:
-    """A user's `memory_budget` in bytes.
-
-    Args:
-        value: bytes as an int, a string such as `"512MiB"`, `"2 GB"` or `"65536"`, or None.
-
-    Returns:
-        Bytes, or None for None.
-
-    Raises:
-        MemoryBudgetError: not a positive size.
-
-    Example:
-        >>> parse_budget("512MiB")
-        536870912
-    """
+    """A user's `memory_budget` in bytes, from an int or a string such as "512MiB", "2 GB" or "65536"; None for None."""
     if value is None:
         return None
     size: float | None = None

@@ -34,21 +34,13 @@ multiplied are off by 2^±32 at most, which leaves float32 (2^±126) room enough
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """How one layer of one group is reduced.
-
-    Attributes:
-        form: the contraction.
-        tile: rows and columns of a tile: tokens by tokens for `gram`, rows by columns of the weight for `outer`.
-        depth: length of the contracted axis taken at once: all of it, or `DEPTH` where operands are widened.
-        flops: multiply-adds counted twice, of the matrix products alone, those that are really formed.
-        scratch: bytes held at once: the tiles, and operands once more where they must be widened; sums come on top.
-    """
+    """How one layer of one group is reduced."""
 
     form: Literal["gram", "outer"]
-    tile: tuple[int, int]
-    depth: int
-    flops: int
-    scratch: int
+    tile: tuple[int, int]  # tokens by tokens for gram, rows by columns of the weight for outer
+    depth: int  # length of the contracted axis taken at once: all of it, or `DEPTH` where operands are widened
+    flops: int  # multiply-adds counted twice, of the matrix products alone, those that are really formed
+    scratch: int  # bytes held at once: tiles, and operands once more where they are widened; sums come on top
 
 
 def can_wait(factor: float) -> bool:

@@ -32,17 +32,14 @@ _lock = threading.Lock()
 _inside: dict[str, int] = {}
 """Type of device -> how many threads are inside."""
 _allowance: dict[str, str] = {}
-"""Type of device -> what float32 products may be computed in outside, while a thread is inside."""
+"""Type of device -> what float32 products may be computed in outside, as the first thread to come inside found it."""
 
 
 class exact_products:
-    """Inside, matrix products on a device are formed in their operands' own dtype: no autocast, no tf32.
+    """Inside, matrix products on a type of device are formed in their operands' own dtype: no autocast, no tf32.
 
-    The allowance is one for the whole process and given back at the end, by the last thread that is inside: while this
-    is active, products that another thread forms at the same time are exact as well.
-
-    Args:
-        device: where the operands are; all devices of its type are meant.
+    The allowance is one for the whole process, given back by the last thread that is inside: until then, products of
+    other threads are exact as well.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -56,7 +53,12 @@ class exact_products:
         self._nested = self._before == self._kind
         if self._nested:
             return
-        _forbid(self._kind)
+        with _lock:
+            if not _inside.get(self._kind):
+                _allowance[self._kind] = _allowed(self._kind)
+                if _allowance[self._kind]:
+                    _allow(self._kind, _EXACT)
+            _inside[self._kind] = _inside.get(self._kind, 0) + 1
         if torch.is_autocast_enabled(self._kind):
             self._cast = torch.autocast(self._kind, enabled=False)
             self._cast.__enter__()  # type: ignore[no-untyped-call]
@@ -70,7 +72,10 @@ class exact_products:
             return
         if self._cast is not None:
             self._cast.__exit__(kind, error, trace)
-        _give_back(self._kind)
+        with _lock:
+            _inside[self._kind] -= 1
+            if not _inside[self._kind] and _allowance[self._kind]:
+                _allow(self._kind, _allowance[self._kind])
 
 
 def is_exact(device: torch.device) -> bool:
@@ -79,14 +84,7 @@ def is_exact(device: torch.device) -> bool:
 
 
 def exactly(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
-    """Decorator: `exact_products` on the device of the first argument.
-
-    Args:
-        function: takes a tensor first.
-
-    Returns:
-        The function.
-    """
+    """Decorator: `exact_products` on the device of the first argument, a tensor."""
 
     @wraps(function)
     def run(first: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -94,24 +92,6 @@ def exactly(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatena
             return function(first, *args, **kwargs)
 
     return run
-
-
-def _forbid(kind: str) -> None:
-    """Let float32 products be computed in float32: the first thread to come remembers what is allowed outside."""
-    with _lock:
-        if not _inside.get(kind):
-            _allowance[kind] = _allowed(kind)
-            if _allowance[kind]:
-                _allow(kind, _EXACT)
-        _inside[kind] = _inside.get(kind, 0) + 1
-
-
-def _give_back(kind: str) -> None:
-    """The last thread to go allows again what was allowed."""
-    with _lock:
-        _inside[kind] -= 1
-        if not _inside[kind] and _allowance[kind]:
-            _allow(kind, _allowance[kind])
 
 
 def _allowed(kind: str) -> str:

@@ -55,40 +55,24 @@ PARTIAL = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Sizes that a kernel is compiled for.
+    """Sizes that a kernel is compiled for."""
 
-    Attributes:
-        rows: height of a tile: tokens (gram) or outputs (outer); a power of two, 16 or more.
-        cols: width of a tile: tokens (gram, equal to `rows`) or inputs (outer).
-        depth: length of the contracted axis taken at once.
-        warps: warps a program.
-        stages: depth of the software pipeline.
-    """
-
-    rows: int
-    cols: int
-    depth: int
-    warps: int
-    stages: int
+    rows: int  # of a tile: tokens (gram) or outputs (outer); a power of two, 16 or more
+    cols: int  # of a tile: tokens (gram, equal to `rows`) or inputs (outer)
+    depth: int  # length of the contracted axis taken at once
+    warps: int  # a program
+    stages: int  # of the software pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupLaunch:
-    """How the outer kernel goes through groups of more than two rows.
-
-    Attributes:
-        config: sizes of a tile.
-        programs: programs a group; each goes from tile to tile and keeps those of all the group's rows in one place.
-        together: groups a launch.
-        tiles: bytes of these places, float32.
-        scratch: bytes in all: places, sums of all groups, tables.
-    """
+    """How the outer kernel goes through groups of more than two rows."""
 
     config: Config
-    programs: int
-    together: int
-    tiles: int
-    scratch: int
+    programs: int  # a group; each goes from tile to tile and keeps those of all the group's rows in one place
+    together: int  # groups a launch
+    tiles: int  # bytes of these places, float32
+    scratch: int  # bytes in all: places, sums of all groups, tables
 
 
 class GroupsPlan(NamedTuple):

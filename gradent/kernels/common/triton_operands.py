@@ -40,18 +40,11 @@ def current_device(device: torch.device) -> AbstractContextManager[object]:
 
 @dataclass(frozen=True, init=False)
 class Spans:
-    """Where the tokens of k pairs lie in the factors' rows.
+    """Where the tokens of k pairs lie in the factors' rows: four sequences of k numbers."""
 
-    Attributes:
-        chosen_start: k numbers, the first row of each chosen response in `u_w` and `v_w`.
-        chosen_length: k numbers, its tokens; 0 for a zero gradient.
-        rejected_start: the same of the rejected ones, in `u_l` and `v_l`.
-        rejected_length: k numbers.
-    """
-
-    chosen_start: tuple[int, ...]
-    chosen_length: tuple[int, ...]
-    rejected_start: tuple[int, ...]
+    chosen_start: tuple[int, ...]  # first row of each chosen response in `u_w` and `v_w`
+    chosen_length: tuple[int, ...]  # its tokens; 0 for a zero gradient
+    rejected_start: tuple[int, ...]  # the same of the rejected ones, in `u_l` and `v_l`
     rejected_length: tuple[int, ...]
 
     def __init__(
@@ -127,17 +120,11 @@ class Spans:
 
 @dataclass(frozen=True, init=False)
 class Groups:
-    """Where the tokens of N rows lie in one pair of factors, and which rows are multiplied with each other.
+    """Where the tokens of N rows lie in one pair of factors, and which rows are multiplied with each other."""
 
-    Attributes:
-        lengths: N numbers, the tokens of each row; 0 for a zero gradient.
-        members: the numbers of the rows of each group.
-        starts: N numbers, the first token of each row.
-    """
-
-    lengths: tuple[int, ...]
-    members: tuple[tuple[int, ...], ...]
-    starts: tuple[int, ...]
+    lengths: tuple[int, ...]  # tokens of each of the N rows; 0 for a zero gradient
+    members: tuple[tuple[int, ...], ...]  # numbers of the rows of each group
+    starts: tuple[int, ...]  # first token of each of the N rows
 
     def __init__(
         self,
@@ -255,24 +242,16 @@ def _padded(pairs: int, tokens: int, lengths: tuple[int, ...] | None) -> Spans:
 
 @dataclass(frozen=True)
 class Factors:
-    """The factors of rows, as a kernel takes them; those of a pair may lie in two tensors, others lie in one.
+    """The factors of rows, as a kernel takes them; those of a pair may lie in two tensors, others lie in one."""
 
-    Attributes:
-        u_w: `[N_w, O]`, tokens of all chosen rows; float32, bfloat16 or float16, any strides.
-        v_w: `[N_w, I]`; its dtype may be another than that of `u_w`.
-        u_l: `[N_l, O]`, tokens of all rejected rows, of the dtype of `u_w`.
-        v_l: `[N_l, I]`, of the dtype of `v_w`.
-        spans: where each row's tokens lie.
-    """
-
-    u_w: Tensor
-    v_w: Tensor
-    u_l: Tensor
-    v_l: Tensor
+    u_w: Tensor  # `[N_w, O]`, tokens of all chosen rows; float32, bfloat16 or float16, any strides
+    v_w: Tensor  # `[N_w, I]`; its dtype may be another than that of `u_w`
+    u_l: Tensor  # `[N_l, O]`, tokens of all rejected rows, of the dtype of `u_w`
+    v_l: Tensor  # `[N_l, I]`, of the dtype of `v_w`
     spans: Spans | Groups
 
     def __post_init__(self) -> None:
-        u_w, v_w, u_l, v_l = self.u_w, self.v_w, self.u_l, self.v_l
+        u_w, v_w, u_l, v_l = self.operands
         if not u_w.dim() == v_w.dim() == u_l.dim() == v_l.dim() == 2:
             raise InputError(f"factors are matrices, tokens by features; got {self._shapes()}.")
         if u_w.dtype not in DTYPES or v_w.dtype not in DTYPES:
@@ -283,7 +262,7 @@ class Factors:
         if u_w.dtype != u_l.dtype or v_w.dtype != v_l.dtype:
             raise InputError(f"chosen and rejected have one dtype on each side of a weight; got {self._shapes()}.")
         if not u_w.device == v_w.device == u_l.device == v_l.device:
-            devices = ", ".join(str(tensor.device) for tensor in (u_w, v_w, u_l, v_l))
+            devices = ", ".join(str(tensor.device) for tensor in self.operands)
             raise InputError(f"factors lie on one device; got {devices}.")
         (chosen, rows), (rejected, _) = u_w.shape, u_l.shape
         if rows != u_l.shape[1] or v_w.shape[1] != v_l.shape[1]:
@@ -295,8 +274,13 @@ class Factors:
                 raise InputError(f"a {side} span ends behind the last of {most} rows: at {end}.")
 
     def _shapes(self) -> str:
-        tensors = {"u_w": self.u_w, "v_w": self.v_w, "u_l": self.u_l, "v_l": self.v_l}
-        return ", ".join(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items())
+        named = zip(("u_w", "v_w", "u_l", "v_l"), self.operands, strict=True)
+        return ", ".join(f"{name} {tensor.dtype} {list(tensor.shape)}" for name, tensor in named)
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The tensors, as kernels take them first."""
+        return self.u_w, self.v_w, self.u_l, self.v_l
 
     @property
     def device(self) -> torch.device:
@@ -321,4 +305,4 @@ class Factors:
     @property
     def strides(self) -> tuple[int, ...]:
         """Strides of both axes of `u_w`, `v_w`, `u_l`, `v_l`."""
-        return (*self.u_w.stride(), *self.v_w.stride(), *self.u_l.stride(), *self.v_l.stride())
+        return tuple(stride for tensor in self.operands for stride in tensor.stride())

@@ -61,17 +61,7 @@ def _launch(factors: Factors, config: Config | None, poison: bool) -> Tensor:
     table = on_device(spans, "products", factors.device)
     with current_device(factors.device):
         gram_kernel[(spans.count * tiles,)](
-            factors.u_w,
-            factors.v_w,
-            factors.u_l,
-            factors.v_l,
-            table,
-            partials,
-            tiles,
-            *sizes,
-            B=config.rows,
-            WIDE=INTERPRETED,
-            **constants,
+            *factors.operands, table, partials, tiles, *sizes, B=config.rows, WIDE=INTERPRETED, **constants
         )
     return partials.sum(1)
 

@@ -9,7 +9,7 @@ Accumulation is float32 within a tile and float64 across tiles; addresses are in
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -91,13 +91,7 @@ def outer_scratch(u_w: Tensor, v_w: Tensor, u_l: Tensor, v_l: Tensor, spans: Spa
 
 
 def outer_products(
-    u: Tensor,
-    v: Tensor,
-    groups: Groups,
-    weight: Tensor | None = None,
-    *,
-    plan: GroupsPlan,
-    poison: bool = False,
+    u: Tensor, v: Tensor, groups: Groups, weight: Tensor | None = None, *, plan: GroupsPlan, poison: bool = False
 ) -> Tensor:
     """As `gram_products`, float64 `[groups.count]`; a weight `[O, I]`, the metric's root, multiplies each G."""
     factors, split = Factors(u, v, u, v, groups), _split(groups)
@@ -159,28 +153,15 @@ def _launch(
     """Entries `[k, 3]` of pairs; fills the gradient if there is one."""
     pairs, tiles = factors.spans.count // 3, outer_tiles(factors.rows, factors.cols, config)
     store = gradient is not None
-    sizes, constants = arguments(factors, config, weight)
+    sizes, constants = _arguments(factors, config, weight)
     partials = blank(pairs, 3, tiles, dtype=torch.float64, device=factors.device, poison=poison)
     programs = tiles if store else pairs * tiles
     if programs:
         with current_device(factors.device):
-            outer_kernel[(programs,)](
-                factors.u_w,
-                factors.v_w,
-                factors.u_l,
-                factors.v_l,
-                on_device(factors.spans, "lines", factors.device),
-                weight,
-                None if coefficients is None else sent(coefficients.float().contiguous(), factors.device),
-                gradient,
-                partials,
-                tiles,
-                pairs,
-                *sizes,
-                **_tile(factors, config, weight),
-                STORE=store,
-                **constants,
-            )
+            shares = None if coefficients is None else sent(coefficients.float().contiguous(), factors.device)
+            table = on_device(factors.spans, "lines", factors.device)
+            given = table, weight, shares, gradient, partials, tiles, pairs
+            outer_kernel[(programs,)](*factors.operands, *given, *sizes, STORE=store, **constants)
     return partials.sum(2)
 
 
@@ -190,35 +171,26 @@ def _launch_groups(
     """Products of rows, of which those below the diagonal count, `[G, side, side]` float64, of groups of n > 2."""
     config, most, count, device = launch.config, max(groups.sizes), len(groups.members), factors.device
     side, tiles = group_side(most), outer_tiles(factors.rows, factors.cols, config)
-    sizes, constants = arguments(factors, config, weight, sides=1)
+    sizes, constants = _arguments(factors, config, weight, sides=1)
     shape = (launch.together * launch.programs, most, config.rows * config.cols)
     formed = blank(*shape, dtype=torch.float32, device=device, poison=poison)
     partials = blank(count, launch.programs, side, side, dtype=torch.float64, device=device, poison=poison)
-    for skipped in range(0, count if tiles else 0, launch.together):
-        with current_device(device):
-            group_kernel[(min(launch.together, count - skipped) * launch.programs,)](
-                factors.u_w,
-                factors.v_w,
-                on_device(groups, "lines", device),
-                weight,
-                formed,
-                partials,
-                tiles,
-                launch.programs,
-                most,
-                skipped,
-                *sizes,
-                **_tile(factors, config, weight),
-                BLOCK=group_block(most),
-                CHUNK=16 * config.warps,  # half of the accumulators a thread: 64 of them spill
-                **constants,
-            )
+    constants |= {"BLOCK": group_block(most), "CHUNK": 16 * config.warps}  # 32 accumulators a thread: 64 spill
+    with current_device(device):
+        given = on_device(groups, "lines", device), weight, formed, partials, tiles, launch.programs, most
+        for skipped in range(0, count if tiles else 0, launch.together):
+            programs = min(launch.together, count - skipped) * launch.programs
+            group_kernel[(programs,)](*factors.operands[:2], *given, skipped, *sizes, **constants)
     return partials.sum(1)
 
 
-def _tile(factors: Factors, config: Config, weight: Tensor | None) -> dict[str, int | bool]:
+def _arguments(
+    factors: Factors, config: Config, weight: Tensor | None, *, sides: int = 2
+) -> tuple[list[int], dict[str, Any]]:
+    """`arguments` with those of the outer kernels alone."""
+    sizes, constants = arguments(factors, config, weight, sides=sides)
     wide = factors.u_w.dtype != factors.v_w.dtype or INTERPRETED
-    return {"BO": config.rows, "BI": config.cols, "WEIGHTED": weight is not None, "WIDE": wide}
+    return sizes, {**constants, "BO": config.rows, "BI": config.cols, "WEIGHTED": weight is not None, "WIDE": wide}
 
 
 @triton.jit(do_not_specialize=LOOSE, do_not_specialize_on_alignment=UNITED)  # type: ignore[untyped-decorator, unused-ignore]

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node
 
 from gradent.errors import InputError, ModelError, NonFiniteError
-from gradent.hooks.capture.coverage import Edge, survey
+from gradent.hooks.capture.capture import survey_taps
 from gradent.hooks.overhead import Clock
 from gradent.hooks.piggyback.backward import WatchedBackward
 from gradent.hooks.piggyback.config import WatchConfig
@@ -93,9 +92,8 @@ class WatchedModel:
                 "Reentrant gradient checkpointing hides the layers inside it from pairwise normalization. Use "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}, or switch checkpointing off."
             )
-        with torch.autocast(
-            self.root.device.type, enabled=False
-        ):  # as the trainer's backward, which runs outside of autocast
+        # As the trainer's backward, which runs outside of autocast.
+        with torch.autocast(self.root.device.type, enabled=False):
             entries = self._read_entries(notices)
         chosen_sq, rejected_sq, inner = entries.unbind(1)
         bad = ~entries.isfinite().all(1)
@@ -111,7 +109,8 @@ class WatchedModel:
         guard = self._backward.guard
         if guard.no_entries_reason is None:
             with private_backward(guard):
-                self._differentiate(_bottoms(self.root, self._backward))
+                taps = [tap for forward in self._backward.forwards for tap in forward.expected]
+                self._differentiate(survey_taps(self.root, taps, {}, opaque=True).bottoms)
         observation = self._backward.finish()
         if observation.unusable_reason is not None and "memory" in observation.unusable_reason:
             raise ModelError(f"pairwise normalization: {observation.unusable_reason}.")
@@ -150,14 +149,3 @@ class WatchedModel:
     def close(self) -> None:
         """Take every hook off the graph and the model."""
         self._backward.close()
-
-
-def _bottoms(root: Tensor, backward: WatchedBackward) -> list[GradientEdge]:
-    """Where a backward may stop that is to run through every recorded use."""
-    taps = [tap for forward in backward.forwards for tap in forward.expected]
-    claimed: dict[Edge, frozenset[Node]] = {}
-    for tap in taps:
-        for edge in tap.edges:
-            claimed[edge] = claimed.get(edge, frozenset()) | {tap.node}
-    assert root.grad_fn is not None
-    return survey(root.grad_fn, claimed, frozenset(tap.node for tap in taps), {}, opaque=True).bottoms

@@ -73,10 +73,7 @@ def reduce_gradients(head: MaskHead, accelerator: Any) -> None:
 
 
 class HeadUpdate(TrainerCallback):
-    """What a trainer does to its model's gradients around a step, for the head: clip them, and drop them after it.
-
-    The head is clipped by itself, to the same `max_grad_norm`: the model's clipping stays what it is without a head.
-    """
+    """Clips the head's gradients by themselves, to `max_grad_norm`, and drops them after a step."""
 
     def __init__(self, head: MaskHead, accelerator: Any) -> None:
         self._head, self._accelerator = head, accelerator
