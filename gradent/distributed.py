@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-__all__ = ["Ranks", "gather", "is_first", "join"]
+__all__ = ["Ranks", "gather", "is_first", "join", "world_size"]
 
 T = TypeVar("T")
 
@@ -66,6 +66,11 @@ def _current() -> Ranks:
 def is_first() -> bool:
     """Whether this is rank 0, or the only process."""
     return _current().is_first
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return _current().world
 
 
 def gather(value: T) -> list[T]:

@@ -16,8 +16,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from gradent.attribution.own_pass import attribute_rows
+from gradent.attribution.step import StepAttribution, attribute_backward, attribute_kept, step_metric
+from gradent.attribution.update_rule import FIRST_STEP, UpdateRule, find_update_rule
+from gradent.distributed import world_size
 from gradent.errors import InputError, ModelError
-from gradent.hooks.piggyback.config import WatchConfig
+from gradent.hooks.piggyback.config import StepMetric, WatchConfig
 from gradent.hooks.piggyback.observation import BackwardObservation, mark_completions
 from gradent.hooks.piggyback.pairing import Pairing
 from gradent.hooks.piggyback.watcher import Piggyback
@@ -55,6 +59,8 @@ class Recording:
         inactive: pairs that the loss does not move, on either side or both: counted, not averaged.
         unpaired: rows that found no partner.
         overhead_s: wall time that gradent took, in seconds.
+        attribution: what moved each of these responses in the step that follows; None without an optimizer, or where
+            its step has no such account (said once in the log).
     """
 
     gram: PairGram
@@ -65,6 +71,7 @@ class Recording:
     inactive: int
     unpaired: int
     overhead_s: float = 0.0
+    attribution: StepAttribution | None = None
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -91,6 +98,7 @@ def attach(
     compiled: nn.Module | None = None,
     trusted: bool = False,
     weight_grad: WeightGrad | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> Recorder:
     """Watch the model that a training loop runs, from `with` to the end of the block (or between `arm` and `disarm`).
 
@@ -112,6 +120,8 @@ def attach(
             once, for the entries and for the loop's own gradient, which spares the products of a measured step but sums
             that gradient in another order: the run is no longer the same to the bit. For parameters that are trained in
             full; the weight of a tied or fused head is measured as without.
+        optimizer: the loop's own; then a recording's `attribution` says what moved each response in its next step, by
+            source. SGD, Adam and AdamW are accounted for, in whichever implementation.
 
     Returns:
         The recorder, which is a context manager.
@@ -132,7 +142,7 @@ def attach(
         has_entries=mode != "measure" and watched is unwrap_compiled(model), is_trusted=trusted,
         should_share=weight_grad is not None,
     )  # fmt: skip
-    return Recorder(unwrap_compiled(model), config, mode=mode, by_module=by_module, metric=metric)
+    return Recorder(unwrap_compiled(model), config, mode=mode, by_module=by_module, metric=metric, optimizer=optimizer)
 
 
 class Recorder:
@@ -140,9 +150,12 @@ class Recorder:
 
     def __init__(
         self, model: nn.Module, config: WatchConfig, *, mode: Mode, by_module: bool,
-        metric: torch.optim.Optimizer | None,
+        metric: torch.optim.Optimizer | None, optimizer: torch.optim.Optimizer | None = None,
     ) -> None:  # fmt: skip
-        self.metric = metric
+        self.metric, self.optimizer = metric, optimizer
+        self._rule: UpdateRule | None = None
+        self._step: StepMetric | None = None
+        self._accounts: list[tuple[BackwardObservation, list[int], bool]] = []
         self._model, self._config, self._mode, self._by_module = model, config, mode, by_module
         self._is_compiled = config.model is not model
         self._piggyback: Piggyback | None = None
@@ -174,9 +187,33 @@ class Recorder:
         if self.metric is not None and is_sharded(self._model):
             raise ModelError("metric: the optimizer's state is sharded (FSDP); only metric=None is available there.")
         weight = None if self.metric is None else metric_roots(self.metric, parameters)
-        self._config = replace(self._config, parameters=parameters, weight=weight)
+        step = None if self.optimizer is None else self._find_step
+        self._rule, self._step = None, None
+        self._config = replace(self._config, parameters=parameters, weight=weight, step=step)
         self._piggyback = Piggyback(self._config)
         self._piggyback.arm()
+
+    def _find_step(self) -> StepMetric | None:
+        """What the account takes of the step to come, with the optimizer as it is when the step's backward starts."""
+        if self._step is None:
+            self._rule = self._find_rule(self._config.parameters)
+            self._step = None if self._rule is None else step_metric(self._rule, budget=self._config.budget // 2)
+        return self._step
+
+    def _find_rule(self, parameters: Mapping[str, Tensor]) -> UpdateRule | None:
+        """The optimizer's step to come; None, and a line in the log, where it has no account."""
+        rule: UpdateRule | str = "a sharded model's optimizer state is sharded too (FSDP)"
+        if self._config.should_share:
+            rule = "weight_grad='shared' forms its products in another way"
+        elif self.metric is not None:
+            rule = "with `metric`, products are measured in that geometry alone"
+        elif not is_sharded(self._model):
+            rule = find_update_rule(self.optimizer, parameters)
+        if not isinstance(rule, str):
+            return rule
+        if rule != FIRST_STEP:
+            self._log_once(f"gradent gives no account of steps: {rule}.")
+        return None
 
     @property
     def armed(self) -> bool:
@@ -189,12 +226,14 @@ class Recorder:
             self._piggyback.disarm()
             self._piggyback = None
         self._collected.clear()
+        self._accounts.clear()
         self._backwards = 0
 
-    def harvest(self, *, scale: float = 1.0) -> Recording | None:
-        """What the backwards since the last call showed. Call it before `optimizer.step()`.
+    def harvest(self, *, scale: float = 1.0, lr: float | None = None) -> Recording | None:
+        """What the backwards since the last call showed. Call it before `optimizer.step()`, and after clipping.
 
         Args:
+            lr: learning rate of the step to come, for its attribution; None for that of each parameter group.
             scale: what the loss was divided by before the backward beyond its mean over the pairs: the number of
                 accumulated micro-batches, the inverse of a gradient scaler's scale. It scales `d_w` and `d_l`.
 
@@ -208,9 +247,16 @@ class Recorder:
         """
         self.collect()
         recordings, self._collected, self._backwards = self._collected, [], 0
+        accounts, self._accounts = self._accounts, []
+        self._step = None  # the next backward is another step's
         if not recordings:
             return None
         recording = join_recordings(recordings, scale=scale)
+        if self._rule is not None:
+            try:
+                recording = replace(recording, attribution=self._attribute(accounts, self._rule, lr))
+            except Exception as error:  # noqa: BLE001  (what was measured must not be lost with its account)
+                self._log_once(f"gradent gives no account of a step: gradent's own {type(error).__name__}: {error}")
         _ = recording.verdict  # raises here where an entry is not finite
         return recording
 
@@ -239,6 +285,62 @@ class Recorder:
             raise
         return self._backwards
 
+    def _attribute(
+        self, accounts: Sequence[tuple[BackwardObservation, list[int], bool]], rule: UpdateRule, lr: float | None
+    ) -> StepAttribution | None:
+        """What moves the active pairs of some backwards; None, and a line in the log, where that is not known."""
+        parts: list[StepAttribution] = []
+        part: StepAttribution | str
+        norms = accounts[-1][0].norms
+        kept: float | str = "nothing was read off the backward" if norms is None else norms.factor()
+        if isinstance(kept, str):
+            self._log_once(f"gradent gives no account of a step: {kept}.")
+            return None
+        share = kept / world_size()
+        whole = [seen for seen, _, has_own_pass in accounts if seen.rows_kept and not has_own_pass]
+        if len(whole) == len(accounts):
+            return self._attribute_kept(accounts, share, lr)
+        for observation, active, has_own_pass in accounts:
+            if has_own_pass:
+                part = self._attribute_by_pass(observation, active, share, lr)
+            elif observation.rows_kept:
+                part = self._attribute_kept([(observation, active, False)], share, lr)
+            else:
+                account = attribute_backward(observation, rule, kept=share, lr=lr)
+                part = account if isinstance(account, str) else account.select(active)
+            if isinstance(part, str):
+                self._log_once(f"gradent gives no account of a step: {part}.")
+                return None
+            parts.append(part)
+        return StepAttribution.join(parts)
+
+    def _attribute_kept(
+        self, accounts: Sequence[tuple[BackwardObservation, list[int], bool]], share: float, lr: float | None
+    ) -> StepAttribution:
+        """The account of backwards whose rows' gradients were kept, all together."""
+        assert self._rule is not None
+        observations = [observation for observation, _, _ in accounts]
+        account = attribute_kept(observations, self._config.tensors, self._rule, kept=share, lr=lr)
+        starts = [sum(seen.pairs for seen in observations[:place]) for place in range(len(observations))]
+        active = [start + pair for start, (_, pairs, _) in zip(starts, accounts, strict=True) for pair in pairs]
+        return account.select(active)
+
+    def _attribute_by_pass(
+        self, observation: BackwardObservation, active: Sequence[int], kept: float, lr: float | None
+    ) -> StepAttribution | str:
+        """The account of a backward's active pairs by a pass of gradent's own."""
+        parameters = trainable(self._model)
+        rule = find_update_rule(self.optimizer, parameters, is_next=True)
+        if isinstance(rule, str):
+            return rule
+        numbers = [*active, *(observation.pairs + pair for pair in active)]
+        rows = [observation.rows[number] for number in numbers]
+        weights = None if observation.is_constant else [observation.tokens[number] for number in numbers]
+        return attribute_rows(
+            self._model, parameters, rows, observation.c[numbers], rule, kept=kept, lr=lr, budget=self._config.budget,
+            weights=weights,
+        )  # fmt: skip
+
     def _settle(self, observation: BackwardObservation) -> Recording | None:
         """The recording of one backward; None, and a line in the log, where it cannot be used."""
         reason = observation.unusable_reason
@@ -255,6 +357,7 @@ class Recorder:
         batch = PairBatch.from_rows([observation.rows[number] for number in numbers]) if numbers else None
         obstacle = "the model is compiled" if self._is_compiled else observation.no_entries_reason
         needs_pass = bool(active) and (self._mode == "measure" or obstacle is not None)
+        self._accounts.append((observation, active, needs_pass))
         if needs_pass:
             gram = self._measure(batch, obstacle)
             self._compare(gram, observation, active)
@@ -342,9 +445,11 @@ def join_recordings(recordings: Sequence[Recording], *, scale: float = 1.0) -> R
         return recordings[0]
     d_w, d_l = (torch.cat([getattr(part, name) for part in recordings]) * scale for name in ("d_w", "d_l"))
     batches = [part.batch for part in recordings if part.batch is not None]
+    accounts = [part.attribution for part in recordings if part.attribution is not None]
     return Recording(
         gram=PairGram.join([part.gram for part in recordings]), d_w=d_w, d_l=d_l,
         source="measure" if any(part.source == "measure" for part in recordings) else "piggyback",
         batch=PairBatch.join(batches) if batches else None, inactive=sum(part.inactive for part in recordings),
         unpaired=sum(part.unpaired for part in recordings), overhead_s=sum(part.overhead_s for part in recordings),
+        attribution=StepAttribution.join(accounts) if len(accounts) == len(recordings) else None,
     )  # fmt: skip

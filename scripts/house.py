@@ -33,6 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("report.audit", "report.tokens", "report.live"),
     ("report.page",),
     ("recorder", "doctor"),
+    ("attribution",),
     ("measurement",),
     ("tokens",),
     ("hooks.piggyback",),

@@ -16,6 +16,7 @@ from gradent import GradentError, PairBatch, attach, measure
 from gradent.errors import InputError, ModelError
 from gradent.recorder import Recording, join_recordings
 from tests.adapters import build_adapted, lora_everywhere
+from tests.attribution.brute_force import Frozen
 from tests.batches import left_padded, ragged, square
 from tests.trainer_steps import dpo, through_logits
 from tests.truth import TOLERANCE, assert_exact, scaled_error, truth, untouched
@@ -175,6 +176,43 @@ def test_metric_is_that_of_the_step_at_which_it_was_armed() -> None:
             found = recorder.harvest()
         for name in ("chosen_sq", "rejected_sq", "inner"):
             torch.testing.assert_close(getattr(found.gram, name), getattr(want, name), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_account_is_of_the_optimizer_as_it_is_at_each_step(momentum: float) -> None:
+    """One block around all steps: a first step has no momentum yet, the others have."""
+    model, batch = build("llama"), ragged(3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=momentum)
+    with attach(model, optimizer=optimizer) as recorder:
+        for step in range(3):
+            frozen = Frozen(model, optimizer, build("llama"))
+            through_logits(model, batch).backward()
+            found = recorder.harvest()
+            assert found is not None
+            assert found.attribution is not None
+            want = frozen.account(batch, dpo, 1.0)[1]
+            scale = float(torch.stack(list(want.values())).abs().max())
+            for source, values in found.attribution.moved.items():
+                torch.testing.assert_close(values, want[source], rtol=0, atol=1e-5 * scale)
+            assert bool(found.attribution.moved["momentum"].any()) == (step > 0 and momentum > 0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_adam_is_accounted_for_from_its_second_step_on(caplog: pytest.LogCaptureFixture) -> None:
+    model = build("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    accounts = []
+    with attach(model, optimizer=optimizer) as recorder, caplog.at_level(logging.WARNING, "gradent"):
+        for _ in range(3):
+            through_logits(model, ragged(3)).backward()
+            found = recorder.harvest()
+            assert found is not None
+            accounts.append(found.attribution)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [account is None for account in accounts] == [True, False, False]
+    assert not caplog.records, "a first step is nothing to complain of"
 
 
 def test_one_response_on_both_sides_is_left_out(caplog: pytest.LogCaptureFixture) -> None:

@@ -138,7 +138,7 @@ def _bars(bars: Bars) -> dict[str, Any]:
     name_axis |= {} if bars.places else {"tickvals": places, "ticktext": names}
     name_axis |= {"title": {"text": _label(bars.label)}} if bars.upright else {"autorange": "reversed"}
     layout = {
-        f"{across}axis": {**name_axis, "showgrid": False}, f"{along}axis": value_axis, "barmode": "stack",
+        f"{across}axis": {**name_axis, "showgrid": False}, f"{along}axis": value_axis, "barmode": "relative",
         "bargap": 0.05 if bars.upright else 0.3, "hovermode": "closest", "uniformtext": {"minsize": 9, "mode": "hide"},
     }  # fmt: skip
     return {"data": traces, "layout": {**layout, "showlegend": len(bars.series) > 1}}

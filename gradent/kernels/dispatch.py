@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from gradent.kernels.availability import announce_budget, attempt, on_kernels
+from gradent.kernels.common.account import AccountSums
 from gradent.kernels.common.numerics import Factors
 from gradent.kernels.common.wanted import Wanted
 from gradent.kernels.gram.reference import reduce_gram
-from gradent.kernels.outer.reference import reduce_all_rows, reduce_outer
+from gradent.kernels.outer.reference import account_outer, reduce_all_rows, reduce_outer
 from gradent.kernels.strategy import Product, Strategy, decide
 
 if TYPE_CHECKING:
     from gradent.kernels.common.triton_operands import Spans
 
-__all__ = ["is_even", "reduce_at_once", "reduce_group"]
+__all__ = ["account_group", "is_even", "reduce_at_once", "reduce_group"]
 
 
 def reduce_group(
@@ -54,6 +55,28 @@ def reduce_group(
     if strategy.form == "gram":
         return reduce_gram(factors, strategy.tiling, directions, budget=strategy.scratch)
     return reduce_outer(factors, strategy.tiling, weight, directions)
+
+
+ACCOUNT_TILES = 8 * 2**20
+"""Bytes of a step's tiles on a CPU, which go through a dozen operators each: they are to stay near the caches."""
+
+
+def account_group(factors: Factors, sums: AccountSums, *, budget: int) -> Tensor:
+    """Entries `[M]` of a step's account, none of the rows' gradients ever held whole."""
+    u, v = factors[0]
+    product = Product(
+        rows=len(factors),
+        lengths=tuple(len(row[0]) for row in factors),
+        out=u.shape[1],
+        inp=v.shape[1],
+        dtypes=_widest(factors),
+        device=u.device.type,
+        has_factors=True,
+        is_weighted=True,
+        directions=sums.extra + 2,  # beside directions, a tile has its sum over rows and its denominators
+    )
+    room = min(budget, ACCOUNT_TILES) if u.device.type == "cpu" else budget
+    return account_outer(factors, decide(product, room).tiling, sums)
 
 
 def reduce_at_once(

@@ -30,7 +30,7 @@ _FORGETFUL = {f"{name}Backward0" for name in ("UnsafeView", "Mm", "Addmm", "Line
 # The softmax is taken in float32 (float64 for float64 logits) whatever the logits' dtype, in tiles. In the backward the
 # logits' memory is reused for their gradient where the model has no more need of them.
 def sequence_logprobs(logits: Tensor, input_ids: Tensor, completion_mask: Tensor, *, tile: int = TILE) -> Tensor:
-    """`log π(y|x)` of every row, float64 `[R]`, from logits `[R, L, V]`, ids and bool marks of y `[R, L]`."""
+    """`log π(y|x)` of every row, float64 `[R]`, from logits `[R, L, V]`, ids and marks (or weights) of y `[R, L]`."""
     if logits.device.type == "cpu":
         tile = min(tile, CACHED)
     result: Tensor = _SequenceLogProbs.apply(logits, input_ids, completion_mask, tile)  # type: ignore[no-untyped-call]
@@ -48,7 +48,7 @@ class _SequenceLogProbs(torch.autograd.Function):
             scores = logits[row, span].to(wide)
             normalizer[row, span] = scores.logsumexp(-1)
             chosen = scores.gather(1, targets[row, span, None])[:, 0] - normalizer[row, span]
-            total[row] += chosen.where(marks[row, span], 0).double().sum()
+            total[row] += (chosen.where(marks[row, span] != 0, 0).double() * marks[row, span]).sum()
         is_view = logits._is_view()  # noqa: SLF001  (torch has no public name for it)
         ctx.reuse = not is_view and logits.grad_fn is not None and logits.grad_fn.name() in _FORGETFUL
         ctx.save_for_backward(logits, targets, marks, normalizer)
@@ -67,7 +67,7 @@ class _SequenceLogProbs(torch.autograd.Function):
             torch.sub(logits[row, span], normalizer[row, span, None], out=part)
             part.exp_().mul_(-scale).scatter_add_(1, targets[row, span, None], scale)
             if not is_marked:
-                part.masked_fill_(~marks[row, span, None], 0)
+                part.masked_fill_(marks[row, span, None] == 0, 0)
             if part is not target:
                 target.copy_(part)
             grad[row, done[row] : span.start] = 0

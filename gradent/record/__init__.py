@@ -19,6 +19,8 @@ from gradent.record.parquet import SCHEMA_VERSION
 from gradent.record.schema import (
     CASE_NAMES,
     MODULE_COLUMNS,
+    MOVED_COLUMNS,
+    MOVED_SOURCES,
     PAIR_COLUMNS,
     SAMPLE_COLUMNS,
     TOKEN_COLUMNS,
@@ -35,7 +37,8 @@ from gradent.record.schema import (
 )
 
 __all__ = [
-    "AUDIT_FILES", "CASE_NAMES", "MODULE_COLUMNS", "PAIR_COLUMNS", "SAMPLE_COLUMNS", "SCHEMA_VERSION", "TOKEN_COLUMNS",
+    "AUDIT_FILES", "CASE_NAMES", "MODULE_COLUMNS", "MOVED_COLUMNS", "MOVED_SOURCES",
+    "PAIR_COLUMNS", "SAMPLE_COLUMNS", "SCHEMA_VERSION", "TOKEN_COLUMNS",
     "DemoRecord", "Summary", "TokenRecord", "pair_schema", "read_demo", "read_modules", "read_pairs", "read_sample",
     "read_summary", "read_token_record", "read_tokens", "token_schema", "write_demo", "write_modules", "write_pairs",
     "write_sample", "write_summary", "write_token_record", "write_tokens",

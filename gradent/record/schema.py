@@ -23,6 +23,19 @@ PAIR_COLUMNS: dict[str, str] = {
 }  # fmt: skip
 """Columns of `pairs.parquet` in order, each with its Arrow type. `pair` is the row of the data, counted from 0."""
 
+MOVED_SOURCES = (
+    "own", "partner", "others_chosen", "others_rejected", "earlier_batches", "momentum", "weight_decay",
+)  # fmt: skip
+"""What moves a response in an optimizer step, in the order of tables and panels."""
+
+MOVED_COLUMNS: dict[str, str] = {
+    f"{side}_{name}": "float64"
+    for side in ("chosen", "rejected")
+    for name in (*(f"moved_{source}" for source in MOVED_SOURCES), "realised")
+}
+"""Further columns of `pairs.jsonl`, null where they were not measured: nats that a step adds to a response's log-prob,
+by source and to first order, and what it really added."""
+
 NULLABLE = frozenset({"cosine", "ref_chosen_logp", "ref_rejected_logp"})
 """Columns that may hold null: no cosine where a gradient is zero, no reference where the loss needs none."""
 

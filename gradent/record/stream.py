@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gradent.errors import DataFileError, InputError
-from gradent.record import PAIR_COLUMNS
+from gradent.record import MOVED_COLUMNS, PAIR_COLUMNS
 from gradent.record.json_lines import JsonLines, LineFormat, read_lines
 
 __all__ = ["PairStream", "read_stream"]
@@ -20,7 +20,7 @@ _FORMAT = LineFormat(
 
 
 class PairStream:
-    """Appends rows of `PAIR_COLUMNS` to a `.jsonl` file.
+    """Appends rows of `PAIR_COLUMNS`, and of `MOVED_COLUMNS` where a step was accounted for, to a `.jsonl` file.
 
     A file that is there already is continued: a run that resumes writes on, and `read_stream` lets the later of two
     rows of one step and pair stand. A last line that a crash cut short is taken off first.
@@ -44,14 +44,17 @@ class PairStream:
         """Append rows and hand them to the operating system.
 
         Args:
-            rows: each with the keys of `PAIR_COLUMNS`; no nan, no inf.
+            rows: each with the keys of `PAIR_COLUMNS`, and any of `MOVED_COLUMNS`; no nan, no inf.
 
         Raises:
             InputError: a row has other keys, or a value that is not JSON.
         """
         for row in rows:
-            if set(row) != set(PAIR_COLUMNS):
-                raise InputError(f"PairStream: a row has the keys {sorted(row)}; accepted are record.PAIR_COLUMNS.")
+            if set(row) - set(MOVED_COLUMNS) != set(PAIR_COLUMNS):
+                raise InputError(
+                    f"PairStream: a row has the keys {sorted(row)}; accepted are record.PAIR_COLUMNS and, beside them, "
+                    "record.MOVED_COLUMNS."
+                )
         self._lines.append(rows)
 
     def close(self) -> None:
@@ -66,7 +69,8 @@ def read_stream(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
         path: the file.
 
     Returns:
-        The columns of `PAIR_COLUMNS`, rows in order of step and pair; of two rows of one step and pair the later one.
+        The columns of `PAIR_COLUMNS` and `MOVED_COLUMNS` (None where they were not measured), rows in order of step and
+        pair; of two rows of one step and pair the later one.
 
     Raises:
         DataFileError: the file is missing, is no such stream or of a newer schema, or a line before the last is broken.
@@ -75,4 +79,5 @@ def read_stream(path: str | os.PathLike[str]) -> dict[str, list[Any]]:
         rows = {(row["checkpoint"], row["step"], row["pair"]): row for row in read_lines(Path(path), _FORMAT)}
     except OSError as error:
         raise DataFileError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    return {name: [rows[key][name] for key in sorted(rows)] for name in PAIR_COLUMNS}
+    columns = {name: [rows[key][name] for key in sorted(rows)] for name in PAIR_COLUMNS}
+    return columns | {name: [rows[key].get(name) for key in sorted(rows)] for name in MOVED_COLUMNS}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gradent.errors import DataFileError, InputError
-from gradent.record import PAIR_COLUMNS, SCHEMA_VERSION
+from gradent.record import MOVED_COLUMNS, MOVED_SOURCES, PAIR_COLUMNS, SCHEMA_VERSION
 from gradent.record.stream import PairStream, read_stream
 
 
@@ -27,7 +27,7 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
 
 def keys(path: Path) -> list[tuple[int, int, float]]:
     columns = read_stream(path)
-    assert list(columns) == list(PAIR_COLUMNS)
+    assert list(columns) == [*PAIR_COLUMNS, *MOVED_COLUMNS]
     return list(zip(columns["step"], columns["pair"], columns["inner"], strict=True))
 
 
@@ -35,9 +35,38 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
     rows = [row(1, 0, 0.1), row(1, 1, -1e300), row(2, 0, 3.0)]
     path = write(tmp_path / "new" / "pairs.jsonl", *rows)
     columns = read_stream(path)
-    assert [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)] == rows
+    found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    assert found == [each | dict.fromkeys(MOVED_COLUMNS) for each in rows], "not accounted for: null"
     head = json.loads(path.read_text().splitlines()[0])
     assert head["schema"] == "gradent.pair_stream" and head["schema_version"] == SCHEMA_VERSION
+
+
+def test_the_columns_of_an_account() -> None:
+    sides = [[f"{side}_moved_{source}" for source in MOVED_SOURCES] + [f"{side}_realised"]
+             for side in ("chosen", "rejected")]  # fmt: skip
+    assert list(MOVED_COLUMNS) == [*sides[0], *sides[1]]
+    assert set(MOVED_COLUMNS.values()) == {"float64"} and not set(MOVED_COLUMNS) & set(PAIR_COLUMNS)
+
+
+def test_rows_with_and_without_an_account(tmp_path: Path) -> None:
+    moved = {name: 0.125 * place - 1 for place, name in enumerate(MOVED_COLUMNS)}
+    some = {"chosen_moved_own": 2.5, "rejected_moved_own": None}
+    path = write(tmp_path / "pairs.jsonl", row(1, 0), row(2, 0) | moved, row(3, 0) | some)
+    columns = read_stream(path)
+    assert columns["step"] == [1, 2, 3]
+    for name, value in moved.items():
+        assert columns[name] == [None, value, some.get(name)]
+
+
+def test_a_stream_of_before_the_account_is_read_and_continued(tmp_path: Path) -> None:
+    """Its lines have `PAIR_COLUMNS` alone."""
+    path = tmp_path / "pairs.jsonl"
+    lines = [{"schema": "gradent.pair_stream", "schema_version": SCHEMA_VERSION, "gradent_version": "0.1"}, row(1, 0)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert keys(path) == [(1, 0, 0.5)]
+    write(path, row(2, 0) | {"chosen_moved_momentum": -0.5})
+    assert keys(path) == [(1, 0, 0.5), (2, 0, 0.5)]
+    assert read_stream(path)["chosen_moved_momentum"] == [None, -0.5]
 
 
 def test_an_empty_stream(tmp_path: Path) -> None:
@@ -124,7 +153,15 @@ def test_a_line_that_is_no_row(line: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"inner": float("nan")}, {"inner": float("inf")}, {"other": 1}, {"inner": object()}]
+    "change",
+    [
+        {"inner": float("nan")},
+        {"inner": float("inf")},
+        {"other": 1},
+        {"inner": object()},
+        {"chosen_moved_own": float("nan")},
+        {"chosen_moved_nothing": 1.0},
+    ],
 )
 def test_rows_that_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
     stream = PairStream(tmp_path / "pairs.jsonl")

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 
 from gradent.errors import InputError
+from gradent.record import MOVED_SOURCES
 from gradent.report.live.alerts import DEFAULT_ALERT, Alert, Alerter, describe
 from gradent.report.live.window import Window
 
 NAMES = ("ideal", "both_down", "both_up", "reversed", "inactive")
+ALONE = "each pair alone under plain gradient descent"
+NAN = float("nan")
 
 
 def window(*steps: tuple[int, dict[str, float]], **fields: Any) -> Window:
@@ -18,6 +21,15 @@ def window(*steps: tuple[int, dict[str, float]], **fields: Any) -> Window:
     cases = [dict.fromkeys(NAMES, 0.0) | shares | {"ideal": 1 - sum(shares.values())} for _, shares in steps]
     numbers = [10 * (place + 1) for place in range(len(steps))]
     return Window(steps=numbers, cases=cases, pairs=[pairs for pairs, _ in steps], **fields)
+
+
+def moves(
+    chosen: dict[str, list[float]], rejected: dict[str, list[float]] | None = None
+) -> dict[str, dict[str, list[float]]]:
+    """What moved both sides, a number a step; what is left out is 0, in a step without an account nan."""
+    sides = {"chosen": chosen, "rejected": rejected or {source: [0.0] * len(each) for source, each in chosen.items()}}
+    rest = [0.0 * number for number in next(iter(chosen.values()))]
+    return {side: {source: given.get(source, rest) for source in MOVED_SOURCES} for side, given in sides.items()}
 
 
 @pytest.mark.parametrize(("case", "least"), [("both_down", 0.5), ("both_up", 0.9), ("reversed", 0.25)])
@@ -33,7 +45,7 @@ def test_thresholds(case: str, least: float) -> None:
 def test_shares_are_of_all_pairs_not_of_steps() -> None:
     assert describe(window((30, {"both_down": 0.0}), (10, {"both_down": 1.0})), DEFAULT_ALERT) is None
     said = describe(window((10, {"both_down": 0.0}), (30, {"both_down": 1.0})), DEFAULT_ALERT)
-    assert said == "steps 10-20: 75% of 40 pairs in case 2 (both fall)"
+    assert said == f"steps 10-20: 75% of 40 pairs in case 2 (both fall), {ALONE}"
 
 
 def test_the_whole_sentence() -> None:
@@ -52,8 +64,8 @@ def test_the_whole_sentence() -> None:
         DEFAULT_ALERT,
     )
     assert said == (
-        "step 10: 75% of 4 pairs in case 2 (both fall); chosen would rise if d_w/d_l ≥ 1.5 (median; it is 1); "
-        "layers 1-2 hold 80% of the inner product"
+        f"step 10: 75% of 4 pairs in case 2 (both fall), {ALONE}; chosen would rise if d_w/d_l ≥ 1.5 (median; it is 1)"
+        "; layers 1-2 hold 80% of the inner product"
     )
 
 
@@ -64,7 +76,7 @@ def test_what_is_furthest_beyond_its_threshold_is_said() -> None:
 
 def test_no_remedy_for_a_case_that_needs_none() -> None:
     said = describe(window((4, {"both_up": 1.0}), chosen_needs=[1.0], weight_ratio=[1.0]), DEFAULT_ALERT)
-    assert said == "step 10: 100% of 4 pairs in case 3 (both rise)"
+    assert said == f"step 10: 100% of 4 pairs in case 3 (both rise), {ALONE}"
 
 
 def test_quiet_without_an_active_pair() -> None:
@@ -94,6 +106,64 @@ def test_the_shortest_run_of_layers(inner: dict[str, float], where: str | None) 
         assert where in said
 
 
+CHOSEN = {
+    "own": [0.41], "partner": [-0.51], "others_chosen": [0.1], "others_rejected": [-0.9], "earlier_batches": [-0.13],
+    "momentum": [0.21],
+}  # fmt: skip
+REJECTED = {"own": [-1.5], "partner": [0.5], "others_rejected": [-0.25], "momentum": [-0.1]}
+LEAD = (
+    "step 10: chosen -0.82 nats (other pairs -0.93, rejected partner -0.51, momentum +0.21, own +0.41); "
+    "rejected -1.4 nats (own -1.5, other pairs -0.25, momentum -0.1, chosen partner +0.5)"
+)
+
+
+def test_the_sentence_leads_with_what_the_step_does() -> None:
+    """What lowers comes first; sources that did nothing are left out; rows of earlier micro-batches are other pairs."""
+    moved = moves(CHOSEN, REJECTED)
+    assert describe(window((4, {}), moved=moved), DEFAULT_ALERT) == LEAD
+    assert describe(window((4, {}), moved=moved, explained=0.984), DEFAULT_ALERT) == f"{LEAD}; 98% explained"
+    worse = describe(window((4, {}), moved=moved, explained=-3.2), DEFAULT_ALERT)
+    assert worse == f"{LEAD}; 0% explained", "worse than to predict no change: nothing is explained"
+    said = describe(window((4, {"both_down": 0.75}), moved=moved, explained=0.984), DEFAULT_ALERT)
+    assert said == f"{LEAD}; 98% explained; step 10: 75% of 4 pairs in case 2 (both fall), {ALONE}"
+
+
+def test_the_sources_listed_add_up() -> None:
+    """Weight decay is among them, and what is below a hundredth of the largest is not worth a word."""
+    said = describe(window((4, {}), moved=moves({"own": [-2.0], "weight_decay": [-0.5]})), DEFAULT_ALERT)
+    assert said is not None and "chosen -2.5 nats (own -2, weight decay -0.5)" in said
+    said = describe(window((4, {}), moved=moves({"own": [-2.0], "weight_decay": [-0.019]})), DEFAULT_ALERT)
+    assert said is not None and "chosen -2 nats (own -2);" in said
+
+
+def test_the_sentence_is_of_the_last_step_that_has_an_account() -> None:
+    moved = moves({"own": [1.0, -2.0, NAN]}, {"own": [-1.0, 3.0, NAN]})
+    said = describe(window((4, {}), (4, {}), (4, {}), moved=moved), DEFAULT_ALERT)
+    assert said == "step 20: chosen -2 nats (own -2); rejected +3 nats (own +3)"
+    none = moves({"own": [NAN, NAN]}, {"own": [NAN, NAN]})
+    assert describe(window((4, {}), (4, {}), moved=none), DEFAULT_ALERT) is None
+
+
+def test_chosen_falls_by_the_account() -> None:
+    falling, rising = moves({"own": [0.5], "momentum": [-0.75]}), moves({"own": [0.5], "momentum": [-0.25]})
+    assert describe(window((4, {}), moved=falling), DEFAULT_ALERT) is not None
+    assert describe(window((4, {}), moved=falling), Alert(chosen_falls=0.3)) is None
+    assert describe(window((4, {}), moved=rising), DEFAULT_ALERT) is None
+    said = describe(window((4, {"both_down": 1.0}), moved=rising), DEFAULT_ALERT)
+    assert said is not None and said.startswith("step 10: chosen +0.25 nats"), "the step is said beside the case"
+    with pytest.raises(InputError, match="chosen_falls"):
+        Alert(chosen_falls=-0.1)
+
+
+def test_a_falling_chosen_is_said_only_now_and_then() -> None:
+    falling, rising = (window((4, {}), moved=moves({"own": [value]})) for value in (-1.0, 1.0))
+    alerter = Alerter(Alert(again=3))
+    assert [alerter.check(falling) is not None for _ in range(7)] == [True, False, False] * 2 + [True]
+    alerter = Alerter(Alert(again=3))
+    said = [alerter.check(one) is not None for one in (falling, rising, falling, falling)]
+    assert said == [True, False, False, True]
+
+
 def test_the_same_is_said_only_now_and_then() -> None:
     bad, good = window((4, {"both_down": 1.0})), window((4, {}))
     alerter = Alerter(Alert(again=4))
@@ -107,6 +177,13 @@ def test_another_case_is_news() -> None:
     alerter = Alerter(Alert(again=4))
     windows = [window((4, {case: 1.0})) for case in ("both_down", "reversed", "both_down", "both_up", "reversed")]
     assert [alerter.check(one) is not None for one in windows] == [True, True, False, True, False]
+
+
+def test_another_case_is_news_beside_a_chosen_that_falls() -> None:
+    falling = moves({"own": [-1.0]})
+    alerter = Alerter(Alert(again=4))
+    windows = [window((4, shares), moved=falling) for shares in ({}, {}, {"reversed": 1.0}, {"reversed": 1.0}, {}, {})]
+    assert [alerter.check(one) is not None for one in windows] == [True, False, True, False, False, False]
 
 
 @pytest.mark.parametrize("change", [{"both_down": 0.0}, {"reversed": 1.5}, {"layers": -1.0}, {"again": 0}])

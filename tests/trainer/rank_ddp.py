@@ -71,6 +71,12 @@ def main(out: Path, watched: bool, batch: int) -> None:
         "weights": hashlib.sha256(state).hexdigest(),
         "cosines": [record.gram.cosine.tolist() for record in callback.records],
         "realised": [record.chosen_realised.tolist() for record in callback.records],
+        "totals": [record.attribution.total.tolist() for record in callback.records if record.attribution],
+        "elsewhere": [
+            float(record.attribution.moved["earlier_batches"].abs().mean())
+            for record in callback.records
+            if record.attribution
+        ],
         "sources": [record.source for record in callback.records],
         "logs": [entry for entry in logs if entry],
     }

@@ -14,7 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from gradent import EntanglementCallback
 from gradent.errors import InputError
-from gradent.hooks.reduction import collector, ledger, merge, reducers
+from gradent.hooks.piggyback import config
+from gradent.hooks.reduction import collector, ledger, merge
+from gradent.hooks.reduction.account_ledger import AccountLedger
 from gradent.kernels.strategy import Product, Strategy, decide
 from tests.trainer.runs import Gradients, llama, make_trainer, preferences, weights_of
 from tests.trainer.test_identity import traces
@@ -39,7 +41,13 @@ FAULTS: dict[str, tuple[str, Fault, dict[str, Any]]] = {
     "a forward's start": ("gradent.hooks.piggyback.forward.WatchedForward.__init__", out_of_order, {}),
     "readout": ("gradent.hooks.piggyback.forward.find_readout", out_of_order, {}),
     "ledger": ("gradent.hooks.reduction.ledger.Ledger.finish", out_of_order, {}),
-    "reduction": ("gradent.hooks.reduction.ledger.Ledger._slot", out_of_memory, {"memory_budget": 4096}),
+    "reduction": (
+        "gradent.hooks.reduction.ledger.Ledger._slot",
+        out_of_memory,
+        {"memory_budget": 4096, "attribution": False},
+    ),
+    "account": ("gradent.hooks.reduction.account_ledger.AccountLedger._slot", out_of_memory, {"memory_budget": 4096}),
+    "account's end": ("gradent.recorder.attribute_kept", out_of_order, {}),
     "measuring pass": ("gradent.recorder.measure", out_of_memory, {"mode": "measure"}),
     "pairing": ("gradent.hooks.piggyback.backward.pair_rows", out_of_order, {}),
     "arming": ("gradent.recorder.trainable", out_of_order, {}),
@@ -58,7 +66,7 @@ FAULTS: dict[str, tuple[str, Fault, dict[str, Any]]] = {
     "gathering": ("gradent.trainer.callback.callback.gather", out_of_order, {}),
 }
 # Faults below the trainer's own pass are told by the recorder; after them it measures in its own way, or passes on.
-QUIET = {"capture", "capture, before", "a forward's start", "readout", "ledger", "reduction", "pairing"}
+QUIET = {"capture", "capture, before", "a forward's start", "readout", "ledger", "reduction", "account", "pairing"}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +107,10 @@ def test_an_error_of_its_own(
     said = [line.getMessage() for line in caplog.records if line.name == "gradent"]
     assert len(said) == len(set(said)), "the same is said twice"
     assert any("out of order" in line or "memory" in line for line in said)
-    if name in QUIET and callback.errors == 0:
+    if name == "account's end":
+        assert [record.source for record in callback.records] == ["piggyback"] * STEPS
+        assert all(record.attribution is None for record in callback.records) and len(said) == 1
+    elif name in QUIET and callback.errors == 0:
         assert all(record.source == "measure" for record in callback.records)
     else:
         assert callback.errors >= 3
@@ -158,7 +169,7 @@ def all_rows_at_once(product: Product, budget: int) -> Strategy:
 
 
 @pytest.mark.parametrize("failures", [1, 2])
-@pytest.mark.parametrize("reduction", ["reduce_group", "reduce_at_once"])
+@pytest.mark.parametrize("reduction", ["reduce_group", "reduce_at_once", "account_group"])
 def test_memory_that_runs_out_once_costs_nothing(
     failures: int,
     reduction: str,
@@ -168,7 +179,7 @@ def test_memory_that_runs_out_once_costs_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A reduction is tried again in tiles of half the size, and again; all rows at once go group by group then."""
-    module = merge if reduction == "reduce_group" else reducers
+    module = ledger if reduction == "reduce_at_once" else merge
     true, budgets = getattr(module, reduction), []
 
     def scarce(*args: Any, **kwargs: Any) -> Any:
@@ -176,26 +187,31 @@ def test_memory_that_runs_out_once_costs_nothing(
         return out_of_memory() if len(budgets) <= failures else true(*args, **kwargs)
 
     monkeypatch.setattr(module, reduction, scarce)
-    monkeypatch.setattr(collector, "decide", group_by_group if reduction == "reduce_group" else all_rows_at_once)
+    monkeypatch.setattr(collector, "decide", all_rows_at_once if reduction == "reduce_at_once" else group_by_group)
+    monkeypatch.setattr(config.RowStore, "reserve", lambda store, size: False)
     model = llama()
-    callback, seen = EntanglementCallback(every=1, memory_budget=2**20, alert=None), Gradients(model)
+    callback = EntanglementCallback(every=1, memory_budget=2**20, alert=None, attribution=reduction == "account_group")
+    seen = Gradients(model)
     with caplog.at_level(logging.WARNING, "gradent"):
         make_trainer("dpo", model, tiny_tokenizer, tmp_path, [callback, seen], max_steps=1).train()
     (record,) = callback.records
     assert record.source == "piggyback" and not caplog.records
     assert_exact(record.gram, truth(seen.models[0], record.batch, dtype=torch.float64), record.batch, 1e-5)
     assert len(budgets) > failures
-    if reduction == "reduce_group":
+    assert (record.attribution is not None) == (reduction == "account_group")
+    if reduction != "reduce_at_once":
         assert budgets[: failures + 1] == [2**20 >> number for number in range(failures + 1)]
 
 
+@pytest.mark.parametrize("kind", [ledger.Ledger, AccountLedger])
 def test_memory_that_stays_out_costs_the_step(
+    kind: type[ledger.Ledger],
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    slot, step = ledger.Ledger._slot, [0]  # noqa: SLF001
+    slot, step = kind._slot, [0]  # noqa: SLF001
 
     class Steps(Gradients):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -204,11 +220,11 @@ def test_memory_that_stays_out_costs_the_step(
     def scarce(*args: Any) -> torch.Tensor:
         return out_of_memory() if step[0] == 2 else slot(*args)
 
-    monkeypatch.setattr(ledger.Ledger, "_slot", scarce)
+    monkeypatch.setattr(kind, "_slot", scarce)
     monkeypatch.setattr(collector, "decide", group_by_group)
     measured: list[int] = []
     monkeypatch.setattr("gradent.recorder.measure", lambda *args, **kwargs: measured.append(1))
-    callback = EntanglementCallback(every=1, alert=None)
+    callback = EntanglementCallback(every=1, alert=None, attribution=kind is AccountLedger)
     with caplog.at_level(logging.WARNING, "gradent"):
         final(tiny_tokenizer, tmp_path, [callback, Steps(llama())])
     assert [record.step for record in callback.records] == [1, 3, 4, 5, 6]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from gradent import EntanglementCallback
 from gradent.model.layer_names import layer_of
+from gradent.record import MOVED_SOURCES
 from tests.batches import ragged
 from tests.trainer.runs import llama, make_trainer, preferences, with_lora
 from tests.trainer.wandb_file import history
@@ -23,7 +25,9 @@ NAMES = {
     "gradent/case/both_down", "gradent/case/both_up", "gradent/case/reversed", "gradent/weight_ratio",
     "gradent/chosen_change", "gradent/rejected_change", "gradent/inactive", "gradent/coverage", "gradent/overhead_s",
 }  # fmt: skip
+MOVED = {f"gradent/moved/{side}/{source}" for side in ("chosen", "rejected") for source in MOVED_SOURCES}
 REALISED = {"gradent/chosen_realised", "gradent/rejected_realised"}
+EXPLAINED = {"gradent/explained"}
 PROBE = {
     f"gradent/probe/{name}"
     for name in ("inner cosine chosen_norm rejected_norm chosen_logp rejected_logp case/ideal case/both_down "
@@ -57,10 +61,12 @@ def test_names(lora: bool, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Pa
         assert found[0] == found[1] and found[2] == set()
         return found[0]
 
-    assert names() == NAMES
+    assert names() == NAMES | MOVED
+    assert names(attribution=False) == NAMES
+    assert names(attribution=False, realised=True) == NAMES | REALISED
     layers = {f"gradent/layer/{layer}/cosine" for layer in (LORA_LAYERS if lora else LAYERS)}
     everything = names(realised=True, probe_data=preferences(2), probe_every=1, by_module=True)
-    assert everything == NAMES | REALISED | PROBE | layers
+    assert everything == NAMES | MOVED | REALISED | EXPLAINED | PROBE | layers
 
 
 def test_loggers_that_stand_before_it_see_it_all(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -68,7 +74,7 @@ def test_loggers_that_stand_before_it_see_it_all(tiny_tokenizer: PreTrainedToken
     trainer = make_trainer("dpo", llama(), tiny_tokenizer, tmp_path, [loggers[0], callback, loggers[1]], max_steps=4)
     trainer.train()
     for logger in loggers:
-        assert [(step, names_in(logs) == NAMES) for step, logs in logger.seen if "loss" in logs] == [
+        assert [(step, names_in(logs) == NAMES | MOVED) for step, logs in logger.seen if "loss" in logs] == [
             (1, True), (2, True), (3, False), (4, True),
         ]  # fmt: skip
         kept = [{k: v for k, v in logs.items() if k not in ("step",)} for logs in trainer.state.log_history]
@@ -80,7 +86,7 @@ def test_added_after_the_trainer_was_made(tiny_tokenizer: PreTrainedTokenizerFas
     trainer = make_trainer("dpo", llama(), tiny_tokenizer, tmp_path, [logger])
     trainer.add_callback(EntanglementCallback(every=1))
     trainer.train()
-    assert [names_in(logs) for _, logs in logger.seen] == [NAMES, NAMES, set()]
+    assert [names_in(logs) for _, logs in logger.seen] == [NAMES | MOVED, NAMES | MOVED, set()]
 
 
 def test_values_are_means_over_the_window(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -104,6 +110,13 @@ def test_values_are_means_over_the_window(tiny_tokenizer: PreTrainedTokenizerFas
     assert logs["gradent/rejected_change"] == mean(lambda r: r.verdict.rejected_change)
     assert logs["gradent/chosen_realised"] == mean(lambda r: r.chosen_realised)
     assert logs["gradent/rejected_realised"] == mean(lambda r: r.rejected_realised)
+    for source in MOVED_SOURCES:
+        for side, half in (("chosen", slice(0, 4)), ("rejected", slice(4, 8))):
+            want = mean(lambda r, source=source, half=half: r.attribution.moved[source][half])
+            assert logs[f"gradent/moved/{side}/{source}"] == want
+    rest = torch.cat([record.attribution.rest for record in records]).square().sum()
+    realised = torch.cat([record.attribution.realised for record in records]).square().sum()
+    assert logs["gradent/explained"] == pytest.approx(float(1 - rest / realised), rel=1e-9)
     assert logs["gradent/coverage"] == 1.0 and logs["gradent/inactive"] == 0.0 and logs["gradent/overhead_s"] > 0
     cases = {name: logs[f"gradent/case/{name}"] for name in ("ideal", "both_down", "both_up", "reversed")}
     for number, name in enumerate(cases, start=1):
@@ -163,17 +176,33 @@ def test_probe(kind: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Pat
     assert len(set(values)) == 3
 
 
-def test_a_run_of_wandb(
-    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+def test_adam_is_accounted_for_from_its_second_step_on(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    callback = EntanglementCallback(every=1, realised=True, on_error="raise")
+    trainer = make_trainer(
+        "dpo", llama(), tiny_tokenizer, tmp_path, [callback], optim="adamw_torch", learning_rate=1e-4, max_steps=3
+    )
+    trainer.train()
+    found = [names_in(logs) for logs in trainer.state.log_history]
+    assert found[:3] == [NAMES | REALISED, *[NAMES | MOVED | REALISED | EXPLAINED] * 2]
+    assert [record.attribution is None for record in callback.records] == [True, False, False]
+
+
+def wandb_run(callback: EntanglementCallback, tokenizer: Any, folder: Path, monkeypatch: Any, **options: Any) -> Any:
+    """A trainer that has trained beside an offline run of wandb; the run's file is below the folder."""
+    monkeypatch.setenv("WANDB_DIR", str(folder))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    callback = EntanglementCallback(every=1, realised=True)
-    trainer = make_trainer("dpo", llama(), tiny_tokenizer, tmp_path / "run", [callback], report_to="wandb")
+    trainer = make_trainer("dpo", llama(), tokenizer, folder / "run", [callback], report_to="wandb", **options)
     trainer.train()
     wandb.finish()
     wandb.teardown()  # waits for the service, which may still be writing the file
+    return trainer
+
+
+def test_a_run_of_wandb(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = wandb_run(EntanglementCallback(every=1, realised=True), tiny_tokenizer, tmp_path, monkeypatch)
     rows = history(tmp_path)
     written = [row for row in rows if "train/loss" in row]
     assert [row["train/global_step"] for row in written] == [1, 2]
@@ -182,11 +211,47 @@ def test_a_run_of_wandb(
         assert row["train/gradent/cosine"] == pytest.approx(logs["gradent/cosine"])
     own = [row for row in rows if "gradent/cosine" in row]
     assert [row["train/global_step"] for row in own] == [1, 2]
+    scalars = NAMES | MOVED | REALISED | EXPLAINED
     for row, logs in zip(own, trainer.state.log_history, strict=False):
-        assert set(row) >= NAMES | REALISED
+        assert set(row) >= scalars
         assert row["gradent/inner"] == pytest.approx(logs["gradent/inner"])
-        media = {key.split(".")[0] for key in row} - NAMES - REALISED
-        assert {"gradent/cases", "gradent/layers", "gradent/changes", "gradent/pairs"} <= media
+        assert {key.split(".")[0] for key in set(row) - scalars if key.startswith("gradent/")} == {
+            "gradent/cases", "gradent/layers", "gradent/changes", "gradent/pairs", "gradent/moved_chosen",
+            "gradent/moved_rejected", "gradent/pushes",
+        }  # fmt: skip
+
+
+def test_the_account_in_a_run_of_wandb(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read back from the run's files: bars with a gap at Adam's first step, and who pushed whom."""
+    callback = EntanglementCallback(every=1, realised=True, on_error="raise")
+    wandb_run(callback, tiny_tokenizer, tmp_path, monkeypatch, optim="adamw_torch", learning_rate=1e-4, max_steps=3)
+    first, *records = callback.records
+    assert first.attribution is None
+    last = [row for row in history(tmp_path) if "gradent/cosine" in row][-1]
+
+    def content(key: str) -> Any:
+        (path,) = tmp_path.rglob(Path(last[f"{key}.path"]).name)
+        return json.loads(path.read_text())
+
+    for side, half in (("chosen", slice(0, 4)), ("rejected", slice(4, 8))):
+        bars = content(f"gradent/moved_{side}")["data"]
+        assert [trace["name"].replace(" ", "_") for trace in bars] == list(MOVED_SOURCES)
+        for trace, source in zip(bars, MOVED_SOURCES, strict=True):
+            means = [float(record.attribution.moved[source][half].mean()) for record in records]
+            assert trace["x"] == [1, 2, 3] and trace["y"] == [None, *map(pytest.approx, means)]
+    changes = content("gradent/changes")
+    assert changes["layout"]["title"]["text"].startswith("Account of the step and realised changes: ")
+    for line, half in zip(changes["data"], (slice(0, 4), slice(4, 8)), strict=True):
+        assert line["x"] == pytest.approx(torch.cat([r.attribution.total[half] for r in records]).tolist())
+        assert line["y"] == pytest.approx(torch.cat([r.attribution.realised[half] for r in records]).tolist())
+    table = content("gradent/pushes")
+    assert table["columns"] == ["step", "moved", "change", "by", "push", "text", "by_text"]
+    others = ~torch.eye(8, dtype=torch.bool)
+    largest = records[-1].attribution.pushes[others].abs().sort(descending=True).values[:5]
+    assert [row[0] for row in table["data"]] == [3] * 5, "the pushes are the window's"
+    assert [abs(row[4]) for row in table["data"]] == pytest.approx(largest.tolist())
 
 
 def test_no_panels_no_wandb(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -34,6 +34,12 @@ def test_ddp(tmp_path: Path) -> None:
         for step, (got, want) in enumerate(zip(two[name], one[name], strict=True)):
             tolerance = 1e-5 if step == 0 else 1e-3  # later steps have the two runs' own rounding in their weights
             assert sorted(got) == pytest.approx(sorted(want), abs=tolerance)
+    # The gradient is all ranks', so that an account explains the same: of the other rank's rows, as one source.
+    assert len(two["totals"]) == len(one["totals"]) == STEPS - 1
+    for got, want in zip(two["totals"], one["totals"], strict=True):
+        largest = max(map(abs, want))
+        assert sorted(got) == pytest.approx(sorted(want), abs=2e-3 * largest)
+    assert max(one["elsewhere"]) <= 1e-4 * min(two["elsewhere"])
     assert two["logs"][0]["gradent/cosine"] == pytest.approx(one["logs"][0]["gradent/cosine"], abs=1e-5)
     assert seen(folders["two"], 1)["cosines"] == []
     records = read_stream(folders["two"] / "records" / "pairs.jsonl")

@@ -88,6 +88,24 @@ def test_a_gradient_scaler_is_divided_out(
     exact(callback, seen)
     for record, before, grads in zip(callback.records, seen.models, seen.grads, strict=False):
         assert gradient_error(record, before, {name: grad / 4096 for name, grad in grads.items()}, 4) < 1e-5
+        assert record.attribution is None, "gradients keep the loss scale until the step"
+
+
+def test_a_gradient_scaler_is_divided_out_of_the_account(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    def clip(parameters: Any, most: float, *args: Any) -> torch.Tensor:
+        trainer.accelerator.scaler.unscale_(trainer.optimizer.optimizer)  # as accelerate does under fp16
+        return torch.nn.utils.clip_grad_norm_(parameters, most)
+
+    callback = EntanglementCallback(every=1, realised=True)
+    trainer = make_trainer("dpo", llama(), tiny_tokenizer, tmp_path, [callback], learning_rate=1e-4, max_grad_norm=0.5)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4096.0)
+    trainer.accelerator.clip_grad_norm_ = clip
+    trainer.train()
+    assert len(callback.records) == 2
+    for record in callback.records:
+        assert record.attribution is not None and record.attribution.explained > 0.99
 
 
 def test_bf16(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

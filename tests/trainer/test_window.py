@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import logging
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from gradent import EntanglementCallback
+from gradent.attribution.step import StepAttribution
+from gradent.record import MOVED_COLUMNS, MOVED_SOURCES, PAIR_COLUMNS
+from gradent.record.stream import read_stream
 from gradent.report.live.alerts import Alert
-from gradent.trainer.callback.step import summarize, to_rows
+from gradent.trainer.callback.step import StepRecord, share_explained, summarize, summarize_moves, to_rows
 from gradent.trainer.callback.window import to_window
 from tests.trainer.runs import data_for, llama, make_trainer, preferences
 
@@ -46,6 +53,80 @@ def test_a_window_of_two_steps(callback: EntanglementCallback, tiny_tokenizer: P
     assert len(window.chosen_needs) == len(window.weight_ratio) == sum(int(which.sum()) for which in down)
 
 
+def without_account(record: StepRecord) -> StepRecord:
+    return replace(record, attribution=None)
+
+
+def test_what_moved_both_sides(callback: EntanglementCallback) -> None:
+    records = list(callback.records)
+    window = to_window(records, None)
+    assert list(window.moved) == ["chosen", "rejected"]
+    for place, side in enumerate(("chosen", "rejected")):
+        assert tuple(window.moved[side]) == MOVED_SOURCES
+        for source, values in window.moved[side].items():
+            half = slice(4 * place, 4 * place + 4)
+            assert values == [pytest.approx(float(record.attribution.moved[source][half].mean())) for record in records]
+    assert len(window.accounted) == len(window.realised) == 8
+    for step, record in enumerate(records):
+        for pair in range(4):
+            want = record.attribution.total[pair], record.attribution.total[4 + pair]
+            assert window.accounted[4 * step + pair] == want
+            want = record.chosen_realised[pair], record.rejected_realised[pair]
+            assert window.realised[4 * step + pair] == want
+    assert (
+        window.explained == summarize(records)["gradent/explained"] == share_explained([r.attribution for r in records])
+    )
+    assert window.moved_last("chosen") == {source: values[1] for source, values in window.moved["chosen"].items()}
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_step_without_an_account_leaves_a_gap(missing: int, callback: EntanglementCallback) -> None:
+    records = list(callback.records)
+    whole = to_window(records, None)
+    records[missing] = without_account(records[missing])
+    window = to_window(records, None)
+    there = 1 - missing
+    assert window.last_accounted == there
+    for side, columns in window.moved.items():
+        for source, values in columns.items():
+            assert math.isnan(values[missing]) and values[there] == whole.moved[side][source][there]
+    assert len(window.accounted) == len(window.realised) == 8
+    gap, kept = slice(4 * missing, 4 * missing + 4), slice(4 * there, 4 * there + 4)
+    assert all(math.isnan(chosen) and math.isnan(rejected) for chosen, rejected in window.accounted[gap])
+    assert window.accounted[kept] == whole.accounted[kept]
+    assert window.explained == records[there].attribution.explained
+
+
+def test_no_account_at_all(callback: EntanglementCallback, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    records = [without_account(record) for record in callback.records]
+    window = to_window(records, tiny_tokenizer)
+    assert window.moved == {} and window.moved_last("chosen") == {} and window.last_accounted is None
+    assert window.accounted == () and window.explained is None and window.pushes == []
+    assert len(window.predicted) == 8
+    assert not [name for name in summarize(records) if "moved" in name or "explained" in name]
+
+
+def test_the_largest_pushes_are_shown_as_text(
+    callback: EntanglementCallback, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    records = list(callback.records)
+    shown = to_window(records, tiny_tokenizer).pushes
+    others = ~torch.eye(8, dtype=torch.bool)
+    sizes = torch.cat([record.attribution.pushes[others].abs() for record in records]).sort(descending=True).values
+    assert [abs(push.push) for push in shown] == sizes[:5].tolist()
+    names = [f"{side} of pair {pair}" for side in ("chosen", "rejected") for pair in range(4)]
+
+    def text(record: StepRecord, row: int) -> str:
+        ids, marks = record.batch.row(row)
+        return tiny_tokenizer.decode(ids[marks].tolist())
+
+    for push in shown:
+        record, row, by = records[push.step - 1], names.index(push.moved), names.index(push.by)
+        assert push.push == record.attribution.pushes[row, by] and push.change == record.attribution.total[row]
+        assert (push.text, push.by_text) == (text(record, row), text(record, by))
+    assert to_window(records, None).pushes == []
+
+
 def test_the_most_entangled_pairs_are_shown_as_text(
     callback: EntanglementCallback, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -66,6 +147,72 @@ def test_rows_of_the_stream(callback: EntanglementCallback) -> None:
     assert [row["d_w"] for row in rows] == record.verdict.d_w.tolist()
     assert [row["chosen_len"] for row in rows] == record.gram.chosen_len.tolist()
     assert {row["ref_chosen_logp"] for row in rows} == {None}
+    assert list(rows[0]) == [*PAIR_COLUMNS, *MOVED_COLUMNS]
+    for source in MOVED_SOURCES:
+        chosen, rejected = record.attribution.moved[source].view(2, 4).tolist()
+        assert [row[f"chosen_moved_{source}"] for row in rows] == chosen
+        assert [row[f"rejected_moved_{source}"] for row in rows] == rejected
+    assert [row["chosen_realised"] for row in rows] == record.chosen_realised.tolist()
+    assert [row["rejected_realised"] for row in rows] == record.rejected_realised.tolist()
+
+
+def test_rows_of_a_step_without_an_account(callback: EntanglementCallback) -> None:
+    rows = to_rows(replace(without_account(callback.records[1]), chosen_realised=None, rejected_realised=None))
+    assert list(rows[0]) == [*PAIR_COLUMNS, *MOVED_COLUMNS]
+    assert {row[name] for row in rows for name in MOVED_COLUMNS} == {None}
+
+
+def test_the_stream_of_a_run_says_what_moved_its_pairs(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Adam has no account of its first step: null there, and the figures from the second on."""
+    callback = EntanglementCallback(every=1, alert=None, out=tmp_path / "out", on_error="raise")
+    make_trainer("dpo", llama(), tiny_tokenizer, tmp_path, [callback], optim="adamw_torch", learning_rate=1e-4).train()
+    columns = read_stream(tmp_path / "out" / "pairs.jsonl")
+    assert columns["step"] == [1] * 4 + [2] * 4
+    first, second = callback.records
+    assert first.attribution is None
+    for source in MOVED_SOURCES:
+        want = second.attribution.moved[source].view(2, 4).tolist()
+        for side, values in zip(("chosen", "rejected"), want, strict=True):
+            assert columns[f"{side}_moved_{source}"] == [None] * 4 + values
+    assert columns["chosen_realised"] == [None] * 8
+
+
+def account(**fields: Any) -> StepAttribution:
+    """Of two pairs: chosen, chosen, rejected, rejected; sources that are left out are 0."""
+    moved = {source: torch.tensor(fields.get(source, [0.0] * 4), dtype=torch.float64) for source in MOVED_SOURCES}
+    realised = fields.get("realised")
+    return StepAttribution(
+        products=torch.eye(4).double(), pushes=torch.eye(4).double(), moved=moved,
+        realised=None if realised is None else torch.tensor(realised, dtype=torch.float64),
+    )  # fmt: skip
+
+
+def test_moves_are_means_over_responses() -> None:
+    first = account(own=[1.0, 2.0, -1.0, -4.0], momentum=[0.5, 0.5, 0.25, 0.25], realised=[2.0, 2.0, -1.0, -3.0])
+    second = account(own=[3.0, 6.0, -2.0, -5.0], realised=[3.0, 5.0, -2.0, -5.0])
+    scalars = summarize_moves([first, second])
+    assert {name for name, value in scalars.items() if value == 0} == {
+        f"gradent/moved/{side}/{source}" for side in ("chosen", "rejected")
+        for source in MOVED_SOURCES if source not in ("own", "momentum")
+    }  # fmt: skip
+    assert scalars["gradent/moved/chosen/own"] == 3.0 and scalars["gradent/moved/rejected/own"] == -3.0
+    assert scalars["gradent/moved/chosen/momentum"] == 0.25 and scalars["gradent/moved/rejected/momentum"] == 0.125
+    # first: rest (0.5, -0.5, -0.25, 0.75), realised² 18; second: rest (0, -1, 0, 0), realised² 63.
+    assert first.total.tolist() == [1.5, 2.5, -0.75, -3.75] and first.rest.tolist() == [0.5, -0.5, -0.25, 0.75]
+    assert first.explained == pytest.approx(1 - 1.125 / 18) and second.explained == pytest.approx(1 - 1 / 63)
+    assert scalars["gradent/explained"] == share_explained([first, second]) == pytest.approx(1 - 2.125 / 81)
+
+
+def test_moves_of_nothing() -> None:
+    assert summarize_moves([]) == {} and share_explained([]) is None
+    bare = account(own=[1.0, 2.0, 3.0, 4.0])
+    assert "gradent/explained" not in summarize_moves([bare]) and share_explained([bare]) is None
+    still = account(own=[1.0, 2.0, 3.0, 4.0], realised=[0.0] * 4)
+    assert share_explained([still]) is None and math.isnan(still.explained)
+    assert share_explained([bare, account(own=[1.0] * 4, realised=[2.0] * 4)]) == pytest.approx(0.75)
+    empty = account(**{source: [] for source in MOVED_SOURCES}, realised=[])
+    assert summarize_moves([empty]) == {}
+    assert summarize_moves([empty, bare])["gradent/moved/chosen/own"] == 1.5
 
 
 def test_the_verdict_in_the_training_log(
@@ -80,5 +227,5 @@ def test_the_verdict_in_the_training_log(
     with caplog.at_level(logging.WARNING, "gradent"):
         trainer.train()
     said = [line.getMessage() for line in caplog.records if line.name == "gradent"]
-    assert said and said[0].startswith("step 1: ") and "of 4 pairs in case" in said[0]
+    assert said and said[0].startswith("step 1: chosen ") and "of 4 pairs in case" in said[0]
     assert len(said) <= 3

@@ -6,6 +6,7 @@ Letters: N rows of a forward, k pairs, rows 0..k-1 chosen and k..2k-1 rejected.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,18 +14,27 @@ from torch import Tensor
 
 from gradent.hooks.overhead import Clock, wait_for
 from gradent.hooks.piggyback.coefficients import Coefficients
-from gradent.hooks.piggyback.config import WatchConfig
+from gradent.hooks.piggyback.config import StepMetric, WatchConfig
 from gradent.hooks.piggyback.forward import WatchedForward
+from gradent.hooks.piggyback.gradient_norms import GradientNorms
 from gradent.hooks.piggyback.guard import Guard
 from gradent.hooks.piggyback.observation import BackwardObservation
 from gradent.hooks.piggyback.pairing import pair_rows
+from gradent.hooks.reduction.account_ledger import AccountLedger, RowLedger
 from gradent.hooks.reduction.collector import Collector
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.reduction.reducers import Place
+from gradent.hooks.uses.formats import split_factor
+from gradent.kernels.common.account import AccountLayout, ElementMetric
+from gradent.kernels.common.numerics import accumulator
 from gradent.kernels.common.wanted import Wanted
 from gradent.pair_gram import on_cpu
 
 __all__ = ["WatchedBackward"]
+
+
+EARLIER = "earlier_batches"
+"""The source that is what a parameter's gradient was before this backward."""
 
 
 class WatchedBackward:
@@ -38,6 +48,8 @@ class WatchedBackward:
         self._places: dict[WatchedForward, Place] = {}
         self._collector: Collector | None = None
         self._grad_versions: list[int] = []
+        self._step: StepMetric | None = None
+        self._shares: Tensor | None = None  # what turns a row's gradient into its part of the loss's
         self._has_started = self._is_finished = False
 
     @property
@@ -83,6 +95,9 @@ class WatchedBackward:
             if number >= 0:
                 observation.rows[number] = (ids[row][mask[row]], coefficients.marks[row][mask[row]])
                 observation.tokens[number] = coefficients.tokens[row][mask[row]]
+                if self._shares is not None:
+                    power, _ = split_factor(1 / float(coefficients.c[row]) if coefficients.c[row] else 0.0)
+                    self._shares[number] = 1 / power if power else 0.0
                 observation.c[number], observation.logps[number] = coefficients.c[row], coefficients.logp[row]
         return place, self._collector
 
@@ -90,7 +105,8 @@ class WatchedBackward:
         """The backward has reached the first output: settle which row is which."""
         self._has_started = True
         config, observation = self.config, self.observation
-        if any(forward.has_hidden_regions for forward in self.forwards):
+        self._step = None if config.step is None else config.step()
+        if self._step is not None or any(forward.has_hidden_regions for forward in self.forwards):
             self._grad_versions = [_grad_version(parameter) for parameter in config.tensors]
         numbers = self._number_rows(coefficients.c)
         if isinstance(numbers, str):
@@ -103,11 +119,37 @@ class WatchedBackward:
         observation.c, observation.logps = (torch.zeros(2 * pairs, dtype=torch.float64) for _ in range(2))
         observation.rows = [(torch.zeros(0), torch.zeros(0))] * (2 * pairs)
         observation.tokens = [torch.zeros(0)] * (2 * pairs)
-        ledger = Ledger(Wanted.pairs(pairs), budget=config.budget, weight=config.weight)
-        self._collector = Collector(ledger, config.budget)
+        self._collector = Collector(self._make_ledger(pairs), config.budget)
         for forward, place in self._places.items():
             for tap in forward.expected:
                 self._collector.expect(tap, place)
+
+    def _make_ledger(self, pairs: int) -> Ledger:
+        config, step, observation = self.config, self._step, self.observation
+        if step is None:
+            return Ledger(Wanted.pairs(pairs), budget=config.budget, weight=config.weight)
+        observation.norms = GradientNorms(config.tensors)
+        observation.norms.start()
+        size = sum(tensor.numel() * accumulator(tensor.dtype).itemsize for tensor in config.tensors)
+        if step.store.reserve(2 * pairs * size):
+            return RowLedger(2 * pairs, config.tensors, budget=config.budget)
+        has_before = any(version >= 0 for version in self._grad_versions)
+        observation.weighted = (*step.weighted, *([EARLIER] if has_before else []))
+        observation.plain = tuple(step.plain)
+        layout = AccountLayout(2 * pairs, len(observation.weighted), len(observation.plain), pairs)
+        self._shares = torch.zeros(2 * pairs, dtype=torch.float64)
+        return AccountLedger(layout, self._element_metric, self._shares, budget=config.budget)
+
+    def _element_metric(self, number: int) -> ElementMetric:
+        """What the optimizer has of a parameter, and the gradient that was there before this backward."""
+        tensor, step = self.config.tensors[number], self._step
+        assert step is not None
+        metric = step.metric(number)
+        if EARLIER not in self.observation.weighted:
+            return metric
+        if _grad_version(tensor) != self._grad_versions[number]:
+            self.observation.no_account_reason = "a parameter's gradient was accumulated before its last use was seen"
+        return replace(metric, before=tensor.grad, weighted=[*metric.weighted, tensor.grad])
 
     def _number_rows(self, c: Tensor) -> list[Sequence[int]] | str:
         """Each forward's rows as numbers among the 2k (-1: in no pair), or why they do not pair up."""
@@ -165,14 +207,25 @@ class WatchedBackward:
                 if number >= 0:
                     remainders[number] = remainder
         entries, wanted = on_cpu(collector.ledger.entries), collector.ledger.wanted
-        observation.entries = {
-            number: wanted.scaled(entry, remainders).view(-1, 3) for number, entry in entries.items()
-        }
+        if isinstance(collector.ledger, AccountLedger):
+            layout = collector.ledger.layout
+            if isinstance(collector.ledger, RowLedger):
+                observation.rows_kept = {
+                    number: rows.mul_(remainders.to(rows).view(-1, *(1,) * (rows.dim() - 1)))
+                    for number, rows in collector.ledger.kept.items()
+                }
+            observation.account = {number: layout.scaled(entry, remainders) for number, entry in entries.items()}
+            observation.entries = {number: blocks["bare"].T for number, blocks in observation.account.items()}
+        else:
+            observation.entries = {
+                number: wanted.scaled(entry, remainders).view(-1, 3) for number, entry in entries.items()
+            }
         observation.shared = collector.shared
         # Parameters that got a gradient from a hidden region, where no use of them was seen.
         missed = {
             number
             for number, version in enumerate(self._grad_versions)
+            if any(forward.has_hidden_regions for forward in self.forwards)
             if number not in observation.entries and _grad_version(config.tensors[number]) != version
         }
         missed |= set(collector.open)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gradent.hooks.piggyback.gradient_norms import GradientNorms
+
 __all__ = ["BackwardObservation", "mark_completions"]
 
 
@@ -31,6 +33,13 @@ class BackwardObservation:
     unpaired: int = 0  # rows that found no partner
     # Parameter number -> `[k, 3]` float64, complete if `no_entries_reason` is None.
     entries: dict[int, Tensor] = field(default_factory=dict)
+    # Of the step's account: parameter number -> blocks of an `AccountLayout`, and the sources of its directions.
+    account: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    weighted: tuple[str, ...] = ()
+    plain: tuple[str, ...] = ()
+    rows_kept: dict[int, Tensor] = field(default_factory=dict)  # or parameter number -> `g_i`, `[2k, *shape]`
+    no_account_reason: str | None = None  # why there is no account
+    norms: GradientNorms | None = None  # of the gradients when this backward ended
     shared: int = 0  # parameters whose gradient the trainer's backward took from the measurement
     no_entries_reason: str | None = None  # why there are no entries
     unusable_reason: str | None = None  # why not even the coefficients can be used

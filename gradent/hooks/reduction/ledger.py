@@ -20,7 +20,8 @@ from gradent.hooks.reduction.small_gradients import MaterializedRows, Slot, Smal
 from gradent.hooks.uses.formats import Factored, Form, Materialized, SparseRows
 from gradent.kernels.common.numerics import reduce_tiles
 from gradent.kernels.common.wanted import Wanted
-from gradent.kernels.strategy import Product, decide
+from gradent.kernels.dispatch import reduce_at_once
+from gradent.kernels.strategy import Product, Strategy, decide
 
 __all__ = ["Ledger"]
 
@@ -71,6 +72,18 @@ class Ledger:
             self._refuse_late(param)
         self._forms[param].setdefault(row, {}).setdefault(slot, []).append(form)
 
+    def reduce_factored(
+        self, param: int, u: Tensor, v: Tensor, strategy: Strategy, lengths: Sequence[int] | None
+    ) -> Tensor | None:
+        """Entries `[M]` of a parameter whose factors of all rows these are; None where a kernel fails."""
+        root, directions = self.metric(param, ())
+        return reduce_at_once(strategy, u, v, self.wanted, lengths=lengths, weight=root, directions=directions)
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether small gradients may be reduced later than they arrive."""
+        return True
+
     @property
     def waiting(self) -> int:
         """Bytes of small gradients that wait to be reduced."""
@@ -101,13 +114,13 @@ class Ledger:
         entries, parts = None, self._single_slot(param)
         if parts is not None and param not in self._ahead:
             reducer = decide(self._product(parts), self.budget).reducer
-            if reducer == "queue":
+            if reducer == "queue" and self.can_wait:
                 self._queue.add(param, self._materialized.pop(param))
                 self.entries[param] = torch.zeros(0, dtype=torch.float64)
                 if self._queue.is_full(self.budget):
                     self._flush()
                 return
-            if reducer == "materialize":
+            if reducer in ("materialize", "queue"):
                 entries = self._all_rows(param, parts)
         if entries is None:
             entries = self._group_by_group(param, self._pop(param))

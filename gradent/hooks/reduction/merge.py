@@ -5,21 +5,22 @@ Letters: n rows of the group, T tokens, O and I the rows and columns of the slot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from gradent.hooks.uses.formats import Factored, Form, LazyFactored, Materialized, Solid, SparseRows
+from gradent.kernels.common.account import AccountSums
 from gradent.kernels.common.budget import tile_room
 from gradent.kernels.common.cost import DEPTH, cheapest
-from gradent.kernels.common.numerics import accumulator, dots, put_product, reduce_flat, spans
+from gradent.kernels.common.numerics import Factors, accumulator, dots, put_product, reduce_flat, spans
 from gradent.kernels.common.precision import exact_products
 from gradent.kernels.common.wanted import pick
-from gradent.kernels.dispatch import reduce_group
-from gradent.kernels.outer.reference import Place, reduce_tiled
+from gradent.kernels.dispatch import account_group, reduce_group
+from gradent.kernels.outer.reference import Place, account_all_rows, account_tiled, reduce_tiled
 
-__all__ = ["gathered", "merge_forms", "reduce_forms", "reduce_sparse"]
+__all__ = ["account_forms", "gathered", "merge_forms", "reduce_forms", "reduce_sparse"]
 
 
 def merge_forms(forms: Sequence[Form]) -> list[Solid]:
@@ -46,17 +47,63 @@ def reduce_forms(
     sides = [merge_forms(forms) for forms in rows]
     kinds = {type(form) for side in sides for form in side}
     if kinds == {Factored}:
-        first = next(form for side in sides for form in side)
-        assert isinstance(first, Factored)
-        empty = first.u[:0], first.v[:0]
-        factors = [next(((f.u, f.v) for f in side if isinstance(f, Factored)), empty) for side in sides]
-        return reduce_group(factors, budget=budget, weight=root, directions=directions)
+        return reduce_group(_factors(sides), budget=budget, weight=root, directions=directions)
     if kinds == {SparseRows}:
         lookups = [[form for form in side if isinstance(form, SparseRows)] for side in sides]
         return reduce_sparse(lookups, budget=budget, root=root, directions=directions)
     if kinds == {Materialized}:
         return _reduce_materialized(sides, root, directions)
     return _reduce_mixed(sides, budget, root, directions)
+
+
+def _factors(sides: Sequence[Sequence[Solid]]) -> Factors:
+    """The factors of every row, of no tokens where it has none; none of them has another format."""
+    factored = [next((form for form in side if isinstance(form, Factored)), None) for side in sides]
+    first = next(form for form in factored if form is not None)
+    return [(first.u[:0], first.v[:0]) if form is None else (form.u, form.v) for form in factored]
+
+
+def _filled(sides: Sequence[Sequence[Solid]]) -> list[Tensor]:
+    """Every row's materialized gradient, zero where it has none."""
+    grads = [next((form.grad for form in side if isinstance(form, Materialized)), None) for side in sides]
+    some = next(grad for grad in grads if grad is not None)
+    return [torch.zeros_like(some) if grad is None else grad for grad in grads]
+
+
+def account_forms(rows: Sequence[Sequence[Form]], sums: AccountSums, *, budget: int) -> Tensor:
+    """Entries `[M]` of a step's account from all rows, each the sum of its formats."""
+    sides = [merge_forms(forms) for forms in rows]
+    kinds = {type(form) for side in sides for form in side}
+    if kinds == {Factored}:
+        return account_group(_factors(sides), sums, budget=budget)
+    if kinds == {SparseRows}:
+        return _account_sparse([[f for f in side if isinstance(f, SparseRows)] for side in sides], sums, budget)
+    if kinds == {Materialized}:
+        return account_all_rows(torch.stack(_filled(sides)), sums)
+    wide, device, shape, put = _prepare_mixed(sides)
+    extra = sums.extra + 2  # a tile also has its sum over rows and its denominators
+    tiling = cheapest([0] * len(sides), *shape, itemsize=wide.itemsize, budget=budget, weighted=True, directions=extra)
+    with exact_products(device):
+        return account_tiled(put, len(sides), shape, tiling.tile, wide, device, sums.reshaped(_matrix))
+
+
+def _account_sparse(rows: Sequence[Sequence[SparseRows]], sums: AccountSums, budget: int) -> Tensor:
+    """Entries `[M]` of all rows' lookups, on the rows of the weight that any touches, a few columns at a time."""
+    forms = [form for side in rows for form in side]
+    ids = torch.unique(torch.cat([form.ids for form in forms]))
+    cols, wide = forms[0].values.shape[1], accumulator(*(form.values.dtype for form in forms))
+    height = (len(rows) + sums.extra) * len(ids)
+    copied = max((2 + sums.extra) * len(ids), *(len(form.ids) for form in forms))  # cut out, or widened
+    step = max(1, tile_room(budget) // max(1, (height + copied) * wide.itemsize))
+    buffer = torch.empty(height * min(cols, step), dtype=wide, device=ids.device)
+    for span in spans(cols, step):
+        width = span.stop - span.start
+        tile = buffer[: height * width].view(len(rows) + sums.extra, len(ids), width).zero_()
+        for grad, side in zip(tile, rows, strict=False):
+            for form in side:
+                grad.index_add_(0, torch.searchsorted(ids, form.ids), form.values[:, span].to(wide))
+        sums.add(tile, (ids, span))
+    return sums.entries
 
 
 def reduce_sparse(
@@ -90,10 +137,8 @@ def reduce_sparse(
 
 def _reduce_materialized(sides: Sequence[Sequence[Solid]], root: Tensor | None, directions: Tensor | None) -> Tensor:
     """Entries `[m]` of gradients that are there as such, put side by side."""
-    grads = [next((form.grad for form in side if isinstance(form, Materialized)), None) for side in sides]
-    some = next(grad for grad in grads if grad is not None)
-    filled = [torch.zeros_like(some) if grad is None else grad for grad in grads]
-    tile = torch.stack([*filled, *([] if directions is None else directions.to(some.dtype))])
+    grads = _filled(sides)
+    tile = torch.stack([*grads, *([] if directions is None else directions.to(grads[0].dtype))])
     if root is not None:
         tile *= root
     return reduce_flat(tile.view(len(tile), -1), len(grads))
@@ -103,20 +148,29 @@ def _reduce_mixed(
     sides: Sequence[Sequence[Solid]], budget: int, root: Tensor | None, directions: Tensor | None
 ) -> Tensor:
     """Entries `[m]` of rows that hold several formats, in tiles of the weight to which each format adds its part."""
-    forms = [form for side in sides for form in side]
-    wide, device, shape = accumulator(*(_values(form).dtype for form in forms)), _values(forms[0]).device, _shape(forms)
+    wide, device, shape, put = _prepare_mixed(sides)
     extra = 0 if directions is None else len(directions)
     tiling = cheapest([0] * len(sides), *shape, itemsize=wide.itemsize, budget=budget, weighted=True, directions=extra)
+
+    root = None if root is None else _matrix(root)
+    along = None if directions is None else torch.stack([_matrix(direction) for direction in directions])
+    with exact_products(device):
+        return reduce_tiled(put, len(sides), shape, tiling.tile, wide, device, root, along)
+
+
+def _prepare_mixed(
+    sides: Sequence[Sequence[Solid]],
+) -> tuple[torch.dtype, torch.device, tuple[int, int], Callable[[int, Place, Tensor], None]]:
+    """Dtype, device and shape of rows' tiles, and what writes one."""
+    forms = [form for side in sides for form in side]
 
     def put(row: int, place: Place, out: Tensor) -> None:
         out.zero_()
         for form in sides[row]:
             _add_tile(form, place, out)
 
-    root = None if root is None else _matrix(root)
-    along = None if directions is None else torch.stack([_matrix(direction) for direction in directions])
-    with exact_products(device):
-        return reduce_tiled(put, len(sides), shape, tiling.tile, wide, device, root, along)
+    wide = accumulator(*(_values(form).dtype for form in forms))
+    return wide, _values(forms[0]).device, _shape(forms), put
 
 
 def _add_tile(form: Solid, place: Place, out: Tensor) -> None:

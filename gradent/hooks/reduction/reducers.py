@@ -19,7 +19,6 @@ from gradent.hooks.uses.formats import scaled, scaled_rows
 from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.uses import MatrixUse, Use
 from gradent.kernels.common.numerics import row_products
-from gradent.kernels.dispatch import reduce_at_once
 from gradent.kernels.strategy import Reducer, Strategy
 from gradent.kernels.with_weight_grad import reduce_with_sum
 
@@ -64,11 +63,10 @@ class Arrival:
 def _at_once(ledger: Ledger, arrival: Arrival, strategy: Strategy) -> bool:
     """Reduce a parameter of which this is all there is; False where memory ran out or a kernel failed."""
     param = arrival.use.view.param
-    root, directions = ledger.metric(param, ())
     lengths = arrival.ends if strategy.backend == "triton" else None
     try:
         u, v = arrival.scaled_product()
-        entries = reduce_at_once(strategy, u, v, ledger.wanted, lengths=lengths, weight=root, directions=directions)
+        entries = ledger.reduce_factored(param, u, v, strategy, lengths)
     except torch.OutOfMemoryError:
         entries = None
     if entries is None:

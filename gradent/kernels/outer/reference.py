@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gradent.kernels.common.account import AccountSums
 from gradent.kernels.common.cost import Tiling
 from gradent.kernels.common.numerics import (
     Factors,
@@ -24,7 +25,7 @@ from gradent.kernels.common.numerics import (
 from gradent.kernels.common.precision import exact_products, exactly
 from gradent.kernels.common.wanted import Wanted, pick
 
-__all__ = ["reduce_all_rows", "reduce_outer", "reduce_tiled"]
+__all__ = ["account_all_rows", "account_outer", "account_tiled", "reduce_all_rows", "reduce_outer", "reduce_tiled"]
 
 Place = tuple[slice, slice]
 """Rows and columns of a weight that a tile covers."""
@@ -37,17 +38,62 @@ def reduce_outer(
     u, v = factors[0]
     turned = is_turned(u, v)
     wide = accumulator(*(part.dtype for row in factors for part in row))
+    put = _put_factors(factors, tiling.depth, turned=turned)
+    with exact_products(u.device):
+        shape = u.shape[1], v.shape[1]
+        return reduce_tiled(put, len(factors), shape, tiling.tile, wide, u.device, weight, directions, turned=turned)
+
+
+def _put_factors(factors: Factors, depth: int, *, turned: bool) -> Callable[[int, Place, Tensor], None]:
+    """What writes a row's tile, column by column where it is turned."""
 
     def put(row: int, place: Place, out: Tensor) -> None:
         u, v = (part[:, side] for part, side in zip(factors[row], place, strict=True))
         if turned:
-            put_product(v, u, tiling.depth, out.view(out.shape[1], out.shape[0]))
+            put_product(v, u, depth, out.view(out.shape[1], out.shape[0]))
         else:
-            put_product(u, v, tiling.depth, out)
+            put_product(u, v, depth, out)
 
+    return put
+
+
+def account_outer(factors: Factors, tiling: Tiling, sums: AccountSums) -> Tensor:
+    """Entries `[M]` of a step's account from the factors of all rows."""
+    u, v = factors[0]
+    wide = accumulator(*(part.dtype for row in factors for part in row))
+    put = _put_factors(factors, tiling.depth, turned=False)
     with exact_products(u.device):
-        shape = u.shape[1], v.shape[1]
-        return reduce_tiled(put, len(factors), shape, tiling.tile, wide, u.device, weight, directions, turned=turned)
+        return account_tiled(put, len(factors), (u.shape[1], v.shape[1]), tiling.tile, wide, u.device, sums)
+
+
+def account_tiled(
+    put: Callable[[int, Place, Tensor], None],
+    rows: int,
+    shape: tuple[int, int],
+    tile: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    sums: AccountSums,
+) -> Tensor:
+    """Entries `[M]` of a step's account from whatever `put` writes as a row's tile."""
+    height = rows + sums.extra
+    buffer = torch.empty(height * tile[0] * tile[1], dtype=dtype, device=device)
+    for top in spans(shape[0], tile[0]):
+        for left in spans(shape[1], tile[1]):
+            sides = top.stop - top.start, left.stop - left.start
+            part = buffer[: height * sides[0] * sides[1]].view(height, *sides)
+            for row in range(rows):
+                put(row, (top, left), part[row])
+            sums.add(part, (top, left))
+    return sums.entries
+
+
+def account_all_rows(grads: Tensor, sums: AccountSums) -> Tensor:
+    """Entries `[M]` of a step's account from the gradients of all rows, `[N, ...]` wide, and of the same shape."""
+    tile = grads.new_empty(len(grads) + sums.extra, *grads.shape[1:])
+    tile[: len(grads)] = grads
+    sums.add(tile, ...)
+    return sums.entries
 
 
 def reduce_tiled(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradent.errors import GradentError, InputError
-from gradent.figures.charts import Chart, Figure, HeatMap, Line, token_cosines
+from gradent.figures.charts import Bars, Chart, Figure, HeatMap, Line, Series, token_cosines
 from gradent.figures.plotly import draw_plotly
 from gradent.notices import Notices
+from gradent.record import MOVED_SOURCES
 from gradent.report.live.window import TokenHeatMap, Window
 from gradent.report.page.cases import CASES
 
@@ -26,6 +28,8 @@ class Panels:
         self._cases: list[dict[str, float]] = []
         self._layers: dict[str, dict[int, float | None]] = {}
         self._changes: list[tuple[float, float, float, float]] = []
+        self._moved: dict[str, dict[str, list[float]]] = {}
+        self._is_accounted = False
         self._notices = Notices()
 
     def send(self, window: Window, scalars: Mapping[str, float], step: int) -> None:
@@ -38,13 +42,22 @@ class Panels:
         self._cases += window.cases
         for layer, cosines in window.layer_cosines.items():
             self._layers.setdefault(layer, {}).update(zip(window.steps, cosines, strict=True))
-        changes = zip(window.predicted, window.realised, strict=False)
-        self._changes = [*self._changes, *((*predicted, *realised) for predicted, realised in changes)][-_MOST_POINTS:]
+        for side, columns in window.moved.items():
+            for source, values in columns.items():
+                known = self._moved.setdefault(side, {}).setdefault(source, [])
+                known += [float("nan")] * (len(self._steps) - len(values) - len(known)) + values
+        if window.accounted and not self._is_accounted:  # from here on the account is drawn, in other units
+            self._is_accounted, self._changes = True, []
+        changes = zip(window.accounted if self._is_accounted else window.predicted, window.realised, strict=False)
+        points = [(*predicted, *realised) for predicted, realised in changes if not math.isnan(predicted[0])]
+        self._changes = [*self._changes, *points][-_MOST_POINTS:]
         content: dict[str, Any] = {**scalars, "train/global_step": step}
         if window.entangled:
-            columns = ["step", "cosine", "case", "prompt", "chosen", "rejected"]
-            rows = [[getattr(pair, column) for column in columns] for pair in window.entangled]
-            content["gradent/pairs"] = wandb.Table(columns=columns, data=rows)
+            names = ["step", "cosine", "case", "prompt", "chosen", "rejected"]
+            content["gradent/pairs"] = _table(wandb, names, window.entangled)
+        if window.pushes:
+            names = ["step", "moved", "change", "by", "push", "text", "by_text"]
+            content["gradent/pushes"] = _table(wandb, names, window.pushes)
         try:
             drawings = {name: draw_plotly(figure) for name, figure in self._figures(window.tokens).items()}
         except ImportError:
@@ -63,18 +76,43 @@ class Panels:
             cosines = [[layer.get(step) for step in self._steps] for layer in self._layers.values()]
             title, names = "Cosine of chosen and rejected gradients by layer", list(self._layers)
             figures["gradent/layers"] = HeatMap("step", "layer", self._steps, names, cosines, "cosine", title=title)
+        for side, columns in self._moved.items():
+            series = [
+                Series(source.replace("_", " "), values + [float("nan")] * (len(self._steps) - len(values)), source)
+                for source, values in columns.items()
+            ]
+            figures[f"gradent/moved_{side}"] = Bars(
+                "step", "nats a step, first order", [str(step) for step in self._steps], series,
+                title=f"What moved {side}", upright=True, places=self._steps,
+            )  # fmt: skip
         if self._changes:
+            predicted = "predicted, first order (nats per unit of learning rate)"
+            title = "Predicted and realised changes of log-probs, each pair alone"
+            if self._is_accounted:
+                predicted, title = "account of the step, first order (nats)", "Account of the step and realised changes"
+                title += _share_explained(self._changes)
             chosen, rejected, *realised = zip(*self._changes, strict=True)
             sides = zip(("chosen", "rejected"), (chosen, rejected), realised, strict=True)
             figures["gradent/changes"] = Chart(
-                "predicted, first order (nats per unit of learning rate)", "realised by the optimizer's step (nats)",
-                [Line(side, predicted, change, colour=side, points=True) for side, predicted, change in sides],
-                title="Predicted and realised changes of log-probs",
+                predicted, "realised by the optimizer's step (nats)",
+                [Line(side, values, change, colour=side, points=True) for side, values, change in sides], title=title,
             )  # fmt: skip
         if tokens is not None:
             title = f"Cosine of token gradients, most entangled pair of step {tokens.step}"
             figures["gradent/tokens"] = token_cosines(tokens.chosen, tokens.rejected, tokens.cosines, title=title)
         return figures
+
+
+def _share_explained(changes: Sequence[tuple[float, float, float, float]]) -> str:
+    """The share of the realised changes' variance (against zero) that is explained, as the end of a title."""
+    moved = sum(each[2] ** 2 + each[3] ** 2 for each in changes)  # predicted of both sides, then realised
+    rest = sum((each[2] - each[0]) ** 2 + (each[3] - each[1]) ** 2 for each in changes)
+    return f": {max(0.0, 1 - rest / moved):.1%} explained" if moved > 0 else ""
+
+
+def _table(wandb: Any, names: list[str], entries: Sequence[Any]) -> Any:
+    """Attributes of some entries as a table."""
+    return wandb.Table(columns=names, data=[[getattr(entry, name) for name in names] for entry in entries])
 
 
 def wandb_dashboard(entity: str, project: str, *, name: str = "gradent") -> str:
@@ -100,6 +138,9 @@ def wandb_dashboard(entity: str, project: str, *, name: str = "gradent") -> str:
             "wandb_dashboard needs the package wandb-workspaces, which is not installed: pip install wandb-workspaces."
         ) from error
     lines = {
+        "What moved chosen (nats)": [f"gradent/moved/chosen/{source}" for source in MOVED_SOURCES],
+        "What moved rejected (nats)": [f"gradent/moved/rejected/{source}" for source in MOVED_SOURCES],
+        "Explained": ["gradent/explained"],
         "Cosine": ["gradent/cosine", "gradent/probe/cosine"],
         "Norms": ["gradent/chosen_norm", "gradent/rejected_norm"],
         "Cases": [f"gradent/case/{case}" for case in CASES if case != "inactive"],
@@ -110,7 +151,8 @@ def wandb_dashboard(entity: str, project: str, *, name: str = "gradent") -> str:
         "Overhead (s)": ["gradent/overhead_s"],
     }
     panels = [reports.LinePlot(title=title, x="train/global_step", y=keys) for title, keys in lines.items()]
-    panels += [reports.MediaBrowser(media_keys=[f"gradent/{key}"]) for key in ("cases", "layers", "changes", "tokens")]
+    media = ("moved_chosen", "moved_rejected", "changes", "cases", "layers", "tokens")
+    panels += [reports.MediaBrowser(media_keys=[f"gradent/{key}"]) for key in media]
     try:
         section = workspaces.Section(name="gradent", panels=panels)
         view = workspaces.Workspace(entity=entity, project=project, name=name, sections=[section])

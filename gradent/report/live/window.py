@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["EntangledPair", "TokenHeatMap", "Window"]
+__all__ = ["EntangledPair", "Push", "TokenHeatMap", "Window"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,19 @@ class EntangledPair:
     prompt: str
     chosen: str
     rejected: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push:
+    """What one response's part of the gradient did to another response in a step."""
+
+    step: int
+    moved: str  # "chosen of pair 3"
+    text: str
+    change: float  # of all sources, nats
+    by: str  # "rejected of pair 1"
+    by_text: str
+    push: float  # nats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +57,27 @@ class Window:
     layer_inner: dict[str, float] = field(default_factory=dict)  # sums over the window's pairs of the inner product
     predicted: Sequence[tuple[float, float]] = ()  # changes of both log-probs by pair, nats per unit of learning rate
     realised: Sequence[tuple[float, float]] = ()  # what the optimizer's step made of them; empty unless asked for
+    # What moved chosen and rejected: side -> source -> mean over a step's pairs, nats, one number a step; nan for none
+    moved: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    accounted: Sequence[tuple[float, float]] = ()  # their sums by pair, of both log-probs; nan for none
+    explained: float | None = None  # share of the realised changes' variance that they explain
+    pushes: Sequence[Push] = ()  # the rows that moved others most, with their text
     entangled: Sequence[EntangledPair] = ()  # the pairs with the largest cosine, with their text
     tokens: TokenHeatMap | None = None  # the window's last token matrix; None where none was measured
+
+    @property
+    def last_accounted(self) -> int | None:
+        """Place in `steps` of the last step that has an account; None where none has."""
+        for place in reversed(range(len(self.steps))):
+            values = [column[place] for columns in self.moved.values() for column in columns.values()]
+            if values and all(value == value for value in values):
+                return place
+        return None
+
+    def moved_last(self, side: str) -> dict[str, float]:
+        """Source to nats of the window's last step that has an account; empty where none has."""
+        place = self.last_accounted
+        return {} if place is None else {source: column[place] for source, column in self.moved[side].items()}
 
     def share(self, case: str) -> float:
         """Share of all the window's pairs in a case."""

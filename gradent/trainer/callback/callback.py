@@ -64,6 +64,9 @@ class EntanglementCallback(TrainerCallback):
         probe_every: steps between two looks at the probe; by default `every`.
         realised: measure how much chosen and rejected really moved in each measured step, beside the prediction: by one
             more forward on either side of the optimizer's step, without dropout.
+        attribution: say for each measured step what moved chosen and rejected, by source: the response itself, its
+            partner, other pairs, earlier micro-batches, momentum, weight decay (`record.attribution`, logged as
+            `gradent/moved/...`). For SGD, Adam and AdamW; beside `realised`, also the share that this explains.
         tokens_every: also measure, every so many steps, the token matrix of the step's most entangled pair (0: never).
             It costs about a forward and a backward a token of the two responses. Kept in the record (`record.tokens`),
             and shown as a heat map in a running wandb run.
@@ -94,6 +97,7 @@ class EntanglementCallback(TrainerCallback):
         probe_data: PairBatch | Sequence[Mapping[str, Any]] | Any = None,
         probe_every: int | None = None,
         realised: bool = False,
+        attribution: bool = True,
         tokens_every: int = 0,
         out: str | os.PathLike[str] | None = None,
         alert: Alert | None = DEFAULT_ALERT,
@@ -119,6 +123,7 @@ class EntanglementCallback(TrainerCallback):
         self.errors = 0
         self.notices = Notices()
         self._pairing, self._metric, self._budget = pairing, metric, memory_budget
+        self._attribution = attribution
         self._options: dict[str, Any] = {"mode": mode, "memory_budget": memory_budget, "weight_grad": weight_grad}
         self._probe = None if probe_data is None else Probe(probe_data, every=probe_every or every)
         self._out = None if out is None else Path(out)
@@ -171,6 +176,7 @@ class EntanglementCallback(TrainerCallback):
                 self._is_measuring = False  # before its first step, Adam has no geometry
                 return
             self._recorder.metric = optimizer
+        self._recorder.optimizer = kwargs.get("optimizer") if self._attribution else None
         self._recorder.arm()
 
     @guarded_event
@@ -188,6 +194,16 @@ class EntanglementCallback(TrainerCallback):
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
         scale = max(1, batches) / (float(scaler.get_scale()) if scaler is not None else 1.0)
         self._pending = self._recorder.harvest(scale=scale)
+        if (
+            self._pending is not None
+            and self._pending.attribution is not None
+            and _keeps_loss_scale(kwargs["optimizer"])
+        ):
+            self.notices.once(
+                "gradent gives no account of steps: gradients keep the loss scale (fp16) until the optimizer steps. "
+                "Clip them (max_grad_norm), which unscales them, or train in bf16."
+            )
+            self._pending = replace(self._pending, attribution=None)
         self._recorder.disarm()
         if self._pending is None:
             return
@@ -279,6 +295,15 @@ class EntanglementCallback(TrainerCallback):
         """Take every hook off the model."""
         if self._recorder is not None:
             self._recorder.disarm()
+
+
+def _keeps_loss_scale(optimizer: Any) -> bool:
+    """Whether a gradient scaler has not divided its scale out of the gradients yet."""
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is None:
+        return False
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return bool(scaler._per_optimizer_states[id(inner)]["stage"].name == "READY")  # noqa: SLF001  (no public name)
 
 
 def _implied_pairing(args: TrainingArguments) -> Pairing:

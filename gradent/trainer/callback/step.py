@@ -6,22 +6,26 @@ Letters: k pairs of a step.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from gradent.attribution.step import StepAttribution
 from gradent.model.layer_names import group_layers
 from gradent.pair_gram import ModuleGram, PairGram
 from gradent.pairs.batch import PairBatch
-from gradent.record import PAIR_COLUMNS
+from gradent.record import MOVED_COLUMNS, MOVED_SOURCES, PAIR_COLUMNS
 from gradent.record.table import Table
 from gradent.recorder import Recording
 from gradent.theory.conditions import CASES, Verdict
 from gradent.trainer.callback.token_map import TokenMap
 
-__all__ = ["StepRecord", "case_shares", "finite_means", "gram_values", "layer_cosines", "summarize", "to_rows"]
+__all__ = [
+    "StepRecord", "case_shares", "finite_means", "gram_values", "layer_cosines", "share_explained", "summarize",
+    "summarize_moves", "to_rows",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,8 @@ class StepRecord:
         chosen_realised: how much `log π(y_w|x)` moved with the optimizer's step, float64 `[k]`; None unless asked for.
         rejected_realised: the same for rejected.
         tokens: the token matrix of the most entangled pair; None unless asked for.
+        attribution: what moved each of these responses in the step, in the order of `gram`; None without
+            `attribution=True`, in Adam's first step, and where a step has no such account (said once in the log).
     """
 
     step: int
@@ -55,6 +61,7 @@ class StepRecord:
     chosen_realised: Tensor | None = None
     rejected_realised: Tensor | None = None
     tokens: TokenMap | None = None
+    attribution: StepAttribution | None = None
 
     @classmethod
     def of(
@@ -73,10 +80,13 @@ class StepRecord:
         """
         chosen_realised, rejected_realised = (None, None) if realised is None else realised.unbind(0)
         names = ("gram", "verdict", "source", "overhead_s", "inactive", "unpaired", "batch")
+        attribution = recording.attribution
+        if attribution is not None and realised is not None:
+            attribution = replace(attribution, realised=realised.flatten())
         return cls(
             **{name: getattr(recording, name) for name in names}, step=step,
             layers=group_layers(recording.gram.modules or {}), chosen_realised=chosen_realised,
-            rejected_realised=rejected_realised, tokens=tokens,
+            rejected_realised=rejected_realised, tokens=tokens, attribution=attribution,
         )  # fmt: skip
 
 
@@ -114,7 +124,28 @@ def summarize(records: Sequence[StepRecord]) -> dict[str, float]:
         parts = [getattr(record, name) for record in records if getattr(record, name) is not None]
         if parts:
             values[name] = torch.cat(parts)
-    return scalars | finite_means(values, "gradent/") | case_shares(case, "gradent/case/")
+    scalars |= finite_means(values, "gradent/") | case_shares(case, "gradent/case/")
+    return scalars | summarize_moves([part for part in (record.attribution for record in records) if part is not None])
+
+
+def summarize_moves(parts: Sequence[StepAttribution]) -> dict[str, float]:
+    """The `gradent/moved/...` scalars of some steps, means over their responses, and the share that is explained."""
+    scalars: dict[str, float] = {}
+    for place, side in enumerate(("chosen", "rejected")) if parts else ():
+        values = {
+            source: torch.cat([part.moved[source].view(2, -1)[place] for part in parts]) for source in MOVED_SOURCES
+        }
+        scalars |= finite_means(values, f"gradent/moved/{side}/")
+    explained = share_explained(parts)
+    return scalars if explained is None else scalars | {"gradent/explained": explained}
+
+
+def share_explained(parts: Sequence[StepAttribution]) -> float | None:
+    """Share of the realised changes' variance (against zero) that some steps' accounts explain; None if unknown."""
+    realised = [part.realised for part in parts if part.realised is not None]
+    rests = [part.rest for part in parts if part.rest is not None]
+    moved = sum(float(part.square().sum()) for part in realised)
+    return 1 - sum(float(rest.square().sum()) for rest in rests) / moved if moved > 0 else None
 
 
 def layer_cosines(records: Iterable[StepRecord]) -> dict[str, float]:
@@ -126,11 +157,20 @@ def layer_cosines(records: Iterable[StepRecord]) -> dict[str, float]:
     return finite_means({layer: torch.cat(parts) for layer, parts in cosines.items()}, "")
 
 
+def _moved_columns(record: StepRecord) -> dict[str, Any]:
+    """Column of `MOVED_COLUMNS` to `[k]`, of those that were measured."""
+    changes = {"chosen_realised": record.chosen_realised, "rejected_realised": record.rejected_realised}
+    for source, values in ({} if record.attribution is None else record.attribution.moved).items():
+        changes |= dict(zip((f"chosen_moved_{source}", f"rejected_moved_{source}"), values.view(2, -1), strict=True))
+    return {name: values.numpy() for name, values in changes.items() if values is not None}
+
+
 def to_rows(record: StepRecord) -> list[dict[str, Any]]:
-    """A step's pairs as rows of the record's schema (`PAIR_COLUMNS`), without a reference."""
+    """A step's pairs as rows of the record's schema (`PAIR_COLUMNS`, `MOVED_COLUMNS`), without a reference."""
     pairs, sources = len(record.gram), (record.gram, record.verdict)
     names = [(source, name) for source in sources for name in PAIR_COLUMNS if hasattr(source, name)]
     table = Table({name: getattr(source, name).numpy() for source, name in names})
-    columns = dict.fromkeys(PAIR_COLUMNS, [None] * pairs) | table.to_lists()
+    columns = dict.fromkeys([*PAIR_COLUMNS, *MOVED_COLUMNS], [None] * pairs) | table.to_lists()
+    columns |= Table(_moved_columns(record)).to_lists()
     columns |= {"checkpoint": ["train"] * pairs, "step": [record.step] * pairs, "pair": list(range(pairs))}
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -6,9 +6,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from gradent.record import CASE_NAMES
-from gradent.report.live.window import EntangledPair, TokenHeatMap, Window
-from gradent.trainer.callback.step import StepRecord, layer_cosines
+import torch
+
+from gradent.record import CASE_NAMES, MOVED_SOURCES
+from gradent.report.live.window import EntangledPair, Push, TokenHeatMap, Window
+from gradent.trainer.callback.step import StepRecord, layer_cosines, share_explained, summarize_moves
 
 __all__ = ["to_window"]
 
@@ -32,15 +34,74 @@ def to_window(records: Sequence[StepRecord], tokenizer: Any) -> Window:
         for layer, (_, _, product) in record.layers.items():
             inner[layer] += float(product.sum())
     cosines = [layer_cosines([record]) for record in records]
+    accounts = [record.attribution for record in records if record.attribution is not None]
     layers = [layer for layer in (records[0].layers if records else ()) if any(layer in step for step in cosines)]
     return Window(
         steps=[record.step for record in records], cases=[record.verdict.fractions() for record in records],
         pairs=[len(record.gram) for record in records], chosen_needs=needs, weight_ratio=ratios,
         layer_cosines={layer: [step.get(layer) for step in cosines] for layer in layers}, layer_inner=dict(inner),
         predicted=predicted, realised=realised if len(realised) == len(predicted) else (),
+        moved=_find_moves(records), explained=share_explained(accounts),
+        accounted=_totals(records) if accounts else (),
+        pushes=[] if tokenizer is None else _find_pushes(records, tokenizer),
         entangled=[] if tokenizer is None else _find_entangled(records, tokenizer),
         tokens=_make_heat_map(records, tokenizer),
     )  # fmt: skip
+
+
+def _find_moves(records: Sequence[StepRecord]) -> dict[str, dict[str, list[float]]]:
+    """Side -> source -> mean of each step, nan where a step has no account; empty where none has."""
+    moved: dict[str, dict[str, list[float]]] = {}
+    if all(record.attribution is None for record in records):
+        return moved
+    for record in records:
+        scalars = summarize_moves([] if record.attribution is None else [record.attribution])
+        for side in ("chosen", "rejected"):
+            for source in MOVED_SOURCES:
+                value = scalars.get(f"gradent/moved/{side}/{source}", float("nan"))
+                moved.setdefault(side, {}).setdefault(source, []).append(value)
+    return moved
+
+
+def _totals(records: Sequence[StepRecord]) -> list[tuple[float, float]]:
+    """First-order changes of both log-probs, pair by pair; nan for the pairs of a step without an account."""
+    totals = []
+    for record in records:
+        missing = torch.full((2, len(record.gram)), float("nan"), dtype=torch.float64)
+        changes = missing if record.attribution is None else record.attribution.total.view(2, -1)
+        totals += [(chosen, rejected) for chosen, rejected in changes.T.tolist()]
+    return totals
+
+
+def _find_pushes(records: Sequence[StepRecord], tokenizer: Any) -> list[Push]:
+    """What the rows that moved others most did, the largest first."""
+    decode = getattr(tokenizer, "tokenizer", tokenizer).decode  # a processor holds its tokenizer
+    found: list[tuple[float, StepRecord, int, int]] = []
+    for record in records:
+        if record.attribution is None or record.batch is None:
+            continue
+        sizes = record.attribution.pushes.abs().nan_to_num().fill_diagonal_(0.0)
+        best = sizes.flatten().topk(min(_MOST_PAIRS, sizes.numel()))
+        for size, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            found.append((size, record, place // len(sizes), place % len(sizes)))
+    pushes = []
+    for size, record, row, by in sorted(found, key=lambda item: -item[0])[:_MOST_PAIRS]:
+        assert record.attribution is not None
+        assert record.batch is not None
+        if size == 0:
+            continue
+        texts = [ids[marks] for ids, marks in (record.batch.row(row), record.batch.row(by))]
+        text, by_text = (decode(ids.tolist())[:_MOST_LETTERS] for ids in texts)
+        pushes.append(Push(
+            step=record.step, moved=_name(row, len(record.batch)), text=text,
+            change=float(record.attribution.total[row]), by=_name(by, len(record.batch)), by_text=by_text,
+            push=float(record.attribution.pushes[row, by]),
+        ))  # fmt: skip
+    return pushes
+
+
+def _name(row: int, pairs: int) -> str:
+    return f"{'chosen' if row < pairs else 'rejected'} of pair {row % pairs}"
 
 
 def _make_heat_map(records: Sequence[StepRecord], tokenizer: Any) -> TokenHeatMap | None:

@@ -1,0 +1,1 @@
+"""Attribution of a step: what moved each response's log-prob, and by how much."""

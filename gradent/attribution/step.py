@@ -1,0 +1,216 @@
+"""The account of one optimizer step: what moved each response's log-prob, to first order.
+
+With `g_i = ∇ log π(y_i|x_i)` and `h_j` what row j gives to the loss's gradient, an optimizer's step
+`Δθ = −lr [P ∘ (fresh · κ (Σ_j h_j + r) + carried · m) + decay · θ]` moves response i by `⟨g_i, Δθ⟩`, a sum over what is
+in the step. κ is what clipping leaves of the gradient, r what earlier micro-batches have accumulated.
+
+Letters: k pairs of a backward, rows 0..k-1 chosen and k..2k-1 rejected; N rows of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from gradent.attribution.update_rule import UpdateRule
+from gradent.hooks.piggyback.config import RowStore, StepMetric
+from gradent.hooks.piggyback.observation import BackwardObservation
+from gradent.kernels.common.account import AccountLayout, AccountSums, ElementMetric, KeptEstimate
+from gradent.kernels.common.numerics import accumulator
+from gradent.record import MOVED_SOURCES
+
+__all__ = ["GRADIENT", "StepAttribution", "assemble", "attribute_backward", "attribute_kept", "step_metric"]
+
+
+GRADIENT = "gradient"
+"""The direction that is the whole gradient of the step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepAttribution:
+    """What moved the responses of one optimizer step, to first order, by source.
+
+    Rows are the step's N = 2k responses in the order of `gram`: chosen of pair 0 to k-1, then rejected. Changes are in
+    nats: what the step adds to `log π(y_i|x_i)`.
+
+    Attributes:
+        products: `⟨g_i, P h_j⟩ / c_j`, the rows' Gram matrix in the optimizer's metric, float64 `[N, N]`; nan where two
+            rows did not meet in one backward.
+        pushes: what row j's part of the gradient does to row i, nats, float64 `[N, N]`; nan as in `products`.
+        moved: source -> float64 `[N]`, nats: own (the row itself), partner (the other response of its pair),
+            others_chosen and others_rejected (the other pairs that met it in one backward, or in one step where the
+            rows' gradients were kept), earlier_batches (what else is in the gradient: micro-batches before; where the
+            gradients were kept, other ranks; in a pass of gradent's own, all micro-batches and ranks), momentum,
+            weight_decay.
+        realised: how much each `log π(y_i|x_i)` really changed, float64 `[N]`; None unless it was measured.
+    """
+
+    products: Tensor
+    pushes: Tensor
+    moved: dict[str, Tensor]
+    realised: Tensor | None = None
+
+    @cached_property
+    def total(self) -> Tensor:
+        """The first-order change of each response, float64 `[N]`: the sum over sources."""
+        return torch.stack(list(self.moved.values())).sum(0)
+
+    @property
+    def rest(self) -> Tensor | None:
+        """What the account does not explain, float64 `[N]`: later micro-batches, other ranks, curvature."""
+        return None if self.realised is None else self.realised - self.total
+
+    @property
+    def explained(self) -> float | None:
+        """`1 − Σ (realised − total)² / Σ realised²` over the rows; None without `realised`, nan where nothing moved."""
+        rest = self.rest
+        if rest is None or self.realised is None:
+            return None
+        moved = float(self.realised.square().sum())
+        return 1 - float(rest.square().sum()) / moved if moved > 0 else float("nan")
+
+    def select(self, pairs: Sequence[int]) -> Self:
+        """The rows of some pairs; what the others did to them stays in `moved`."""
+        half = len(self.products) // 2
+        rows = torch.tensor([*pairs, *(half + pair for pair in pairs)], dtype=torch.int64)
+        return replace(
+            self, products=self.products[rows][:, rows], pushes=self.pushes[rows][:, rows],
+            moved={source: values[rows] for source, values in self.moved.items()},
+            realised=None if self.realised is None else self.realised[rows],
+        )  # fmt: skip
+
+    @classmethod
+    def join(cls, parts: Sequence[StepAttribution]) -> StepAttribution:
+        """The rows of several micro-batches or ranks, chosen of all of them first; at least one."""
+        if len(parts) == 1:
+            return parts[0]
+        halves = [len(part.products) // 2 for part in parts]
+        pairs = sum(halves)
+        products, pushes = (torch.full((2 * pairs, 2 * pairs), float("nan"), dtype=torch.float64) for _ in range(2))
+        start = 0
+        for part, half in zip(parts, halves, strict=True):
+            rows = torch.cat([torch.arange(half) + start, torch.arange(half) + pairs + start])
+            products[rows[:, None], rows], pushes[rows[:, None], rows] = part.products, part.pushes
+            start += half
+        realised = [part.realised for part in parts if part.realised is not None]
+        return cls(
+            products=products, pushes=pushes,
+            moved={source: _sides(parts, [part.moved[source] for part in parts]) for source in parts[0].moved},
+            realised=_sides(parts, realised) if len(realised) == len(parts) else None,
+        )  # fmt: skip
+
+
+def _sides(parts: Sequence[StepAttribution], values: Sequence[Tensor]) -> Tensor:
+    """Values of every part's rows, chosen of all parts first."""
+    return torch.cat([half for side in (0, 1) for half in (value.view(2, -1)[side] for value in values)])
+
+
+def attribute_backward(
+    observation: BackwardObservation, rule: UpdateRule, *, kept: float, lr: float | None = None
+) -> StepAttribution | str:
+    """The account of one backward's rows, or why there is none; `kept` is the part that clipping leaves."""
+    if observation.no_account_reason is not None:
+        return observation.no_account_reason
+    sources = observation.weighted, observation.plain
+    return assemble(observation.account, rule, observation.c, sources, kept=kept, lr=lr)
+
+
+def attribute_kept(
+    observations: Sequence[BackwardObservation],
+    parameters: Sequence[Tensor],
+    rule: UpdateRule,
+    *,
+    kept: float,
+    lr: float | None = None,
+) -> StepAttribution:
+    """The account of a step whose rows' gradients were kept, with the gradient that the optimizer gets."""
+    metric = step_metric(rule)
+    sources = (*metric.weighted, GRADIENT)
+    sides = [side for half in (0, 1) for side in ((seen, half) for seen in observations)]
+    c = torch.cat([seen.c.view(2, -1)[half] for seen, half in sides])
+    layout = AccountLayout(len(c), len(sources), len(metric.plain), 0)
+    blocks = {}
+    for number in {number: None for seen in observations for number in seen.rows_kept}:
+        tensor = parameters[number]
+        found = metric.metric(number)
+        found = replace(found, weighted=[*found.weighted, tensor.grad], before=tensor.grad)
+        wide = accumulator(tensor.dtype)
+        tile = torch.zeros(len(c) + len(sources) + len(metric.plain), *tensor.shape, dtype=wide, device=tensor.device)
+        start = 0
+        for seen, half in sides:
+            rows = seen.rows_kept.get(number)
+            if rows is not None:
+                tile[start : start + seen.pairs] = rows[half * seen.pairs : (half + 1) * seen.pairs]
+            start += seen.pairs
+        sums = AccountSums(layout, found, torch.zeros(len(c), dtype=torch.float64), KeptEstimate())
+        sums.add(tile, ...)
+        blocks[number] = layout.split(sums.entries.cpu())
+    return assemble(blocks, rule, c, (sources, metric.plain), kept=kept, lr=lr)
+
+
+def assemble(
+    account: Mapping[int, Mapping[str, Tensor]],
+    rule: UpdateRule,
+    c: Tensor,
+    sources: tuple[Sequence[str], Sequence[str]],
+    *,
+    kept: float,
+    lr: float | None = None,
+    weighted_rows: int = 0,
+) -> StepAttribution:
+    """The account of N rows with coefficients `[N]` from the blocks of every parameter and the directions' sources."""
+    # With `weighted_rows` N, N more rows follow the first: `h_j` as the loss weighs their tokens. "gradient" is the
+    # step's whole gradient, and what these rows do not account for of it is earlier micro-batches'.
+    rows, is_whole = len(c), GRADIENT in sources[0]
+    ends = slice(weighted_rows, weighted_rows + rows)  # the rows that push
+    products, fresh = (torch.zeros(rows, rows, dtype=torch.float64) for _ in range(2))
+    moved = {source: torch.zeros(rows, dtype=torch.float64) for source in (*MOVED_SOURCES, GRADIENT)}
+    for number, blocks in account.items():
+        terms = rule.terms(number, lr)
+        # Where an element had no preconditioner, the step moves it by `limit`, whatever the size of the gradient: the
+        # optimizer's, where that is there, else the backward's.
+        gradient, limit = terms.fresh * kept, terms.limit * (kept if is_whole else 1.0)
+        plain_part, fresh_part = blocks["products"][:rows, ends], blocks["fresh"][:rows, ends]
+        products += plain_part + (fresh_part * (limit / gradient) if gradient else 0.0)
+        fresh -= terms.lr * (gradient * plain_part + limit * fresh_part)
+        factors = {
+            "momentum": terms.carried, "weight_decay": terms.decay, "earlier_batches": gradient, GRADIENT: terms.fresh,
+        }  # fmt: skip
+        for names, block in zip(sources, (blocks["along"], blocks["plain"]), strict=True):
+            for source, along in zip(names, block, strict=True):
+                moved[source] -= terms.lr * factors[source] * along[:rows]
+        moved[GRADIENT if is_whole else "earlier_batches"] -= terms.lr * terms.limit * blocks["fresh"][-1, :rows]
+    pushes = fresh if weighted_rows else fresh * c
+    half, is_chosen = rows // 2, torch.arange(rows) < rows // 2
+    chosen, rejected = pushes[:, :half].sum(1), pushes[:, half:].sum(1)
+    own, partner = pushes.diagonal(), torch.cat([pushes.diagonal(half), pushes.diagonal(-half)])
+    moved["own"], moved["partner"] = own.clone(), partner
+    moved["others_chosen"] = chosen - torch.where(is_chosen, own, partner)
+    moved["others_rejected"] = rejected - torch.where(is_chosen, partner, own)
+    if is_whole:
+        moved["earlier_batches"] = moved[GRADIENT] - pushes.sum(1)
+    return StepAttribution(
+        products=products / c if weighted_rows else products, pushes=pushes,
+        moved={source: moved[source] for source in MOVED_SOURCES},
+    )  # fmt: skip
+
+
+def step_metric(rule: UpdateRule, *, budget: int = 0) -> StepMetric:
+    """What the account takes of an optimizer; `budget` bytes may hold rows' gradients until the step."""
+    decay = "weight_decay" if rule.has_decay else None
+    weighted = [*(["momentum"] if rule.has_momentum else []), *([decay] if decay and not rule.is_decoupled else [])]
+    plain = [decay] if decay and rule.is_decoupled else []
+
+    def metric(number: int) -> ElementMetric:
+        found = rule.elements(number)
+        directions = {"momentum": rule.momentum(number), "weight_decay": rule.values(number)}
+        return replace(
+            found, weighted=[directions[name] for name in weighted], plain=[directions[name] for name in plain]
+        )
+
+    return StepMetric(metric=metric, weighted=weighted, plain=plain, store=RowStore(budget))

@@ -1,0 +1,228 @@
+"""Products of the rows of a backward as an optimizer's step weighs them, tile by tile.
+
+A tile holds every row's gradient of some elements of a parameter, so that what the step makes of these elements can be
+worked out on the spot: nothing of a parameter's size is made beside the optimizer's own state.
+
+P is the preconditioner as it is before the step. An element whose second moment this step lets grow more than `GROWTH`
+times over (a rare token's embedding, that had no gradient until now) has no such P: before the step it is 1/ε, a
+hundred million, and after it what the step's own gradient makes it. Adam moves it by `lr · limit · sign(grad)`, however
+large the gradient, and row j's part of that is `h_j / |grad|`. These elements have products of their own.
+
+Letters: N rows, W directions that P multiplies, E that it does not, k pairs of rows i and k + i, M entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradent.kernels.common.numerics import dots, reduce_stacked
+from gradent.kernels.common.precision import exact_products
+from gradent.kernels.common.wanted import Wanted
+
+__all__ = ["AccountLayout", "AccountSums", "ElementMetric", "KeptEstimate", "RowSums"]
+
+ENOUGH = 2**22
+"""Elements that tell which part of a gradient is kept."""
+
+GROWTH = 10.0
+"""By how much `√v̂ + ε` must grow in a step for the element to have had no preconditioner before it."""
+
+
+@dataclass(frozen=True)
+class AccountLayout:
+    """Where everything lies among a parameter's entries, one flat float64 vector `[M]`."""
+
+    rows: int
+    weighted: int  # W
+    plain: int  # E
+    pairs: int  # k
+
+    @cached_property
+    def blocks(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of each block, in order."""
+        rows = self.rows
+        return {
+            "products": (rows, rows), "along": (self.weighted, rows), "plain": (self.plain, rows),
+            "fresh": (rows + 1, rows), "bare": (3, self.pairs),
+        }  # fmt: skip
+
+    @cached_property
+    def count(self) -> int:
+        """M."""
+        return sum(torch.Size(shape).numel() for shape in self.blocks.values())
+
+    def split(self, entries: Tensor) -> dict[str, Tensor]:
+        """Name -> block, of the block's shape."""
+        sizes = [torch.Size(shape).numel() for shape in self.blocks.values()]
+        parts = zip(self.blocks.items(), torch.split(entries, sizes), strict=True)
+        return {name: part.view(shape) for (name, shape), part in parts}
+
+    def scaled(self, entries: Tensor, factors: Tensor) -> dict[str, Tensor]:
+        """`split` of rows that are multiplied by `factors` `[N]` float64."""
+        parts, both = self.split(entries), factors[:, None] * factors
+        ends = torch.cat([factors, factors.new_ones(1)])[:, None]
+        pairs = torch.stack([
+            factors[: self.pairs] ** 2, factors[self.pairs : 2 * self.pairs] ** 2,
+            factors[: self.pairs] * factors[self.pairs : 2 * self.pairs],
+        ])  # fmt: skip
+        scales = {"products": both, "along": factors, "plain": factors, "fresh": ends * factors, "bare": pairs}
+        return {name: part * scales[name] for name, part in parts.items()}
+
+
+class KeptEstimate:
+    """About which part of a backward's gradient reaches the optimizer, seen from v, an average of what did."""
+
+    def __init__(self) -> None:
+        self._sums: dict[torch.device, Tensor] = {}
+        self._seen = 0
+
+    def update(self, second: Tensor, squares: Tensor, correction: float) -> Tensor:
+        """The square of the estimate, a scalar, with `v = correction · v̂` and `grad²` of one more tile."""
+        sums = self._sums.setdefault(second.device, torch.zeros(2, dtype=torch.float64, device=second.device))
+        if self._seen < ENOUGH:
+            self._seen += second.numel()
+            sums += torch.stack([second.sum() / correction, squares.sum()])
+        return (sums[0] / sums[1].clamp_min(1e-300)).clamp_max(1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElementMetric:
+    """What an optimizer has of one parameter (or of a slot of it), each tensor of its shape."""
+
+    second: Tensor | None = None  # v, or the largest of amsgrad; None where P = 1
+    correction: float = 1.0  # `1 − β₂ᵗ` of the steps so far
+    eps: float = 0.0
+    growth: float = 0.0  # `√((1 − β₂) / (1 − β₂ᵗ⁺¹))`: what a gradient adds to `√v̂` by itself
+    before: Tensor | None = None  # the gradient that was there before this backward
+    weighted: Sequence[Tensor | None] = ()  # W directions; None for zero
+    plain: Sequence[Tensor | None] = ()  # E directions
+
+    def at(self, place: Any) -> ElementMetric:
+        """The same of a part of the parameter."""
+
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[place]
+
+        return ElementMetric(
+            second=cut(self.second), correction=self.correction, eps=self.eps, growth=self.growth,
+            before=cut(self.before), weighted=[*map(cut, self.weighted)], plain=[*map(cut, self.plain)],
+        )  # fmt: skip
+
+    def reshaped(self, change: Callable[[Tensor], Tensor]) -> ElementMetric:
+        """The same in another shape of the parameter."""
+
+        def turn(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        return ElementMetric(
+            second=turn(self.second), correction=self.correction, eps=self.eps, growth=self.growth,
+            before=turn(self.before), weighted=[*map(turn, self.weighted)], plain=[*map(turn, self.plain)],
+        )  # fmt: skip
+
+
+class AccountSums:
+    """Entries of one parameter, summed up over its tiles."""
+
+    def __init__(self, layout: AccountLayout, metric: ElementMetric, shares: Tensor, kept: KeptEstimate) -> None:
+        """`shares` `[N]` times the rows of a tile are the rows' parts of the loss's gradient."""
+        self._layout, self._metric, self._shares, self._kept = layout, metric, shares, kept
+        self._sums: dict[str, Tensor] = {}
+
+    def reshaped(self, change: Callable[[Tensor], Tensor]) -> AccountSums:
+        """The same sums, of a parameter in another shape."""
+        self._metric = self._metric.reshaped(change)
+        return self
+
+    @property
+    def extra(self) -> int:
+        """Directions that a tile has room for, after its rows."""
+        return self._layout.weighted + self._layout.plain
+
+    def _prepare(self, device: torch.device) -> None:
+        if not self._sums:
+            self._sums = {
+                name: torch.zeros(shape, dtype=torch.float64, device=device)
+                for name, shape in self._layout.blocks.items()
+            }
+
+    @property
+    def entries(self) -> Tensor:
+        """`[M]`."""
+        return torch.cat([part.flatten() for part in self._sums.values()])
+
+    def add(self, tile: Tensor, place: Any) -> None:
+        """Add a tile `[N + W + E, ...]`, wide, with the rows' gradients of the elements `place`; it is written to."""
+        self._prepare(tile.device)
+        with exact_products(tile.device):
+            self._add(tile, self._metric.at(place))
+
+    def _add(self, tile: Tensor, metric: ElementMetric) -> None:
+        rows, weighted = self._layout.rows, self._layout.weighted
+        flat = tile.view(len(tile), -1)
+        for part, direction in zip(tile[rows:], [*metric.weighted, *metric.plain], strict=True):
+            part.zero_() if direction is None else part.copy_(direction)
+        self._add_pairs(flat)
+        if self._layout.plain:
+            self._sums["plain"] += dots(flat[rows + weighted :], flat[:rows])
+        if metric.second is not None:
+            self._weigh(tile[: rows + weighted], metric)
+        gram = dots(flat[: rows + weighted], flat[:rows]) * metric.correction**0.5
+        self._sums["products"] += gram[:rows]
+        self._sums["along"] += gram[rows:]
+
+    def _add_pairs(self, flat: Tensor) -> None:
+        pairs = self._layout.pairs
+        if pairs:
+            self._sums["bare"] += reduce_stacked(flat[: 2 * pairs, None], Wanted.pairs(pairs)).view(pairs, 3).T
+
+    def _weigh(self, tile: Tensor, metric: ElementMetric) -> None:
+        """Multiply rows and directions by `√P`, 0 where an element has none, and add up the products there."""
+        assert metric.second is not None
+        rows, second = self._layout.rows, metric.second.to(tile.dtype)
+        grad = torch.tensordot(self._shares.to(tile), tile[:rows], 1)
+        if metric.before is not None:
+            grad += metric.before
+        squares = grad.square()
+        kept = self._kept.update(second, squares, metric.correction)
+        reach = metric.correction * (metric.growth / GROWTH) ** 2 * kept  # v grows `GROWTH` times over where it is less
+        lack = torch.addcmul(second, squares, reach.to(tile.dtype), value=-1)
+        root = second.sqrt().add_(metric.eps * metric.correction**0.5).rsqrt_()
+        if tile.device.type != "cpu" or float(lack.amin()) < -metric.correction * metric.eps**2:
+            self._add_fresh(tile[:rows], lack < -metric.correction * metric.eps**2, grad.abs_(), root, metric.before)
+        tile *= root
+
+    def _add_fresh(self, grads: Tensor, fresh: Tensor, size: Tensor, root: Tensor, before: Tensor | None) -> None:
+        """Take fresh elements, of which there are few, out of the root: the gradient's own size weighs them."""
+        rows, places = len(grads), fresh.flatten().nonzero()[:, 0]
+        root.masked_fill_(fresh, 0.0)
+        own = size.flatten()[places].rsqrt_()
+        scaled = grads.flatten(1)[:, places] * own
+        self._sums["fresh"][:rows] += dots(scaled, scaled)
+        if before is not None:
+            self._sums["fresh"][rows] += dots((before.flatten()[places].to(own.dtype) * own)[None], scaled)[0]
+
+
+class RowSums(AccountSums):
+    """Keeps the rows' gradients, `[N, *shape]`, instead of summing up what a step makes of them."""
+
+    def __init__(self, layout: AccountLayout, kept: Tensor) -> None:
+        super().__init__(layout, ElementMetric(), torch.zeros(0), KeptEstimate())
+        self._rows = kept
+
+    def reshaped(self, change: Callable[[Tensor], Tensor]) -> AccountSums:
+        """The same, of a parameter as a matrix."""
+        self._rows = self._rows[:, None] if self._rows.dim() < 3 else self._rows.flatten(2)
+        return self
+
+    def add(self, tile: Tensor, place: Any) -> None:
+        """Keep a tile `[N, ...]` of the elements `place`, in place of what was kept of them."""
+        self._prepare(tile.device)
+        with exact_products(tile.device):
+            self._add_pairs(tile.flatten(1))
+        self._rows[place if place is ... else (slice(None), *place)] = tile
