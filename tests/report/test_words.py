@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,6 +116,15 @@ LEAD = (
     "step 10: chosen -0.82 nats (other pairs -0.93, rejected partner -0.51, momentum +0.21, own +0.41); "
     "rejected -1.4 nats (own -1.5, other pairs -0.25, momentum -0.1, chosen partner +0.5)"
 )
+
+
+def test_the_account_of_a_runs_first_steps_is_not_told() -> None:
+    told = window((4, {}), moved=moves(CHOSEN, REJECTED))
+    assert describe(replace(told, steps=[4]), DEFAULT_ALERT) is None
+    assert describe(replace(told, steps=[5]), DEFAULT_ALERT) is not None
+    reversed_pairs = replace(window((4, {"reversed": 1.0}), moved=moves(CHOSEN, REJECTED)), steps=[4])
+    said = describe(reversed_pairs, DEFAULT_ALERT)
+    assert said is not None and said.startswith("step 4: 100% of 4 pairs in case 4")
 
 
 def test_the_sentence_leads_with_what_the_step_does() -> None:

@@ -16,6 +16,9 @@ from gradent.report.live.window import Window
 
 __all__ = ["DEFAULT_ALERT", "Alert", "Alerter", "describe"]
 
+FIRST_TOLD = 5
+"""Adam's second moment is an average of too few gradients before this step for its account to be told in words."""
+
 _PARTNER = {"chosen": "rejected partner", "rejected": "chosen partner"}
 _LEAST_PART = 0.01
 """Of the largest: a source below it is not listed."""
@@ -87,12 +90,18 @@ def describe(window: Window, alert: Alert) -> str | None:
 
 def _describe_step(window: Window) -> str:
     """What moved both sides in the window's last step that has an account; empty where none has."""
-    place = window.last_accounted
+    place = _find_step(window)
     if place is None:
         return ""
     sides = "; ".join(_describe_side(side, window.moved_last(side)) for side in ("chosen", "rejected"))
     explained = "" if window.explained is None else f"; {max(0.0, window.explained):.0%} explained"
     return f"step {window.steps[place]}: {sides}{explained}"
+
+
+def _find_step(window: Window) -> int | None:
+    """Place of the step that is told of; None for none, and in a run's first steps."""
+    place = window.last_accounted
+    return None if place is None or window.steps[place] < FIRST_TOLD else place
 
 
 def _describe_side(side: str, moved: dict[str, float]) -> str:
@@ -128,7 +137,7 @@ def _describe_pairs(window: Window, alert: Alert) -> str:
 def _find_news(window: Window, alert: Alert) -> list[str]:
     """What a window has that is worth a sentence: that a step lowers chosen, and its case."""
     case = _worst_case(window, alert)
-    falls = sum(window.moved_last("chosen").values()) < -alert.chosen_falls
+    falls = _find_step(window) is not None and sum(window.moved_last("chosen").values()) < -alert.chosen_falls
     return [*(["chosen falls"] if falls else []), *([] if case is None else [case])]
 
 
