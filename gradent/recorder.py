@@ -14,11 +14,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from gradent.attribution.own_pass import attribute_rows
 from gradent.attribution.step import StepAttribution, attribute_backward, attribute_kept, step_metric
-from gradent.attribution.update_rule import FIRST_STEP, UpdateRule, find_update_rule
+from gradent.attribution.update_rule import FIRST_STEP, UpdateRule, find_update_rule, unwrap_optimizer
 from gradent.distributed import world_size
 from gradent.errors import InputError, ModelError
 from gradent.hooks.piggyback.config import StepMetric, WatchConfig
@@ -154,6 +155,8 @@ class Recorder:
     ) -> None:  # fmt: skip
         self.metric, self.optimizer = metric, optimizer
         self._rule: UpdateRule | None = None
+        self._steps = 0
+        self._counter: RemovableHandle | None = None
         self._step: StepMetric | None = None
         self._accounts: list[tuple[BackwardObservation, list[int], bool]] = []
         self._model, self._config, self._mode, self._by_module = model, config, mode, by_module
@@ -189,13 +192,25 @@ class Recorder:
         weight = None if self.metric is None else metric_roots(self.metric, parameters)
         step = None if self.optimizer is None else self._find_step
         self._rule, self._step = None, None
+        self._count_steps()
         self._config = replace(self._config, parameters=parameters, weight=weight, step=step)
         self._piggyback = Piggyback(self._config)
         self._piggyback.arm()
 
+    def _count_steps(self) -> None:
+        """Count the optimizer's steps from here on: between a backward and its harvest there must be none."""
+        optimizer = unwrap_optimizer(self.optimizer)
+        if isinstance(optimizer, torch.optim.Optimizer):
+
+            def count(*args: Any) -> None:
+                self._steps += 1
+
+            self._counter = optimizer.register_step_post_hook(count)
+
     def _find_step(self) -> StepMetric | None:
         """What the account takes of the step to come, with the optimizer as it is when the step's backward starts."""
         if self._step is None:
+            self._steps = 0
             self._rule = self._find_rule(self._config.parameters)
             self._step = None if self._rule is None else step_metric(self._rule, budget=self._config.budget // 2)
         return self._step
@@ -227,6 +242,10 @@ class Recorder:
             self._piggyback = None
         self._collected.clear()
         self._accounts.clear()
+        self._rule = self._step = None
+        if self._counter is not None:
+            self._counter.remove()
+            self._counter = None
         self._backwards = 0
 
     def harvest(self, *, scale: float = 1.0, lr: float | None = None) -> Recording | None:
@@ -253,8 +272,12 @@ class Recorder:
             return None
         recording = join_recordings(recordings, scale=scale)
         if self._rule is not None:
+            assert self._piggyback is not None
+            clock = self._piggyback.clock
             try:
-                recording = replace(recording, attribution=self._attribute(accounts, self._rule, lr))
+                with clock:
+                    recording = replace(recording, attribution=self._attribute(accounts, self._rule, lr))
+                recording = replace(recording, overhead_s=recording.overhead_s + clock.take())
             except Exception as error:  # noqa: BLE001  (what was measured must not be lost with its account)
                 self._log_once(f"gradent gives no account of a step: gradent's own {type(error).__name__}: {error}")
         _ = recording.verdict  # raises here where an entry is not finite
@@ -281,7 +304,7 @@ class Recorder:
                 if recording is not None:
                     self._collected.append(replace(recording, overhead_s=clock.take()))
         except Exception:
-            self._collected, self._backwards = [], 0  # half a step is none
+            self._collected, self._accounts, self._backwards = [], [], 0  # half a step is none
             raise
         return self._backwards
 
@@ -293,6 +316,8 @@ class Recorder:
         part: StepAttribution | str
         norms = accounts[-1][0].norms
         kept: float | str = "nothing was read off the backward" if norms is None else norms.factor()
+        if self._steps:
+            kept = "the weights have changed since the backward (harvest before each step of the optimizer)"
         if isinstance(kept, str):
             self._log_once(f"gradent gives no account of a step: {kept}.")
             return None
@@ -308,6 +333,8 @@ class Recorder:
             else:
                 account = attribute_backward(observation, rule, kept=share, lr=lr)
                 part = account if isinstance(account, str) else account.select(active)
+                if len(accounts) > 1 or world_size() > 1 or observation.unpaired:
+                    part = part if isinstance(part, str) else replace(part, is_whole=False)
             if isinstance(part, str):
                 self._log_once(f"gradent gives no account of a step: {part}.")
                 return None
@@ -357,12 +384,12 @@ class Recorder:
         batch = PairBatch.from_rows([observation.rows[number] for number in numbers]) if numbers else None
         obstacle = "the model is compiled" if self._is_compiled else observation.no_entries_reason
         needs_pass = bool(active) and (self._mode == "measure" or obstacle is not None)
-        self._accounts.append((observation, active, needs_pass))
         if needs_pass:
             gram = self._measure(batch, obstacle)
             self._compare(gram, observation, active)
         else:
             gram = self._read(observation).select(active)
+        self._accounts.append((observation, active, needs_pass))
         if self._config.should_share and active and not observation.shared:
             self._log_once(
                 "gradent: weight_grad='shared' found no weight gradient to share here, and the products are formed "

@@ -48,12 +48,15 @@ class StepAttribution:
             gradients were kept, other ranks; in a pass of gradent's own, all micro-batches and ranks), momentum,
             weight_decay.
         realised: how much each `log π(y_i|x_i)` really changed, float64 `[N]`; None unless it was measured.
+        is_whole: whether all of the step's gradient is in; later micro-batches, other ranks and rows without a partner
+            are not where the rows' gradients had no room.
     """
 
     products: Tensor
     pushes: Tensor
     moved: dict[str, Tensor]
     realised: Tensor | None = None
+    is_whole: bool = True
 
     @cached_property
     def total(self) -> Tensor:
@@ -102,6 +105,7 @@ class StepAttribution:
             products=products, pushes=pushes,
             moved={source: _sides(parts, [part.moved[source] for part in parts]) for source in parts[0].moved},
             realised=_sides(parts, realised) if len(realised) == len(parts) else None,
+            is_whole=all(part.is_whole for part in parts),
         )  # fmt: skip
 
 
@@ -147,7 +151,7 @@ def attribute_kept(
             if rows is not None:
                 tile[start : start + seen.pairs] = rows[half * seen.pairs : (half + 1) * seen.pairs]
             start += seen.pairs
-        sums = AccountSums(layout, found, torch.zeros(len(c), dtype=torch.float64), KeptEstimate())
+        sums = AccountSums(layout, found, torch.zeros(len(c), dtype=torch.float64), KeptEstimate(1.0))
         sums.add(tile, ...)
         blocks[number] = layout.split(sums.entries.cpu())
     return assemble(blocks, rule, c, (sources, metric.plain), kept=kept, lr=lr)

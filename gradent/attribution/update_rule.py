@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from gradent.kernels.common.account import ElementMetric
 from gradent.kernels.common.numerics import accumulator
 
-__all__ = ["FIRST_STEP", "Terms", "UpdateRule", "find_update_rule"]
+__all__ = ["FIRST_STEP", "Terms", "UpdateRule", "find_update_rule", "unwrap_optimizer"]
 
 FIRST_STEP = "before its first step, Adam has no second moment"
 
@@ -152,10 +153,18 @@ def _sgd(group: Mapping[str, Any], lr: float, sign: float, decay: float, *, is_f
     return Terms(lr=lr, fresh=sign * taken, carried=momentum, coupled=decay)
 
 
+def unwrap_optimizer(optimizer: object) -> object:
+    """The optimizer under accelerate's wrapper, which steps as it does."""
+    return getattr(optimizer, "optimizer", None) if type(optimizer).__name__ == "AcceleratedOptimizer" else optimizer
+
+
+def _has_hooks(tensor: Tensor) -> bool:
+    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))  # noqa: SLF001  (as above)
+
+
 def find_update_rule(optimizer: object, parameters: Mapping[str, Tensor], *, is_next: bool = False) -> UpdateRule | str:
     """The rule of an optimizer, or why its step is no linear form with a diagonal P."""
-    while hasattr(optimizer, "optimizer"):  # accelerate's, DeepSpeed's
-        optimizer = optimizer.optimizer
+    optimizer = unwrap_optimizer(optimizer)
     known: Sequence[Callable[..., Any]] = [kind.step for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)]
     if not isinstance(optimizer, torch.optim.Optimizer) or inspect.unwrap(type(optimizer).step) not in [
         inspect.unwrap(step) for step in known
@@ -164,6 +173,11 @@ def find_update_rule(optimizer: object, parameters: Mapping[str, Tensor], *, is_
             f"{type(optimizer).__name__} has no diagonal preconditioner that gradent knows; a step is split into its "
             "sources under torch.optim.SGD, Adam and AdamW"
         )
+    if optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks:  # noqa: SLF001  (no public name)
+        return "a hook before the optimizer's step may change what it takes"
+    hooked = [name for name, tensor in parameters.items() if _has_hooks(tensor)]
+    if hooked:
+        return f"a hook on the gradient of {hooked[0]!r} may change it"
     rule = UpdateRule(optimizer, parameters, is_next=is_next)
     missing = [name for number, name in enumerate(parameters) if not rule.holds(number)]
     if missing:

@@ -204,6 +204,35 @@ def test_a_pass_of_its_own_knows_the_other_micro_batches() -> None:
     torch.testing.assert_close(found.attribution.total, want, rtol=0, atol=1e-4 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("budget", [None, SMALL], ids=["kept", "as they come"])
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_adapters_that_start_at_zero(budget: int | None, scale: float) -> None:
+    """At the second step, A has no second moment yet: its gradient was zero while B was."""
+    model, batch = lora_everywhere("llama"), ragged(3)
+    for name, part in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.zeros_(part)
+    optimizer = torch.optim.AdamW([part for part in model.parameters() if part.requires_grad], lr=1e-3, weight_decay=0)
+
+    def backward() -> None:
+        through_logits(model, batch, lambda chosen, rejected: scale * dpo(chosen, rejected)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+    backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    frozen = Frozen(model, optimizer)
+    with attach(model, optimizer=optimizer, memory_budget=budget) as recorder:
+        backward()
+        found = recorder.harvest()
+    optimizer.step()
+    step = flat([part for part in model.parameters() if part.requires_grad]) - frozen.theta
+    want = frozen.row_gradients(batch) @ step
+    assert found is not None
+    assert found.attribution is not None
+    assert float((found.attribution.total - want).norm() / want.norm()) < 0.1
+
+
 def weighted(model: nn.Module, batch: PairBatch) -> torch.Tensor:
     """A loss that weighs a response's later tokens more, and the prompts of chosen ones a little."""
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits

@@ -127,6 +127,13 @@ def test_the_account_of_a_runs_first_steps_is_not_told() -> None:
     assert said is not None and said.startswith("step 4: 100% of 4 pairs in case 4")
 
 
+def test_an_account_of_a_part_of_the_gradient_says_so() -> None:
+    told = window((4, {}), moved=moves(CHOSEN, REJECTED), is_whole=False)
+    assert describe(told, DEFAULT_ALERT) is None, "whether chosen falls is not known"
+    said = describe(window((4, {"both_down": 0.75}), moved=moves(CHOSEN, REJECTED), is_whole=False), DEFAULT_ALERT)
+    assert said is not None and f"{LEAD}; without later micro-batches, other ranks" in said
+
+
 def test_the_sentence_leads_with_what_the_step_does() -> None:
     """What lowers comes first; sources that did nothing are left out; rows of earlier micro-batches are other pairs."""
     moved = moves(CHOSEN, REJECTED)

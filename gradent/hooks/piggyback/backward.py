@@ -128,7 +128,7 @@ class WatchedBackward:
         config, step, observation = self.config, self._step, self.observation
         if step is None:
             return Ledger(Wanted.pairs(pairs), budget=config.budget, weight=config.weight)
-        observation.norms = GradientNorms(config.tensors)
+        observation.norms = GradientNorms(config.tensors, self.guard.clock)
         observation.norms.start()
         size = sum(tensor.numel() * accumulator(tensor.dtype).itemsize for tensor in config.tensors)
         if step.store.reserve(2 * pairs * size):

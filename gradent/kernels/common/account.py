@@ -13,6 +13,7 @@ Letters: N rows, W directions that P multiplies, E that it does not, k pairs of 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,17 +79,22 @@ class AccountLayout:
 class KeptEstimate:
     """About which part of a backward's gradient reaches the optimizer, seen from v, an average of what did."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: float | None = None) -> None:
+        self._known = known
         self._sums: dict[torch.device, Tensor] = {}
-        self._seen = 0
+        self._seen: dict[torch.device, int] = defaultdict(int)
 
-    def update(self, second: Tensor, squares: Tensor, correction: float) -> Tensor:
+    def update(self, second: Tensor, squares: Tensor, correction: float) -> Tensor | float:
         """The square of the estimate, a scalar, with `v = correction · v̂` and `grad²` of one more tile."""
-        sums = self._sums.setdefault(second.device, torch.zeros(2, dtype=torch.float64, device=second.device))
-        if self._seen < ENOUGH:
-            self._seen += second.numel()
+        if self._known is not None:
+            return self._known**2
+        device = second.device
+        sums = self._sums.setdefault(device, torch.zeros(2, dtype=torch.float64, device=device))
+        if self._seen[device] < ENOUGH:
+            self._seen[device] += second.numel()
             sums += torch.stack([second.sum() / correction, squares.sum()])
-        return (sums[0] / sums[1].clamp_min(1e-300)).clamp_max(1.0)
+        part = (sums[0] / sums[1].clamp_min(1e-300)).clamp_max(1.0)
+        return torch.where(sums[0] > 0, part, 1.0)  # nothing is known where all elements are new
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +197,7 @@ class AccountSums:
         squares = grad.square()
         kept = self._kept.update(second, squares, metric.correction)
         reach = metric.correction * (metric.growth / GROWTH) ** 2 * kept  # v grows `GROWTH` times over where it is less
-        lack = torch.addcmul(second, squares, reach.to(tile.dtype), value=-1)
+        lack = torch.addcmul(second, squares, torch.as_tensor(reach, dtype=tile.dtype, device=tile.device), value=-1)
         root = second.sqrt().add_(metric.eps * metric.correction**0.5).rsqrt_()
         if tile.device.type != "cpu" or float(lack.amin()) < -metric.correction * metric.eps**2:
             self._add_fresh(tile[:rows], lack < -metric.correction * metric.eps**2, grad.abs_(), root, metric.before)

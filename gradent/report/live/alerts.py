@@ -95,7 +95,8 @@ def _describe_step(window: Window) -> str:
         return ""
     sides = "; ".join(_describe_side(side, window.moved_last(side)) for side in ("chosen", "rejected"))
     explained = "" if window.explained is None else f"; {max(0.0, window.explained):.0%} explained"
-    return f"step {window.steps[place]}: {sides}{explained}"
+    partial = "" if window.is_whole else "; without later micro-batches, other ranks and rows that have no partner"
+    return f"step {window.steps[place]}: {sides}{explained}{partial}"
 
 
 def _find_step(window: Window) -> int | None:
@@ -137,7 +138,11 @@ def _describe_pairs(window: Window, alert: Alert) -> str:
 def _find_news(window: Window, alert: Alert) -> list[str]:
     """What a window has that is worth a sentence: that a step lowers chosen, and its case."""
     case = _worst_case(window, alert)
-    falls = _find_step(window) is not None and sum(window.moved_last("chosen").values()) < -alert.chosen_falls
+    falls = (
+        _find_step(window) is not None
+        and window.is_whole
+        and sum(window.moved_last("chosen").values()) < -alert.chosen_falls
+    )
     return [*(["chosen falls"] if falls else []), *([] if case is None else [case])]
 
 

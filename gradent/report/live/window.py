@@ -60,6 +60,9 @@ class Window:
     # What moved chosen and rejected: side -> source -> mean over a step's pairs, nats, one number a step; nan for none
     moved: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     accounted: Sequence[tuple[float, float]] = ()  # their sums by pair, of both log-probs; nan for none
+    is_whole: bool = (
+        True  # all of the gradient is in these accounts: no other ranks', later micro-batches' or odd rows'
+    )
     explained: float | None = None  # share of the realised changes' variance that they explain
     pushes: Sequence[Push] = ()  # the rows that moved others most, with their text
     entangled: Sequence[EntangledPair] = ()  # the pairs with the largest cosine, with their text

@@ -295,6 +295,7 @@ class EntanglementCallback(TrainerCallback):
         """Take every hook off the model."""
         if self._recorder is not None:
             self._recorder.disarm()
+            self._recorder.optimizer = None
 
 
 def _keeps_loss_scale(optimizer: Any) -> bool:
