@@ -230,3 +230,13 @@ def test_the_verdict_in_the_training_log(
     assert said and said[0].startswith("step 1: ") and "of 4 pairs in case" in said[0]
     assert said[-1].startswith("step 5: chosen "), "an account is told of from step 5 on"
     assert len(said) <= 4
+
+
+def test_large_matrices_are_let_go_of(callback: EntanglementCallback, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = callback.records[-1]
+    assert record.attribution is not None and record.attribution.products.shape == (8, 8)
+    assert record.without_large_matrices() is record
+    monkeypatch.setattr("gradent.trainer.callback.step.LARGE", 7)
+    small = record.without_large_matrices()
+    assert small.attribution is not None and small.attribution.products.shape == (0, 0)
+    assert torch.equal(small.attribution.total, record.attribution.total)

@@ -40,6 +40,9 @@ __all__ = ["EntanglementCallback"]
 KEPT = 1000
 """Measured steps that `records` holds."""
 
+KEPT_MATRICES = 10
+"""Of these, the last ones that hold products and pushes of more rows than `LARGE`."""
+
 _CHOICES = CHOICES | {"pairing": (None, *CHOICES["pairing"]), "metric": (None, "adam"), "on_error": ("warn", "raise")}
 
 
@@ -79,7 +82,8 @@ class EntanglementCallback(TrainerCallback):
         on_error: "warn" logs gradent's own errors and leaves the run alone, "raise" raises them.
 
     Attributes:
-        records: the last 1000 measured steps, `StepRecord` each; on rank 0 with the pairs of all ranks.
+        records: the last 1000 measured steps, `StepRecord` each; on rank 0 with the pairs of all ranks. Of a step of more
+            than 64 responses, the matrices of its attribution are held until ten more steps were measured.
 
     Raises:
         InputError: an argument outside of what is accepted.
@@ -253,6 +257,8 @@ class EntanglementCallback(TrainerCallback):
         realised = torch.cat(changes, 1) if len(changes) == len(recordings) else None
         record = StepRecord.of(step, join_recordings(recordings), realised=realised, tokens=self._tokens)
         self.records.append(record if self.by_module else replace(record, gram=replace(record.gram, modules=None)))
+        if len(self.records) > KEPT_MATRICES:
+            self.records[-KEPT_MATRICES - 1] = self.records[-KEPT_MATRICES - 1].without_large_matrices()
         self._window.append(record)
         if self._stream is not None:
             self._stream.append(to_rows(record))

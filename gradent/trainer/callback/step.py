@@ -28,6 +28,10 @@ __all__ = [
 ]  # fmt: skip
 
 
+LARGE = 64
+"""Rows from which on a thousand records of their products would take more than some tens of MB."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
     """One measured optimizer step.
@@ -88,6 +92,13 @@ class StepRecord:
             layers=group_layers(recording.gram.modules or {}), chosen_realised=chosen_realised,
             rejected_realised=rejected_realised, tokens=tokens, attribution=attribution,
         )  # fmt: skip
+
+    def without_large_matrices(self) -> StepRecord:
+        """The same without the `[N, N]` matrices of an attribution of more than `LARGE` rows."""
+        if self.attribution is None or len(self.attribution.products) <= LARGE:
+            return self
+        nothing = torch.zeros(0, 0, dtype=torch.float64)
+        return replace(self, attribution=replace(self.attribution, products=nothing, pushes=nothing))
 
 
 def finite_means(values: Mapping[str, Tensor], prefix: str) -> dict[str, float]:
