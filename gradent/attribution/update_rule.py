@@ -14,6 +14,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class UpdateRule:
         decay = float(group["weight_decay"])
         if not self.is_adaptive:
             return _sgd(group, rate, sign, decay, is_first=state.get("momentum_buffer") is None)
-        beta, step = float(group["betas"][0]), float(state["step"]) + 1 if "step" in state else 1.0
+        beta, step = float(group["betas"][0]), self._steps[number] + 1
         corrected, second = 1 - beta**step, float(group["betas"][1])
         is_decoupled = self._decouples(group)
         return Terms(
@@ -104,7 +105,7 @@ class UpdateRule:
         if not self.is_adaptive:
             return ElementMetric()
         state, group, tensor = self._state(number), self._group(number), self._tensors[number]
-        beta, step = float(group["betas"][1]), float(state.get("step", 0))
+        beta, step = float(group["betas"][1]), self._steps[number]
         if self._is_next:
             second, step = self._next_second(number), step + 1
         else:
@@ -131,6 +132,18 @@ class UpdateRule:
         if group.get("amsgrad") and "max_exp_avg_sq" in state:
             second = torch.maximum(second, state["max_exp_avg_sq"].to(wide))
         return second
+
+    @cached_property
+    def _steps(self) -> list[float]:
+        """Steps that the optimizer has taken, by parameter: read at once, where they are on a device (fused Adam)."""
+        steps = [torch.as_tensor(self._state(number).get("step", 0.0)) for number in range(len(self._tensors))]
+        found = [0.0] * len(steps)
+        for device in {step.device for step in steps}:
+            here = [number for number, step in enumerate(steps) if step.device == device]
+            values = torch.stack([steps[number].reshape(()).to(torch.float32) for number in here]).tolist()
+            for number, value in zip(here, values, strict=True):
+                found[number] = value
+        return found
 
     def _decouples(self, group: Mapping[str, Any]) -> bool:
         return bool(group.get("decoupled_weight_decay", isinstance(self._optimizer, torch.optim.AdamW)))

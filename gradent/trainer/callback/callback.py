@@ -82,8 +82,8 @@ class EntanglementCallback(TrainerCallback):
         on_error: "warn" logs gradent's own errors and leaves the run alone, "raise" raises them.
 
     Attributes:
-        records: the last 1000 measured steps, `StepRecord` each; on rank 0 with the pairs of all ranks. Of a step of more
-            than 64 responses, the matrices of its attribution are held until ten more steps were measured.
+        records: the last 1000 measured steps, `StepRecord` each; on rank 0 with the pairs of all ranks. Of a step of
+            more than 64 responses, the matrices of its attribution are held until ten more steps were measured.
 
     Raises:
         InputError: an argument outside of what is accepted.
