@@ -38,7 +38,15 @@ TARGETS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("gradent/theory/conditions.py",),
         ("tests/theory/test_conditions.py", "tests/losses/test_designs.py"),
     ),
-    "losses": (("gradent/losses/*.py",), ("tests/losses/test_losses.py", "tests/losses/test_designs.py")),
+    "losses": (
+        ("gradent/losses/*.py",),
+        (
+            "tests/losses/test_refusals.py",
+            "tests/losses/test_token_masked.py",
+            "tests/losses/test_losses.py",
+            "tests/losses/test_designs.py",
+        ),
+    ),
     "coefficients": (
         ("gradent/hooks/piggyback/coefficients.py",),
         ("tests/hooks/piggyback/test_coefficients.py", "tests/hooks/piggyback/test_watcher.py"),
