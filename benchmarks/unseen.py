@@ -79,6 +79,7 @@ class Run:
         max_norm: of clipping.
         mode: the callback's.
         held_out: pairs of each held-out set.
+        cuts: last steps of the parts that are summed apart, but for the last part's.
     """
 
     model: str = "stories260K"
@@ -92,19 +93,22 @@ class Run:
     max_norm: float = 1.0
     mode: str = "auto"
     held_out: int = 48
+    cuts: tuple[int, ...] = (EARLY,)
 
 
 FULL, LORA = Run(), Run(lora=True)
 RUNS: dict[str, Run] = {
     "full 1e-6": replace(FULL, lr=1e-6), "full 1e-5": FULL, "full 1e-4": replace(FULL, lr=1e-4),
     "LoRA 1e-5": LORA, "LoRA 1e-4": replace(LORA, lr=1e-4), "LoRA 1e-3": replace(LORA, lr=1e-3),
-    "4 pairs": replace(FULL, batch=4), "16 pairs": replace(FULL, batch=16, steps=24),
+    "2 pairs": replace(FULL, batch=2), "4 pairs": replace(FULL, batch=4),
+    "16 pairs": replace(FULL, batch=16, steps=24),
     "P after": replace(FULL, mode="measure"), "P after 1e-4": replace(FULL, mode="measure", lr=1e-4),
     "clipped": replace(FULL, max_norm=0.05),
     "shared prompts": replace(FULL, prompts=80), "shared prompts 1e-4": replace(FULL, prompts=80, lr=1e-4),
     "many prompts 1e-4": replace(FULL, prompts=350, lr=1e-4),
     "copies": replace(FULL, pairs=64, copies=4), "copies 1e-4": replace(FULL, pairs=64, copies=4, lr=1e-4),
     "4 epochs": replace(FULL, pairs=64), "4 epochs 1e-4": replace(FULL, pairs=64, lr=1e-4),
+    "2 epochs 1e-4": replace(FULL, pairs=128, lr=1e-4, cuts=(EARLY, 16)),
     "16 epochs": replace(FULL, pairs=16),
     "stories15M LoRA": replace(LORA, model="stories15M", lr=1e-4, steps=24, held_out=32),
 }  # fmt: skip
@@ -305,7 +309,7 @@ def main(
     data: Annotated[Path, typer.Option(help="JSON lines of preference rows.")],
     models: Annotated[Path, typer.Option(help="Folder of models.")],
     only: Annotated[str, typer.Option(help="Runs, by name, with commas; all by default.")] = "",
-    seeds: Annotated[int, typer.Option(help="Runs of each kind.")] = 2,
+    seeds: Annotated[str, typer.Option(help="Seeds of each run, with commas.")] = "0,1",
     save: Annotated[bool, typer.Option(help="Append to the results.")] = True,
     keep: Annotated[Path | None, typer.Option(help="A folder for every step's figures.")] = None,
 ) -> None:
@@ -316,12 +320,12 @@ def main(
     table = Table("run", "seed", "steps", "held out", "side", *columns)
     for name in only.split(",") if only else RUNS:
         run = RUNS[name]
-        for seed in range(seeds):
+        for seed in map(int, seeds.split(",")):
             callback, held_out = train(run, models / run.model, rows, seed)
             if keep is not None:
                 accounts = [(record.step, record.attribution) for record in callback.records]
                 torch.save({"accounts": accounts, **vars(held_out)}, keep / f"{name}, {seed}.pt")
-            for start, stop in ((2, EARLY + 1), (EARLY + 1, run.steps + 1)):
+            for start, stop in itertools.pairwise([2, *(cut + 1 for cut in run.cuts), run.steps + 1]):
                 for part, place in itertools.product(held_out.members, (0, 1)):
                     found = judge(callback, held_out, part, place, range(start, stop))
                     where = [f"{start} to {stop - 1}", part, SIDES[place]]
