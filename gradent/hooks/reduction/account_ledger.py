@@ -17,11 +17,12 @@ from gradent.hooks.reduction.small_gradients import MaterializedRows, Slot, row_
 from gradent.hooks.uses.formats import Form
 from gradent.kernels.common.account import AccountLayout, AccountSums, ElementMetric, KeptEstimate, RowSums
 from gradent.kernels.common.numerics import accumulator, row_products
+from gradent.kernels.common.sketch import GradientSketch, SketchSums
 from gradent.kernels.common.wanted import Wanted
 from gradent.kernels.outer.reference import account_all_rows
 from gradent.kernels.strategy import Strategy
 
-__all__ = ["AccountLedger", "RowLedger"]
+__all__ = ["AccountLedger", "RowLedger", "VectorLedger"]
 
 
 class AccountLedger(Ledger):
@@ -95,3 +96,22 @@ class RowLedger(AccountLedger):
         """Let go of every format and row; entries stay."""
         super().clear()
         self.kept = {}
+
+
+class VectorLedger(AccountLedger):
+    """Makes one vector of each row's whole gradient, `[N, K]`: the only entries, once it is closed."""
+
+    def __init__(
+        self, rows: int, sketch: GradientSketch, *, dtype: torch.dtype, device: torch.device, budget: int
+    ) -> None:
+        super().__init__(AccountLayout(rows, 0, 0, 0), lambda number: ElementMetric(), torch.zeros(rows), budget=budget)
+        self._sketch = sketch
+        self._vectors = torch.zeros(rows, sketch.width, dtype=dtype, device=device)
+
+    def _sums(self, param: int, slot: Slot) -> AccountSums:
+        return SketchSums(self.layout, self._sketch, self._vectors, param, slot)
+
+    def close(self) -> None:
+        """Reduce what is still open; the entries are the vectors then."""
+        super().close()
+        self.entries = {0: self._vectors}

@@ -1,0 +1,102 @@
+"""One vector for each row's gradient over all parameters: the gradient itself where it fits, else a CountSketch of it.
+
+Inner products of two rows' vectors are those of their gradients, exactly or without bias. Bucket and sign of an element
+follow from its place alone, so that sketches of different backwards, devices and ranks belong together. Of a sketch of K
+buckets, an inner product's standard error is about `√((‖g_i‖²‖g_j‖² + ⟨g_i, g_j⟩²) / K)`.
+
+Source: Charikar, Chen, Farach-Colton, "Finding Frequent Items in Data Streams" (2002).
+
+Letters: N rows, K numbers of a vector, n elements of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradent.kernels.common.account import AccountLayout, AccountSums, ElementMetric, KeptEstimate
+
+__all__ = ["GradientSketch", "SketchSums"]
+
+_MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
+"""Odd numbers of splitmix64, as signed ones."""
+
+
+class GradientSketch:
+    """Where the elements of parameters of these shapes lie in vectors of at most `width` numbers."""
+
+    def __init__(self, shapes: Sequence[torch.Size], width: int) -> None:
+        sizes = [shape.numel() for shape in shapes]
+        self._shapes = list(shapes)
+        self._starts = [sum(sizes[:number]) for number in range(len(sizes))]
+        self.is_exact = width >= sum(sizes)
+        """Whether a vector is the gradient itself."""
+        self.width = min(width, sum(sizes))
+        """K."""
+
+    def view(self, number: int, slot: Any) -> Tensor:
+        """A slot of a parameter that has places and no values."""
+        return torch.empty(self._shapes[number], device="meta")[tuple(slot)]
+
+    def places(self, number: int, view: Tensor, place: Any, device: torch.device) -> Tensor:
+        """int64 `[n]`: the places of a tile's elements in the gradient of all parameters, for a tile `view[place]`."""
+        chosen = [place] if not isinstance(place, tuple) else list(place)
+        if chosen == [...]:
+            chosen = []
+        chosen += [slice(None)] * (view.dim() - len(chosen))
+        index = torch.full((1,) * view.dim(), self._starts[number] + view.storage_offset(), device=device)
+        for axis, (some, size, stride) in enumerate(zip(chosen, view.shape, view.stride(), strict=True)):
+            along = torch.arange(size, device=device)[some] * stride
+            index = index + along.view([-1 if other == axis else 1 for other in range(view.dim())])
+        return index.flatten()
+
+    def hashed(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Bucket int64 and sign int8 of elements, `[n]` each."""
+        mixed = (places + 1) * _MIX[0]
+        for shift, factor in ((30, _MIX[1]), (27, _MIX[2])):
+            mixed = (mixed ^ _shifted(mixed, shift)) * factor
+        mixed = mixed ^ _shifted(mixed, 31)
+        return _shifted(mixed, 2) % self.width, ((mixed & 1) * 2 - 1).to(torch.int8)
+
+
+def _shifted(values: Tensor, bits: int) -> Tensor:
+    """A shift to the right that brings zeros in."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+class SketchSums(AccountSums):
+    """Adds one parameter's gradients to the vectors `[N, K]` of all rows; its own entries are zero."""
+
+    def __init__(self, layout: AccountLayout, sketch: GradientSketch, vectors: Tensor, number: int, slot: Any) -> None:
+        super().__init__(layout, ElementMetric(), torch.zeros(0), KeptEstimate())
+        self._sketch, self._vectors, self._number = sketch, vectors, number
+        self._view = sketch.view(number, slot)
+        self._pending: Tensor | None = None
+
+    def reshaped(self, change: Callable[[Tensor], Tensor]) -> AccountSums:
+        """The same, of a parameter in another shape."""
+        self._view = change(self._view)
+        return self
+
+    def add(self, tile: Tensor, place: Any) -> None:
+        """Add a tile `[N, ...]` of the elements `place`."""
+        places = self._sketch.places(self._number, self._view, place, tile.device)
+        flat = tile.reshape(len(tile), -1)
+        if self._sketch.is_exact:  # not added, so that a tile may come again after memory ran out
+            self._vectors[:, places] = flat.to(self._vectors.dtype)
+            return
+        if self._pending is None:
+            self._pending = torch.zeros_like(self._vectors)
+        buckets, signs = self._sketch.hashed(places)
+        self._pending.scatter_add_(1, buckets.expand(len(flat), -1), (flat * signs).to(self._vectors.dtype))
+
+    @property
+    def entries(self) -> Tensor:
+        """Zeros `[M]`; the parameter is complete with them, and its vectors are added."""
+        if self._pending is not None:
+            self._vectors += self._pending
+            self._pending = None
+        return torch.zeros(self._layout.count, dtype=torch.float64, device=self._vectors.device)
