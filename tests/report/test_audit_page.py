@@ -329,7 +329,7 @@ def test_keyboards_and_screen_readers_are_served(tmp_path) -> None:
 def test_hostile_texts_are_inert_in_the_source(tmp_path) -> None:
     html = page(tmp_path, count=3, hostile=EVIL, with_steps=True)
     shown = read(html)
-    plain = read(page(tmp_path / "plain", count=3))
+    plain = read(page(tmp_path / "plain", count=3, with_steps=True))
     assert shown.tags.count("script") == plain.tags.count("script")
     assert not {"img", "b", "iframe", "link"} & set(shown.tags)
     assert shown.loads == [] and shown.policy.startswith("default-src 'none'")
