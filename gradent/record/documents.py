@@ -59,7 +59,8 @@ class Summary(TypedDict):
     sample, of each checkpoint: means of own, partner and others (nats a unit of learning rate), shares of the cases,
     and of the pairs whose step alone says otherwise. `intervals`: from checkpoint to checkpoint, the realised changes,
     the first-order ones (trapezoid), the share explained by it and by either end alone, and modules `{name: [chosen,
-    rejected]}`. `what_if`: whether the products behind the losses' step on the sample are exact, and their error."""
+    rejected]}`. `what_if`: whether the products behind the losses' step on the sample are exact, and their error.
+    `pushed`: the responses that other pairs move most in that step, and by whom."""
     what_if: list[dict[str, Any]]
     """Other losses and hyperparameters on the same gradients: a row each. `sample` has the cases of one step on the
     whole sample."""

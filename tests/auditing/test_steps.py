@@ -19,7 +19,7 @@ from gradent.auditing.api import AuditResult
 from gradent.auditing.measuring import steps, sweep
 from gradent.errors import ModelError
 from gradent.model.parameters import trainable
-from gradent.record import STEP_COLUMNS, read_steps
+from gradent.record import STEP_COLUMNS, read_sample, read_steps
 from tests.auditing.trained import Trained, train_run, word_pairs
 
 ROWS = 10
@@ -167,12 +167,33 @@ def test_other_losses_are_judged_by_a_step_on_the_sample(trained, tmp_path, budg
         moved = -(grads @ (grads.T @ c)).view(2, -1)
         ideal = float(((moved[0] > 0) & (moved[1] < 0)).double().mean())
         assert row["sample"]["cases"]["ideal"] == pytest.approx(ideal, abs=1e-9 if is_exact else 0.35), row["label"]
+    if is_exact:
+        check_pushed(result, grads, weights(trained, grads, logps))
     recommendation = result.summary["recommendation"]
     assert recommendation["step"] == "sample"
     assert "a step on the whole sample" in recommendation["text"]
     run_row = next(row for row in result.summary["what_if"] if row["group"] == "run")
     assert recommendation["run_ideal"] == run_row["sample"]["cases"]["ideal"]
     assert recommendation["alone_ideal"] == run_row["cases"]["ideal"]
+
+
+def check_pushed(result: AuditResult, grads: torch.Tensor, c: torch.Tensor) -> None:
+    """Who moves whom, against the Gram matrix."""
+    pushes = -(grads @ grads.T) * c
+    place = {row["pair"]: number for number, row in enumerate(read_sample(result.sample_path).to_pylist())}
+    rows = result.summary["steps"]["pushed"]
+    assert len(rows) == 12 and len(rows[0]["by"]) == 3
+    for row in rows:
+        at, half = place[row["pair"]], ROWS if row["side"] == "rejected" else 0
+        mine = pushes[half + at].clone()
+        mine[[at, at + ROWS]] = 0
+        assert row["others"] == pytest.approx(float(mine.sum()), rel=1e-3, abs=1e-5)
+        for rank, by in enumerate(row["by"]):
+            number = place[by["pair"]] + (ROWS if by["side"] == "rejected" else 0)
+            assert by["moved"] == pytest.approx(float(mine[number]), rel=1e-3, abs=1e-6)
+            assert abs(by["moved"]) == pytest.approx(float(mine.abs().sort().values[-1 - rank]), rel=1e-3, abs=1e-6)
+    sizes = [abs(row["others"]) for row in rows]
+    assert sizes == sorted(sizes, reverse=True)
 
 
 def test_a_sketch_is_exact_of_own_and_partner(trained, tmp_path) -> None:

@@ -206,6 +206,13 @@ def steps_of(
             for begin, end in itertools.pairwise(steps)
         ],
         "what_if": {"is_exact": False, "error": 0.012},
+        "pushed": [
+            {
+                "pair": pair, "side": side, "own": 1.0, "partner": -0.5, "others": -3.0,
+                "by": [{"pair": blocks[-1]["pair"][0], "side": "rejected", "moved": -2.5}],
+            }
+            for pair, side in zip(blocks[-1]["pair"][1:4], ("chosen", "rejected", "chosen"), strict=False)
+        ],
     }  # fmt: skip
 
 

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradent.auditing.analysis.columns import TargetRecord
+from gradent.auditing.analysis.columns import TargetRecord, judge
 from gradent.auditing.analysis.distributions import count_cases, find_cases, mean
 from gradent.auditing.measuring.steps import ARRIVING, LEAVING, SAMPLE, StepTask
 from gradent.auditing.state.journal import Journal
 from gradent.auditing.state.targets import Target
+from gradent.losses import Loss
 from gradent.record import STEP_COLUMNS
 from gradent.record.table import Floats, Table, stack
 from gradent.theory.conditions import Verdict
@@ -37,6 +38,9 @@ __all__ = [
 ]
 
 _SIDES = ("chosen", "rejected")
+
+PUSHED, PUSHERS = 12, 3
+"""Responses of which it is said who moves them, and how many rows of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +73,14 @@ class SampleStep:
             moved += weights * (self.squares - np.einsum("spk,spk->sp", self.vectors, self.vectors))
             moved += weights[::-1] * (self.inner - inner)
         return np.ascontiguousarray(moved.T)
+
+    def pushes(self, judged: Verdict, side: int, place: int) -> Floats:
+        """What each row does to one response in such a step, nats, `[2, P]`."""
+        weights = np.stack([judged.d_w.numpy(), -judged.d_l.numpy()]) / len(self.inner)
+        products = self.vectors @ self.vectors[side, place].astype(np.float64)
+        products[side, place], products[1 - side, place] = self.squares[side, place], self.inner[place]
+        found: Floats = weights * products
+        return found
 
     def cases(self, judged: Verdict) -> NDArray[Any]:
         """The number of each pair's case after such a step, `[P]`."""
@@ -136,8 +148,10 @@ def step_table(steps: Sequence[StepRecord]) -> Table | None:
     return stack(tables) if tables else None
 
 
-def describe_steps(steps: Sequence[StepRecord], sample: SampleStep | None) -> dict[str, Any] | None:
-    """The summary's `steps`; None where nothing was measured of any step."""
+def describe_steps(
+    steps: Sequence[StepRecord], sample: SampleStep | None, last: TargetRecord, loss: Loss
+) -> dict[str, Any] | None:
+    """The summary's `steps`, `sample` being of the last target; None where nothing was measured of any step."""
     if not steps:
         return None
     table = step_table(steps)
@@ -147,6 +161,7 @@ def describe_steps(steps: Sequence[StepRecord], sample: SampleStep | None) -> di
         "sample": [_describe_sample(step, table) for step in steps],
         "intervals": [interval for interval in intervals if interval is not None],
         "what_if": None if sample is None else {"is_exact": sample.is_exact, "error": sample.error},
+        "pushed": [] if sample is None or steps[-1].record is not last else _describe_pushed(steps[-1], sample, loss),
     }
 
 
@@ -219,6 +234,28 @@ def _describe_sample(step: StepRecord, table: Table) -> dict[str, Any]:
         # Shares of pairs of which a step on the sample moves the response the other way than a step on the pair alone.
         "chosen_differs": float(differs[:, 0].mean()), "rejected_differs": float(differs[:, 1].mean()),
     }  # fmt: skip
+
+
+def _describe_pushed(step: StepRecord, sample: SampleStep, loss: Loss) -> list[dict[str, Any]]:
+    """The responses that other pairs move most in a step on the sample, and by whom."""
+    table, judged = step.record.table, judge(step.record.table, loss)
+    parts = _parts(step)
+    others = np.stack([parts[f"{side}_others"] for side in _SIDES])
+    described = []
+    for flat in np.argsort(-np.abs(others), axis=None, kind="stable")[:PUSHED]:
+        side, place = (int(number) for number in np.unravel_index(flat, others.shape))
+        pushes = sample.pushes(judged, side, place)
+        pushes[:, place] = 0  # the response itself, and its partner
+        by = [np.unravel_index(other, pushes.shape) for other in np.argsort(-np.abs(pushes), axis=None)[:PUSHERS]]
+        described.append({
+            "pair": int(table["pair"][place]), "side": _SIDES[side],
+            **{part: float(parts[f"{_SIDES[side]}_{part}"][place]) for part in ("own", "partner", "others")},
+            "by": [
+                {"pair": int(table["pair"][pair]), "side": _SIDES[half], "moved": float(pushes[half, pair])}
+                for half, pair in by if pushes[half, pair]
+            ],
+        })  # fmt: skip
+    return described
 
 
 def _describe_interval(first: StepRecord, last: StepRecord) -> dict[str, Any] | None:

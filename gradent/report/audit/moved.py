@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,13 +12,14 @@ from gradent.report.audit.records import AuditRecords, Row
 from gradent.report.audit.steps import STEP
 from gradent.report.page.html import Section
 from gradent.report.page.numbers import count, number, percent, plural, signed_number, step_name
-from gradent.report.page.parts import Table
+from gradent.report.page.parts import Cell, Table
 
 __all__ = ["run_section", "sample_section"]
 
 _SIDES = ("chosen", "rejected")
 _PARTS = ("own", "partner", "others")
 _MODULES = 20
+_WIDTH = 90  # characters of a response
 _DIFFERS = 0.1
 """Share of the responses from which a step on the sample is said to differ from one on each pair alone."""
 
@@ -43,6 +45,9 @@ def sample_section(records: AuditRecords) -> Section | None:
         f"momentum are known in training only (EntanglementCallback). {_describe_difference(last)}"
     )
     serves = "Decides: whether a fall of chosen comes from within the pairs, or from what pairs do to one another."
+    pushed = _push_table(records)
+    if pushed is not None:
+        parts.append(pushed)
     return Section("One step on the sample", text, parts, serves)
 
 
@@ -88,7 +93,7 @@ def _describe_explained(rows: Sequence[Row]) -> str:
     explained = [fill_gap(row.get("explained")) for row in rows]
     far = [row for row, share in zip(rows, explained, strict=True) if not share >= CLOSE]
     if not far:
-        return f"It explains {percent(min(explained))} or more of every interval."
+        return f"It explains {percent(math.floor(1000 * min(explained)) / 1000)} or more of every interval."
     listed = ", ".join(f"{count(row.get('from'))} to {count(row.get('to'))}" for row in far[:4])
     more = f" and {len(far) - 4} more" if len(far) > 4 else ""
     return (
@@ -125,6 +130,32 @@ def _part_table(rows: Sequence[Row]) -> Table:
         cells.append([*figures, *(percent(row.get(f"{side}_differs")) for side in _SIDES)])
     caption = "Means over the pairs, in nats for a unit of learning rate; shares of the pairs"
     return Table(header, cells, "", caption, figures_from=1)
+
+
+def _push_table(records: AuditRecords) -> Table | None:
+    """The responses that other pairs move most, and who moves them; None where that is not known."""
+    rows = _of_steps(records, "pushed")
+    if not rows:
+        return None
+    cells: list[list[Cell | str]] = []
+    for row in rows:
+        by = [f"{other['side']} of pair {other['pair']:,}: {signed_number(other['moved'])}" for other in row["by"]]
+        texts = [_text(records, other["pair"], other["side"]) for other in row["by"]]
+        cells.append([
+            Cell((f"{row['side']} of pair {row['pair']:,}", _text(records, row["pair"], row["side"]))),
+            signed_number(row["others"]), signed_number(row["own"]), signed_number(row["partner"]),
+            Cell(tuple(line for lines in zip(by, texts, strict=True) for line in lines if line)),
+        ])  # fmt: skip
+    header = ["Response", "By other pairs", "Own", "Partner", "Most of it by"]
+    caption = "Who moves whom: the responses that other pairs move most, in nats for a unit of learning rate"
+    return Table(header, cells, f"Who moves whom: {plural(len(rows), 'response')}", caption, figures_from=1)
+
+
+def _text(records: AuditRecords, pair: int, side: str) -> str:
+    """The beginning of a response, on one line; empty without the texts."""
+    text = str(records.sample.get(pair, {}).get(side) or "")
+    line = " ".join(text.split())
+    return line if len(line) <= _WIDTH else line[: _WIDTH - 1] + "…"
 
 
 def _interval(row: Row) -> list[str]:
