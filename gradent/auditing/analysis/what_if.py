@@ -80,7 +80,7 @@ def what_if(
     head = _design("pairwise_normalized", "Pairwise normalization")
     rows.append({**head, **_row(normalized, checkpoints, run), "sample": judge_sample(normalized[-1])})
     masked = mask_row(tokens, checkpoints[-1], run)
-    return [*rows, {**_design("token_masked", "Token masking (differing tokens kept)"), **masked}]
+    return [*rows, {**_design("token_masked", "Token masking (differing tokens kept)"), **masked, "sample": None}]
 
 
 def _design(loss: str, label: str) -> dict[str, Any]:

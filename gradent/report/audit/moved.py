@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradent.figures.charts import Chart, Line, fill_gap
+from gradent.report.audit.layers import bare_name
 from gradent.report.audit.records import AuditRecords, Row
 from gradent.report.audit.steps import STEP
 from gradent.report.page.html import Section
@@ -170,7 +171,8 @@ def _module_table(rows: Sequence[Row]) -> Table | None:
     """Modules by what they did over all intervals; None where modules were not measured."""
     sums: dict[str, np.ndarray] = {}
     for row in rows:
-        for module, parts in (row.get("modules") or {}).items():
+        for full, parts in (row.get("modules") or {}).items():
+            module = bare_name(full)
             sums[module] = sums.get(module, np.zeros(2)) + np.array([*map(fill_gap, parts)])
     if not sums:
         return None
