@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 __all__ = ["Ranks", "gather", "is_first", "join", "world_size"]
 
@@ -40,6 +42,11 @@ class Ranks:
         # all_gather rather than gather: NCCL has no gather of objects to one rank on every version.
         dist.all_gather_object(parts, values)
         return [value for part in parts for value in part]
+
+    def sum(self, tensors: Iterable[Tensor]) -> None:
+        """Add up tensors of one shape over all ranks, in place; each of them must call it."""
+        for tensor in tensors if self.world > 1 else ():
+            dist.all_reduce(tensor)
 
     def share(self, count: int) -> range:
         """This rank's part of `range(count)`: every `world`-th number, from its own on."""

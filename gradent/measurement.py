@@ -5,7 +5,7 @@ Letters: B pairs, N rows of the batch, M entries of a micro-batch, D directions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -20,6 +20,7 @@ from gradent.hooks.reduction.ledger import Ledger
 from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.kernels.common.numerics import accumulator
 from gradent.kernels.common.wanted import Wanted
+from gradent.model.autograd import row_gradients
 from gradent.model.calls import forward_marked
 from gradent.model.facts import ignores_padding, trims
 from gradent.model.logprobs import sequence_logprobs
@@ -31,7 +32,7 @@ from gradent.pairs.batch import PairBatch
 from gradent.pairs.row_batch import RowBatch
 from gradent.row_gram import RowGram
 
-__all__ = ["measure", "measure_rows", "sequence_logps"]
+__all__ = ["measure", "measure_rows", "sequence_logps", "weighted_gradient"]
 
 Engine = Literal["hooks", "func"]
 
@@ -184,6 +185,7 @@ def measure_rows(
     products = torch.full((count, count), float("nan"), dtype=torch.float64)
     along = None if directions is None else torch.zeros(count, len(directions), dtype=torch.float64)
     modules: dict[str, Tensor] = {}
+    modules_along: dict[str, Tensor] = {}
     for numbers, outcome in outcomes:
         at, entries = torch.tensor(numbers), len(outcome.wanted.places[0])
         place = at[:, None], at[None]
@@ -195,6 +197,8 @@ def measure_rows(
         for name, share in shares.items() if by_module else ():
             matrix = modules.setdefault(name, torch.full_like(products, float("nan")))
             matrix[place] = _filled(matrix[place], outcome.wanted.matrix(share))
+            if along is not None:
+                modules_along.setdefault(name, torch.zeros_like(along))[at] = outcome.wanted.along(share)
     return RowGram(
         products=products,
         logp=_logps(outcomes, count),
@@ -203,6 +207,7 @@ def measure_rows(
         along=along,
         coverage=coverage,
         modules=modules if by_module else None,
+        modules_along=modules_along if by_module and along is not None else None,
         uncovered=uncovered,
     )
 
@@ -214,14 +219,34 @@ def sequence_logps(model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor]:
     rows = _rows(model, batch)
     result = torch.zeros(len(rows), dtype=torch.float64)
     with observed(model):
-        lengths = [len(ids) for ids, _ in rows]
-        padded, trim = ignores_padding(model, rows[0][0]), trims(model, rows[0][0])
-        for group in group_rows(lengths, rows[0][0].device) if padded else [[row] for row in range(len(rows))]:
-            longest = max(lengths[row] for row in group)
-            parts = [[nn.functional.pad(part, (0, longest - len(part))) for part in rows[row]] for row in group]
-            ids, marks = (torch.stack(column) for column in zip(*parts, strict=True))
-            result[group] = sequence_logprobs(*forward_marked(model, ids, marks, trim=trim)).cpu()
+        for group, logps in _forwards(model, rows):
+            result[group] = logps.cpu()
     return result[: len(batch)], result[len(batch) :]
+
+
+def weighted_gradient(model: nn.Module, batch: PairBatch, weights: Tensor) -> dict[str, Tensor]:
+    """`Σ_i w_i ∇ log π(y_i|x_i)` of the 2B rows, wide, by parameter: a loss's gradient with `w_i = ∂L/∂log π(y_i)`."""
+    model = unwrap_compiled(model)
+    parameters = trainable(model)
+    total = {name: torch.zeros_like(part, dtype=accumulator(part.dtype)) for name, part in parameters.items()}
+    with torch.enable_grad(), observed(model):
+        for group, logps in _forwards(model, _rows(model, batch)):
+            grads = row_gradients((logps * weights[group].to(logps)).sum(), list(parameters.values()))
+            for part, grad in zip(total.values(), grads, strict=True):
+                if grad is not None:
+                    part += grad
+    return total
+
+
+def _forwards(model: nn.Module, rows: Sequence[Row]) -> Iterator[tuple[list[int], Tensor]]:
+    """Numbers and log-probs of the rows of each forward, batched where the model ignores padding."""
+    lengths = [len(ids) for ids, _ in rows]
+    padded, trim = ignores_padding(model, rows[0][0]), trims(model, rows[0][0])
+    for group in group_rows(lengths, rows[0][0].device) if padded else [[row] for row in range(len(rows))]:
+        longest = max(lengths[row] for row in group)
+        parts = [[nn.functional.pad(part, (0, longest - len(part))) for part in rows[row]] for row in group]
+        ids, marks = (torch.stack(column) for column in zip(*parts, strict=True))
+        yield group, sequence_logprobs(*forward_marked(model, ids, marks, trim=trim))
 
 
 def _rows(model: nn.Module, batch: PairBatch | RowBatch) -> list[Row]:

@@ -28,6 +28,7 @@ class RowGram:
             `allow_uncovered=True` was asked for.
         modules: `{module name: [N, N]}`, summing to `products`; None unless `by_module=True`. A parameter shared by
             several modules is counted once, under the first of its names.
+        modules_along: `{module name: [N, D]}`, summing to `along`; None without directions or `by_module=True`.
         uncovered: `{parameter name: reason}` for what the products leave out; empty when `coverage` is 1.0.
     """
 
@@ -38,6 +39,7 @@ class RowGram:
     along: Tensor | None = None
     coverage: float = 1.0
     modules: Mapping[str, Tensor] | None = None
+    modules_along: Mapping[str, Tensor] | None = None
     uncovered: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -22,11 +22,13 @@ from gradent.record import (
     read_modules,
     read_pairs,
     read_sample,
+    read_steps,
     read_summary,
     read_tokens,
     write_modules,
     write_pairs,
     write_sample,
+    write_steps,
     write_tokens,
 )
 from gradent.report import write_audit_report
@@ -40,6 +42,7 @@ RECORDS, PAGE = GOLDEN / "audit", GOLDEN / "page.txt"
 TABLES = {
     "pairs": (read_pairs, write_pairs),
     "sample": (read_sample, write_sample),
+    "steps": (read_steps, write_steps),
     "modules": (read_modules, write_modules),
     "tokens": (read_tokens, write_tokens),
 }

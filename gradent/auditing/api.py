@@ -26,6 +26,7 @@ class AuditResult:
         pairs_path: `pairs.parquet`; `gradent.record.read_pairs` reads it.
         summary_path: `summary.json`.
         sample_path: `sample.parquet`, the texts of the pairs; `gradent.record.read_sample` reads it.
+        steps_path: `steps.parquet`, which `gradent.record.read_steps` reads; None with `attribution=False`.
         modules_path: `modules.parquet`, which `gradent.record.read_modules` reads; None with `by_module=False`.
         tokens_path: `tokens.parquet`, which `gradent.record.read_tokens` reads; None where no tokens were measured.
         report_path: `report.html`; None with `report=False`.
@@ -35,6 +36,7 @@ class AuditResult:
     pairs_path: Path
     summary_path: Path
     sample_path: Path
+    steps_path: Path | None = None
     modules_path: Path | None = None
     tokens_path: Path | None = None
     report_path: Path | None = None
@@ -58,6 +60,7 @@ def audit(
     memory_budget: int | str | None = None,
     engine: str = "hooks",
     by_module: bool = True,
+    attribution: bool = True,
     dtype: str = "float32",
     device: str | None = None,
     skip_bad_rows: bool = False,
@@ -100,6 +103,9 @@ def audit(
         memory_budget: bounds the scratch of the reductions, as in `measure` (bytes, or "512MiB").
         engine: "hooks" or "func", as in `measure`.
         by_module: also sum up which modules the cosine comes from, and write `modules.parquet`.
+        attribution: also say what steps do to every response, to first order, and write `steps.parquet`: the run's own
+            steps between checkpoints (`⟨g_i, Δθ⟩` at both ends), and one step of each loss on the mean over the whole
+            sample, which the recommendation then speaks of. About two more passes over the pairs a checkpoint.
         dtype: float32 on every device unless said otherwise: it is TRL's own default, and bfloat16 gradients keep
             three digits, which inner products that cancel do not survive. "auto" is the checkpoint's dtype.
         device: a torch device; by default "cuda" where there is one, else "cpu".
@@ -131,6 +137,7 @@ def audit(
     return AuditResult(
         summary=summary, pairs_path=paths["pairs.parquet"], summary_path=paths["summary.json"],
         sample_path=paths["sample.parquet"],
+        steps_path=paths["steps.parquet"] if summary["steps"] is not None else None,
         modules_path=paths["modules.parquet"] if summary["modules"] is not None else None,
         tokens_path=paths["tokens.parquet"] if summary["tokens"] is not None else None,
         report_path=paths["report.html"] if report else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from rich.console import Console
 
 from gradent import losses
 from gradent.auditing.analysis.columns import TargetRecord, collect
+from gradent.auditing.analysis.steps import plan_steps
 from gradent.auditing.analysis.summary import summarize
 from gradent.auditing.console import make_tell, pair_progress, warnings_as_notes
 from gradent.auditing.measuring.batches import plan_batches
@@ -55,6 +56,8 @@ def run(config: AuditConfig) -> Summary:
             interrupt = _until_interrupt(_measure_targets, sweep)
             sweep.journal.refresh()
             records = collect(plan, sweep.journal, sweep.failures, config.loss)
+            if records and interrupt is None and config.attribution:
+                interrupt = _until_interrupt(_measure_steps, sweep, records)
             if records and interrupt is None and config.token_pairs is not None:
                 interrupt = _until_interrupt(_measure_tokens, sweep, records[-1])
         finally:
@@ -182,6 +185,19 @@ def _measure_reference(sweep: Sweep, advance: Callable[[int, int], None]) -> Non
             needs = f"The reference, which {loss.name} needs, cannot be measured."
             raise ModelError(f"{needs} {remedy}\n{error}") from error
         sweep.tell(f"The reference cannot be measured, so no loss that needs one is judged. {remedy}\n{error}")
+
+
+def _measure_steps(sweep: Sweep, records: Sequence[TargetRecord]) -> None:
+    """The steps of the targets; what fails here leaves the rest of the record whole."""
+    tasks, pairs = plan_steps(records), sweep.plan.pairs
+    cost, count = sum(pair.tokens for pair in pairs), len(tasks) + 1
+    progress = pair_progress("steps", count * len(pairs), count * cost, quiet=sweep.config.quiet)
+    with warnings_as_notes(sweep.tell), progress as advance:
+        sweep.measure_steps(tasks, advance)
+        if tasks:
+            sweep.measure_vectors(tasks[-1].target, advance)
+    sweep.ranks.wait()
+    sweep.journal.refresh()
 
 
 def _measure_tokens(sweep: Sweep, last: TargetRecord) -> None:

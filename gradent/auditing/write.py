@@ -6,7 +6,15 @@ import time
 
 from gradent.auditing.analysis.summary import Outcome
 from gradent.auditing.state.config import AuditConfig
-from gradent.record import AUDIT_FILES, write_modules, write_pairs, write_sample, write_summary, write_tokens
+from gradent.record import (
+    AUDIT_FILES,
+    write_modules,
+    write_pairs,
+    write_sample,
+    write_steps,
+    write_summary,
+    write_tokens,
+)
 from gradent.report.rebuild import write_audit
 
 __all__ = ["write_records"]
@@ -20,6 +28,8 @@ def write_records(config: AuditConfig, outcome: Outcome, started: float) -> None
         path.unlink(missing_ok=True)  # an earlier audit's must not stand beside this one's pairs
     write_pairs(directory / "pairs.parquet", outcome.pairs.to_lists())
     write_sample(directory / "sample.parquet", outcome.sample.to_lists())
+    if outcome.steps is not None:
+        write_steps(directory / "steps.parquet", outcome.steps.to_lists())
     if outcome.modules is not None:
         write_modules(directory / "modules.parquet", outcome.modules.to_lists())
     if outcome.tokens is not None:

@@ -34,8 +34,8 @@ def audit(**values: Any) -> None:
         loss = losses.get(values.pop("loss"), **hyperparameters)
         result = run_audit(**read_options(AuditConfig, values), loss=loss)
         files = (
-            result.report_path, result.pairs_path, result.sample_path, result.modules_path, result.tokens_path,
-            result.summary_path,
+            result.report_path, result.pairs_path, result.sample_path, result.steps_path, result.modules_path,
+            result.tokens_path, result.summary_path,
         )  # fmt: skip
         paths = [str(path) for path in files if path is not None]
         say(f"\nWrote {', '.join(paths[:-1])} and {paths[-1]} ({result.summary['seconds']:.1f} s).")

@@ -24,8 +24,11 @@ __all__ = [
 
 Document = TypeVar("Document", bound=Mapping[str, Any])
 
-AUDIT_FILES = ("summary.json", "pairs.parquet", "sample.parquet", "modules.parquet", "tokens.parquet", "report.html")
-"""What an audit leaves in its directory, beside `figures/` and its journal; the last three are not always there."""
+AUDIT_FILES = (
+    "summary.json", "pairs.parquet", "sample.parquet", "steps.parquet", "modules.parquet", "tokens.parquet",
+    "report.html",
+)  # fmt: skip
+"""What an audit leaves in its directory, beside `figures/` and its journal; the last four are not always there."""
 
 
 class Summary(TypedDict):
@@ -51,8 +54,16 @@ class Summary(TypedDict):
     dynamics: dict[str, Any] | None
     """When both log-probs began to fall, and what the first-order theory explains; null for a single checkpoint whose
     trainer logged no curve of log-probs that is long enough."""
+    steps: dict[str, Any] | None
+    """What steps do to the responses, to first order; null where it was not measured. `sample`: one step on the whole
+    sample, of each checkpoint: means of own, partner and others (nats a unit of learning rate), shares of the cases,
+    and of the pairs whose step alone says otherwise. `intervals`: from checkpoint to checkpoint, the realised changes,
+    the first-order ones (trapezoid), the share explained by it and by either end alone, and modules `{name: [chosen,
+    rejected]}`. `what_if`: whether the products behind the losses' step on the sample are exact, and their error.
+    `pushed`: the responses that other pairs move most in that step, and by whom."""
     what_if: list[dict[str, Any]]
-    """Other losses and hyperparameters on the same gradients: a row each."""
+    """Other losses and hyperparameters on the same gradients: a row each. `sample` has the cases of one step on the
+    whole sample."""
     recommendation: dict[str, Any] | None
     """text, and the numbers that it rests on; null where nothing was measured."""
     properties: list[dict[str, Any]]
@@ -236,8 +247,9 @@ def _check_lengths(path: str | os.PathLike[str], record: TokenRecord) -> None:
 
 
 SUMMARY = DocumentKind(
-    schema="gradent.audit_summary", keys=Summary, noun="summaries", command="audit", writer="write_summary"
-)
+    schema="gradent.audit_summary", keys=Summary, noun="summaries", command="audit", writer="write_summary",
+    added=("steps",),
+)  # fmt: skip
 DEMO = DocumentKind(schema="gradent.demo", keys=DemoRecord, noun="demos", command="demo", writer="write_demo")
 TOKEN_PAIR = DocumentKind(
     schema="gradent.token_pair", keys=TokenRecord, noun="token records", command="tokens", writer="write_token_record",

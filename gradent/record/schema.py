@@ -1,8 +1,8 @@
 """The parquet tables that runs leave behind, each with the schema version in its metadata.
 
-`pairs.parquet` has a row a pair and checkpoint, `tokens.parquet` a row a token, `modules.parquet` a row a module and
-checkpoint, `sample.parquet` a row a measured pair with its texts. Each kind of table has a `schema`, a `write` and a
-`read` (`TableKind`), which are also functions: `pair_schema`, `write_pairs`, `read_pairs` and so on.
+`pairs.parquet` and `steps.parquet` have a row a pair and checkpoint, `tokens.parquet` a row a token, `modules.parquet`
+a row a module and checkpoint, `sample.parquet` a row a measured pair with its texts. Each kind of table has a `schema`,
+a `write` and a `read` (`TableKind`), which are also functions: `pair_schema`, `write_pairs`, `read_pairs` and so on.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from gradent.record.parquet import TableKind
 
 __all__ = [
-    "CASE_NAMES", "MODULES", "MODULE_COLUMNS", "PAIRS", "PAIR_COLUMNS", "SAMPLE", "SAMPLE_COLUMNS", "TOKENS",
-    "TOKEN_COLUMNS", "pair_schema", "read_modules", "read_pairs", "read_sample", "read_tokens", "token_schema",
-    "write_modules", "write_pairs", "write_sample", "write_tokens",
+    "CASE_NAMES", "MODULES", "MODULE_COLUMNS", "PAIRS", "PAIR_COLUMNS", "SAMPLE", "SAMPLE_COLUMNS", "STEPS",
+    "STEP_COLUMNS", "TOKENS", "TOKEN_COLUMNS", "pair_schema", "read_modules", "read_pairs", "read_sample", "read_steps",
+    "read_tokens", "token_schema", "write_modules", "write_pairs", "write_sample", "write_steps", "write_tokens",
 ]  # fmt: skip
 
 PAIR_COLUMNS: dict[str, str] = {
@@ -81,6 +81,22 @@ overlapping that beginning) that the responses share, of insertions, deletions a
 the other; `truncated` is how many of the two responses lost their end.
 """
 
+STEP_COLUMNS: dict[str, str] = {
+    "checkpoint": "string", "step": "int64", "pair": "int64",
+    **{
+        f"{side}_{name}": "float64"
+        for side in ("chosen", "rejected")
+        for name in ("own", "partner", "others", "arrived", "realised")
+    },
+}  # fmt: skip
+"""Columns of `steps.parquet` in order, each with its Arrow type: a row a pair and checkpoint that an audit measured.
+
+`own`, `partner` and `others` are what a step of plain gradient descent, of unit learning rate, on the mean loss of the
+whole sample does to the response's log-prob, to first order, in nats: by the response itself, by the other one of its
+pair, and by all other pairs. `arrived` is the first-order change since the checkpoint before (the mean of `⟨g_i, Δθ⟩`
+at both), `realised` the real one; null at the first checkpoint.
+"""
+
 PAIRS = TableKind(name="pairs", columns=PAIR_COLUMNS, nullable=NULLABLE)
 TOKENS = TableKind(
     name="tokens", columns=TOKEN_COLUMNS, nullable=frozenset({"aligned_inner", "facing_inner", "own_inner"})
@@ -88,7 +104,13 @@ TOKENS = TableKind(
 MODULES = TableKind(name="modules", columns=MODULE_COLUMNS)
 SAMPLE = TableKind(name="sample", columns=SAMPLE_COLUMNS)
 
+STEPS = TableKind(
+    name="steps", columns=STEP_COLUMNS,
+    nullable=frozenset(f"{side}_{name}" for side in ("chosen", "rejected") for name in ("arrived", "realised")),
+)  # fmt: skip
+
 pair_schema, write_pairs, read_pairs = PAIRS.schema, PAIRS.write, PAIRS.read
 token_schema, write_tokens, read_tokens = TOKENS.schema, TOKENS.write, TOKENS.read
 write_modules, read_modules = MODULES.write, MODULES.read
 write_sample, read_sample = SAMPLE.write, SAMPLE.read
+write_steps, read_steps = STEPS.write, STEPS.read

@@ -180,7 +180,13 @@ def test_an_earlier_audit_is_replaced(local_model) -> None:
         == 2
         < len(first["pair"])
     )
-    assert written(second.pairs_path.parent) == ["modules.parquet", "pairs.parquet", "sample.parquet", "summary.json"]
+    assert written(second.pairs_path.parent) == [
+        "modules.parquet",
+        "pairs.parquet",
+        "sample.parquet",
+        "steps.parquet",
+        "summary.json",
+    ]
 
 
 def test_pairs_do_not_stand_beside_the_summary_of_an_earlier_audit(local_model, monkeypatch) -> None:
@@ -289,7 +295,7 @@ def test_tokens_are_measured_on_pairs_spread_over_the_cosines(local_model, tiny_
 def test_tokens_of_an_earlier_audit_do_not_stand_beside_new_pairs(local_model, monkeypatch) -> None:
     first = run(local_model, token_pairs=3)
     folder = first.pairs_path.parent
-    others = ["modules.parquet", "pairs.parquet", "sample.parquet", "summary.json"]
+    others = ["modules.parquet", "pairs.parquet", "sample.parquet", "steps.parquet", "summary.json"]
     assert written(folder) == [*others, "tokens.parquet"]
     run(local_model)
     assert written(folder) == others
@@ -301,7 +307,7 @@ def test_tokens_of_an_earlier_audit_do_not_stand_beside_new_pairs(local_model, m
     monkeypatch.setattr(module, "write_tokens", fail)
     with pytest.raises(InputError, match=r"no space"):
         run(local_model, token_pairs=2)
-    assert written(folder) == others[:3]
+    assert written(folder) == ["modules.parquet", "pairs.parquet", "sample.parquet", "steps.parquet"]
 
 
 def test_a_failure_at_the_tokens_leaves_an_earlier_audit_alone(local_model, monkeypatch) -> None:

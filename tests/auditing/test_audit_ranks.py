@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gradent.record import read_modules, read_pairs, read_tokens
+from gradent.record import read_modules, read_pairs, read_steps, read_tokens
 from tests.auditing import rank_audit
 from tests.auditing.trained import train_run
 from tests.processes import launch
@@ -35,4 +35,17 @@ def test_two_ranks_leave_the_records_of_one(lora, tmp_path) -> None:
         one, two = (read(out / f"{name}.parquet").to_pydict() for out in outs.values())
         assert one == two, name
     one, two = (json.loads((out / "summary.json").read_text()) for out in outs.values())
+    # The sample's gradient is added up in another order by two ranks.
+    assert one.pop("steps") == close_to(two.pop("steps"))
     assert {**one, "seconds": 0} == {**two, "seconds": 0}
+    one, two = (read_steps(out / "steps.parquet").to_pydict() for out in outs.values())
+    assert one == close_to(two)
+
+
+def close_to(value: Any) -> Any:
+    """What equals numbers to rounding, in whatever holds them."""
+    if isinstance(value, dict):
+        return {name: close_to(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [close_to(part) for part in value]
+    return pytest.approx(value, rel=1e-4, abs=1e-5) if isinstance(value, float) else value

@@ -120,10 +120,13 @@ def test_going_on_measures_nothing_twice_and_another_loss_measures_nothing(train
     again = run(trained, tmp_path / "out", checkpoints="last", token_pairs=2)
     assert counted == []
     assert {**again.summary, "seconds": 0} == {**first.summary, "seconds": 0}
-    other = run(trained, tmp_path / "out", checkpoints="last", loss="simpo")
+    other = run(trained, tmp_path / "out", checkpoints="last", loss="simpo", attribution=False)
     assert counted == []
     assert other.summary["loss"]["name"] == "simpo"
-    run(trained, tmp_path / "out", checkpoints=[4, 6], loss="simpo")
+    run(trained, tmp_path / "out", checkpoints="last", loss="simpo")
+    assert counted == ["checkpoint-6"]  # for the loss's step on the sample
+    counted.clear()
+    run(trained, tmp_path / "out", checkpoints=[4, 6], loss="simpo", attribution=False)
     assert counted == ["checkpoint-4"]
     counted.clear()
     run(trained, tmp_path / "out", checkpoints=[4, 6], loss="simpo", batch_size=4)
@@ -219,7 +222,7 @@ def test_stopped_by_ctrl_c_a_partial_record_is_left_and_the_same_call_goes_on(
     assert measured == len(read_pairs(tmp_path / "out" / "pairs.parquet")) == min(3 * (when + 1), 2 * ROWS)
     result = run(trained, tmp_path / "out", checkpoints=[2, 4], token_pairs=2)
     assert {**result.summary, "seconds": 0} == {**undisturbed.summary, "seconds": 0}
-    for name in ("pairs", "modules", "tokens", "sample"):
+    for name in ("pairs", "modules", "tokens", "sample", "steps"):
         found, expected = (each.pairs_path.with_name(f"{name}.parquet").read_bytes() for each in (result, undisturbed))
         assert found == expected, name
 

@@ -52,7 +52,8 @@ def test_another_reference_is_measured_anew(trained, tmp_path) -> None:
 
 
 def test_another_loss_of_a_single_model_measures_nothing(local_model, trained, tmp_path, monkeypatch) -> None:
-    options = {"out": tmp_path / "out", "report": False, "quiet": True}
+    """But for its step on the sample."""
+    options = {"out": tmp_path / "out", "report": False, "quiet": True, "attribution": False}
     audit(trained.base, trained.pairs, loss="simpo", **options)
     monkeypatch.setattr(sweep, "open_model", lambda *_, **__: pytest.fail("measured anew"))
     assert audit(trained.base, trained.pairs, loss="dpo", **options).summary["reference"]["kind"] == "self"

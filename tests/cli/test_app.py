@@ -193,7 +193,7 @@ def test_every_option_reaches_the_audit(here) -> None:
         "--loss", "dpop", "--beta", "0.3", "--lam", "2", "--adapter", "adapter", "--reference", "my-model", "--dtype",
         "float64", "--device", "cpu", "--max-length", "64", "--max-pairs", "3", "--seed", "5", "--no-add-eos",
         "--batch-size", "2", "--memory-budget", "64MiB", "--engine", "func", "--by-module", "--token-pairs", "2",
-        "--report",
+        "--report", "--no-attribution",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     summary = read_summary("out/summary.json")
@@ -203,7 +203,7 @@ def test_every_option_reaches_the_audit(here) -> None:
     asked = {
         "max_length": 64, "max_pairs": 3, "seed": 5, "add_eos": False, "batch_size": 2, "memory_budget": "64MiB",
         "engine": "func", "dtype": "float64", "device": "cpu", "skip_bad_rows": False, "split": "train",
-        "token_pairs": 2, "by_module": True, "checkpoints": "all",
+        "token_pairs": 2, "by_module": True, "attribution": False, "checkpoints": "all",
     }  # fmt: skip
     assert summary["settings"] == asked
     assert summary["modules"] and summary["data"]["measured"] == 3
@@ -219,7 +219,7 @@ def test_every_option_reaches_the_audit(here) -> None:
 def test_without_tokens_there_is_no_word_of_them(here) -> None:
     result = audit()
     assert "Which tokens" not in result.stdout and "tokens.parquet" not in result.stdout
-    assert "Wrote out/pairs.parquet, out/sample.parquet, out/modules.parquet and out/summary.json" in result.stdout
+    assert "Wrote out/pairs.parquet, out/sample.parquet, out/steps.parquet, out/modules.parquet and " in result.stdout
 
 
 @pytest.mark.parametrize("kind", KINDS)

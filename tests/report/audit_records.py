@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from gradent.auditing.analysis.tokens import summarize_tokens
 from gradent.record import (
     CASE_NAMES,
     PAIR_COLUMNS,
+    STEP_COLUMNS,
     write_modules,
     write_pairs,
     write_sample,
+    write_steps,
     write_summary,
     write_tokens,
 )
@@ -42,6 +45,7 @@ def write_audit(
     *,
     with_modules: bool = True,
     with_sample: bool = True,
+    with_steps: bool = False,
     token_pairs: int = 2,
     hostile: str = "",
     seed: int = 0,
@@ -56,6 +60,7 @@ def write_audit(
         pairs: how many of the data.
         with_modules: whether `modules.parquet` is there.
         with_sample: whether `sample.parquet` is there.
+        with_steps: whether `steps.parquet` is there, and what the summary says of it.
         token_pairs: pairs whose tokens are there.
         hostile: appended to every text; tokens are then those of `HOSTILE`.
         seed: of the made-up gradients.
@@ -76,12 +81,16 @@ def write_audit(
     texts = sample_columns(draw, blocks[-1], evil)
     if with_sample:
         write_sample(place / "sample.parquet", texts)
+    if with_steps:
+        write_steps(place / "steps.parquet", step_columns(draw, blocks))
     if with_modules:
         write_modules(place / "modules.parquet", module_columns(draw, steps, names, blocks, evil))
     measured = token_columns(draw, blocks[-1], token_pairs, bool(evil)) if token_pairs else None
     if measured:
         write_tokens(place / "tokens.parquet", measured)
     summary = make_summary(blocks, steps, names, texts, evil)
+    if not with_steps:
+        summary["steps"] = None
     summary["tokens"] = summarize_tokens(measured, blocks[-1]) if measured else None
     return dict(write_summary(place / "summary.json", {**summary, **changes}))
 
@@ -158,6 +167,55 @@ def module_columns(
     return columns
 
 
+def step_columns(draw: np.random.Generator, blocks: Blocks) -> dict[str, list[Any]]:
+    """The columns of `steps.parquet`; nothing arrived at the first checkpoint."""
+    columns: dict[str, list[Any]] = {name: [] for name in STEP_COLUMNS}
+    for place, block in enumerate(blocks):
+        for name, values in columns.items():
+            if name in block:
+                values.extend(block[name])
+            else:
+                is_late = name.endswith(("arrived", "realised"))
+                made = draw.normal(size=len(block["pair"])).tolist()
+                values.extend([None] * len(made) if is_late and not place else made)
+    return columns
+
+
+def steps_of(
+    draw: np.random.Generator, blocks: Blocks, steps: Sequence[int], names: Sequence[str], evil: str
+) -> dict[str, Any]:
+    """The summary's `steps`."""
+    parts = [f"{side}_{part}" for side in ("chosen", "rejected") for part in ("own", "partner", "others")]
+    modules = [f"model.layers.{layer}.{kind}{evil}" for layer in range(LAYERS) for kind in KINDS]
+    return {
+        "sample": [
+            {
+                "checkpoint": name, "step": step, "pairs": len(block["pair"]),
+                **{part: float(draw.normal()) for part in parts},
+                "cases": dict.fromkeys(CASE_NAMES.values(), 0.2), "chosen_differs": 0.3, "rejected_differs": 0.05,
+            }
+            for name, step, block in zip(names, steps, blocks, strict=True)
+        ],
+        "intervals": [
+            {
+                "from": begin, "to": end, "pairs": len(blocks[0]["pair"]), "chosen_realised": -2.0,
+                "rejected_realised": -6.0, "chosen_first_order": -1.9, "rejected_first_order": -5.5,
+                "explained": 0.96 if end == steps[-1] else 0.4, "explained_begin": 0.8, "explained_end": -1.0,
+                "modules": {module: [float(draw.normal()), float(draw.normal())] for module in modules},
+            }
+            for begin, end in itertools.pairwise(steps)
+        ],
+        "what_if": {"is_exact": False, "error": 0.012},
+        "pushed": [
+            {
+                "pair": pair, "side": side, "own": 1.0, "partner": -0.5, "others": -3.0,
+                "by": [{"pair": blocks[-1]["pair"][0], "side": "rejected", "moved": -2.5}],
+            }
+            for pair, side in zip(blocks[-1]["pair"][1:4], ("chosen", "rejected", "chosen"), strict=False)
+        ],
+    }  # fmt: skip
+
+
 def token_columns(
     draw: np.random.Generator, block: dict[str, list[Any]], pairs: int, hostile: bool
 ) -> dict[str, list[Any]]:
@@ -207,6 +265,7 @@ def make_summary(
         ],
         "history": history(steps) if run else None,
         "dynamics": dynamics(blocks, steps) if run else None,
+        "steps": steps_of(np.random.default_rng(2), blocks, steps, names, evil),
         "what_if": what_if(blocks, steps, shares, evil),
         "recommendation": {
             "text": f"With DPO (β=0.1), case 1 holds for {shares[-1]:.0%} of {len(last['pair'])} pairs.{evil}",

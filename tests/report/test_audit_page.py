@@ -76,6 +76,25 @@ def test_every_section_in_order_and_what_it_serves(tmp_path) -> None:
     )  # after the list of sections
 
 
+def test_what_steps_do_stands_before_what_a_pair_alone_would(tmp_path) -> None:
+    html = page(tmp_path, with_steps=True)
+    both = ["What moved the responses between checkpoints", "One step on the sample"]
+    assert titles(html) == [*SECTIONS[:2], *both, *SECTIONS[2:]]
+    text = text_of(html)
+    assert "A step on the sample, case 1" in text and "Each pair alone, case 1" in text
+    assert "the two disagree: the sample moves 30.0% of the chosen and 5.0% of the rejected responses" in text
+    assert "Of 2 intervals (100 to 200, 200 to 300) it explains less than 90.0%" in text
+    assert "inner products are off by 1.2% of" in text
+    assert [trace["x"] for trace in traces(html, "partner")] == [[100, 200, 300, 400]] * 2
+
+
+def test_of_one_checkpoint_there_is_no_interval(tmp_path) -> None:
+    html = page(tmp_path, count=1, with_steps=True)
+    assert "One step on the sample" in titles(html)
+    assert "What moved the responses between checkpoints" not in titles(html)
+    assert not traces(html, "partner")
+
+
 def test_large_numbers_go_from_first_to_last(tmp_path) -> None:
     html = page(tmp_path)
     first, last = read_audit(tmp_path).measured[0], read_audit(tmp_path).measured[-1]
@@ -308,9 +327,9 @@ def test_keyboards_and_screen_readers_are_served(tmp_path) -> None:
 
 
 def test_hostile_texts_are_inert_in_the_source(tmp_path) -> None:
-    html = page(tmp_path, count=3, hostile=EVIL)
+    html = page(tmp_path, count=3, hostile=EVIL, with_steps=True)
     shown = read(html)
-    plain = read(page(tmp_path / "plain", count=3))
+    plain = read(page(tmp_path / "plain", count=3, with_steps=True))
     assert shown.tags.count("script") == plain.tags.count("script")
     assert not {"img", "b", "iframe", "link"} & set(shown.tags)
     assert shown.loads == [] and shown.policy.startswith("default-src 'none'")
@@ -326,7 +345,7 @@ def test_hostile_texts_are_inert_in_the_source(tmp_path) -> None:
 def test_hostile_texts_are_inert_in_a_browser(tmp_path) -> None:
     with listening() as (address, asked):
         evil = EVIL + f"<img src={address}/image><link rel=stylesheet href={address}/style>url({address}/url)"
-        write_audit(tmp_path / "audit", 3, hostile=evil)
+        write_audit(tmp_path / "audit", 3, hostile=evil, with_steps=True)
         found = document(write_audit_report(tmp_path / "audit"), tmp_path / "profile")
         shown = read(found)
         assert re.search(r"<title>(.*?)</title>", found, re.DOTALL)[1].startswith("Audit of my-dpo-run")

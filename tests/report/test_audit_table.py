@@ -27,6 +27,7 @@ def summary(**given: Any) -> dict[str, Any]:
         "checkpoints": [],
         "left_out": [],
         "recommendation": None,
+        "steps": None,
         "model": {"checkpoint": "my-model", "step": 40},
         "reference": {"kind": "self", "source": None},
         "data": {"source": "pairs.jsonl", "measured": 3},

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradent.record import CASE_NAMES
 from gradent.record.table import Floats, Table
 
-__all__ = ["mean", "most_entangled", "summarize_columns", "summarize_modules"]
+__all__ = ["count_cases", "find_cases", "mean", "most_entangled", "summarize_columns", "summarize_modules"]
 
 PERCENTILES = (5, 25, 50, 75, 95)
 _MEANS = ("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp", "chosen_len", "rejected_len")
@@ -78,6 +79,17 @@ def _summarize_weights(table: Table) -> dict[str, Any]:
         "share_chosen_rises": mean((table["chosen_change"][active] >= 0).astype(np.float64)),
         "share_rejected_falls": mean((table["rejected_change"][active] <= 0).astype(np.float64)),
     }  # fmt: skip
+
+
+def count_cases(case: NDArray[Any]) -> dict[str, float]:
+    """Shares of the cases among pairs `[P]`, at least one, by name."""
+    return {name: float((case == number).mean()) for number, name in CASE_NAMES.items()}
+
+
+def find_cases(change: Floats) -> NDArray[Any]:
+    """The numbers of the cases, as in `verdict`, that changes of chosen and rejected, `[P, 2]`, come to."""
+    moved = 1 + (change[:, 0] < 0) + 2 * (change[:, 1] > 0)
+    return np.where((change == 0).all(axis=1), 0, moved)
 
 
 def mean(values: Floats) -> float | None:

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradent.auditing.analysis.distributions import mean
-from gradent.record import CASE_NAMES
+from gradent.auditing.analysis.distributions import count_cases, find_cases, mean
 from gradent.record.table import Floats, Table
 
 __all__ = ["FEWEST_POINTS", "dynamics", "logged_onset", "measured_onset", "smooth"]
@@ -104,9 +103,7 @@ def _describe_whole(checkpoints: Mapping[int, Table], intervals: Sequence[Mappin
         predicted += (interval["step_size"] or 0.0) * _matrix(tables[interval["from"]], _CHANGES)
     sizes = [interval["step_size"] for interval in intervals if interval["step_size"] is not None]
     total = _compare(change, predicted, sum(sizes) if sizes else None, predicted)
-    moved = 1 + (change[:, 0] < 0) + 2 * (change[:, 1] > 0)  # the numbers of the cases, as in `verdict`
-    case = np.where((change == 0).all(axis=1), 0, moved)
-    shares = {name: float((case == number).mean()) for number, name in CASE_NAMES.items()} if len(case) else None
+    shares = count_cases(find_cases(change)) if len(change) else None
     return {"whole": {"from": first, "to": last, **total}, "cases_realised": shares}
 
 

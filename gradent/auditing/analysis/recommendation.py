@@ -1,7 +1,8 @@
 """From the rows of a what-if to one to three sentences: would another loss help, or is the loss not the lever?
 
 The same pairs are judged under every loss, so two losses are compared as pairs are (McNemar): by how many pairs only
-one of them puts in case 1. Text and numbers only; whether they hold for a whole run nobody can say from one small step.
+one of them puts in case 1. Judged is one step on the whole sample, where that was measured, else one on each pair
+alone. Text and numbers only; whether they hold for a whole run nobody can say from one small step.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ def recommend(rows: Sequence[Row]) -> dict[str, Any] | None:
     run = next((row for row in rows if row["group"] == "run"), None)
     if run is None or not run["pairs"] or not any(row["cases"] for row in rows):
         return None
+    alone, is_sample = run, run.get("sample") is not None
+    if is_sample:
+        rows = [{**row, **(row.get("sample") or {"cases": None, "against_run": None})} for row in rows]
+        run = next(row for row in rows if row["group"] == "run")
     paper = [row for row in rows if row["group"] == "paper" and row["loss"] != run["loss"]]
     judged = [row for row in paper if row["cases"]]
     same = [row for row in rows if row["group"] in {"paper", "sweep"} and row["loss"] == run["loss"] and row["cases"]]
@@ -44,6 +49,8 @@ def recommend(rows: Sequence[Row]) -> dict[str, Any] | None:
     design = next(row for row in rows if row["group"] == "design" and row["loss"] == "pairwise_normalized")
     facts: dict[str, Any] = {
         "pairs": run["pairs"],
+        "step": "sample" if is_sample else "pair",  # what is judged: one step on the sample, or one on each pair alone
+        "alone_ideal": _ideal(alone),
         "lever": _find_lever(run, best, tuned),  # none_needed, loss, hyperparameter (of the run's own loss) or none
         "run": run["label"],
         "run_ideal": _ideal(run),
@@ -99,12 +106,15 @@ def _find_lever(run: Row, best: Row | None, tuned: Row | None) -> str | None:
 def _write(facts: Mapping[str, Any], run: Row, best: Row | None, tuned: Row | None, judged: Sequence[Row]) -> list[str]:
     if run["cases"] is None:
         return _write_without_run(facts, run)
-    design = f"{_percent(facts['design_ideal'])} by construction"
+    is_sample = facts["step"] == "sample"
+    design = _percent(facts["design_ideal"]) + ("" if is_sample else " by construction")
     most = _find_rest(run)
     rest = f"; on {_percent(run['cases'][most])} {_OTHERWISE[most]}" if run["cases"][most] >= 0.05 else ""
+    of = "a step on the whole sample" if is_sample else "one small step on each pair alone"
+    beside = f" (a step on each pair alone: {_percent(facts['alone_ideal'])})" if is_sample else ""
     sentences = [
         f"With {run['label']}, case 1 (chosen rises, rejected falls) holds for {_percent(_ideal(run))} of "
-        f"{_count(run['pairs'])}, to first order and for one small step on each pair alone{rest}."
+        f"{_count(run['pairs'])}{beside}, to first order and for {of}{rest}."
     ]
     if facts["lever"] == "none_needed":
         return [*sentences, "That is nearly every pair that the loss moves: another loss has little to add."]
@@ -112,9 +122,10 @@ def _write(facts: Mapping[str, Any], run: Row, best: Row | None, tuned: Row | No
         compared = f" (the best, {best['label']}: {_percent(_ideal(best))})" if best is not None else ""
         tried = " and no value tried of the run's own hyperparameters" if tuned is not None else ""
         verb = "do" if tried else "does"
+        little = "" if is_sample else ", if by little where the gradients are parallel"
         sentences.append(
             f"None of the paper's other losses{compared}{tried} {verb} better by more than sampling noise, so the "
-            f"loss is not the lever; {_DESIGN} would make it {design}, if by little where the gradients are parallel."
+            f"loss is not the lever; {_DESIGN} would make it {design}{little}."
         )
     elif facts["lever"] == "loss" and best is not None:
         sentences.append(f"{best['label']} would make it {_reached(best)}; {_DESIGN} {design}.")

@@ -14,6 +14,14 @@ from gradent.auditing.analysis.dynamics import dynamics
 from gradent.auditing.analysis.loss_grid import read_hyperparameters
 from gradent.auditing.analysis.properties import summarize_properties
 from gradent.auditing.analysis.recommendation import recommend
+from gradent.auditing.analysis.steps import (
+    StepRecord,
+    collect_steps,
+    describe_steps,
+    plan_steps,
+    read_sample_step,
+    step_table,
+)
 from gradent.auditing.analysis.tokens import summarize_tokens
 from gradent.auditing.analysis.what_if import what_if
 from gradent.auditing.measuring.sweep import Sweep
@@ -37,6 +45,7 @@ class Outcome:
 
     pairs: Table
     sample: Table
+    steps: Table | None
     modules: Table | None
     tokens: Table | None
     summary: dict[str, Any]
@@ -56,12 +65,21 @@ def summarize(
     tokens = None
     if config.token_pairs is not None:  # the journal may hold those of other calls
         tokens = token_table(last.target, last.spread(plan.pairs, config.token_pairs), journal)
-    rows = what_if(table, loss, tokens)
+    steps, sample_step = list[StepRecord](), None
+    if config.attribution:
+        steps = collect_steps(records, plan_steps(records), journal, len(plan.batches))
+        if last.is_whole:
+            sample_step = read_sample_step(last.target, last.table, journal, len(plan.batches))
+    rows = what_if(table, loss, tokens, sample_step)
     history = _read_history(plan.run, notes)
     kept_notes = [entry["text"] for entry in journal.all("note")]
     reference = plan.reference.passed or (plan.reference.source.base if plan.reference.source is not None else None)
     left_out = [(target, failures[target.name]) for target in plan.targets if target.name in failures]
     left_out += [(last.target, f"Its tokens alone: {reason}") for reason in sweep.token_failures]
+    left_out += [
+        (target, f"Its steps alone: {sweep.step_failures[target.name]}")
+        for target in plan.targets if target.name in sweep.step_failures
+    ]  # fmt: skip
     summary = {
         "complete": complete, "run": _describe_run(plan),
         "left_out": [
@@ -75,7 +93,8 @@ def summarize(
             for record in records
         ],
         "history": history,
-        "dynamics": dynamics(_with_start(table, plan), {} if history is None else history["curves"]), "what_if": rows,
+        "dynamics": dynamics(_with_start(table, plan), {} if history is None else history["curves"]),
+        "steps": describe_steps(steps, sample_step, last, loss), "what_if": rows,
         "recommendation": recommend(rows), "properties": summarize_properties(last.table, sample), "model": last.model,
         **summarize_columns(last.table), "most_entangled": _describe_most_entangled(last, plan),
         "modules": last.modules, "reference": {"kind": plan.reference.kind, "source": reference},
@@ -94,8 +113,8 @@ def summarize(
         "notes": notes + [note for note in kept_notes if note not in notes],
     }  # fmt: skip
     return Outcome(
-        pairs=stack([record.table for record in records]), sample=sample, modules=module_table(records), tokens=tokens,
-        summary=summary,
+        pairs=stack([record.table for record in records]), sample=sample, steps=step_table(steps),
+        modules=module_table(records), tokens=tokens, summary=summary,
     )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """What another loss would do with the gradients that a run has: Condition 2 for many losses on one measurement.
 
 The Gram entries of a pair depend on the model, not on the loss; a loss adds only its two weights. So every loss can be
-judged on the same pairs at the price of arithmetic. It is a first-order statement about one small step on a pair's own
-loss, from the weights that the run arrived at; a run that had trained with that loss would have arrived elsewhere.
+judged on the same pairs at the price of arithmetic: on each pair alone, and, where vectors of all rows' gradients are
+there, in one step on the mean loss of the whole sample. These are first-order statements about one small step from the
+weights that the run arrived at; a run that had trained with that loss would have arrived elsewhere.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gradent import losses
 from gradent.auditing.analysis.columns import JUDGED, judge
-from gradent.auditing.analysis.distributions import summarize_columns
+from gradent.auditing.analysis.distributions import count_cases, summarize_columns
 from gradent.auditing.analysis.loss_grid import label_loss, list_variants, read_hyperparameters
 from gradent.auditing.analysis.recommendation import recommend
+from gradent.auditing.analysis.steps import SampleStep
 from gradent.auditing.analysis.token_masking import mask_row
 from gradent.errors import GradentError
 from gradent.losses import Loss
@@ -30,15 +33,17 @@ __all__ = ["recommend", "what_if"]
 Columns = Mapping[str, Any]
 
 _WEIGHTS = ("ratio", "needs_at_least", "needs_at_most", "share_chosen_rises", "share_rejected_falls")
-_FIGURES = ("cases", *_WEIGHTS, "within", "against_run")
+_FIGURES = ("cases", *_WEIGHTS, "within", "against_run", "sample")
 _IDEAL = 1
 _NORMALIZED = losses.get("pairwise_normalized", scale="constant")
 
 NO_REFERENCE = "it needs a reference's log-probs, and none were measured: name the model that the run began with."
 
 
-def what_if(columns: Columns, loss: Loss, tokens: Columns | None = None) -> list[dict[str, Any]]:
-    """Other losses and hyperparameters on the gradients of the last step in `columns`."""
+def what_if(
+    columns: Columns, loss: Loss, tokens: Columns | None = None, sample: SampleStep | None = None
+) -> list[dict[str, Any]]:
+    """Other losses and hyperparameters on the gradients of the last step in `columns`, whose rows `sample` has."""
     # Source: the paper's Condition 2 and Table 1, Table 2's losses, and Section 5.
     table = Table.read(columns)
     checkpoints = [table.select(table["step"] == step) for step in np.unique(table["step"])]
@@ -46,10 +51,23 @@ def what_if(columns: Columns, loss: Loss, tokens: Columns | None = None) -> list
         return []
     rows: list[dict[str, Any]] = []
     run: Tensor | None = None  # the last step's cases under the run's loss
+    run_sample: NDArray[Any] | None = None  # and those of a step on the whole sample
+
+    def judge_sample(last: Verdict | str) -> dict[str, Any] | None:
+        """The figures of a step on the whole sample; None where it was not measured, or the loss cannot be judged."""
+        if sample is None or isinstance(last, str):
+            return None
+        cases = sample.cases(last)
+        return {
+            "cases": count_cases(cases),
+            "against_run": None if run_sample is None else _compare(cases == _IDEAL, run_sample == _IDEAL),
+        }
+
     for variant in list_variants(loss):
         verdicts = [_try(variant.loss, checkpoint) for checkpoint in checkpoints]
         if variant.group == "run" and isinstance(verdicts[-1], Verdict):
             run = verdicts[-1].case
+            run_sample = None if sample is None else sample.cases(verdicts[-1])
         head = {
             "loss": variant.loss.name,
             "label": label_loss(variant.loss),
@@ -57,11 +75,12 @@ def what_if(columns: Columns, loss: Loss, tokens: Columns | None = None) -> list
             "hyperparameters": read_hyperparameters(variant.loss),
             "varied": variant.varied,  # the hyperparameter that a sweep varies
         }
-        rows.append({**head, **_row(verdicts, checkpoints, run)})
+        rows.append({**head, **_row(verdicts, checkpoints, run), "sample": judge_sample(verdicts[-1])})
     normalized = [_try(_NORMALIZED, checkpoint) for checkpoint in checkpoints]
-    rows.append({**_design("pairwise_normalized", "Pairwise normalization"), **_row(normalized, checkpoints, run)})
+    head = _design("pairwise_normalized", "Pairwise normalization")
+    rows.append({**head, **_row(normalized, checkpoints, run), "sample": judge_sample(normalized[-1])})
     masked = mask_row(tokens, checkpoints[-1], run)
-    return [*rows, {**_design("token_masked", "Token masking (differing tokens kept)"), **masked}]
+    return [*rows, {**_design("token_masked", "Token masking (differing tokens kept)"), **masked, "sample": None}]
 
 
 def _design(loss: str, label: str) -> dict[str, Any]:
@@ -84,9 +103,7 @@ def _row(verdicts: Sequence[Verdict | str], checkpoints: Sequence[Table], run: T
     if isinstance(last, Verdict):
         figures |= _summarize(last, checkpoints[-1])
         if run is not None:
-            after, before = last.case == _IDEAL, run == _IDEAL
-            # Pairs that are in case 1 here and not with the run's loss, and the reverse.
-            figures["against_run"] = {"gained": int((after & ~before).sum()), "lost": int((before & ~after).sum())}
+            figures["against_run"] = _compare(last.case == _IDEAL, run == _IDEAL)
     return {
         "reason": last if isinstance(last, str) else None,  # why there are no numbers
         "pairs": checkpoints[-1].rows,
@@ -96,6 +113,11 @@ def _row(verdicts: Sequence[Verdict | str], checkpoints: Sequence[Table], run: T
             for table, judged in zip(checkpoints, verdicts, strict=True)
         ],
     }
+
+
+def _compare(after: Any, before: Any) -> dict[str, int]:
+    """How many pairs are in case 1 here and not with the run's loss, and the reverse."""
+    return {"gained": int((after & ~before).sum()), "lost": int((before & ~after).sum())}
 
 
 def _summarize(judged: Verdict, table: Table) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from gradent.record.table import Floats, Table, stack
 
 __all__ = [
     "ENTRIES", "REFERENCES", "BatchResults", "Block", "Reference", "adapter_off", "itself", "join_blocks",
-    "measure_batches", "measure_reference", "plan_batches",
+    "measure_batches", "measure_reference", "memory_errors", "plan_batches",
 ]  # fmt: skip
 
 Reference = Callable[[PairBatch, PairGram], tuple[Tensor, Tensor]]
@@ -89,7 +89,7 @@ def measure_reference(model: Any, pairs: Sequence[AuditPair], batches: Sequence[
     """The log-probs of a reference model alone, of each batch; an error names the row."""
     for positions in batches:
         chunk = [pairs[position] for position in positions]
-        with _memory_errors(chunk):
+        with memory_errors(chunk):
             references = sequence_logps(model, PairBatch.from_tokens([pair.ids for pair in chunk]))
         _check_reference(chunk, references)
         yield {name: values.tolist() for name, values in zip(REFERENCES, references, strict=True)}
@@ -114,7 +114,7 @@ def _measure_batch(
 ) -> tuple[PairGram, tuple[Tensor, ...]]:
     batch = PairBatch.from_tokens([pair.ids for pair in chunk])
     try:
-        with _memory_errors(chunk):
+        with memory_errors(chunk):
             gram = measure(model, batch, **options)
             references = () if reference is None else reference(batch, gram)
     except NonFiniteError as error:
@@ -127,7 +127,8 @@ def _measure_batch(
 
 
 @contextmanager
-def _memory_errors(chunk: Sequence[AuditPair]) -> Iterator[None]:
+def memory_errors(chunk: Sequence[AuditPair]) -> Iterator[None]:
+    """Say what to do where a batch takes more memory than there is."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -47,6 +47,10 @@ class AuditConfig(LoadConfig):
     by_module: bool = option(
         "Which modules the cosine comes from.", RUN, bool, "--by-module/--no-by-module", default=True
     )
+    attribution: bool = option(
+        "What steps do to every response: the run's own between checkpoints, and one on the whole sample.", RUN, bool,
+        "--attribution/--no-attribution", default=True,
+    )  # fmt: skip
     token_pairs: int | None = option(
         "Also measure the tokens of that many pairs, spread over all cosines, and show which entangle.", RUN, int,
         default=None,
@@ -60,7 +64,7 @@ class AuditConfig(LoadConfig):
         """What the summary's `settings` says of these options; it says elsewhere what was measured, and where."""
         names = (
             "checkpoints", "split", "max_length", "max_pairs", "token_pairs", "batch_size", "memory_budget", "engine",
-            "by_module", "dtype", "device", "skip_bad_rows", "add_eos", "seed",
+            "by_module", "attribution", "dtype", "device", "skip_bad_rows", "add_eos", "seed",
         )  # fmt: skip
         values = {name: getattr(self, name) for name in names}
         return values if isinstance(self.checkpoints, str) else {**values, "checkpoints": list(self.checkpoints)}

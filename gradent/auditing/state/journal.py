@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 
 from gradent.distributed import Ranks
 from gradent.errors import InputError
+from gradent.record.atomic import write_whole
 from gradent.record.json_lines import JsonLines, LineFormat, read_lines
 
 __all__ = ["Journal", "JournalError", "only_audit"]
@@ -68,6 +71,27 @@ class Journal:
                 "run the same command again."
             ) from error
         self._findings[kind, of, number] = finding
+
+    def save(self, name: str, values: NDArray[Any]) -> str:
+        """Write an array to a file of its own; returns the file's name, which `load` takes."""
+        path = self._folder / f"{self._key}-{name}.npy"
+        try:
+            write_whole(path, lambda handle: np.save(handle, values))
+        except InputError as error:
+            raise JournalError(str(error)) from error
+        return path.name
+
+    def load(self, name: str) -> NDArray[Any]:
+        """An array that `save` wrote."""
+        path = self._folder / name
+        try:
+            values: NDArray[Any] = np.load(path)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{path}: cannot be read ({error}). Remove {self._folder} to measure everything anew, and run the same "
+                "command again."
+            ) from error
+        return values
 
     def close(self) -> None:
         """Close the file."""

@@ -1,8 +1,8 @@
 """One vector for each row's gradient over all parameters: the gradient itself where it fits, else a CountSketch of it.
 
 Inner products of two rows' vectors are those of their gradients, exactly or without bias. Bucket and sign of an element
-follow from its place alone, so that sketches of different backwards, devices and ranks belong together. Of a sketch of K
-buckets, an inner product's standard error is about `√((‖g_i‖²‖g_j‖² + ⟨g_i, g_j⟩²) / K)`.
+follow from its place alone, so that sketches of different backwards, devices and ranks belong together. Of a sketch of
+K buckets, an inner product's standard error is about `√((‖g_i‖²‖g_j‖² + ⟨g_i, g_j⟩²) / K)`.
 
 Source: Charikar, Chen, Farach-Colton, "Finding Frequent Items in Data Streams" (2002).
 
@@ -47,7 +47,7 @@ class GradientSketch:
         if chosen == [...]:
             chosen = []
         chosen += [slice(None)] * (view.dim() - len(chosen))
-        index = torch.full((1,) * view.dim(), self._starts[number] + view.storage_offset(), device=device)
+        index = torch.full((1,) * view.dim(), self._starts[number] + int(view.storage_offset()), device=device)
         for axis, (some, size, stride) in enumerate(zip(chosen, view.shape, view.stride(), strict=True)):
             along = torch.arange(size, device=device)[some] * stride
             index = index + along.view([-1 if other == axis else 1 for other in range(view.dim())])

@@ -21,7 +21,7 @@ from gradent.report.page.html import Section
 from gradent.report.page.numbers import fixed, percent
 from gradent.report.page.parts import Table
 
-__all__ = ["kind_of", "layer_section"]
+__all__ = ["bare_name", "kind_of", "layer_section"]
 
 _ADAPTER = re.compile(r"\.(?:lora_\w+|base_layer|modules_to_save)(?:\..*)?$")
 _MOST_COLUMNS = 60
@@ -35,7 +35,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 def kind_of(module: str) -> str:
     """What a module is in every layer."""
-    parts = _bare(module).split(".")
+    parts = bare_name(module).split(".")
     numbered = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
     if numbered is None:
         return ".".join(parts)
@@ -56,7 +56,7 @@ def layer_section(records: AuditRecords) -> Section:
         checkpoints = [checkpoints[round(number * step)] for number in range(_MOST_COLUMNS)]
     last = [part for part in modules if part.place == checkpoints[-1][0]]
     parts: list[HeatMap | Table] = []
-    layers = list(dict.fromkeys(layer_of(_bare(part.module)) for part in last))
+    layers = list(dict.fromkeys(layer_of(bare_name(part.module)) for part in last))
     if len(layers) > 1:
         parts.append(_heat_map(modules, checkpoints, layers))
     kinds = _add_up((kind_of(part.module), part.figures) for part in last)
@@ -71,7 +71,8 @@ def layer_section(records: AuditRecords) -> Section:
     return Section(title, text, parts, serves)
 
 
-def _bare(module: str) -> str:
+def bare_name(module: str) -> str:
+    """A module without what PEFT puts around it: the two factors of a LoRA pair have one name."""
     return _ADAPTER.sub("", unwrapped(module))
 
 
@@ -108,7 +109,7 @@ def _add_up(parts: Iterable[tuple[Key, Floats]]) -> dict[Key, Floats]:
 
 
 def _heat_map(parts: Sequence[_Part], checkpoints: Sequence[tuple[int, str]], layers: Sequence[str]) -> HeatMap:
-    cells = _add_up(((part.place, layer_of(_bare(part.module))), part.figures) for part in parts)
+    cells = _add_up(((part.place, layer_of(bare_name(part.module))), part.figures) for part in parts)
     missing = np.full(3, math.nan)
     values = [[float(cells.get((place, layer), missing)[0]) for place, _ in checkpoints] for layer in layers]
     limit = max((abs(value) for row in values for value in row if math.isfinite(value)), default=0.0)

@@ -24,6 +24,16 @@ _TEXT = (
     "step, on the differing tokens alone, and of the pairs whose tokens were measured."
 )
 
+_SAMPLE = (
+    " Sample, case 1: the same share for one step on the mean loss of the whole sample, which the recommendation goes "
+    "by."
+)
+_SKETCHED = (
+    " What the other pairs do in that step is estimated from sketches of the gradients, which had no room in "
+    "memory_budget: inner products are off by {} of ‖g_w‖‖g_l‖ (root mean square over the pairs, whose products are "
+    "known)."
+)
+
 
 def loss_section(records: AuditRecords) -> Section | None:
     """Other losses on the run's gradients; None where the record has no such rows."""
@@ -32,6 +42,9 @@ def loss_section(records: AuditRecords) -> Section | None:
         return None
     shown, sweeps, bars = shown_rows(rows), [row for row in rows if row.get("group") == "sweep"], loss_bars(records)
     parts: list[Bars | Chart | Table] = [] if bars is None else [bars]
+    vectors = (records.summary["steps"] or {}).get("what_if") or {}
+    text = _TEXT + (_SAMPLE if vectors else "")
+    text += _SKETCHED.format(percent(vectors.get("error"))) if vectors and not vectors.get("is_exact") else ""
     parts.append(loss_table(shown, "Losses on the gradients of the last checkpoint"))
     lines = _over_steps(shown, records.summary["recommendation"] or {})
     if lines:
@@ -40,7 +53,7 @@ def loss_section(records: AuditRecords) -> Section | None:
     if sweeps:
         folded = f"{len(sweeps)} more settings: hyperparameters varied one at a time"
         parts.append(loss_table(sweeps, "Hyperparameters varied", folded))
-    return Section("What if: other losses", _TEXT, parts, "Decides: whether another loss, or another β, would help.")
+    return Section("What if: other losses", text, parts, "Decides: whether another loss, or another β, would help.")
 
 
 def shown_rows(rows: Sequence[Row]) -> list[Row]:
@@ -58,9 +71,14 @@ def loss_bars(records: AuditRecords) -> Bars | None:
 
 def loss_table(rows: Sequence[Row], caption: str, folded: str = "") -> Table:
     """A row a loss, with shares, ratio and bounds; a loss without numbers says why."""
-    header = ["Loss", *(label.partition(":")[0].capitalize() for label in CASES.values())]
+    has_sample = any(row.get("sample") for row in rows)
+    header = [
+        "Loss",
+        *(["Sample, case 1"] if has_sample else []),
+        *(label.partition(":")[0].capitalize() for label in CASES.values()),
+    ]
     header += ["Median d_w/d_l", "Chosen rises from", "Rejected falls to", "Within both"]
-    return Table(header, [_row(row) for row in rows], folded, caption, figures_from=1)
+    return Table(header, [_row(row, has_sample=has_sample) for row in rows], folded, caption, figures_from=1)
 
 
 def describe_row(row: Row) -> str:
@@ -71,7 +89,7 @@ def describe_row(row: Row) -> str:
     return name + (", this run's" if row.get("group") == "run" else "")
 
 
-def _row(row: Row) -> list[Cell | str]:
+def _row(row: Row, *, has_sample: bool) -> list[Cell | str]:
     lines = [describe_row(row)]
     if row.get("group") == "design" and row.get("cases"):
         is_masked = row.get("loss") == "token_masked"
@@ -81,7 +99,8 @@ def _row(row: Row) -> list[Cell | str]:
         lines.append(str(row["reason"]))
     shares = [percent(share_of(row.get("cases"), case)) for case in CASES]
     figures = [number(row.get(name)) for name in ("ratio", "needs_at_least", "needs_at_most")]
-    return [Cell(tuple(lines)), *shares, *figures, percent(row.get("within"))]
+    sample = [percent(share_of((row.get("sample") or {}).get("cases"), "ideal"))] if has_sample else []
+    return [Cell(tuple(lines)), *sample, *shares, *figures, percent(row.get("within"))]
 
 
 def _over_steps(rows: Sequence[Row], recommended: Mapping[str, object]) -> list[Line]:

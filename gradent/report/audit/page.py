@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+from gradent.figures.charts import fill_gap
 from gradent.report.audit.dynamics import dynamics_section
 from gradent.report.audit.layers import layer_section
 from gradent.report.audit.losses import loss_section
+from gradent.report.audit.moved import run_section, sample_section
 from gradent.report.audit.pairs import pair_section, property_section
 from gradent.report.audit.records import AuditRecords, Measured, read_audit
 from gradent.report.audit.settings import describe_loss, describe_reference, settings_section
 from gradent.report.audit.steps import case_section, cosine_section, logp_section
 from gradent.report.audit.tokens import token_section
+from gradent.report.page.cases import share_of
 from gradent.report.page.html import Page, Section, write_page
 from gradent.report.page.numbers import count, fixed, percent, plural, step_name
 from gradent.report.page.parts import BigNumber, Notice, Numbers
@@ -33,9 +37,10 @@ def write_audit_page(records: AuditRecords) -> Path:
 def _to_page(records: AuditRecords) -> Page:
     summary = records.summary
     sections = [
-        _first_section(records), logp_section(records), case_section(records), cosine_section(records),
-        dynamics_section(records), loss_section(records), pair_section(records), property_section(records),
-        layer_section(records), token_section(records), settings_section(records),
+        _first_section(records), logp_section(records), run_section(records), sample_section(records),
+        case_section(records), cosine_section(records), dynamics_section(records), loss_section(records),
+        pair_section(records), property_section(records), layer_section(records), token_section(records),
+        settings_section(records),
     ]  # fmt: skip
     return Page(
         title=f"Audit of {records.name}",
@@ -95,7 +100,7 @@ def _first_section(records: AuditRecords) -> Section:
     first, last = records.first, records.last
     parts: list[Notice | Numbers] = [Notice("", str(text))]
     if first is not None and last is not None:
-        parts.append(Numbers(_big_numbers(first, last)))
+        parts.append(Numbers(_big_numbers(records, first, last)))
     serves = (
         "Decides: whether to change the loss, its hyperparameters, or the data. The text speaks of the last measured "
         "checkpoint, to first order."
@@ -103,11 +108,21 @@ def _first_section(records: AuditRecords) -> Section:
     return Section("What to do", "", parts, serves)
 
 
-def _big_numbers(first: Measured, last: Measured) -> list[BigNumber]:
+def _sample_shares(records: AuditRecords) -> dict[str, tuple[float, float, Callable[[float | None], str]]]:
+    """The share of case 1 in a step on the whole sample, first and last; empty where it was not measured."""
+    rows = (records.summary["steps"] or {}).get("sample") or []
+    if not rows:
+        return {}
+    shares = [fill_gap(share_of(row.get("cases"), "ideal")) for row in (rows[0], rows[-1])]
+    return {"A step on the sample, case 1: chosen rises, rejected falls": (shares[0], shares[1], percent)}
+
+
+def _big_numbers(records: AuditRecords, first: Measured, last: Measured) -> list[BigNumber]:
     start = "" if first is last else f"at {step_name(first.step)}; now {step_name(last.step)}"
     figures = {
-        "Case 1: chosen rises, rejected falls": (first.share("ideal"), last.share("ideal"), percent),
-        "Case 2: both fall": (first.share("both_down"), last.share("both_down"), percent),
+        **_sample_shares(records),
+        "Each pair alone, case 1: chosen rises, rejected falls": (first.share("ideal"), last.share("ideal"), percent),
+        "Each pair alone, case 2: both fall": (first.share("both_down"), last.share("both_down"), percent),
         "Median cosine": (first.quantile("cosine", 0.5), last.quantile("cosine", 0.5), fixed),
     }
     of = f"of {plural(len(last.pairs), 'pair')}"

@@ -66,8 +66,30 @@ def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
         yield _module_table(summary["modules"], width)
     if summary["tokens"]:
         yield from _render_tokens(summary["tokens"])
+    if summary["steps"]:
+        yield Text(f"\n{_describe_steps(summary['steps'])}")
     if summary["recommendation"]:
         yield Text(f"\n{printable(summary['recommendation']['text'])}", "bold")
+
+
+def _describe_steps(steps: dict[str, Any]) -> str:
+    """A line on the step on the sample, and one on how much of the run first order explains."""
+    last = steps["sample"][-1]
+    parts = {
+        side: ", ".join(f"{part} {_signed(last[f'{side}_{part}'])}" for part in ("own", "partner", "others"))
+        for side in ("chosen", "rejected")
+    }
+    lines = [
+        f"A step on the whole sample at step {last['step']:,} (nats for a unit of learning rate): chosen "
+        f"{parts['chosen']}; rejected {parts['rejected']}."
+    ]
+    explained = [row["explained"] for row in steps["intervals"] if row["explained"] is not None]
+    if explained:
+        lines.append(
+            f"Between checkpoints, ⟨∇ log π, Δθ⟩ explains {percent(min(explained))} to {percent(max(explained))} of "
+            "the changes."
+        )
+    return "\n".join(lines)
 
 
 def _checkpoint_table(checkpoints: Sequence[dict[str, Any]]) -> Table:
@@ -170,6 +192,10 @@ def _render_tokens(tokens: dict[str, Any]) -> Iterator[RenderableType]:
                 names = "" if number else kind, Text(visible(row["token"], _TOKEN_WIDTH))
                 table.add_row(*names, fixed(row["sum"]), f"{row['mean']:+.4f}", str(row["count"]))
         yield table
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3g}"
 
 
 def _number(value: float | None) -> str:

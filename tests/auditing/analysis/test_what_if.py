@@ -22,7 +22,7 @@ from tests.auditing.measured import columns_of, drawn, gram_of, has_no_nan, refe
 SEEDS = st.integers(0, 2**32 - 1)
 KEYS = {
     "loss", "label", "group", "hyperparameters", "varied", "reason", "pairs", "cases", "ratio", "needs_at_least",
-    "needs_at_most", "within", "share_chosen_rises", "share_rejected_falls", "ideal_by_step", "against_run",
+    "needs_at_most", "within", "share_chosen_rises", "share_rejected_falls", "ideal_by_step", "against_run", "sample",
 }  # fmt: skip
 
 

@@ -1,0 +1,280 @@
+"""What steps do to the responses, from an audit's journal: one on the whole sample, the run's own between checkpoints.
+
+A step of plain gradient descent, of unit learning rate, on the sample's mean loss moves response i by
+`−Σ_j c_j ⟨g_i, g_j⟩` with `c_j = ∂L/∂log π(y_j)`. Between two checkpoints the displacement Δθ is known, and the mean
+of `⟨g_i, Δθ⟩` at both ends (the trapezoid) is the change of `log π(y_i)` to second order in Δθ, module by module.
+
+Letters: P pairs, K numbers of a row's vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradent.auditing.analysis.columns import TargetRecord, judge
+from gradent.auditing.analysis.distributions import count_cases, find_cases, mean
+from gradent.auditing.measuring.steps import ARRIVING, LEAVING, SAMPLE, StepTask
+from gradent.auditing.state.journal import Journal
+from gradent.auditing.state.targets import Target
+from gradent.losses import Loss
+from gradent.record import STEP_COLUMNS
+from gradent.record.table import Floats, Table, stack
+from gradent.theory.conditions import Verdict
+
+__all__ = [
+    "SampleStep",
+    "StepRecord",
+    "collect_steps",
+    "describe_steps",
+    "plan_steps",
+    "read_sample_step",
+    "step_table",
+]
+
+_SIDES = ("chosen", "rejected")
+
+PUSHED, PUSHERS = 12, 3
+"""Responses of which it is said who moves them, and how many rows of each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """What was found of one target's steps; its rows are those of `record.table`."""
+
+    record: TargetRecord
+    before: TargetRecord | None
+    along: dict[str, Floats]  # direction -> `⟨g_i, d⟩` of chosen and rejected, `[2, P]`
+    modules: dict[str, dict[str, Floats]]  # direction -> module -> the same, summed over the pairs, `[2]`
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleStep:
+    """Vectors of all rows' gradients on the last target: what a step on the sample does under any loss."""
+
+    vectors: Floats  # `[2, P, K]`
+    squares: Floats  # of the gradients' norms, `[2, P]`, exact
+    inner: Floats  # of every pair, `[P]`, exact
+    is_exact: bool  # whether the vectors are the gradients
+
+    def moved(self, judged: Verdict) -> Floats:
+        """What a step of unit learning rate on the sample's mean loss does to chosen and rejected, nats, `[P, 2]`."""
+        pairs = len(self.inner)
+        weights = np.stack([judged.d_w.numpy(), -judged.d_l.numpy()]) / pairs
+        pull = np.einsum("sp,spk->k", weights, self.vectors)
+        moved: Floats = np.einsum("spk,k->sp", self.vectors, pull)
+        if not self.is_exact:  # a row's own part, and its partner's, are known
+            inner = np.einsum("pk,pk->p", *self.vectors)
+            moved += weights * (self.squares - np.einsum("spk,spk->sp", self.vectors, self.vectors))
+            moved += weights[::-1] * (self.inner - inner)
+        return np.ascontiguousarray(moved.T)
+
+    def pushes(self, judged: Verdict, side: int, place: int) -> Floats:
+        """What each row does to one response in such a step, nats, `[2, P]`."""
+        weights = np.stack([judged.d_w.numpy(), -judged.d_l.numpy()]) / len(self.inner)
+        products = self.vectors @ self.vectors[side, place].astype(np.float64)
+        products[side, place], products[1 - side, place] = self.squares[side, place], self.inner[place]
+        found: Floats = weights * products
+        return found
+
+    def cases(self, judged: Verdict) -> NDArray[Any]:
+        """The number of each pair's case after such a step, `[P]`."""
+        return find_cases(self.moved(judged))
+
+    @property
+    def error(self) -> float:
+        """Root mean square error of the pairs' inner products, in units of `‖g_w‖‖g_l‖`; 0 where vectors are exact."""
+        if self.is_exact:
+            return 0.0
+        inner = np.einsum("pk,pk->p", *self.vectors)
+        scale = np.sqrt(self.squares.prod(0))
+        return float(np.sqrt(np.mean(np.square((inner - self.inner)[scale > 0] / scale[scale > 0]))))
+
+
+def plan_steps(records: Sequence[TargetRecord]) -> list[StepTask]:
+    """What is to be found of the targets that were measured whole, by step."""
+    whole = [record for record in records if record.is_whole]
+    beside = zip([None, *whole], whole, [*whole[1:], None], strict=False)
+    return [
+        StepTask(
+            target=record.target, weights=_weights(record.table), before=None if before is None else before.target,
+            after=None if after is None else after.target,
+        )
+        for before, record, after in beside
+    ]  # fmt: skip
+
+
+def collect_steps(
+    records: Sequence[TargetRecord], tasks: Sequence[StepTask], journal: Journal, batches: int
+) -> list[StepRecord]:
+    """What the journal holds of the targets all of whose batches were done."""
+    by_name = {record.target.name: record for record in records}
+    found = []
+    for task in tasks:
+        along, modules = dict[str, Floats](), dict[str, dict[str, Floats]]()
+        for name, identity in task.identities.items():
+            blocks = [journal.find(name, identity, number) for number in range(batches)]
+            if all(block is not None for block in blocks):
+                along[name], modules[name] = _join([block for block in blocks if block is not None])
+        if SAMPLE in along:
+            before = None if task.before is None else by_name[task.before.name]
+            record = by_name[task.target.name]
+            found.append(StepRecord(record=record, before=before, along=along, modules=modules))
+    return found
+
+
+def read_sample_step(target: Target, table: Table, journal: Journal, batches: int) -> SampleStep | None:
+    """The vectors of a target's rows, in the order of its table; None where a batch is missing."""
+    found = [journal.find("vectors", target.identity, number) for number in range(batches)]
+    blocks = [block for block in found if block is not None]
+    if len(blocks) < batches or not blocks:
+        return None
+    order = np.argsort(np.concatenate([block["positions"] for block in blocks]))
+    vectors = np.concatenate([journal.load(block["file"]) for block in blocks], axis=1)[:, order]
+    return SampleStep(
+        vectors=vectors, squares=np.stack([table[f"{side}_sq"] for side in _SIDES]), inner=table["inner"],
+        is_exact=all(block["is_exact"] for block in blocks),
+    )  # fmt: skip
+
+
+def step_table(steps: Sequence[StepRecord]) -> Table | None:
+    """The rows of `steps.parquet`, target by target; None without any."""
+    tables = [_rows_of(step, place and steps[place - 1]) for place, step in enumerate(steps)]
+    return stack(tables) if tables else None
+
+
+def describe_steps(
+    steps: Sequence[StepRecord], sample: SampleStep | None, last: TargetRecord, loss: Loss
+) -> dict[str, Any] | None:
+    """The summary's `steps`, `sample` being of the last target; None where nothing was measured of any step."""
+    if not steps:
+        return None
+    table = step_table(steps)
+    assert table is not None
+    intervals = [_describe_interval(first, last) for first, last in pairwise(steps) if last.before is first.record]
+    return {
+        "sample": [_describe_sample(step, table) for step in steps],
+        "intervals": [interval for interval in intervals if interval is not None],
+        "what_if": None if sample is None else {"is_exact": sample.is_exact, "error": sample.error},
+        "pushed": [] if sample is None or steps[-1].record is not last else _describe_pushed(steps[-1], sample, loss),
+    }
+
+
+def _weights(table: Table) -> Floats:
+    """`∂L/∂log π` of chosen and rejected in the mean loss of the sample, `[P, 2]`."""
+    return np.stack([-table["d_w"], table["d_l"]], axis=1) / max(1, table.rows)
+
+
+def _join(blocks: Sequence[Mapping[str, Any]]) -> tuple[Floats, dict[str, Floats]]:
+    """All batches' `⟨g_i, d⟩` `[2, P]`, by position, and its sums by module."""
+    order = np.argsort(np.concatenate([block["positions"] for block in blocks]))
+    along = np.concatenate([block["along"] for block in blocks], axis=1)[:, order]
+    return along, {name: np.sum([block["modules"][name] for block in blocks], axis=0) for name in blocks[0]["modules"]}
+
+
+def _parts(step: StepRecord) -> dict[str, Floats]:
+    """Column -> nats of a unit of learning rate, `[P]`: what moves each side in a step on the sample."""
+    table, count = step.record.table, step.record.table.rows
+    d_w, d_l, inner = table["d_w"] / count, table["d_l"] / count, table["inner"]
+    total = -step.along[SAMPLE]
+    own = np.stack([d_w * table["chosen_sq"], -d_l * table["rejected_sq"]])
+    partner = np.stack([-d_l * inner, d_w * inner])
+    return {
+        f"{side}_{name}": values[place]
+        for place, side in enumerate(_SIDES)
+        for name, values in (("own", own), ("partner", partner), ("others", total - own - partner))
+    }
+
+
+def _trapezoid(first: StepRecord, last: StepRecord) -> tuple[Floats, dict[str, Floats]] | None:
+    """The first-order change of chosen and rejected from one target to the next, `[2, P]`, and its sums by module."""
+    if last.before is not first.record or LEAVING not in first.along or ARRIVING not in last.along:
+        return None
+    begin, end = first.modules[LEAVING], last.modules[ARRIVING]
+    change: Floats = (first.along[LEAVING] + last.along[ARRIVING]) / 2
+    return change, {module: (begin[module] + end[module]) / 2 for module in begin}
+
+
+def _realised(step: StepRecord) -> Floats:
+    """How far chosen and rejected moved since the target before, `[2, P]`."""
+    assert step.before is not None
+    return np.stack([step.record.table[f"{side}_logp"] - step.before.table[f"{side}_logp"] for side in _SIDES])
+
+
+def _rows_of(step: StepRecord, before: StepRecord | int) -> Table:
+    record = step.record
+    nothing = np.full((2, record.table.rows), np.nan)
+    found = _trapezoid(before, step) if isinstance(before, StepRecord) else None
+    change, realised = (nothing, nothing) if found is None else (found[0], _realised(step))
+    columns = {
+        **record.table, **_parts(step),
+        **{f"{side}_arrived": change[place] for place, side in enumerate(_SIDES)},
+        **{f"{side}_realised": realised[place] for place, side in enumerate(_SIDES)},
+    }  # fmt: skip
+    return Table(columns).pick([*STEP_COLUMNS])
+
+
+def _describe_sample(step: StepRecord, table: Table) -> dict[str, Any]:
+    """A step on the sample at one target: means over the pairs, and where it differs from a step on each pair alone."""
+    record = step.record
+    rows = table.select((table["checkpoint"] == record.target.name) & (table["step"] == record.target.step))
+    names = [f"{side}_{part}" for side in _SIDES for part in ("own", "partner", "others")]
+    moved = np.stack([sum(rows[f"{side}_{part}"] for part in ("own", "partner", "others")) for side in _SIDES], axis=1)
+    alone = np.stack([record.table[f"{side}_change"] for side in _SIDES], axis=1)
+    differs = np.sign(moved) != np.sign(alone)
+    return {
+        "checkpoint": record.target.name, "step": record.target.step, "pairs": rows.rows,
+        **{name: mean(rows[name]) for name in names},
+        "cases": count_cases(find_cases(moved)),
+        # Shares of pairs of which a step on the sample moves the response the other way than a step on the pair alone.
+        "chosen_differs": float(differs[:, 0].mean()), "rejected_differs": float(differs[:, 1].mean()),
+    }  # fmt: skip
+
+
+def _describe_pushed(step: StepRecord, sample: SampleStep, loss: Loss) -> list[dict[str, Any]]:
+    """The responses that other pairs move most in a step on the sample, and by whom."""
+    table, judged = step.record.table, judge(step.record.table, loss)
+    parts = _parts(step)
+    others = np.stack([parts[f"{side}_others"] for side in _SIDES])
+    described = []
+    for flat in np.argsort(-np.abs(others), axis=None, kind="stable")[:PUSHED]:
+        side, place = (int(number) for number in np.unravel_index(flat, others.shape))
+        pushes = sample.pushes(judged, side, place)
+        pushes[:, place] = 0  # the response itself, and its partner
+        by = [np.unravel_index(other, pushes.shape) for other in np.argsort(-np.abs(pushes), axis=None)[:PUSHERS]]
+        described.append({
+            "pair": int(table["pair"][place]), "side": _SIDES[side],
+            **{part: float(parts[f"{_SIDES[side]}_{part}"][place]) for part in ("own", "partner", "others")},
+            "by": [
+                {"pair": int(table["pair"][pair]), "side": _SIDES[half], "moved": float(pushes[half, pair])}
+                for half, pair in by if pushes[half, pair]
+            ],
+        })  # fmt: skip
+    return described
+
+
+def _describe_interval(first: StepRecord, last: StepRecord) -> dict[str, Any] | None:
+    found = _trapezoid(first, last)
+    if found is None:
+        return None
+    change, modules = found
+    realised, count = _realised(last), last.record.table.rows
+    size = float(np.square(realised).sum())
+    ends = {"begin": first.along[LEAVING], "end": last.along[ARRIVING]}
+    return {
+        "from": first.record.target.step, "to": last.record.target.step, "pairs": count,
+        **{f"{side}_realised": mean(realised[place]) for place, side in enumerate(_SIDES)},
+        **{f"{side}_first_order": mean(change[place]) for place, side in enumerate(_SIDES)},
+        "explained": _explained(realised, change, size),
+        **{f"explained_{name}": _explained(realised, values, size) for name, values in ends.items()},
+        "modules": {module: [float(part) / count for part in parts] for module, parts in modules.items()},
+    }  # fmt: skip
+
+
+def _explained(realised: Floats, change: Floats, size: float) -> float | None:
+    return 1 - float(np.square(realised - change).sum()) / size if size > 0 else None
