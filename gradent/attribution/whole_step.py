@@ -9,7 +9,7 @@ Letters: k pairs of a step, N = 2k rows: chosen, then rejected.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,7 +20,7 @@ from gradent.errors import GradentError
 from gradent.hooks.overhead import Clock
 from gradent.model.autograd import row_gradients, with_parameters
 from gradent.model.calls import forward_marked
-from gradent.model.facts import require_causal
+from gradent.model.facts import inner_dtypes, require_causal
 from gradent.model.logprobs import sequence_logprobs
 from gradent.model.observed import observed
 from gradent.model.parameters import input_device, is_sharded, trainable, unwrap_compiled
@@ -39,6 +39,7 @@ class WholeStep:
         """`budget` bytes may hold a copy of the parameters; `say` logs a text, one of each `key` once."""
         self._model, self._budget, self._say = unwrap_compiled(model), budget, say
         self._can_push = True
+        self._inside: set[torch.dtype] | None = None
         self._versions: list[int] = []
         self._before: dict[str, Tensor] = {}
         self._clock = Clock()
@@ -96,9 +97,13 @@ class WholeStep:
             return total
         rows = [batch.row(row) for row in range(2 * pairs)]
         rows = [(ids.to(device), marks.to(device)) for ids, marks in rows]
-        differentiator = _RowDifferentiator(self._model, before, self._say, can_push=self._can_push)
         with torch.enable_grad(), observed(self._model):
             require_causal(self._model, rows[0][0])
+            if self._inside is None:
+                self._inside = inner_dtypes(self._model, rows[0][0])
+            differentiator = _RowDifferentiator(
+                self._model, before, self._say, can_push=self._can_push, inside=self._inside
+            )
             if self._can_push:
                 direction = differentiator.with_check(rows[pairs], direction)
             for pair in range(pairs):
@@ -118,9 +123,10 @@ class _RowDifferentiator(Differentiator):
     """Effects along a step, of whole rows where forward mode fails: by one backward each."""
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[str, Tensor], say: Callable[..., object], *, can_push: bool
-    ) -> None:
-        super().__init__(model, parameters)
+        self, model: nn.Module, parameters: Mapping[str, Tensor], say: Callable[..., object],
+        *, can_push: bool, inside: Collection[torch.dtype],
+    ) -> None:  # fmt: skip
+        super().__init__(model, parameters, inside=inside)
         self._say, self.can_push = say, can_push
 
     def with_check(self, row: Row, direction: Direction) -> Direction:

@@ -6,7 +6,7 @@ Letters: T completion tokens of a row, L tokens of a row, V vocabulary, v the di
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -52,10 +52,13 @@ class Direction:
 class Differentiator:
     """Effects of a pair's tokens, by forward mode until it fails on the model, token by token from then on."""
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, Tensor], *, inside: Collection[torch.dtype] = ()
+    ) -> None:
+        """`inside` are the dtypes of autocast inside the model's own forward."""
         self._model, self._parameters = model, parameters
         self.can_push = True
-        dtypes = computing_dtypes(model, input_device(model))
+        dtypes = computing_dtypes(model, input_device(model)).union(inside)
         self._limit = tolerance("forward mode", dtypes)
         self._range = 0 if torch.float16 in dtypes else 32
 

@@ -19,6 +19,8 @@ from gradent.measurement import measure_weighted
 from gradent.theory.conditions import Verdict
 from tests.batches import ragged, square
 from tests.trainer.runs import Gradients, llama, make_trainer, with_lora
+from tests.trainer.test_masked import make as make_masked
+from tests.trainer.test_masked import stirred
 from tests.trainer_steps import dpo, through_logits
 from tests.truth import assert_exact, call, truth
 from tests.zoo import build
@@ -81,6 +83,7 @@ class Changes:
         pairs = len(batch)
         logps = token_logps(self.model, batch)
         own = [self.flat(logp[marks_of(batch, row)].sum()) for row, logp in enumerate(logps)]
+        self.own = torch.stack(own)
         pushes = []  # h_j: the gradient of the pair's share with the other row held constant
         for row in range(2 * pairs):
             held = [logp if other == row else logp.detach() for other, logp in enumerate(logps)]
@@ -136,6 +139,37 @@ def test_the_verdict_is_the_losses_own(
         assert torch.equal(record.verdict.case, 1 + (~rises).long() + 2 * (~falls).long())
         misjudged += int((mean.case != record.verdict.case).sum())
     assert name != "ORPO" or misjudged, "no pair whose case mean weights get wrong: choose another seed"
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
+def test_token_masks(lora: bool, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """With one pair a step, the pair's part of the gradient is the trainer's own."""
+    model = with_lora(llama()) if lora else llama()
+    callback, seen = EntanglementCallback(every=1, alert=None, attribution=False), Gradients(model)
+    trainer = make_masked(
+        model, tiny_tokenizer, tmp_path, options={"callbacks": [callback, seen]}, max_steps=3, mask_k_start=2.0,
+        per_device_train_batch_size=1, max_grad_norm=0.0, mask_learning_rate=0.1,
+    )  # fmt: skip
+    stirred(trainer.mask_head)
+    trainer.train()
+    assert len(callback.records) == 3
+    for record, before, grads in zip(callback.records, seen.models, seen.grads, strict=False):
+        assert record.verdict.has_token_weights and len(record.gram) == 1
+        parts = [name for name, value in before.named_parameters() if value.requires_grad]
+        theirs = torch.cat([grads[name].flatten().double() for name in parts])
+        own = Changes(before, record.batch, lambda logps, batch: (logps[0].sum() + logps[1].sum())[None]).own
+        changes = torch.cat([record.verdict.chosen_change, record.verdict.rejected_change])
+        assert float(((changes + own @ theirs).abs() / (own.norm(dim=1) * theirs.norm())).max()) <= TOLERANCE
+
+
+def test_masks_through_which_the_policy_learns_are_told_of(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = EntanglementCallback(every=1, alert=None, attribution=False)
+    trainer = make_masked(llama(), tiny_tokenizer, tmp_path, options={"callbacks": [callback]}, mask_detach=False)
+    with caplog.at_level(logging.WARNING, "gradent"):
+        trainer.train()
+    assert "verdicts are without that part" in caplog.records[0].getMessage()
 
 
 def weighed(model: nn.Module, batch: PairBatch, scale: float = 1.0) -> Tensor:

@@ -156,6 +156,24 @@ def lion_run(
     return callback
 
 
+def test_forward_mode_is_kept_to_under_mixed_precision(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """accelerate's autocast stands inside the model's forward: rounding is bfloat16's, and no failure."""
+    model, callback = llama(), EntanglementCallback(every=1, alert=None, on_error="raise")
+    seen = Gradients(model)
+    with caplog.at_level(logging.WARNING, "gradent"):
+        make_trainer(
+            "dpo", model, tiny_tokenizer, tmp_path, [callback, seen], bf16=True,
+            options={"optimizers": (Lion(trained(model)), None)},
+        ).train()  # fmt: skip
+    for number, record in enumerate(callback.records):
+        want, scale = totals(seen.models[number], seen.models[number + 1], record.batch)
+        assert float(((record.attribution.total - want).abs() / scale).max()) <= 5e-3
+    (said,) = said_in(caplog)
+    assert "does not split steps" in said
+
+
 def test_a_copy_that_has_no_room(
     tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

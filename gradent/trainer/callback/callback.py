@@ -165,6 +165,11 @@ class EntanglementCallback(TrainerCallback):
             compiled=None if trainer is None else trainer.model_wrapped,
             trusted=type(args).__module__.startswith("trl."), **self._options,
         )  # fmt: skip
+        if not getattr(args, "mask_detach", True):
+            self.notices.once(
+                "with mask_detach=False the policy learns through its scores too, which is no gradient of log-probs: "
+                "gradent's verdicts are without that part, and accounts have it in earlier_batches."
+            )
         if self._out is not None and is_first():
             self._stream = PairStream(self._out / "pairs.jsonl")
         if self._probe is not None:
