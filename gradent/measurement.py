@@ -32,7 +32,7 @@ from gradent.pairs.batch import PairBatch
 from gradent.pairs.row_batch import RowBatch
 from gradent.row_gram import RowGram
 
-__all__ = ["measure", "measure_rows", "sequence_logps", "weighted_gradient"]
+__all__ = ["measure", "measure_rows", "measure_weighted", "sequence_logps", "weighted_gradient"]
 
 Engine = Literal["hooks", "func"]
 
@@ -97,25 +97,98 @@ def measure(
         dropout=dropout,
     )
     coverage, uncovered = _coverage(parameters, outcomes, allow_uncovered=allow_uncovered)
-    parts = [
-        (numbers[: len(numbers) // 2], {number: entry.view(-1, 3) for number, entry in outcome.entries.items()})
-        for numbers, outcome in outcomes
-    ]
+    gram = _pair_gram(parameters, batch, outcomes, [0, 1, 2], by_module=by_module)
+    return replace(gram, coverage=coverage, uncovered=uncovered)
+
+
+def measure_weighted(
+    model: nn.Module,
+    batch: PairBatch,
+    weights: Sequence[Tensor],
+    *,
+    by_module: bool = False,
+    memory_budget: int | str | None = None,
+    metric: torch.optim.Optimizer | None = None,
+) -> tuple[PairGram, Tensor]:
+    """`measure`, and what a loss that weighs tokens differently has of each pair's gradient along both responses.
+
+    Four rows of each pair go through the model: `g_w`, `g_l`, and `h_w`, `h_l` with `h_j = Σ_t w_{j,t} ∇ log π(y_j^t)`
+    over all tokens of row j that the loss weighs, those of the prompt included.
+
+    Args:
+        model: a causal language model, as in `measure`.
+        batch: B preference pairs, on any device.
+        weights: of each of the 2B rows, chosen first, the weight of every token (padding left out), float64 `[T]`, not
+            all zero; a row's first token has no log-prob and no weight.
+        by_module: also return each module's share of the entries.
+        memory_budget: as in `measure`.
+        metric: as in `measure`.
+
+    Returns:
+        The `PairGram` of the B pairs, and `⟨g_w, h_w + h_l⟩` and `⟨g_l, h_w + h_l⟩`, float64 `[2, B]` on the CPU.
+
+    Raises:
+        GradentError: what `measure` raises.
+
+    Example:
+        >>> gram, along = measure_weighted(model, batch, weights)  # doctest: +SKIP
+        >>> chosen_change, rejected_change = -along  # doctest: +SKIP
+    """
+    model = unwrap_compiled(model)
+    parameters = trainable(model)
+    count, rows = len(batch), _rows(model, batch)
+    # A loss's weights can be so small that products underflow, so the rows go in with a largest weight of 1.
+    scales = torch.stack([weight.abs().max() for weight in weights]).cpu().view(2, -1)
+    weighed = [(weight / weight.abs().max()).to(ids.device) for (ids, _), weight in zip(rows, weights, strict=True)]
+    rows += [(ids, weight) for (ids, _), weight in zip(rows, weighed, strict=True)]
+    names = [f"pair {row % count}, {'chosen' if row // count % 2 == 0 else 'rejected'}" for row in range(4 * count)]
+    outcomes = _measure(
+        model,
+        parameters,
+        rows,
+        [range(pair, 4 * count, count) for pair in range(count)],
+        names,
+        engine="hooks",
+        memory_budget=memory_budget,
+        metric=metric,
+    )
+    _coverage(parameters, outcomes, allow_uncovered=False)
+    along = torch.zeros(2, count, 2, dtype=torch.float64)  # of g_w and g_l with h_w and h_l
+    for numbers, outcome in outcomes:
+        for entry in outcome.entries.values():
+            along[:, numbers[: len(numbers) // 4]] += entry.view(-1, 2, 5)[:, 1, :4].view(-1, 2, 2).transpose(0, 1)
+    gram = _pair_gram(parameters, batch, outcomes, [0, 1, 4], by_module=by_module)
+    return gram, (along * scales.T).sum(2)
+
+
+def _pair_gram(
+    parameters: Mapping[str, Tensor],
+    batch: PairBatch,
+    outcomes: Sequence[RowsOutcome],
+    places: Sequence[int],
+    *,
+    by_module: bool,
+) -> PairGram:
+    """The gram of pairs whose rows lead each group; `places` are those of its three entries among a group's."""
+    count = len(batch)
+    parts = []
+    for numbers, outcome in outcomes:
+        groups = len(outcome.wanted.groups)
+        entries = {number: entry.view(groups, -1)[:, places] for number, entry in outcome.entries.items()}
+        parts.append((numbers[:groups], entries))
     modules = sum_parameters(list(parameters), parts, count)
     totals = sum(modules.values(), torch.zeros(3, count, dtype=torch.float64))
     shares: dict[str, ModuleGram] = {name: (entry[0], entry[1], entry[2]) for name, entry in modules.items()}
-    logps = _logps(outcomes, 2 * count)
+    logps = _logps(outcomes, sum(len(numbers) for numbers, _ in outcomes))
     return PairGram(
         chosen_sq=totals[0],
         rejected_sq=totals[1],
         inner=totals[2],
         chosen_logp=logps[:count],
-        rejected_logp=logps[count:],
+        rejected_logp=logps[count : 2 * count],
         chosen_len=batch.chosen_len.cpu(),
         rejected_len=batch.rejected_len.cpu(),
-        coverage=coverage,
         modules=shares if by_module else None,
-        uncovered=uncovered,
     )
 
 

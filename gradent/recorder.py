@@ -27,7 +27,7 @@ from gradent.hooks.piggyback.observation import BackwardObservation, mark_comple
 from gradent.hooks.piggyback.pairing import Pairing
 from gradent.hooks.piggyback.watcher import Piggyback
 from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
-from gradent.measurement import measure
+from gradent.measurement import measure, measure_weighted
 from gradent.model.parameters import is_sharded, trainable, unwrap_compiled
 from gradent.model.preconditioner import metric_roots
 from gradent.notices import Notices
@@ -53,7 +53,8 @@ class Recording:
     Attributes:
         gram: Gram entries of the k pairs with a gradient. For a reward model they are those of the reward, and
             `chosen_logp`, `rejected_logp` are rewards.
-        d_w: the trainer's own weight of each pair's chosen response, for a loss that is a mean over its pairs, `[k]`.
+        d_w: the trainer's own weight of each pair's chosen response, for a loss that is a mean over its pairs, `[k]`;
+            the mean of its tokens' weights where they differ.
         d_l: the same for rejected.
         source: "piggyback" (read off the trainer's backward) or "measure" (a pass of gradent's own).
         batch: the tokens of the k pairs, in the gram's order; None for a reward model.
@@ -62,6 +63,9 @@ class Recording:
         overhead_s: wall time that gradent took, in seconds.
         attribution: what moved each of these responses in the step that follows; None without an optimizer, or where
             its step has no such account (said once in the log).
+        changes: what plain gradient descent on each pair's own loss does to chosen and rejected, nats per unit of
+            learning rate, float64 `[2, k]`, where the loss weighs the tokens of a response differently; else None, and
+            `d_w` and `d_l` say it.
     """
 
     gram: PairGram
@@ -73,11 +77,14 @@ class Recording:
     unpaired: int
     overhead_s: float = 0.0
     attribution: StepAttribution | None = None
+    changes: Tensor | None = None
 
     @cached_property
     def verdict(self) -> Verdict:
-        """What a step on each pair's own loss does to its two log-probs, with the weights `d_w` and `d_l`."""
-        return Verdict.from_weights(self.gram, self.d_w, self.d_l)
+        """What a step on each pair's own loss does to its two log-probs: by `d_w` and `d_l`, or by `changes`."""
+        if self.changes is None:
+            return Verdict.from_weights(self.gram, self.d_w, self.d_l)
+        return Verdict.from_changes(self.gram, self.d_w, self.d_l, *self.changes)
 
 
 def check_choices(place: str, choices: Mapping[str, tuple[Any, ...]], **values: Any) -> None:
@@ -384,8 +391,11 @@ class Recorder:
         batch = PairBatch.from_rows([observation.rows[number] for number in numbers]) if numbers else None
         obstacle = "the model is compiled" if self._is_compiled else observation.no_entries_reason
         needs_pass = bool(active) and (self._mode == "measure" or obstacle is not None)
+        along: Tensor | None = None
         if needs_pass:
-            gram = self._measure(batch, obstacle)
+            is_weighted = not observation.is_constant and observation.is_of_tokens
+            weights = [observation.tokens[number] for number in numbers] if is_weighted else None
+            gram, along = self._measure(batch, obstacle, weights)
             self._compare(gram, observation, active)
         else:
             gram = self._read(observation).select(active)
@@ -397,9 +407,10 @@ class Recorder:
                 "entries can be read off its backward, and no FSDP, torch.compile, reentrant checkpointing or "
                 "offloaded activations."
             )
-        weights = observation.c * (2 * pairs + observation.unpaired if self._config.pairing == "signs" else pairs)
+        divisor = 2 * pairs + observation.unpaired if self._config.pairing == "signs" else pairs
+        c, changes = observation.c * divisor, None if along is None else -along * divisor
         return Recording(
-            gram=gram, d_w=-weights[:pairs][active], d_l=weights[pairs:][active],
+            gram=gram, d_w=-c[:pairs][active], d_l=c[pairs:][active], changes=changes,
             source="measure" if needs_pass else "piggyback", batch=batch, inactive=pairs - len(active),
             unpaired=observation.unpaired,
         )  # fmt: skip
@@ -412,8 +423,10 @@ class Recorder:
             self._log_once("gradent leaves out pairs of the batch whose chosen equals rejected; see `inactive`.")
         return not is_same
 
-    def _measure(self, batch: PairBatch | None, obstacle: str | None) -> PairGram:
-        """Measure in a pass of gradent's own; `obstacle` is why the trainer's backward does not do."""
+    def _measure(
+        self, batch: PairBatch | None, obstacle: str | None, weights: Sequence[Tensor] | None
+    ) -> tuple[PairGram, Tensor | None]:
+        """Measure in a pass of gradent's own, with tokens' weights along the loss's gradient too; `obstacle` is why."""
         if is_sharded(self._model):
             raise ModelError(
                 f"the entries cannot be read off the trainer's backward ({obstacle}), and a sharded model (FSDP) "
@@ -433,9 +446,10 @@ class Recorder:
                 f"gradent measures in a forward and a backward of its own (as exact, but not free): {obstacle}. "
                 "mode='measure' says that this is meant."
             )
-        return measure(
-            self._model, batch, by_module=self._by_module, memory_budget=self._config.budget, metric=self.metric
-        )
+        by_module, budget, metric = self._by_module, self._config.budget, self.metric
+        if weights is None:
+            return measure(self._model, batch, by_module=by_module, memory_budget=budget, metric=metric), None
+        return measure_weighted(self._model, batch, weights, by_module=by_module, memory_budget=budget, metric=metric)
 
     def _compare(self, gram: PairGram, observation: BackwardObservation, active: Sequence[int]) -> None:
         """Say so where gradent's own pass sees another function than the trainer's forward did."""
@@ -473,8 +487,12 @@ def join_recordings(recordings: Sequence[Recording], *, scale: float = 1.0) -> R
     d_w, d_l = (torch.cat([getattr(part, name) for part in recordings]) * scale for name in ("d_w", "d_l"))
     batches = [part.batch for part in recordings if part.batch is not None]
     accounts = [part.attribution for part in recordings if part.attribution is not None]
+    changes: Tensor | None = None
+    if any(part.changes is not None for part in recordings):
+        verdicts = [part.verdict for part in recordings]
+        changes = torch.cat([torch.stack([each.chosen_change, each.rejected_change]) for each in verdicts], 1) * scale
     return Recording(
-        gram=PairGram.join([part.gram for part in recordings]), d_w=d_w, d_l=d_l,
+        gram=PairGram.join([part.gram for part in recordings]), d_w=d_w, d_l=d_l, changes=changes,
         source="measure" if any(part.source == "measure" for part in recordings) else "piggyback",
         batch=PairBatch.join(batches) if batches else None, inactive=sum(part.inactive for part in recordings),
         unpaired=sum(part.unpaired for part in recordings), overhead_s=sum(part.overhead_s for part in recordings),

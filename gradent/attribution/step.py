@@ -46,7 +46,8 @@ class StepAttribution:
             others_chosen and others_rejected (the other pairs that met it in one backward, or in one step where the
             rows' gradients were kept), earlier_batches (what else is in the gradient: micro-batches before; where the
             gradients were kept, other ranks; in a pass of gradent's own, all micro-batches and ranks), momentum,
-            weight_decay.
+            weight_decay. Of an optimizer whose step cannot be split, the one source "step": all that moved the row,
+            along the step as it was taken; `products` and `pushes` are nan then.
         realised: how much each `log π(y_i|x_i)` really changed, float64 `[N]`; None unless it was measured.
         is_whole: whether all of the step's gradient is in; later micro-batches, other ranks and rows without a partner
             are not where the rows' gradients had no room.

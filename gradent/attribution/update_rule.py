@@ -24,7 +24,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 from gradent.kernels.common.account import ElementMetric
 from gradent.kernels.common.numerics import accumulator
 
-__all__ = ["FIRST_STEP", "Terms", "UpdateRule", "find_update_rule", "unwrap_optimizer"]
+__all__ = ["FIRST_STEP", "Terms", "UpdateRule", "find_update_rule", "is_diagonal", "unwrap_optimizer"]
 
 FIRST_STEP = "before its first step, Adam has no second moment"
 
@@ -175,13 +175,18 @@ def _has_hooks(tensor: Tensor) -> bool:
     return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))  # noqa: SLF001  (as above)
 
 
+def is_diagonal(optimizer: object) -> bool:
+    """Whether an optimizer is one whose step is known to be a linear form with a diagonal P."""
+    optimizer = unwrap_optimizer(optimizer)
+    known: Sequence[Callable[..., Any]] = [kind.step for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)]
+    steps = [inspect.unwrap(step) for step in known]
+    return isinstance(optimizer, torch.optim.Optimizer) and inspect.unwrap(type(optimizer).step) in steps
+
+
 def find_update_rule(optimizer: object, parameters: Mapping[str, Tensor], *, is_next: bool = False) -> UpdateRule | str:
     """The rule of an optimizer, or why its step is no linear form with a diagonal P."""
     optimizer = unwrap_optimizer(optimizer)
-    known: Sequence[Callable[..., Any]] = [kind.step for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)]
-    if not isinstance(optimizer, torch.optim.Optimizer) or inspect.unwrap(type(optimizer).step) not in [
-        inspect.unwrap(step) for step in known
-    ]:
+    if not isinstance(optimizer, torch.optim.Optimizer) or not is_diagonal(optimizer):
         return (
             f"{type(optimizer).__name__} has no diagonal preconditioner that gradent knows; a step is split into its "
             "sources under torch.optim.SGD, Adam and AdamW"

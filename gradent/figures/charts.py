@@ -14,7 +14,7 @@ COLOURS: dict[str, str] = {
     "chosen": "#1f6fb4", "rejected": "#c77400", "ideal": "#2a9d8f", "both_down": "#e76f51", "both_up": "#e9c46a",
     "reversed": "#9b2226", "inactive": "#adb5bd",
     "own": "#2a9d8f", "partner": "#c77400", "others_chosen": "#1f6fb4", "others_rejected": "#b23a6f",
-    "earlier_batches": "#8d6cab", "momentum": "#6c757d", "weight_decay": "#adb5bd",
+    "earlier_batches": "#8d6cab", "momentum": "#6c757d", "weight_decay": "#adb5bd", "step": "#6c757d",
 }  # fmt: skip
 """Colours by name, where no page brings its own (which know light from dark)."""
 

@@ -23,6 +23,7 @@ __all__ = [
     "computing_dtypes",
     "facts",
     "ignores_padding",
+    "inner_dtypes",
     "longest_input",
     "require_causal",
     "tolerance",
@@ -51,6 +52,24 @@ def computing_dtypes(model: nn.Module, device: torch.device) -> set[torch.dtype]
     """The dtypes in which a model computes: those of its parameters, and autocast's."""
     cast = {torch.get_autocast_dtype(device.type)} if torch.is_autocast_enabled(device.type) else set()
     return {parameter.dtype for parameter in model.parameters()} | cast
+
+
+@torch.no_grad()
+def inner_dtypes(model: nn.Module, ids: Tensor) -> set[torch.dtype]:
+    """The dtypes of autocast inside the model's forward on ids `[T]`, where accelerate's mixed precision stands."""
+    found: set[torch.dtype] = set()
+
+    def look(*args: Any) -> None:
+        if torch.is_autocast_enabled(ids.device.type):
+            found.add(torch.get_autocast_dtype(ids.device.type))
+
+    handles = [module.register_forward_pre_hook(look) for module in model.modules() if module is not model]
+    try:
+        forward_logits(model, ids[None])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from gradent.record.schema import (
     SAMPLE_COLUMNS,
     STEP_COLUMNS,
     TOKEN_COLUMNS,
+    UNSPLIT,
     pair_schema,
     read_modules,
     read_pairs,
@@ -41,7 +42,7 @@ from gradent.record.schema import (
 
 __all__ = [
     "AUDIT_FILES", "CASE_NAMES", "MODULE_COLUMNS", "MOVED_COLUMNS", "MOVED_SOURCES",
-    "PAIR_COLUMNS", "SAMPLE_COLUMNS", "SCHEMA_VERSION", "STEP_COLUMNS", "TOKEN_COLUMNS",
+    "PAIR_COLUMNS", "SAMPLE_COLUMNS", "SCHEMA_VERSION", "STEP_COLUMNS", "TOKEN_COLUMNS", "UNSPLIT",
     "DemoRecord", "Summary", "TokenRecord", "pair_schema", "read_demo", "read_modules", "read_pairs", "read_sample",
     "read_steps", "read_summary", "read_token_record", "read_tokens", "token_schema", "write_demo", "write_modules",
     "write_pairs", "write_sample", "write_steps", "write_summary", "write_token_record", "write_tokens",

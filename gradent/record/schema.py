@@ -28,13 +28,16 @@ MOVED_SOURCES = (
 )  # fmt: skip
 """What moves a response in an optimizer step, in the order of tables and panels."""
 
+UNSPLIT = "step"
+"""The one source of a step that is not split into those: all of it."""
+
 MOVED_COLUMNS: dict[str, str] = {
     f"{side}_{name}": "float64"
     for side in ("chosen", "rejected")
-    for name in (*(f"moved_{source}" for source in MOVED_SOURCES), "realised")
+    for name in (*(f"moved_{source}" for source in (*MOVED_SOURCES, UNSPLIT)), "realised")
 }
 """Further columns of `pairs.jsonl`, null where they were not measured: nats that a step adds to a response's log-prob,
-by source and to first order, and what it really added."""
+by source and to first order (`moved_step`: of a step that is not split), and what it really added."""
 
 NULLABLE = frozenset({"cosine", "ref_chosen_logp", "ref_rejected_logp"})
 """Columns that may hold null: no cosine where a gradient is zero, no reference where the loss needs none."""

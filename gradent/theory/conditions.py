@@ -27,16 +27,18 @@ class Verdict:
     Source: the paper's Section 3.2, Condition 2 and Table 1, with the signs of equations (4) and (5).
 
     Attributes:
-        d_w: weight of `∇log π(y_w|x)` in `-∇ℓ`, float64 `[B]`.
-        d_l: weight of `-∇log π(y_l|x)` in `-∇ℓ`, float64 `[B]`.
-        chosen_change: `d_w‖g_w‖² - d_l⟨g_w,g_l⟩`, float64 `[B]`.
-        rejected_change: `d_w⟨g_w,g_l⟩ - d_l‖g_l‖²`, float64 `[B]`.
+        d_w: weight of `∇log π(y_w|x)` in `-∇ℓ`, float64 `[B]`; the mean over the response's tokens where the loss
+            weighs them differently, for display: the changes take each token's own.
+        d_l: weight of `-∇log π(y_l|x)` in `-∇ℓ`, float64 `[B]`; a mean as `d_w`.
+        chosen_change: `d_w‖g_w‖² - d_l⟨g_w,g_l⟩`, float64 `[B]`; `-⟨g_w,∇ℓ⟩` where the loss weighs tokens differently.
+        rejected_change: `d_w⟨g_w,g_l⟩ - d_l‖g_l‖²`, float64 `[B]`; `-⟨g_l,∇ℓ⟩` in the same way.
         case: int64 `[B]`. 1 ideal: chosen rises, rejected falls. 2 both down. 3 both up. 4 reversed: chosen falls,
             rejected rises. 0 inactive: `d_w == d_l == 0`, so the loss moves nothing (a satisfied hinge, a sigmoid
             that has underflowed); no case of Table 1 is claimed. A change of exactly zero counts as the wanted one
             (chosen rises if its change is >= 0, rejected falls if its change is <= 0), as in Condition 2, so where
             Table 1's cases overlap the better one is taken.
         gram: the measured entries that the verdict is about.
+        has_token_weights: whether the loss weighs the tokens of a response differently (ORPO, `ld_alpha`, token masks).
     """
 
     d_w: Tensor
@@ -45,6 +47,7 @@ class Verdict:
     rejected_change: Tensor
     case: Tensor
     gram: PairGram = field(repr=False)
+    has_token_weights: bool = False
 
     @classmethod
     def from_weights(cls, gram: PairGram, d_w: Tensor, d_l: Tensor) -> Verdict:
@@ -62,23 +65,7 @@ class Verdict:
             InputError: a weight is not of shape `[B]`.
             NonFiniteError: a Gram entry or a weight is nan or inf; the message names the pairs.
         """
-        weights = {"d_w": d_w, "d_l": d_l}
-        for name, values in weights.items():
-            if values.shape != gram.inner.shape:
-                raise InputError(
-                    f"verdict: {name} has shape {list(values.shape)} but the gram holds {len(gram)} pairs; accepted "
-                    f"is [{len(gram)}], one weight a pair."
-                )
-            weights[name] = values.detach().to("cpu", torch.float64)
-        entries = _entries(gram)
-        for name, values in (entries | weights).items():
-            bad = ~values.isfinite()
-            if bool(bad.any()):
-                raise NonFiniteError(
-                    f"verdict: {name} is nan or inf for {describe_pairs(bad)}. Leave those pairs out, or find the "
-                    "cause: measure in float32 or wider, and check the model's logits on them."
-                )
-        d_w, d_l = weights["d_w"], weights["d_l"]
+        entries, (d_w, d_l) = _entries(gram), _checked(gram, d_w=d_w, d_l=d_l)
         chosen_change = d_w * entries["chosen_sq"] - d_l * entries["inner"]
         rejected_change = d_w * entries["inner"] - d_l * entries["rejected_sq"]
         return cls(
@@ -88,6 +75,43 @@ class Verdict:
             rejected_change=rejected_change,
             case=case_numbers(d_w, d_l, chosen_change >= 0, rejected_change <= 0),
             gram=gram,
+        )
+
+    @classmethod
+    def from_changes(
+        cls, gram: PairGram, d_w: Tensor, d_l: Tensor, chosen_change: Tensor, rejected_change: Tensor
+    ) -> Verdict:
+        """The verdict for a loss that weighs the tokens of a response differently, from changes that were measured.
+
+        Args:
+            gram: the Gram entries of B pairs.
+            d_w: mean weight of chosen's tokens, `[B]`; for display alone.
+            d_l: mean weight of rejected's tokens, `[B]`; the same.
+            chosen_change: `-⟨g_w,∇ℓ⟩`, `[B]`, in nats per unit of learning rate.
+            rejected_change: `-⟨g_l,∇ℓ⟩`, `[B]`, the same.
+
+        Returns:
+            The verdict, on the CPU, whose cases are those of the changes. A pair is inactive where both weights and
+            both changes are zero.
+
+        Raises:
+            InputError: a weight or change is not of shape `[B]`.
+            NonFiniteError: a Gram entry, a weight or a change is nan or inf; the message names the pairs.
+        """
+        d_w, d_l, chosen_change, rejected_change = _checked(
+            gram, d_w=d_w, d_l=d_l, chosen_change=chosen_change, rejected_change=rejected_change
+        )
+        case = case_numbers(d_w, d_l, chosen_change >= 0, rejected_change <= 0)
+        moves = (chosen_change != 0) | (rejected_change != 0)
+        ones = torch.ones_like(d_w)
+        return cls(
+            d_w=d_w,
+            d_l=d_l,
+            chosen_change=chosen_change,
+            rejected_change=rejected_change,
+            case=torch.where(moves, case_numbers(ones, ones, chosen_change >= 0, rejected_change <= 0), case),
+            gram=gram,
+            has_token_weights=True,
         )
 
     @property
@@ -101,7 +125,10 @@ class Verdict:
 
         A statement about losses with `d_w >= 0` and `d_l > 0`: dividing by a negative weight turns the condition
         round, as IPO's and SPPO's weights can (`case` is right there too). -inf where `g_w` is zero: nothing moves.
+        nan with `has_token_weights`: no ratio of two numbers decides there.
         """
+        if self.has_token_weights:
+            return torch.full_like(self.d_w, torch.nan)
         return torch.where(self.gram.chosen_sq > 0, self.gram.inner / self.gram.chosen_sq, -torch.inf)
 
     @property
@@ -109,8 +136,10 @@ class Verdict:
         """The largest `d_w / d_l` at which rejected falls, `‖g_l‖² / ⟨g_w,g_l⟩`, float64 `[B]`: condition (10).
 
         inf where the inner product is not positive: then rejected falls at any ratio of non-negative weights. Stated
-        for weights as in `chosen_needs`.
+        for weights as in `chosen_needs`, and nan as there.
         """
+        if self.has_token_weights:
+            return torch.full_like(self.d_w, torch.nan)
         return torch.where(self.gram.inner > 0, self.gram.rejected_sq / self.gram.inner, torch.inf)
 
     def fractions(self) -> dict[str, float]:
@@ -164,6 +193,26 @@ def verdict(
     )
     result = Verdict.from_weights(gram, d_w, d_l)
     return _balanced(result) if loss.needs_norms else result
+
+
+def _checked(gram: PairGram, **values: Tensor) -> list[Tensor]:
+    """Numbers of B pairs, float64 `[B]` on the CPU; an error where a shape differs or something is not finite."""
+    found: dict[str, Tensor] = {}
+    for name, given in values.items():
+        if given.shape != gram.inner.shape:
+            raise InputError(
+                f"verdict: {name} has shape {list(given.shape)} but the gram holds {len(gram)} pairs; accepted "
+                f"is [{len(gram)}], one {'weight' if name.startswith('d_') else 'change'} a pair."
+            )
+        found[name] = given.detach().to("cpu", torch.float64)
+    for name, given in (_entries(gram) | found).items():
+        bad = ~given.isfinite()
+        if bool(bad.any()):
+            raise NonFiniteError(
+                f"verdict: {name} is nan or inf for {describe_pairs(bad)}. Leave those pairs out, or find the "
+                "cause: measure in float32 or wider, and check the model's logits on them."
+            )
+    return list(found.values())
 
 
 def _entries(gram: PairGram) -> dict[str, Tensor]:

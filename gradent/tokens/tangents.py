@@ -6,7 +6,7 @@ Letters: T completion tokens of a row, L tokens of a row, V vocabulary, v the di
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -52,10 +52,13 @@ class Direction:
 class Differentiator:
     """Effects of a pair's tokens, by forward mode until it fails on the model, token by token from then on."""
 
-    def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: Mapping[str, Tensor], *, inside: Collection[torch.dtype] = ()
+    ) -> None:
+        """`inside` are the dtypes of autocast inside the model's own forward."""
         self._model, self._parameters = model, parameters
-        self._can_push = True
-        dtypes = computing_dtypes(model, input_device(model))
+        self.can_push = True
+        dtypes = computing_dtypes(model, input_device(model)).union(inside)
         self._limit = tolerance("forward mode", dtypes)
         self._range = 0 if torch.float16 in dtypes else 32
 
@@ -70,23 +73,31 @@ class Differentiator:
         }
         effects: list[Tensor] = []
         failure = ""
-        if self._can_push:
+        if self.can_push:
             effects, failure = self._by_forward_mode(rows, pair, direction, vector, exponent)
         if failure:
-            self._can_push = False
-            notices.warn(
-                "gradent.token_effects cannot differentiate this model in forward mode, and goes on with one backward "
-                f"pass a token (as exact, but slower by the number of tokens): {failure}",
-                stacklevel=4,
-            )
-        if not self._can_push:
-            effects = [self._token_by_token(row, direction.vector) for row in rows]
+            self.can_push = False
+            self.announce(failure)
+        if not self.can_push:
+            effects = self.without_forward_mode(rows, direction.vector)
         if not bool(torch.isfinite(torch.cat(effects)).all()):
             raise NonFiniteError(
                 f"non-finite effect: pair {pair} has a token whose effect is nan or inf, though its log-prob is "
                 "finite. Try a wider dtype (bfloat16 or float32 instead of float16)."
             )
         return effects
+
+    def announce(self, failure: str) -> None:
+        """Say why forward mode is left."""
+        notices.warn(
+            "gradent.token_effects cannot differentiate this model in forward mode, and goes on with one backward "
+            f"pass a token (as exact, but slower by the number of tokens): {failure}",
+            stacklevel=5,
+        )
+
+    def without_forward_mode(self, rows: Sequence[Row], vector: Mapping[str, Tensor]) -> list[Tensor]:
+        """Effects of each row, float64 `[T]`, where forward mode fails."""
+        return [self._token_by_token(row, vector) for row in rows]
 
     def can_trim(self, ids: Tensor) -> bool:
         """Whether logits before the response may be left out for ids `[L]`; False before the model's first pair."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gradent.errors import DataFileError, InputError
-from gradent.record import MOVED_COLUMNS, MOVED_SOURCES, PAIR_COLUMNS, SCHEMA_VERSION
+from gradent.record import MOVED_COLUMNS, MOVED_SOURCES, PAIR_COLUMNS, SCHEMA_VERSION, UNSPLIT
 from gradent.record.stream import PairStream, read_stream
 
 
@@ -42,7 +42,7 @@ def test_what_is_written_comes_back(tmp_path: Path) -> None:
 
 
 def test_the_columns_of_an_account() -> None:
-    sides = [[f"{side}_moved_{source}" for source in MOVED_SOURCES] + [f"{side}_realised"]
+    sides = [[f"{side}_moved_{source}" for source in (*MOVED_SOURCES, UNSPLIT)] + [f"{side}_realised"]
              for side in ("chosen", "rejected")]  # fmt: skip
     assert list(MOVED_COLUMNS) == [*sides[0], *sides[1]]
     assert set(MOVED_COLUMNS.values()) == {"float64"} and not set(MOVED_COLUMNS) & set(PAIR_COLUMNS)

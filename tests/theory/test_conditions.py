@@ -114,6 +114,31 @@ def test_no_pairs_have_no_shares_and_the_gram_is_not_printed():
     assert "case=" in repr(nothing) and "gram" not in repr(nothing)
 
 
+@pytest.mark.parametrize(
+    ("weights_of", "changes", "case"),
+    [
+        ((1.0, 1.0), (2.0, -3.0), 1),
+        ((1.0, 1.0), (-2.0, -3.0), 2),
+        ((1.0, 1.0), (2.0, 3.0), 3),
+        ((1.0, 1.0), (-2.0, 3.0), 4),
+        ((1.0, 1.0), (0.0, 0.0), 1),
+        ((0.0, 0.0), (0.0, 0.0), 0),
+        ((0.0, 0.0), (-2.0, 0.0), 2),  # weights that cancel over a response's tokens move it all the same
+    ],
+)
+def test_cases_of_changes_that_were_measured(weights_of, changes, case):
+    gram, numbers = entries(4.0, 9.0, 2.0), [torch.tensor([value], dtype=F64) for value in changes]
+    result = Verdict.from_changes(gram, *weights(*weights_of), *numbers)
+    assert result.case.tolist() == [case]
+    assert (result.chosen_change.item(), result.rejected_change.item()) == changes
+    assert result.has_token_weights and result.chosen_needs.isnan() and result.rejected_needs.isnan()
+    assert not Verdict.from_weights(gram, *weights(1.0, 1.0)).has_token_weights
+    with pytest.raises(NonFiniteError, match="rejected_change"):
+        Verdict.from_changes(gram, *weights(1.0, 1.0), numbers[0], numbers[1] / 0.0 - torch.inf)
+    with pytest.raises(InputError, match="one change a pair"):
+        Verdict.from_changes(gram, *weights(1.0, 1.0), numbers[0], torch.zeros(2))
+
+
 def random_verdict(pairs: int = 2000) -> Verdict:
     draw = torch.Generator().manual_seed(0)
     shared = torch.randn(pairs, 5, generator=draw, dtype=F64)

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from gradent import EntanglementCallback
 from gradent.attribution.step import StepAttribution
-from gradent.record import MOVED_COLUMNS, MOVED_SOURCES, PAIR_COLUMNS
+from gradent.record import MOVED_COLUMNS, MOVED_SOURCES, PAIR_COLUMNS, UNSPLIT
 from gradent.record.stream import read_stream
-from gradent.report.live.alerts import Alert
+from gradent.report.live.alerts import DEFAULT_ALERT, Alert, describe
 from gradent.trainer.callback.step import StepRecord, share_explained, summarize, summarize_moves, to_rows
 from gradent.trainer.callback.window import to_window
 from tests.trainer.runs import data_for, llama, make_trainer, preferences
@@ -213,6 +213,28 @@ def test_moves_of_nothing() -> None:
     empty = account(**{source: [] for source in MOVED_SOURCES}, realised=[])
     assert summarize_moves([empty]) == {}
     assert summarize_moves([empty, bare])["gradent/moved/chosen/own"] == 1.5
+
+
+def test_a_step_that_is_not_split_has_one_source(callback: EntanglementCallback) -> None:
+    total = torch.tensor([-1.0, -2.0, -3.0, -2.0, -3.0, -4.0, -5.0, -4.0], dtype=torch.float64)
+    nothing = torch.full((8, 8), float("nan"), dtype=torch.float64)
+    whole = StepAttribution(products=nothing, pushes=nothing, moved={UNSPLIT: total}, realised=total + 1.0)
+    assert torch.equal(whole.total, total) and whole.explained == pytest.approx(
+        1 - 8 / float((total + 1).square().sum())
+    )
+    assert set(summarize_moves([whole])) == {
+        "gradent/moved/chosen/step", "gradent/moved/rejected/step", "gradent/explained"
+    }  # fmt: skip
+    joined = StepAttribution.join([whole.select([0, 2]), whole.select([1])])
+    assert joined.total.tolist() == [-1.0, -3.0, -2.0, -3.0, -5.0, -4.0]
+    record = replace(callback.records[0], step=5, attribution=whole)
+    window = to_window([record, replace(record, step=6, attribution=None)], None)
+    assert window.moved["chosen"][UNSPLIT][0] == -2.0 and math.isnan(window.moved["chosen"][UNSPLIT][1])
+    assert window.moved_last("rejected") == {UNSPLIT: -4.0} and window.pushes == []
+    said = describe(window, DEFAULT_ALERT)
+    assert said is not None and said.startswith("step 5: chosen -2 nats; rejected -4 nats")
+    row = to_rows(record)[0]
+    assert (row["chosen_moved_step"], row["rejected_moved_step"]) == (-1.0, -3.0) and row["chosen_moved_own"] is None
 
 
 def test_the_verdict_in_the_training_log(

@@ -82,10 +82,16 @@ class WatchedBackward:
             return None
         if not coefficients.is_constant:
             observation.is_constant = False
+            observation.is_of_tokens &= coefficients.is_of_tokens
+            verdict = (
+                "verdicts take each token's weight, and two rows more a pair"
+                if coefficients.is_of_tokens
+                else "it has a part besides, that is no log-prob of these tokens, so that verdicts are made with mean "
+                "weights and can have the wrong sign"
+            )
             guard.fail(
                 "the loss weighs the tokens of a response differently (by up to "
-                f"{coefficients.spread:.1e} of the mean weight), so that its step is none of whole responses: the "
-                "entries are exact, and the verdict, which is made with mean weights, is not"
+                f"{coefficients.spread:.1e} of the mean weight), so that its step is none of whole responses; {verdict}"
             )
         observation.is_reward = coefficients.is_reward
         observation.has_given_marks &= coefficients.has_given_marks

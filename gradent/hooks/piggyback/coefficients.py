@@ -41,6 +41,7 @@ class Coefficients:
     tokens: Tensor  # coefficient of each token, of which `c` is the mean, float64 `[N, L]`
     spread: float  # largest deviation of a token's coefficient from its row's, relative to `|c|`
     is_constant: bool  # rounding explains the spread; if not, the trainer's gradient is not `c ∇log π(y|x)`
+    is_of_tokens: bool = True  # the trainer's gradient is `Σ_t tokens_t ∇log π(y_t)`, up to rounding
     has_given_marks: bool = True  # they came with the batch (labels, the head's mask), and are not made of the gradient
     is_reward: bool = False  # the model is a reward model
 
@@ -108,9 +109,12 @@ class LogitsReadout:
         others = size - 2 * c.abs()[:, None] * weight  # of c(onehot - p) the sizes sum to 2|c|(1 - p_y), or to nothing
         p_v = spread((z_v - normalizer).exp())
         off = torch.stack([(tokens - c[:, None]) * weight, (spread(g_v) + c[:, None] * p_v) * used, others])
+        # The same of weights that differ from token to token.
+        besides = torch.stack([(spread(g_v) + tokens * p_v) * used, size - 2 * tokens.abs() * weight])
         marks, tokens = (pad(part, (length - count, 0)) for part in (used, tokens * used))
         coefficients = _judge(c, (logps * used).sum(1), marks, tokens, off.abs().amax((0, 2)), self.root.dtype)
-        return replace(coefficients, has_given_marks=self.labels is not None)
+        is_of_tokens = bool((besides.abs().amax((0, 2)) <= _rounding(grad.dtype) * tokens.abs().amax(1)).all())
+        return replace(coefficients, has_given_marks=self.labels is not None, is_of_tokens=is_of_tokens)
 
 
 def _ends(live: Tensor) -> list[tuple[int, int]]:
@@ -226,8 +230,13 @@ def _judge(c: Tensor, logp: Tensor, marks: Tensor, tokens: Tensor, off: Tensor, 
     spread = float((off[active] / c[active].abs()).max()) if bool(active.any()) else 0.0
     # A row whose coefficients cancel to zero, but are not zero, is not inactive.
     is_cancelled = bool((off[~active] > 0).any())
-    is_constant = spread <= ROUNDING.get(dtype, ROUNDING[torch.bfloat16]) and not is_cancelled
+    is_constant = spread <= _rounding(dtype) and not is_cancelled
     return Coefficients(c=c, logp=logp, marks=marks, tokens=tokens, spread=spread, is_constant=is_constant)
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """`ROUNDING` of a dtype."""
+    return ROUNDING.get(dtype, ROUNDING[torch.bfloat16])
 
 
 def find_readout(output: Any, kwargs: Mapping[str, Any], input_ids: Tensor) -> Readout | str:

@@ -28,6 +28,7 @@ class BackwardObservation:
     c: Tensor = field(default_factory=_no_rows)  # `∂L/∂log π(y|x)` of those rows, float64 `[2k]`
     logps: Tensor = field(default_factory=_no_rows)  # their log-probs (a reward model's rewards), float64 `[2k]`
     is_constant: bool = True  # a row's tokens share one coefficient
+    is_of_tokens: bool = True  # or have one each, and nothing else reaches the log-probs' logits
     has_given_marks: bool = True  # the marks came with the batch
     is_reward: bool = False  # the model is a reward model
     unpaired: int = 0  # rows that found no partner

@@ -106,6 +106,8 @@ def _find_step(window: Window) -> int | None:
 
 
 def _describe_side(side: str, moved: dict[str, float]) -> str:
+    if "own" not in moved:  # a step that is not split
+        return f"{side} {sum(moved.values()):+.2g} nats"
     named = {
         "own": moved["own"], _PARTNER[side]: moved["partner"], "momentum": moved["momentum"],
         "other pairs": moved["others_chosen"] + moved["others_rejected"] + moved["earlier_batches"],

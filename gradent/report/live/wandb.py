@@ -11,7 +11,7 @@ from gradent.errors import GradentError, InputError
 from gradent.figures.charts import Bars, Chart, Figure, HeatMap, Line, Series, token_cosines
 from gradent.figures.plotly import draw_plotly
 from gradent.notices import Notices
-from gradent.record import MOVED_SOURCES
+from gradent.record import MOVED_SOURCES, UNSPLIT
 from gradent.report.live.window import TokenHeatMap, Window
 from gradent.report.page.cases import CASES
 
@@ -138,8 +138,8 @@ def wandb_dashboard(entity: str, project: str, *, name: str = "gradent") -> str:
             "wandb_dashboard needs the package wandb-workspaces, which is not installed: pip install wandb-workspaces."
         ) from error
     lines = {
-        "What moved chosen (nats)": [f"gradent/moved/chosen/{source}" for source in MOVED_SOURCES],
-        "What moved rejected (nats)": [f"gradent/moved/rejected/{source}" for source in MOVED_SOURCES],
+        "What moved chosen (nats)": [f"gradent/moved/chosen/{source}" for source in (*MOVED_SOURCES, UNSPLIT)],
+        "What moved rejected (nats)": [f"gradent/moved/rejected/{source}" for source in (*MOVED_SOURCES, UNSPLIT)],
         "Explained": ["gradent/explained"],
         "Cosine": ["gradent/cosine", "gradent/probe/cosine"],
         "Norms": ["gradent/chosen_norm", "gradent/rejected_norm"],

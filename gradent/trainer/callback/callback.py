@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
+from gradent.attribution.update_rule import is_diagonal, unwrap_optimizer
+from gradent.attribution.whole_step import WholeStep
 from gradent.distributed import gather, is_first
 from gradent.errors import InputError
 from gradent.hooks.piggyback.pairing import Pairing
-from gradent.kernels.common.budget import parse_budget
+from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.measurement import sequence_logps
 from gradent.model.parameters import is_sharded
 from gradent.notices import Notices, log
@@ -69,7 +71,8 @@ class EntanglementCallback(TrainerCallback):
             more forward on either side of the optimizer's step, without dropout.
         attribution: say for each measured step what moved chosen and rejected, by source: the response itself, its
             partner, other pairs, earlier micro-batches, momentum, weight decay (`record.attribution`, logged as
-            `gradent/moved/...`). For SGD, Adam and AdamW; beside `realised`, also the share that this explains.
+            `gradent/moved/...`). For SGD, Adam and AdamW; of any other optimizer's step the total alone, where a copy
+            of the trainable parameters fits `memory_budget`. Beside `realised`, also the share that this explains.
         tokens_every: also measure, every so many steps, the token matrix of the step's most entangled pair (0: never).
             It costs about a forward and a backward a token of the two responses. Kept in the record (`record.tokens`),
             and shown as a heat map in a running wandb run.
@@ -138,6 +141,7 @@ class EntanglementCallback(TrainerCallback):
         self._pending: Recording | None = None
         self._tokens: TokenMap | None = None
         self._logps_before: Tensor | None = None
+        self._whole_step: WholeStep | None = None
         self._is_measuring = False
         self._window: list[StepRecord] = []
         self._scalars: dict[str, float] = {}
@@ -161,6 +165,11 @@ class EntanglementCallback(TrainerCallback):
             compiled=None if trainer is None else trainer.model_wrapped,
             trusted=type(args).__module__.startswith("trl."), **self._options,
         )  # fmt: skip
+        if not getattr(args, "mask_detach", True):
+            self.notices.once(
+                "with mask_detach=False the policy learns through its scores too, which is no gradient of log-probs: "
+                "gradent's verdicts are without that part, and accounts have it in earlier_batches."
+            )
         if self._out is not None and is_first():
             self._stream = PairStream(self._out / "pairs.jsonl")
         if self._probe is not None:
@@ -180,8 +189,20 @@ class EntanglementCallback(TrainerCallback):
                 self._is_measuring = False  # before its first step, Adam has no geometry
                 return
             self._recorder.metric = optimizer
-        self._recorder.optimizer = kwargs.get("optimizer") if self._attribution else None
+        self._prepare_account(kwargs["model"], kwargs.get("optimizer") if self._attribution else None)
         self._recorder.arm()
+
+    def _prepare_account(self, model: nn.Module, optimizer: Any) -> None:
+        """Settle which account the step gets: of the recorder, by source, or of the step as a whole."""
+        assert self._recorder is not None
+        is_split = optimizer is None or self._metric is not None or is_diagonal(optimizer)
+        self._recorder.optimizer = optimizer if is_split else None
+        if is_split:
+            self._whole_step = None
+            return
+        budget = parse_budget(self._budget) or DEFAULT_BUDGET
+        self._whole_step = self._whole_step or WholeStep(model, budget, self.notices.once)
+        self._whole_step.begin()
 
     @guarded_event
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -215,6 +236,32 @@ class EntanglementCallback(TrainerCallback):
             self._logps_before = self._measure_logps(kwargs["model"], self._pending)
         if self._is_tokens_step(state.global_step + 1) and is_first():
             self._tokens = map_tokens(kwargs["model"], self._pending, self._budget)
+        if self._whole_step is not None:
+            self._hold(self._whole_step, self._pending, kwargs.get("optimizer"))
+
+    def _hold(self, whole: WholeStep, pending: Recording, optimizer: object) -> None:
+        """Get ready for a step that has no split, and say that it has none."""
+        kind = type(unwrap_optimizer(optimizer)).__name__
+        has_tokens = pending.batch is not None or not len(pending.gram)
+        reason = whole.hold() if has_tokens else "a reward model's total is not taken"
+        unknown = f"{kind} has no diagonal preconditioner that gradent knows (torch.optim.SGD, Adam and AdamW have one)"
+        if reason is None:
+            text = f"gradent does not split steps into sources, and gives their totals: {unknown}."
+        else:
+            text = f"gradent gives no account of steps: {unknown}, and {reason}."
+        self.notices.once(text)
+
+    @guarded_event
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Account for a step that has no split, along what it did."""
+        if self._whole_step is None or self._pending is None:
+            return
+        account, seconds = self._whole_step.attribute(self._pending.batch)
+        if isinstance(account, str):
+            self.notices.once(f"gradent gives no account of a step: {account}.")
+        elif account is not None:
+            overhead = self._pending.overhead_s + seconds
+            self._pending = replace(self._pending, attribution=account, overhead_s=overhead)
 
     def _measure_logps(self, model: nn.Module, recording: Recording) -> Tensor | None:
         """Log-probs of a recording's pairs, float64 `[2, k]`."""
@@ -299,6 +346,7 @@ class EntanglementCallback(TrainerCallback):
 
     def step_aside(self) -> None:
         """Take every hook off the model."""
+        self._whole_step = None
         if self._recorder is not None:
             self._recorder.disarm()
             self._recorder.optimizer = None

@@ -16,15 +16,15 @@ from gradent.attribution.step import StepAttribution
 from gradent.model.layer_names import group_layers
 from gradent.pair_gram import ModuleGram, PairGram
 from gradent.pairs.batch import PairBatch
-from gradent.record import MOVED_COLUMNS, MOVED_SOURCES, PAIR_COLUMNS
+from gradent.record import MOVED_COLUMNS, MOVED_SOURCES, PAIR_COLUMNS, UNSPLIT
 from gradent.record.table import Table
 from gradent.recorder import Recording
 from gradent.theory.conditions import CASES, Verdict
 from gradent.trainer.callback.token_map import TokenMap
 
 __all__ = [
-    "StepRecord", "case_shares", "finite_means", "gram_values", "layer_cosines", "share_explained", "summarize",
-    "summarize_moves", "to_rows",
+    "StepRecord", "case_shares", "finite_means", "gram_values", "layer_cosines", "moved_sources", "share_explained",
+    "summarize", "summarize_moves", "to_rows",
 ]  # fmt: skip
 
 
@@ -139,12 +139,20 @@ def summarize(records: Sequence[StepRecord]) -> dict[str, float]:
     return scalars | summarize_moves([part for part in (record.attribution for record in records) if part is not None])
 
 
+def moved_sources(parts: Iterable[StepAttribution]) -> list[str]:
+    """The sources that some accounts have, in the order of tables and panels."""
+    found = {source for part in parts for source in part.moved}
+    return [source for source in (*MOVED_SOURCES, UNSPLIT) if source in found]
+
+
 def summarize_moves(parts: Sequence[StepAttribution]) -> dict[str, float]:
     """The `gradent/moved/...` scalars of some steps, means over their responses, and the share that is explained."""
     scalars: dict[str, float] = {}
+    found = moved_sources(parts)
     for place, side in enumerate(("chosen", "rejected")) if parts else ():
         values = {
-            source: torch.cat([part.moved[source].view(2, -1)[place] for part in parts]) for source in MOVED_SOURCES
+            source: torch.cat([part.moved[source].view(2, -1)[place] for part in parts if source in part.moved])
+            for source in found
         }
         scalars |= finite_means(values, f"gradent/moved/{side}/")
     explained = share_explained(parts)

@@ -8,9 +8,15 @@ from typing import Any
 
 import torch
 
-from gradent.record import CASE_NAMES, MOVED_SOURCES
+from gradent.record import CASE_NAMES
 from gradent.report.live.window import EntangledPair, Push, TokenHeatMap, Window
-from gradent.trainer.callback.step import StepRecord, layer_cosines, share_explained, summarize_moves
+from gradent.trainer.callback.step import (
+    StepRecord,
+    layer_cosines,
+    moved_sources,
+    share_explained,
+    summarize_moves,
+)
 
 __all__ = ["to_window"]
 
@@ -53,12 +59,11 @@ def to_window(records: Sequence[StepRecord], tokenizer: Any) -> Window:
 def _find_moves(records: Sequence[StepRecord]) -> dict[str, dict[str, list[float]]]:
     """Side -> source -> mean of each step, nan where a step has no account; empty where none has."""
     moved: dict[str, dict[str, list[float]]] = {}
-    if all(record.attribution is None for record in records):
-        return moved
-    for record in records:
+    sources = moved_sources(record.attribution for record in records if record.attribution is not None)
+    for record in records if sources else ():
         scalars = summarize_moves([] if record.attribution is None else [record.attribution])
         for side in ("chosen", "rejected"):
-            for source in MOVED_SOURCES:
+            for source in sources:
                 value = scalars.get(f"gradent/moved/{side}/{source}", float("nan"))
                 moved.setdefault(side, {}).setdefault(source, []).append(value)
     return moved
