@@ -1,8 +1,8 @@
 """One vector for each row's gradient over all parameters: the gradient itself where it fits, else a CountSketch of it.
 
-Inner products of two rows' vectors are those of their gradients, exactly or without bias. Bucket and sign of an element
-follow from its place alone, so that sketches of different backwards, devices and ranks belong together. Of a sketch of K
-buckets, an inner product's standard error is about `√((‖g_i‖²‖g_j‖² + ⟨g_i, g_j⟩²) / K)`.
+Inner products of two rows' vectors are those of their gradients, exactly or without bias. Bucket and sign of an
+element follow from its place alone, so that sketches of different backwards, devices and ranks belong together. Of a
+sketch of K buckets, an inner product's standard error is about `√((‖g_i‖²‖g_j‖² + ⟨g_i, g_j⟩²) / K)`.
 
 Source: Charikar, Chen, Farach-Colton, "Finding Frequent Items in Data Streams" (2002).
 
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from gradent.kernels.common.account import AccountLayout, AccountSums, ElementMetric, KeptEstimate
+from gradent.kernels.common.numerics import spans
 
-__all__ = ["GradientSketch", "SketchSums"]
+__all__ = ["GradientSketch", "RowSketches", "SketchSums", "WeighedSketchSums", "folded"]
 
 _MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 """Odd numbers of splitmix64, as signed ones."""
@@ -47,7 +48,7 @@ class GradientSketch:
         if chosen == [...]:
             chosen = []
         chosen += [slice(None)] * (view.dim() - len(chosen))
-        index = torch.full((1,) * view.dim(), self._starts[number] + view.storage_offset(), device=device)
+        index = torch.full((1,) * view.dim(), self._starts[number] + int(view.storage_offset()), device=device)
         for axis, (some, size, stride) in enumerate(zip(chosen, view.shape, view.stride(), strict=True)):
             along = torch.arange(size, device=device)[some] * stride
             index = index + along.view([-1 if other == axis else 1 for other in range(view.dim())])
@@ -61,18 +62,32 @@ class GradientSketch:
         mixed = mixed ^ _shifted(mixed, 31)
         return _shifted(mixed, 2) % self.width, ((mixed & 1) * 2 - 1).to(torch.int8)
 
+    def add(self, vectors: Tensor, places: Tensor, rows: Tensor, factor: float = 1.0, *, room: int = 2**24) -> None:
+        """Add `factor` times the elements `places` of rows, `[N, n]`, to sketches `[N, K]`, in `room` bytes."""
+        step = max(1024, room // (64 + 8 * len(rows)))
+        for span in spans(rows.shape[1], step):
+            buckets, signs = self.hashed(places[span])
+            vectors.index_add_(1, buckets, (rows[:, span] * signs).to(vectors.dtype), alpha=factor)
+
 
 def _shifted(values: Tensor, bits: int) -> Tensor:
     """A shift to the right that brings zeros in."""
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def folded(vectors: Tensor, width: int) -> Tensor:
+    """Sketches `[N, width]` from those `[N, K]` of the same rows, K and width powers of two."""
+    return vectors.view(len(vectors), -1, width).sum(1)
+
+
 class SketchSums(AccountSums):
     """Adds one parameter's gradients to the vectors `[N, K]` of all rows; its own entries are zero."""
 
-    def __init__(self, layout: AccountLayout, sketch: GradientSketch, vectors: Tensor, number: int, slot: Any) -> None:
+    def __init__(
+        self, layout: AccountLayout, sketch: GradientSketch, vectors: Tensor, number: int, slot: Any, sign: float = 1.0
+    ) -> None:
         super().__init__(layout, ElementMetric(), torch.zeros(0), KeptEstimate())
-        self._sketch, self._vectors, self._number = sketch, vectors, number
+        self._sketch, self._vectors, self._number, self._sign = sketch, vectors, number, sign
         self._view = sketch.view(number, slot)
         self._pending: Tensor | None = None
 
@@ -90,8 +105,7 @@ class SketchSums(AccountSums):
             return
         if self._pending is None:
             self._pending = torch.zeros_like(self._vectors)
-        buckets, signs = self._sketch.hashed(places)
-        self._pending.scatter_add_(1, buckets.expand(len(flat), -1), (flat * signs).to(self._vectors.dtype))
+        self._sketch.add(self._pending, places, flat, self._sign)
 
     @property
     def entries(self) -> Tensor:
@@ -100,3 +114,64 @@ class SketchSums(AccountSums):
             self._vectors += self._pending
             self._pending = None
         return torch.zeros(self._layout.count, dtype=torch.float64, device=self._vectors.device)
+
+
+class RowSketches:
+    """Sketches of a backward's rows in an optimizer's metric, `√(r P) ∘ g`, with a rate r for each parameter."""
+
+    def __init__(self, sketch: GradientSketch, rows: int, rates: Sequence[float], *, room: int) -> None:
+        self.sketch, self.rates, self.room = sketch, rates, room
+        self._rows = rows
+        self._vectors: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """What is there of parameters on a device, float32 `[N, K]`, to be added to."""
+        if device not in self._vectors:
+            self._vectors[device] = torch.zeros(self._rows, self.sketch.width, device=device)
+        return self._vectors[device]
+
+    def total(self) -> Tensor:
+        """float32 `[N, K]` on the CPU."""
+        return sum((part.cpu() for part in self._vectors.values()), torch.zeros(self._rows, self.sketch.width))
+
+
+class WeighedSketchSums(AccountSums):
+    """Adds one parameter's weighed gradients to the sketches of all rows, beside its entries."""
+
+    def __init__(
+        self, layout: AccountLayout, metric: ElementMetric, shares: Tensor, kept: KeptEstimate, *,
+        sketches: RowSketches, number: int, slot: Any, sign: float = 1.0,
+    ) -> None:  # fmt: skip
+        super().__init__(layout, metric, shares, kept)
+        self._sketches, self._number = sketches, number
+        self._view = sketches.sketch.view(number, slot)
+        self._factor = sign * sketches.rates[number] ** 0.5 * metric.correction**0.25
+        self._pending: Tensor | None = None  # so that a parameter may come again after memory ran out
+
+    def reshaped(self, change: Callable[[Tensor], Tensor]) -> AccountSums:
+        """The same sums, of a parameter in another shape."""
+        self._view = change(self._view)
+        return super().reshaped(change)
+
+    @property
+    def beside(self) -> int:
+        """As without sketches, and the places of a tile's elements."""
+        return super().beside + 2
+
+    def _take_weighed(self, rows: Tensor, place: Any) -> None:
+        sketches = self._sketches
+        if self._pending is None:
+            self._pending = torch.zeros_like(sketches.on(rows.device))
+        if self._factor:
+            places = sketches.sketch.places(self._number, self._view, place, rows.device)
+            sketches.sketch.add(self._pending, places, rows.flatten(1), self._factor, room=sketches.room)
+
+    @property
+    def entries(self) -> Tensor:
+        """`[M]`; the parameter is complete with them, and its part of the sketches is added."""
+        entries = super().entries
+        if self._pending is not None:
+            sketches = self._sketches.on(self._pending.device)
+            sketches += self._pending
+            self._pending = None
+        return entries
