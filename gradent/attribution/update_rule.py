@@ -59,6 +59,11 @@ class UpdateRule:
         self.is_decoupled = self.is_adaptive and all(map(self._decouples, optimizer.param_groups))
         """Whether weight decay passes the preconditioner by."""
 
+    @property
+    def count(self) -> int:
+        """How many parameters there are."""
+        return len(self._tensors)
+
     def holds(self, number: int) -> bool:
         """Whether the optimizer steps this parameter."""
         return id(self._tensors[number]) in self._groups
