@@ -7,10 +7,9 @@ ranks. `earlier_batches` is what they leave of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
-
-import torch
 
 from gradent.attribution.sketched import StepSketch
 from gradent.attribution.step import StepAttribution, attribute_backward
@@ -77,7 +76,6 @@ def _meet(parts: Sequence[StepAttribution], *, is_ordered: bool) -> tuple[StepAt
 
 
 def _error(sketches: Sequence[StepSketch]) -> float | None:
-    """Root mean square of the sketches' errors; None where nothing is known to compare them with."""
-    compared = sum(sketch.compared for sketch in sketches)
-    total = torch.tensor([sketch.squared_error for sketch in sketches], dtype=torch.float64).sum()
-    return float((total / compared).sqrt()) if compared else None
+    """Root mean square error of products in the least of the widths; None where nothing is known to compare with."""
+    joined = StepSketch.join(sketches)
+    return math.sqrt(joined.squared_error / joined.compared) if joined.compared else None

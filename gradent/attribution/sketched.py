@@ -50,7 +50,7 @@ class StepSketch:
     roots: Tensor  # float64 [N], of each row's share of r in `⟨g, r P g⟩`
     push: float  # times c_j and the product of two sketches: what row j moves row i by, nats
     rows: Tensor  # int64 [n], which of the N are in the account
-    squared_error: float  # sum of the squared errors of products that are known exactly, over the rows' norms
+    squared_error: float  # sum of the squared errors of products that are known exactly, over the rows' norms; as 1/K
     compared: int  # and how many these are
     has_all: bool  # no row of these backwards is missing
     ranks: int  # that take part in the step
@@ -89,7 +89,8 @@ class StepSketch:
             parts[0], vectors=torch.cat([folded(part.vectors[half], width) for part, half in both]),
             c=torch.cat([part.c[half] for part, half in both]), rows=torch.arange(sum(counts)),
             roots=torch.cat([part.roots[half] for part, half in both]),
-            squared_error=sum(part.squared_error for part in parts), compared=sum(part.compared for part in parts),
+            squared_error=sum(part.squared_error * part.vectors.shape[1] / width for part in parts),
+            compared=sum(part.compared for part in parts),
             has_all=all(part.has_all for part in parts),
         )  # fmt: skip
 

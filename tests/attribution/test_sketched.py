@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gradent import PairBatch, attach
+from gradent import PairBatch, attach, recorder
+from gradent.attribution.across import join_ranks
 from gradent.attribution.step import StepAttribution
 from gradent.errors import InputError
 from gradent.hooks.piggyback.config import LEAST_WIDTH, MOST_WIDTH, RowStore
@@ -152,6 +154,53 @@ def test_one_backward_of_several_is_whole_and_more_than_expected_are_not() -> No
     assert not more.is_whole and more.sketch_error is None
     none, _, _ = run("untied", SMALL, PARTS, accumulation=1)
     assert not none.is_whole and none.sketch_error is None
+
+
+def run_rank(monkeypatch: pytest.MonkeyPatch, part: PairBatch, budget: int) -> StepAttribution:
+    """The account of one of two ranks."""
+    monkeypatch.setattr(recorder, "world_size", lambda: 2)
+    model = MODELS["untied"]()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    warm(model, optimizer)
+    with attach(model, optimizer=optimizer, memory_budget=budget) as watching:
+        through_logits(model, part).backward()
+        found = watching.harvest()
+    assert found is not None
+    assert found.attribution is not None
+    return found.attribution
+
+
+def test_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [ragged(3), uneven()]
+    model = MODELS["untied"]()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    warm(model, optimizer)
+    with attach(model, optimizer=optimizer) as watching:
+        for part in parts:
+            through_logits(model, part, lambda *logps: dpo(*logps) / 2).backward()
+        recording = watching.harvest()
+    assert recording is not None
+    exact = recording.attribution
+    assert exact is not None
+    # Of different widths, too: 4096 numbers and 2048.
+    ranks = [run_rank(monkeypatch, part, budget) for part, budget in zip(parts, (1_000_000, 500_000), strict=True)]
+    assert all(rank.sketch is not None and not rank.is_whole for rank in ranks)
+    assert [rank.sketch.vectors.shape[1] for rank in ranks if rank.sketch] == [4096, 2048]
+    joined = join_ranks(ranks)
+    assert joined.is_whole and joined.sketch is None
+    assert joined.sketch_error is not None
+    off = (joined.pushes - exact.pushes).abs() / sizes(exact)
+    assert float(off.max()) <= ERRORS * joined.sketch_error
+    ranks_of = split(parts)
+    missing = (sizes(exact) * (ranks_of[:, None] != ranks_of)).square().sum(1).sqrt()
+    error = (joined.total - exact.total).abs()
+    assert bool((error <= ERRORS * joined.sketch_error * missing).all())
+    assert float(joined.moved["earlier_batches"].abs().max()) == 0
+    alone, half = join_ranks(ranks[:1]), join_ranks([ranks[0], replace(ranks[1], sketch=None)])
+    for partial in (alone, half):  # a rank has failed, or had no room
+        assert not partial.is_whole and partial.sketch is None
+    torch.testing.assert_close(half.total[:3], ranks[0].total[:3])
+    assert bool(half.pushes[0, 3:7].isnan().all())
 
 
 @pytest.mark.parametrize("accumulation", [0, 1.5, "2"])
