@@ -9,6 +9,7 @@ Letters: k pairs of a backward, rows 0..k-1 chosen and k..2k-1 rejected; N rows 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -106,11 +107,13 @@ class StepAttribution:
         for part, rows in zip(parts, places, strict=True):
             products[rows[:, None], rows], pushes[rows[:, None], rows] = part.products, part.pushes
         realised = [part.realised for part in parts if part.realised is not None]
+        errors = [part.sketch_error**2 for part in parts if part.sketch_error is not None]
         return cls(
             products=products, pushes=pushes,
             moved={source: _sides(parts, [part.moved[source] for part in parts]) for source in parts[0].moved},
             realised=_sides(parts, realised) if len(realised) == len(parts) else None,
             is_whole=all(part.is_whole for part in parts),
+            sketch_error=math.sqrt(sum(errors) / len(errors)) if errors else None,
         )  # fmt: skip
 
     @staticmethod

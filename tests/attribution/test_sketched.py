@@ -15,7 +15,7 @@ from gradent.attribution.across import join_ranks
 from gradent.attribution.step import StepAttribution
 from gradent.errors import InputError
 from gradent.hooks.piggyback.config import LEAST_WIDTH, MOST_WIDTH, RowStore
-from gradent.kernels.common.sketch import GradientSketch, folded
+from gradent.kernels.common.sketch import GradientSketch, WeighedSketchSums, folded
 from tests.attribution.brute_force import Frozen
 from tests.attribution.test_step import MODELS, SMALL, split_groups, warm
 from tests.batches import ragged, uneven
@@ -207,6 +207,27 @@ def test_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_refusals(accumulation: Any) -> None:
     with pytest.raises(InputError, match="accumulation"):
         attach(nn.Linear(2, 2), accumulation=accumulation)
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_memory_that_runs_out_counts_nothing_twice(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    budget = BUDGETS[kind][0]
+    want, _, _ = run(kind, budget, PARTS)
+    true, calls = WeighedSketchSums._take_weighed, 0  # noqa: SLF001  (no public name)
+
+    def scarce(sums: WeighedSketchSums, rows: Tensor, place: Any) -> None:
+        nonlocal calls
+        calls += 1
+        true(sums, rows, place)
+        if calls % 5 == 0:  # once the tile is in, and never twice for one parameter
+            raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(WeighedSketchSums, "_take_weighed", scarce)
+    found, _, _ = run(kind, budget, PARTS)
+    assert calls > 20
+    scale = sizes(want)
+    assert float(((found.pushes - want.pushes).abs() / scale).max()) <= 1e-5
+    assert found.sketch_error == pytest.approx(want.sketch_error, rel=1e-3)
 
 
 def test_room_for_sketches() -> None:
