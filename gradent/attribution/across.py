@@ -56,7 +56,7 @@ def _meet(parts: Sequence[StepAttribution], *, is_ordered: bool) -> tuple[StepAt
     """Parts as one, and their sketches, none where one lacks them; `is_ordered` if each knows those before as one."""
     joined = StepAttribution.join(parts)
     sketches = [part.sketch for part in parts if part.sketch is not None]
-    if len(sketches) < len(parts):
+    if len(sketches) < len(parts) or len({sketch.seed for sketch in sketches}) > 1:
         return joined, []
     products, pushes = joined.products.clone(), joined.pushes.clone()
     moved = {source: values.clone() for source, values in joined.moved.items()}

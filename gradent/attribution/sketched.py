@@ -46,6 +46,7 @@ class StepSketch:
     """Sketches of the rows of a backward, or of a rank's whole step, with what turns their products into pushes."""
 
     vectors: Tensor  # float32 [N, K]
+    seed: int  # sketches of one seed belong together
     c: Tensor  # float64 [N]
     roots: Tensor  # float64 [N], of each row's share of r in `⟨g, r P g⟩`
     push: float  # times c_j and the product of two sketches: what row j moves row i by, nats
@@ -74,9 +75,10 @@ class StepSketch:
         error = (dots(observation.sketches, observation.sketches) - exact) / scale
         errors = error[(scale > 0) & torch.ones_like(scale, dtype=torch.bool).triu(1)]
         return cls(
-            vectors=observation.sketches, c=observation.c, roots=torch.where(shares > 0, shares, 1.0).sqrt(),
-            push=push * kept, rows=torch.arange(rows), squared_error=float(errors.square().sum()),
-            compared=len(errors), has_all=not observation.unpaired, ranks=ranks,
+            vectors=observation.sketches, seed=observation.seed, c=observation.c, push=push * kept,
+            roots=torch.where(shares > 0, shares, 1.0).sqrt(), rows=torch.arange(rows),
+            squared_error=float(errors.square().sum()), compared=len(errors),
+            has_all=not observation.unpaired, ranks=ranks,
         )  # fmt: skip
 
     @classmethod

@@ -236,5 +236,6 @@ def step_metric(rule: UpdateRule, *, store: RowStore | None = None) -> StepMetri
         )
 
     return StepMetric(
-        metric=metric, weighted=weighted, plain=plain, store=store or RowStore(0), rates=lambda: relative_rates(rule)
-    )
+        metric=metric, weighted=weighted, plain=plain, store=store or RowStore(0), seed=lambda: rule.step,
+        rates=lambda: relative_rates(rule),
+    )  # fmt: skip

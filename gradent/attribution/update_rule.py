@@ -64,6 +64,11 @@ class UpdateRule:
         """How many parameters there are."""
         return len(self._tensors)
 
+    @property
+    def step(self) -> int:
+        """Steps that the optimizer has taken, the same on all ranks; 0 where it does not count them (SGD)."""
+        return int(max(self._steps, default=0))
+
     def holds(self, number: int) -> bool:
         """Whether the optimizer steps this parameter."""
         return id(self._tensors[number]) in self._groups

@@ -151,8 +151,9 @@ class WatchedBackward:
         rates = step.rates() if width else None
         if rates is None:
             return None
-        self.observation.rates = torch.tensor(rates, dtype=torch.float64)
-        return RowSketches(GradientSketch(shapes, width), rows, rates, room=self.config.budget // 16)
+        self.observation.rates, self.observation.seed = torch.tensor(rates, dtype=torch.float64), step.seed()
+        sketch = GradientSketch(shapes, width, seed=self.observation.seed)
+        return RowSketches(sketch, rows, rates, room=self.config.budget // 16)
 
     def _element_metric(self, number: int) -> ElementMetric:
         """What the optimizer has of a parameter, and the gradient that was there before this backward."""

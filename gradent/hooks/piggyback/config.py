@@ -29,6 +29,7 @@ class StepMetric:
     store: RowStore = field(default_factory=lambda: RowStore(0))  # of rows' gradients, where there is room for them
     # By parameter number, `lr · fresh` of the step over the largest of all; None where their signs differ.
     rates: Callable[[], list[float] | None] = lambda: None
+    seed: Callable[[], int] = lambda: 0  # of the step's sketches
 
 
 class RowStore:

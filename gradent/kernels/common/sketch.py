@@ -31,11 +31,15 @@ AT_ONCE = 2**15
 
 
 class GradientSketch:
-    """Where the elements of parameters of these shapes lie in vectors of at most `width` numbers."""
+    """Where the elements of parameters of these shapes lie in vectors of at most `width` numbers.
 
-    def __init__(self, shapes: Sequence[torch.Size], width: int) -> None:
+    Vectors of one `seed` belong together; errors of different seeds are independent.
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size], width: int, *, seed: int = 0) -> None:
         sizes = [shape.numel() for shape in shapes]
         self._shapes = list(shapes)
+        self._shift = 1 + (seed % 2**20 << 42)  # beyond the places of any gradient
         self._starts = [sum(sizes[:number]) for number in range(len(sizes))]
         self.is_exact = width >= sum(sizes)
         """Whether a vector is the gradient itself."""
@@ -60,7 +64,7 @@ class GradientSketch:
 
     def hashed(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Bucket int64 and sign int8 of elements, `[n]` each."""
-        mixed = (places + 1).mul_(_MIX[0])
+        mixed = (places + self._shift).mul_(_MIX[0])
         for shift, factor in ((30, _MIX[1]), (27, _MIX[2])):
             mixed.bitwise_xor_(_shifted(mixed, shift)).mul_(factor)
         mixed.bitwise_xor_(_shifted(mixed, 31))
