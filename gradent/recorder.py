@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
+from gradent.attribution.across import attribute_sketched, join_ranks
 from gradent.attribution.own_pass import attribute_rows
 from gradent.attribution.step import StepAttribution, attribute_backward, attribute_kept, step_metric
 from gradent.attribution.update_rule import FIRST_STEP, UpdateRule, find_update_rule, unwrap_optimizer
 from gradent.distributed import world_size
 from gradent.errors import InputError, ModelError
-from gradent.hooks.piggyback.config import StepMetric, WatchConfig
+from gradent.hooks.piggyback.config import RowStore, StepMetric, WatchConfig
 from gradent.hooks.piggyback.observation import BackwardObservation, mark_completions
 from gradent.hooks.piggyback.pairing import Pairing
 from gradent.hooks.piggyback.watcher import Piggyback
@@ -107,6 +108,7 @@ def attach(
     trusted: bool = False,
     weight_grad: WeightGrad | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    accumulation: int = 1,
 ) -> Recorder:
     """Watch the model that a training loop runs, from `with` to the end of the block (or between `arm` and `disarm`).
 
@@ -130,12 +132,15 @@ def attach(
             full; the weight of a tied or fused head is measured as without.
         optimizer: the loop's own; then a recording's `attribution` says what moved each response in its next step, by
             source. SGD, Adam and AdamW are accounted for, in whichever implementation.
+        accumulation: backwards of a step of the optimizer. With more than one, rows of different backwards meet in the
+            account: their gradients are kept until the step where all of them fit half of `memory_budget`, else
+            sketches of them.
 
     Returns:
         The recorder, which is a context manager.
 
     Raises:
-        InputError: an unknown mode, pairing or weight_grad.
+        InputError: an unknown mode, pairing or weight_grad, or an accumulation that is no whole number from 1 on.
 
     Example:
         >>> with attach(model) as recorder:  # doctest: +SKIP
@@ -144,13 +149,18 @@ def attach(
         ...     optimizer.step()
     """
     check_choices("attach", CHOICES, mode=mode, pairing=pairing, weight_grad=weight_grad)
+    if not isinstance(accumulation, int) or accumulation < 1:
+        raise InputError(f"attach: accumulation={accumulation!r}; accepted is a whole number of backwards >= 1.")
     watched = model if compiled is None else compiled
     config = WatchConfig(
         model=watched, budget=parse_budget(memory_budget) or DEFAULT_BUDGET, pairing=pairing,
         has_entries=mode != "measure" and watched is unwrap_compiled(model), is_trusted=trusted,
         should_share=weight_grad is not None,
     )  # fmt: skip
-    return Recorder(unwrap_compiled(model), config, mode=mode, by_module=by_module, metric=metric, optimizer=optimizer)
+    return Recorder(
+        unwrap_compiled(model), config, mode=mode, by_module=by_module, metric=metric, optimizer=optimizer,
+        accumulation=accumulation,
+    )  # fmt: skip
 
 
 class Recorder:
@@ -159,7 +169,9 @@ class Recorder:
     def __init__(
         self, model: nn.Module, config: WatchConfig, *, mode: Mode, by_module: bool,
         metric: torch.optim.Optimizer | None, optimizer: torch.optim.Optimizer | None = None,
+        accumulation: int = 1,
     ) -> None:  # fmt: skip
+        self._accumulation = accumulation
         self.metric, self.optimizer = metric, optimizer
         self._rule: UpdateRule | None = None
         self._steps = 0
@@ -219,7 +231,8 @@ class Recorder:
         if self._step is None:
             self._steps = 0
             self._rule = self._find_rule(self._config.parameters)
-            self._step = None if self._rule is None else step_metric(self._rule, budget=self._config.budget // 2)
+            store = RowStore(self._config.budget // 2, backwards=self._accumulation, ranks=world_size())
+            self._step = None if self._rule is None else step_metric(self._rule, store=store)
         return self._step
 
     def _find_rule(self, parameters: Mapping[str, Tensor]) -> UpdateRule | None:
@@ -332,6 +345,12 @@ class Recorder:
         whole = [seen for seen, _, has_own_pass in accounts if seen.rows_kept and not has_own_pass]
         if len(whole) == len(accounts):
             return self._attribute_kept(accounts, share, lr)
+        sketched = [seen for seen, _, has_own_pass in accounts if seen.sketches is not None and not has_own_pass]
+        if len(sketched) == len(accounts) and all(seen.no_account_reason is None for seen in sketched):
+            part = self._attribute_sketched(accounts, share, lr)
+            if not isinstance(part, str):
+                return part
+            self._log_once(f"gradent's account of a step leaves out what other backwards of it do: {part}.")
         for observation, active, has_own_pass in accounts:
             if has_own_pass:
                 part = self._attribute_by_pass(observation, active, share, lr)
@@ -355,9 +374,16 @@ class Recorder:
         assert self._rule is not None
         observations = [observation for observation, _, _ in accounts]
         account = attribute_kept(observations, self._config.tensors, self._rule, kept=share, lr=lr)
-        starts = [sum(seen.pairs for seen in observations[:place]) for place in range(len(observations))]
-        active = [start + pair for start, (_, pairs, _) in zip(starts, accounts, strict=True) for pair in pairs]
-        return account.select(active)
+        return account.select(_active_pairs(accounts))
+
+    def _attribute_sketched(
+        self, accounts: Sequence[tuple[BackwardObservation, list[int], bool]], share: float, lr: float | None
+    ) -> StepAttribution | str:
+        """The account of backwards whose rows' gradients were sketched, all together."""
+        assert self._rule is not None
+        observations = [observation for observation, _, _ in accounts]
+        account = attribute_sketched(observations, self._rule, kept=share, lr=lr, ranks=world_size())
+        return account if isinstance(account, str) else account.select(_active_pairs(accounts))
 
     def _attribute_by_pass(
         self, observation: BackwardObservation, active: Sequence[int], kept: float, lr: float | None
@@ -480,6 +506,12 @@ class Recorder:
         self._notices.once(text, key=re.sub(r"[\d.]+(e[+-]?\d+)?", "", text))
 
 
+def _active_pairs(accounts: Sequence[tuple[BackwardObservation, list[int], bool]]) -> list[int]:
+    """The active pairs of several backwards, as numbers among the pairs of all."""
+    starts = [sum(seen.pairs for seen, _, _ in accounts[:place]) for place in range(len(accounts))]
+    return [start + pair for start, (_, pairs, _) in zip(starts, accounts, strict=True) for pair in pairs]
+
+
 def join_recordings(recordings: Sequence[Recording], *, scale: float = 1.0) -> Recording:
     """Recordings of one step (its micro-batches, its ranks; at least one) as one, with `d_w` and `d_l` scaled."""
     if len(recordings) == 1 and scale == 1.0:
@@ -496,5 +528,5 @@ def join_recordings(recordings: Sequence[Recording], *, scale: float = 1.0) -> R
         source="measure" if any(part.source == "measure" for part in recordings) else "piggyback",
         batch=PairBatch.join(batches) if batches else None, inactive=sum(part.inactive for part in recordings),
         unpaired=sum(part.unpaired for part in recordings), overhead_s=sum(part.overhead_s for part in recordings),
-        attribution=StepAttribution.join(accounts) if len(accounts) == len(recordings) else None,
+        attribution=join_ranks(accounts) if len(accounts) == len(recordings) else None,
     )  # fmt: skip

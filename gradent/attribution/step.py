@@ -9,14 +9,16 @@ Letters: k pairs of a backward, rows 0..k-1 chosen and k..2k-1 rejected; N rows 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from gradent.attribution.sketched import StepSketch, relative_rates
 from gradent.attribution.update_rule import UpdateRule
 from gradent.hooks.piggyback.config import RowStore, StepMetric
 from gradent.hooks.piggyback.observation import BackwardObservation
@@ -39,18 +41,23 @@ class StepAttribution:
     nats: what the step adds to `log π(y_i|x_i)`.
 
     Attributes:
-        products: `⟨g_i, P h_j⟩ / c_j`, the rows' Gram matrix in the optimizer's metric, float64 `[N, N]`; nan where two
-            rows did not meet in one backward.
+        products: `⟨g_i, P h_j⟩ / c_j`, the rows' Gram matrix in the optimizer's metric, float64 `[N, N]`. Between rows
+            of different backwards (micro-batches, ranks) whose gradients had no room, they are estimates, and nan
+            where there was no room for sketches either.
         pushes: what row j's part of the gradient does to row i, nats, float64 `[N, N]`; nan as in `products`.
         moved: source -> float64 `[N]`, nats: own (the row itself), partner (the other response of its pair),
-            others_chosen and others_rejected (the other pairs that met it in one backward, or in one step where the
-            rows' gradients were kept), earlier_batches (what else is in the gradient: micro-batches before; where the
-            gradients were kept, other ranks; in a pass of gradent's own, all micro-batches and ranks), momentum,
-            weight_decay. Of an optimizer whose step cannot be split, the one source "step": all that moved the row,
-            along the step as it was taken; `products` and `pushes` are nan then.
+            others_chosen and others_rejected (the other pairs that met it: in one backward, or in one step where the
+            rows' gradients were kept or sketched), earlier_batches (what else is in the gradient: micro-batches before;
+            where the gradients were kept, other ranks; where they were sketched, what sketches leave of micro-batches
+            before; in a pass of gradent's own, all micro-batches and ranks), momentum, weight_decay. Of an optimizer
+            whose step cannot be split, the one source "step": all that moved the row, along the step as it was taken;
+            `products` and `pushes` are nan then.
         realised: how much each `log π(y_i|x_i)` really changed, float64 `[N]`; None unless it was measured.
         is_whole: whether all of the step's gradient is in; later micro-batches, other ranks and rows without a partner
-            are not where the rows' gradients had no room.
+            are not where neither the rows' gradients nor sketches of them had room.
+        sketch_error: root mean square error of an estimate, as a share of the two rows' norms in the optimizer's
+            metric; measured on products that are known exactly. None where nothing was sketched.
+        sketch: what rows of other ranks need to meet these; None once they have, and where there are none.
     """
 
     products: Tensor
@@ -58,6 +65,8 @@ class StepAttribution:
     moved: dict[str, Tensor]
     realised: Tensor | None = None
     is_whole: bool = True
+    sketch_error: float | None = None
+    sketch: StepSketch | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def total(self) -> Tensor:
@@ -86,6 +95,7 @@ class StepAttribution:
             self, products=self.products[rows][:, rows], pushes=self.pushes[rows][:, rows],
             moved={source: values[rows] for source, values in self.moved.items()},
             realised=None if self.realised is None else self.realised[rows],
+            sketch=None if self.sketch is None else self.sketch.select(rows),
         )  # fmt: skip
 
     @classmethod
@@ -93,26 +103,35 @@ class StepAttribution:
         """The rows of several micro-batches or ranks, chosen of all of them first; at least one."""
         if len(parts) == 1:
             return parts[0]
-        halves = [len(part.products) // 2 for part in parts]
-        pairs = sum(halves)
-        products, pushes = (torch.full((2 * pairs, 2 * pairs), float("nan"), dtype=torch.float64) for _ in range(2))
-        start = 0
-        for part, half in zip(parts, halves, strict=True):
-            rows = torch.cat([torch.arange(half) + start, torch.arange(half) + pairs + start])
+        places = cls.places(parts)
+        count = sum(map(len, places))
+        products, pushes = (torch.full((count, count), float("nan"), dtype=torch.float64) for _ in range(2))
+        for part, rows in zip(parts, places, strict=True):
             products[rows[:, None], rows], pushes[rows[:, None], rows] = part.products, part.pushes
-            start += half
         realised = [part.realised for part in parts if part.realised is not None]
+        errors = [part.sketch_error**2 for part in parts if part.sketch_error is not None]
         return cls(
             products=products, pushes=pushes,
             moved={source: _sides(parts, [part.moved[source] for part in parts]) for source in parts[0].moved},
             realised=_sides(parts, realised) if len(realised) == len(parts) else None,
             is_whole=all(part.is_whole for part in parts),
+            sketch_error=math.sqrt(sum(errors) / len(errors)) if errors else None,
         )  # fmt: skip
+
+    @staticmethod
+    def places(parts: Sequence[StepAttribution]) -> list[Tensor]:
+        """Where each part's rows are among those of all joined, int64 `[N]` of each part."""
+        halves = [len(part.products) // 2 for part in parts]
+        pairs, starts = sum(halves), [sum(halves[:number]) for number in range(len(halves))]
+        return [
+            torch.cat([torch.arange(half) + start, torch.arange(half) + pairs + start])
+            for half, start in zip(halves, starts, strict=True)
+        ]
 
 
 def _sides(parts: Sequence[StepAttribution], values: Sequence[Tensor]) -> Tensor:
     """Values of every part's rows, chosen of all parts first."""
-    return torch.cat([half for side in (0, 1) for half in (value.view(2, -1)[side] for value in values)])
+    return torch.cat([half for side in (0, 1) for half in (value.view(2, len(value) // 2)[side] for value in values)])
 
 
 def attribute_backward(
@@ -205,8 +224,8 @@ def assemble(
     )  # fmt: skip
 
 
-def step_metric(rule: UpdateRule, *, budget: int = 0) -> StepMetric:
-    """What the account takes of an optimizer; `budget` bytes may hold rows' gradients until the step."""
+def step_metric(rule: UpdateRule, *, store: RowStore | None = None) -> StepMetric:
+    """What the account takes of an optimizer; `store` is the room for what is kept of rows until the step."""
     decay = "weight_decay" if rule.has_decay else None
     weighted = [*(["momentum"] if rule.has_momentum else []), *([decay] if decay and not rule.is_decoupled else [])]
     plain = [decay] if decay and rule.is_decoupled else []
@@ -218,4 +237,7 @@ def step_metric(rule: UpdateRule, *, budget: int = 0) -> StepMetric:
             found, weighted=[directions[name] for name in weighted], plain=[directions[name] for name in plain]
         )
 
-    return StepMetric(metric=metric, weighted=weighted, plain=plain, store=RowStore(budget))
+    return StepMetric(
+        metric=metric, weighted=weighted, plain=plain, store=store or RowStore(0), seed=lambda: rule.step,
+        rates=lambda: relative_rates(rule),
+    )  # fmt: skip

@@ -59,6 +59,16 @@ class UpdateRule:
         self.is_decoupled = self.is_adaptive and all(map(self._decouples, optimizer.param_groups))
         """Whether weight decay passes the preconditioner by."""
 
+    @property
+    def count(self) -> int:
+        """How many parameters there are."""
+        return len(self._tensors)
+
+    @property
+    def step(self) -> int:
+        """Steps that the optimizer has taken, the same on all ranks; 0 where it does not count them (SGD)."""
+        return int(max(self._steps, default=0))
+
     def holds(self, number: int) -> bool:
         """Whether the optimizer steps this parameter."""
         return id(self._tensors[number]) in self._groups

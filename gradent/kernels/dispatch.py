@@ -73,7 +73,7 @@ def account_group(factors: Factors, sums: AccountSums, *, budget: int) -> Tensor
         device=u.device.type,
         has_factors=True,
         is_weighted=True,
-        directions=sums.extra + 2,  # beside directions, a tile has its sum over rows and its denominators
+        directions=sums.extra + sums.beside,
     )
     room = min(budget, ACCOUNT_TILES) if u.device.type == "cpu" else budget
     return account_outer(factors, decide(product, room).tiling, sums)

@@ -30,11 +30,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
-def pairs() -> Dataset:
+def pairs(words: int) -> Dataset:
+    """24 pairs of texts of so many different words."""
     draw = torch.Generator().manual_seed(0)
 
     def text(count: int) -> str:
-        return " ".join(f"w{n}" for n in torch.randint(3, 97, (count,), generator=draw).tolist())
+        return " ".join(f"w{n}" for n in torch.randint(3, 3 + words, (count,), generator=draw).tolist())
 
     rows = [{"prompt": text(3), "chosen": " " + text(2 + n % 4), "rejected": " " + text(5 - n % 3)} for n in range(24)]
     return Dataset.from_list(rows)
@@ -49,18 +50,23 @@ def leave(out: Path, rank: int, seen: dict[str, Any]) -> None:
     os._exit(0)
 
 
-def main(out: Path, watched: bool, batch: int) -> None:
+def main(
+    out: Path, watched: bool, batch: int, budget: int | None = None, arguments: dict[str, Any] | None = None,
+    words: int = 94,
+) -> None:  # fmt: skip
     torch.set_num_threads(1)
     model = build("llama", dtype=torch.float32)
-    callback = EntanglementCallback(every=1, realised=True, out=out / "records", on_error="raise")
+    callback = EntanglementCallback(every=1, realised=True, out=out / "records", on_error="raise", memory_budget=budget)
+    settings = {
+        "output_dir": str(out / "run"), "max_steps": STEPS, "per_device_train_batch_size": batch, "logging_steps": 1,
+        "report_to": "none", "use_cpu": True, "bf16": False, "learning_rate": 1e-3, "save_strategy": "no",
+        "disable_tqdm": True, **(arguments or {}),
+    }  # fmt: skip
     trainer = DPOTrainer(
         model=model,
         ref_model=deepcopy(model),
-        args=DPOConfig(
-            output_dir=str(out / "run"), max_steps=STEPS, per_device_train_batch_size=batch, logging_steps=1,
-            report_to="none", use_cpu=True, bf16=False, learning_rate=1e-3, save_strategy="no", disable_tqdm=True,
-        ),
-        train_dataset=pairs(),
+        args=DPOConfig(**settings),
+        train_dataset=pairs(words),
         processing_class=tokenizer(),
         callbacks=[callback] if watched else [],
     )  # fmt: skip
@@ -77,6 +83,11 @@ def main(out: Path, watched: bool, batch: int) -> None:
             for record in callback.records
             if record.attribution
         ],
+        "whole": [record.attribution.is_whole for record in callback.records if record.attribution],
+        "sketch_errors": [record.attribution.sketch_error for record in callback.records if record.attribution],
+        "left": [record.attribution.sketch is not None for record in callback.records if record.attribution],
+        "rests": [float(record.attribution.rest.norm()) for record in callback.records if record.attribution],
+        "explained": [record.attribution.explained for record in callback.records if record.attribution],
         "sources": [record.source for record in callback.records],
         "logs": [entry for entry in logs if entry],
     }

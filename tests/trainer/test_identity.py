@@ -29,6 +29,10 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "checkpointing": (RECOMPUTED, {}),
     "reentrant checkpointing": (RECOMPUTED | {"gradient_checkpointing_kwargs": {"use_reentrant": True}}, {}),
     "accumulation": ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, {}),
+    "accumulation, sketched": (
+        ADAM | {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        {"memory_budget": 2**17},
+    ),
     "bf16": ({"bf16": True}, {}),
     "bf16, checkpointing": ({"bf16": True} | RECOMPUTED, {}),
     "mode measure": ({}, {"mode": "measure"}),
@@ -86,6 +90,8 @@ def test_to_the_bit(name: str, lora: bool, tiny_tokenizer: PreTrainedTokenizerFa
     unwatched = value_once(("unwatched", sorted(arguments.items()), lora, dropout), lambda: run([]))
     theirs, states_alone, losses_alone, traces_alone = unwatched
     assert len(callback.records) == (2 if name in ("every second step", "metric adam") else 3)
+    if name == "accumulation, sketched" and not lora:  # whose rows would have room
+        assert all(record.attribution.sketch_error > 0 for record in list(callback.records)[1:])
     assert losses_watched == losses_alone and len(set(losses_alone)) == 3
     assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
     assert states_watched == states_alone

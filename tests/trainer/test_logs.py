@@ -69,6 +69,21 @@ def test_names(lora: bool, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Pa
     assert everything == NAMES | MOVED | REALISED | EXPLAINED | PROBE | layers
 
 
+def test_the_error_of_sketches(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    callback = EntanglementCallback(every=1, memory_budget=2**19)
+    trainer = make_trainer(
+        "dpo", llama(), tiny_tokenizer, tmp_path, [callback], max_steps=4, logging_steps=2,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    assert names_in(trainer.state.log_history[0]) == NAMES | MOVED | {"gradent/sketch_error"}
+    accounts = [record.attribution for record in callback.records]
+    assert all(account.is_whole and not account.pushes.isnan().any() for account in accounts)
+    squares = [account.sketch_error**2 for account in accounts[:2]]
+    assert trainer.state.log_history[0]["gradent/sketch_error"] == pytest.approx((sum(squares) / 2) ** 0.5)
+    assert max(squares) ** 0.5 <= 0.03
+
+
 def test_loggers_that_stand_before_it_see_it_all(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     loggers, callback = [Logger(), Logger()], EntanglementCallback(every=2)
     trainer = make_trainer("dpo", llama(), tiny_tokenizer, tmp_path, [loggers[0], callback, loggers[1]], max_steps=4)

@@ -47,6 +47,34 @@ def test_ddp(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_rows_of_two_ranks_meet_by_sketches(tmp_path: Path) -> None:
+    """Without room for rows' gradients: other ranks are in the account where sketches have room, else in `rest`."""
+    long = {"max_steps": 12, "learning_rate": 1e-4, "lr_scheduler_type": "constant"}
+    halved = {**long, "gradient_accumulation_steps": 2}
+    runs = {
+        "one": (1, True, 8, 2**16, long), "two": (2, True, 4, 1_200_000, long), "unwatched": (2, False, 4, None, long),
+        "no room": (2, True, 4, 2**16, long), "accumulated": (2, True, 2, 1_200_000, halved),
+    }  # fmt: skip
+    found = {}
+    for name, (ranks, watched, batch, budget, arguments) in runs.items():
+        (tmp_path / name).mkdir()
+        launch(rank_ddp.main, ranks, tmp_path / name, watched, batch, budget, arguments, 5)
+        found[name] = seen(tmp_path / name)
+    assert found["two"]["weights"] == found["unwatched"]["weights"]
+    late = slice(-6, None)  # Adam's second moments have settled
+    for name in ("two", "accumulated"):
+        two = found[name]
+        assert all(two["whole"]) and not any(two["left"])
+        assert max(two["sketch_errors"]) <= 0.025
+        assert two["logs"][-1]["gradent/sketch_error"] == pytest.approx(two["sketch_errors"][-1])
+        for share, want in zip(two["explained"][late], found["one"]["explained"][late], strict=True):
+            assert share == pytest.approx(want, abs=0.01)
+        rests = [sum(rest**2 for rest in found[run]["rests"][late]) for run in (name, "no room")]
+        assert rests[0] <= 0.25 * rests[1]
+    assert not any(found["no room"]["whole"]) and found["no room"]["sketch_errors"] == [None] * 11
+
+
+@pytest.mark.slow
 def test_fsdp2(tmp_path: Path) -> None:
     launch(rank_fsdp.main, 2, tmp_path)
     for rank in (0, 1):

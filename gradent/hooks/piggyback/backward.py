@@ -27,6 +27,7 @@ from gradent.hooks.reduction.reducers import Place
 from gradent.hooks.uses.formats import split_factor
 from gradent.kernels.common.account import AccountLayout, ElementMetric
 from gradent.kernels.common.numerics import accumulator
+from gradent.kernels.common.sketch import GradientSketch, RowSketches
 from gradent.kernels.common.wanted import Wanted
 from gradent.pair_gram import on_cpu
 
@@ -144,7 +145,21 @@ class WatchedBackward:
         observation.plain = tuple(step.plain)
         layout = AccountLayout(2 * pairs, len(observation.weighted), len(observation.plain), pairs)
         self._shares = torch.zeros(2 * pairs, dtype=torch.float64)
-        return AccountLedger(layout, self._element_metric, self._shares, budget=config.budget)
+        return AccountLedger(
+            layout, self._element_metric, self._shares, budget=config.budget,
+            sketches=self._make_sketches(2 * pairs, step),
+        )  # fmt: skip
+
+    def _make_sketches(self, rows: int, step: StepMetric) -> RowSketches | None:
+        """Sketches by which rows meet those of other backwards; None where there are none, or where they do not fit."""
+        shapes = [tensor.shape for tensor in self.config.tensors]
+        width = step.store.sketch_width(rows, sum(shape.numel() for shape in shapes))
+        rates = step.rates() if width else None
+        if rates is None:
+            return None
+        self.observation.rates, self.observation.seed = torch.tensor(rates, dtype=torch.float64), step.seed()
+        sketch = GradientSketch(shapes, width, seed=self.observation.seed)
+        return RowSketches(sketch, rows, rates, room=self.config.budget // 16)
 
     def _element_metric(self, number: int) -> ElementMetric:
         """What the optimizer has of a parameter, and the gradient that was there before this backward."""
@@ -220,6 +235,9 @@ class WatchedBackward:
                     number: rows.mul_(remainders.to(rows).view(-1, *(1,) * (rows.dim() - 1)))
                     for number, rows in collector.ledger.kept.items()
                 }
+            if collector.ledger.sketches is not None:
+                sketches = collector.ledger.sketches.total()
+                observation.sketches = sketches * remainders.to(sketches)[:, None]
             observation.account = {number: layout.scaled(entry, remainders) for number, entry in entries.items()}
             observation.entries = {number: blocks["bare"].T for number, blocks in observation.account.items()}
         else:

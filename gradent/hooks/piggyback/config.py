@@ -15,6 +15,9 @@ from gradent.model.sharding import find_owners
 
 __all__ = ["RowStore", "StepMetric", "WatchConfig"]
 
+LEAST_WIDTH, MOST_WIDTH = 2**10, 2**16
+"""Numbers of a sketch: below, its error is more than 3% of two rows' norms, and above less than half a percent."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepMetric:
@@ -24,25 +27,51 @@ class StepMetric:
     weighted: Sequence[str]  # sources of its directions that the preconditioner multiplies
     plain: Sequence[str]  # and of those that it does not
     store: RowStore = field(default_factory=lambda: RowStore(0))  # of rows' gradients, where there is room for them
+    # By parameter number, `lr · fresh` of the step over the largest of all; None where their signs differ.
+    rates: Callable[[], list[float] | None] = lambda: None
+    seed: Callable[[], int] = lambda: 0  # of the step's sketches
 
 
 class RowStore:
-    """Room for the gradients of a step's rows, in bytes."""
+    """Room for what is kept of a step's rows, in bytes: their gradients, or else sketches of these.
 
-    def __init__(self, budget: int) -> None:
-        self._budget = budget
-        self._held = 0
+    A step has `backwards` backwards on each of `ranks` ranks, of about as many rows each.
+    """
+
+    def __init__(self, budget: int, *, backwards: int = 1, ranks: int = 1) -> None:
+        self._budget, self._backwards, self._ranks = budget, backwards, ranks
+        self._held = self._seen = 0
+        self._has_sketches = False
 
     def reserve(self, size: int) -> bool:
-        """Whether so many bytes more have room; they are held then, until `clear`."""
-        if self._held + size > self._budget:
+        """Whether the gradients of another backward's rows have room, and those to come; they are held then."""
+        to_come = max(1, self._backwards - self._seen)
+        self._seen += 1
+        if self._has_sketches or self._held + size * to_come > self._budget:
             return False
         self._held += size
         return True
 
+    def sketch_width(self, rows: int, numbers: int) -> int:
+        """K of the sketches of this backward's rows, whose gradients of so many numbers had no room; 0 for none."""
+        if self._backwards * self._ranks == 1 or self._seen > self._backwards:
+            return 0  # all rows of the step meet in this backward; or nothing is known of how many there will be
+        # A parameter's part is made beside the sketches of its backward.
+        room = (self._budget - self._held) // (4 * max(1, rows) * (self._backwards * self._ranks + 1))
+        if room < LEAST_WIDTH:
+            return 0
+        self._has_sketches = True
+        return min(MOST_WIDTH, _power_below(room), _power_below(numbers))
+
     def clear(self) -> None:
         """The step is over."""
-        self._held = 0
+        self._held = self._seen = 0
+        self._has_sketches = False
+
+
+def _power_below(number: int) -> int:
+    """The largest power of two that is not larger: sketches of such widths fold into one another."""
+    return 1 << (number.bit_length() - 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -39,6 +39,9 @@ class BackwardObservation:
     weighted: tuple[str, ...] = ()
     plain: tuple[str, ...] = ()
     rows_kept: dict[int, Tensor] = field(default_factory=dict)  # or parameter number -> `g_i`, `[2k, *shape]`
+    sketches: Tensor | None = None  # or float32 `[2k, K]`, sketches of `√(r P) ∘ g_i`
+    rates: Tensor = field(default_factory=_no_rows)  # with r of each parameter, float64 `[P]`
+    seed: int = 0  # of the sketches
     no_account_reason: str | None = None  # why there is no account
     norms: GradientNorms | None = None  # of the gradients when this backward ended
     shared: int = 0  # parameters whose gradient the trainer's backward took from the measurement

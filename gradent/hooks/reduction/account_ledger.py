@@ -17,7 +17,7 @@ from gradent.hooks.reduction.small_gradients import MaterializedRows, Slot, row_
 from gradent.hooks.uses.formats import Form
 from gradent.kernels.common.account import AccountLayout, AccountSums, ElementMetric, KeptEstimate, RowSums
 from gradent.kernels.common.numerics import accumulator, row_products
-from gradent.kernels.common.sketch import GradientSketch, SketchSums
+from gradent.kernels.common.sketch import GradientSketch, RowSketches, SketchSums, WeighedSketchSums
 from gradent.kernels.common.wanted import Wanted
 from gradent.kernels.outer.reference import account_all_rows
 from gradent.kernels.strategy import Strategy
@@ -26,15 +26,21 @@ __all__ = ["AccountLedger", "RowLedger", "VectorLedger"]
 
 
 class AccountLedger(Ledger):
-    """Entries as an `AccountLayout` has them; `shares` `[N]` are filled in before a row's gradients come."""
+    """Entries as an `AccountLayout` has them; `shares` `[N]` are filled in before a row's gradients come.
+
+    With `sketches`, the rows' weighed gradients are added to these as well.
+    """
 
     def __init__(
-        self, layout: AccountLayout, metric: Callable[[int], ElementMetric], shares: Tensor, *, budget: int
-    ) -> None:
-        # Beside its directions, a tile has its sum over rows and its denominators.
-        super().__init__(Wanted.all(layout.rows, layout.weighted + layout.plain + 2), budget=budget)
-        self.layout = layout
+        self, layout: AccountLayout, metric: Callable[[int], ElementMetric], shares: Tensor, *, budget: int,
+        sketches: RowSketches | None = None,
+    ) -> None:  # fmt: skip
+        # Beside its directions, a tile has its sum over rows and its denominators, or the places of its elements too.
+        beside = 2 if sketches is None else 4
+        super().__init__(Wanted.all(layout.rows, layout.weighted + layout.plain + beside), budget=budget)
+        self.layout, self.sketches = layout, sketches
         self._element_metric, self._shares, self._estimate = metric, shares, KeptEstimate()
+        self._sign = 1.0  # of what is added to sketches
 
     @property
     def is_weighted(self) -> bool:
@@ -54,7 +60,17 @@ class AccountLedger(Ledger):
 
     def _sums(self, param: int, slot: Slot) -> AccountSums:
         metric = self._element_metric(param)
-        return AccountSums(self.layout, metric.at(slot) if slot else metric, self._shares, self._estimate)
+        operands = self.layout, metric.at(slot) if slot else metric, self._shares, self._estimate
+        if self.sketches is None:
+            return AccountSums(*operands)
+        return WeighedSketchSums(*operands, sketches=self.sketches, number=param, slot=slot, sign=self._sign)
+
+    def _taken_back(self, param: int, rows: Sequence[Sequence[Form]]) -> Tensor:
+        self._sign = -1.0
+        try:
+            return super()._taken_back(param, rows)
+        finally:
+            self._sign = 1.0
 
     def _all_rows(self, param: int, parts: Sequence[MaterializedRows]) -> Tensor | None:
         try:
@@ -109,7 +125,7 @@ class VectorLedger(AccountLedger):
         self._vectors = torch.zeros(rows, sketch.width, dtype=dtype, device=device)
 
     def _sums(self, param: int, slot: Slot) -> AccountSums:
-        return SketchSums(self.layout, self._sketch, self._vectors, param, slot)
+        return SketchSums(self.layout, self._sketch, self._vectors, param, slot, self._sign)
 
     def close(self) -> None:
         """Reduce what is still open; the entries are the vectors then."""

@@ -232,12 +232,16 @@ class Ledger:
             seen = [form.ids for side in sides for form in side if isinstance(form, SparseRows)]
             ids = torch.unique(torch.cat([*map(lookups, group), *seen]))
             kept: list[list[Form]] = [[self._patiently(self._kept, head, ids) for head in side] for side in heads]
-            touched = self._patiently(self._slot, param, (), kept)
+            touched = self._patiently(self._taken_back, param, kept)
             ahead.append(self._patiently(self._slot, param, (), heads) - touched)
             for row, parts in zip(group, kept, strict=True):
                 for part in parts:
                     self.add(param, row, (), part)
         self._ahead[param] = self._joined(ahead)
+
+    def _taken_back(self, param: int, rows: Sequence[Sequence[Form]]) -> Tensor:
+        """Entries `[m]` that are subtracted, of rows that come again with a parameter's last uses."""
+        return self._slot(param, (), rows)
 
     def _kept(self, head: Factored, ids: Tensor) -> SparseRows:
         """What a head's gradient has on some rows of the weight."""

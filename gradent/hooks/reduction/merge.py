@@ -81,7 +81,7 @@ def account_forms(rows: Sequence[Sequence[Form]], sums: AccountSums, *, budget: 
     if kinds == {Materialized}:
         return account_all_rows(torch.stack(_filled(sides)), sums)
     wide, device, shape, put = _prepare_mixed(sides)
-    extra = sums.extra + 2  # a tile also has its sum over rows and its denominators
+    extra = sums.extra + sums.beside
     tiling = cheapest([0] * len(sides), *shape, itemsize=wide.itemsize, budget=budget, weighted=True, directions=extra)
     with exact_products(device):
         return account_tiled(put, len(sides), shape, tiling.tile, wide, device, sums.reshaped(_matrix))
@@ -93,7 +93,7 @@ def _account_sparse(rows: Sequence[Sequence[SparseRows]], sums: AccountSums, bud
     ids = torch.unique(torch.cat([form.ids for form in forms]))
     cols, wide = forms[0].values.shape[1], accumulator(*(form.values.dtype for form in forms))
     height = (len(rows) + sums.extra) * len(ids)
-    copied = max((2 + sums.extra) * len(ids), *(len(form.ids) for form in forms))  # cut out, or widened
+    copied = max((sums.beside + sums.extra) * len(ids), *(len(form.ids) for form in forms))  # cut out, or widened
     step = max(1, tile_room(budget) // max(1, (height + copied) * wide.itemsize))
     buffer = torch.empty(height * min(cols, step), dtype=wide, device=ids.device)
     for span in spans(cols, step):

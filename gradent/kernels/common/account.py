@@ -150,6 +150,11 @@ class AccountSums:
         """Directions that a tile has room for, after its rows."""
         return self._layout.weighted + self._layout.plain
 
+    @property
+    def beside(self) -> int:
+        """Tensors of a row's size in a tile that are made beside it: its sum over rows and its denominators."""
+        return 2
+
     def _prepare(self, device: torch.device) -> None:
         if not self._sums:
             self._sums = {
@@ -167,6 +172,10 @@ class AccountSums:
         self._prepare(tile.device)
         with exact_products(tile.device):
             self._add(tile, self._metric.at(place))
+            self._take_weighed(tile[: self._layout.rows], place)
+
+    def _take_weighed(self, rows: Tensor, place: Any) -> None:
+        """Make something of the rows of a tile once `√P` has been multiplied in, but for the correction of v."""
 
     def _add(self, tile: Tensor, metric: ElementMetric) -> None:
         rows, weighted = self._layout.rows, self._layout.weighted

@@ -163,7 +163,8 @@ class EntanglementCallback(TrainerCallback):
         self._recorder = attach(
             kwargs["model"], pairing=self._pairing or _implied_pairing(args), by_module=True,
             compiled=None if trainer is None else trainer.model_wrapped,
-            trusted=type(args).__module__.startswith("trl."), **self._options,
+            trusted=type(args).__module__.startswith("trl."),
+            accumulation=max(1, args.gradient_accumulation_steps), **self._options,
         )  # fmt: skip
         if not getattr(args, "mask_detach", True):
             self.notices.once(

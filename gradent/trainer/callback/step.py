@@ -85,8 +85,9 @@ class StepRecord:
         chosen_realised, rejected_realised = (None, None) if realised is None else realised.unbind(0)
         names = ("gram", "verdict", "source", "overhead_s", "inactive", "unpaired", "batch")
         attribution = recording.attribution
-        if attribution is not None and realised is not None:
-            attribution = replace(attribution, realised=realised.flatten())
+        if attribution is not None:  # of its sketches nothing is left to be learnt
+            moved = attribution.realised if realised is None else realised.flatten()
+            attribution = replace(attribution, realised=moved, sketch=None)
         return cls(
             **{name: getattr(recording, name) for name in names}, step=step,
             layers=group_layers(recording.gram.modules or {}), chosen_realised=chosen_realised,
@@ -155,6 +156,9 @@ def summarize_moves(parts: Sequence[StepAttribution]) -> dict[str, float]:
             for source in found
         }
         scalars |= finite_means(values, f"gradent/moved/{side}/")
+    errors = [part.sketch_error**2 for part in parts if part.sketch_error is not None]
+    if errors:
+        scalars["gradent/sketch_error"] = (sum(errors) / len(errors)) ** 0.5
     explained = share_explained(parts)
     return scalars if explained is None else scalars | {"gradent/explained": explained}
 
