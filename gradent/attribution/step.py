@@ -10,7 +10,7 @@ Letters: k pairs of a backward, rows 0..k-1 chosen and k..2k-1 rejected; N rows 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -28,6 +28,9 @@ from gradent.record import MOVED_SOURCES
 
 __all__ = ["GRADIENT", "StepAttribution", "assemble", "attribute_backward", "attribute_kept", "step_metric"]
 
+
+TOGETHER = 2**16
+"""Elements of small parameters that are taken together."""
 
 GRADIENT = "gradient"
 """The direction that is the whole gradient of the step."""
@@ -158,23 +161,51 @@ def attribute_kept(
     sides = [side for half in (0, 1) for side in ((seen, half) for seen in observations)]
     c = torch.cat([seen.c.view(2, -1)[half] for seen, half in sides])
     layout = AccountLayout(len(c), len(sources), len(metric.plain), 0)
-    blocks = {}
+
+    def elements(number: int) -> ElementMetric:
+        found, grad = metric.metric(number), parameters[number].grad
+        return replace(found, weighted=[*found.weighted, grad], before=grad)
+
+    # Parameters that the step treats alike are one to the account: of LoRA there are hundreds of small ones.
+    alike: dict[Hashable, list[int]] = {}
     for number in {number: None for seen in observations for number in seen.rows_kept}:
-        tensor = parameters[number]
-        found = metric.metric(number)
-        found = replace(found, weighted=[*found.weighted, tensor.grad], before=tensor.grad)
-        wide = accumulator(tensor.dtype)
-        tile = torch.zeros(len(c) + len(sources) + len(metric.plain), *tensor.shape, dtype=wide, device=tensor.device)
-        start = 0
-        for seen, half in sides:
-            rows = seen.rows_kept.get(number)
-            if rows is not None:
-                tile[start : start + seen.pairs] = rows[half * seen.pairs : (half + 1) * seen.pairs]
-            start += seen.pairs
-        sums = AccountSums(layout, found, torch.zeros(len(c), dtype=torch.float64), KeptEstimate(1.0))
-        sums.add(tile, ...)
-        blocks[number] = layout.split(sums.entries.cpu())
+        found, tensor = elements(number), parameters[number]
+        missing = tuple(part is None for part in (found.second, *found.weighted, *found.plain))
+        key = rule.terms(number, lr), found.correction, found.eps, found.growth, missing, tensor.dtype, tensor.device
+        alike.setdefault(key, []).append(number)
+    blocks = {}
+    for numbers in alike.values():
+        sums = AccountSums(layout, ElementMetric(), torch.zeros(len(c), dtype=torch.float64), KeptEstimate(1.0))
+        for pack in _packs(numbers, [parameters[number].numel() for number in numbers]):
+            tile = torch.cat([_rows_kept(seen, half, pack, parameters) for seen, half in sides])
+            sums.of(ElementMetric.join([elements(number) for number in pack])).add(tile, ...)
+        blocks[numbers[0]] = layout.split(sums.entries.cpu())
     return assemble(blocks, rule, c, (sources, metric.plain), kept=kept, lr=lr)
+
+
+def _packs(numbers: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    """Parameters in lists of `TOGETHER` elements at most, where more than one is in a list."""
+    packs: list[list[int]] = []
+    used = TOGETHER
+    for number, size in zip(numbers, sizes, strict=True):
+        if used + size > TOGETHER:
+            packs.append([])
+            used = 0
+        packs[-1].append(number)
+        used += size
+    return packs
+
+
+def _rows_kept(seen: BackwardObservation, half: int, pack: Sequence[int], parameters: Sequence[Tensor]) -> Tensor:
+    """One side's gradients of some parameters, one behind the other, `[k, n]` wide."""
+    rows = slice(half * seen.pairs, (half + 1) * seen.pairs)
+    parts = []
+    for number in pack:
+        kept, tensor = seen.rows_kept.get(number), parameters[number]
+        size = seen.pairs, tensor.numel()
+        wide = accumulator(tensor.dtype)
+        parts.append(tensor.new_zeros(size, dtype=wide) if kept is None else kept[rows].reshape(size))
+    return torch.cat(parts, 1)
 
 
 def assemble(

@@ -73,7 +73,7 @@ def account_group(factors: Factors, sums: AccountSums, *, budget: int) -> Tensor
         device=u.device.type,
         has_factors=True,
         is_weighted=True,
-        directions=sums.extra + sums.beside,
+        directions=sums.beside,
     )
     room = min(budget, ACCOUNT_TILES) if u.device.type == "cpu" else budget
     return account_outer(factors, decide(product, room).tiling, sums)

@@ -35,7 +35,7 @@ class AccountLedger(Ledger):
         self, layout: AccountLayout, metric: Callable[[int], ElementMetric], shares: Tensor, *, budget: int,
         sketches: RowSketches | None = None,
     ) -> None:  # fmt: skip
-        # Beside its directions, a tile has its sum over rows and its denominators, or the places of its elements too.
+        # Beside a tile are its directions, its sum over rows and its denominators; for sketches, its elements' places.
         beside = 2 if sketches is None else 4
         super().__init__(Wanted.all(layout.rows, layout.weighted + layout.plain + beside), budget=budget)
         self.layout, self.sketches = layout, sketches
@@ -74,7 +74,7 @@ class AccountLedger(Ledger):
 
     def _all_rows(self, param: int, parts: Sequence[MaterializedRows]) -> Tensor | None:
         try:
-            grads = row_gradients(parts, self.layout.rows, None)
+            grads = row_gradients(parts, self.layout.rows, None).clone()  # the account writes to it
             entries = account_all_rows(grads, self._sums(param, parts[0].slot))
         except torch.OutOfMemoryError:
             return None

@@ -81,7 +81,7 @@ def account_forms(rows: Sequence[Sequence[Form]], sums: AccountSums, *, budget: 
     if kinds == {Materialized}:
         return account_all_rows(torch.stack(_filled(sides)), sums)
     wide, device, shape, put = _prepare_mixed(sides)
-    extra = sums.extra + sums.beside
+    extra = sums.beside
     tiling = cheapest([0] * len(sides), *shape, itemsize=wide.itemsize, budget=budget, weighted=True, directions=extra)
     with exact_products(device):
         return account_tiled(put, len(sides), shape, tiling.tile, wide, device, sums.reshaped(_matrix))
@@ -92,14 +92,14 @@ def _account_sparse(rows: Sequence[Sequence[SparseRows]], sums: AccountSums, bud
     forms = [form for side in rows for form in side]
     ids = torch.unique(torch.cat([form.ids for form in forms]))
     cols, wide = forms[0].values.shape[1], accumulator(*(form.values.dtype for form in forms))
-    height = (len(rows) + sums.extra) * len(ids)
-    copied = max((sums.beside + sums.extra) * len(ids), *(len(form.ids) for form in forms))  # cut out, or widened
+    height = len(rows) * len(ids)
+    copied = max(sums.beside * len(ids), *(len(form.ids) for form in forms))  # cut out, or widened
     step = max(1, tile_room(budget) // max(1, (height + copied) * wide.itemsize))
     buffer = torch.empty(height * min(cols, step), dtype=wide, device=ids.device)
     for span in spans(cols, step):
         width = span.stop - span.start
-        tile = buffer[: height * width].view(len(rows) + sums.extra, len(ids), width).zero_()
-        for grad, side in zip(tile, rows, strict=False):
+        tile = buffer[: height * width].view(len(rows), len(ids), width).zero_()
+        for grad, side in zip(tile, rows, strict=True):
             for form in side:
                 grad.index_add_(0, torch.searchsorted(ids, form.ids), form.values[:, span].to(wide))
         sums.add(tile, (ids, span))

@@ -22,11 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradent.kernels.common.numerics import dots, reduce_stacked
+from gradent.kernels.common.numerics import RUN, dots, reduce_stacked, spans
 from gradent.kernels.common.precision import exact_products
 from gradent.kernels.common.wanted import Wanted
 
 __all__ = ["AccountLayout", "AccountSums", "ElementMetric", "KeptEstimate", "RowSums"]
+
+BLOCK = 2**23
+"""Numbers of a tile that a CPU works on at once: less, and calls cost more than what they do."""
 
 ENOUGH = 2**22
 """Elements that tell which part of a gradient is kept."""
@@ -83,18 +86,23 @@ class KeptEstimate:
         self._known = known
         self._sums: dict[torch.device, Tensor] = {}
         self._seen: dict[torch.device, int] = defaultdict(int)
+        self._found: dict[torch.device, Tensor | float] = {}
 
     def update(self, second: Tensor, squares: Tensor, correction: float) -> Tensor | float:
         """The square of the estimate, a scalar, with `v = correction · v̂` and `grad²` of one more tile."""
         if self._known is not None:
             return self._known**2
         device = second.device
+        if device in self._found:
+            return self._found[device]
         sums = self._sums.setdefault(device, torch.zeros(2, dtype=torch.float64, device=device))
-        if self._seen[device] < ENOUGH:
-            self._seen[device] += second.numel()
-            sums += torch.stack([second.sum() / correction, squares.sum()])
+        self._seen[device] += second.numel()
+        sums += torch.stack([second.sum() / correction, squares.sum()])
         part = (sums[0] / sums[1].clamp_min(1e-300)).clamp_max(1.0)
-        return torch.where(sums[0] > 0, part, 1.0)  # nothing is known where all elements are new
+        estimate = torch.where(sums[0] > 0, part, 1.0)  # nothing is known where all elements are new
+        if self._seen[device] >= ENOUGH:
+            self._found[device] = float(estimate) if device.type == "cpu" else estimate
+        return estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +116,22 @@ class ElementMetric:
     before: Tensor | None = None  # the gradient that was there before this backward
     weighted: Sequence[Tensor | None] = ()  # W directions; None for zero
     plain: Sequence[Tensor | None] = ()  # E directions
+
+    @classmethod
+    def join(cls, parts: Sequence[ElementMetric]) -> ElementMetric:
+        """Several parameters' of equal numbers, one behind the other: tensors of `[n]`."""
+        first = parts[0]
+
+        def flat(tensors: Sequence[Tensor | None]) -> Tensor | None:
+            found = [tensor.reshape(-1) for tensor in tensors if tensor is not None]
+            return torch.cat(found) if found else None
+
+        return cls(
+            second=flat([part.second for part in parts]), correction=first.correction, eps=first.eps,
+            growth=first.growth, before=flat([part.before for part in parts]),
+            weighted=[flat(column) for column in zip(*(part.weighted for part in parts), strict=True)],
+            plain=[flat(column) for column in zip(*(part.plain for part in parts), strict=True)],
+        )  # fmt: skip
 
     def at(self, place: Any) -> ElementMetric:
         """The same of a part of the parameter."""
@@ -140,20 +164,20 @@ class AccountSums:
         self._layout, self._metric, self._shares, self._kept = layout, metric, shares, kept
         self._sums: dict[str, Tensor] = {}
 
+    def of(self, metric: ElementMetric) -> AccountSums:
+        """The same sums, to which elements with another metric are added."""
+        self._metric = metric
+        return self
+
     def reshaped(self, change: Callable[[Tensor], Tensor]) -> AccountSums:
         """The same sums, of a parameter in another shape."""
         self._metric = self._metric.reshaped(change)
         return self
 
     @property
-    def extra(self) -> int:
-        """Directions that a tile has room for, after its rows."""
-        return self._layout.weighted + self._layout.plain
-
-    @property
     def beside(self) -> int:
-        """Tensors of a row's size in a tile that are made beside it: its sum over rows and its denominators."""
-        return 2
+        """Tensors of a row's size that are made beside a tile: directions, its sum over rows, its denominators."""
+        return self._layout.weighted + self._layout.plain + 2
 
     def _prepare(self, device: torch.device) -> None:
         if not self._sums:
@@ -168,59 +192,64 @@ class AccountSums:
         return torch.cat([part.flatten() for part in self._sums.values()])
 
     def add(self, tile: Tensor, place: Any) -> None:
-        """Add a tile `[N + W + E, ...]`, wide, with the rows' gradients of the elements `place`; it is written to."""
+        """Add a contiguous tile `[N, ...]` of the elements `place`, wide; it is written to."""
         self._prepare(tile.device)
+        flat = tile.view(len(tile), -1)
+        metric = self._metric.at(place).reshaped(lambda tensor: tensor.reshape(-1))
+        step = max(RUN, BLOCK // len(tile) // RUN * RUN) if tile.device.type == "cpu" else flat.shape[1]
         with exact_products(tile.device):
-            self._add(tile, self._metric.at(place))
-            self._take_weighed(tile[: self._layout.rows], place)
+            for span in spans(flat.shape[1], max(1, step)):
+                self._add(flat[:, span], metric.at(span))
+            self._take_weighed(tile, place)
 
     def _take_weighed(self, rows: Tensor, place: Any) -> None:
         """Make something of the rows of a tile once `√P` has been multiplied in, but for the correction of v."""
 
-    def _add(self, tile: Tensor, metric: ElementMetric) -> None:
-        rows, weighted = self._layout.rows, self._layout.weighted
-        flat = tile.view(len(tile), -1)
-        for part, direction in zip(tile[rows:], [*metric.weighted, *metric.plain], strict=True):
-            part.zero_() if direction is None else part.copy_(direction)
+    def _add(self, flat: Tensor, metric: ElementMetric) -> None:
         self._add_pairs(flat)
-        if self._layout.plain:
-            self._sums["plain"] += dots(flat[rows + weighted :], flat[:rows])
-        if metric.second is not None:
-            self._weigh(tile[: rows + weighted], metric)
-        gram = dots(flat[: rows + weighted], flat[:rows]) * metric.correction**0.5
-        self._sums["products"] += gram[:rows]
-        self._sums["along"] += gram[rows:]
+        for place, direction in enumerate(metric.plain):
+            if direction is not None:
+                self._sums["plain"][place] += dots(direction.to(flat.dtype)[None], flat)[0]
+        root = None if metric.second is None else self._weigh(flat, metric)
+        scale = metric.correction**0.5
+        self._sums["products"] += dots(flat, flat) * scale
+        for place, direction in enumerate(metric.weighted):
+            if direction is not None:
+                along = direction.to(flat.dtype) if root is None else direction * root
+                self._sums["along"][place] += dots(along[None], flat)[0] * scale
 
     def _add_pairs(self, flat: Tensor) -> None:
         pairs = self._layout.pairs
         if pairs:
             self._sums["bare"] += reduce_stacked(flat[: 2 * pairs, None], Wanted.pairs(pairs)).view(pairs, 3).T
 
-    def _weigh(self, tile: Tensor, metric: ElementMetric) -> None:
-        """Multiply rows and directions by `√P`, 0 where an element has none, and add up the products there."""
+    def _weigh(self, flat: Tensor, metric: ElementMetric) -> Tensor:
+        """Multiply the rows by `√P`, which is returned, 0 where an element has none; add up the products there."""
         assert metric.second is not None
-        rows, second = self._layout.rows, metric.second.to(tile.dtype)
-        grad = torch.tensordot(self._shares.to(tile), tile[:rows], 1)
+        second = metric.second.to(flat.dtype)
+        grad = self._shares.to(flat) @ flat
         if metric.before is not None:
             grad += metric.before
         squares = grad.square()
         kept = self._kept.update(second, squares, metric.correction)
         reach = metric.correction * (metric.growth / GROWTH) ** 2 * kept  # v grows `GROWTH` times over where it is less
-        lack = torch.addcmul(second, squares, torch.as_tensor(reach, dtype=tile.dtype, device=tile.device), value=-1)
+        least = -metric.correction * metric.eps**2
+        lack = second - squares.mul_(reach)
         root = second.sqrt().add_(metric.eps * metric.correction**0.5).rsqrt_()
-        if tile.device.type != "cpu" or float(lack.amin()) < -metric.correction * metric.eps**2:
-            self._add_fresh(tile[:rows], lack < -metric.correction * metric.eps**2, grad.abs_(), root, metric.before)
-        tile *= root
+        if flat.device.type != "cpu" or float(lack.amin()) < least:
+            self._add_fresh(flat, lack < least, grad.abs_(), root, metric.before)
+        flat *= root
+        return root
 
-    def _add_fresh(self, grads: Tensor, fresh: Tensor, size: Tensor, root: Tensor, before: Tensor | None) -> None:
+    def _add_fresh(self, flat: Tensor, fresh: Tensor, size: Tensor, root: Tensor, before: Tensor | None) -> None:
         """Take fresh elements, of which there are few, out of the root: the gradient's own size weighs them."""
-        rows, places = len(grads), fresh.flatten().nonzero()[:, 0]
+        rows, places = len(flat), fresh.nonzero()[:, 0]
         root.masked_fill_(fresh, 0.0)
-        own = size.flatten()[places].rsqrt_()
-        scaled = grads.flatten(1)[:, places] * own
+        own = size[places].rsqrt_()
+        scaled = flat[:, places] * own
         self._sums["fresh"][:rows] += dots(scaled, scaled)
         if before is not None:
-            self._sums["fresh"][rows] += dots((before.flatten()[places].to(own.dtype) * own)[None], scaled)[0]
+            self._sums["fresh"][rows] += dots((before[places].to(own.dtype) * own)[None], scaled)[0]
 
 
 class RowSums(AccountSums):

@@ -76,12 +76,11 @@ def account_tiled(
     sums: AccountSums,
 ) -> Tensor:
     """Entries `[M]` of a step's account from whatever `put` writes as a row's tile."""
-    height = rows + sums.extra
-    buffer = torch.empty(height * tile[0] * tile[1], dtype=dtype, device=device)
+    buffer = torch.empty(rows * tile[0] * tile[1], dtype=dtype, device=device)
     for top in spans(shape[0], tile[0]):
         for left in spans(shape[1], tile[1]):
             sides = top.stop - top.start, left.stop - left.start
-            part = buffer[: height * sides[0] * sides[1]].view(height, *sides)
+            part = buffer[: rows * sides[0] * sides[1]].view(rows, *sides)
             for row in range(rows):
                 put(row, (top, left), part[row])
             sums.add(part, (top, left))
@@ -89,10 +88,8 @@ def account_tiled(
 
 
 def account_all_rows(grads: Tensor, sums: AccountSums) -> Tensor:
-    """Entries `[M]` of a step's account from the gradients of all rows, `[N, ...]` wide, and of the same shape."""
-    tile = grads.new_empty(len(grads) + sums.extra, *grads.shape[1:])
-    tile[: len(grads)] = grads
-    sums.add(tile, ...)
+    """Entries `[M]` of a step's account from the gradients of all rows, `[N, ...]` wide, which are written to."""
+    sums.add(grads.contiguous(), ...)
     return sums.entries
 
 
