@@ -141,6 +141,7 @@ def wandb_dashboard(entity: str, project: str, *, name: str = "gradent") -> str:
         "What moved chosen (nats)": [f"gradent/moved/chosen/{source}" for source in (*MOVED_SOURCES, UNSPLIT)],
         "What moved rejected (nats)": [f"gradent/moved/rejected/{source}" for source in (*MOVED_SOURCES, UNSPLIT)],
         "Explained": ["gradent/explained"],
+        "A pair that is not in the step (nats)": ["gradent/unseen/chosen", "gradent/unseen/rejected"],
         "Cosine": ["gradent/cosine", "gradent/probe/cosine"],
         "Norms": ["gradent/chosen_norm", "gradent/rejected_norm"],
         "Cases": [f"gradent/case/{case}" for case in CASES if case != "inactive"],

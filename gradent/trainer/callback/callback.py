@@ -35,6 +35,7 @@ from gradent.trainer.callback.hf_frames import divides_loss, find_trainer, move_
 from gradent.trainer.callback.probe import Probe
 from gradent.trainer.callback.step import StepRecord, layer_cosines, summarize, to_rows
 from gradent.trainer.callback.token_map import TokenMap, map_tokens
+from gradent.trainer.callback.unseen import UnseenPairs
 from gradent.trainer.callback.window import to_window
 
 __all__ = ["EntanglementCallback"]
@@ -142,6 +143,7 @@ class EntanglementCallback(TrainerCallback):
         self._tokens: TokenMap | None = None
         self._logps_before: Tensor | None = None
         self._whole_step: WholeStep | None = None
+        self._unseen = UnseenPairs(self.notices.once)
         self._is_measuring = False
         self._window: list[StepRecord] = []
         self._scalars: dict[str, float] = {}
@@ -159,6 +161,7 @@ class EntanglementCallback(TrainerCallback):
         self.errors = 0
         self.notices.clear()
         self._window.clear()
+        self._unseen = UnseenPairs(self.notices.once)
         trainer = find_trainer() if getattr(args, "torch_compile", False) else None
         self._recorder = attach(
             kwargs["model"], pairing=self._pairing or _implied_pairing(args), by_module=True,
@@ -280,7 +283,7 @@ class EntanglementCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep what was harvested, with the pairs of all ranks."""
         if self._is_measuring:
-            self._keep_step(state.global_step, kwargs["model"])
+            self._keep_step(state, kwargs["model"])
         if self._probe is None or self.errors >= LIMIT or not self._probe.is_due(state.global_step):
             return
         if is_sharded(kwargs["model"]):
@@ -288,7 +291,7 @@ class EntanglementCallback(TrainerCallback):
         else:
             self._scalars |= self._probe.measure(kwargs["model"], self._budget)
 
-    def _keep_step(self, step: int, model: nn.Module) -> None:
+    def _keep_step(self, state: Any, model: nn.Module) -> None:
         """Make the step's record of what all ranks harvested."""
         pending, self._pending, self._is_measuring = self._pending, None, False
         change = None
@@ -303,7 +306,8 @@ class EntanglementCallback(TrainerCallback):
             return
         changes = [change for recording, change in gathered if recording is not None and change is not None]
         realised = torch.cat(changes, 1) if len(changes) == len(recordings) else None
-        record = StepRecord.of(step, join_recordings(recordings), realised=realised, tokens=self._tokens)
+        record = StepRecord.of(state.global_step, join_recordings(recordings), realised=realised, tokens=self._tokens)
+        record = replace(record, unseen=self._unseen.estimate(record, state.epoch))
         self.records.append(record if self.by_module else replace(record, gram=replace(record.gram, modules=None)))
         if len(self.records) > KEPT_MATRICES:
             self.records[-KEPT_MATRICES - 1] = self.records[-KEPT_MATRICES - 1].without_large_matrices()

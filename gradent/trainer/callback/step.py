@@ -51,6 +51,8 @@ class StepRecord:
         tokens: the token matrix of the most entangled pair; None unless asked for.
         attribution: what moved each of these responses in the step, in the order of `gram`; None without
             `attribution=True`, in Adam's first step, and where a step has no such account (said once in the log).
+        unseen: first-order change, in nats, of chosen and rejected of a pair that is not in the step, each with its
+            standard error, float64 `[2, 2]`; None where it is not known (docs/account.md says when it is).
     """
 
     step: int
@@ -66,6 +68,7 @@ class StepRecord:
     rejected_realised: Tensor | None = None
     tokens: TokenMap | None = None
     attribution: StepAttribution | None = None
+    unseen: Tensor | None = None
 
     @classmethod
     def of(
@@ -137,7 +140,18 @@ def summarize(records: Sequence[StepRecord]) -> dict[str, float]:
         if parts:
             values[name] = torch.cat(parts)
     scalars |= finite_means(values, "gradent/") | case_shares(case, "gradent/case/")
+    scalars |= _summarize_unseen([record.unseen for record in records if record.unseen is not None])
     return scalars | summarize_moves([part for part in (record.attribution for record in records) if part is not None])
+
+
+def _summarize_unseen(found: Sequence[Tensor]) -> dict[str, float]:
+    """The `gradent/unseen/...` scalars: means over steps, and their standard errors."""
+    scalars: dict[str, float] = {}
+    for place, side in enumerate(("chosen", "rejected")) if found else ():
+        changes, errors = torch.stack(list(found))[:, place].unbind(1)
+        scalars[f"gradent/unseen/{side}"] = float(changes.mean())
+        scalars[f"gradent/unseen/{side}_error"] = float(errors.square().sum().sqrt()) / len(found)
+    return scalars
 
 
 def moved_sources(parts: Iterable[StepAttribution]) -> list[str]:
