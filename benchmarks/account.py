@@ -2,8 +2,9 @@
 
     python -m benchmarks.account --data qa.jsonl --models stories260K --models stories15M
 
-`--data` is a file of preference rows (prompt, chosen, rejected), `--models` folders of causal language models. Each is
-trained by TRL's DPOTrainer (AdamW, β = 0.1, batches of 4 pairs, clipping at 1, a linear schedule) for `--warm` steps
+`--data` is a file of preference rows (prompt, chosen, rejected), `--models` folders of causal language models; "demo"
+is the model that `gradent demo` builds and fine-tunes, with its own pairs (prefix and suffix), and needs no data. Each
+is trained by TRL's DPOTrainer (AdamW, β = 0.1, batches of 4 pairs, clipping at 1, a linear schedule) for `--warm` steps
 and then `--steps` more, all measured with `EntanglementCallback(every=1, realised=True)`, under LoRA (r = 8 on every
 linear layer) and in full. A row says which share of the variance (against zero) of the realised changes of every
 response's log-prob is explained, and how often the sign is right, by
@@ -38,7 +39,22 @@ from trl import DPOConfig, DPOTrainer
 from benchmarks.append import append
 from gradent import EntanglementCallback
 from gradent.attribution.step import StepAttribution
+from gradent.demo.model import build_model, build_tokenizer
+from gradent.demo.settings import EMBEDDED
+from gradent.demo.task import STYLES, make_task, text_rows
+from gradent.demo.train import train_sft
 from gradent.record import MOVED_SOURCES
+
+
+def make_demo(folder: Path) -> list[dict[str, str]]:
+    """Save the demo's fine-tuned model to a folder; returns its pairs."""
+    tokenizer = build_tokenizer()
+    model = build_model(len(tokenizer), seed=0)
+    task = make_task(seed=0, train=EMBEDDED.train, probe=EMBEDDED.probe, answers=12 * EMBEDDED.train)
+    train_sft(model, tokenizer, task, EMBEDDED, seed=0, advance=lambda step: None)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return text_rows(task.train, list(STYLES)[-1], task.label_words)
 
 
 def train(
@@ -94,8 +110,8 @@ def judge(callback: EntanglementCallback, warm: int) -> dict[str, float]:
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="JSON lines of preference rows.")],
-    models: Annotated[list[Path], typer.Option(help="Folders of models.")],
+    models: Annotated[list[Path], typer.Option(help='Folders of models, or "demo".')],
+    data: Annotated[Path | None, typer.Option(help="JSON lines of preference rows.")] = None,
     rates: Annotated[str, typer.Option(help="Learning rates, full parameters.")] = "1e-6,1e-5",
     lora_rates: Annotated[str, typer.Option(help="Learning rates, LoRA.")] = "1e-5,1e-4",
     warm: Annotated[int, typer.Option(help="Steps before those that count.")] = 20,
@@ -104,22 +120,25 @@ def main(
     save: Annotated[bool, typer.Option(help="Append to the results.")] = True,
 ) -> None:
     """Train every model, print the table, append it to the results."""
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+    lines = [] if data is None else [json.loads(line) for line in data.read_text().splitlines()]
+    given = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in lines]
     table = Table("run", "mean |change|", "pair alone", "sign", "account", "sign", *MOVED_SOURCES)
     runs = [("full", rate) for rate in rates.split(",") if rate] + [("LoRA", rate) for rate in lora_rates.split(",")]
-    for folder in models:
+    home = Path(tempfile.mkdtemp())
+    for name in models:
+        is_demo = str(name) == "demo"
+        folder, rows = (home / "demo", make_demo(home / "demo")) if is_demo else (name, given)
         for kind, lr in runs:
             with tempfile.TemporaryDirectory() as out:
                 is_lora = kind == "LoRA"
                 callback = train(folder, rows, lora=is_lora, lr=float(lr), steps=warm + steps, out=out, mode=mode)
             found = judge(callback, warm)
             shown = [found[key] for key in ("mean_change", "pair_alone", "pair_alone_sign", "account", "account_sign")]
-            name = f"{folder.name}, {kind}, lr {lr}"
-            table.add_row(name, *(f"{value:.4f}" for value in [*shown, *(found[key] for key in MOVED_SOURCES)]))
-            print(name, {key: round(value, 4) for key, value in found.items()}, flush=True)
+            run = f"{folder.name}, {kind}, lr {lr}"
+            table.add_row(run, *(f"{value:.4f}" for value in [*shown, *(found[key] for key in MOVED_SOURCES)]))
+            print(run, {key: round(value, 4) for key, value in found.items()}, flush=True)
             if save:
-                append("account", {"run": name, "mode": mode, "steps": steps, "warm": warm, **found})
+                append("account", {"run": run, "mode": mode, "steps": steps, "warm": warm, **found})
     Console(width=180).print(table)
 
 
