@@ -56,7 +56,7 @@ def streamed(directory: Path, **asked: Any) -> Path:
 
 
 def test_an_offline_run_holds_it_all(offline) -> None:
-    write_audit(offline / "audit")
+    write_audit(offline / "audit", with_steps=True)
     write_audit_report(offline / "audit")
     write_audit_figures(offline / "audit")
     place = streamed(offline / "audit", name="my audit")
@@ -69,6 +69,12 @@ def test_an_offline_run_holds_it_all(offline) -> None:
         assert row["gradent/case/both_down"] == pytest.approx(each.share("both_down"))
         assert row["gradent/chosen_logp"] == pytest.approx(each.mean("chosen_logp"))
         assert "gradent/logged/logps/chosen" in row
+    found = read_audit(offline / "audit").summary["steps"]
+    assert found is not None
+    for row, sample in zip(rows, found["sample"], strict=True):
+        assert row["gradent/sample/chosen/others"] == pytest.approx(sample["chosen_others"])
+        assert row["gradent/sample/case/ideal"] == pytest.approx(0.2)
+    assert [row.get("gradent/interval/explained") for row in rows] == [None, 0.4, 0.4, 0.96]
     steps = [row["gradent/step"] for row in history(place) if "gradent/step" in row]
     assert steps == sorted(steps) and len(steps) == 41
     (shown,) = [row for row in history(place) if any(key.startswith("gradent/what_if") for key in row)]
@@ -76,13 +82,14 @@ def test_an_offline_run_holds_it_all(offline) -> None:
     kinds |= {f"{key}._type": value["_type"] for key, value in shown.items() if isinstance(value, dict)}
     assert kinds == {
         "gradent/what_if._type": "table-file", "gradent/pairs._type": "table-file", "gradent/report._type": "html-file",
+        "gradent/pushed._type": "table-file",
     }  # fmt: skip
     (run,) = records_of(place, "run")[:1]
     assert (run.project, run.display_name, run.job_type) == ("my-project", "my audit", "audit")
 
 
 def test_the_files_are_an_artifact_and_the_tables_hold_text(offline) -> None:
-    write_audit(offline / "audit", hostile=EVIL)
+    write_audit(offline / "audit", hostile=EVIL, with_steps=True)
     place = streamed(offline / "audit")
     (artifact,) = [each for each in records_of(place, "artifact") if each.type == "gradent-audit"]
     names = [entry.path for entry in artifact.manifest.contents]
@@ -90,13 +97,17 @@ def test_the_files_are_an_artifact_and_the_tables_hold_text(offline) -> None:
         manifest = json.loads(Path(artifact.manifest.manifest_file_path).read_text())
         names = list(manifest["contents"])
     assert sorted(names) == [
-        "modules.parquet", "pairs.parquet", "sample.parquet", "summary.json", "tokens.parquet",
+        "modules.parquet", "pairs.parquet", "sample.parquet", "steps.parquet", "summary.json", "tokens.parquet",
     ]  # fmt: skip
     (table,) = place.rglob("pairs*.table.json")
     content = json.loads(table.read_text("utf-8"))
     assert content["columns"] == ["row", "cosine", "case", "prompt", "chosen", "rejected"]
     assert [row[1] for row in content["data"]] == sorted((row[1] for row in content["data"]), reverse=True)
     assert not any(set("\u202e\x00\x1b") & set(str(cell)) for row in content["data"] for cell in row)
+    (table,) = place.rglob("pushed*.table.json")
+    pushed = json.loads(table.read_text("utf-8"))
+    assert [row[-1] for row in pushed["data"]] == [-2.5] * 3
+    assert not any(set("\u202e\x00\x1b") & set(str(cell)) for row in pushed["data"] for cell in row)
     metrics = {each.name or each.glob_name: each.step_metric for each in records_of(place, "metric")}
     assert metrics["gradent/*"] == "gradent/step" or metrics.get("gradent/cosine") == "gradent/step"
 

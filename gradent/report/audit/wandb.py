@@ -22,6 +22,7 @@ __all__ = ["stream_audit"]
 _STEP = "gradent/step"
 _PAIRS = 50  # of the table of pairs
 _LONGEST = 2000  # characters of a text in it
+_SIDES = ("chosen", "rejected")
 _MEANS = ("chosen_logp", "rejected_logp", "chosen_change", "rejected_change")
 
 
@@ -54,7 +55,10 @@ def _log(wandb: Any, run: Any, records: AuditRecords) -> None:
     run.define_metric("gradent/*", step_metric=_STEP)
     for row in _rows(records):
         run.log(row)
-    tables = {"gradent/what_if": _loss_table(wandb, records), "gradent/pairs": _pair_table(wandb, records)}
+    tables = {
+        "gradent/what_if": _loss_table(wandb, records), "gradent/pairs": _pair_table(wandb, records),
+        "gradent/pushed": _push_table(wandb, records),
+    }  # fmt: skip
     shown: dict[str, Any] = {key: table for key, table in tables.items() if table is not None}
     page = records.directory / "report.html"
     if page.is_file():
@@ -90,6 +94,8 @@ def _rows(records: AuditRecords) -> Iterator[dict[str, float]]:
                 rows.setdefault(float(step), {})[f"gradent/logged/{printable(key)}"] = float(value)
     for measured in records.measured:
         rows.setdefault(float(measured.step), {}).update(_measured(measured))
+    for step, row in _steps(records):
+        rows.setdefault(step, {}).update(row)
     yield from ({_STEP: step, **row} for step, row in sorted(rows.items()))
 
 
@@ -104,6 +110,35 @@ def _measured(measured: Measured) -> dict[str, float]:
     return {key: value for key, value in row.items() if math.isfinite(value)}
 
 
+def _steps(records: AuditRecords) -> Iterator[tuple[float, dict[str, float]]]:
+    """What a step on the sample does at each checkpoint, and what moved the responses on the way there."""
+    steps = records.summary["steps"] or {}
+    for row in steps.get("sample") or []:
+        names = [f"{side}_{part}" for side in _SIDES for part in ("own", "partner", "others")]
+        found = {f"gradent/sample/{name.replace('_', '/')}": row.get(name) for name in names}
+        found["gradent/sample/case/ideal"] = share_of(row.get("cases"), "ideal")
+        yield float(row["step"]), {key: value for key, value in found.items() if value is not None}
+    for row in steps.get("intervals") or []:
+        names = [f"{side}_{kind}" for side in _SIDES for kind in ("realised", "first_order")]
+        found = {f"gradent/interval/{name}": row.get(name) for name in (*names, "explained")}
+        yield float(row["to"]), {key: value for key, value in found.items() if value is not None}
+
+
+def _push_table(wandb: Any, records: AuditRecords) -> Any:
+    """The responses that other pairs move most in a step on the sample, and by whom."""
+    data = []
+    for row in (records.summary["steps"] or {}).get("pushed") or []:
+        for by in row["by"]:
+            names = [f"{part['side']} of pair {part['pair']}" for part in (row, by)]
+            texts = [
+                printable(str(records.sample.get(part["pair"], {}).get(part["side"], "")))[:_LONGEST]
+                for part in (row, by)
+            ]
+            data.append([names[0], texts[0], row["others"], names[1], texts[1], by["moved"]])
+    columns = ["response", "text", "by other pairs", "by", "its text", "of it"]
+    return wandb.Table(columns=columns, data=data) if data else None
+
+
 def _loss_table(wandb: Any, records: AuditRecords) -> Any:
     rows = records.summary["what_if"]
     if not rows:
@@ -112,12 +147,13 @@ def _loss_table(wandb: Any, records: AuditRecords) -> Any:
     data = [
         [
             printable(describe_row(row)), str(row.get("group")), row.get("pairs"),
+            share_of((row.get("sample") or {}).get("cases"), "ideal"),
             *(share_of(row.get("cases"), case) for case in CASES), *(row.get(figure) for figure in figures),
             printable(str(row.get("reason") or "")),
         ]
         for row in rows
     ]  # fmt: skip
-    return wandb.Table(columns=["loss", "group", "pairs", *CASES, *figures, "reason"], data=data)
+    return wandb.Table(columns=["loss", "group", "pairs", "sample_ideal", *CASES, *figures, "reason"], data=data)
 
 
 def _pair_table(wandb: Any, records: AuditRecords) -> Any:
