@@ -16,7 +16,7 @@ import transformers
 
 from gradent.kernels.availability import device_name
 
-__all__ = ["append"]
+__all__ = ["RESULTS", "append"]
 
 RESULTS = Path(__file__).parent / "results"
 

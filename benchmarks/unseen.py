@@ -20,7 +20,7 @@ held-out pairs show in the same steps, all in nats:
 
 Held-out pairs are of other prompts than the training pairs ("other"), and where prompts are shared among pairs also of
 the training pairs' prompts ("same"). Appends a line a run, part, held-out set and side to
-benchmarks/results/unseen.csv.
+benchmarks/results/unseen.csv. `--summary` reads that file instead, and prints how often z is small in each kind of run.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import csv
 import itertools
 import json
 import math
@@ -49,7 +50,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from benchmarks.append import append
+from benchmarks.append import RESULTS, append
 from gradent import EntanglementCallback, GradentError, PairBatch
 from gradent.attribution.step import StepAttribution
 from gradent.attribution.update_rule import UpdateRule, find_update_rule
@@ -305,15 +306,35 @@ def judge(callback: EntanglementCallback, held_out: HeldOut, part: str, place: i
     }  # fmt: skip
 
 
+def summarize() -> None:
+    """Print the share of rows whose z is small, by run and part, from the results."""
+    found: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    with (RESULTS / "unseen.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            part = f"2 to {EARLY}" if int(row["from"]) <= EARLY else f"from {row['from']}"
+            found[row["run"], row["held_out"], part].append(abs(float(row["z"])))
+    table = Table("run", "held out", "steps", "rows", "within 1", "within 2", "largest z")
+    for key, z in found.items():
+        within = [str(sum(value <= most for value in z)) for most in (1, 2)]
+        table.add_row(*key, str(len(z)), *within, f"{max(z):.1f}")
+    Console(width=180).print(table)
+
+
 def main(
-    data: Annotated[Path, typer.Option(help="JSON lines of preference rows.")],
-    models: Annotated[Path, typer.Option(help="Folder of models.")],
+    data: Annotated[Path | None, typer.Option(help="JSON lines of preference rows.")] = None,
+    models: Annotated[Path | None, typer.Option(help="Folder of models.")] = None,
     only: Annotated[str, typer.Option(help="Runs, by name, with commas; all by default.")] = "",
     seeds: Annotated[str, typer.Option(help="Seeds of each run, with commas.")] = "0,1",
     save: Annotated[bool, typer.Option(help="Append to the results.")] = True,
     keep: Annotated[Path | None, typer.Option(help="A folder for every step's figures.")] = None,
+    summary: Annotated[bool, typer.Option(help="Print what the results come to, and train nothing.")] = False,
 ) -> None:
     """Train every run, print the table, append it to the results."""
+    if summary:
+        summarize()
+        return
+    if data is None or models is None:
+        raise typer.BadParameter("--data and --models are needed, but for --summary.")
     rows: list[Row] = [json.loads(line) for line in data.read_text().splitlines()]
     columns = ("estimate", "estimate_error", "first_order", "both_ends", "real", "real_error", "z", "carried",
                "carried_held_out", "rewards", "rewards_error", "level")  # fmt: skip

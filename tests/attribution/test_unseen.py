@@ -115,9 +115,8 @@ def test_prompts_that_come_again_end_it(again) -> None:
 
 def test_a_run_logs_it_with_its_error(tiny_tokenizer, tmp_path) -> None:
     callback = EntanglementCallback(every=1, alert=None, on_error="raise")
-    trainer = make_trainer(
-        "dpo", llama(), tiny_tokenizer, tmp_path, [callback], data=data_for("dpo", 48), max_steps=12, learning_rate=1e-4,
-    )  # fmt: skip
+    options = {"data": data_for("dpo", 48), "max_steps": 12, "learning_rate": 1e-4}
+    trainer = make_trainer("dpo", llama(), tiny_tokenizer, tmp_path, [callback], **options)
     trainer.train()
     logged = {row["step"]: row for row in trainer.state.log_history if "gradent/coverage" in row}
     assert [step for step, row in logged.items() if "gradent/unseen/chosen" in row] == [10, 11, 12]
