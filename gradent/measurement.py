@@ -5,8 +5,10 @@ Letters: B pairs, N rows of the batch, M entries of a micro-batch, D directions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -302,12 +304,15 @@ def weighted_gradient(model: nn.Module, batch: PairBatch, weights: Tensor) -> di
     model = unwrap_compiled(model)
     parameters = trainable(model)
     total = {name: torch.zeros_like(part, dtype=accumulator(part.dtype)) for name, part in parameters.items()}
+    # A loss's weights can be so small that half precision loses its gradient: they go in of size 1, by a power of two.
+    exponent = math.frexp(float(weights.abs().max()))[1]
+    scaled = torch.ldexp(weights, torch.tensor(-exponent))
     with torch.enable_grad(), observed(model):
         for group, logps in _forwards(model, _rows(model, batch)):
-            grads = row_gradients((logps * weights[group].to(logps)).sum(), list(parameters.values()))
+            grads = row_gradients((logps * scaled[group].to(logps)).sum(), list(parameters.values()))
             for part, grad in zip(total.values(), grads, strict=True):
                 if grad is not None:
-                    part += grad
+                    part.add_(grad, alpha=2.0**exponent)
     return total
 
 
@@ -397,6 +402,7 @@ def _stacked(directions: Sequence[Mapping[str, Tensor]], parameters: Mapping[str
                 )
     named = list(parameters.items())
 
+    @lru_cache(maxsize=1)  # a parameter that is reduced pair by pair asks for each of them
     def along(number: int) -> Tensor:
         name, parameter = named[number]
         parts = [direction[name].detach().to(parameter.device) for direction in directions]

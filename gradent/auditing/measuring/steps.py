@@ -83,14 +83,15 @@ def sample_gradient(
     model: nn.Module, pairs: Sequence[AuditPair], batches: Sequence[Sequence[int]], weights: Floats
 ) -> Values:
     """The gradient of the loss over some batches, from `∂L/∂log π` of every pair's two responses, `[P, 2]`."""
-    total: Values = {}
+    # Of no batch it is zero, for another rank's part to be added to.
+    total = {name: torch.zeros_like(part, dtype=accumulator(part.dtype)) for name, part in trainable(model).items()}
     for positions in batches:
         chunk = [pairs[position] for position in positions]
         with memory_errors(chunk):
             batch = PairBatch.from_tokens([pair.ids for pair in chunk])
             part = weighted_gradient(model, batch, torch.from_numpy(weights[list(positions)].T.flatten()))
         for name, grad in part.items():
-            total[name] = total[name] + grad if name in total else grad
+            total[name] += grad
     return total
 
 
