@@ -83,7 +83,10 @@ def _describe_difference(row: Row) -> str:
     chosen, rejected = (fill_gap(row.get(f"{side}_differs")) for side in _SIDES)
     begin = f"At {step_name(row.get('step'))} "
     if max(chosen, rejected) < _DIFFERS:
-        return f"{begin}the two agree: the direction is the same on over {percent(1 - max(chosen, rejected))} of pairs."
+        return (
+            f"{begin}the two agree: the sample moves {percent(chosen)} of the chosen and {percent(rejected)} of the "
+            "rejected responses the other way."
+        )
     return (
         f"{begin}the two disagree: the sample moves {percent(chosen)} of the chosen and {percent(rejected)} of the "
         "rejected responses the other way than a step on their pair alone would. Believe the sample."
@@ -91,8 +94,11 @@ def _describe_difference(row: Row) -> str:
 
 
 def _describe_explained(rows: Sequence[Row]) -> str:
-    explained = [fill_gap(row.get("explained")) for row in rows]
-    far = [row for row, share in zip(rows, explained, strict=True) if not share >= CLOSE]
+    rows = [row for row in rows if row.get("explained") is not None]
+    if not rows:
+        return "No response moved."
+    explained = [float(row["explained"]) for row in rows]
+    far = [row for row, share in zip(rows, explained, strict=True) if share < CLOSE]
     if not far:
         return f"It explains {percent(math.floor(1000 * min(explained)) / 1000)} or more of every interval."
     listed = ", ".join(f"{count(row.get('from'))} to {count(row.get('to'))}" for row in far[:4])
