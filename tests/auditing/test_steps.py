@@ -264,3 +264,27 @@ def test_a_checkpoint_whose_steps_fail_is_told_of_and_the_rest_stays(trained, tm
     assert found == ([4, 6] if is_adapter(trained) else [2, 4, 6])
     json.dumps(result.summary, allow_nan=False)
     assert np.isfinite(result.summary["steps"]["intervals"][-1]["explained"])
+
+
+@pytest.mark.parametrize("name", ["measure_along", "measure_vectors"])
+def test_stopped_amid_the_steps_and_gone_on_the_records_are_those_of_one_run(
+    trained, tmp_path, monkeypatch, name
+) -> None:
+    whole = run(trained, tmp_path / "whole")
+    measuring = getattr(steps, name)
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        for number, found in enumerate(measuring(*args, **options)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, name, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(trained, tmp_path / "stopped")
+    partial = json.loads((tmp_path / "stopped" / "summary.json").read_text())
+    assert partial["complete"] is False
+    found = run(trained, tmp_path / "stopped")
+    assert {**found.summary, "seconds": 0} == {**whole.summary, "seconds": 0}
+    assert found.steps_path.read_bytes() == whole.steps_path.read_bytes()

@@ -128,7 +128,7 @@ def _write(facts: Mapping[str, Any], run: Row, best: Row | None, tuned: Row | No
         little = "" if is_sample else ", if by little where the gradients are parallel"
         would = f"{_DESIGN} would make it {design}{little}"
         if (facts["design_ideal"] or 0.0) <= (facts["run_ideal"] or 0.0):
-            would = f"nor does {_DESIGN} raise it ({design})"
+            would = f"{_DESIGN} does not raise it ({design})"
         likely = max(
             (row for row in (best, tuned) if row is not None), key=lambda row: _ideal(row) or 0.0, default=None
         )

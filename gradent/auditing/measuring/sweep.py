@@ -126,7 +126,9 @@ class Sweep:
             model, directions = self._open_between(task, names, values)
             if SAMPLE in names:
                 batches = [self.plan.batches[number] for number in self._costs]
-                directions[SAMPLE] = sample_gradient(model, self.plan.pairs, batches, task.weights)
+                directions[SAMPLE] = sample_gradient(
+                    model, self.plan.pairs, batches, task.weights, engine=self.config.engine
+                )
         except GradentError as error:
             failures.append(str(error))
         failures = self.ranks.gather(failures)  # before the ranks meet

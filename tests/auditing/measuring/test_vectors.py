@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -17,14 +20,16 @@ VOCAB, PAIRS = 40, 5
 EXACT = 1e-6  # Llama's norms are float32 even in a float64 model
 
 
-def llama(*, tied: bool, dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
+def llama(
+    *, tied: bool, dtype: torch.dtype = torch.float64, kind: type[LlamaForCausalLM] = LlamaForCausalLM
+) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=64, tie_word_embeddings=tied, attn_implementation="eager",
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return LlamaForCausalLM(config).to(dtype).eval()
+        return kind(config).to(dtype).eval()
 
 
 def adapted(**options: object) -> nn.Module:
@@ -35,6 +40,14 @@ def adapted(**options: object) -> nn.Module:
         for part in trainable(model).values():
             part.data = torch.randn_like(part) / 4
     return model.double().eval()
+
+
+class RowByRow(LlamaForCausalLM):
+    """Another model in a batch than row by row."""
+
+    def forward(self, input_ids: torch.Tensor, **options: Any) -> Any:
+        out = super().forward(input_ids, **options)
+        return replace(out, logits=out.logits * (1.0 if len(input_ids) == 1 else 1.1))
 
 
 def made_pairs() -> list[AuditPair]:
@@ -67,6 +80,7 @@ def by_autograd(model: nn.Module, pairs: list[AuditPair]) -> torch.Tensor:
 
 MODELS = {
     "tied": lambda: llama(tied=True),
+    "tied, row by row": lambda: llama(tied=True, kind=RowByRow),
     "untied": lambda: llama(tied=False),
     "LoRA": adapted,
     "DoRA": lambda: adapted(use_dora=True),
