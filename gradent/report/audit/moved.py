@@ -38,8 +38,10 @@ def sample_section(records: AuditRecords) -> Section | None:
     if len(rows) > 1:
         parts += [_part_chart(rows, side) for side in _SIDES]
     parts.append(_part_table(rows))
+    pairs = int(last["pairs"])
+    whole = "the only pair" if pairs == 1 else f"all {plural(pairs, 'pair')}"
     text = (
-        f"One step of plain gradient descent on the mean loss of all {plural(int(last['pairs']), 'pair')}: what it "
+        f"One step of plain gradient descent on the mean loss of {whole}: what it "
         "adds to each response's log-prob, to first order, in nats for a unit of learning rate. Own: the response's "
         "own gradient. Partner: the other response of its pair. Others: all other pairs. This is nearer to training "
         "than a step on a pair alone, which is own and partner. It has no optimizer in it: Adam's preconditioner and "
@@ -58,7 +60,7 @@ def run_section(records: AuditRecords) -> Section | None:
     if not rows:
         return None
     table = Table(
-        ["Steps", "Chosen", "First order", "Rejected", "First order", "Explained", "From its begin alone", "Pairs"],
+        ["Steps", "Chosen", "First order", "Rejected", "First order", "Explained", "By the first end alone", "Pairs"],
         [_interval(row) for row in rows], "", "Changes of the mean log-probs in nats, checkpoint to checkpoint", 1,
     )  # fmt: skip
     parts: list[Table] = [table]
