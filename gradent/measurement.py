@@ -5,8 +5,10 @@ Letters: B pairs, N rows of the batch, M entries of a micro-batch, D directions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -22,7 +24,7 @@ from gradent.kernels.common.numerics import accumulator
 from gradent.kernels.common.wanted import Wanted
 from gradent.model.autograd import row_gradients
 from gradent.model.calls import forward_marked
-from gradent.model.facts import ignores_padding, trims
+from gradent.model.facts import facts, ignores_padding, trims
 from gradent.model.logprobs import sequence_logprobs
 from gradent.model.observed import observed
 from gradent.model.parameters import check_ids, input_device, trainable, unwrap_compiled
@@ -302,19 +304,24 @@ def weighted_gradient(model: nn.Module, batch: PairBatch, weights: Tensor) -> di
     model = unwrap_compiled(model)
     parameters = trainable(model)
     total = {name: torch.zeros_like(part, dtype=accumulator(part.dtype)) for name, part in parameters.items()}
+    # A loss's weights can be so small that half precision loses its gradient: they go in of size 1, by a power of two.
+    exponent = math.frexp(float(weights.abs().max()))[1]
+    scaled = torch.ldexp(weights, torch.tensor(-exponent))
     with torch.enable_grad(), observed(model):
-        for group, logps in _forwards(model, _rows(model, batch)):
-            grads = row_gradients((logps * weights[group].to(logps)).sum(), list(parameters.values()))
+        known = facts(model).batching  # what a measurement before has found of gradients, not of log-probs alone
+        is_shared = known is not None and known.is_shared
+        for group, logps in _forwards(model, _rows(model, batch), is_shared=is_shared):
+            grads = row_gradients((logps * scaled[group].to(logps)).sum(), list(parameters.values()))
             for part, grad in zip(total.values(), grads, strict=True):
                 if grad is not None:
-                    part += grad
+                    part.add_(grad, alpha=2.0**exponent)
     return total
 
 
-def _forwards(model: nn.Module, rows: Sequence[Row]) -> Iterator[tuple[list[int], Tensor]]:
+def _forwards(model: nn.Module, rows: Sequence[Row], *, is_shared: bool = True) -> Iterator[tuple[list[int], Tensor]]:
     """Numbers and log-probs of the rows of each forward, batched where the model ignores padding."""
     lengths = [len(ids) for ids, _ in rows]
-    padded, trim = ignores_padding(model, rows[0][0]), trims(model, rows[0][0])
+    padded, trim = is_shared and ignores_padding(model, rows[0][0]), trims(model, rows[0][0])
     for group in group_rows(lengths, rows[0][0].device) if padded else [[row] for row in range(len(rows))]:
         longest = max(lengths[row] for row in group)
         parts = [[nn.functional.pad(part, (0, longest - len(part))) for part in rows[row]] for row in group]
@@ -397,6 +404,7 @@ def _stacked(directions: Sequence[Mapping[str, Tensor]], parameters: Mapping[str
                 )
     named = list(parameters.items())
 
+    @lru_cache(maxsize=1)  # a parameter that is reduced pair by pair asks for each of them
     def along(number: int) -> Tensor:
         name, parameter = named[number]
         parts = [direction[name].detach().to(parameter.device) for direction in directions]

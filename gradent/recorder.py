@@ -325,6 +325,7 @@ class Recorder:
                     self._collected.append(replace(recording, overhead_s=clock.take()))
         except Exception:
             self._collected, self._accounts, self._backwards = [], [], 0  # half a step is none
+            self._step = None  # the next backward is another step's
             raise
         return self._backwards
 

@@ -327,6 +327,20 @@ def test_half_a_step_is_not_joined_to_the_next() -> None:
     check(found, model, batch)
 
 
+def test_half_a_step_leaves_the_next_its_account() -> None:
+    model, batch = build("llama"), ragged()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with attach(model, mode="piggyback", optimizer=optimizer) as recorder:
+        prompt_weighed(model, batch).backward()
+        with pytest.raises(ModelError, match="weighs the tokens"):
+            recorder.harvest()
+        optimizer.step()
+        optimizer.zero_grad()
+        through_logits(model, batch).backward()
+        found = recorder.harvest()
+    assert found is not None and found.attribution is not None
+
+
 def test_joined_recordings() -> None:
     model, parts = build("gpt2"), [ragged(1), ragged(2)]
     found = []

@@ -11,10 +11,10 @@ import torch
 from gradent import audit
 
 
-def main(run: Path, data: Path, base: Path, out: Path) -> None:
+def main(run: Path, data: Path, base: Path, out: Path, batch_size: int = 2) -> None:
     torch.set_num_threads(1)
     result = audit(
-        run, data, base=base, out=out, batch_size=2, token_pairs=3, device="cpu", report=False, quiet=True
+        run, data, base=base, out=out, batch_size=batch_size, token_pairs=3, device="cpu", report=False, quiet=True
     )  # fmt: skip
     assert result.summary["complete"]
     if torch.distributed.is_initialized():

@@ -42,6 +42,18 @@ def test_two_ranks_leave_the_records_of_one(lora, tmp_path) -> None:
     assert one == close_to(two)
 
 
+@pytest.mark.slow
+def test_a_rank_without_a_batch_meets_the_other_all_the_same(tmp_path) -> None:
+    trained = train_run(tmp_path / "trained", lora=True, data_rows=4)
+    outs = [tmp_path / f"by {ranks}" for ranks in (1, 2)]
+    for ranks, out in enumerate(outs, 1):
+        launch(rank_audit.main, ranks, trained.run, trained.pairs, trained.base, out, 8)
+    one, two = (json.loads((out / "summary.json").read_text()) for out in outs)
+    assert {**one, "seconds": 0} == {**two, "seconds": 0}
+    assert len(one["steps"]["sample"]) == 3
+    assert read_steps(outs[0] / "steps.parquet").equals(read_steps(outs[1] / "steps.parquet"))
+
+
 def close_to(value: Any) -> Any:
     """What equals numbers to rounding, in whatever holds them."""
     if isinstance(value, dict):

@@ -19,7 +19,7 @@ from gradent.auditing.api import AuditResult
 from gradent.auditing.measuring import steps, sweep
 from gradent.errors import ModelError
 from gradent.model.parameters import trainable
-from gradent.record import STEP_COLUMNS, read_sample, read_steps
+from gradent.record import STEP_COLUMNS, read_pairs, read_sample, read_steps
 from tests.auditing.trained import Trained, train_run, word_pairs
 
 ROWS = 10
@@ -114,7 +114,7 @@ def test_a_step_on_the_sample_is_split_as_autograd_says(trained, tmp_path) -> No
         moved = pushes.sum(1).view(2, -1)
         assert described["cases"]["ideal"] == pytest.approx(float(((moved[0] > 0) & (moved[1] < 0)).double().mean()))
         alone = torch.stack([own[:ROWS] + partner[:ROWS], own[ROWS:] + partner[ROWS:]])
-        assert described["chosen_differs"] == pytest.approx(float((moved[0].sign() != alone[0].sign()).double().mean()))
+        assert described["chosen_differs"] == pytest.approx(float((moved[0] * alone[0] < 0).double().mean()))
 
 
 def test_the_step_between_checkpoints_is_taken_apart_by_module(trained, tmp_path) -> None:
@@ -203,6 +203,33 @@ def test_a_sketch_is_exact_of_own_and_partner(trained, tmp_path) -> None:
     assert row["sample"]["cases"] == pytest.approx(
         dict(row["cases"].items())
     )  # one pair: a step on the sample is one on the pair
+    assert result.summary["steps"]["pushed"] == []  # there is nobody else
+    assert set(read_steps(result.steps_path).to_pydict()["chosen_others"]) == {0.0}
+
+
+def test_a_pair_that_its_loss_does_not_move_is_not_said_to_go_the_other_way(trained, tmp_path) -> None:
+    pairs = read_pairs(run(trained, tmp_path, checkpoints="last").pairs_path).to_pydict()
+    margins = np.array(pairs["chosen_logp"]) - np.array(pairs["rejected_logp"])
+    hinge = losses.get("slic", delta=float(np.median(margins)), lam=0.0)
+    result = run(trained, tmp_path, loss=hinge, checkpoints="last")
+    cases = next(row for row in result.summary["what_if"] if row["group"] == "run")["cases"]
+    assert 0 < cases["inactive"] < 1
+    columns = read_steps(result.steps_path).to_pydict()
+    count = 0
+    for own, partner, others in zip(*(columns[f"chosen_{part}"] for part in ("own", "partner", "others")), strict=True):
+        count += (own + partner) * (own + partner + others) < 0
+    (described,) = result.summary["steps"]["sample"]
+    assert described["chosen_differs"] == pytest.approx(count / ROWS)
+
+
+def test_arrays_that_have_gone_are_measured_anew(trained, tmp_path) -> None:
+    first = run(trained, tmp_path, checkpoints="last")
+    arrays = sorted((tmp_path / "journal").glob("*.npy"))
+    before = arrays[1].read_bytes()
+    arrays[1].unlink()
+    second = run(trained, tmp_path, checkpoints="last")
+    assert arrays[1].read_bytes() == before
+    assert {**first.summary, "seconds": 0} == {**second.summary, "seconds": 0}
 
 
 def test_nothing_is_measured_twice_and_without_attribution_nothing_is_said(trained, tmp_path, monkeypatch) -> None:
@@ -237,3 +264,27 @@ def test_a_checkpoint_whose_steps_fail_is_told_of_and_the_rest_stays(trained, tm
     assert found == ([4, 6] if is_adapter(trained) else [2, 4, 6])
     json.dumps(result.summary, allow_nan=False)
     assert np.isfinite(result.summary["steps"]["intervals"][-1]["explained"])
+
+
+@pytest.mark.parametrize("name", ["measure_along", "measure_vectors"])
+def test_stopped_amid_the_steps_and_gone_on_the_records_are_those_of_one_run(
+    trained, tmp_path, monkeypatch, name
+) -> None:
+    whole = run(trained, tmp_path / "whole")
+    measuring = getattr(steps, name)
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        for number, found in enumerate(measuring(*args, **options)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, name, stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(trained, tmp_path / "stopped")
+    partial = json.loads((tmp_path / "stopped" / "summary.json").read_text())
+    assert partial["complete"] is False
+    found = run(trained, tmp_path / "stopped")
+    assert {**found.summary, "seconds": 0} == {**whole.summary, "seconds": 0}
+    assert found.steps_path.read_bytes() == whole.steps_path.read_bytes()

@@ -88,6 +88,24 @@ def test_what_steps_do_stands_before_what_a_pair_alone_would(tmp_path) -> None:
     assert [trace["x"] for trace in traces(html, "partner")] == [[100, 200, 300, 400]] * 2
 
 
+def test_where_nothing_moved_the_checkpoints_are_not_too_far_apart(tmp_path) -> None:
+    steps = write_audit(tmp_path, with_steps=True)["steps"]
+    still = [{**row, "explained": None} for row in steps["intervals"]]
+    text = text_of(page(tmp_path, with_steps=True, steps={**steps, "intervals": still}))
+    assert "No response moved." in text and "too far apart" not in text
+    one = {**steps["intervals"][0], "explained": 0.955}
+    text = text_of(page(tmp_path, with_steps=True, steps={**steps, "intervals": [one, *still[1:]]}))
+    assert "It explains 95.5% or more of every interval." in text
+
+
+def test_a_sample_that_agrees_with_each_pair_alone(tmp_path) -> None:
+    steps = write_audit(tmp_path, with_steps=True)["steps"]
+    agreeing = [{**row, "chosen_differs": 0.01, "rejected_differs": 0.02, "pairs": 1} for row in steps["sample"]]
+    text = text_of(page(tmp_path, with_steps=True, steps={**steps, "sample": agreeing}))
+    assert "the sample moves 1.0% of the chosen and 2.0% of the rejected responses the other way." in text
+    assert "on the mean loss of the only pair" in text
+
+
 def test_of_one_checkpoint_there_is_no_interval(tmp_path) -> None:
     html = page(tmp_path, count=1, with_steps=True)
     assert "One step on the sample" in titles(html)

@@ -24,6 +24,9 @@ NEARLY_ALL = 0.95
 
 Row = Mapping[str, Any]
 
+NOTABLE = 0.1
+"""Share of the pairs by which a loss that is not clearly better is too much better to be dismissed."""
+
 _OTHERWISE = {
     "both_down": "both fall", "both_up": "both rise", "reversed": "chosen falls and rejected rises",
     "inactive": "the loss moves nothing",
@@ -123,9 +126,23 @@ def _write(facts: Mapping[str, Any], run: Row, best: Row | None, tuned: Row | No
         tried = " and no value tried of the run's own hyperparameters" if tuned is not None else ""
         verb = "do" if tried else "does"
         little = "" if is_sample else ", if by little where the gradients are parallel"
+        would = f"{_DESIGN} would make it {design}{little}"
+        if (facts["design_ideal"] or 0.0) <= (facts["run_ideal"] or 0.0):
+            would = f"{_DESIGN} does not raise it ({design})"
+        likely = max(
+            (row for row in (best, tuned) if row is not None), key=lambda row: _ideal(row) or 0.0, default=None
+        )
+        if likely is None or (_ideal(likely) or 0.0) - (_ideal(run) or 0.0) < NOTABLE:
+            so = f"so the loss is not the lever; {would}."
+        else:
+            against = likely["against_run"]
+            so = (
+                f"but these pairs are too few to say that the loss is not the lever: {likely['label']} brings "
+                f"{against['gained']} of them into case 1 and takes {against['lost']} out of it. Measure more "
+                f"(max_pairs); {would}."
+            )
         sentences.append(
-            f"None of the paper's other losses{compared}{tried} {verb} better by more than sampling noise, so the "
-            f"loss is not the lever; {_DESIGN} would make it {design}{little}."
+            f"None of the paper's other losses{compared}{tried} {verb} better by more than sampling noise, {so}"
         )
     elif facts["lever"] == "loss" and best is not None:
         sentences.append(f"{best['label']} would make it {_reached(best)}; {_DESIGN} {design}.")

@@ -4,7 +4,7 @@ A step of plain gradient descent, of unit learning rate, on the sample's mean lo
 `−Σ_j c_j ⟨g_i, g_j⟩` with `c_j = ∂L/∂log π(y_j)`. Between two checkpoints the displacement Δθ is known, and the mean
 of `⟨g_i, Δθ⟩` at both ends (the trapezoid) is the change of `log π(y_i)` to second order in Δθ, module by module.
 
-Letters: P pairs, K numbers of a row's vector.
+Letters: P pairs, K numbers of a row's vector, L losses.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from gradent.auditing.analysis.distributions import count_cases, find_cases, mea
 from gradent.auditing.measuring.steps import ARRIVING, LEAVING, SAMPLE, StepTask
 from gradent.auditing.state.journal import Journal
 from gradent.auditing.state.targets import Target
+from gradent.kernels.common.numerics import spans
 from gradent.losses import Loss
 from gradent.record import STEP_COLUMNS
 from gradent.record.table import Floats, Table, stack
@@ -41,6 +42,9 @@ _SIDES = ("chosen", "rejected")
 
 PUSHED, PUSHERS = 12, 3
 """Responses of which it is said who moves them, and how many rows of each."""
+
+AT_ONCE = 2**22
+"""Numbers of the rows' vectors that are multiplied at once, in float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,29 +66,35 @@ class SampleStep:
     inner: Floats  # of every pair, `[P]`, exact
     is_exact: bool  # whether the vectors are the gradients
 
-    def moved(self, judged: Verdict) -> Floats:
-        """What a step of unit learning rate on the sample's mean loss does to chosen and rejected, nats, `[P, 2]`."""
-        pairs = len(self.inner)
-        weights = np.stack([judged.d_w.numpy(), -judged.d_l.numpy()]) / pairs
-        pull = np.einsum("sp,spk->k", weights, self.vectors)
-        moved: Floats = np.einsum("spk,k->sp", self.vectors, pull)
+    def moved(self, judged: Sequence[Verdict]) -> Floats:
+        """What a step of unit learning rate on each loss's mean does to chosen and rejected, nats, `[L, P, 2]`."""
+        # All losses at once, and a few of the numbers K: each loss alone would read all vectors twice.
+        pairs, weights = len(self.inner), np.stack([_pull(each) for each in judged])
+        rows, flat = self.vectors.reshape(2 * pairs, -1), weights.reshape(len(judged), -1)
+        moved = np.zeros(flat.shape)
+        squares, inner = np.zeros((2, pairs)), np.zeros(pairs)
+        for span in spans(rows.shape[1], max(1, AT_ONCE // max(flat.shape))):
+            part = rows[:, span].astype(np.float64)
+            moved += (flat @ part) @ part.T
+            if not self.is_exact:
+                sides = part.reshape(2, pairs, -1)
+                squares += np.einsum("spk,spk->sp", sides, sides)
+                inner += np.einsum("pk,pk->p", *sides)
+        found = moved.reshape(weights.shape)
         if not self.is_exact:  # a row's own part, and its partner's, are known
-            inner = np.einsum("pk,pk->p", *self.vectors)
-            moved += weights * (self.squares - np.einsum("spk,spk->sp", self.vectors, self.vectors))
-            moved += weights[::-1] * (self.inner - inner)
-        return np.ascontiguousarray(moved.T)
+            found += weights * (self.squares - squares) + weights[:, ::-1] * (self.inner - inner)
+        return np.ascontiguousarray(found.transpose(0, 2, 1))
 
     def pushes(self, judged: Verdict, side: int, place: int) -> Floats:
         """What each row does to one response in such a step, nats, `[2, P]`."""
-        weights = np.stack([judged.d_w.numpy(), -judged.d_l.numpy()]) / len(self.inner)
-        products = self.vectors @ self.vectors[side, place].astype(np.float64)
+        products = self.vectors @ self.vectors[side, place]
         products[side, place], products[1 - side, place] = self.squares[side, place], self.inner[place]
-        found: Floats = weights * products
+        found: Floats = _pull(judged) * products
         return found
 
-    def cases(self, judged: Verdict) -> NDArray[Any]:
-        """The number of each pair's case after such a step, `[P]`."""
-        return find_cases(self.moved(judged))
+    def cases(self, judged: Sequence[Verdict]) -> list[NDArray[Any]]:
+        """Of each loss the number of each pair's case after such a step, `[P]`."""
+        return [find_cases(change) for change in self.moved(judged)] if judged else []
 
     @property
     def error(self) -> float:
@@ -134,8 +144,13 @@ def read_sample_step(target: Target, table: Table, journal: Journal, batches: in
     blocks = [block for block in found if block is not None]
     if len(blocks) < batches or not blocks:
         return None
-    order = np.argsort(np.concatenate([block["positions"] for block in blocks]))
-    vectors = np.concatenate([journal.load(block["file"]) for block in blocks], axis=1)[:, order]
+    vectors: Floats | None = None
+    for block in blocks:  # each into its place, so that no second copy of all is made
+        part = journal.load(block["file"])
+        if vectors is None:
+            vectors = np.empty((2, table.rows, part.shape[2]), dtype=part.dtype)
+        vectors[:, block["positions"]] = part
+    assert vectors is not None
     return SampleStep(
         vectors=vectors, squares=np.stack([table[f"{side}_sq"] for side in _SIDES]), inner=table["inner"],
         is_exact=all(block["is_exact"] for block in blocks),
@@ -165,6 +180,11 @@ def describe_steps(
     }
 
 
+def _pull(judged: Verdict) -> Floats:
+    """What a step on the sample's mean loss has of every chosen's and rejected's gradient, `[2, P]`."""
+    return np.stack([judged.d_w.numpy(), -judged.d_l.numpy()]) / len(judged.d_w)
+
+
 def _weights(table: Table) -> Floats:
     """`∂L/∂log π` of chosen and rejected in the mean loss of the sample, `[P, 2]`."""
     return np.stack([-table["d_w"], table["d_l"]], axis=1) / max(1, table.rows)
@@ -184,10 +204,11 @@ def _parts(step: StepRecord) -> dict[str, Floats]:
     total = -step.along[SAMPLE]
     own = np.stack([d_w * table["chosen_sq"], -d_l * table["rejected_sq"]])
     partner = np.stack([-d_l * inner, d_w * inner])
+    others = total - own - partner if count > 1 else np.zeros_like(total)
     return {
         f"{side}_{name}": values[place]
         for place, side in enumerate(_SIDES)
-        for name, values in (("own", own), ("partner", partner), ("others", total - own - partner))
+        for name, values in (("own", own), ("partner", partner), ("others", others))
     }
 
 
@@ -226,7 +247,7 @@ def _describe_sample(step: StepRecord, table: Table) -> dict[str, Any]:
     names = [f"{side}_{part}" for side in _SIDES for part in ("own", "partner", "others")]
     moved = np.stack([sum(rows[f"{side}_{part}"] for part in ("own", "partner", "others")) for side in _SIDES], axis=1)
     alone = np.stack([record.table[f"{side}_change"] for side in _SIDES], axis=1)
-    differs = np.sign(moved) != np.sign(alone)
+    differs = np.sign(moved) * np.sign(alone) < 0
     return {
         "checkpoint": record.target.name, "step": record.target.step, "pairs": rows.rows,
         **{name: mean(rows[name]) for name in names},
@@ -247,6 +268,8 @@ def _describe_pushed(step: StepRecord, sample: SampleStep, loss: Loss) -> list[d
         pushes = sample.pushes(judged, side, place)
         pushes[:, place] = 0  # the response itself, and its partner
         by = [np.unravel_index(other, pushes.shape) for other in np.argsort(-np.abs(pushes), axis=None)[:PUSHERS]]
+        if not pushes.any():  # there is no other pair, or the loss moves none
+            continue
         described.append({
             "pair": int(table["pair"][place]), "side": _SIDES[side],
             **{part: float(parts[f"{_SIDES[side]}_{part}"][place]) for part in ("own", "partner", "others")},

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gradent import losses
@@ -51,23 +50,12 @@ def what_if(
         return []
     rows: list[dict[str, Any]] = []
     run: Tensor | None = None  # the last step's cases under the run's loss
-    run_sample: NDArray[Any] | None = None  # and those of a step on the whole sample
-
-    def judge_sample(last: Verdict | str) -> dict[str, Any] | None:
-        """The figures of a step on the whole sample; None where it was not measured, or the loss cannot be judged."""
-        if sample is None or isinstance(last, str):
-            return None
-        cases = sample.cases(last)
-        return {
-            "cases": count_cases(cases),
-            "against_run": None if run_sample is None else _compare(cases == _IDEAL, run_sample == _IDEAL),
-        }
-
+    judged: list[Verdict | str] = []  # of the last step, row by row
     for variant in list_variants(loss):
         verdicts = [_try(variant.loss, checkpoint) for checkpoint in checkpoints]
+        judged.append(verdicts[-1])
         if variant.group == "run" and isinstance(verdicts[-1], Verdict):
             run = verdicts[-1].case
-            run_sample = None if sample is None else sample.cases(verdicts[-1])
         head = {
             "loss": variant.loss.name,
             "label": label_loss(variant.loss),
@@ -75,12 +63,33 @@ def what_if(
             "hyperparameters": read_hyperparameters(variant.loss),
             "varied": variant.varied,  # the hyperparameter that a sweep varies
         }
-        rows.append({**head, **_row(verdicts, checkpoints, run), "sample": judge_sample(verdicts[-1])})
+        rows.append({**head, **_row(verdicts, checkpoints, run)})
     normalized = [_try(_NORMALIZED, checkpoint) for checkpoint in checkpoints]
     head = _design("pairwise_normalized", "Pairwise normalization")
-    rows.append({**head, **_row(normalized, checkpoints, run), "sample": judge_sample(normalized[-1])})
+    rows.append({**head, **_row(normalized, checkpoints, run)})
+    judged.append(normalized[-1])
     masked = mask_row(tokens, checkpoints[-1], run)
-    return [*rows, {**_design("token_masked", "Token masking (differing tokens kept)"), **masked, "sample": None}]
+    rows.append({**_design("token_masked", "Token masking (differing tokens kept)"), **masked})
+    judged.append("its tokens are kept pair by pair")
+    return [{**row, "sample": found} for row, found in zip(rows, _judge_sample(rows, judged, sample), strict=True)]
+
+
+def _judge_sample(
+    rows: Sequence[Columns], judged: Sequence[Verdict | str], sample: SampleStep | None
+) -> list[dict[str, Any] | None]:
+    """Each row's figures of a step on the whole sample; None where it was not measured, or there is no verdict."""
+    if sample is None:
+        return [None] * len(rows)
+    cases = iter(sample.cases([each for each in judged if isinstance(each, Verdict)]))
+    found = [next(cases) if isinstance(each, Verdict) else None for each in judged]
+    run = next((case for row, case in zip(rows, found, strict=True) if row["group"] == "run"), None)
+    return [
+        None if case is None else {
+            "cases": count_cases(case),
+            "against_run": None if run is None else _compare(case == _IDEAL, run == _IDEAL),
+        }
+        for case in found
+    ]  # fmt: skip
 
 
 def _design(loss: str, label: str) -> dict[str, Any]:

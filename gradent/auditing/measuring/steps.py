@@ -80,17 +80,25 @@ def displacement(begin: Values, end: Values) -> Values | str:
 
 
 def sample_gradient(
-    model: nn.Module, pairs: Sequence[AuditPair], batches: Sequence[Sequence[int]], weights: Floats
+    model: nn.Module,
+    pairs: Sequence[AuditPair],
+    batches: Sequence[Sequence[int]],
+    weights: Floats,
+    *,
+    engine: str = "hooks",
 ) -> Values:
     """The gradient of the loss over some batches, from `∂L/∂log π` of every pair's two responses, `[P, 2]`."""
-    total: Values = {}
-    for positions in batches:
+    # Of no batch it is zero, for another rank's part to be added to.
+    total = {name: torch.zeros_like(part, dtype=accumulator(part.dtype)) for name, part in trainable(model).items()}
+    for count, positions in enumerate(batches):
         chunk = [pairs[position] for position in positions]
         with memory_errors(chunk):
             batch = PairBatch.from_tokens([pair.ids for pair in chunk])
+            if not count and engine == "hooks":
+                measure(model, batch.select([0]))  # learns whether rows share a forward
             part = weighted_gradient(model, batch, torch.from_numpy(weights[list(positions)].T.flatten()))
         for name, grad in part.items():
-            total[name] = total[name] + grad if name in total else grad
+            total[name] += grad
     return total
 
 

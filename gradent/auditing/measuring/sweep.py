@@ -99,21 +99,23 @@ class Sweep:
         budget = parse_budget(self.config.memory_budget)
         width = max(1, (budget or DEFAULT_BUDGET) // (4 * rows))
         missing = self._missing("vectors", target.identity, self._costs, advance)
-        if target.source is None or not missing:
-            return
-        batches = [self.plan.batches[number] for number in missing]
+        batches, failures = [self.plan.batches[number] for number in missing], list[str]()
         try:
-            model = self._open(target.source)
-            blocks = measure_vectors(model, self.plan.pairs, batches, width=width, memory_budget=budget)
-            for number, (vectors, is_exact) in zip(missing, blocks, strict=True):
-                name = self.journal.save(f"{target.identity}-{number}", vectors)
-                content = {"positions": self.plan.batches[number], "file": name, "is_exact": is_exact}
-                self.journal.append("vectors", target.identity, number, content)
-                advance(*self._costs[number])
+            if target.source is not None and missing:
+                model = self._open(target.source)
+                blocks = measure_vectors(model, self.plan.pairs, batches, width=width, memory_budget=budget)
+                for number, (vectors, is_exact) in zip(missing, blocks, strict=True):
+                    name = self.journal.save(f"{target.identity}-{number}", vectors)
+                    content = {"positions": self.plan.batches[number], "file": name, "is_exact": is_exact}
+                    self.journal.append("vectors", target.identity, number, content)
+                    advance(*self._costs[number])
         except GradentError as error:
             if isinstance(error, JournalError):
                 raise
-            self.step_failures[target.name] = str(error)
+            failures.append(str(error))
+        failures = self.ranks.gather(failures)  # the first rank tells of them
+        if failures:
+            self.step_failures[target.name] = failures[0]
 
     def _measure_directions(self, task: StepTask, names: Sequence[str], values: dict[str, Values]) -> None:
         """Measure a target's batches along some directions; what fails on one rank is left out on all."""
@@ -124,7 +126,9 @@ class Sweep:
             model, directions = self._open_between(task, names, values)
             if SAMPLE in names:
                 batches = [self.plan.batches[number] for number in self._costs]
-                directions[SAMPLE] = sample_gradient(model, self.plan.pairs, batches, task.weights)
+                directions[SAMPLE] = sample_gradient(
+                    model, self.plan.pairs, batches, task.weights, engine=self.config.engine
+                )
         except GradentError as error:
             failures.append(str(error))
         failures = self.ranks.gather(failures)  # before the ranks meet
@@ -137,7 +141,7 @@ class Sweep:
     def _open_between(
         self, task: StepTask, names: Sequence[str], values: dict[str, Values]
     ) -> tuple[Any, dict[str, Values]]:
-        """A target's model, and its displacements from and to those beside it; `values` keeps what is in use."""
+        """A target's model, and its displacements from and to those beside it; `values` keeps its parameters."""
         beside = {name: other for name, other in ((ARRIVING, task.before), (LEAVING, task.after)) if name in names}
         used = [*(other for other in beside.values() if other is not None), task.target]
         for name in values.keys() - {part.name for part in used}:
@@ -157,6 +161,8 @@ class Sweep:
                     self.tell(f"The step between {other.name} and {task.target.name} is not taken apart: {step}.")
                 else:
                     directions[name] = step
+        for name in values.keys() - {task.target.name}:  # the next task asks for this target's alone
+            del values[name]
         return model, directions
 
     def _measure_along(self, task: StepTask, model: Any, directions: dict[str, Values]) -> list[str]:

@@ -53,8 +53,9 @@ class Journal:
                 self._findings[entry["kind"], entry["of"], entry["number"]] = entry["content"]
 
     def find(self, kind: str, of: str, number: int = 0) -> dict[str, Any] | None:
-        """A finding, or None where it has not been made."""
-        return self._findings.get((kind, of, number))
+        """A finding, or None where it has not been made, or the file of its array has gone."""
+        found = self._findings.get((kind, of, number))
+        return None if found is not None and "file" in found and not (self._folder / found["file"]).is_file() else found
 
     def all(self, kind: str) -> list[dict[str, Any]]:
         """Every finding of a kind, in the order in which they were read or made."""
@@ -88,8 +89,8 @@ class Journal:
             values: NDArray[Any] = np.load(path)
         except (OSError, ValueError) as error:
             raise InputError(
-                f"{path}: cannot be read ({error}). Remove {self._folder} to measure everything anew, and run the same "
-                "command again."
+                f"{path}: cannot be read ({error}). Remove the file to measure its part anew, and run the same command "
+                "again."
             ) from error
         return values
 

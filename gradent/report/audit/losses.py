@@ -66,7 +66,9 @@ def loss_bars(records: AuditRecords) -> Bars | None:
     rows = [row for row in shown_rows(records.summary["what_if"]) if row.get("cases")]
     shares = {case: [fill_gap(share_of(row["cases"], case)) for row in rows] for case in CASES}
     names = [describe_row(row) for row in rows]
-    return Bars("loss", "share of pairs", names, case_series(shares), percent=True) if rows else None
+    return (
+        Bars("loss", "share of pairs, a step on each alone", names, case_series(shares), percent=True) if rows else None
+    )
 
 
 def loss_table(rows: Sequence[Row], caption: str, folded: str = "") -> Table:

@@ -38,8 +38,10 @@ def sample_section(records: AuditRecords) -> Section | None:
     if len(rows) > 1:
         parts += [_part_chart(rows, side) for side in _SIDES]
     parts.append(_part_table(rows))
+    pairs = int(last["pairs"])
+    whole = "the only pair" if pairs == 1 else f"all {plural(pairs, 'pair')}"
     text = (
-        f"One step of plain gradient descent on the mean loss of all {plural(int(last['pairs']), 'pair')}: what it "
+        f"One step of plain gradient descent on the mean loss of {whole}: what it "
         "adds to each response's log-prob, to first order, in nats for a unit of learning rate. Own: the response's "
         "own gradient. Partner: the other response of its pair. Others: all other pairs. This is nearer to training "
         "than a step on a pair alone, which is own and partner. It has no optimizer in it: Adam's preconditioner and "
@@ -58,7 +60,7 @@ def run_section(records: AuditRecords) -> Section | None:
     if not rows:
         return None
     table = Table(
-        ["Steps", "Chosen", "First order", "Rejected", "First order", "Explained", "From its begin alone", "Pairs"],
+        ["Steps", "Chosen", "First order", "Rejected", "First order", "Explained", "By the first end alone", "Pairs"],
         [_interval(row) for row in rows], "", "Changes of the mean log-probs in nats, checkpoint to checkpoint", 1,
     )  # fmt: skip
     parts: list[Table] = [table]
@@ -83,7 +85,10 @@ def _describe_difference(row: Row) -> str:
     chosen, rejected = (fill_gap(row.get(f"{side}_differs")) for side in _SIDES)
     begin = f"At {step_name(row.get('step'))} "
     if max(chosen, rejected) < _DIFFERS:
-        return f"{begin}the two agree: the direction is the same on over {percent(1 - max(chosen, rejected))} of pairs."
+        return (
+            f"{begin}the two agree: the sample moves {percent(chosen)} of the chosen and {percent(rejected)} of the "
+            "rejected responses the other way."
+        )
     return (
         f"{begin}the two disagree: the sample moves {percent(chosen)} of the chosen and {percent(rejected)} of the "
         "rejected responses the other way than a step on their pair alone would. Believe the sample."
@@ -91,8 +96,11 @@ def _describe_difference(row: Row) -> str:
 
 
 def _describe_explained(rows: Sequence[Row]) -> str:
-    explained = [fill_gap(row.get("explained")) for row in rows]
-    far = [row for row, share in zip(rows, explained, strict=True) if not share >= CLOSE]
+    rows = [row for row in rows if row.get("explained") is not None]
+    if not rows:
+        return "No response moved."
+    explained = [float(row["explained"]) for row in rows]
+    far = [row for row, share in zip(rows, explained, strict=True) if share < CLOSE]
     if not far:
         return f"It explains {percent(math.floor(1000 * min(explained)) / 1000)} or more of every interval."
     listed = ", ".join(f"{count(row.get('from'))} to {count(row.get('to'))}" for row in far[:4])

@@ -85,9 +85,9 @@ def _describe_steps(steps: dict[str, Any]) -> str:
     ]
     explained = [row["explained"] for row in steps["intervals"] if row["explained"] is not None]
     if explained:
+        ends = dict.fromkeys(map(percent, (min(explained), max(explained))))
         lines.append(
-            f"Between checkpoints, ⟨∇ log π, Δθ⟩ explains {percent(min(explained))} to {percent(max(explained))} of "
-            "the changes."
+            f"Between checkpoints, ⟨∇ log π, Δθ⟩ explains {' to '.join(ends)} of the squared changes of log-probs."
         )
     return "\n".join(lines)
 

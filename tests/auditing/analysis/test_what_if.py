@@ -312,7 +312,14 @@ def test_more_than_noise_or_not_the_lever() -> None:
     found = recommend(rows)
     assert found is not None
     assert found["lever"] == "none" and found["best"].startswith("SimPO") and found["best_clear"] is False
-    assert "the loss is not the lever" in found["text"]
+    assert "so the loss is not the lever" in found["text"]
+    simpo = find(rows, "paper", "simpo")  # much better, on too few pairs to be sure
+    cases = {**simpo["cases"], "ideal": 0.15, "both_down": 0.85}
+    simpo.update(cases=cases, against_run={"gained": 70, "lost": 40})
+    found = recommend(rows)
+    assert found is not None and found["lever"] == "none" and not found["best_clear"]
+    assert "so the loss is not the lever" not in found["text"]
+    assert "brings 70 of them into case 1 and takes 40 out of it. Measure more (max_pairs)" in found["text"]
     find(rows, "paper", "simpo").update(against_run={"gained": 20, "lost": 0})
     assert recommend(rows)["lever"] == "loss"  # type: ignore[index]
 
