@@ -24,7 +24,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "tests/zoo*.py", "tests/zoo_fingerprints.json",
     ),
     "oldest": ("constraints-oldest.txt", "gradent/trainer"),
-    "trainer": ("gradent/trainer", "gradent/hooks/piggyback*"),
+    "trainer": ("gradent/trainer", "gradent/hooks/piggyback*", "gradent/attribution"),
+    "tokens": ("gradent/tokens", "gradent/demo", "scripts/token_claims.py"),
     "docs": ("docs", "examples", "mkdocs.yml", "scripts/docs_site.py", "README.md"),
 }  # fmt: skip
 """Group to its sources; `make test-<group>` runs its long tests, `test-all` those of every group."""
