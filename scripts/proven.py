@@ -21,7 +21,7 @@ PROVEN = ROOT / "tests" / "proven.json"
 GROUPS: dict[str, tuple[str, ...]] = {
     "all": (
         "constraints.txt", "pyproject.toml", "gradent/hooks/rules", "gradent/hooks/uses*", "gradent/kernels",
-        "tests/zoo*.py", "tests/zoo_fingerprints.json",
+        "tests/zoo*.py", "tests/zoo_fingerprints.json", "scripts/compile_kernels.py", "tests/kernels/launched.py",
     ),
     "oldest": ("constraints-oldest.txt", "gradent/trainer"),
     "trainer": ("gradent/trainer", "gradent/hooks/piggyback*", "gradent/attribution"),
