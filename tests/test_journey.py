@@ -71,7 +71,7 @@ def walk(call: Callable[[], object]) -> tuple[dict[str, str], list[str]]:
             at = at.f_back
         above = ""
         for file, code in reversed(stack):
-            name = kinds.get(code, f"{file}: {code.co_qualname}")
+            name = kinds.get(code, f"{file}:{code.co_firstlineno} {code.co_name}")
             way.setdefault(name, file)
             if file != above:
                 stops[name] = None
