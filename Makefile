@@ -20,7 +20,7 @@ EXAMPLES := $(filter-out examples/cures.py,$(wildcard examples/*.py))
 BESIDE := $(MAKE) --no-print-directory -j2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-everything test-docs test-trainer test-fast test-oldest budgets zoo-fingerprints golden mutants lint types docs examples $(EXAMPLES) check format pins clean clean-venv
+.PHONY: help venv demo test test-all test-everything test-docs test-trainer test-tokens test-fast test-oldest budgets zoo-fingerprints golden mutants lint types docs examples $(EXAMPLES) check format pins clean clean-venv
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,7 +44,7 @@ test: $(STAMP) ## Run the daily tests: at most 10 minutes on 2 cores.
 test-all: $(STAMP) $(OLDEST_STAMP) ## Run every test there is, docs and examples and the oldest neighbours too.
 	$(BESIDE) examples docs
 	$(MAKE) --no-print-directory test-oldest
-	$(BIN)/python -m scripts.proven record all oldest docs trainer -- $(MAKE) --no-print-directory test-everything
+	$(BIN)/python -m scripts.proven record all oldest docs tokens trainer -- $(MAKE) --no-print-directory test-everything
 
 test-everything: $(STAMP)
 	$(PYTEST) $(ARGS)
@@ -56,7 +56,11 @@ test-docs: $(STAMP) ## Run what docs, examples and README have: every example, t
 
 test-trainer: $(STAMP) ## Run the nightly tests of the trainers: torch.compile, all ways at once.
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.proven record trainer -- \
-		$(BIN)/python -m pytest -n auto --maxprocesses $(JOBS) -m nightly tests/trainer tests/hooks
+		$(BIN)/python -m pytest -n auto --maxprocesses $(JOBS) -m nightly tests/trainer tests/hooks tests/attribution
+
+test-tokens: $(STAMP) ## Run the nightly tests of the token level, and the paper's claims on the demo's model.
+	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.proven record tokens -- \
+		$(BIN)/python -m pytest -n auto --maxprocesses $(JOBS) -m nightly tests/tokens tests/demo
 
 test-oldest: $(OLDEST_STAMP) ## Run a part of the tests with TRL 0.24 and transformers 4.57.
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.proven record oldest -- $(OLDEST)/bin/python -m pytest -n auto --maxprocesses $(JOBS) \

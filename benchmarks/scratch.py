@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.append import append
+from gradent.hooks.reduction.collector import REDUCERS, Arrival, Place
 from gradent.hooks.reduction.ledger import Ledger
-from gradent.hooks.reduction.reducers import REDUCERS, Arrival, Place
 from gradent.hooks.uses.formats import Factored, SparseRows
 from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View

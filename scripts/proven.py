@@ -21,10 +21,11 @@ PROVEN = ROOT / "tests" / "proven.json"
 GROUPS: dict[str, tuple[str, ...]] = {
     "all": (
         "constraints.txt", "pyproject.toml", "gradent/hooks/rules", "gradent/hooks/uses*", "gradent/kernels",
-        "tests/zoo*.py", "tests/zoo_fingerprints.json",
+        "tests/zoo*.py", "tests/zoo_fingerprints.json", "scripts/compile_kernels.py", "tests/kernels/launched.py",
     ),
     "oldest": ("constraints-oldest.txt", "gradent/trainer"),
-    "trainer": ("gradent/trainer", "gradent/hooks/piggyback*"),
+    "trainer": ("gradent/trainer", "gradent/hooks/piggyback*", "gradent/attribution"),
+    "tokens": ("gradent/tokens", "gradent/demo", "scripts/token_claims.py"),
     "docs": ("docs", "examples", "mkdocs.yml", "scripts/docs_site.py", "README.md"),
 }  # fmt: skip
 """Group to its sources; `make test-<group>` runs its long tests, `test-all` those of every group."""

@@ -86,7 +86,7 @@ class Product:
 class Strategy:
     """How a product is reduced."""
 
-    reducer: Reducer  # key of `gradent.hooks.reduction.reducers.REDUCERS`
+    reducer: Reducer  # key of `gradent.hooks.reduction.collector.REDUCERS`
     backend: Literal["torch", "triton"] = "torch"
     form: Literal["gram", "outer"] = "outer"
     tile: tuple[int, int] | None = None  # tokens for gram, O and I for outer; None where gradients are there as such

@@ -45,10 +45,17 @@ def explained(folder: Path, rows: list[dict[str, Any]], out: Path, *, lora: bool
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["auto", "measure"])
-@pytest.mark.parametrize(("lora", "lr"), [(False, 1e-5), (True, 1e-4)], ids=["full", "LoRA"])
+@pytest.mark.parametrize(
+    ("lora", "lr", "mode"),
+    [
+        pytest.param(False, 1e-5, "auto", id="full-auto"),
+        pytest.param(True, 1e-4, "measure", id="LoRA-measure"),
+        pytest.param(False, 1e-5, "measure", id="full-measure", marks=pytest.mark.nightly),
+        pytest.param(True, 1e-4, "auto", id="LoRA-auto", marks=pytest.mark.nightly),
+    ],
+)
 def test_the_demos_model(
-    mode: str, lora: bool, lr: float, demo: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+    lora: bool, lr: float, mode: str, demo: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
     explained(*demo, tmp_path, lora=lora, lr=lr, mode=mode)
 

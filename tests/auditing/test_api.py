@@ -27,7 +27,13 @@ from tests.auditing.made import FORMATS, PAIRS, save_lora, write_jsonl
 
 def run(model: Path, rows: list[Any] = PAIRS, **options: Any) -> AuditResult:
     data = write_jsonl(model.parent / "pairs.jsonl", rows)
-    return audit(model, data, **{"out": model.parent / "out", "quiet": True, "report": False, **options})
+    defaults = {"out": model.parent / "out", "quiet": True, "report": False, "attribution": False}
+    return audit(model, data, **{**defaults, **options})
+
+
+def run_whole(model: Path, rows: list[Any] = PAIRS, **options: Any) -> AuditResult:
+    """`run`, with the account of a step on the sample."""
+    return run(model, rows, attribution=True, **options)
 
 
 def written(folder: Path) -> list[str]:
@@ -153,7 +159,7 @@ def test_the_summary_is_of_the_columns(local_model) -> None:
 def test_what_was_done_is_on_record(local_model) -> None:
     (local_model / "trainer_state.json").write_text('{"global_step": 40}')
     rows = [*PAIRS, {"prompt": "p"}, {"prompt": "q", "chosen": 200 * "y", "rejected": "n"}]
-    summary = run(local_model, rows, skip_bad_rows=True, add_eos=False, batch_size=2).summary
+    summary = run_whole(local_model, rows, skip_bad_rows=True, add_eos=False, batch_size=2).summary
     assert summary["data"]["rows"] == len(rows) == summary["data"]["measured"] + 1
     assert [bad["row"] for bad in summary["data"]["skipped"]] == [len(PAIRS)]
     assert summary["data"]["truncated_responses"] == 1
@@ -172,8 +178,8 @@ def test_the_step_and_the_rows_are_in_the_columns(local_model) -> None:
 
 
 def test_an_earlier_audit_is_replaced(local_model) -> None:
-    first = columns_of(run(local_model, batch_size=3))
-    second = run(local_model, PAIRS[:2])
+    first = columns_of(run_whole(local_model, batch_size=3))
+    second = run_whole(local_model, PAIRS[:2])
     assert (
         len(columns_of(second)["pair"])
         == read_summary(second.summary_path)["data"]["measured"]
@@ -190,14 +196,14 @@ def test_an_earlier_audit_is_replaced(local_model) -> None:
 
 
 def test_pairs_do_not_stand_beside_the_summary_of_an_earlier_audit(local_model, monkeypatch) -> None:
-    result = run(local_model)
+    result = run_whole(local_model)
 
     def fail(*_, **__):
         raise InputError("no space")
 
     monkeypatch.setattr(module, "write_summary", fail)
     with pytest.raises(InputError, match=r"no space"):
-        run(local_model, PAIRS[:2])
+        run_whole(local_model, PAIRS[:2])
     assert len(columns_of(result)["pair"]) == 2
     assert not result.summary_path.exists()
 
@@ -219,7 +225,7 @@ def test_a_gradient_of_zero_has_no_cosine(local_model, tiny_tokenizer, tmp_path)
 
 
 def test_a_failure_leaves_an_earlier_audit_alone(local_model, monkeypatch) -> None:
-    result = run(local_model)
+    result = run_whole(local_model)
     before = result.pairs_path.read_bytes(), result.summary_path.read_bytes()
 
     def fail(*_, **__):
@@ -227,12 +233,12 @@ def test_a_failure_leaves_an_earlier_audit_alone(local_model, monkeypatch) -> No
 
     monkeypatch.setattr(scan, "measure", fail)
     with pytest.raises(NonFiniteError):
-        run(local_model, PAIRS[:3])  # what has been measured before is not measured again
+        run_whole(local_model, PAIRS[:3])  # what has been measured before is not measured again
     assert (result.pairs_path.read_bytes(), result.summary_path.read_bytes()) == before
 
 
 def test_without_tokens_the_records_are_as_ever(local_model) -> None:
-    plain, with_tokens = run(local_model), run(local_model, token_pairs=2, out=local_model.parent / "with")
+    plain, with_tokens = run_whole(local_model), run_whole(local_model, token_pairs=2, out=local_model.parent / "with")
     assert plain.tokens_path is None
     assert plain.summary["tokens"] is None and plain.summary["settings"]["token_pairs"] is None
     assert columns_of(plain) == columns_of(with_tokens)
@@ -293,25 +299,25 @@ def test_tokens_are_measured_on_pairs_spread_over_the_cosines(local_model, tiny_
 
 
 def test_tokens_of_an_earlier_audit_do_not_stand_beside_new_pairs(local_model, monkeypatch) -> None:
-    first = run(local_model, token_pairs=3)
+    first = run_whole(local_model, token_pairs=3)
     folder = first.pairs_path.parent
     others = ["modules.parquet", "pairs.parquet", "sample.parquet", "steps.parquet", "summary.json"]
     assert written(folder) == [*others, "tokens.parquet"]
-    run(local_model)
+    run_whole(local_model)
     assert written(folder) == others
-    run(local_model, token_pairs=1)
+    run_whole(local_model, token_pairs=1)
 
     def fail(*_, **__):
         raise InputError("no space")
 
     monkeypatch.setattr(module, "write_tokens", fail)
     with pytest.raises(InputError, match=r"no space"):
-        run(local_model, token_pairs=2)
+        run_whole(local_model, token_pairs=2)
     assert written(folder) == ["modules.parquet", "pairs.parquet", "sample.parquet", "steps.parquet"]
 
 
 def test_a_failure_at_the_tokens_leaves_an_earlier_audit_alone(local_model, monkeypatch) -> None:
-    result = run(local_model, token_pairs=1)
+    result = run_whole(local_model, token_pairs=1)
     folder = result.pairs_path.parent
     before = {name: (folder / name).read_bytes() for name in written(folder)}
 
@@ -320,7 +326,7 @@ def test_a_failure_at_the_tokens_leaves_an_earlier_audit_alone(local_model, monk
 
     monkeypatch.setattr(token_scan, "measure_tokens", fail)
     with pytest.raises(NonFiniteError, match=r"pairs.jsonl:\d+: no"):
-        run(local_model, PAIRS[:3], token_pairs=1)
+        run_whole(local_model, PAIRS[:3], token_pairs=1)
     assert {name: (folder / name).read_bytes() for name in written(folder)} == before
 
 
@@ -335,9 +341,9 @@ def test_tokens_of_an_adapter(local_model, tmp_path) -> None:
 
 
 def test_quiet_is_quiet_and_otherwise_the_tables_are_printed(local_model, capsys) -> None:
-    run(local_model)
+    run_whole(local_model)
     assert capsys.readouterr().out == ""
-    result = run(local_model, quiet=False)
+    result = run_whole(local_model, quiet=False)
     out, err = capsys.readouterr()
     assert f"{result.summary['cosine']['p50']:+.3f}" in out
     assert "note: The model is its own reference" in err

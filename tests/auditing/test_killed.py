@@ -21,7 +21,7 @@ FILES = ("pairs.parquet", "sample.parquet", "modules.parquet", "tokens.parquet")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Trained:
-    return train_run(tmp_path_factory.mktemp("killed"), lora=True, data_rows=24)
+    return train_run(tmp_path_factory.mktemp("killed"), lora=True, data_rows=12)
 
 
 def go(run: str, pairs: str, out: str) -> None:

@@ -27,8 +27,14 @@ def trained(request, tmp_path_factory) -> Trained:
     return train_run(tmp_path_factory.mktemp(request.param), lora=request.param == "adapter", data_rows=ROWS)
 
 
+WHOLE = {"checkpoints": [2, 4], "token_pairs": 2, "attribution": True}
+
+
 def run(trained: Trained, out: Path, **options: Any) -> AuditResult:
-    settings = {"base": trained.base, "report": False, "quiet": True, "batch_size": 3, **options}
+    """An audit without the account of its steps, three quarters of the work: tests of the steps ask for it."""
+    settings = {
+        "base": trained.base, "report": False, "quiet": True, "batch_size": 3, "attribution": False, **options
+    }  # fmt: skip
     return audit(trained.run, trained.pairs, out=out, **settings)
 
 
@@ -77,7 +83,7 @@ def test_numbers_are_those_of_measure_on_each_checkpoint(trained, tmp_path) -> N
 
 
 def test_the_summary_tells_the_run(trained, tmp_path) -> None:
-    result = run(trained, tmp_path / "out")
+    result = run(trained, tmp_path / "out", attribution=True)
     summary = read_summary(result.summary_path)
     whole = kind(trained) == "full"
     assert summary["complete"] and summary["left_out"] == []
@@ -111,25 +117,25 @@ def test_the_summary_tells_the_run(trained, tmp_path) -> None:
 
 
 def test_going_on_measures_nothing_twice_and_another_loss_measures_nothing(trained, tmp_path, monkeypatch) -> None:
-    first = run(trained, tmp_path / "out", checkpoints="last", token_pairs=2)
+    first = run(trained, tmp_path / "out", checkpoints="last", token_pairs=2, attribution=True)
     counted: list[Any] = []
     real = sweep.open_model
     monkeypatch.setattr(
         sweep, "open_model", lambda source, *rest, **more: counted.append(source.name) or real(source, *rest, **more)
     )
-    again = run(trained, tmp_path / "out", checkpoints="last", token_pairs=2)
+    again = run(trained, tmp_path / "out", checkpoints="last", token_pairs=2, attribution=True)
     assert counted == []
     assert {**again.summary, "seconds": 0} == {**first.summary, "seconds": 0}
-    other = run(trained, tmp_path / "out", checkpoints="last", loss="simpo", attribution=False)
+    other = run(trained, tmp_path / "out", checkpoints="last", loss="simpo")
     assert counted == []
     assert other.summary["loss"]["name"] == "simpo"
-    run(trained, tmp_path / "out", checkpoints="last", loss="simpo")
+    run(trained, tmp_path / "out", checkpoints="last", loss="simpo", attribution=True)
     assert counted == ["checkpoint-6"]  # for the loss's step on the sample
     counted.clear()
-    run(trained, tmp_path / "out", checkpoints=[4, 6], loss="simpo", attribution=False)
+    run(trained, tmp_path / "out", checkpoints=[4, 6], loss="simpo")
     assert counted == ["checkpoint-4"]
     counted.clear()
-    run(trained, tmp_path / "out", checkpoints=[4, 6], loss="simpo", batch_size=4)
+    run(trained, tmp_path / "out", checkpoints=[4, 6], loss="simpo", batch_size=4, attribution=True)
     assert "checkpoint-6" in counted
 
 
@@ -199,11 +205,16 @@ def test_the_base_is_found_by_itself_and_a_moved_one_is_asked_for(trained, tmp_p
     assert {row["reason"] is None for row in summary["what_if"] if row["loss"] == "dpo"} == {False}
 
 
+@pytest.fixture(scope="module")
+def undisturbed(trained, tmp_path_factory) -> AuditResult:
+    """The audit that the stopped ones end as."""
+    return run(trained, tmp_path_factory.mktemp("undisturbed"), **WHOLE)
+
+
 @pytest.mark.parametrize("when", [0, 1, 4])
 def test_stopped_by_ctrl_c_a_partial_record_is_left_and_the_same_call_goes_on(
-    when, trained, tmp_path, monkeypatch
+    when, trained, undisturbed, tmp_path, monkeypatch
 ) -> None:
-    undisturbed = run(trained, tmp_path / "whole", checkpoints=[2, 4], token_pairs=2)
     real, seen = sweep.Journal.append, []
 
     def interrupted(journal: Any, name: str, *rest: Any) -> None:
@@ -215,12 +226,12 @@ def test_stopped_by_ctrl_c_a_partial_record_is_left_and_the_same_call_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr(sweep.Journal, "append", interrupted)
         with pytest.raises(KeyboardInterrupt, match=r"holds a partial record.*The same command goes on"):
-            run(trained, tmp_path / "out", checkpoints=[2, 4], token_pairs=2)
+            run(trained, tmp_path / "out", **WHOLE)
     partial = read_summary(tmp_path / "out" / "summary.json")
     assert not partial["complete"]
     measured = sum(each["pairs"] for each in partial["checkpoints"])
     assert measured == len(read_pairs(tmp_path / "out" / "pairs.parquet")) == min(3 * (when + 1), 2 * ROWS)
-    result = run(trained, tmp_path / "out", checkpoints=[2, 4], token_pairs=2)
+    result = run(trained, tmp_path / "out", **WHOLE)
     assert {**result.summary, "seconds": 0} == {**undisturbed.summary, "seconds": 0}
     for name in ("pairs", "modules", "tokens", "sample", "steps"):
         found, expected = (each.pairs_path.with_name(f"{name}.parquet").read_bytes() for each in (result, undisturbed))

@@ -35,7 +35,10 @@ def copied(trained, tmp_path) -> Trained:
 
 
 def run(trained: Trained, out: Path, **options: Any) -> AuditResult:
-    settings = {"base": trained.base, "report": False, "quiet": True, "batch_size": 3, **options}
+    """An audit without the account of its steps, three quarters of the work: tests of the steps ask for it."""
+    settings = {
+        "base": trained.base, "report": False, "quiet": True, "batch_size": 3, "attribution": False, **options
+    }  # fmt: skip
     return audit(trained.run, trained.pairs, out=out, **settings)
 
 
@@ -70,9 +73,13 @@ def test_fewer_token_pairs_than_before(trained, tmp_path) -> None:
     assert found == expected and len(set(found["pair"])) == 2
 
 
+@pytest.fixture(scope="module")
+def undisturbed(trained, tmp_path_factory) -> AuditResult:
+    return run(trained, tmp_path_factory.mktemp("undisturbed"), attribution=True)
+
+
 @pytest.mark.parametrize("part", [0, 40])
-def test_a_full_disk_stops_the_audit_and_spoils_nothing(part, trained, tmp_path, monkeypatch) -> None:
-    undisturbed = run(trained, tmp_path / "whole")
+def test_a_full_disk_stops_the_audit_and_spoils_nothing(part, trained, undisturbed, tmp_path, monkeypatch) -> None:
     real, seen = os.write, []
 
     def full(file: int, line: bytes) -> int:
@@ -86,8 +93,8 @@ def test_a_full_disk_stops_the_audit_and_spoils_nothing(part, trained, tmp_path,
     with monkeypatch.context() as patched:
         patched.setattr(json_lines.os, "write", full)
         with pytest.raises(JournalError, match=r"No space left on device.*run the same command again"):
-            run(trained, tmp_path / "out")
-    result = run(trained, tmp_path / "out")
+            run(trained, tmp_path / "out", attribution=True)
+    result = run(trained, tmp_path / "out", attribution=True)
     assert {**result.summary, "seconds": 0} == {**undisturbed.summary, "seconds": 0}
     assert result.pairs_path.read_bytes() == undisturbed.pairs_path.read_bytes()
 
@@ -158,7 +165,7 @@ def test_a_partial_record_is_judged_on_a_whole_checkpoint_and_keeps_its_failures
 
     monkeypatch.setattr(sweep.Journal, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(copied, tmp_path / "out")
+        run(copied, tmp_path / "out", attribution=True)
     summary = read_summary(tmp_path / "out" / "summary.json")
     assert not summary["complete"]
     assert [each["step"] for each in summary["left_out"]] == [2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,26 @@ def run(trained: Trained, out: Path, **options: Any) -> AuditResult:
     return audit(trained.run, trained.pairs, out=out, **settings)
 
 
+@pytest.fixture(scope="module")
+def audited(trained, tmp_path_factory) -> AuditResult:
+    """The run's audit at the settings of `run`, for all that only read it."""
+    return run(trained, tmp_path_factory.mktemp("audited"))
+
+
 def is_adapter(trained: Trained) -> bool:
     return (trained.run / "checkpoint-2" / "adapter_config.json").is_file()
+
+
+@cache
+def references(base: Path) -> tuple[PairBatch, torch.Tensor]:
+    """The sample, and the reference's log-probs of its rows `[2P]`."""
+    model, batch, refs = AutoModelForCausalLM.from_pretrained(base).double().eval(), made_batch(base), []
+    with torch.no_grad():
+        for row in range(2 * ROWS):
+            ids, marks = batch.row(row)
+            logits = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+            refs.append((logits.gather(-1, ids[1:, None])[:, 0] * marks[1:]).sum())
+    return batch, torch.stack(refs)
 
 
 @cache
@@ -73,26 +92,19 @@ def made_batch(base: Path) -> PairBatch:
 
 def weights(trained: Trained, grads: torch.Tensor, logps: torch.Tensor, loss: losses.Loss = LOSS) -> torch.Tensor:
     """`∂L/∂log π` of every row in the mean loss, `[2P]`."""
-    base = AutoModelForCausalLM.from_pretrained(trained.base).double().eval()
-    batch, refs = made_batch(trained.base), []
-    with torch.no_grad():
-        for row in range(2 * ROWS):
-            ids, marks = batch.row(row)
-            logits = base(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
-            refs.append((logits.gather(-1, ids[1:, None])[:, 0] * marks[1:]).sum())
+    batch, refs = references(trained.base)
     gram = PairGram(
         chosen_sq=grads[:ROWS].square().sum(1), rejected_sq=grads[ROWS:].square().sum(1),
         inner=(grads[:ROWS] * grads[ROWS:]).sum(1), chosen_logp=logps[:ROWS], rejected_logp=logps[ROWS:],
         chosen_len=batch.chosen_len, rejected_len=batch.rejected_len,
     )  # fmt: skip
-    judged = verdict(gram, loss, torch.stack(refs[:ROWS]), torch.stack(refs[ROWS:]))
+    judged = verdict(gram, loss, refs[:ROWS], refs[ROWS:])
     return torch.cat([-judged.d_w, judged.d_l]) / ROWS
 
 
-def test_a_step_on_the_sample_is_split_as_autograd_says(trained, tmp_path) -> None:
-    result = run(trained, tmp_path)
-    assert result.steps_path is not None
-    table = read_steps(result.steps_path)
+def test_a_step_on_the_sample_is_split_as_autograd_says(trained, audited) -> None:
+    assert audited.steps_path is not None
+    table = read_steps(audited.steps_path)
     assert table.column_names == [*STEP_COLUMNS]
     columns = table.to_pydict()
     found = sorted(set(columns["step"]))
@@ -110,17 +122,16 @@ def test_a_step_on_the_sample_is_split_as_autograd_says(trained, tmp_path) -> No
             for side, expected in zip(SIDES, values.view(2, -1), strict=True):
                 got = torch.tensor([columns[f"{side}_{part}"][row] for row in rows])
                 assert float((got - expected).abs().max()) <= 1e-5 * scale, (step, part, side)
-        (described,) = [row for row in result.summary["steps"]["sample"] if row["step"] == step]
+        (described,) = [row for row in audited.summary["steps"]["sample"] if row["step"] == step]
         moved = pushes.sum(1).view(2, -1)
         assert described["cases"]["ideal"] == pytest.approx(float(((moved[0] > 0) & (moved[1] < 0)).double().mean()))
         alone = torch.stack([own[:ROWS] + partner[:ROWS], own[ROWS:] + partner[ROWS:]])
         assert described["chosen_differs"] == pytest.approx(float((moved[0] * alone[0] < 0).double().mean()))
 
 
-def test_the_step_between_checkpoints_is_taken_apart_by_module(trained, tmp_path) -> None:
-    result = run(trained, tmp_path)
-    columns = read_steps(result.steps_path).to_pydict()
-    intervals = result.summary["steps"]["intervals"]
+def test_the_step_between_checkpoints_is_taken_apart_by_module(trained, audited) -> None:
+    columns = read_steps(audited.steps_path).to_pydict()
+    intervals = audited.summary["steps"]["intervals"]
     found = sorted(set(columns["step"]))
     assert [(interval["from"], interval["to"]) for interval in intervals] == list(itertools.pairwise(found))
     assert all(
@@ -151,8 +162,8 @@ def test_the_step_between_checkpoints_is_taken_apart_by_module(trained, tmp_path
 
 
 @pytest.mark.parametrize("budget", [None, "40KiB"])
-def test_other_losses_are_judged_by_a_step_on_the_sample(trained, tmp_path, budget) -> None:
-    result = run(trained, tmp_path, memory_budget=budget)
+def test_other_losses_are_judged_by_a_step_on_the_sample(trained, audited, tmp_path, budget) -> None:
+    result = audited if budget is None else run(trained, tmp_path, memory_budget=budget)
     grads, logps, _, _ = by_hand(trained.run, trained.base, 6)
     kept = result.summary["steps"]["what_if"]
     is_exact = grads.shape[1] * 4 * 2 * ROWS <= (256 * 2**20 if budget is None else 40 * 1024)
@@ -232,13 +243,15 @@ def test_arrays_that_have_gone_are_measured_anew(trained, tmp_path) -> None:
     assert {**first.summary, "seconds": 0} == {**second.summary, "seconds": 0}
 
 
-def test_nothing_is_measured_twice_and_without_attribution_nothing_is_said(trained, tmp_path, monkeypatch) -> None:
-    first = run(trained, tmp_path)
+def test_nothing_is_measured_twice_and_without_attribution_nothing_is_said(
+    trained, audited, tmp_path, monkeypatch
+) -> None:
+    shutil.copytree(audited.summary_path.parent, tmp_path, dirs_exist_ok=True)
     opened = []
     monkeypatch.setattr(sweep, "open_model", lambda *args, **options: opened.append(args) or pytest.fail("opened"))
     second = run(trained, tmp_path)
     assert not opened
-    assert {**first.summary, "seconds": 0} == {**second.summary, "seconds": 0}
+    assert {**audited.summary, "seconds": 0} == {**second.summary, "seconds": 0}
     without = run(trained, tmp_path, attribution=False)
     assert without.summary["steps"] is None
     assert without.steps_path is None

@@ -108,6 +108,7 @@ def test_the_page_and_the_figure_are_of_the_records(small: Path) -> None:
     assert f"| long suffix | CPO | {last - first:+.2f} [" in page
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_other_data_stays_in_the_records(small: Path, tweets: Path, tmp_path: Path) -> None:
     model = tmp_path / "my-model"

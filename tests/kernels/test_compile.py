@@ -37,7 +37,11 @@ def run(module: str, *asked: str, cache: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("kernel", ["gram", "outer", "outer+gradient", "groups"])
+# A minute of compiling, which rests on the kernels and the pins alone: all are owed when these change.
+@pytest.mark.parametrize(
+    "kernel",
+    ["groups", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("gram", "outer", "outer+gradient"))],
+)
 def test_the_largest_tile_compiles(kernel: str, tmp_path: Path) -> None:
     target = tmp_path / "sm90.csv"
     asked = ["--kernel", kernel, "--dtype", "bfloat16", "--last", "--target", str(target)]
@@ -85,6 +89,7 @@ def test_the_page_says_what_the_table_holds() -> None:
     assert f"3.4, the oldest that is taken, spills in {len(spilling)}, {max(spilling)} bytes a thread at most" in page
 
 
+@pytest.mark.nightly
 def test_what_launches_compile(tmp_path: Path) -> None:
     told = json.loads(run("tests.kernels.launched", cache=tmp_path / "cache"))
     assert told["different"] == [], "the table is of what a launch compiles"

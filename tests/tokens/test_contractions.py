@@ -20,6 +20,7 @@ from gradent.tokens.contractions import (
     shared_entries,
     tied_entries,
 )
+from tests.covering import cross
 
 SIZES = (4, 3)
 
@@ -60,16 +61,16 @@ def check(entries: TokenEntries, chosen: Tensor, rejected: Tensor, limit: float 
         torch.testing.assert_close(got, want.square().sum(1), rtol=limit, atol=0)
 
 
-@pytest.mark.parametrize("budget", [1, 200, 2**20])
-@pytest.mark.parametrize(("width", "columns"), [(3, 64), (17, 2), (1, 1), (63, 129)])
-@pytest.mark.parametrize("way", ["_gram", "_outer", "chosen"])
-@pytest.mark.parametrize("prefix", [True, False])
-def test_shared(monkeypatch, way, width, columns, budget, prefix):
+@cross(
+    "size, way, budget, prefix",
+    [(3, 64), (17, 2), (1, 1), (63, 129)], ["_gram", "_outer", "chosen"], [1, 200, 2**20], [True, False],
+)  # fmt: skip
+def test_shared(monkeypatch, size, way, budget, prefix):
     if way != "chosen":
         cheap = {"_gram": (0, 1), "_outer": (1, 0)}[way]
         monkeypatch.setattr(contractions, "_gram_flops", lambda parts: cheap[0])
         monkeypatch.setattr(contractions, "_outer_flops", lambda parts: cheap[1])
-    parts = blocks(width, columns, prefix=prefix)
+    parts = blocks(*size, prefix=prefix)
     check(shared_entries(parts, SIZES, budget), *whole(parts))
 
 

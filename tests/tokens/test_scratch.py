@@ -79,6 +79,8 @@ CASES = {
     "few tokens": ((20, 6, 5), [1, 4, 16]),
     "a long prompt": ((200, 5, 4), [4, 16]),
 }
+DAILY = {("all tokens", 16), ("few tokens", 1), ("a long prompt", 4)}
+"""The tightest of each; looser ones bound less."""
 
 
 def pair(prompt: int, chosen: int, rejected: int, vocabulary: int = VOCABULARY) -> PairBatch:
@@ -121,11 +123,14 @@ def scratch(model: nn.Module, batch: PairBatch, budget: int) -> int:
 @pytest.mark.parametrize(
     ("sizes", "budget"),
     [
-        pytest.param(sizes, budget * 2**20, id=f"{name}, {budget} MiB")
+        pytest.param(
+            sizes, budget * 2**20, id=f"{name}, {budget} MiB",
+            marks=() if (name, budget) in DAILY else pytest.mark.nightly,
+        )
         for name, (sizes, budgets) in CASES.items()
         for budget in budgets
     ],
-)
+)  # fmt: skip
 def test_a_pair_stays_inside_the_budget(name: str, sizes: tuple[int, int, int], budget: int, rooms: list[int]) -> None:
     taken = scratch(make(MODELS[name]), pair(*sizes), budget)
     assert rooms[0] > 2, "or the budget does not count"

@@ -30,7 +30,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
-def pairs(words: int) -> Dataset:
+def pairs(words: int = 94) -> Dataset:
     """24 pairs of texts of so many different words."""
     draw = torch.Generator().manual_seed(0)
 

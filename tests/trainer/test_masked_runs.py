@@ -45,8 +45,8 @@ def test_k_goes_its_way(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path)
 def test_eta_pushes_the_share_kept_down(hidden: int, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     def kept(eta: float) -> tuple[float, float]:
         trainer = make(
-            llama(), tiny_tokenizer, tmp_path, mask_eta=eta, max_steps=60, optim="adamw_torch", learning_rate=1e-3,
-            mask_learning_rate=0.1, mask_hidden=hidden,
+            llama(), tiny_tokenizer, tmp_path, mask_eta=eta, max_steps=30, optim="adamw_torch", learning_rate=1e-3,
+            mask_learning_rate=0.2, mask_hidden=hidden,
         )  # fmt: skip
         trainer.train()
         return logged(trainer, "mask/kept_chosen")[-1], logged(trainer, "mask/kept_rejected")[-1]

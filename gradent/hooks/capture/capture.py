@@ -11,9 +11,9 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from gradent.hooks.capture.checkpointing import current_region, in_backward
-from gradent.hooks.capture.coverage import Edge, Survey, edges_between, node_of, survey
+from gradent.hooks.capture.coverage import Edge, Survey, Tap, edges_between, node_of, survey
 from gradent.hooks.capture.row_order import in_order
 from gradent.hooks.overhead import Clock
 from gradent.hooks.rules import RULES, Call
@@ -30,23 +30,10 @@ from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View, follow
 from gradent.hooks.uses.uses import Use
 
-__all__ = ["Capture", "Tap", "survey_taps"]
-
-_T = TypeVar("_T")
+__all__ = ["Capture", "Tap"]
 
 _Key = tuple[Any, tuple[tuple[int, tuple[int, ...]], ...]]
 """A torch function and the slots among its operands: what a call is recognised by when it is computed again."""
-
-
-@dataclass(eq=False)
-class Tap:
-    """A recorded use, the node whose output gradient it waits for, and the edges that it accounts for."""
-
-    use: Use  # without activations while `ready` is false
-    node: Node  # of the operator's output
-    edges: frozenset[Edge]  # into the parameter
-    ready: bool = True  # the use holds its operands; in a checkpointed region they come when it is computed again
-    early: Tensor | None = None  # an output gradient that arrived before the operands
 
 
 _Pending = tuple[Sequence[Tap], torch.Size]
@@ -63,6 +50,30 @@ class _Seen(NamedTuple):
     operands: list[tuple[Tensor, Node | None]]
     region: Any
     again: bool
+
+
+class _Guard:
+    """Times what a capture does and hands its errors over, after one of which it is blind; neither without a taker."""
+
+    def __init__(self, on_error: Callable[[Exception], None] | None, clock: Clock) -> None:
+        self.on_error, self.clock = on_error, clock
+        self.is_blind = False
+
+    def __enter__(self) -> None:
+        if self.on_error is not None:
+            self.clock.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if self.on_error is None:
+            return False
+        self.clock.__exit__(kind, error, trace)
+        if not isinstance(error, Exception):
+            return False
+        self.is_blind = True
+        self.on_error(error)
+        return True
 
 
 class Capture(TorchFunctionMode):
@@ -87,9 +98,7 @@ class Capture(TorchFunctionMode):
         self._layout = layout
         self._deliver = deliver
         self._late = late
-        self._on_error = on_error
-        self._clock = Clock() if clock is None else clock
-        self._blind = False
+        self._guard = _Guard(on_error, Clock() if clock is None else clock)
         self.parameters = parameters
         # A tensor's view, and its node when it was made: one that is changed in place afterwards has another.
         self._views: dict[int, tuple[View, Node | None]] = {
@@ -109,12 +118,15 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.register_hook:
             self.meets_hooks = True
-        if self._blind or not torch.is_grad_enabled() or not self._concerns(args, kwargs):
+        if self._guard.is_blind or not torch.is_grad_enabled() or not self._concerns(args, kwargs):
             return func(*args, **kwargs)
-        seen = self._guarded(self._before, func, args, kwargs)
+        seen = None
+        with self._guard:  # what is observed must not suffer from being observed
+            seen = self._before(func, args, kwargs)
         out = func(*args, **kwargs)
         if seen is not None and isinstance(out, Tensor) and out.grad_fn is not None:
-            self._guarded(self._after, seen, out)
+            with self._guard:
+                self._record(seen, out)
         return out
 
     def _concerns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -124,17 +136,6 @@ class Capture(TorchFunctionMode):
             if id(value) in views or isinstance(value, (list, tuple)):
                 return True
         return False
-
-    def _guarded(self, function: Callable[..., _T], *args: Any) -> _T | None:
-        if self._on_error is None:
-            return function(*args)
-        try:
-            with self._clock:
-                return function(*args)
-        except Exception as error:  # noqa: BLE001  (what is observed must not suffer from being observed)
-            self._blind = True
-            self._on_error(error)
-            return None
 
     def _before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Seen | None:
         """Note the operands of an operator before it runs; None if none of them is tracked."""
@@ -150,9 +151,17 @@ class Capture(TorchFunctionMode):
         operands = [(tensor, self._node(tensor)) for tensor in tensors]
         return _Seen(func, args, kwargs, tracked, operands, region, again)
 
-    def _after(self, seen: _Seen, out: Tensor) -> None:
-        """Record the uses of a call, or else follow the one parameter that it made a view of."""
-        if (not seen.again and self._record(seen, out)) or len(seen.tracked) != 1:
+    def _record(self, seen: _Seen, out: Tensor) -> None:
+        """Record the uses that a call's rule accounts for, or else follow the one parameter that it made a view of."""
+        region, uses = seen.region, [] if seen.again else self._uses(seen.func, seen.args, seen.kwargs, out)
+        taps = [self._tap(use, out, seen.operands, region is not None) for use in uses]
+        if self._late is not None and in_backward():
+            for tap in taps:
+                self._late(tap)
+        if taps and region is not None:
+            key = self._key(seen.func, seen.tracked)
+            self._pending.setdefault(region, {}).setdefault(key, deque()).append((taps, out.shape))
+        if taps or len(seen.tracked) != 1:
             return
         source = self._find(seen.tracked[0])
         view = None if source is None else follow(seen.func, source, seen.tracked[0], seen.args, seen.kwargs, out)
@@ -171,18 +180,6 @@ class Capture(TorchFunctionMode):
     def _in_order(self, tensor: Tensor) -> bool:
         return in_order(tensor, self._layout.rows, self._layout.length, self._ordered)
 
-    def _record(self, seen: _Seen, out: Tensor) -> bool:
-        """Record the uses that the call's rule accounts for; whether there is any."""
-        region, uses = seen.region, self._uses(seen.func, seen.args, seen.kwargs, out)
-        taps = [self._tap(use, out, seen.operands, region is not None) for use in uses]
-        if self._late is not None and in_backward():
-            for tap in taps:
-                self._late(tap)
-        if taps and region is not None:
-            key = self._key(seen.func, seen.tracked)
-            self._pending.setdefault(region, {}).setdefault(key, deque()).append((taps, out.shape))
-        return bool(taps)
-
     def _tap(self, use: Use, out: Tensor, operands: list[tuple[Tensor, Node | None]], is_checkpointed: bool) -> Tap:
         node = out.grad_fn
         assert node is not None
@@ -195,11 +192,12 @@ class Capture(TorchFunctionMode):
         tap = Tap(held, node, frozenset(edges), ready=held is use)
         self.taps.append(tap)
         # A partial: a function and the two cells that it closes over are more for the garbage collector to walk.
-        handle = out.register_hook(partial(self._arrive, tap))  # type: ignore[no-untyped-call]
+        deliver = partial(self._deliver if tap.ready else self._deliver_when_ready, tap)
+        handle = out.register_hook(deliver)  # type: ignore[no-untyped-call]
         self._handles.append(handle)
         return tap
 
-    def _arrive(self, tap: Tap, grad_output: Tensor) -> None:
+    def _deliver_when_ready(self, tap: Tap, grad_output: Tensor) -> None:
         if tap.ready:
             self._deliver(tap, grad_output)
         else:
@@ -269,17 +267,7 @@ class Capture(TorchFunctionMode):
     def survey(self, loss: Tensor, without: frozenset[int] = frozenset(), *, opaque: bool = False) -> Survey:
         """Which uses and parameters the graph below `loss` reaches, uses of the parameters `without` disregarded."""
         taps = [tap for tap in self.taps if tap.use.view.param not in without]
-        return survey_taps(loss, taps, self.leaves, opaque=opaque)
-
-
-def survey_taps(loss: Tensor, taps: Sequence[Tap], leaves: dict[Node, int], *, opaque: bool = False) -> Survey:
-    """What the graph below `loss` holds, cut at the edges that these uses claim."""
-    assert loss.grad_fn is not None
-    claimed: dict[Edge, frozenset[Node]] = {}
-    for tap in taps:
-        for edge in tap.edges:
-            claimed[edge] = claimed.get(edge, frozenset()) | {tap.node}
-    return survey(loss.grad_fn, claimed, frozenset(tap.node for tap in taps), leaves, opaque=opaque)
+        return survey(loss, taps, self.leaves, opaque=opaque)
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

@@ -8,19 +8,31 @@ involved.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from gradent.errors import ModelError
+from gradent.hooks.uses.uses import Use
 from gradent.model.autograd import REENTRANT
 
-__all__ = ["Edge", "Survey", "edges_between", "node_of", "survey"]
+__all__ = ["Edge", "Survey", "Tap", "edges_between", "node_of", "survey"]
 
 Edge = tuple[Node, int]
 """A node and the number of one of its inputs."""
+
+
+@dataclass(eq=False)
+class Tap:
+    """A recorded use, the node whose output gradient it waits for, and the edges that it accounts for."""
+
+    use: Use  # without activations while `ready` is false
+    node: Node  # of the operator's output
+    edges: frozenset[Edge]  # into the parameter
+    ready: bool = True  # the use holds its operands; in a checkpointed region they come when it is computed again
+    early: Tensor | None = None  # an output gradient that arrived before the operands
 
 
 def node_of(tensor: Tensor) -> Node | None:
@@ -57,15 +69,13 @@ class Survey:
     hidden: bool = False  # reentrant gradient checkpointing hides a part of the graph, of which nothing is said here
 
 
-def survey(
-    root: Node,
-    claimed: Mapping[Edge, frozenset[Node]],
-    uses: frozenset[Node],
-    parameters: dict[Node, int],
-    *,
-    opaque: bool = False,
-) -> Survey:
-    """Walk the graph below `root` once: which uses it reaches, and which parameters have a use that none claims."""
+def survey(loss: Tensor, taps: Sequence[Tap], parameters: Mapping[Node, int], *, opaque: bool = False) -> Survey:
+    """Walk the graph below `loss` once: which uses it reaches, and which parameters have a use that none claims."""
+    assert loss.grad_fn is not None
+    uses, claimed = frozenset(tap.node for tap in taps), dict[Edge, frozenset[Node]]()
+    for tap in taps:
+        for edge in tap.edges:
+            claimed[edge] = claimed.get(edge, frozenset()) | {tap.node}
     missed: set[int] = set()
     hidden = False
     # A claim holds only below the output that its use waits at: an output that is changed in place afterwards may hand
@@ -73,7 +83,7 @@ def survey(
     below: dict[Node, bool] = {}  # node -> whether a recorded use lies at it or below it; set when it is finished
     above_bottom: set[Node] = set()
     opened: dict[Node, list[Node]] = {}  # node -> what lies right below it
-    pending: list[Node] = [root]
+    pending: list[Node] = [loss.grad_fn]
     while pending:
         node = pending[-1]
         children = opened.get(node)

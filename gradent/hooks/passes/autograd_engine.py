@@ -15,6 +15,7 @@ from gradent.hooks.passes.microbatch import Forward, MicroBatch, Outcome
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.kernels.common.precision import is_exact
 from gradent.model.autograd import row_gradients
+from gradent.model.calls import forward_logits
 
 __all__ = ["EXACT", "is_plain", "plain_rows", "rows_within", "run_plainly"]
 
@@ -58,7 +59,7 @@ def run_plainly(model: nn.Module, parameters: Sequence[Tensor], micro: MicroBatc
     budget = ledger.budget
     for members in micro.forwards:
         forward = Forward(micro, members)
-        logp = forward.logps(forward.logits(model), budget)
+        logp = forward.logps(forward_logits(model, forward.ids, keep=forward.keep), budget)
         logps[list(members)] = logp.detach().cpu()
         grads = row_gradients(logp.sum(), parameters)
         for number, grad in reversed(list(enumerate(grads))):  # about the order of the backward pass

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 from gradent.hooks.capture.capture import Capture
 from gradent.hooks.capture.coverage import Survey
 from gradent.hooks.passes.microbatch import Forward, MicroBatch, Outcome
-from gradent.hooks.reduction.collector import Collector
+from gradent.hooks.reduction.collector import Collector, Place
 from gradent.hooks.reduction.ledger import Ledger
-from gradent.hooks.reduction.reducers import Place
 from gradent.hooks.uses.formats import Materialized
 from gradent.hooks.uses.layout import Layout
 from gradent.kernels.common.numerics import accumulator
+from gradent.model.calls import forward_logits
 
 __all__ = ["NeedsSingleRows", "run"]
 
@@ -60,7 +61,10 @@ def run(
         logps = torch.zeros(len(micro.rows), dtype=torch.float64)
         for forward in passes:
             logps[list(forward.place.rows)] = forward.logps.detach().cpu()
-        run_.backward(passes, surveys, explicit, batches[0])
+        run_.expect(passes, surveys, explicit)
+        while passes:  # the last first
+            run_.backward(passes.pop(), surveys.pop().bottoms, batches[0])
+        run_.finish(batches[0])
         for batch in batches[1:]:
             run_.again(batch)
         ledger.close()
@@ -84,12 +88,11 @@ class _Run:
         forward = Forward(micro, members)
         rows, length = forward.ids.shape
         place = Place(Layout(rows, length, lambda: [(0, len(micro.rows[row][0])) for row in members]), members)
-        capture = Capture(
-            self.parameters if watch else [], place.layout, lambda tap, grad: self.collector.arrive(tap, grad, place)
-        )
+        # A partial: what a reader (and a profiler) follows leads from the capture to the collector.
+        capture = Capture(self.parameters if watch else [], place.layout, partial(self.collector.arrive, place=place))
         self._captures.append(capture)
         with capture:
-            logits = forward.logits(self.model)
+            logits = forward_logits(self.model, forward.ids, keep=forward.keep)
         return _Pass(place, capture, forward.logps(logits, self.budget))
 
     def close(self) -> None:
@@ -115,30 +118,27 @@ class _Run:
             surveys = [one.capture.survey(one.logps, frozenset(explicit)) for one in passes]
         return surveys, frozenset(explicit)
 
-    def backward(
-        self, passes: list[_Pass], surveys: list[Survey], explicit: frozenset[int], batch: Sequence[int]
-    ) -> None:
-        """The pruned backward of every forward, last first; explicit gradients of `batch` come out of it too."""
+    def expect(self, passes: Sequence[_Pass], surveys: Sequence[Survey], explicit: frozenset[int]) -> None:
+        """Wait for the output gradients of all uses that are reached, but those of parameters taken explicitly."""
         self.collector.ignored = explicit
         for one, found in zip(passes, surveys, strict=True):
             for tap in one.capture.taps:
                 if tap.node in found.reached and tap.use.view.param not in explicit:
                     self.collector.expect(tap, one.place)
-        while passes:
-            self._differentiate(passes.pop(), surveys.pop().bottoms, batch)
-        for number in batch:
-            self.ledger.finish(number)
 
     def again(self, batch: Sequence[int]) -> None:
         """A further pass over every row for the explicit gradients that did not fit into the one before."""
         for members in self.micro.forwards:
-            self._differentiate(self.forward(members, watch=False), [], batch)
+            self.backward(self.forward(members, watch=False), [], batch)
+        self.finish(batch)
+
+    def finish(self, batch: Sequence[int]) -> None:
+        """Reduce parameters whose explicit gradients are all there."""
         for number in batch:
             self.ledger.finish(number)
 
-    def _differentiate(
-        self, one: _Pass, bottoms: Sequence[torch.autograd.graph.GradientEdge], batch: Sequence[int]
-    ) -> None:
+    def backward(self, one: _Pass, bottoms: Sequence[torch.autograd.graph.GradientEdge], batch: Sequence[int]) -> None:
+        """The pruned backward of one forward; explicit gradients of `batch` come out of it too."""
         inputs: list[Any] = [*bottoms, *(self.parameters[number] for number in batch)]
         if not inputs:
             return

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from gradent.kernels.common.wanted import Wanted
-from gradent.model.calls import forward_logits
 from gradent.model.logprobs import TILE, check_rows, sequence_logprobs
 
 __all__ = ["Forward", "MicroBatch", "Outcome", "Row", "group_rows", "micro_batches"]
@@ -67,7 +66,11 @@ class Outcome:
 
 
 class Forward:
-    """One forward of some rows of a micro-batch; `ids` are int64 `[R, L]`, padded on the right."""
+    """One forward of some rows of a micro-batch.
+
+    `ids` are int64 `[R, L]`, padded on the right; logits are wanted of the last `keep` positions, of all L where it is
+    0: the micro-batch is not trimmed.
+    """
 
     def __init__(self, micro: MicroBatch, members: Sequence[int]) -> None:
         self._names = [micro.names[index] for index in members]
@@ -79,16 +82,11 @@ class Forward:
             torch.stack([nn.functional.pad(part, (0, length - len(part))) for part in parts])
             for parts in zip(*rows, strict=True)
         )
-        self._keep = length + 1 - max(1, min(int(row.nonzero()[0]) for _, row in rows)) if micro.trim else 0
-
-    @torch.enable_grad()
-    def logits(self, model: nn.Module) -> Tensor:
-        """`[R, K, V]` of the last K positions, all L of them unless the micro-batch is trimmed."""
-        return forward_logits(model, self.ids, keep=self._keep)
+        self.keep = length + 1 - max(1, min(int(row.nonzero()[0]) for _, row in rows)) if micro.trim else 0
 
     @torch.enable_grad()
     def logps(self, logits: Tensor, budget: int) -> Tensor:
-        """`log π(y|x)` of every row, float64 `[R]`, from `logits` in `budget` bytes of scratch."""
+        """`log π(y|x)` of every row, float64 `[R]`, from its `logits` `[R, K, V]` in `budget` bytes of scratch."""
         kept = logits.shape[1]
         logps = sequence_logprobs(logits, self.ids[:, -kept:], self._marks[:, -kept:], tile=min(TILE, budget))
         check_rows(logps, self._names)

@@ -21,9 +21,8 @@ from gradent.hooks.piggyback.guard import Guard
 from gradent.hooks.piggyback.observation import BackwardObservation
 from gradent.hooks.piggyback.pairing import pair_rows
 from gradent.hooks.reduction.account_ledger import AccountLedger, RowLedger
-from gradent.hooks.reduction.collector import Collector
+from gradent.hooks.reduction.collector import Collector, Place
 from gradent.hooks.reduction.ledger import Ledger
-from gradent.hooks.reduction.reducers import Place
 from gradent.hooks.uses.formats import split_factor
 from gradent.kernels.common.account import AccountLayout, ElementMetric
 from gradent.kernels.common.numerics import accumulator

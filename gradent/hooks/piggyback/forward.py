@@ -22,8 +22,7 @@ from gradent.hooks.piggyback.coefficients import Coefficients, FusedReadout, Log
 from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.guard import Guard
 from gradent.hooks.piggyback.trl_fused_head import find_fused_head, tap_fused_head
-from gradent.hooks.reduction.collector import Collector
-from gradent.hooks.reduction.reducers import Place
+from gradent.hooks.reduction.collector import Collector, Place
 from gradent.hooks.reduction.weight_grad_reuse import WeightGradReuse
 from gradent.hooks.uses.formats import split_factor
 from gradent.hooks.uses.layout import Layout

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradent.errors import InputError, ModelError, NonFiniteError
-from gradent.hooks.capture.capture import survey_taps
+from gradent.hooks.capture.coverage import survey
 from gradent.hooks.overhead import Clock
 from gradent.hooks.piggyback.backward import WatchedBackward
 from gradent.hooks.piggyback.config import WatchConfig
@@ -110,7 +110,7 @@ class WatchedModel:
         if guard.no_entries_reason is None:
             with private_backward(guard):
                 taps = [tap for forward in self._backward.forwards for tap in forward.expected]
-                self._differentiate(survey_taps(self.root, taps, {}, opaque=True).bottoms)
+                self._differentiate(survey(self.root, taps, {}, opaque=True).bottoms)
         observation = self._backward.finish()
         if observation.unusable_reason is not None and "memory" in observation.unusable_reason:
             raise ModelError(f"pairwise normalization: {observation.unusable_reason}.")

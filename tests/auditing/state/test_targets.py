@@ -22,7 +22,9 @@ from tests.auditing.made import PAIRS, logp, save_lora, write_jsonl
 
 def run(model: Path, **options: Any) -> AuditResult:
     data = write_jsonl(model.parent / "pairs.jsonl", PAIRS)
-    return audit(model, data, **{"out": model.parent / "out", "report": False, "quiet": True, **options})
+    return audit(
+        model, data, **{"out": model.parent / "out", "report": False, "quiet": True, "attribution": False, **options}
+    )
 
 
 def reference_logps(result: AuditResult) -> torch.Tensor:

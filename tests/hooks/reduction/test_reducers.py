@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradent.hooks.reduction import collector as module
-from gradent.hooks.reduction.collector import Collector
+from gradent.hooks.reduction.collector import REDUCERS, Arrival, Collector, Place
 from gradent.hooks.reduction.ledger import Ledger
-from gradent.hooks.reduction.reducers import REDUCERS, Arrival, Place
 from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View
 from gradent.hooks.uses.uses import MatrixUse
