@@ -57,8 +57,8 @@ def reduce_group(
     return reduce_outer(factors, strategy.tiling, weight, directions)
 
 
-ACCOUNT_TILES = 8 * 2**20
-"""Bytes of a step's tiles on a CPU, which go through a dozen operators each: they are to stay near the caches."""
+ACCOUNT_TILES = 32 * 2**20
+"""Bytes of a step's tiles on a CPU: smaller ones cost more calls and narrower products, larger ones leave the caches."""
 
 
 def account_group(factors: Factors, sums: AccountSums, *, budget: int) -> Tensor:
