@@ -58,7 +58,7 @@ def reduce_group(
 
 
 ACCOUNT_TILES = 32 * 2**20
-"""Bytes of a step's tiles on a CPU: smaller ones cost more calls and narrower products, larger ones leave the caches."""
+"""Bytes of a step\'s tiles on a CPU: smaller ones cost more calls, larger ones leave the caches."""
 
 
 def account_group(factors: Factors, sums: AccountSums, *, budget: int) -> Tensor:
