@@ -110,7 +110,7 @@ def test_prompts_that_come_again_end_it(again) -> None:
     assert unseen.estimate(record(10, [4, 5]), 0.1) is not None
     assert unseen.estimate(record(11, again), 0.2) is None
     assert unseen.estimate(record(12, [30, 31]), 0.3) is None
-    assert len(said) == 1 and "share prompts" in said[0]
+    assert len({*said}) == 1 and "share prompts" in said[0]
 
 
 def test_a_run_logs_it_with_its_error(tiny_tokenizer, tmp_path) -> None:
@@ -130,3 +130,16 @@ def test_a_run_logs_it_with_its_error(tiny_tokenizer, tmp_path) -> None:
     both = summarize(list(callback.records)[10:])
     errors = [float(kept.unseen[0, 1]) for kept in list(callback.records)[10:] if kept.unseen is not None]
     assert both["gradent/unseen/chosen_error"] == pytest.approx((errors[0] ** 2 + errors[1] ** 2) ** 0.5 / 2)
+
+
+def test_nothing_is_said_where_it_would_not_have_been_given() -> None:
+    said: list[str] = []
+    unseen = UnseenPairs(said.append)
+    for step in (1, 2, 9):
+        assert unseen.estimate(record(step, [4, 4]), 0.1) is None
+    unsplit = record(10, [4, 4])
+    assert unsplit.attribution is not None
+    object.__setattr__(unsplit, "attribution", replace(unsplit.attribution, is_whole=False))
+    assert unseen.estimate(unsplit, 0.2) is None and not said
+    assert unseen.estimate(record(11, [6, 7]), 0.2) is None
+    assert len({*said}) == 1 and "share prompts" in said[0]

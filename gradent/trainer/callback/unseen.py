@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from gradent.attribution.unseen import estimate_unseen
+from gradent.pairs.batch import PairBatch
 from gradent.trainer.callback.step import StepRecord
 
 __all__ = ["UnseenPairs"]
@@ -21,22 +22,29 @@ class UnseenPairs:
     def __init__(self, say_once: Callable[[str], object]) -> None:
         self._say_once = say_once
         self._prompts: set[int] = set()
-        self._is_over = False
+        self._obstacle: str | None = None
 
     def estimate(self, record: StepRecord, epoch: float | None) -> Tensor | None:
-        """`estimate_unseen` of a step, begun in this epoch; None where it would not hold."""
-        if record.batch is None or record.attribution is None or self._is_over:
+        """`estimate_unseen` of a step, begun in this epoch; None where it would not hold, which is said once."""
+        if record.batch is None or record.attribution is None:
             return None
-        rows = [record.batch.row(pair) for pair in range(len(record.batch))]
+        if self._obstacle is None:
+            self._obstacle = self._find_obstacle(record.batch, epoch)
+        found = estimate_unseen(record.attribution) if record.step > EARLY else None
+        if found is None or self._obstacle is None:
+            return found
+        self._say_once(
+            f"gradent/unseen is not given from here on: {self._obstacle}, and what a step does to pairs that are not "
+            "in it can no longer be told from those that are (docs/account.md)."
+        )
+        return None
+
+    def _find_obstacle(self, batch: PairBatch, epoch: float | None) -> str | None:
+        """Why the estimate does not hold from this step on; None where it does."""
+        rows = [batch.row(pair) for pair in range(len(batch))]
         prompts = [hash(tuple(ids[~marks.bool()].tolist())) for ids, marks in rows]
         has_repeats = len({*prompts}) < len(prompts) or not self._prompts.isdisjoint(prompts)
         self._prompts.update(prompts)
-        if has_repeats or (epoch or 0.0) > 1.0:
-            self._is_over = True
-            why = "pairs share prompts" if has_repeats else "the data comes again, in the second epoch"
-            self._say_once(
-                f"gradent/unseen ends here: {why}, and what a step does to pairs that are not in it can no longer be "
-                "told from those that are (docs/account.md)."
-            )
-            return None
-        return estimate_unseen(record.attribution) if record.step > EARLY else None
+        if has_repeats:
+            return "pairs share prompts"
+        return "the data comes again, in the second epoch" if (epoch or 0.0) > 1.0 else None
