@@ -69,7 +69,7 @@ class SampleStep:
     def moved(self, judged: Sequence[Verdict]) -> Floats:
         """What a step of unit learning rate on each loss's mean does to chosen and rejected, nats, `[L, P, 2]`."""
         # All losses at once, and a few of the numbers K: each loss alone would read all vectors twice.
-        pairs, weights = len(self.inner), np.stack([_pull(each) for each in judged])
+        pairs, weights = len(self.inner), np.stack([_pull(each.d_w.numpy(), each.d_l.numpy()) for each in judged])
         rows, flat = self.vectors.reshape(2 * pairs, -1), weights.reshape(len(judged), -1)
         moved = np.zeros(flat.shape)
         squares, inner = np.zeros((2, pairs)), np.zeros(pairs)
@@ -89,7 +89,7 @@ class SampleStep:
         """What each row does to one response in such a step, nats, `[2, P]`."""
         products = self.vectors @ self.vectors[side, place]
         products[side, place], products[1 - side, place] = self.squares[side, place], self.inner[place]
-        found: Floats = _pull(judged) * products
+        found: Floats = _pull(judged.d_w.numpy(), judged.d_l.numpy()) * products
         return found
 
     def cases(self, judged: Sequence[Verdict]) -> list[NDArray[Any]]:
@@ -112,7 +112,7 @@ def plan_steps(records: Sequence[TargetRecord]) -> list[StepTask]:
     beside = zip([None, *whole], whole, [*whole[1:], None], strict=False)
     return [
         StepTask(
-            target=record.target, weights=_weights(record.table), before=None if before is None else before.target,
+            target=record.target, weights=-_pull_of(record.table).T, before=None if before is None else before.target,
             after=None if after is None else after.target,
         )
         for before, record, after in beside
@@ -159,8 +159,7 @@ def read_sample_step(target: Target, table: Table, journal: Journal, batches: in
 
 def step_table(steps: Sequence[StepRecord]) -> Table | None:
     """The rows of `steps.parquet`, target by target; None without any."""
-    tables = [_rows_of(step, place and steps[place - 1]) for place, step in enumerate(steps)]
-    return stack(tables) if tables else None
+    return stack([_rows_of(before, step) for before, step in pairwise([None, *steps]) if step]) if steps else None
 
 
 def describe_steps(
@@ -169,25 +168,23 @@ def describe_steps(
     """The summary's `steps`, `sample` being of the last target; None where nothing was measured of any step."""
     if not steps:
         return None
-    table = step_table(steps)
-    assert table is not None
-    intervals = [_describe_interval(first, last) for first, last in pairwise(steps) if last.before is first.record]
+    intervals = [_describe_interval(first, last) for first, last in pairwise(steps)]
     return {
-        "sample": [_describe_sample(step, table) for step in steps],
+        "sample": [_describe_sample(step) for step in steps],
         "intervals": [interval for interval in intervals if interval is not None],
         "what_if": None if sample is None else {"is_exact": sample.is_exact, "error": sample.error},
         "pushed": [] if sample is None or steps[-1].record is not last else _describe_pushed(steps[-1], sample, loss),
     }
 
 
-def _pull(judged: Verdict) -> Floats:
-    """What a step on the sample's mean loss has of every chosen's and rejected's gradient, `[2, P]`."""
-    return np.stack([judged.d_w.numpy(), -judged.d_l.numpy()]) / len(judged.d_w)
+def _pull(d_w: Floats, d_l: Floats) -> Floats:
+    """What a step on the sample's mean loss has of every chosen's and rejected's gradient, `−∂L/∂log π`, `[2, P]`."""
+    return np.stack([d_w, -d_l]) / len(d_w)
 
 
-def _weights(table: Table) -> Floats:
-    """`∂L/∂log π` of chosen and rejected in the mean loss of the sample, `[P, 2]`."""
-    return np.stack([-table["d_w"], table["d_l"]], axis=1) / max(1, table.rows)
+def _pull_of(table: Table) -> Floats:
+    """The same, of the run's loss."""
+    return _pull(table["d_w"], table["d_l"])
 
 
 def _join(blocks: Sequence[Mapping[str, Any]]) -> tuple[Floats, dict[str, Floats]]:
@@ -199,12 +196,10 @@ def _join(blocks: Sequence[Mapping[str, Any]]) -> tuple[Floats, dict[str, Floats
 
 def _parts(step: StepRecord) -> dict[str, Floats]:
     """Column -> nats of a unit of learning rate, `[P]`: what moves each side in a step on the sample."""
-    table, count = step.record.table, step.record.table.rows
-    d_w, d_l, inner = table["d_w"] / count, table["d_l"] / count, table["inner"]
-    total = -step.along[SAMPLE]
-    own = np.stack([d_w * table["chosen_sq"], -d_l * table["rejected_sq"]])
-    partner = np.stack([-d_l * inner, d_w * inner])
-    others = total - own - partner if count > 1 else np.zeros_like(total)
+    table = step.record.table
+    pull, total = _pull_of(table), -step.along[SAMPLE]
+    own, partner = pull * np.stack([table["chosen_sq"], table["rejected_sq"]]), pull[::-1] * table["inner"]
+    others = total - own - partner if table.rows > 1 else np.zeros_like(total)
     return {
         f"{side}_{name}": values[place]
         for place, side in enumerate(_SIDES)
@@ -212,9 +207,9 @@ def _parts(step: StepRecord) -> dict[str, Floats]:
     }
 
 
-def _trapezoid(first: StepRecord, last: StepRecord) -> tuple[Floats, dict[str, Floats]] | None:
+def _trapezoid(first: StepRecord | None, last: StepRecord) -> tuple[Floats, dict[str, Floats]] | None:
     """The first-order change of chosen and rejected from one target to the next, `[2, P]`, and its sums by module."""
-    if last.before is not first.record or LEAVING not in first.along or ARRIVING not in last.along:
+    if first is None or last.before is not first.record or LEAVING not in first.along or ARRIVING not in last.along:
         return None
     begin, end = first.modules[LEAVING], last.modules[ARRIVING]
     change: Floats = (first.along[LEAVING] + last.along[ARRIVING]) / 2
@@ -227,10 +222,9 @@ def _realised(step: StepRecord) -> Floats:
     return np.stack([step.record.table[f"{side}_logp"] - step.before.table[f"{side}_logp"] for side in _SIDES])
 
 
-def _rows_of(step: StepRecord, before: StepRecord | int) -> Table:
-    record = step.record
+def _rows_of(before: StepRecord | None, step: StepRecord) -> Table:
+    record, found = step.record, _trapezoid(before, step)
     nothing = np.full((2, record.table.rows), np.nan)
-    found = _trapezoid(before, step) if isinstance(before, StepRecord) else None
     change, realised = (nothing, nothing) if found is None else (found[0], _realised(step))
     columns = {
         **record.table, **_parts(step),
@@ -240,17 +234,15 @@ def _rows_of(step: StepRecord, before: StepRecord | int) -> Table:
     return Table(columns).pick([*STEP_COLUMNS])
 
 
-def _describe_sample(step: StepRecord, table: Table) -> dict[str, Any]:
+def _describe_sample(step: StepRecord) -> dict[str, Any]:
     """A step on the sample at one target: means over the pairs, and where it differs from a step on each pair alone."""
-    record = step.record
-    rows = table.select((table["checkpoint"] == record.target.name) & (table["step"] == record.target.step))
-    names = [f"{side}_{part}" for side in _SIDES for part in ("own", "partner", "others")]
-    moved = np.stack([sum(rows[f"{side}_{part}"] for part in ("own", "partner", "others")) for side in _SIDES], axis=1)
+    record, parts = step.record, _parts(step)
+    moved = np.stack([sum(parts[f"{side}_{part}"] for part in ("own", "partner", "others")) for side in _SIDES], axis=1)
     alone = np.stack([record.table[f"{side}_change"] for side in _SIDES], axis=1)
     differs = np.sign(moved) * np.sign(alone) < 0
     return {
-        "checkpoint": record.target.name, "step": record.target.step, "pairs": rows.rows,
-        **{name: mean(rows[name]) for name in names},
+        "checkpoint": record.target.name, "step": record.target.step, "pairs": record.table.rows,
+        **{name: mean(values) for name, values in parts.items()},
         "cases": count_cases(find_cases(moved)),
         # Shares of pairs of which a step on the sample moves the response the other way than a step on the pair alone.
         "chosen_differs": float(differs[:, 0].mean()), "rejected_differs": float(differs[:, 1].mean()),
