@@ -26,7 +26,15 @@ from gradent.kernels.common.account import AccountLayout, AccountSums, ElementMe
 from gradent.kernels.common.numerics import accumulator
 from gradent.record import MOVED_SOURCES
 
-__all__ = ["GRADIENT", "StepAttribution", "assemble", "attribute_backward", "attribute_kept", "step_metric"]
+__all__ = [
+    "GRADIENT",
+    "StepAttribution",
+    "assemble",
+    "attribute_backward",
+    "attribute_kept",
+    "join_errors",
+    "step_metric",
+]
 
 
 TOGETHER = 2**16
@@ -112,13 +120,12 @@ class StepAttribution:
         for part, rows in zip(parts, places, strict=True):
             products[rows[:, None], rows], pushes[rows[:, None], rows] = part.products, part.pushes
         realised = [part.realised for part in parts if part.realised is not None]
-        errors = [part.sketch_error**2 for part in parts if part.sketch_error is not None]
         return cls(
             products=products, pushes=pushes,
             moved={source: _sides(parts, [part.moved[source] for part in parts]) for source in parts[0].moved},
             realised=_sides(parts, realised) if len(realised) == len(parts) else None,
             is_whole=all(part.is_whole for part in parts),
-            sketch_error=math.sqrt(sum(errors) / len(errors)) if errors else None,
+            sketch_error=join_errors(parts),
         )  # fmt: skip
 
     @staticmethod
@@ -130,6 +137,12 @@ class StepAttribution:
             torch.cat([torch.arange(half) + start, torch.arange(half) + pairs + start])
             for half, start in zip(halves, starts, strict=True)
         ]
+
+
+def join_errors(parts: Sequence[StepAttribution]) -> float | None:
+    """The root mean square of several accounts' `sketch_error`; None where none has one."""
+    errors = [part.sketch_error**2 for part in parts if part.sketch_error is not None]
+    return math.sqrt(sum(errors) / len(errors)) if errors else None
 
 
 def _sides(parts: Sequence[StepAttribution], values: Sequence[Tensor]) -> Tensor:
@@ -161,33 +174,29 @@ def attribute_kept(
     sides = [side for half in (0, 1) for side in ((seen, half) for seen in observations)]
     c = torch.cat([seen.c.view(2, -1)[half] for seen, half in sides])
     layout = AccountLayout(len(c), len(sources), len(metric.plain), 0)
-
-    def elements(number: int) -> ElementMetric:
-        found, grad = metric.metric(number), parameters[number].grad
-        return replace(found, weighted=[*found.weighted, grad], before=grad)
-
     # Parameters that the step treats alike are one to the account: of LoRA there are hundreds of small ones.
-    alike: dict[Hashable, list[int]] = {}
+    alike: dict[Hashable, dict[int, ElementMetric]] = {}
     for number in {number: None for seen in observations for number in seen.rows_kept}:
-        found, tensor = elements(number), parameters[number]
+        found, tensor = metric.metric(number), parameters[number]
+        found = replace(found, weighted=[*found.weighted, tensor.grad], before=tensor.grad)
         missing = tuple(part is None for part in (found.second, *found.weighted, *found.plain))
         key = rule.terms(number, lr), found.correction, found.eps, found.growth, missing, tensor.dtype, tensor.device
-        alike.setdefault(key, []).append(number)
+        alike.setdefault(key, {})[number] = found
     blocks = {}
-    for numbers in alike.values():
+    for elements in alike.values():
         sums = AccountSums(layout, ElementMetric(), torch.zeros(len(c), dtype=torch.float64), KeptEstimate(1.0))
-        for pack in _packs(numbers, [parameters[number].numel() for number in numbers]):
+        for pack in _packs({number: parameters[number].numel() for number in elements}):
             tile = torch.cat([_rows_kept(seen, half, pack, parameters) for seen, half in sides])
-            sums.of(ElementMetric.join([elements(number) for number in pack])).add(tile, ...)
-        blocks[numbers[0]] = layout.split(sums.entries.cpu())
+            sums.of(ElementMetric.join([elements[number] for number in pack])).add(tile, ...)
+        blocks[next(iter(elements))] = layout.split(sums.entries.cpu())
     return assemble(blocks, rule, c, (sources, metric.plain), kept=kept, lr=lr)
 
 
-def _packs(numbers: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-    """Parameters in lists of `TOGETHER` elements at most, where more than one is in a list."""
+def _packs(sizes: Mapping[int, int]) -> list[list[int]]:
+    """Parameters, given with their sizes, in lists of `TOGETHER` elements at most, where more than one is in a list."""
     packs: list[list[int]] = []
     used = TOGETHER
-    for number, size in zip(numbers, sizes, strict=True):
+    for number, size in sizes.items():
         if used + size > TOGETHER:
             packs.append([])
             used = 0

@@ -17,7 +17,7 @@ from gradent.hooks.reduction.small_gradients import MaterializedRows, Slot, row_
 from gradent.hooks.uses.formats import Form
 from gradent.kernels.common.account import AccountLayout, AccountSums, ElementMetric, KeptEstimate, RowSums
 from gradent.kernels.common.numerics import accumulator, row_products
-from gradent.kernels.common.sketch import GradientSketch, RowSketches, SketchSums, WeighedSketchSums
+from gradent.kernels.common.sketch import PLACES, GradientSketch, RowSketches, SketchSums, WeighedSketchSums
 from gradent.kernels.common.wanted import Wanted
 from gradent.kernels.outer.reference import account_all_rows
 from gradent.kernels.strategy import Strategy
@@ -35,9 +35,8 @@ class AccountLedger(Ledger):
         self, layout: AccountLayout, metric: Callable[[int], ElementMetric], shares: Tensor, *, budget: int,
         sketches: RowSketches | None = None,
     ) -> None:  # fmt: skip
-        # Beside a tile are its directions, its sum over rows and its denominators; for sketches, its elements' places.
-        beside = 2 if sketches is None else 4
-        super().__init__(Wanted.all(layout.rows, layout.weighted + layout.plain + beside), budget=budget)
+        beside = layout.beside + (0 if sketches is None else PLACES)
+        super().__init__(Wanted.all(layout.rows, beside), budget=budget)
         self.layout, self.sketches = layout, sketches
         self._element_metric, self._shares, self._estimate = metric, shares, KeptEstimate()
         self._sign = 1.0  # of what is added to sketches

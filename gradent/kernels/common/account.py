@@ -47,6 +47,11 @@ class AccountLayout:
     plain: int  # E
     pairs: int  # k
 
+    @property
+    def beside(self) -> int:
+        """Tensors of a row's size that are made beside a tile: directions, its sum over rows, its denominators."""
+        return self.weighted + self.plain + 2
+
     @cached_property
     def blocks(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of each block, in order."""
@@ -176,8 +181,8 @@ class AccountSums:
 
     @property
     def beside(self) -> int:
-        """Tensors of a row's size that are made beside a tile: directions, its sum over rows, its denominators."""
-        return self._layout.weighted + self._layout.plain + 2
+        """Tensors of a row's size that are made beside a tile."""
+        return self._layout.beside
 
     def _prepare(self, device: torch.device) -> None:
         if not self._sums:

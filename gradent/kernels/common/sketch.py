@@ -20,7 +20,7 @@ from torch import Tensor
 from gradent.kernels.common.account import AccountLayout, AccountSums, ElementMetric, KeptEstimate
 from gradent.kernels.common.numerics import spans
 
-__all__ = ["GradientSketch", "RowSketches", "SketchSums", "WeighedSketchSums", "folded"]
+__all__ = ["PLACES", "GradientSketch", "RowSketches", "SketchSums", "WeighedSketchSums", "folded"]
 
 _MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 """Odd numbers of splitmix64, as signed ones."""
@@ -148,6 +148,10 @@ class RowSketches:
         return sum((part.cpu() for part in self._vectors.values()), torch.zeros(self._rows, self.sketch.width))
 
 
+PLACES = 2
+"""Tensors of a row's size that the places of a tile's elements take."""
+
+
 class WeighedSketchSums(AccountSums):
     """Adds one parameter's weighed gradients to the sketches of all rows, beside its entries."""
 
@@ -172,7 +176,7 @@ class WeighedSketchSums(AccountSums):
     @property
     def beside(self) -> int:
         """As without sketches, and the places of a tile's elements."""
-        return super().beside + 2
+        return super().beside + PLACES
 
     def _take_weighed(self, rows: Tensor, place: Any) -> None:
         if not self._factor:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gradent.attribution.step import StepAttribution
+from gradent.attribution.step import StepAttribution, join_errors
 from gradent.model.layer_names import group_layers
 from gradent.pair_gram import ModuleGram, PairGram
 from gradent.pairs.batch import PairBatch
@@ -170,9 +170,9 @@ def summarize_moves(parts: Sequence[StepAttribution]) -> dict[str, float]:
             for source in found
         }
         scalars |= finite_means(values, f"gradent/moved/{side}/")
-    errors = [part.sketch_error**2 for part in parts if part.sketch_error is not None]
-    if errors:
-        scalars["gradent/sketch_error"] = (sum(errors) / len(errors)) ** 0.5
+    error = join_errors(parts)
+    if error is not None:
+        scalars["gradent/sketch_error"] = error
     explained = share_explained(parts)
     return scalars if explained is None else scalars | {"gradent/explained": explained}
 
