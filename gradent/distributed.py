@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Ranks", "gather", "is_first", "join", "world_size"]
+__all__ = ["Ranks", "current_rank", "gather", "is_first", "join", "world_size"]
 
 T = TypeVar("T")
 
@@ -73,6 +73,11 @@ def _current() -> Ranks:
 def is_first() -> bool:
     """Whether this is rank 0, or the only process."""
     return _current().is_first
+
+
+def current_rank() -> int:
+    """This process's number among those that train together."""
+    return _current().rank
 
 
 def world_size() -> int:

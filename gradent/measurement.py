@@ -23,7 +23,7 @@ from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.kernels.common.numerics import accumulator
 from gradent.kernels.common.wanted import Wanted
 from gradent.model.autograd import row_gradients
-from gradent.model.calls import forward_marked
+from gradent.model.calls import forward_marked, tempered
 from gradent.model.facts import facts, ignores_padding, trims
 from gradent.model.logprobs import sequence_logprobs
 from gradent.model.observed import observed
@@ -34,7 +34,7 @@ from gradent.pairs.batch import PairBatch
 from gradent.pairs.row_batch import RowBatch
 from gradent.row_gram import RowGram
 
-__all__ = ["measure", "measure_rows", "measure_weighted", "sequence_logps", "weighted_gradient"]
+__all__ = ["measure", "measure_rows", "measure_weighted", "row_logps", "sequence_logps", "weighted_gradient"]
 
 Engine = Literal["hooks", "func"]
 
@@ -287,16 +287,22 @@ def measure_rows(
     )
 
 
-@torch.no_grad()
 def sequence_logps(model: nn.Module, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """Summed completion log-probs `(chosen, rejected)`, float64 `[B]` on the CPU, as of a loss's reference model."""
+    result = row_logps(model, batch)
+    return result[: len(batch)], result[len(batch) :]
+
+
+@torch.no_grad()
+def row_logps(model: nn.Module, batch: PairBatch | RowBatch, *, temperature: float = 1.0) -> Tensor:
+    """Summed completion log-probs of all rows, of logits over a temperature, float64 `[N]` on the CPU."""
     model = unwrap_compiled(model)
     rows = _rows(model, batch)
     result = torch.zeros(len(rows), dtype=torch.float64)
-    with observed(model):
+    with observed(model), tempered(temperature):
         for group, logps in _forwards(model, rows):
             result[group] = logps.cpu()
-    return result[: len(batch)], result[len(batch) :]
+    return result
 
 
 def weighted_gradient(model: nn.Module, batch: PairBatch, weights: Tensor) -> dict[str, Tensor]:

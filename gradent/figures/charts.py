@@ -15,6 +15,7 @@ COLOURS: dict[str, str] = {
     "reversed": "#9b2226", "inactive": "#adb5bd",
     "own": "#2a9d8f", "partner": "#c77400", "others_chosen": "#1f6fb4", "others_rejected": "#b23a6f",
     "earlier_batches": "#8d6cab", "momentum": "#6c757d", "weight_decay": "#adb5bd", "step": "#6c757d",
+    "positives": "#1f6fb4", "negatives": "#c77400", "other_groups": "#b23a6f",
 }  # fmt: skip
 """Colours by name, where no page brings its own (which know light from dark)."""
 

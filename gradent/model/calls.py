@@ -11,9 +11,20 @@ from torch import Tensor, nn
 from gradent.errors import ModelError
 from gradent.model.parameters import output_embeddings
 
-__all__ = ["forward_logits", "forward_marked", "takes_keep"]
+__all__ = ["forward_logits", "forward_marked", "takes_keep", "tempered"]
 
 _KEEP = "logits_to_keep"
+_TEMPERATURES = [1.0]
+
+
+@contextmanager
+def tempered(temperature: float) -> Iterator[None]:
+    """Inside, logits are those of the model over a temperature, as some losses take them (GRPO)."""
+    _TEMPERATURES.append(temperature)
+    try:
+        yield
+    finally:
+        _TEMPERATURES.pop()
 
 
 def takes_keep(model: nn.Module) -> bool:
@@ -26,6 +37,12 @@ def takes_keep(model: nn.Module) -> bool:
 # models make of it give nan in float64, or other shapes.
 def forward_logits(model: nn.Module, input_ids: Tensor, *, keep: int = 0) -> Tensor:
     """Logits `[R, L, V]` of ids `[R, L]`; with `keep`, of the last `keep` positions if the model heeds it."""
+    logits = _logits(model, input_ids, keep=keep)
+    return logits if _TEMPERATURES[-1] == 1 else logits / _TEMPERATURES[-1]
+
+
+def _logits(model: nn.Module, input_ids: Tensor, *, keep: int) -> Tensor:
+    """The model's own logits."""
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(

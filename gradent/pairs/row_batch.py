@@ -77,6 +77,32 @@ class RowBatch:
         return int(self.input_ids.shape[0])
 
     @classmethod
+    def from_rows(cls, rows: Sequence[tuple[Tensor, Tensor]], group: Tensor) -> RowBatch:
+        """A batch of rows as `row` gives them.
+
+        Args:
+            rows: `(ids, marks)` of each of N rows, as `row` returns them.
+            group: the group of each row, int64 `[N]`.
+
+        Returns:
+            The right-padded `RowBatch`, on the rows' device.
+        """
+        return cls(*pad_rows(rows), group)
+
+    @classmethod
+    def join(cls, batches: Sequence[RowBatch], group: Tensor) -> RowBatch:
+        """The rows of several batches, one after the other.
+
+        Args:
+            batches: at least one.
+            group: the group of each of all their rows, int64 `[N]`.
+
+        Returns:
+            The right-padded `RowBatch` of all their rows.
+        """
+        return cls.from_rows([batch.row(row) for batch in batches for row in range(len(batch))], group)
+
+    @classmethod
     def from_tokens(
         cls, groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], pad_token_id: int = 0
     ) -> RowBatch:

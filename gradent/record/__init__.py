@@ -18,10 +18,13 @@ from gradent.record.documents import (
 from gradent.record.parquet import SCHEMA_VERSION
 from gradent.record.schema import (
     CASE_NAMES,
+    GROUP_SOURCES,
     MODULE_COLUMNS,
     MOVED_COLUMNS,
     MOVED_SOURCES,
     PAIR_COLUMNS,
+    ROW_COLUMNS,
+    ROW_MOVED_COLUMNS,
     SAMPLE_COLUMNS,
     STEP_COLUMNS,
     TOKEN_COLUMNS,
@@ -41,9 +44,10 @@ from gradent.record.schema import (
 )
 
 __all__ = [
-    "AUDIT_FILES", "CASE_NAMES", "MODULE_COLUMNS", "MOVED_COLUMNS", "MOVED_SOURCES",
-    "PAIR_COLUMNS", "SAMPLE_COLUMNS", "SCHEMA_VERSION", "STEP_COLUMNS", "TOKEN_COLUMNS", "UNSPLIT",
-    "DemoRecord", "Summary", "TokenRecord", "pair_schema", "read_demo", "read_modules", "read_pairs", "read_sample",
-    "read_steps", "read_summary", "read_token_record", "read_tokens", "token_schema", "write_demo", "write_modules",
-    "write_pairs", "write_sample", "write_steps", "write_summary", "write_token_record", "write_tokens",
+    "AUDIT_FILES", "CASE_NAMES", "GROUP_SOURCES", "MODULE_COLUMNS", "MOVED_COLUMNS", "MOVED_SOURCES",
+    "PAIR_COLUMNS", "ROW_COLUMNS", "ROW_MOVED_COLUMNS", "SAMPLE_COLUMNS", "SCHEMA_VERSION", "STEP_COLUMNS",
+    "TOKEN_COLUMNS", "UNSPLIT", "DemoRecord", "Summary", "TokenRecord", "pair_schema", "read_demo", "read_modules",
+    "read_pairs", "read_sample", "read_steps", "read_summary", "read_token_record", "read_tokens", "token_schema",
+    "write_demo", "write_modules", "write_pairs", "write_sample", "write_steps", "write_summary",
+    "write_token_record", "write_tokens",
 ]  # fmt: skip

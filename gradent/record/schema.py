@@ -28,6 +28,11 @@ MOVED_SOURCES = (
 )  # fmt: skip
 """What moves a response in an optimizer step, in the order of tables and panels."""
 
+GROUP_SOURCES = (
+    "own", "positives", "negatives", "other_groups", "earlier_batches", "momentum", "weight_decay",
+)  # fmt: skip
+"""The same of rows in groups: by the row itself, by its group's positives and negatives, by other groups."""
+
 UNSPLIT = "step"
 """The one source of a step that is not split into those: all of it."""
 
@@ -38,6 +43,17 @@ MOVED_COLUMNS: dict[str, str] = {
 }
 """Further columns of `pairs.jsonl`, null where they were not measured: nats that a step adds to a response's log-prob,
 by source and to first order (`moved_step`: of a step that is not split), and what it really added."""
+
+ROW_COLUMNS: dict[str, str] = {
+    "step": "int64", "row": "int64", "group": "int64", "weight": "float64", "logp": "float64", "length": "int64",
+    "sq": "float64",
+}  # fmt: skip
+"""Columns of `rows.jsonl`, of steps whose rows are no pairs: `weight` is `−∂L/∂log π(y|x)`, `sq` `‖∇ log π(y|x)‖²`."""
+
+ROW_MOVED_COLUMNS: dict[str, str] = dict.fromkeys(
+    (*(f"moved_{source}" for source in (*GROUP_SOURCES, UNSPLIT)), "realised"), "float64"
+)
+"""Further columns of `rows.jsonl`, as `MOVED_COLUMNS` of `pairs.jsonl`."""
 
 NULLABLE = frozenset({"cosine", "ref_chosen_logp", "ref_rejected_logp"})
 """Columns that may hold null: no cosine where a gradient is zero, no reference where the loss needs none."""

@@ -24,7 +24,7 @@ def vectors(grads: list[Tensor], width: int, *, tile: int) -> tuple[GradientSket
     found = torch.zeros(ROWS, sketch.width, dtype=torch.float64)
 
     def sums(number: int, slot: tuple[int, ...] = ()) -> SketchSums:
-        return SketchSums(AccountLayout(ROWS, 0, 0, 0), sketch, found, number, slot)
+        return SketchSums(AccountLayout(ROWS, 0, 0), sketch, found, number, slot)
 
     matrix = sums(0)
     for top in range(0, 30, tile):
@@ -62,7 +62,7 @@ def test_tiles_do_not_matter() -> None:
 def test_a_matrix_may_come_as_a_column_or_flattened() -> None:
     sketch, whole = vectors(gradients(), 10**6, tile=30)
     found = torch.zeros_like(whole)
-    sums = SketchSums(AccountLayout(ROWS, 0, 0, 0), sketch, found, 2, ())
+    sums = SketchSums(AccountLayout(ROWS, 0, 0), sketch, found, 2, ())
     sums.reshaped(lambda grad: grad.flatten(1)).add(gradients()[2].flatten(2), (slice(0, 3), slice(0, 55)))
     assert torch.equal(found[:, 607:772], whole[:, 607:772]) and not found[:, :607].any()
 

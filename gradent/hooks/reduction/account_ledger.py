@@ -1,6 +1,6 @@
-"""A ledger of an optimizer's step: all rows' products as the step weighs them, beside those of every pair.
+"""A ledger of an optimizer's step: all rows' products as the step weighs them, beside those without a metric.
 
-Letters: N rows of the running micro-batch, M entries, k pairs of rows i and k + i.
+Letters: N rows of the running micro-batch, M entries.
 """
 
 from __future__ import annotations
@@ -91,10 +91,9 @@ class AccountLedger(Ledger):
 class RowLedger(AccountLedger):
     """Keeps every row's gradient, until the whole step is known: for what is small enough."""
 
-    def __init__(self, rows: int, tensors: Sequence[Tensor], *, budget: int) -> None:
-        super().__init__(
-            AccountLayout(rows, 0, 0, rows // 2), lambda number: ElementMetric(), torch.zeros(rows), budget=budget
-        )
+    def __init__(self, bare: Wanted, tensors: Sequence[Tensor], *, budget: int) -> None:
+        layout = AccountLayout(bare.rows, 0, 0, bare)
+        super().__init__(layout, lambda number: ElementMetric(), torch.zeros(layout.rows), budget=budget)
         self._tensors = tensors
         self.kept: dict[int, Tensor] = {}
         """Parameter number -> `[N, *shape]`, wide."""
@@ -119,7 +118,7 @@ class VectorLedger(AccountLedger):
     def __init__(
         self, rows: int, sketch: GradientSketch, *, dtype: torch.dtype, device: torch.device, budget: int
     ) -> None:
-        super().__init__(AccountLayout(rows, 0, 0, 0), lambda number: ElementMetric(), torch.zeros(rows), budget=budget)
+        super().__init__(AccountLayout(rows, 0, 0), lambda number: ElementMetric(), torch.zeros(rows), budget=budget)
         self._sketch = sketch
         self._vectors = torch.zeros(rows, sketch.width, dtype=dtype, device=device)
 

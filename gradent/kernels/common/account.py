@@ -8,14 +8,14 @@ times over (a rare token's embedding, that had no gradient until now) has no suc
 hundred million, and after it what the step's own gradient makes it. Adam moves it by `lr · limit · sign(grad)`, however
 large the gradient, and row j's part of that is `h_j / |grad|`. These elements have products of their own.
 
-Letters: N rows, W directions that P multiplies, E that it does not, k pairs of rows i and k + i, M entries.
+Letters: N rows, W directions that P multiplies, E that it does not, M entries.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -45,7 +45,7 @@ class AccountLayout:
     rows: int
     weighted: int  # W
     plain: int  # E
-    pairs: int  # k
+    bare: Wanted = field(default_factory=lambda: Wanted.pairs(0))  # of the first rows, without a metric
 
     @property
     def beside(self) -> int:
@@ -58,7 +58,7 @@ class AccountLayout:
         rows = self.rows
         return {
             "products": (rows, rows), "along": (self.weighted, rows), "plain": (self.plain, rows),
-            "fresh": (rows + 1, rows), "bare": (3, self.pairs),
+            "fresh": (rows + 1, rows), "bare": (self.bare.count_all,),
         }  # fmt: skip
 
     @cached_property
@@ -76,12 +76,9 @@ class AccountLayout:
         """`split` of rows that are multiplied by `factors` `[N]` float64."""
         parts, both = self.split(entries), factors[:, None] * factors
         ends = torch.cat([factors, factors.new_ones(1)])[:, None]
-        pairs = torch.stack([
-            factors[: self.pairs] ** 2, factors[self.pairs : 2 * self.pairs] ** 2,
-            factors[: self.pairs] * factors[self.pairs : 2 * self.pairs],
-        ])  # fmt: skip
-        scales = {"products": both, "along": factors, "plain": factors, "fresh": ends * factors, "bare": pairs}
-        return {name: part * scales[name] for name, part in parts.items()}
+        scales = {"products": both, "along": factors, "plain": factors, "fresh": ends * factors}
+        bare = self.bare.scaled(parts.pop("bare"), factors[: self.bare.rows])
+        return {name: part * scales[name] for name, part in parts.items()} | {"bare": bare}
 
 
 class KeptEstimate:
@@ -211,7 +208,7 @@ class AccountSums:
         """Make something of the rows of a tile once `√P` has been multiplied in, but for the correction of v."""
 
     def _add(self, flat: Tensor, metric: ElementMetric) -> None:
-        self._add_pairs(flat)
+        self._add_bare(flat)
         for place, direction in enumerate(metric.plain):
             if direction is not None:
                 self._sums["plain"][place] += dots(direction.to(flat.dtype)[None], flat)[0]
@@ -223,10 +220,10 @@ class AccountSums:
                 along = direction.to(flat.dtype) if root is None else direction * root
                 self._sums["along"][place] += dots(along[None], flat)[0] * scale
 
-    def _add_pairs(self, flat: Tensor) -> None:
-        pairs = self._layout.pairs
-        if pairs:
-            self._sums["bare"] += reduce_stacked(flat[: 2 * pairs, None], Wanted.pairs(pairs)).view(pairs, 3).T
+    def _add_bare(self, flat: Tensor) -> None:
+        bare = self._layout.bare
+        if bare.rows:
+            self._sums["bare"] += reduce_stacked(flat[: bare.rows, None], bare)[0]
 
     def _weigh(self, flat: Tensor, metric: ElementMetric) -> Tensor:
         """Multiply the rows by `√P`, which is returned, 0 where an element has none; add up the products there."""
@@ -273,5 +270,5 @@ class RowSums(AccountSums):
         """Keep a tile `[N, ...]` of the elements `place`, in place of what was kept of them."""
         self._prepare(tile.device)
         with exact_products(tile.device):
-            self._add_pairs(tile.flatten(1))
+            self._add_bare(tile.flatten(1))
         self._rows[place if place is ... else (slice(None), *place)] = tile

@@ -60,6 +60,11 @@ class Wanted:
         sizes = [len(group) for group in self.groups]
         return len(set(sizes)) == 1 and self.groups == Wanted.sizes(sizes).groups
 
+    @cached_property
+    def count_all(self) -> int:
+        """M."""
+        return sum(map(self.count, self.groups))
+
     def count(self, group: Sequence[int]) -> int:
         """Entries of a group, m."""
         return len(group) * (len(group) + 1) // 2 + len(group) * self.directions
