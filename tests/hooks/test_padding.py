@@ -53,7 +53,7 @@ def test_padding_that_gets_a_gradient_is_not_left_out(monkeypatch: pytest.Monkey
     want = torch.stack([(chosen**2).sum(1), (rejected**2).sum(1), (chosen * rejected).sum(1)], 1)
     (passed,) = watch(model, lambda: through_logits(model, batch))
     assert passed.no_entries_reason is None
-    torch.testing.assert_close(sum(passed.entries.values()), want, rtol=1e-9, atol=0)
+    torch.testing.assert_close(sum(passed.pair_entries().values()), want, rtol=1e-9, atol=0)
     # Where one does not wait for the answer, it is found out at the end, and there are no entries.
     monkeypatch.setattr("gradent.hooks.piggyback.forward.is_synchronous", lambda device: False)
     (passed,) = watch(model, lambda: through_logits(model, batch))

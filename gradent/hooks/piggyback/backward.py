@@ -1,13 +1,13 @@
 """One backward of a trainer under watch: which row is which, and what its forwards say of them.
 
-Letters: N rows of a forward, k pairs, rows 0..k-1 chosen and k..2k-1 rejected.
+Letters: N rows of a backward; of k pairs, rows 0..k-1 are chosen and k..2k-1 rejected.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from gradent.hooks.piggyback.forward import WatchedForward
 from gradent.hooks.piggyback.gradient_norms import GradientNorms
 from gradent.hooks.piggyback.guard import Guard
 from gradent.hooks.piggyback.observation import BackwardObservation
-from gradent.hooks.piggyback.pairing import pair_rows
+from gradent.hooks.piggyback.pairing import Pairing, Row, pair_rows
 from gradent.hooks.reduction.account_ledger import AccountLedger, RowLedger
 from gradent.hooks.reduction.collector import Collector, Place
 from gradent.hooks.reduction.ledger import Ledger
@@ -38,10 +38,11 @@ EARLIER = "earlier_batches"
 
 
 class WatchedBackward:
-    """The forwards below one backward: one of pairs, or one of chosen rows and then one of rejected rows."""
+    """The forwards below one backward: of pairs one, or one of chosen rows and one of rejected rows."""
 
-    def __init__(self, config: WatchConfig, clock: Clock) -> None:
+    def __init__(self, config: WatchConfig, clock: Clock, number: int = 0) -> None:
         self.config = config
+        self._number = number
         self.guard = Guard(clock, on_out_of_memory=self._drop_collector)
         self.forwards: list[WatchedForward] = []
         self.observation = BackwardObservation()
@@ -51,6 +52,7 @@ class WatchedBackward:
         self._step: StepMetric | None = None
         self._shares: Tensor | None = None  # what turns a row's gradient into its part of the loss's
         self._has_started = self._is_finished = False
+        self._is_undecided = False  # whether these are pairs is told when all forwards have been seen
 
     @property
     def has_started(self) -> bool:
@@ -75,7 +77,7 @@ class WatchedBackward:
         """Where a forward's rows belong and what collects their gradients; None where the backward is of no use."""
         guard, observation = self.guard, self.observation
         if not self._has_started:
-            self._start(coefficients)
+            self._start(forward, coefficients)
         if guard.unusable_reason is None and not bool(coefficients.c.isfinite().all()):
             guard.break_off("the gradient of the log-probs is not finite")
         if guard.unusable_reason is not None or self._collector is None:
@@ -96,10 +98,13 @@ class WatchedBackward:
         observation.is_reward = coefficients.is_reward
         observation.has_given_marks &= coefficients.has_given_marks
         place = self._places[forward]
-        ids, mask = forward.input_ids.cpu(), forward.attention_mask.cpu().bool()
+        mask, rows = forward.attention_mask.cpu().bool(), _read_rows(forward, coefficients)
+        if observation.sides == 1:
+            labels = self.config.grouping.label(forward.input_ids, rows, place.rows[0], self._number)
+            observation.group[list(place.rows)] = torch.tensor(labels)
         for row, number in enumerate(place.rows):
             if number >= 0:
-                observation.rows[number] = (ids[row][mask[row]], coefficients.marks[row][mask[row]])
+                observation.rows[number] = rows[row]
                 observation.tokens[number] = coefficients.tokens[row][mask[row]]
                 if self._shares is not None:
                     power, _ = split_factor(1 / float(coefficients.c[row]) if coefficients.c[row] else 0.0)
@@ -107,46 +112,48 @@ class WatchedBackward:
                 observation.c[number], observation.logps[number] = coefficients.c[row], coefficients.logp[row]
         return place, self._collector
 
-    def _start(self, coefficients: Coefficients) -> None:
+    def _start(self, forward: WatchedForward, coefficients: Coefficients) -> None:
         """The backward has reached the first output: settle which row is which."""
         self._has_started = True
         config, observation = self.config, self.observation
         self._step = None if config.step is None else config.step()
         if self._step is not None or any(forward.has_hidden_regions for forward in self.forwards):
             self._grad_versions = [_grad_version(parameter) for parameter in config.tensors]
-        numbers = self._number_rows(coefficients.c)
+        numbers = self._number_rows(forward, coefficients)
         if isinstance(numbers, str):
             self.guard.break_off(numbers)
             return
         numbered = zip(self.forwards, numbers, strict=True)
         self._places = {forward: Place(forward.layout, rows) for forward, rows in numbered}
         observation.unpaired = sum(number < 0 for rows in numbers for number in rows)
-        pairs = sum(number >= 0 for rows in numbers for number in rows) // 2
-        observation.c, observation.logps = (torch.zeros(2 * pairs, dtype=torch.float64) for _ in range(2))
-        observation.rows = [(torch.zeros(0), torch.zeros(0))] * (2 * pairs)
-        observation.tokens = [torch.zeros(0)] * (2 * pairs)
-        self._collector = Collector(self._make_ledger(pairs), config.budget)
+        count = sum(number >= 0 for rows in numbers for number in rows)
+        observation.c, observation.logps = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
+        observation.rows = [(torch.zeros(0), torch.zeros(0))] * count
+        observation.tokens = [torch.zeros(0)] * count
+        observation.group = torch.arange(max(1, count // observation.sides)).repeat(observation.sides)[:count]
+        observation.wanted = Wanted.all(count) if observation.sides == 1 else Wanted.pairs(count // 2)
+        self._collector = Collector(self._make_ledger(observation.wanted), config.budget)
         for forward, place in self._places.items():
             for tap in forward.expected:
                 self._collector.expect(tap, place)
 
-    def _make_ledger(self, pairs: int) -> Ledger:
+    def _make_ledger(self, wanted: Wanted) -> Ledger:
         config, step, observation = self.config, self._step, self.observation
         if step is None:
-            return Ledger(Wanted.pairs(pairs), budget=config.budget, weight=config.weight)
+            return Ledger(wanted, budget=config.budget, weight=config.weight)
         observation.norms = GradientNorms(config.tensors, self.guard.clock)
         observation.norms.start()
         size = sum(tensor.numel() * accumulator(tensor.dtype).itemsize for tensor in config.tensors)
-        if step.store.reserve(2 * pairs * size):
-            return RowLedger(2 * pairs, config.tensors, budget=config.budget)
+        if step.store.reserve(wanted.rows * size):
+            return RowLedger(wanted, config.tensors, budget=config.budget)
         has_before = any(version >= 0 for version in self._grad_versions)
         observation.weighted = (*step.weighted, *([EARLIER] if has_before else []))
         observation.plain = tuple(step.plain)
-        layout = AccountLayout(2 * pairs, len(observation.weighted), len(observation.plain), pairs)
-        self._shares = torch.zeros(2 * pairs, dtype=torch.float64)
+        layout = AccountLayout(wanted.rows, len(observation.weighted), len(observation.plain), wanted)
+        self._shares = torch.zeros(wanted.rows, dtype=torch.float64)
         return AccountLedger(
             layout, self._element_metric, self._shares, budget=config.budget,
-            sketches=self._make_sketches(2 * pairs, step),
+            sketches=self._make_sketches(wanted.rows, step),
         )  # fmt: skip
 
     def _make_sketches(self, rows: int, step: StepMetric) -> RowSketches | None:
@@ -171,16 +178,25 @@ class WatchedBackward:
             self.observation.no_account_reason = "a parameter's gradient was accumulated before its last use was seen"
         return replace(metric, before=tensor.grad, weighted=[*metric.weighted, tensor.grad])
 
-    def _number_rows(self, c: Tensor) -> list[Sequence[int]] | str:
-        """Each forward's rows as numbers among the 2k (-1: in no pair), or why they do not pair up."""
+    def _number_rows(self, first: WatchedForward, coefficients: Coefficients) -> list[Sequence[int]] | str:
+        """Each forward's rows as numbers among all (-1: in no pair), or why they do not pair up."""
         counts = [forward.layout.rows for forward in self.forwards]
+        pairing: str | None = self.config.pairing
+        if pairing is None and len(counts) == 1:
+            pairing = self.config.evidence.decide(_read_rows(first, coefficients), coefficients.c)
+            if pairing not in ("halves", "rows"):
+                return pairing
+        if pairing in (None, "rows"):
+            self.observation.sides, self._is_undecided = 1, pairing is None
+            starts = [sum(counts[:place]) for place in range(len(counts))]
+            return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
         if len(counts) > 2:
             return f"{len(counts)} forwards preceded the backward"
         if len(counts) == 2:
             if counts[0] != counts[1]:
                 return f"two forwards of {counts[0]} and {counts[1]} rows preceded the backward"
             return [range(counts[0]), range(counts[0], 2 * counts[0])]
-        order = pair_rows(self.config.pairing, c)
+        order = pair_rows(cast(Pairing, pairing), coefficients.c)
         if isinstance(order, str):
             return order
         numbers = [-1] * counts[0]
@@ -203,7 +219,9 @@ class WatchedBackward:
             guard.break_off(f"the backward did not reach every forward{cause}")
         elif not self.has_started and guard.no_entries_reason is not None:
             guard.break_off(guard.no_entries_reason)  # no coefficients to read, so a backward may have gone unseen
-        if len(self.forwards) == 2 and guard.unusable_reason is None:
+        if self._is_undecided and guard.unusable_reason is None and self.has_started:
+            self._decide()
+        if len(self.forwards) == 2 and observation.sides == 2 and guard.unusable_reason is None:
             chosen, rejected = observation.c.chunk(2)  # the loss wants the first log-probs up and the second down
             if not bool((chosen <= 0).all() and (rejected >= 0).all()):
                 guard.break_off(
@@ -214,6 +232,15 @@ class WatchedBackward:
         self.close()
         return observation
 
+    def _decide(self) -> None:
+        """Say whether the rows of all forwards are pairs, now that all have been read."""
+        observation = self.observation
+        pairing = self.config.evidence.decide(observation.rows, observation.c)
+        if pairing == "halves":
+            observation.sides = 2
+        elif pairing != "rows":
+            self.guard.break_off(pairing)
+
     def _gather_entries(self, collector: Collector) -> None:
         config, guard, observation = self.config, self.guard, self.observation
         collector.ledger.close()
@@ -221,7 +248,7 @@ class WatchedBackward:
         if any(float(size) != 0 for size in on_cpu(dict(enumerate(leaks))).values()):
             guard.fail("padding after the responses gets a gradient too, as if the model looked ahead")
         # Entries were measured with powers of two, which round nothing; what is left of each row's factor comes here.
-        remainders = torch.zeros(2 * observation.pairs, dtype=torch.float64)
+        remainders = torch.zeros(len(observation.c), dtype=torch.float64)
         for forward, place in self._places.items():
             for number, remainder in zip(place.rows, forward.remainders, strict=False):
                 if number >= 0:
@@ -238,11 +265,9 @@ class WatchedBackward:
                 sketches = collector.ledger.sketches.total()
                 observation.sketches = sketches * remainders.to(sketches)[:, None]
             observation.account = {number: layout.scaled(entry, remainders) for number, entry in entries.items()}
-            observation.entries = {number: blocks["bare"].T for number, blocks in observation.account.items()}
+            observation.entries = {number: blocks["bare"] for number, blocks in observation.account.items()}
         else:
-            observation.entries = {
-                number: wanted.scaled(entry, remainders).view(-1, 3) for number, entry in entries.items()
-            }
+            observation.entries = {number: wanted.scaled(entry, remainders) for number, entry in entries.items()}
         observation.shared = collector.shared
         # Parameters that got a gradient from a hidden region, where no use of them was seen.
         missed = {
@@ -264,6 +289,12 @@ class WatchedBackward:
         for forward in self.forwards:
             forward.close()
         self._drop_collector()
+
+
+def _read_rows(forward: WatchedForward, coefficients: Coefficients) -> list[Row]:
+    """The rows of a forward without padding."""
+    ids, mask = forward.input_ids.cpu(), forward.attention_mask.cpu().bool()
+    return [(ids[row][keep], coefficients.marks[row][keep]) for row, keep in enumerate(mask)]
 
 
 def _grad_version(parameter: Tensor) -> int:

@@ -67,17 +67,23 @@ class FusedReadout:
 
 @dataclass(frozen=True)
 class LogitsReadout:
-    """Logits `[N, K, V]`: with v the best token other than the target y, `c = g_y - g_v exp(z_y - z_v)`."""
+    """Logits `[N, K, V]`: with v the best token other than the target y, `c = g_y - g_v exp(z_y - z_v)`.
+
+    z are the logits over the temperature, g the gradient there.
+    """
 
     root: Tensor
     input_ids: Tensor
     labels: Tensor | None
+    temperature: float = 1.0
 
     def read(self, grad: Tensor) -> Coefficients:
         """The coefficients of the N rows, from the gradient that arrived at `root`."""
         length = self.input_ids.shape[1]
         count = min(length - 1, self.root.shape[1] - 1)  # positions that predict a token of the row
         logits, grad = self.root.detach()[:, -count - 1 : -1], grad[:, -count - 1 : -1]
+        if self.temperature != 1:
+            logits, grad = logits / self.temperature, grad * self.temperature
         targets = self.input_ids[:, -count:]
         labelled = None if self.labels is None else self.labels[:, -count:] != -100
         size = torch.stack([_absolute_sums(row) for row in grad])
@@ -239,7 +245,9 @@ def _rounding(dtype: torch.dtype) -> float:
     return ROUNDING.get(dtype, ROUNDING[torch.bfloat16])
 
 
-def find_readout(output: Any, kwargs: Mapping[str, Any], input_ids: Tensor) -> Readout | str:
+def find_readout(
+    output: Any, kwargs: Mapping[str, Any], input_ids: Tensor, *, temperature: float = 1.0
+) -> Readout | str:
     """Where the log-probs of a forward of `input_ids` `[N, L]` can be read, or why nowhere."""
     log_probs = getattr(output, "log_probs", None)
     labels = kwargs.get("labels")
@@ -259,5 +267,5 @@ def find_readout(output: Any, kwargs: Mapping[str, Any], input_ids: Tensor) -> R
         mask = kwargs.get("attention_mask")
         return RewardReadout(logits, torch.ones_like(input_ids) if mask is None else mask)
     if logits.dim() == 3 and logits.shape[0] == len(input_ids) and logits.shape[2] > 1:
-        return LogitsReadout(logits, input_ids, labels)
+        return LogitsReadout(logits, input_ids, labels, temperature)
     return f"its logits have shape {list(logits.shape)}, which is neither [N, K, vocabulary] nor [N, 1]"

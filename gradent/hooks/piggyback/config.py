@@ -8,7 +8,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from gradent.hooks.piggyback.pairing import Pairing
+from gradent.hooks.piggyback.pairing import Grouping, Pairing, PairingEvidence
 from gradent.kernels.common.account import ElementMetric
 from gradent.kernels.common.budget import DEFAULT_BUDGET
 from gradent.model.sharding import find_owners
@@ -81,7 +81,10 @@ class WatchConfig:
     model: nn.Module  # which the trainer calls, unwrapped
     parameters: Mapping[str, Tensor] = field(default_factory=dict)  # all trainable ones, by name
     budget: int = DEFAULT_BUDGET  # bytes that the reductions' tiles may take
-    pairing: Pairing = "halves"  # which rows of a forward are chosen, which rejected
+    pairing: Pairing | None = "halves"  # which rows of a forward are chosen, which rejected; None where the data says
+    evidence: PairingEvidence = field(default_factory=PairingEvidence)  # what it has said so far
+    grouping: Grouping = field(default_factory=lambda: Grouping("prompts"))  # of rows that are no pairs
+    temperature: float = 1.0  # the loss's log-probs are of logits over it
     weight: Callable[[int], Tensor] | None = None  # parameter number -> square root of the preconditioner's diagonal
     # Measure all products of a backward's rows in the optimizer's metric, too: asked when a backward starts.
     step: Callable[[], StepMetric | None] | None = None

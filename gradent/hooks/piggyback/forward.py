@@ -102,7 +102,7 @@ class WatchedForward:
 
     def inspect(self, output: Any, kwargs: Mapping[str, Any]) -> None:
         """Find where the output's coefficients can be read, and whether every use of a parameter was seen."""
-        readout = find_readout(output, kwargs, self.input_ids)
+        readout = find_readout(output, kwargs, self.input_ids, temperature=self._config.temperature)
         if isinstance(readout, str):
             self._guard.fail(readout)
             return

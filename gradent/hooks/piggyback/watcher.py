@@ -3,8 +3,8 @@
 1. A forward pre-hook starts a `WatchedForward`: a capture of every use of a trainable parameter (`capture/`).
 2. The forward hook inspects the output and registers a hook where its coefficients `c_i` can be read.
 3. The backward reaches the output: the coefficients are read (`coefficients.py`), and the `WatchedBackward` settles
-   which row is chosen and which rejected. Each use's output gradient follows. It is `c_i` times the one that a
-   measurement needs, so `1 / c_i` is multiplied into a factor before any product is formed.
+   which row is chosen and which rejected, or that rows are no pairs. Each use's output gradient follows. It is `c_i`
+   times the one that a measurement needs, so `1 / c_i` is multiplied into a factor before any product is formed.
 4. `take` turns each backward into a `BackwardObservation`, and lets go of its graph.
 
 Nothing is written to the model, to `.grad` or to a random state, so the run is the same to the bit. An error here is
@@ -13,12 +13,14 @@ kept as a reason (`guard.py`), and never raised into the trainer's pass.
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gradent.distributed import current_rank
 from gradent.hooks.capture.checkpointing import in_backward
 from gradent.hooks.overhead import Clock
 from gradent.hooks.piggyback.backward import WatchedBackward
@@ -40,6 +42,7 @@ class Piggyback:
         self._handles: list[RemovableHandle] = []
         self._running: WatchedForward | None = None
         self._backwards: list[WatchedBackward] = []
+        self._numbers = count(current_rank() << 20)  # of backwards, of which no two ranks have the same
 
     def arm(self) -> None:
         """Watch from now on."""
@@ -79,7 +82,7 @@ class Piggyback:
 
     def _abandon(self, reason: str) -> None:
         """Keep why a forward cannot be watched."""
-        self._backwards.append(WatchedBackward(self._config, self.clock))
+        self._backwards.append(WatchedBackward(self._config, self.clock, next(self._numbers)))
         self._backwards[-1].abandon(reason)
 
     def _start_forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -99,7 +102,7 @@ class Piggyback:
         if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
             mask = torch.ones_like(input_ids)
         if not self._backwards or self._backwards[-1].has_started:
-            self._backwards.append(WatchedBackward(self._config, self.clock))
+            self._backwards.append(WatchedBackward(self._config, self.clock, next(self._numbers)))
         # Copies: a loop may well change its batch in place before the backward.
         forward = self._backwards[-1].make_forward(input_ids.detach().clone(), mask.detach().clone())
         forward.start()

@@ -121,7 +121,7 @@ def test_pairs_that_the_loss_does_not_move() -> None:
     assert still.sum() == 2
     assert ((passed.c[:3] == 0) == still).all()
     moved = int((~still).nonzero())
-    got = sum(passed.entries.values())[moved]
+    got = sum(passed.pair_entries().values())[moved]
     want = torch.stack([true.chosen_sq, true.rejected_sq, true.inner])[:, moved]
     assert ((got - want).abs() / want.abs()).max() < 1e-9
 

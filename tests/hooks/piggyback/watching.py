@@ -59,7 +59,7 @@ def own_hooks(model: nn.Module) -> list[object]:
 
 def error(passed: BackwardObservation, true: Truth) -> float:
     assert passed.unusable_reason is None and passed.no_entries_reason is None, passed
-    chosen_sq, rejected_sq, inner = sum(passed.entries.values()).T
+    chosen_sq, rejected_sq, inner = sum(passed.pair_entries().values()).T
     return scaled_error(SimpleNamespace(chosen_sq=chosen_sq, rejected_sq=rejected_sq, inner=inner), true)
 
 
