@@ -66,9 +66,8 @@ def _meet(parts: Sequence[StepAttribution], *, is_ordered: bool) -> tuple[StepAt
             if number == before:
                 continue
             gram, pushed = sketch.meet(other)
-            half = len(other.c) // 2
-            moved["others_chosen"][rows] += pushed[:, :half].sum(1)
-            moved["others_rejected"][rows] += pushed[:, half:].sum(1)
+            for source, part in sketch.split(pushed, other).items():
+                moved[source][rows] += part
             if is_ordered and before < number:
                 moved["earlier_batches"][rows] -= pushed.sum(1)
             products[rows[:, None], others], pushes[rows[:, None], others] = gram[:, other.rows], pushed[:, other.rows]

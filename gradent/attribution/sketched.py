@@ -4,7 +4,8 @@ A row's sketch is of `√(r P) ∘ g`, r being the rate `lr · fresh` of each pa
 product of two sketches times `c_j` is what row j pushes row i by, up to one factor. Elements that had no preconditioner
 before the step have no part in a sketch.
 
-Letters: N rows of a backward or of a rank's whole step, chosen first, n of them in its account; K numbers of a sketch.
+Letters: N rows of a backward or of a rank's whole step, of pairs chosen first, n of them in its account; K numbers of a
+sketch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from gradent.attribution.roles import Roles
 from gradent.attribution.update_rule import UpdateRule
 from gradent.hooks.piggyback.observation import BackwardObservation
 from gradent.kernels.common.numerics import dots
@@ -48,6 +50,7 @@ class StepSketch:
     vectors: Tensor  # float32 [N, K]
     seed: int  # sketches of one seed belong together
     c: Tensor  # float64 [N]
+    roles: Roles  # of the N rows
     roots: Tensor  # float64 [N], of each row's share of r in `⟨g, r P g⟩`
     push: float  # times c_j and the product of two sketches: what row j moves row i by, nats
     rows: Tensor  # int64 [n], which of the N are in the account
@@ -76,6 +79,7 @@ class StepSketch:
         errors = error[(scale > 0) & torch.ones_like(scale, dtype=torch.bool).triu(1)]
         return cls(
             vectors=observation.sketches, seed=observation.seed, c=observation.c, push=push * kept,
+            roles=Roles.of(observation),
             roots=torch.where(shares > 0, shares, 1.0).sqrt(), rows=torch.arange(rows),
             squared_error=float(errors.square().sum()), compared=len(errors),
             has_all=not observation.unpaired, ranks=ranks,
@@ -83,13 +87,17 @@ class StepSketch:
 
     @classmethod
     def join(cls, parts: Sequence[StepSketch]) -> StepSketch:
-        """The rows of several backwards of one rank, chosen of all of them first, in sketches of the least width."""
+        """The rows of several backwards of one rank, in sketches of the least width; of pairs, chosen of all first."""
         width, counts = min(part.vectors.shape[1] for part in parts), [len(part.c) for part in parts]
-        halves = [slice(side * count // 2, (side + 1) * count // 2) for side in (0, 1) for count in counts]
-        both = [(part, half) for part, half in zip([*parts, *parts], halves, strict=True)]
+        sides = parts[0].roles.sides
+        halves = [slice(side * n // sides, (side + 1) * n // sides) for side in range(sides) for n in counts]
+        both = list(zip([*parts] * sides, halves, strict=True))
+        c, group = (torch.cat([values[half] for values, half in column]) for column in (
+            [(part.c, half) for part, half in both], [(part.roles.group, half) for part, half in both],
+        ))  # fmt: skip
         return replace(
             parts[0], vectors=torch.cat([folded(part.vectors[half], width) for part, half in both]),
-            c=torch.cat([part.c[half] for part, half in both]), rows=torch.arange(sum(counts)),
+            c=c, roles=Roles.by_coefficients(sides, group, c), rows=torch.arange(sum(counts)),
             roots=torch.cat([part.roots[half] for part, half in both]),
             squared_error=sum(part.squared_error * part.vectors.shape[1] / width for part in parts),
             compared=sum(part.compared for part in parts),
@@ -99,6 +107,11 @@ class StepSketch:
     def select(self, rows: Tensor) -> Self:
         """The same, where the account has only some of its rows."""
         return replace(self, rows=self.rows[rows])
+
+    def split(self, pushed: Tensor, other: StepSketch) -> dict[str, Tensor]:
+        """Pushes `[n, M]` of this account's rows by all of another, by source `[n]`."""
+        mine = replace(self.roles, group=self.roles.group[self.rows], is_positive=self.roles.is_positive[self.rows])
+        return mine.split(pushed, other.roles)
 
     def meet(self, other: StepSketch) -> tuple[Tensor, Tensor]:
         """Of this account's rows with all M of another, float64 `[n, M]` each: `⟨g_i, P g_j⟩`, and pushes in nats."""

@@ -4,7 +4,7 @@ With `g_i = ∇ log π(y_i|x_i)` and `h_j` what row j gives to the loss's gradie
 `Δθ = −lr [P ∘ (fresh · κ (Σ_j h_j + r) + carried · m) + decay · θ]` moves response i by `⟨g_i, Δθ⟩`, a sum over what is
 in the step. κ is what clipping leaves of the gradient, r what earlier micro-batches have accumulated.
 
-Letters: k pairs of a backward, rows 0..k-1 chosen and k..2k-1 rejected; N rows of a step.
+Letters: N rows of a step, in one backward or several. Of pairs these are all chosen rows, then all rejected ones.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from gradent.attribution.roles import Roles
 from gradent.attribution.sketched import StepSketch, relative_rates
 from gradent.attribution.update_rule import UpdateRule
 from gradent.hooks.piggyback.config import RowStore, StepMetric
 from gradent.hooks.piggyback.observation import BackwardObservation
 from gradent.kernels.common.account import AccountLayout, AccountSums, ElementMetric, KeptEstimate
 from gradent.kernels.common.numerics import accumulator
-from gradent.record import MOVED_SOURCES
+from gradent.kernels.common.wanted import Wanted
 
 __all__ = [
     "GRADIENT",
@@ -48,8 +49,8 @@ GRADIENT = "gradient"
 class StepAttribution:
     """What moved the responses of one optimizer step, to first order, by source.
 
-    Rows are the step's N = 2k responses in the order of `gram`: chosen of pair 0 to k-1, then rejected. Changes are in
-    nats: what the step adds to `log π(y_i|x_i)`.
+    Rows are the step's N responses: of k pairs in the order of `gram`, chosen of pair 0 to k-1, then rejected; of rows
+    that are no pairs in the order of `rows`. Changes are in nats: what the step adds to `log π(y_i|x_i)`.
 
     Attributes:
         products: `⟨g_i, P h_j⟩ / c_j`, the rows' Gram matrix in the optimizer's metric, float64 `[N, N]`. Between rows
@@ -58,7 +59,9 @@ class StepAttribution:
         pushes: what row j's part of the gradient does to row i, nats, float64 `[N, N]`; nan as in `products`.
         moved: source -> float64 `[N]`, nats: own (the row itself), partner (the other response of its pair),
             others_chosen and others_rejected (the other pairs that met it: in one backward, or in one step where the
-            rows' gradients were kept or sketched), earlier_batches (what else is in the gradient: micro-batches before;
+            rows' gradients were kept or sketched). Of rows in groups instead of these: positives and negatives (the
+            other rows of its group that the loss raises and lowers), other_groups. earlier_batches (what else is in
+            the gradient: micro-batches before;
             where the gradients were kept, other ranks; where they were sketched, what sketches leave of micro-batches
             before; in a pass of gradent's own, all micro-batches and ranks), momentum, weight_decay. Of an optimizer
             whose step cannot be split, the one source "step": all that moved the row, along the step as it was taken;
@@ -69,6 +72,8 @@ class StepAttribution:
         sketch_error: root mean square error of an estimate, as a share of the two rows' norms in the optimizer's
             metric; measured on products that are known exactly. None where nothing was sketched.
         sketch: what rows of other ranks need to meet these; None once they have, and where there are none.
+        sides: 2 of pairs, 1 of rows that are no pairs.
+        gram: `⟨g_i, g_j⟩`, float64 `[N, N]`, where the rows' gradients were kept and are no pairs'; else None.
     """
 
     products: Tensor
@@ -78,6 +83,8 @@ class StepAttribution:
     is_whole: bool = True
     sketch_error: float | None = None
     sketch: StepSketch | None = field(default=None, repr=False, compare=False)
+    sides: int = 2
+    gram: Tensor | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def total(self) -> Tensor:
@@ -98,20 +105,22 @@ class StepAttribution:
         moved = float(self.realised.square().sum())
         return 1 - float(rest.square().sum()) / moved if moved > 0 else float("nan")
 
-    def select(self, pairs: Sequence[int]) -> Self:
-        """The rows of some pairs; what the others did to them stays in `moved`."""
-        half = len(self.products) // 2
-        rows = torch.tensor([*pairs, *(half + pair for pair in pairs)], dtype=torch.int64)
+    def select(self, members: Sequence[int]) -> Self:
+        """Some pairs, or rows that are no pairs; what the others did to them stays in `moved`."""
+        half = len(self.products) // self.sides
+        numbers = [member + side * half for side in range(self.sides) for member in members]
+        rows = torch.tensor(numbers, dtype=torch.int64)
         return replace(
             self, products=self.products[rows][:, rows], pushes=self.pushes[rows][:, rows],
             moved={source: values[rows] for source, values in self.moved.items()},
             realised=None if self.realised is None else self.realised[rows],
             sketch=None if self.sketch is None else self.sketch.select(rows),
+            gram=None if self.gram is None else self.gram[rows][:, rows],
         )  # fmt: skip
 
     @classmethod
     def join(cls, parts: Sequence[StepAttribution]) -> StepAttribution:
-        """The rows of several micro-batches or ranks, chosen of all of them first; at least one."""
+        """The rows of several micro-batches or ranks, at least one; of pairs, chosen of all of them first."""
         if len(parts) == 1:
             return parts[0]
         places = cls.places(parts)
@@ -125,16 +134,16 @@ class StepAttribution:
             moved={source: _sides(parts, [part.moved[source] for part in parts]) for source in parts[0].moved},
             realised=_sides(parts, realised) if len(realised) == len(parts) else None,
             is_whole=all(part.is_whole for part in parts),
-            sketch_error=join_errors(parts),
+            sketch_error=join_errors(parts), sides=parts[0].sides,
         )  # fmt: skip
 
     @staticmethod
     def places(parts: Sequence[StepAttribution]) -> list[Tensor]:
         """Where each part's rows are among those of all joined, int64 `[N]` of each part."""
-        halves = [len(part.products) // 2 for part in parts]
-        pairs, starts = sum(halves), [sum(halves[:number]) for number in range(len(halves))]
+        sides, halves = parts[0].sides, [len(part.products) // parts[0].sides for part in parts]
+        count, starts = sum(halves), [sum(halves[:number]) for number in range(len(halves))]
         return [
-            torch.cat([torch.arange(half) + start, torch.arange(half) + pairs + start])
+            torch.cat([torch.arange(half) + side * count + start for side in range(sides)])
             for half, start in zip(halves, starts, strict=True)
         ]
 
@@ -146,8 +155,9 @@ def join_errors(parts: Sequence[StepAttribution]) -> float | None:
 
 
 def _sides(parts: Sequence[StepAttribution], values: Sequence[Tensor]) -> Tensor:
-    """Values of every part's rows, chosen of all parts first."""
-    return torch.cat([half for side in (0, 1) for half in (value.view(2, len(value) // 2)[side] for value in values)])
+    """Values of every part's rows; of pairs, chosen of all parts first."""
+    halves = [value.view(parts[0].sides, -1) if len(value) else value.new_zeros(parts[0].sides, 0) for value in values]
+    return torch.cat([half[side] for side in range(parts[0].sides) for half in halves])
 
 
 def attribute_backward(
@@ -157,7 +167,7 @@ def attribute_backward(
     if observation.no_account_reason is not None:
         return observation.no_account_reason
     sources = observation.weighted, observation.plain
-    return assemble(observation.account, rule, observation.c, sources, kept=kept, lr=lr)
+    return assemble(observation.account, rule, observation.c, sources, Roles.of(observation), kept=kept, lr=lr)
 
 
 def attribute_kept(
@@ -171,9 +181,14 @@ def attribute_kept(
     """The account of a step whose rows' gradients were kept, with the gradient that the optimizer gets."""
     metric = step_metric(rule)
     sources = (*metric.weighted, GRADIENT)
-    sides = [side for half in (0, 1) for side in ((seen, half) for seen in observations)]
-    c = torch.cat([seen.c.view(2, -1)[half] for seen, half in sides])
-    layout = AccountLayout(len(c), len(sources), len(metric.plain), 0)
+    count = observations[0].sides
+    sides = [(seen, seen.side(number)) for number in range(count) for seen in observations]
+    c, group = (torch.cat([part[rows] for part, rows in column]) for column in (
+        [(seen.c, rows) for seen, rows in sides], [(seen.group, rows) for seen, rows in sides],
+    ))  # fmt: skip
+    layout = AccountLayout(
+        len(c), len(sources), len(metric.plain), Wanted.all(len(c)) if count == 1 else Wanted.pairs(0)
+    )
     # Parameters that the step treats alike are one to the account: of LoRA there are hundreds of small ones.
     alike: dict[Hashable, dict[int, ElementMetric]] = {}
     for number in {number: None for seen in observations for number in seen.rows_kept}:
@@ -186,10 +201,16 @@ def attribute_kept(
     for elements in alike.values():
         sums = AccountSums(layout, ElementMetric(), torch.zeros(len(c), dtype=torch.float64), KeptEstimate(1.0))
         for pack in _packs({number: parameters[number].numel() for number in elements}):
-            tile = torch.cat([_rows_kept(seen, half, pack, parameters) for seen, half in sides])
+            tile = torch.cat([_rows_kept(seen, rows, pack, parameters) for seen, rows in sides])
             sums.of(ElementMetric.join([elements[number] for number in pack])).add(tile, ...)
         blocks[next(iter(elements))] = layout.split(sums.entries.cpu())
-    return assemble(blocks, rule, c, (sources, metric.plain), kept=kept, lr=lr)
+    roles = Roles.by_coefficients(count, group, c)
+    account = assemble(blocks, rule, c, (sources, metric.plain), roles, kept=kept, lr=lr)
+    if count == 1 and blocks:
+        account = replace(
+            account, gram=layout.bare.matrix(torch.stack([part["bare"] for part in blocks.values()]).sum(0))
+        )
+    return account
 
 
 def _packs(sizes: Mapping[int, int]) -> list[list[int]]:
@@ -205,13 +226,12 @@ def _packs(sizes: Mapping[int, int]) -> list[list[int]]:
     return packs
 
 
-def _rows_kept(seen: BackwardObservation, half: int, pack: Sequence[int], parameters: Sequence[Tensor]) -> Tensor:
-    """One side's gradients of some parameters, one behind the other, `[k, n]` wide."""
-    rows = slice(half * seen.pairs, (half + 1) * seen.pairs)
+def _rows_kept(seen: BackwardObservation, rows: slice, pack: Sequence[int], parameters: Sequence[Tensor]) -> Tensor:
+    """Some rows' gradients of some parameters, one behind the other, `[rows, n]` wide."""
     parts = []
     for number in pack:
         kept, tensor = seen.rows_kept.get(number), parameters[number]
-        size = seen.pairs, tensor.numel()
+        size = rows.stop - rows.start, tensor.numel()
         wide = accumulator(tensor.dtype)
         parts.append(tensor.new_zeros(size, dtype=wide) if kept is None else kept[rows].reshape(size))
     return torch.cat(parts, 1)
@@ -222,6 +242,7 @@ def assemble(
     rule: UpdateRule,
     c: Tensor,
     sources: tuple[Sequence[str], Sequence[str]],
+    roles: Roles,
     *,
     kept: float,
     lr: float | None = None,
@@ -233,7 +254,7 @@ def assemble(
     rows, is_whole = len(c), GRADIENT in sources[0]
     ends = slice(weighted_rows, weighted_rows + rows)  # the rows that push
     products, fresh = (torch.zeros(rows, rows, dtype=torch.float64) for _ in range(2))
-    moved = {source: torch.zeros(rows, dtype=torch.float64) for source in (*MOVED_SOURCES, GRADIENT)}
+    moved = {source: torch.zeros(rows, dtype=torch.float64) for source in (*roles.sources, GRADIENT)}
     for number, blocks in account.items():
         terms = rule.terms(number, lr)
         # Where an element had no preconditioner, the step moves it by `limit`, whatever the size of the gradient: the
@@ -250,17 +271,12 @@ def assemble(
                 moved[source] -= terms.lr * factors[source] * along[:rows]
         moved[GRADIENT if is_whole else "earlier_batches"] -= terms.lr * terms.limit * blocks["fresh"][-1, :rows]
     pushes = fresh if weighted_rows else fresh * c
-    half, is_chosen = rows // 2, torch.arange(rows) < rows // 2
-    chosen, rejected = pushes[:, :half].sum(1), pushes[:, half:].sum(1)
-    own, partner = pushes.diagonal(), torch.cat([pushes.diagonal(half), pushes.diagonal(-half)])
-    moved["own"], moved["partner"] = own.clone(), partner
-    moved["others_chosen"] = chosen - torch.where(is_chosen, own, partner)
-    moved["others_rejected"] = rejected - torch.where(is_chosen, partner, own)
+    moved |= roles.split(pushes)
     if is_whole:
         moved["earlier_batches"] = moved[GRADIENT] - pushes.sum(1)
     return StepAttribution(
         products=products / c if weighted_rows else products, pushes=pushes,
-        moved={source: moved[source] for source in MOVED_SOURCES},
+        moved={source: moved[source] for source in roles.sources}, sides=roles.sides,
     )  # fmt: skip
 
 

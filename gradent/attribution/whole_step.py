@@ -3,7 +3,7 @@
 `⟨g_i, Δθ⟩` of all responses is one forward that carries tangents, with the parameters as they were before the step, and
 Δθ is what they are after it less that. Any optimizer will do; what in its step moved a response is not told.
 
-Letters: k pairs of a step, N = 2k rows: chosen, then rejected.
+Letters: N rows of a step; of k pairs, chosen, then rejected.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from gradent.attribution.step import StepAttribution
 from gradent.errors import GradentError
 from gradent.hooks.overhead import Clock
 from gradent.model.autograd import row_gradients, with_parameters
-from gradent.model.calls import forward_marked
+from gradent.model.calls import forward_marked, tempered
 from gradent.model.facts import inner_dtypes, require_causal
 from gradent.model.logprobs import sequence_logprobs
 from gradent.model.observed import observed
 from gradent.model.parameters import input_device, is_sharded, trainable, unwrap_compiled
 from gradent.pairs.batch import PairBatch
+from gradent.pairs.row_batch import RowBatch
 from gradent.record import UNSPLIT
 from gradent.tokens.directions import dot
 from gradent.tokens.tangents import Differentiator, Direction, ExpectedSum, Row
@@ -63,19 +64,21 @@ class WholeStep:
             self._before = {name: part.detach().clone().requires_grad_() for name, part in parameters.items()}
         return None
 
-    def attribute(self, batch: PairBatch | None) -> tuple[StepAttribution | str | None, float]:
-        """The account of k pairs in the step, now that it was taken, or why there is none, and the seconds it took."""
+    def attribute(
+        self, batch: PairBatch | RowBatch | None, *, temperature: float = 1.0
+    ) -> tuple[StepAttribution | str | None, float]:
+        """The account of a batch's rows in the step that was taken, or why there is none, and the seconds it took."""
         before, self._before = self._before, {}
         if not before:  # the reason was given when the step came
             return None, 0.0
-        with self._clock:
+        with self._clock, tempered(temperature):
             try:
                 account: StepAttribution | str = self._attribute(batch, before)
             except GradentError as error:  # the step's record is not to be lost with its account
                 account = f"{type(error).__name__}: {error}"
         return account, self._clock.take()
 
-    def _attribute(self, batch: PairBatch | None, before: Mapping[str, Tensor]) -> StepAttribution | str:
+    def _attribute(self, batch: PairBatch | RowBatch | None, before: Mapping[str, Tensor]) -> StepAttribution | str:
         after = trainable(self._model)
         if list(after) != list(before):
             return "other parameters are trainable after it than before it"
@@ -87,15 +90,18 @@ class WholeStep:
         moving = {name: part for name, part in step.items() if squares[name]}
         total = self._push(batch, before, Direction(moving, math.sqrt(sum(squares.values()))))
         nothing = torch.full((len(total), len(total)), float("nan"), dtype=torch.float64)
-        return StepAttribution(products=nothing, pushes=nothing.clone(), moved={UNSPLIT: total})
+        sides = 1 if isinstance(batch, RowBatch) else 2
+        return StepAttribution(products=nothing, pushes=nothing.clone(), moved={UNSPLIT: total}, sides=sides)
 
-    def _push(self, batch: PairBatch | None, before: Mapping[str, Tensor], direction: Direction) -> Tensor:
+    def _push(self, batch: PairBatch | RowBatch | None, before: Mapping[str, Tensor], direction: Direction) -> Tensor:
         """`⟨g_i, Δθ⟩` of all rows, float64 `[N]` on the CPU."""
-        pairs, device = 0 if batch is None else len(batch), input_device(self._model)
-        total = torch.zeros(2 * pairs, dtype=torch.float64)
+        device, count = input_device(self._model), 0 if batch is None else len(batch.input_ids)
+        total = torch.zeros(count, dtype=torch.float64)
         if batch is None or not direction.vector:
             return total
-        rows = [batch.row(row) for row in range(2 * pairs)]
+        rows = [batch.row(row) for row in range(count)]
+        # Rows of one prompt together, of about one length.
+        couples = [[row, row + count // 2] for row in range(count // 2)] + ([[count - 1]] if count % 2 else [])
         rows = [(ids.to(device), marks.to(device)) for ids, marks in rows]
         with torch.enable_grad(), observed(self._model):
             require_causal(self._model, rows[0][0])
@@ -105,10 +111,10 @@ class WholeStep:
                 self._model, before, self._say, can_push=self._can_push, inside=self._inside
             )
             if self._can_push:
-                direction = differentiator.with_check(rows[pairs], direction)
-            for pair in range(pairs):
-                effects = differentiator([rows[pair], rows[pairs + pair]], pair, direction)
-                total[pair], total[pairs + pair] = (part.sum() for part in effects)
+                direction = differentiator.with_check(rows[couples[0][-1]], direction)
+            for number, couple in enumerate(couples):
+                effects = differentiator([rows[row] for row in couple], number, direction)
+                total[couple] = torch.stack([part.sum() for part in effects]).to(total)
                 direction = replace(direction, expected=None)
         self._can_push = differentiator.can_push
         return total
@@ -130,7 +136,7 @@ class _RowDifferentiator(Differentiator):
         self._say, self.can_push = say, can_push
 
     def with_check(self, row: Row, direction: Direction) -> Direction:
-        """The direction, with what a backward pass of a pair's second row says of its effects."""
+        """The direction, with what a backward pass of a couple's last row says of its effects."""
         value, norm = self._by_backward(row, direction.vector)
         return Direction(direction.vector, direction.norm, ExpectedSum(0.0, 1.0, value, norm * direction.norm))
 

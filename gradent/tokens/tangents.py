@@ -150,7 +150,7 @@ class Differentiator:
             return "a token's effect is nan or inf there, though its log-prob is finite."
         if expected is None:
             return ""
-        total = expected.chosen * float(effects[0].sum()) + expected.rejected * float(effects[1].sum())
+        total = expected.chosen * float(effects[0].sum()) + expected.rejected * float(effects[-1].sum())
         error = abs(total - expected.value) / expected.scale if expected.scale else abs(total)
         if error <= self._limit:
             return ""

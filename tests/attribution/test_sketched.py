@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradent import PairBatch, attach, recorder
+from gradent import PairBatch, attach
+from gradent.attribution import step_accounts
 from gradent.attribution.across import join_ranks
 from gradent.attribution.step import StepAttribution
 from gradent.errors import InputError
@@ -164,7 +165,7 @@ def test_one_backward_of_several_is_whole_and_more_than_expected_are_not() -> No
 
 def run_rank(monkeypatch: pytest.MonkeyPatch, part: PairBatch, budget: int) -> StepAttribution:
     """The account of one of two ranks."""
-    monkeypatch.setattr(recorder, "world_size", lambda: 2)
+    monkeypatch.setattr(step_accounts, "world_size", lambda: 2)
     model = MODELS["untied"]()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     warm(model, optimizer)

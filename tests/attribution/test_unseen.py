@@ -11,8 +11,8 @@ from gradent import EntanglementCallback, PairBatch
 from gradent.attribution.step import StepAttribution
 from gradent.attribution.unseen import estimate_unseen
 from gradent.record import MOVED_SOURCES
-from gradent.trainer.callback.step import StepRecord, summarize
 from gradent.trainer.callback.unseen import UnseenPairs
+from gradent.trainer.records.step import StepRecord, summarize
 from tests.trainer.runs import data_for, llama, make_trainer
 
 PAIRS = 5
