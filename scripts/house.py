@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("demo",),
     ("trainer",),
     ("trainer.callback", "trainer.pairwise", "trainer.token_masking"),
-    ("trainer.common",),
+    ("trainer.records", "trainer.common"),
     ("auditing",),
     ("auditing.analysis",),
     ("auditing.measuring",),

@@ -48,12 +48,12 @@ FAULTS: dict[str, tuple[str, Fault, dict[str, Any]]] = {
     ),
     "account": ("gradent.hooks.reduction.account_ledger.AccountLedger._slot", out_of_memory, {"memory_budget": 4096}),
     "account's end": ("gradent.recorder.attribute_kept", out_of_order, {}),
-    "measuring pass": ("gradent.recorder.measure", out_of_memory, {"mode": "measure"}),
+    "measuring pass": ("gradent.recorder.recorder.measure", out_of_memory, {"mode": "measure"}),
     "pairing": ("gradent.hooks.piggyback.backward.pair_rows", out_of_order, {}),
     "arming": ("gradent.recorder.trainable", out_of_order, {}),
     "verdict": ("gradent.recorder.Verdict.from_weights", out_of_order, {}),
     "rows": ("gradent.trainer.callback.callback.to_rows", out_of_order, {"out": "records"}),
-    "layers": ("gradent.trainer.callback.step.group_layers", out_of_order, {}),
+    "layers": ("gradent.trainer.records.step.group_layers", out_of_order, {}),
     "scalars": ("gradent.trainer.callback.callback.summarize", out_of_order, {}),
     "window": ("gradent.trainer.callback.callback.to_window", out_of_order, {}),
     "panels": ("gradent.report.live.wandb.Panels.send", out_of_order, {}),
@@ -223,7 +223,7 @@ def test_memory_that_stays_out_costs_the_step(
     monkeypatch.setattr(kind, "_slot", scarce)
     monkeypatch.setattr(collector, "decide", group_by_group)
     measured: list[int] = []
-    monkeypatch.setattr("gradent.recorder.measure", lambda *args, **kwargs: measured.append(1))
+    monkeypatch.setattr("gradent.recorder.recorder.measure", lambda *args, **kwargs: measured.append(1))
     callback = EntanglementCallback(every=1, alert=None, attribution=kind is AccountLedger)
     with caplog.at_level(logging.WARNING, "gradent"):
         final(tiny_tokenizer, tmp_path, [callback, Steps(llama())])
