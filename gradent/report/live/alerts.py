@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from gradent.errors import InputError
 from gradent.report.live.window import Window
 
-__all__ = ["DEFAULT_ALERT", "Alert", "Alerter", "describe"]
+__all__ = ["DEFAULT_ALERT", "FIRST_TOLD", "Alert", "Alerter", "describe"]
 
 FIRST_TOLD = 5
 """Adam's second moment is an average of too few gradients before this step for its account to be told in words."""
@@ -34,6 +34,8 @@ class Alert:
         both_down: share of pairs from which "both fall" is said.
         both_up: the same for "both rise".
         reversed: the same for chosen falling and rejected rising.
+        positive_lowered: of rows that are no pairs, share of those with a positive weight that steps lower, to first
+            order, from which that is said.
         layers: share of the inner product that the layers named must hold together.
         again: windows that must pass before the same is said again.
 
@@ -45,11 +47,12 @@ class Alert:
     both_down: float = 0.5
     both_up: float = 0.9
     reversed: float = 0.25
+    positive_lowered: float = 0.25
     layers: float = 2 / 3
     again: int = 10
 
     def __post_init__(self) -> None:
-        for name in ("both_down", "both_up", "reversed", "layers"):
+        for name in ("both_down", "both_up", "reversed", "positive_lowered", "layers"):
             if not 0 < getattr(self, name) <= 1:
                 raise InputError(f"Alert: {name}={getattr(self, name)!r}; accepted is a share, 0 < share <= 1.")
         if self.chosen_falls < 0:

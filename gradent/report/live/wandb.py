@@ -15,9 +15,9 @@ from gradent.record import MOVED_SOURCES, UNSPLIT
 from gradent.report.live.window import TokenHeatMap, Window
 from gradent.report.page.cases import CASES
 
-__all__ = ["Panels", "wandb_dashboard"]
+__all__ = ["MOST_POINTS", "Panels", "log_figures", "make_table", "wandb_dashboard"]
 
-_MOST_POINTS = 2000
+MOST_POINTS = 2000
 
 
 class Panels:
@@ -50,21 +50,15 @@ class Panels:
             self._is_accounted, self._changes = True, []
         changes = zip(window.accounted if self._is_accounted else window.predicted, window.realised, strict=False)
         points = [(*predicted, *realised) for predicted, realised in changes if not math.isnan(predicted[0])]
-        self._changes = [*self._changes, *points][-_MOST_POINTS:]
+        self._changes = [*self._changes, *points][-MOST_POINTS:]
         content: dict[str, Any] = {**scalars, "train/global_step": step}
         if window.entangled:
             names = ["step", "cosine", "case", "prompt", "chosen", "rejected"]
-            content["gradent/pairs"] = _table(wandb, names, window.entangled)
+            content["gradent/pairs"] = make_table(wandb, names, window.entangled)
         if window.pushes:
             names = ["step", "moved", "change", "by", "push", "text", "by_text"]
-            content["gradent/pushes"] = _table(wandb, names, window.pushes)
-        try:
-            drawings = {name: draw_plotly(figure) for name, figure in self._figures(window.tokens).items()}
-        except ImportError:
-            self._notices.once('gradent sends no figures to wandb without plotly: pip install "gradent[audit]".')
-        else:
-            content |= {name: wandb.Plotly(drawing) for name, drawing in drawings.items()}
-        run.log(content)
+            content["gradent/pushes"] = make_table(wandb, names, window.pushes)
+        log_figures(wandb, content, self._figures(window.tokens), self._notices)
 
     def _figures(self, tokens: TokenHeatMap | None) -> dict[str, Figure]:
         shares = {name: [cases.get(name, 0.0) for cases in self._cases] for name in CASES}
@@ -103,6 +97,16 @@ class Panels:
         return figures
 
 
+def log_figures(wandb: Any, content: dict[str, Any], figures: Mapping[str, Figure], notices: Notices) -> None:
+    """Log content and, where plotly is installed, figures to the active run."""
+    try:
+        drawings = {name: draw_plotly(figure) for name, figure in figures.items()}
+    except ImportError:
+        notices.once('gradent sends no figures to wandb without plotly: pip install "gradent[audit]".')
+        drawings = {}
+    wandb.run.log(content | {name: wandb.Plotly(drawing) for name, drawing in drawings.items()})
+
+
 def _share_explained(changes: Sequence[tuple[float, float, float, float]]) -> str:
     """The share of the realised changes' variance (against zero) that is explained, as the end of a title."""
     moved = sum(each[2] ** 2 + each[3] ** 2 for each in changes)  # predicted of both sides, then realised
@@ -110,7 +114,7 @@ def _share_explained(changes: Sequence[tuple[float, float, float, float]]) -> st
     return f": {max(0.0, 1 - rest / moved):.1%} explained" if moved > 0 else ""
 
 
-def _table(wandb: Any, names: list[str], entries: Sequence[Any]) -> Any:
+def make_table(wandb: Any, names: list[str], entries: Sequence[Any]) -> Any:
     """Attributes of some entries as a table."""
     return wandb.Table(columns=names, data=[[getattr(entry, name) for name in names] for entry in entries])
 
