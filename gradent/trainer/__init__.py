@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gradent.trainer.callback.callback import EntanglementCallback
-from gradent.trainer.callback.step import StepRecord
+from gradent.trainer.records.step import StepRecord
 
 if TYPE_CHECKING:
     from gradent.trainer.pairwise.config import PairwiseNormalizedDPOConfig

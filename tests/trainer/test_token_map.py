@@ -10,7 +10,7 @@ import torch
 from gradent import EntanglementCallback
 from gradent.errors import InputError
 from gradent.tokens.matrix import measure_tokens
-from gradent.trainer.callback.window import to_window
+from gradent.trainer.records.window import to_window
 from tests.trainer.test_any_release import train
 
 

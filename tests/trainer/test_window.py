@@ -17,8 +17,8 @@ from gradent.attribution.step import StepAttribution
 from gradent.record import MOVED_COLUMNS, MOVED_SOURCES, PAIR_COLUMNS, UNSPLIT
 from gradent.record.stream import read_stream
 from gradent.report.live.alerts import DEFAULT_ALERT, Alert, describe
-from gradent.trainer.callback.step import StepRecord, share_explained, summarize, summarize_moves, to_rows
-from gradent.trainer.callback.window import to_window
+from gradent.trainer.records.step import StepRecord, share_explained, summarize, summarize_moves, to_rows
+from gradent.trainer.records.window import to_window
 from tests.trainer.runs import data_for, llama, make_trainer, preferences
 
 
@@ -258,7 +258,7 @@ def test_large_matrices_are_let_go_of(callback: EntanglementCallback, monkeypatc
     record = callback.records[-1]
     assert record.attribution is not None and record.attribution.products.shape == (8, 8)
     assert record.without_large_matrices() is record
-    monkeypatch.setattr("gradent.trainer.callback.step.LARGE", 7)
+    monkeypatch.setattr("gradent.trainer.records.step.LARGE", 7)
     small = record.without_large_matrices()
     assert small.attribution is not None and small.attribution.products.shape == (0, 0)
     assert torch.equal(small.attribution.total, record.attribution.total)

@@ -1,6 +1,6 @@
 """`EntanglementCallback`: one line in any Hugging Face trainer.
 
-Letters: k pairs of a step.
+Letters: N rows of a step.
 """
 
 from __future__ import annotations
@@ -10,33 +10,35 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
+from gradent.attribution.step import StepAttribution
 from gradent.attribution.update_rule import is_diagonal, unwrap_optimizer
 from gradent.attribution.whole_step import WholeStep
 from gradent.distributed import gather, is_first
 from gradent.errors import InputError
-from gradent.hooks.piggyback.pairing import Pairing
+from gradent.hooks.piggyback.pairing import Groups, Pairing
 from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
-from gradent.measurement import sequence_logps
-from gradent.model.parameters import is_sharded
+from gradent.measurement import row_logps
+from gradent.model.parameters import is_sharded, trainable
 from gradent.notices import Notices, log
 from gradent.pairs.batch import PairBatch
-from gradent.record.stream import PairStream
-from gradent.recorder import CHOICES, Mode, Recorder, Recording, WeightGrad, attach, check_choices, join_recordings
-from gradent.report.live.alerts import DEFAULT_ALERT, Alert, Alerter
-from gradent.report.live.wandb import Panels
+from gradent.recorder import CHOICES, Mode, Recorder, WeightGrad, attach, check_choices
+from gradent.recorder.recording import Recording, RowRecording, with_account
+from gradent.report.live.alerts import DEFAULT_ALERT, Alert
 from gradent.trainer.callback.fault_guard import LIMIT, guarded_event
 from gradent.trainer.callback.hf_frames import divides_loss, find_trainer, move_to_front
+from gradent.trainer.callback.implied_rows import ImpliedRows, implied_rows
+from gradent.trainer.callback.journal import GroupJournal, Journal, PairJournal, same_kind
 from gradent.trainer.callback.probe import Probe
-from gradent.trainer.callback.step import StepRecord, layer_cosines, summarize, to_rows
-from gradent.trainer.callback.token_map import TokenMap, map_tokens
 from gradent.trainer.callback.unseen import UnseenPairs
-from gradent.trainer.callback.window import to_window
+from gradent.trainer.records.row_step import RowStepRecord
+from gradent.trainer.records.step import StepRecord
+from gradent.trainer.records.token_map import TokenMap, map_tokens
 
 __all__ = ["EntanglementCallback"]
 
@@ -52,15 +54,20 @@ _CHOICES = CHOICES | {"pairing": (None, *CHOICES["pairing"]), "metric": (None, "
 class EntanglementCallback(TrainerCallback):
     """Measures gradient entanglement while a trainer runs, and logs it under `gradent/...`.
 
-    `DPOTrainer(..., callbacks=[EntanglementCallback(every=10)])` is the whole integration; so it is for TRL's KTO, CPO,
-    ORPO, TPO and reward trainers, and for a `transformers.Trainer` whose batches hold chosen rows, then rejected rows.
+    `DPOTrainer(..., callbacks=[EntanglementCallback(every=10)])` is the whole integration; so it is for TRL's CPO,
+    ORPO, TPO and reward trainers, for those whose rows are no pairs (GRPO, RLOO, KTO), and for a `transformers.Trainer`
+    whose batches hold chosen rows, then rejected rows of the same prompts, or rollouts. Where a loss pushes every row
+    up (SFT), there is nothing to measure: that is said, and nothing is recorded.
     The run is the same to the bit with and without it (unless `weight_grad="shared"` is asked for).
 
     Args:
         every: measure the first step and every `every`-th one.
         mode: "auto", "piggyback" or "measure"; see `gradent.attach`.
         by_module: log the cosine of each layer too, as `gradent/layer/<name>/cosine`.
-        pairing: which rows are chosen and which rejected; by default what the trainer's configuration implies.
+        pairing: which rows are chosen and which rejected, or "rows" where they are no pairs; by default what the
+            trainer's configuration implies, and where that says nothing, the data (see `gradent.attach`).
+        groups: of rows that are no pairs, which belong together, as in `gradent.attach`; by default those of one
+            prompt, and of KTO, whose prompts differ, all rows of a batch.
         metric: None for the Euclidean inner product, "adam" for the geometry of the trainer's Adam(W) at that step
             (from the second step on, when it has one).
         memory_budget: scratch of the reductions, as in `measure`.
@@ -77,7 +84,8 @@ class EntanglementCallback(TrainerCallback):
         tokens_every: also measure, every so many steps, the token matrix of the step's most entangled pair (0: never).
             It costs about a forward and a backward a token of the two responses. Kept in the record (`record.tokens`),
             and shown as a heat map in a running wandb run.
-        out: directory for `pairs.jsonl`, the pairs of every measured step, appended as they come.
+        out: directory for `pairs.jsonl`, the pairs of every measured step (or `rows.jsonl`, rows that are no pairs),
+            appended as they come.
         alert: when to say a verdict in words in the log; None for never.
         panels: send heat maps, tables and the like to a running wandb run.
         weight_grad: None, or "shared": a measured step's own weight gradients come out of the measured products, which
@@ -86,8 +94,9 @@ class EntanglementCallback(TrainerCallback):
         on_error: "warn" logs gradent's own errors and leaves the run alone, "raise" raises them.
 
     Attributes:
-        records: the last 1000 measured steps, `StepRecord` each; on rank 0 with the pairs of all ranks. Of a step of
-            more than 64 responses, the matrices of its attribution are held until ten more steps were measured.
+        records: the last 1000 measured steps, on rank 0 with the rows of all ranks: a `StepRecord` each, or of rows
+            that are no pairs a `RowStepRecord`, with `.rows`. Of a step of more than 64 responses, the matrices of its
+            attribution are held until ten more steps were measured.
 
     Raises:
         InputError: an argument outside of what is accepted.
@@ -100,6 +109,7 @@ class EntanglementCallback(TrainerCallback):
         mode: Mode = "auto",
         by_module: bool = False,
         pairing: Pairing | None = None,
+        groups: Groups | None = None,
         metric: Literal["adam"] | None = None,
         memory_budget: int | str | None = None,
         probe_data: PairBatch | Sequence[Mapping[str, Any]] | Any = None,
@@ -125,27 +135,27 @@ class EntanglementCallback(TrainerCallback):
             mode=mode, pairing=pairing, weight_grad=weight_grad, metric=metric, on_error=on_error,
         )  # fmt: skip
         parse_budget(memory_budget)
-        self.records: deque[StepRecord] = deque(maxlen=KEPT)
+        self.records: deque[StepRecord | RowStepRecord] = deque(maxlen=KEPT)
         self.every, self.by_module, self.realised, self.tokens_every = every, by_module, realised, tokens_every
         self.on_error: str = on_error
         self.errors = 0
         self.notices = Notices()
-        self._pairing, self._metric, self._budget = pairing, metric, memory_budget
+        self._pairing, self._groups, self._metric, self._budget = pairing, groups, metric, memory_budget
+        self._rows = ImpliedRows()
         self._attribution = attribution
         self._options: dict[str, Any] = {"mode": mode, "memory_budget": memory_budget, "weight_grad": weight_grad}
         self._probe = None if probe_data is None else Probe(probe_data, every=probe_every or every)
         self._out = None if out is None else Path(out)
-        self._alerter = None if alert is None else Alerter(alert)
-        self._panels = Panels() if panels else None
+        self._alert, self._has_panels = alert, panels
+        self._journal: Journal | None = None
         self._recorder: Recorder | None = None
-        self._stream: PairStream | None = None
-        self._pending: Recording | None = None
+        self._pending: Recording | RowRecording | None = None
         self._tokens: TokenMap | None = None
         self._logps_before: Tensor | None = None
         self._whole_step: WholeStep | None = None
         self._unseen = UnseenPairs(self.notices.once)
         self._is_measuring = False
-        self._window: list[StepRecord] = []
+        self._window: list[Any] = []
         self._scalars: dict[str, float] = {}
 
     @guarded_event
@@ -162,9 +172,19 @@ class EntanglementCallback(TrainerCallback):
         self.notices.clear()
         self._window.clear()
         self._unseen = UnseenPairs(self.notices.once)
+        self._rows = self._find_rows(args)
+        if self._rows.refusal is not None:
+            trainer = find_trainer()
+            place = type(args).__name__.replace("Config", "Trainer") if trainer is None else type(trainer).__name__
+            self.notices.once(
+                f"gradent has nothing to say in {place}, and records nothing: {self._rows.refusal}; see "
+                "docs/groups.md. pairing= and groups= say how rows belong together, if they do."
+            )
+            return
         trainer = find_trainer() if getattr(args, "torch_compile", False) else None
         self._recorder = attach(
-            kwargs["model"], pairing=self._pairing or _implied_pairing(args), by_module=True,
+            kwargs["model"], pairing=self._rows.pairing, groups=self._rows.groups, by_module=True,
+            temperature=self._rows.temperature,
             compiled=None if trainer is None else trainer.model_wrapped,
             trusted=type(args).__module__.startswith("trl."),
             accumulation=max(1, args.gradient_accumulation_steps), **self._options,
@@ -174,10 +194,18 @@ class EntanglementCallback(TrainerCallback):
                 "with mask_detach=False the policy learns through its scores too, which is no gradient of log-probs: "
                 "gradent's verdicts are without that part, and accounts have it in earlier_batches."
             )
-        if self._out is not None and is_first():
-            self._stream = PairStream(self._out / "pairs.jsonl")
         if self._probe is not None:
             self._probe.prepare(kwargs.get("processing_class"), args)
+
+    def _find_rows(self, args: TrainingArguments) -> ImpliedRows:
+        """How rows belong together: what the user says of it, else what the trainer's configuration implies."""
+        implied = implied_rows(args)
+        if self._groups is not None:
+            return replace(implied, pairing=self._pairing, groups=self._groups, refusal=None)
+        if self._pairing is None:
+            return implied
+        groups = implied.groups if self._pairing == "rows" else None
+        return replace(implied, pairing=self._pairing, groups=groups, refusal=None)
 
     @guarded_event
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -221,8 +249,8 @@ class EntanglementCallback(TrainerCallback):
             return
         batches = self._recorder.collect() if divides_loss() else 1
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
-        scale = max(1, batches) / (float(scaler.get_scale()) if scaler is not None else 1.0)
-        self._pending = self._recorder.harvest(scale=scale)
+        loss_scale = float(scaler.get_scale()) if scaler is not None else 1.0
+        self._pending = self._recorder.harvest(scale=max(1, batches), loss_scale=loss_scale)
         if (
             self._pending is not None
             and self._pending.attribution is not None
@@ -232,21 +260,27 @@ class EntanglementCallback(TrainerCallback):
                 "gradent gives no account of steps: gradients keep the loss scale (fp16) until the optimizer steps. "
                 "Clip them (max_grad_norm), which unscales them, or train in bf16."
             )
-            self._pending = replace(self._pending, attribution=None)
+            self._pending = _with_account(self._pending, None)
         self._recorder.disarm()
         if self._pending is None:
             return
         if self.realised:
             self._logps_before = self._measure_logps(kwargs["model"], self._pending)
-        if self._is_tokens_step(state.global_step + 1) and is_first():
+        if self._is_tokens_step(state.global_step + 1) and is_first() and self._has_pairs(self._pending):
             self._tokens = map_tokens(kwargs["model"], self._pending, self._budget)
         if self._whole_step is not None:
             self._hold(self._whole_step, self._pending, kwargs.get("optimizer"))
 
-    def _hold(self, whole: WholeStep, pending: Recording, optimizer: object) -> None:
+    def _has_pairs(self, pending: Recording | RowRecording) -> TypeGuard[Recording]:
+        """Whether a recording has token matrices; those of rows that are no pairs are `token_influence`'s."""
+        if not isinstance(pending, Recording):
+            self.notices.once("tokens_every: token matrices are of pairs; of groups, gradent.token_influence tells.")
+        return isinstance(pending, Recording)
+
+    def _hold(self, whole: WholeStep, pending: Recording | RowRecording, optimizer: object) -> None:
         """Get ready for a step that has no split, and say that it has none."""
         kind = type(unwrap_optimizer(optimizer)).__name__
-        has_tokens = pending.batch is not None or not len(pending.gram)
+        has_tokens = not isinstance(pending, Recording) or pending.batch is not None or not len(pending.gram)
         reason = whole.hold() if has_tokens else "a reward model's total is not taken"
         unknown = f"{kind} has no diagonal preconditioner that gradent knows (torch.optim.SGD, Adam and AdamW have one)"
         if reason is None:
@@ -260,21 +294,27 @@ class EntanglementCallback(TrainerCallback):
         """Account for a step that has no split, along what it did."""
         if self._whole_step is None or self._pending is None:
             return
-        account, seconds = self._whole_step.attribute(self._pending.batch)
+        account, seconds = self._whole_step.attribute(self._pending.batch, temperature=self._rows.temperature)
         if isinstance(account, str):
             self.notices.once(f"gradent gives no account of a step: {account}.")
         elif account is not None:
             overhead = self._pending.overhead_s + seconds
-            self._pending = replace(self._pending, attribution=account, overhead_s=overhead)
+            self._pending = replace(_with_account(self._pending, account), overhead_s=overhead)
 
-    def _measure_logps(self, model: nn.Module, recording: Recording) -> Tensor | None:
-        """Log-probs of a recording's pairs, float64 `[2, k]`."""
+    def _measure_logps(self, model: nn.Module, recording: Recording | RowRecording) -> Tensor | None:
+        """Log-probs of a recording's rows, float64 `[N]`; of pairs chosen, then rejected."""
         if is_sharded(model):
             self.notices.once("realised is not measured: a sharded model (FSDP) allows no pass of gradent's own.")
             return None
-        if recording.batch is None or not len(recording.gram):
+        if recording.batch is None:
             return None
-        return torch.stack(sequence_logps(model, recording.batch))
+        dtypes = {part.dtype for part in trainable(model).values()} & {torch.float16, torch.bfloat16}
+        if dtypes:
+            self.notices.once(
+                f"realised changes are differences of two forwards in {dtypes.pop()}, whose rounding can be larger "
+                "than what a step changes; gradent/explained then tells of rounding. Weights in float32 show the step."
+            )
+        return row_logps(model, recording.batch, temperature=self._rows.temperature)
 
     def _is_tokens_step(self, step: int) -> bool:
         return self.tokens_every > 0 and (step == 1 or step % self.tokens_every == 0)
@@ -301,19 +341,26 @@ class EntanglementCallback(TrainerCallback):
                 change = None if logps is None else logps - self._logps_before
         finally:  # the other ranks wait here, whatever happened on this one
             gathered = gather((pending, change))
-        recordings = [recording for recording, _ in gathered if recording is not None]
+        recordings = same_kind([part for part, _ in gathered if part is not None], self.notices.once)
         if not recordings:
             return
-        changes = [change for recording, change in gathered if recording is not None and change is not None]
-        realised = torch.cat(changes, 1) if len(changes) == len(recordings) else None
-        record = StepRecord.of(state.global_step, join_recordings(recordings), realised=realised, tokens=self._tokens)
-        record = replace(record, unseen=self._unseen.estimate(record, state.epoch))
-        self.records.append(record if self.by_module else replace(record, gram=replace(record.gram, modules=None)))
+        self._journal = self._journal or self._open_journal(recordings[0])
+        realised = [change for part, change in gathered if part is not None and change is not None]
+        changes = realised if len(realised) == len(recordings) else None
+        record = self._journal.record(state.global_step, recordings, changes, self._tokens)
+        if isinstance(record, StepRecord):
+            record = replace(record, unseen=self._unseen.estimate(record, state.epoch))
+        self.records.append(record if self.by_module else record.without_modules())
         if len(self.records) > KEPT_MATRICES:
             self.records[-KEPT_MATRICES - 1] = self.records[-KEPT_MATRICES - 1].without_large_matrices()
         self._window.append(record)
-        if self._stream is not None:
-            self._stream.append(to_rows(record))
+        self._journal.append(record)
+
+    def _open_journal(self, recording: Recording | RowRecording) -> Journal:
+        """What becomes of the run's measured steps, by the kind of the first."""
+        if isinstance(recording, RowRecording):
+            return GroupJournal(self._out, self._alert, panels=self._has_panels)
+        return PairJournal(self._out, self._alert, panels=self._has_panels, by_module=self.by_module)
 
     @guarded_event
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -324,30 +371,25 @@ class EntanglementCallback(TrainerCallback):
             return
         scalars, self._scalars = self._scalars, {}
         records, self._window = self._window, []
-        if records:
-            scalars |= summarize(records)
-            if self.by_module:
-                scalars |= {f"gradent/layer/{name}/cosine": value for name, value in layer_cosines(records).items()}
+        if records and self._journal is not None:
+            scalars |= self._journal.summarize(records)
         if not scalars:
             return
         logs.update(scalars)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(scalars)
-        if records:
-            window = to_window(records, kwargs.get("processing_class"))
-            alert = None if self._alerter is None else self._alerter.check(window)
+        if records and self._journal is not None:
+            alert = self._journal.tell(records, scalars, state.global_step, kwargs.get("processing_class"))
             if alert is not None:
                 log(alert)
-            if self._panels is not None:
-                self._panels.send(window, scalars, state.global_step)
 
     @guarded_event
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the records."""
         self.step_aside()
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
 
     def step_aside(self) -> None:
         """Take every hook off the model."""
@@ -366,12 +408,8 @@ def _keeps_loss_scale(optimizer: Any) -> bool:
     return bool(scaler._per_optimizer_states[id(inner)]["stage"].name == "READY")  # noqa: SLF001  (no public name)
 
 
-def _implied_pairing(args: TrainingArguments) -> Pairing:
-    """How the rows of a trainer's batches pair up, by the name of its arguments; halves for all but three."""
-    names = {kind.__name__ for kind in type(args).__mro__}
-    if "KTOConfig" in names:
-        return "signs"
-    if "OnlineDPOConfig" in names:
-        return "either"
-    # TPO's third block, a likelihood of its own, is left out of the batch where it has no weight.
-    return "thirds" if "TPOConfig" in names and getattr(args, "tpo_alpha", 1.0) != 0 else "halves"
+def _with_account(recording: Recording | RowRecording, account: StepAttribution | None) -> Recording | RowRecording:
+    """The recording with another account, or none."""
+    if isinstance(recording, RowRecording):
+        return with_account(recording, account)
+    return replace(recording, attribution=account)

@@ -13,7 +13,7 @@ from gradent.measurement import measure
 from gradent.pairs.batch import PairBatch
 from gradent.pairs.tokenize import tokenize_pair
 from gradent.theory.conditions import Verdict
-from gradent.trainer.callback.step import case_shares, finite_means, gram_values
+from gradent.trainer.records.step import case_shares, finite_means, gram_values
 
 __all__ = ["Probe"]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradent.attribution.unseen import estimate_unseen
 from gradent.pairs.batch import PairBatch
-from gradent.trainer.callback.step import StepRecord
+from gradent.trainer.records.step import StepRecord
 
 __all__ = ["UnseenPairs"]
 

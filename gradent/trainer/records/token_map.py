@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gradent.recorder import Recording
+from gradent.recorder.recording import Recording
 from gradent.tokens.gram import TokenGram
 from gradent.tokens.matrix import measure_tokens
 

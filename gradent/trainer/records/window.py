@@ -10,7 +10,7 @@ import torch
 
 from gradent.record import CASE_NAMES
 from gradent.report.live.window import EntangledPair, Push, TokenHeatMap, Window
-from gradent.trainer.callback.step import (
+from gradent.trainer.records.step import (
     StepRecord,
     layer_cosines,
     moved_sources,

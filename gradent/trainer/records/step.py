@@ -18,13 +18,13 @@ from gradent.pair_gram import ModuleGram, PairGram
 from gradent.pairs.batch import PairBatch
 from gradent.record import MOVED_COLUMNS, MOVED_SOURCES, PAIR_COLUMNS, UNSPLIT
 from gradent.record.table import Table
-from gradent.recorder import Recording
+from gradent.recorder.recording import Recording
 from gradent.theory.conditions import CASES, Verdict
-from gradent.trainer.callback.token_map import TokenMap
+from gradent.trainer.records.token_map import TokenMap
 
 __all__ = [
-    "StepRecord", "case_shares", "finite_means", "gram_values", "layer_cosines", "moved_sources", "share_explained",
-    "summarize", "summarize_moves", "to_rows",
+    "LARGE", "StepRecord", "case_shares", "finite_means", "gram_values", "layer_cosines", "moved_sources",
+    "share_explained", "summarize", "summarize_moves", "to_rows",
 ]  # fmt: skip
 
 
@@ -96,6 +96,10 @@ class StepRecord:
             layers=group_layers(recording.gram.modules or {}), chosen_realised=chosen_realised,
             rejected_realised=rejected_realised, tokens=tokens, attribution=attribution,
         )  # fmt: skip
+
+    def without_modules(self) -> StepRecord:
+        """The same without each module's share."""
+        return replace(self, gram=replace(self.gram, modules=None))
 
     def without_large_matrices(self) -> StepRecord:
         """The same without the `[N, N]` matrices of an attribution of more than `LARGE` rows."""

@@ -1,0 +1,65 @@
+"""What a trainer's configuration says of the rows of its batches: pairs, groups, or nothing that can be measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import TrainingArguments
+
+from gradent.hooks.piggyback.pairing import Groups, Pairing
+
+__all__ = ["ImpliedRows", "implied_rows"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImpliedRows:
+    """How the rows of a trainer's batches belong together; the defaults let the data say it."""
+
+    pairing: Pairing | None = None
+    groups: Groups | None = None
+    temperature: float = 1.0
+    refusal: str | None = None  # why there is nothing to measure
+
+
+_PUSHED_UP = "every row is pushed up: there are no pairs and no groups here"
+_TEACHER = "every row is drawn to a teacher's distribution, and none is pushed up or down as a whole"
+
+_REFUSED = {
+    "SFTConfig": _PUSHED_UP, "PRMConfig": "its labels are of steps, and no row is pushed up or down as a whole",
+    "GKDConfig": _TEACHER, "GOLDConfig": _TEACHER, "DistillationConfig": _TEACHER, "AsyncDistillationConfig": _TEACHER,
+    "ServerDistillationConfig": _TEACHER, "SDFTConfig": _TEACHER, "SDPOConfig": _TEACHER, "IWOPDConfig": _TEACHER,
+    "MiniLLMConfig": _TEACHER,
+    "AsyncGRPOConfig": "its rollouts are packed into one row, and cannot be told apart",
+    "PPOConfig": "each token has an advantage of its own, and the value model's loss comes on top",
+}  # fmt: skip
+"""Name of a configuration to why nothing is measured under it."""
+
+_PAIRED = {"DPOConfig", "CPOConfig", "ORPOConfig", "RewardConfig"}
+_BATCHED = {"KTOConfig", "BCOConfig", "A2POConfig"}
+"""Rows of prompts of their own: the loss contrasts all rows of a batch."""
+
+
+def implied_rows(args: TrainingArguments) -> ImpliedRows:
+    """What a trainer's arguments say, by the names of their classes, the nearest first."""
+    for kind in type(args).__mro__:
+        found = _by_name(kind.__name__, args)
+        if found is not None:
+            return found
+    return ImpliedRows()
+
+
+def _by_name(name: str, args: TrainingArguments) -> ImpliedRows | None:
+    """What a configuration of this name says; None where the name says nothing."""
+    if name in _REFUSED:
+        return ImpliedRows(refusal=_REFUSED[name])
+    if name == "OnlineDPOConfig":
+        return ImpliedRows(pairing="either")
+    if name == "TPOConfig":  # the third block, a likelihood of its own, is left out where it has no weight
+        return ImpliedRows(pairing="thirds" if getattr(args, "tpo_alpha", 1.0) != 0 else "halves")
+    if name in _PAIRED:
+        return ImpliedRows(pairing="halves")
+    if name in _BATCHED:
+        return ImpliedRows(pairing="rows", groups="batch")
+    if name in ("GRPOConfig", "RLOOConfig"):
+        return ImpliedRows(pairing="rows", groups="prompts", temperature=getattr(args, "temperature", 1.0) or 1.0)
+    return None
