@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gradent.theory.conditions import Verdict, verdict
     from gradent.tokens.effects import token_effects
     from gradent.tokens.gram import TokenGram
+    from gradent.tokens.influence import TokenInfluence, token_influence
     from gradent.tokens.matrix import measure_tokens
     from gradent.trainer import EntanglementCallback
 
@@ -34,6 +35,7 @@ __all__ = [
     "RowBatch",
     "RowGram",
     "TokenGram",
+    "TokenInfluence",
     "Verdict",
     "__version__",
     "attach",
@@ -43,6 +45,7 @@ __all__ = [
     "measure_rows",
     "measure_tokens",
     "token_effects",
+    "token_influence",
     "verdict",
 ]
 
@@ -57,6 +60,7 @@ _HOME = {
     "RowBatch": "gradent.pairs.row_batch",
     "RowGram": "gradent.row_gram",
     "TokenGram": "gradent.tokens.gram",
+    "TokenInfluence": "gradent.tokens.influence",
     "Verdict": "gradent.theory.conditions",
     "attach": "gradent.recorder",
     "audit": "gradent.auditing.api",
@@ -65,6 +69,7 @@ _HOME = {
     "measure_rows": "gradent.measurement",
     "measure_tokens": "gradent.tokens.matrix",
     "token_effects": "gradent.tokens.effects",
+    "token_influence": "gradent.tokens.influence",
     "verdict": "gradent.theory.conditions",
 }
 

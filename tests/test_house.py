@@ -41,6 +41,7 @@ PUBLIC = {
     "RowBatch",
     "RowGram",
     "TokenGram",
+    "TokenInfluence",
     "Verdict",
     "__version__",
     "attach",
@@ -50,6 +51,7 @@ PUBLIC = {
     "measure_rows",
     "measure_tokens",
     "token_effects",
+    "token_influence",
     "verdict",
 }
 

@@ -1,4 +1,7 @@
-"""`audit_tokens`: one pair of a data file, token by token, as a record, a picture and a page."""
+"""`audit_tokens`: one pair of a data file, token by token, as a record, a picture and a page.
+
+A row that holds a group of rollouts goes to `gradent.auditing.group_tokens`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gradent.auditing.console import make_tell, warnings_as_notes
+from gradent.auditing.group_tokens import GroupTokenAudit, audit_group
 from gradent.auditing.measuring.tokens import named_errors, refuse_non_finite
 from gradent.auditing.state.config import TokenConfig
 from gradent.kernels.common.budget import parse_budget
@@ -47,15 +51,22 @@ class TokenAudit:
     picture_path: Path  # `tokens.png`, the heat map of `TokenGram.plot`
     page_path: Path  # `tokens.html`, one file that loads nothing
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """All files that were written, the page first."""
+        return self.page_path, self.picture_path, self.record_path
 
-def audit_tokens(config: TokenConfig) -> TokenAudit:
-    """Measure the tokens of one preference pair and write `tokens.json`, `tokens.png` and `tokens.html`."""
+
+def audit_tokens(config: TokenConfig) -> TokenAudit | GroupTokenAudit:
+    """Measure the tokens of one row and write `tokens.json`, `tokens.png` and `tokens.html`, or those of a group."""
     started = time.monotonic()
     parse_budget(config.memory_budget)
     directory = make_directory(config.out, _FILES)
     notes: list[str] = []
     tell = make_tell(notes, config.quiet)
     ready = prepare(config, tell, only=config.pair)
+    if ready.material.group is not None:
+        return audit_group(ready, ready.material.group, config, notes=notes, tell=tell, started=started)
     (pair,) = ready.material.pairs.pairs
     responses = pair.chosen_ids, pair.rejected_ids
     masks = None if config.masks is None else read_pair_masks(config.masks, pair.row, responses)

@@ -13,10 +13,13 @@ __all__ = ["tokens"]
 
 @takes(options(TokenConfig))
 def tokens(**values: Any) -> None:
-    """Look at one pair, token by token: which tokens pull chosen and rejected along, and which hold them apart?"""
+    """Look at one pair, token by token: which tokens pull chosen and rejected along, and which hold them apart?
+
+    Of a row with "completions", a group of rollouts: which tokens of lowered ones pull a raised one down?
+    """
     with readable_errors():
         from gradent.auditing.pair_tokens import audit_tokens  # noqa: PLC0415  (imports torch)
 
         result = audit_tokens(TokenConfig(**read_options(TokenConfig, values)))
-        paths = f"{result.page_path}, {result.picture_path} and {result.record_path}"
-        say(f"\nWrote {paths} ({result.record['seconds']:.1f} s).")
+        *paths, last = map(str, result.paths)
+        say(f"\nWrote {', '.join(paths)} and {last} ({result.record['seconds']:.1f} s).")

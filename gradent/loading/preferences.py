@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,10 @@ from gradent.errors import DataFileError, InputError, PairError
 from gradent.loading.preference_files import Row
 from gradent.pairs.tokenize import tokenize_pair
 
-__all__ = ["AuditPair", "PairSet", "SkippedRow", "draw_in_slices", "prepare_pairs"]
+__all__ = [
+    "AuditPair", "PairSet", "SkippedRow", "check_template", "draw_in_slices", "kind_of", "prepare_pairs",
+    "refuse_unread", "tokenizer_errors",
+]  # fmt: skip
 
 Parts = tuple[Any, Any, Any]
 """Prompt, chosen and rejected of a row: all strings, or all lists of messages."""
@@ -148,12 +152,7 @@ def _to_pair(
     row: Row, parts: Parts, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, add_eos: bool
 ) -> AuditPair:
     prompt, chosen, rejected = parts
-    if not isinstance(chosen, str) and not tokenizer.chat_template:
-        raise InputError(
-            f"{row.where}: the row holds messages, but the tokenizer has no chat template to render them with. "
-            "Use the model's instruction-tuned tokenizer, set tokenizer.chat_template and save it with the model, or "
-            "give the data as plain strings."
-        )
+    check_template(row.where, chosen, tokenizer)
     ids = _tokenize(tokenizer, parts, max_length=None, add_eos=add_eos, where=row.where)
     lengths = len(ids[0]) + len(ids[1]), len(ids[0]) + len(ids[2])
     truncated = 0 if max_length is None else sum(length > max_length for length in lengths)
@@ -165,11 +164,28 @@ def _to_pair(
     )  # fmt: skip
 
 
+def check_template(where: str, response: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse messages where the tokenizer cannot render them."""
+    if not isinstance(response, str) and not tokenizer.chat_template:
+        raise InputError(
+            f"{where}: the row holds messages, but the tokenizer has no chat template to render them with. "
+            "Use the model's instruction-tuned tokenizer, set tokenizer.chat_template and save it with the model, or "
+            "give the data as plain strings."
+        )
+
+
 def _tokenize(
     tokenizer: PreTrainedTokenizerBase, parts: Parts, *, max_length: int | None, add_eos: bool, where: str
 ) -> tuple[list[int], list[int], list[int]]:
-    try:
+    with tokenizer_errors(where, parts):
         return tokenize_pair(tokenizer, *parts, max_length=max_length, add_eos=add_eos, where=where)
+
+
+@contextmanager
+def tokenizer_errors(where: str, parts: Sequence[Any]) -> Iterator[None]:
+    """Name the row in what a tokenizer says of its prompt and responses."""
+    try:
+        yield
     except (TemplateError, TypeError, KeyError, UnicodeError) as error:
         if any("\ud800" <= letter <= "\udfff" for letter in json.dumps(parts, ensure_ascii=False)):
             raise DataFileError(
@@ -189,13 +205,8 @@ def _split_row(where: str, values: Any) -> Parts:
             f"{where}: missing {' and '.join(map(repr, missing))}; the row has {sorted(map(str, values))}. Accepted: "
             "prompt, chosen and rejected, or chosen and rejected that begin with the same prompt."
         )
-    for key in ("tools", "chat_template_kwargs", "images", "image"):
-        if values.get(key):
-            raise DataFileError(
-                f"{where}: the row carries {key!r}, which gradent does not read, so its tokens would not be those that "
-                f"TRL trains on. Remove {key!r} to audit the row without it."
-            )
-    kinds = {key: _kind(where, key, values[key]) for key in ("chosen", "rejected")}
+    refuse_unread(where, values)
+    kinds = {key: kind_of(where, key, values[key]) for key in ("chosen", "rejected")}
     if kinds["chosen"] != kinds["rejected"]:
         raise DataFileError(
             f"{where}: chosen is {kinds['chosen']} but rejected is {kinds['rejected']}; both must be alike."
@@ -205,9 +216,19 @@ def _split_row(where: str, values: Any) -> Parts:
     return _take_prompt(where, values, kinds["chosen"])
 
 
+def refuse_unread(where: str, values: Mapping[str, Any]) -> None:
+    """Refuse a row with keys that change its tokens in ways that gradent does not know."""
+    for key in ("tools", "chat_template_kwargs", "images", "image"):
+        if values.get(key):
+            raise DataFileError(
+                f"{where}: the row carries {key!r}, which gradent does not read, so its tokens would not be those that "
+                f"TRL trains on. Remove {key!r} to audit the row without it."
+            )
+
+
 def _take_prompt(where: str, values: Mapping[str, Any], kind: str) -> Parts:
     if "prompt" in values:
-        prompt_kind = "text" if values["prompt"] == "" else _kind(where, "prompt", values["prompt"])
+        prompt_kind = "text" if values["prompt"] == "" else kind_of(where, "prompt", values["prompt"])
         if (prompt_kind, kind) == ("messages", "text"):
             raise DataFileError(f"{where}: prompt is messages but chosen and rejected are text; all must be alike.")
     is_explicit = "prompt" in values and prompt_kind == kind
@@ -222,13 +243,13 @@ def _take_prompt(where: str, values: Mapping[str, Any], kind: str) -> Parts:
     return split["prompt"], split["chosen"], split["rejected"]
 
 
-def _kind(where: str, key: str, value: Any) -> str:
+def kind_of(where: str, key: str, value: Any) -> str:
     """`text` or `messages`, as TRL's own helper sees it, after the checks that the helper leaves out."""
     if isinstance(value, str | list) and not value:
         raise PairError(f"{where}: {key} is empty; it needs at least one token. Remove this pair.")
     if isinstance(value, str):
         return "text"
-    if is_conversational({key: value}):
+    if is_conversational({"completion": value}):  # one of the keys that it looks at
         for number, message in enumerate(value):
             if not (isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message):
                 raise DataFileError(f"{where}: {key}[{number}] is not a message; each needs 'role' and 'content'.")

@@ -14,6 +14,7 @@ from gradent.loading.config import LoadConfig
 from gradent.loading.models import check_vocabulary, load_config, load_model, load_tokenizer
 from gradent.loading.preference_files import read_rows
 from gradent.loading.preferences import PairSet, prepare_pairs
+from gradent.loading.rollouts import RolloutGroup, holds_rollouts, prepare_rollouts
 from gradent.loading.source import ModelSource, read_step, resolve_source
 
 __all__ = ["Material", "Prepared", "choose_device", "describe_model", "open_model", "prepare", "read_material"]
@@ -33,6 +34,7 @@ class Material:
     max_length: int  # the limit that was applied
     add_eos: bool  # whether EOS was appended to plain-string responses
     used: tuple[int, str]  # the largest token id, and the row that uses it
+    group: RolloutGroup | None = None  # the one row that was asked for, where it holds rollouts and no pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,15 @@ def read_material(
             f"{config.data}: there is no row {only}. It has {len(rows)} rows, counted from 0; accepted is 0 "
             f"to {len(rows) - 1} (command line: --pair)."
         )
+    if only is not None and holds_rollouts(rows[only]):
+        group = prepare_rollouts(rows[only], tokenizer, max_length=limit, add_eos=add_eos)
+        used = group.largest_id, group.where
+        check_vocabulary(tokenizer, model_config.vocab_size, source.base, used)
+        _tell_about_rollouts(group, limit, tell)
+        return Material(
+            tokenizer=tokenizer, pairs=PairSet(pairs=[]), rows=len(rows), max_length=limit, add_eos=add_eos, used=used,
+            group=group,
+        )  # fmt: skip
     chosen_rows = rows if only is None else [rows[only]]
     pairs = prepare_pairs(
         chosen_rows, tokenizer, max_length=limit, add_eos=add_eos, skip_bad_rows=config.skip_bad_rows,
@@ -158,3 +169,15 @@ def _tell_about_pairs(pairs: PairSet, rows: int, limit: int, seed: int, tell: Te
     cut = sum(pair.truncated for pair in pairs.pairs)
     if cut:
         tell(f"{cut} of {2 * len(pairs.pairs)} responses were cut at max_length {limit}, as TRL cuts them.")
+
+
+def _tell_about_rollouts(group: RolloutGroup, limit: int, tell: Tell) -> None:
+    if group.weights_from == "rewards":
+        tell("A completion's weight is its advantage: its reward less the mean of the group's rewards.")
+    if group.weights_from != "weights":
+        tell(
+            "Advantages are not divided by the loss's normaliser: signs are those of a step, sizes per unit of it. A "
+            "loss that divides by each response's length weighs the responses differently: give weights for that."
+        )
+    if group.truncated:
+        tell(f"{group.truncated} of {len(group.completion_ids)} completions were cut at max_length {limit}.")

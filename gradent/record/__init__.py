@@ -6,12 +6,15 @@ Nothing here imports torch or, until a parquet file is touched, pyarrow: a repor
 from gradent.record.documents import (
     AUDIT_FILES,
     DemoRecord,
+    GroupTokenRecord,
     Summary,
     TokenRecord,
     read_demo,
+    read_group_tokens,
     read_summary,
     read_token_record,
     write_demo,
+    write_group_tokens,
     write_summary,
     write_token_record,
 )
@@ -46,8 +49,8 @@ from gradent.record.schema import (
 __all__ = [
     "AUDIT_FILES", "CASE_NAMES", "GROUP_SOURCES", "MODULE_COLUMNS", "MOVED_COLUMNS", "MOVED_SOURCES",
     "PAIR_COLUMNS", "ROW_COLUMNS", "ROW_MOVED_COLUMNS", "SAMPLE_COLUMNS", "SCHEMA_VERSION", "STEP_COLUMNS",
-    "TOKEN_COLUMNS", "UNSPLIT", "DemoRecord", "Summary", "TokenRecord", "pair_schema", "read_demo", "read_modules",
-    "read_pairs", "read_sample", "read_steps", "read_summary", "read_token_record", "read_tokens", "token_schema",
-    "write_demo", "write_modules", "write_pairs", "write_sample", "write_steps", "write_summary",
-    "write_token_record", "write_tokens",
+    "TOKEN_COLUMNS", "UNSPLIT", "DemoRecord", "GroupTokenRecord", "Summary", "TokenRecord", "pair_schema",
+    "read_demo", "read_group_tokens", "read_modules", "read_pairs", "read_sample", "read_steps", "read_summary",
+    "read_token_record", "read_tokens", "token_schema", "write_demo", "write_group_tokens", "write_modules",
+    "write_pairs", "write_sample", "write_steps", "write_summary", "write_token_record", "write_tokens",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The JSON records that runs leave behind: an audit's summary, a demo's findings, the tokens of one pair.
+"""The JSON records that runs leave behind: an audit's summary, a demo's findings, the tokens of a pair or a group.
 
 Each kind has a `write` and a `read` (`DocumentKind`), which are functions as well: `write_summary`, `read_summary` ...
 """
@@ -18,8 +18,9 @@ from gradent.record.parquet import SCHEMA_VERSION, check_version, first_line
 from gradent.version import __version__
 
 __all__ = [
-    "AUDIT_FILES", "DemoRecord", "DocumentKind", "Summary", "TokenRecord", "read_demo", "read_summary",
-    "read_token_record", "write_demo", "write_summary", "write_token_record",
+    "AUDIT_FILES", "DemoRecord", "DocumentKind", "GroupTokenRecord", "Summary", "TokenRecord", "read_demo",
+    "read_group_tokens", "read_summary", "read_token_record", "write_demo", "write_group_tokens", "write_summary",
+    "write_token_record",
 ]  # fmt: skip
 
 Document = TypeVar("Document", bound=Mapping[str, Any])
@@ -147,6 +148,33 @@ class TokenRecord(TypedDict):
     seconds: float
 
 
+class GroupTokenRecord(TypedDict):
+    """Keys of `group_tokens.json`: what the tokens of a group's rollouts do to its positive ones."""
+
+    schema: str
+    schema_version: int
+    gradent_version: str
+    model: dict[str, Any]
+    """checkpoint, base, adapter, step, trainable_parameters, parameters, dtype and device as they were."""
+    data: dict[str, Any]
+    """source, split, row (counted from 0), rows, where, truncated (completions that lost their end), weights_from."""
+    settings: dict[str, Any]
+    """What was asked for: max_length and add_eos (as applied), memory_budget, dtype, device."""
+    prompt: dict[str, Any]
+    """ids, and text: the tokens as one string."""
+    rollouts: list[dict[str, Any]]
+    """ids, tokens (their texts) and weight of each completion; a weight above 0 raises it."""
+    influence: list[dict[str, Any]]
+    """positive and rollout (numbers of completions), values (`weight ⟨g_positive, ∇log π(token)⟩` for each token of the
+    rollout) and nthr (as many scores; null unless the rollout's weight is below 0)."""
+    correlation: float | None
+    """Spearman's ρ of exact pull and NTHR's score over the negatives' tokens; null where there is none."""
+    correlations: list[dict[str, Any]]
+    """positive, and correlation: the same for it alone."""
+    notes: list[str]
+    seconds: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class DocumentKind(Generic[Document]):
     """A kind of JSON record that gradent writes and reads.
@@ -246,6 +274,23 @@ def _check_lengths(path: str | os.PathLike[str], record: TokenRecord) -> None:
         raise DataFileError(f"{path}: inner is not a matrix of {shape[0]} rows of {shape[1]} numbers.")
 
 
+def _check_rollouts(path: str | os.PathLike[str], record: GroupTokenRecord) -> None:
+    """Refuse a group's record whose lists are not one number a token."""
+    rollouts = record["rollouts"]
+    for number, rollout in enumerate(rollouts):
+        if len(rollout["ids"]) != len(rollout["tokens"]):
+            raise DataFileError(f"{path}: rollout {number} does not hold one text a token.")
+    for part in record["influence"]:
+        numbers = part["positive"], part["rollout"]
+        if not all(isinstance(number, int) and 0 <= number < len(rollouts) for number in numbers):
+            raise DataFileError(f"{path}: influence of rollout {numbers[1]} on {numbers[0]}, of {len(rollouts)} there.")
+        lengths = {name: len(part[name]) for name in ("values", "nthr") if part[name] is not None}
+        if set(lengths.values()) != {len(rollouts[numbers[1]]["ids"])}:
+            raise DataFileError(
+                f"{path}: influence of rollout {numbers[1]} holds {lengths}; there must be one a token."
+            )
+
+
 SUMMARY = DocumentKind(
     schema="gradent.audit_summary", keys=Summary, noun="summaries", command="audit", writer="write_summary",
     added=("steps",),
@@ -255,7 +300,12 @@ TOKEN_PAIR = DocumentKind(
     schema="gradent.token_pair", keys=TokenRecord, noun="token records", command="tokens", writer="write_token_record",
     added=("masks",), indent=None, check=_check_lengths,
 )  # fmt: skip
+GROUP_TOKENS = DocumentKind(
+    schema="gradent.token_group", keys=GroupTokenRecord, noun="records of a group's tokens", command="tokens",
+    writer="write_group_tokens", indent=None, check=_check_rollouts,
+)  # fmt: skip
 
 write_summary, read_summary = SUMMARY.write, SUMMARY.read
 write_demo, read_demo = DEMO.write, DEMO.read
 write_token_record, read_token_record = TOKEN_PAIR.write, TOKEN_PAIR.read
+write_group_tokens, read_group_tokens = GROUP_TOKENS.write, GROUP_TOKENS.read

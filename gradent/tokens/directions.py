@@ -1,22 +1,23 @@
-"""The direction v along which `token_effects` looks, where it is not a pair's own gradient.
-
-It is the optimizer's next step, or what the user hands in.
-"""
+"""The direction v along which tokens' effects are taken: a row's gradient, the optimizer's next step, the user's."""
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradent import notices
-from gradent.errors import InputError
+from gradent.errors import InputError, NonFiniteError
 from gradent.kernels.common.numerics import accumulator, spans
 from gradent.kernels.common.precision import exactly
+from gradent.model.autograd import row_gradients
+from gradent.model.calls import forward_marked
+from gradent.model.logprobs import check_rows, sequence_logprobs
 
-__all__ = ["OWN", "check_toward", "dot", "given_vector", "planned_step"]
+__all__ = ["OWN", "check_toward", "dot", "given_vector", "planned_step", "row_gradient"]
 
 OWN = ("rejected", "chosen", "margin")
 """The directions that each pair has of its own: `g_l`, `g_w` and `g_w - g_l`."""
@@ -28,6 +29,25 @@ _ACCEPTED = (
 
 _WINDOW = {"cpu": 2**14, "cuda": 2**26}
 """Elements whose products are summed at once: so few that float32 loses nothing that matters; in float64 on a GPU."""
+
+
+def row_gradient(
+    model: nn.Module, parameters: Mapping[str, Tensor], row: tuple[Tensor, Tensor], name: str, *, trim: bool
+) -> tuple[dict[str, Tensor], float]:
+    """`∇_θ log π(y|x)` of a named row by parameter, without those that it does not depend on, and its norm."""
+    ids, marks = row
+    logp = sequence_logprobs(*forward_marked(model, ids[None], marks[None], trim=trim))
+    check_rows(logp, [name])
+    gradients = row_gradients(logp.sum(), list(parameters.values()))
+    grads = {name: grad for name, grad in zip(parameters, gradients, strict=True) if grad is not None}
+    squares = dot(grads, grads)
+    for parameter, square in squares.items():
+        if not math.isfinite(square):
+            raise NonFiniteError(
+                f"non-finite gradient: {name} has a nan or inf in the gradient of {parameter!r}. Try a wider dtype "
+                "(bfloat16 or float32 instead of float16), or check the checkpoint for nan."
+            )
+    return grads, math.sqrt(sum(squares.values()))
 
 
 def check_toward(toward: object, optimizer: object) -> None:

@@ -16,14 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from gradent.errors import InputError, NonFiniteError
-from gradent.model.autograd import row_gradients
-from gradent.model.calls import forward_marked
 from gradent.model.facts import require_causal
-from gradent.model.logprobs import check_logps, sequence_logprobs
 from gradent.model.observed import observed
 from gradent.model.parameters import check_ids, input_device, trainable, unwrap_compiled
 from gradent.pairs.batch import PairBatch
-from gradent.tokens.directions import OWN, check_toward, dot, given_vector, planned_step
+from gradent.tokens.directions import OWN, check_toward, dot, given_vector, planned_step, row_gradient
 from gradent.tokens.tangents import Differentiator, Direction, ExpectedSum, Row
 
 __all__ = ["token_effects"]
@@ -99,10 +96,11 @@ def _pair_direction(
     """The gradient of the pair's own log-prob or margin."""
     if toward != "margin":
         chosen = toward == "chosen"
-        vector, norm = _gradient(model, parameters, sides[0 if chosen else 1], pair, chosen=chosen, trim=trim)
+        row = sides[0 if chosen else 1]
+        vector, norm = row_gradient(model, parameters, row, f"pair {pair}, {toward}", trim=trim)
         return Direction(vector, norm, ExpectedSum(float(chosen), float(not chosen), norm**2, norm**2))
-    vector, chosen_norm = _gradient(model, parameters, sides[0], pair, chosen=True, trim=trim)
-    rejected, rejected_norm = _gradient(model, parameters, sides[1], pair, chosen=False, trim=trim)
+    vector, chosen_norm = row_gradient(model, parameters, sides[0], f"pair {pair}, chosen", trim=trim)
+    rejected, rejected_norm = row_gradient(model, parameters, sides[1], f"pair {pair}, rejected", trim=trim)
     for name, part in rejected.items():
         vector[name] = vector[name] - part if name in vector else -part
     square = sum(dot(vector, vector).values())
@@ -136,26 +134,6 @@ def _with_expected_sum(
     direction: Direction, model: nn.Module, parameters: Mapping[str, Tensor], sides: Sequence[Row], *, trim: bool
 ) -> Direction:
     """The direction, with the sum of effects that a backward pass of the rejected row gives."""
-    gradient, norm = _gradient(model, parameters, sides[1], 0, chosen=False, trim=trim)
+    gradient, norm = row_gradient(model, parameters, sides[1], "pair 0, rejected", trim=trim)
     value = sum(dot(gradient, direction.vector).values())
     return replace(direction, expected=ExpectedSum(0.0, 1.0, value, norm * direction.norm))
-
-
-def _gradient(
-    model: nn.Module, parameters: Mapping[str, Tensor], row: Row, pair: int, *, chosen: bool, trim: bool
-) -> tuple[dict[str, Tensor], float]:
-    """`∇_θ log π(y|x)` by parameter, without those that it does not depend on, and its norm."""
-    ids, marks = row
-    logp = sequence_logprobs(*forward_marked(model, ids[None], marks[None], trim=trim))
-    check_logps(logp, [pair], [chosen])
-    gradients = row_gradients(logp.sum(), list(parameters.values()))
-    grads = {name: grad for name, grad in zip(parameters, gradients, strict=True) if grad is not None}
-    squares = dot(grads, grads)
-    for name, square in squares.items():
-        if not math.isfinite(square):
-            raise NonFiniteError(
-                f"non-finite gradient: pair {pair}, {'chosen' if chosen else 'rejected'}, has a nan or inf in the "
-                f"gradient of {name!r}. Try a wider dtype (bfloat16 or float32 instead of float16), or check the "
-                "checkpoint for nan."
-            )
-    return grads, math.sqrt(sum(squares.values()))

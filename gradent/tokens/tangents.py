@@ -20,7 +20,7 @@ from gradent.kernels.common.numerics import accumulator, spans
 from gradent.model.autograd import row_gradients, with_parameters
 from gradent.model.calls import forward_logits, forward_marked
 from gradent.model.facts import computing_dtypes, facts, tolerance, trims
-from gradent.model.logprobs import TILE, check_logps
+from gradent.model.logprobs import TILE, check_rows
 from gradent.model.parameters import input_device
 from gradent.tokens.directions import dot
 from gradent.tokens.forward_mode import push, split
@@ -32,10 +32,10 @@ Row = tuple[Tensor, Tensor]
 
 
 class ExpectedSum(NamedTuple):
-    """What backward passes say of a pair's effects: `Σ chosen · a + Σ rejected · b = value`, up to rounding."""
+    """What backward passes say of two rows' effects: `a · Σ first + b · Σ second = value`, up to rounding."""
 
-    chosen: float
-    rejected: float
+    first: float
+    second: float
     value: float
     scale: float
 
@@ -50,20 +50,24 @@ class Direction:
 
 
 class Differentiator:
-    """Effects of a pair's tokens, by forward mode until it fails on the model, token by token from then on."""
+    """Effects of a few rows' tokens, by forward mode until it fails on the model, token by token from then on."""
 
     def __init__(
-        self, model: nn.Module, parameters: Mapping[str, Tensor], *, inside: Collection[torch.dtype] = ()
-    ) -> None:
-        """`inside` are the dtypes of autocast inside the model's own forward."""
-        self._model, self._parameters = model, parameters
+        self, model: nn.Module, parameters: Mapping[str, Tensor], *, inside: Collection[torch.dtype] = (),
+        caller: str = "token_effects",
+    ) -> None:  # fmt: skip
+        """`inside` are the dtypes of autocast inside the model's own forward; `caller` is named in warnings."""
+        self._model, self._parameters, self._caller = model, parameters, caller
         self.can_push = True
         dtypes = computing_dtypes(model, input_device(model)).union(inside)
         self._limit = tolerance("forward mode", dtypes)
         self._range = 0 if torch.float16 in dtypes else 32
 
-    def __call__(self, rows: Sequence[Row], pair: int, direction: Direction) -> list[Tensor]:
-        """Effects along v of the chosen and of the rejected row, float64 `[T]` each, on the CPU."""
+    # Of the first call's rows there must be two: on them is tried whether rows of one forward leave each other alone.
+    def __call__(self, rows: Sequence[Row], names: int | Sequence[str], direction: Direction) -> list[Tensor]:
+        """Effects along v of rows with these names, or of a pair of this number: float64 `[T]` each, on the CPU."""
+        if isinstance(names, int):
+            names = [f"pair {names}, {side}" for side in ("chosen", "rejected")]
         # A long or short vector would leave the range of a narrow exponent on its way.
         exponent = math.frexp(direction.norm)[1]
         exponent = exponent if abs(exponent) > self._range else 0
@@ -74,23 +78,24 @@ class Differentiator:
         effects: list[Tensor] = []
         failure = ""
         if self.can_push:
-            effects, failure = self._by_forward_mode(rows, pair, direction, vector, exponent)
+            effects, failure = self._by_forward_mode(rows, names, direction, vector, exponent)
         if failure:
             self.can_push = False
             self.announce(failure)
         if not self.can_push:
             effects = self.without_forward_mode(rows, direction.vector)
-        if not bool(torch.isfinite(torch.cat(effects)).all()):
-            raise NonFiniteError(
-                f"non-finite effect: pair {pair} has a token whose effect is nan or inf, though its log-prob is "
-                "finite. Try a wider dtype (bfloat16 or float32 instead of float16)."
-            )
+        for name, part in zip(names, effects, strict=True):
+            if not bool(torch.isfinite(part).all()):
+                raise NonFiniteError(
+                    f"non-finite effect: {name} has a token whose effect is nan or inf, though its log-prob is finite. "
+                    "Try a wider dtype (bfloat16 or float32 instead of float16)."
+                )
         return effects
 
     def announce(self, failure: str) -> None:
         """Say why forward mode is left."""
         notices.warn(
-            "gradent.token_effects cannot differentiate this model in forward mode, and goes on with one backward "
+            f"gradent.{self._caller} cannot differentiate this model in forward mode, and goes on with one backward "
             f"pass a token (as exact, but slower by the number of tokens): {failure}",
             stacklevel=5,
         )
@@ -104,12 +109,17 @@ class Differentiator:
         return bool(facts(self._model).shares_tangents) and trims(self._model, ids)
 
     def _by_forward_mode(
-        self, rows: Sequence[Row], pair: int, direction: Direction, vector: Mapping[str, Tensor], exponent: int
+        self,
+        rows: Sequence[Row],
+        names: Sequence[str],
+        direction: Direction,
+        vector: Mapping[str, Tensor],
+        exponent: int,
     ) -> tuple[list[Tensor], str]:
         """The effects along `vector · 2^exponent`, or why there are none."""
 
         def attempt(*, is_padded: bool) -> tuple[list[Tensor], str]:
-            effects, failure = self._push(rows, pair, vector, is_padded=is_padded)
+            effects, failure = self._push(rows, names, vector, is_padded=is_padded)
             effects = [part * 2.0**exponent for part in effects]
             return effects, failure or self._contradiction(effects, direction.expected)
 
@@ -131,7 +141,7 @@ class Differentiator:
         return (padded if known.shares_tangents else effects), ""
 
     def _push(
-        self, rows: Sequence[Row], pair: int, vector: Mapping[str, Tensor], *, is_padded: bool
+        self, rows: Sequence[Row], names: Sequence[str], vector: Mapping[str, Tensor], *, is_padded: bool
     ) -> tuple[list[Tensor], str]:
         """The effects along `vector`, or why there are none."""
         forward = partial(_forward, rows=rows, is_padded=is_padded, trim=is_padded and trims(self._model, rows[0][0]))
@@ -141,7 +151,7 @@ class Differentiator:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
             return [], f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        check_logps(torch.stack([logp for logp, _ in results]), [pair, pair], [True, False])
+        check_rows(torch.stack([logp for logp, _ in results]), names)
         return [effects for _, effects in results], ""
 
     def _contradiction(self, effects: Sequence[Tensor], expected: ExpectedSum | None) -> str:
@@ -150,7 +160,7 @@ class Differentiator:
             return "a token's effect is nan or inf there, though its log-prob is finite."
         if expected is None:
             return ""
-        total = expected.chosen * float(effects[0].sum()) + expected.rejected * float(effects[-1].sum())
+        total = expected.first * float(effects[0].sum()) + expected.second * float(effects[-1].sum())
         error = abs(total - expected.value) / expected.scale if expected.scale else abs(total)
         if error <= self._limit:
             return ""

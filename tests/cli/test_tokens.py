@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gradent.cli.app import app
-from gradent.record import read_token_record
+from gradent.record import read_group_tokens, read_token_record
 from tests.auditing.made import PAIRS, save_lora, write_jsonl
 
 
@@ -66,6 +66,21 @@ def test_masks_arrive(here, monkeypatch) -> None:
     assert "nowhere.parquet: there is no such file. `TokenMaskedDPOTrainer.export_masks` writes it." in " ".join(
         result.stderr.split()
     )
+
+
+def test_a_group_of_rollouts(here, monkeypatch) -> None:
+    monkeypatch.setattr("gradent.cli.console._quieten_others", lambda: None)
+    group = {"prompt": "The film was", "completions": [" good", " bad", " so"], "weights": [0.5, -0.25, -0.25]}
+    write_jsonl(here / "pairs.jsonl", [PAIRS[0], group])
+    result = tokens("--no-add-eos", "--memory-budget", "64MiB")
+    assert result.exit_code == 0, result.output
+    assert "Wrote out/group_tokens.html and out/group_tokens.json" in result.stdout
+    record = read_group_tokens("out/group_tokens.json")
+    assert record["settings"]["memory_budget"] == "64MiB" and not record["settings"]["add_eos"]
+    write_jsonl(here / "pairs.jsonl", [PAIRS[0], {**group, "weights": [1, 2]}])
+    result = tokens()
+    assert result.exit_code == 2
+    assert "pairs.jsonl:2: weights is 2 values for 3 completions" in " ".join(result.stderr.split())
 
 
 def test_usage() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gradent.errors import GradentError, NonFiniteError
 from gradent.loading.preferences import AuditPair
+from gradent.loading.rollouts import RolloutGroup
 from gradent.pairs.batch import PairBatch
 from gradent.record import TOKEN_COLUMNS
 from gradent.record.table import Floats
@@ -102,16 +103,16 @@ def measure_pair_tokens(
 
 
 @contextmanager
-def named_errors(pair: AuditPair, what: str, remedies: str) -> Iterator[None]:
-    """Add the pair's row to an error of its tokens' measurement, and remedies where memory ran out."""
+def named_errors(pair: AuditPair | RolloutGroup, what: str, remedies: str) -> Iterator[None]:
+    """Add the row to an error of its tokens' measurement, and remedies where memory ran out."""
     try:
         yield
     except NonFiniteError as error:
         raise NonFiniteError(f"{pair.where}: {error}") from error
     except torch.OutOfMemoryError as error:
         raise GradentError(
-            f"{pair.where}: the device ran out of memory on this pair's {what} ({pair.longest} tokens in its longer "
-            f"row). Try a smaller --memory-budget or --max-length{remedies}."
+            f"{pair.where}: the device ran out of memory on this row's {what} ({pair.longest} tokens in the longest "
+            f"response with its prompt). Try a smaller --memory-budget or --max-length{remedies}."
         ) from error
 
 

@@ -74,8 +74,15 @@ class AuditConfig(LoadConfig):
 class TokenConfig(LoadConfig):
     """Options of `audit_tokens`: those of `audit` for one row of the data."""
 
+    data: str = option(
+        "Preference pairs, as `gradent audit` reads them, or groups of rollouts: prompt, completions, and one of "
+        "weights, advantages and rewards.", DATA,
+    )  # fmt: skip
     pair: int = option("Row of the data, counted from 0.", DATA, int)
-    out: Path = option("Directory for tokens.json, tokens.png and tokens.html.", RUN, Path)  # noqa: RUF009
+    out: Path = option(  # noqa: RUF009
+        "Directory for tokens.json, tokens.png and tokens.html; of a group, group_tokens.json and group_tokens.html.",
+        RUN, Path,
+    )  # fmt: skip
     memory_budget: int | str | None = option(_BUDGET, RUN, default=None)
     by_module: bool = option("Also show which modules entangle the pair.", RUN, bool, "--by-module", default=False)
     masks: Path | None = option(  # noqa: RUF009

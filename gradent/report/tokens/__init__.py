@@ -1,1 +1,1 @@
-"""The page of one pair's tokens."""
+"""The page of one pair's tokens, and of one group's."""
