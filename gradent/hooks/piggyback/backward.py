@@ -100,7 +100,9 @@ class WatchedBackward:
         place = self._places[forward]
         mask, rows = forward.attention_mask.cpu().bool(), _read_rows(forward, coefficients)
         if observation.sides == 1:
-            labels = self.config.grouping.label(forward.input_ids, rows, place.rows[0], self._number)
+            padding = [int(keep.int().argmax()) for keep in mask]
+            starts = [coefficients.first - before if coefficients.first > 1 else 0 for before in padding]
+            labels = self.config.grouping.label(forward.input_ids, rows, starts, place.rows[0], self._number)
             observation.group[list(place.rows)] = torch.tensor(labels)
         for row, number in enumerate(place.rows):
             if number >= 0:

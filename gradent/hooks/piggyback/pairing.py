@@ -100,6 +100,26 @@ def prompt_label(row: Row) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+def _label_prompts(rows: Sequence[Row], starts: Sequence[int]) -> list[int]:
+    """Labels of rows by their prompts; `starts` are those of responses where the batch says them, 0 for unknown."""
+    # A row that the loss does not move may have no marks: then a prompt of the others that it starts with is its own.
+    known = {}
+    for ids, marks in rows:
+        if bool(marks.any()):
+            start = int(marks.int().argmax())
+            known[tuple(ids[:start].tolist())] = prompt_label((ids, marks))
+    labels = []
+    for (ids, marks), start in zip(rows, starts, strict=True):
+        if not bool(marks.any()):
+            given = ids.tolist()
+            found = [prompt for prompt in known if tuple(given[: len(prompt)]) == prompt]
+            if found and not 0 < start < len(ids):
+                start = len(max(found, key=len))
+            marks = torch.arange(len(ids)) >= (start if 0 < start < len(ids) else len(ids))
+        labels.append(prompt_label((ids, marks)))
+    return labels
+
+
 Groups = Literal["prompts", "batch"] | int | Sequence[int] | Callable[[Tensor], Sequence[int]]
 """`prompts`: rows of one prompt. `batch`: all rows (KTO, which contrasts them all). An int: so many rows that follow
 one another. A sequence: a number for each row of a batch. A function: the same, from `input_ids` `[N, L]`."""
@@ -122,11 +142,13 @@ class Grouping:
             )
         self._groups = groups
 
-    def label(self, input_ids: Tensor, rows: Sequence[Row], first: int, backward: int) -> list[int]:
+    def label(
+        self, input_ids: Tensor, rows: Sequence[Row], starts: Sequence[int], first: int, backward: int
+    ) -> list[int]:
         """Labels of a forward's rows, of which the first is row `first` of the backward with this number."""
         groups = self._groups
         if groups == "prompts":
-            return [prompt_label(row) for row in rows]
+            return _label_prompts(rows, starts)
         if groups == "batch":
             return [0] * len(rows)
         if isinstance(groups, int):
