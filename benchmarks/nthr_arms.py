@@ -87,7 +87,7 @@ def positives_gradient(model: Any, batch: Batch, positives: Tensor, optimizer: A
         if state:
             group = groups[id(tensor)]
             second = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
-            gradient = gradient / (second.sqrt() + group["eps"])  # noqa: PLW2901
+            gradient = gradient / (second.sqrt() + group["eps"])
         result[name] = gradient
     return result
 
@@ -110,6 +110,15 @@ def exact_scores(model: Any, batch: Batch, advantages: Tensor, optimizer: Any = 
 
     This is what NTHR's score stands in for: by so much, times a step's size, does the token's penalty lower the
     positives of its group together. With an optimizer the product is Adam's, `Σ a_k b_k P_k`.
+
+    Args:
+        model: the model.
+        batch: the rollouts.
+        advantages: of each rollout, `[B]`.
+        optimizer: Adam or AdamW; None for the plain product.
+
+    Returns:
+        The values, float64.
     """
     values = torch.full(batch["completion_mask"].shape, float("nan"), dtype=torch.float64)
     for positives, negatives in mixed_groups(batch, advantages):
@@ -225,6 +234,14 @@ def step_apart(trainer: ArmTrainer, selected: Tensor, factor: float) -> Tensor:
     """By how many nats the trainer's next step would move each rollout with these tokens down-weighted, `[B]`.
 
     A copy of the model takes the step, with a copy of the optimizer's state; the run is left as it was.
+
+    Args:
+        trainer: just before a step.
+        selected: the tokens, bool `[B, C]`.
+        factor: of their advantage.
+
+    Returns:
+        The changes.
     """
     batch, original, optimizer = trainer.batch, trainer.model, inner(trainer.optimizer)
     model = copy.deepcopy(original)

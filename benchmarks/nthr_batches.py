@@ -119,6 +119,12 @@ def sources(trainer: ArmTrainer) -> dict[str, Tensor]:
 
     With the preconditioner as it stands before the step. Clipping counts: the gradient's norm follows from the plain
     products.
+
+    Args:
+        trainer: just before a step that is not the first.
+
+    Returns:
+        Source to changes.
     """
     optimizer, batch = inner(trainer.optimizer), trainer.batch
     state = {name: optimizer.state[tensor] for name, tensor in trainer.model.named_parameters()}

@@ -158,7 +158,7 @@ def make_trainer(
             output_dir=out, max_steps=steps, per_device_train_batch_size=groups * rollouts, num_generations=rollouts,
             max_completion_length=tokens, learning_rate=rate or start.rate, lr_scheduler_type="constant", beta=0.0,
             num_iterations=1, logging_steps=5, seed=seed, report_to="none", save_strategy="no", bf16=False,
-            use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(), activation_checkpointing=False, disable_tqdm=True,
         ),
         train_dataset=Dataset.from_dict({"prompt": list(start.prompts)}),
         processing_class=start.tokenizer,
