@@ -167,6 +167,15 @@ def tokens(models: Sequence[Model]) -> Iterator[str]:
     yield from table(head, rows)
     yield "*Harm* is the sum of the exact values, as a share of the sum of all that are positive."
     yield ""
+    for model in models:
+        values = {figure: model.estimate("batches", "Adam", figure) for figure, *_ in lines}
+        yield (
+            f"- With {model.name()}, in Adam's metric: the penalty of {values['tokens_that_lower'].share()} of all "
+            f"negative tokens lowers the positives, and of {values['picked_that_lower'].share()} of the picked. These do "
+            f"{values['harm_picked'].share()} of the harm; as many tokens could do "
+            f"{values['harm_of_as_many_at_most'].share()}."
+        )
+    yield ""
 
 
 def outcomes(models: Sequence[Model], part: str, columns: Sequence[tuple[str, str, str]]) -> Iterator[str]:
