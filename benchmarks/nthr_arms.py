@@ -230,6 +230,19 @@ def inner(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
+def ahead(trainer: ArmTrainer) -> torch.optim.Optimizer:
+    """The metric of the coming step: an optimizer whose second moments have its gradient, too."""
+    optimizer = inner(trainer.optimizer)
+    again = type(optimizer)([dict(group) for group in optimizer.param_groups])
+    for group in optimizer.param_groups:
+        beta = group["betas"][1]
+        for tensor in group["params"]:
+            state = optimizer.state[tensor]
+            second = beta * state["exp_avg_sq"] + (1 - beta) * tensor.grad.square()
+            again.state[tensor] = {"step": state["step"] + 1, "exp_avg": state["exp_avg"], "exp_avg_sq": second}
+    return again
+
+
 def step_apart(trainer: ArmTrainer, selected: Tensor, factor: float) -> Tensor:
     """By how many nats the trainer's next step would move each rollout with these tokens down-weighted, `[B]`.
 

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from benchmarks.nthr_arms import (
     ARMS,
     ArmTrainer,
+    ahead,
     exact_scores,
     inner,
     mixed_groups,
@@ -73,6 +74,7 @@ class Batches(TrainerCallback):
         for source, nats in moved.items():
             self.sums.add("", f"moved_{source}", nats[mine])
         group = moved["own"] + moved["positives"] + moved["negatives"]
+        self.sums.add("", "size_of_negatives", moved["negatives"][mine].abs())
         self.sums.add("", "negatives_lower", moved["negatives"][mine] < 0)
         self.sums.add("", "lowered_by_group", group[mine] < 0)
         self.sums.add("", "lowered_but_for_negatives", (group - moved["negatives"])[mine] < 0)
@@ -83,7 +85,7 @@ class Batches(TrainerCallback):
         """How NTHR's score agrees with the exact value, in both metrics, over the tokens of a group's negatives."""
         trainer = self._trainer
         values, threshold = scores(trainer.model, trainer.batch, advantages)
-        for metric, optimizer in (("plain", None), ("Adam", inner(trainer.optimizer))):
+        for metric, optimizer in (("plain", None), ("Adam", ahead(trainer))):
             exact = exact_scores(trainer.model, trainer.batch, advantages, optimizer)
             for _, negatives in mixed_groups(trainer.batch, advantages):
                 places = trainer.batch["completion_mask"][negatives].bool()
@@ -101,7 +103,7 @@ class Batches(TrainerCallback):
     def _add_steps(self, advantages: Tensor, mine: Tensor, total: Tensor) -> None:
         """What the step of each arm, from this state on this batch, really does."""
         trainer, batch = self._trainer, self._trainer.batch
-        chosen = selections(trainer.model, batch, advantages, ARMS, self._random, inner(trainer.optimizer))
+        chosen = selections(trainer.model, batch, advantages, ARMS, self._random, ahead(trainer))
         chosen["no negatives"] = (batch["completion_mask"].bool()) & (advantages < 0)[:, None]
         others = torch.cat([negatives for _, negatives in mixed_groups(batch, advantages)])
         for arm in SAME_STEP:
@@ -117,7 +119,7 @@ class Batches(TrainerCallback):
 def sources(trainer: ArmTrainer) -> dict[str, Tensor]:
     """The first-order change of each rollout in the coming step of AdamW, in nats by source, float64 `[N]`.
 
-    With the preconditioner as it stands before the step. Clipping counts: the gradient's norm follows from the plain
+    With the preconditioner that the step will have. Clipping counts: the gradient's norm follows from the plain
     products.
 
     Args:
@@ -134,7 +136,7 @@ def sources(trainer: ArmTrainer) -> dict[str, Tensor]:
     weight = (batch["row_advantages"] / batch["num_items_in_batch"]).double()
     plain = measure_rows(trainer.model, rows, among="all").products
     momentum = {name: one["exp_avg"] for name, one in state.items()}
-    gram = measure_rows(trainer.model, rows, among="all", metric=optimizer, directions=[momentum])
+    gram = measure_rows(trainer.model, rows, among="all", metric=ahead(trainer), directions=[momentum])
     clip = min(1.0, trainer.args.max_grad_norm / (float(weight @ plain @ weight) ** 0.5 + 1e-6))
     pushes = rate * clip * (1 - beta) / (1 - beta**taken) * gram.products * weight[None]
     same = batch["group"][:, None] == batch["group"][None]

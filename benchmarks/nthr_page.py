@@ -115,6 +115,7 @@ def sources(models: Sequence[Model]) -> Iterator[str]:
     yield "**What moves a positive in a step of plain GRPO**, in nats to first order, and what share of them it lowers:"
     yield ""
     rows = [[text, *of(f"moved_{source}", "nats")] for source, text in SOURCES.items()]
+    rows.append(["size of the negatives' part (mean of its absolute)", *of("size_of_negatives", "nats")])
     shares = {
         "negatives_lower": "positives whose negatives lower them",
         "lowered_by_group": "positives that their group lowers (itself, positives, negatives)",
@@ -171,8 +172,8 @@ def tokens(models: Sequence[Model]) -> Iterator[str]:
         values = {figure: model.estimate("batches", "Adam", figure) for figure, *_ in lines}
         yield (
             f"- With {model.name()}, in Adam's metric: the penalty of {values['tokens_that_lower'].share()} of all "
-            f"negative tokens lowers the positives, and of {values['picked_that_lower'].share()} of the picked. These do "
-            f"{values['harm_picked'].share()} of the harm; as many tokens could do "
+            f"negative tokens lowers the positives, and of {values['picked_that_lower'].share()} of the picked. They "
+            f"do {values['harm_picked'].share()} of the harm; as many tokens could do "
             f"{values['harm_of_as_many_at_most'].share()}."
         )
     yield ""

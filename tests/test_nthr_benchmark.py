@@ -87,30 +87,29 @@ def test_every_arm_picks_as_many_negative_tokens(made: tuple[Any, dict[str, torc
 
 
 @pytest.mark.slow
-def test_a_step_apart_is_the_step_that_follows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arm", ["GRPO", "NTHR"])
+def test_a_step_apart_is_the_step_that_follows(arm: str, tmp_path: Path) -> None:
     from grpo import make_start, make_trainer  # noqa: PLC0415
 
     torch.manual_seed(0)
     trainer = make_trainer(
-        make_start(steps=60), str(tmp_path), steps=4, tokens=8, rate=1e-5, trainer=ArmTrainer, arm="NTHR", factor=0.5
+        make_start(steps=60), str(tmp_path), steps=4, tokens=8, rate=1e-5, trainer=ArmTrainer, arm=arm, factor=0.5
     )
 
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
             self.selected = trainer.batch["advantages"] != trainer.batch["row_advantages"][:, None]
             if trainer.state.global_step:
-                self.plain = step_apart(trainer, torch.zeros_like(self.selected), 0.5)
                 self.change, self.moved = step_apart(trainer, self.selected, 0.5), sources(trainer)
 
     look = Look()
     trainer.add_callback(look)
     trainer.train()
-    assert trainer.selected > 0
+    assert (trainer.selected > 0) is (arm == "NTHR")
     assert torch.allclose(look.change, trainer.steps.changes[-1]["change"], atol=2e-5)
-    assert tuple(look.moved) == SOURCES
-    first_order = sum(look.moved.values())
-    error = (look.plain.double() - first_order).square().sum() / look.plain.double().square().sum()
-    assert float(error) < 0.2  # the preconditioner is the one before the step, and only three steps old
+    if arm == "GRPO":  # the account is of a rollout's tokens weighed alike
+        assert tuple(look.moved) == SOURCES
+        assert torch.allclose(look.change.double(), sum(look.moved.values()), atol=1e-3)
 
 
 def test_sums_and_ranks() -> None:
