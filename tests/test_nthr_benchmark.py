@@ -93,7 +93,7 @@ def test_a_step_apart_is_the_step_that_follows(arm: str, tmp_path: Path) -> None
 
     torch.manual_seed(0)
     trainer = make_trainer(
-        make_start(steps=60), str(tmp_path), steps=4, tokens=8, rate=1e-5, trainer=ArmTrainer, arm=arm, factor=0.5
+        make_start(steps=60), str(tmp_path), steps=4, tokens=8, rate=1e-6, trainer=ArmTrainer, arm=arm, factor=0.5
     )
 
     class Look(TrainerCallback):
@@ -109,7 +109,8 @@ def test_a_step_apart_is_the_step_that_follows(arm: str, tmp_path: Path) -> None
     assert torch.allclose(look.change, trainer.steps.changes[-1]["change"], atol=2e-5)
     if arm == "GRPO":  # the account is of a rollout's tokens weighed alike
         assert tuple(look.moved) == SOURCES
-        assert torch.allclose(look.change.double(), sum(look.moved.values()), atol=1e-3)
+        change = look.change.double()
+        assert float((change - sum(look.moved.values())).square().sum() / change.square().sum()) < 1e-3
 
 
 def test_sums_and_ranks() -> None:
