@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from gradent.trainer.callback.callback import EntanglementCallback
+from gradent.trainer.records.row_step import RowStepRecord
 from gradent.trainer.records.step import StepRecord
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from gradent.trainer.token_masking.trainer import TokenMaskedDPOTrainer
 
 __all__ = [
-    "EntanglementCallback", "PairwiseNormalizedDPOConfig", "PairwiseNormalizedDPOTrainer", "StepRecord",
-    "TokenMaskedDPOConfig", "TokenMaskedDPOTrainer",
+    "EntanglementCallback", "PairwiseNormalizedDPOConfig", "PairwiseNormalizedDPOTrainer", "RowStepRecord",
+    "StepRecord", "TokenMaskedDPOConfig", "TokenMaskedDPOTrainer",
 ]  # fmt: skip
 
 

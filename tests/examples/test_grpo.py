@@ -10,6 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from gradent import EntanglementCallback
+from gradent.trainer.records.step import share_explained
+from tests.attribution.test_explained import SHARED
 from tests.pages import ROOT
 
 
@@ -31,6 +34,21 @@ def test_the_reward_rises(tmp_path: Path) -> None:
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     assert len(rewards) == 6
     assert rewards[-1] > rewards[0] + 0.3
+
+
+@pytest.mark.slow
+def test_the_account_explains_what_really_moved(tmp_path: Path) -> None:
+    from grpo import make_start, make_trainer  # noqa: PLC0415
+
+    folder = SHARED / "models" / "stories260K"
+    if not folder.exists():
+        pytest.skip(f"no stories260K in {SHARED.name} (GRADENT_SHARED)")
+    torch.manual_seed(0)
+    callback = EntanglementCallback(every=1, realised=True, on_error="raise")
+    make_trainer(make_start(str(folder)), str(tmp_path), steps=28, callbacks=[callback]).train()
+    accounts = [record.attribution for record in callback.records if record.step > 20 and len(record.rows)]
+    assert len(accounts) >= 6 and all(account.is_whole for account in accounts)
+    assert share_explained(accounts) >= 0.98
 
 
 def test_the_reward_is_a_rule() -> None:

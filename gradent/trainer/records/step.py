@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from gradent.pairs.batch import PairBatch
 from gradent.record import MOVED_COLUMNS, MOVED_SOURCES, PAIR_COLUMNS, UNSPLIT
 from gradent.record.table import Table
 from gradent.recorder.recording import Recording
+from gradent.row_gram import RowGram
 from gradent.theory.conditions import CASES, Verdict
 from gradent.trainer.records.token_map import TokenMap
 
@@ -95,6 +97,27 @@ class StepRecord:
             **{name: getattr(recording, name) for name in names}, step=step,
             layers=group_layers(recording.gram.modules or {}), chosen_realised=chosen_realised,
             rejected_realised=rejected_realised, tokens=tokens, attribution=attribution,
+        )  # fmt: skip
+
+    @cached_property
+    def rows(self) -> RowGram:
+        """The step's 2k responses as rows, chosen first, each pair a group; nan between responses of other pairs.
+
+        `moved` has the sources of pairs (own, partner, others_chosen, ...), `weight` is `d_w` and `−d_l` (each pair's
+        own loss: not divided by the number of pairs).
+        """
+        pairs, verdict = len(self.gram), self.verdict
+        products = torch.full((2 * pairs, 2 * pairs), float("nan"), dtype=torch.float64)
+        products.diagonal()[:] = torch.cat([self.gram.chosen_sq, self.gram.rejected_sq])
+        for offset in (pairs, -pairs) if pairs else ():
+            products.diagonal(offset)[:] = self.gram.inner
+        realised = (self.chosen_realised, self.rejected_realised)
+        return RowGram(
+            products=products, logp=torch.cat([self.gram.chosen_logp, self.gram.rejected_logp]),
+            length=torch.cat([self.gram.chosen_len, self.gram.rejected_len]), group=torch.arange(pairs).repeat(2),
+            coverage=self.gram.coverage, weight=torch.cat([verdict.d_w, -verdict.d_l]),
+            moved=None if self.attribution is None else self.attribution.moved,
+            realised=None if realised[0] is None or realised[1] is None else torch.cat([realised[0], realised[1]]),
         )  # fmt: skip
 
     def without_modules(self) -> StepRecord:
