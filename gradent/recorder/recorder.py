@@ -330,7 +330,7 @@ class Recorder:
             self._log_once(f"gradent cannot read this step: {reason}.")
             return None
         recording = self._settle_pairs(observation) if observation.sides == 2 else self._settle_rows(observation)
-        if self._config.should_share and self._config.has_entries and not observation.shared and observation.c.any():
+        if self._config.should_share and not observation.shared and bool(observation.c.any()):
             self._log_once(
                 "gradent: weight_grad='shared' found no weight gradient to share here, and the products are formed "
                 "twice. It takes matrices used once a forward, chosen and rejected in one forward, a loss whose "

@@ -117,7 +117,7 @@ class WatchedModel:
         reason = observation.no_entries_reason
         if reason is None:
             zeros = torch.zeros(len(self.root) // 2, 3, dtype=torch.float64)
-            return sum((entry.cpu() for entry in observation.entries.values()), zeros)
+            return sum((entry.cpu() for entry in observation.pair_entries().values()), zeros)
         notices.once(
             f"pairwise normalization takes one backward a response (as exact, but slow): {reason}.", key="row by row"
         )
