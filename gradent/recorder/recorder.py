@@ -278,8 +278,10 @@ class Recorder:
 
     def _refuse(self, recording: Recording | RowRecording | None) -> Recording | RowRecording | None:
         """The recording; None, and a line in the log, of rows that nobody calls groups and that the loss all raises."""
-        if not isinstance(recording, RowRecording) or self._config.pairing is not None:
+        if recording is None or self._config.pairing is not None:
             return recording
+        if isinstance(recording, Recording):  # before the loss has moved anything, nothing says that these are pairs
+            return recording if len(recording.gram) or self._config.evidence.is_told else None
         weight = recording.rows.weight
         assert weight is not None
         self.has_contrast |= bool((weight > 0).any() and (weight < 0).any())

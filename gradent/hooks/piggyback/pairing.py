@@ -6,7 +6,6 @@ Letters: N rows of a batch, L tokens, T tokens of a row, padding left out.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -64,8 +63,14 @@ class PairingEvidence:
             return self._found
         if not bool(c.any()):  # nothing is moved: no evidence for later batches
             return "halves" if has_prompts else "rows"
-        self._found = "halves" if has_prompts and _pulls_apart(rows, c) else "rows"
-        return self._found
+        found = _tell(rows, c) if has_prompts else "rows"
+        self._found = "halves" if found == "halves" else "rows" if found == "rows" else None
+        return found
+
+    @property
+    def is_told(self) -> bool:
+        """Whether a batch has decided."""
+        return self._found is not None
 
 
 def _halves_share_prompts(rows: Sequence[Row]) -> bool:
@@ -75,21 +80,32 @@ def _halves_share_prompts(rows: Sequence[Row]) -> bool:
 
 
 def _shares_prompt(one: Row, other: Row) -> bool:
-    # A loss may weigh the prompt of one of the two rows (ORPO): the response starts where the later marks do.
-    start = max(1, *(int(marks.int().argmax()) for _, marks in (one, other)))
+    start = _response_start(one, other)
     return min(len(one[0]), len(other[0])) >= start and torch.equal(one[0][:start], other[0][:start])
 
 
-def _pulls_apart(rows: Sequence[Row], c: Tensor) -> bool:
-    """Whether the loss wants one response of each pair up and the other one down."""
+def _response_start(one: Row, other: Row) -> int:
+    # A loss may weigh the prompt of one of the two rows (ORPO): the response starts where the later marks do.
+    return max(1, *(int(marks.int().argmax()) for _, marks in (one, other)))
+
+
+def _tell(rows: Sequence[Row], c: Tensor) -> Literal["halves", "rows"] | str:
+    """What rows are whose halves share their prompts, from which of them the loss wants up and which down."""
     first, second = c.view(2, -1)
-    if not bool((first * second < 0).any()):
-        return False
-    if bool(((first <= 0) & (second >= 0)).all()):
-        return True
-    # A loss can turn a pair round (IPO, beyond its margin). Rows of one group, signs in any order, look like that too.
-    counts = Counter(prompt_label(row) for row in rows)
-    return set(counts.values()) == {2} and bool((first * second <= 0).all())
+    # A loss can turn a pair round (IPO, beyond its margin).
+    if not bool((first * second < 0).any()) or not bool((first * second <= 0).all()):
+        return "rows"
+    pairs = len(first)
+    starts = [_response_start(rows[pair], rows[pairs + pair]) for pair in range(pairs)]
+    if len({tuple(rows[pair][0][:start].tolist()) for pair, start in enumerate(starts)}) == pairs:
+        return "halves"
+    # More than two rows of one prompt may be a group, in which signs come in any order; in this one, too, by chance.
+    if not bool(((first <= 0) & (second >= 0)).all()):
+        return "rows"
+    return (
+        "a prompt has more than two rows, and the loss raises those of the first half and lowers those of the second: "
+        "pairs, or a group of rollouts in this order by chance. A later batch may tell; pairing= and groups= do"
+    )
 
 
 def prompt_label(row: Row) -> int:
