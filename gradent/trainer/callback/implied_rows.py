@@ -35,7 +35,7 @@ _REFUSED = {
 """Name of a configuration to why nothing is measured under it."""
 
 _PAIRED = {"DPOConfig", "CPOConfig", "ORPOConfig", "RewardConfig"}
-_BATCHED = {"KTOConfig", "BCOConfig", "A2POConfig"}
+_BATCHED = {"KTOConfig", "BCOConfig", "A2POConfig", "NashMDConfig"}
 """Rows of prompts of their own: the loss contrasts all rows of a batch."""
 
 
@@ -63,6 +63,8 @@ def _by_name(name: str, args: TrainingArguments) -> ImpliedRows | None:
         return ImpliedRows(pairing="halves")
     if name in _BATCHED:
         return ImpliedRows(pairing="rows", groups="batch")
+    if name == "XPOConfig":  # the model's own response and its reference's, in forwards of their own
+        return ImpliedRows(pairing="rows", groups="prompts")
     if name in ("GRPOConfig", "RLOOConfig"):
         return _rollouts(args)
     return None
