@@ -83,6 +83,11 @@ def _shared(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte (259 with pad, BOS and EOS), BOS in front, and a chat template."""
+    return make_tokenizer()
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """What `tiny_tokenizer` is, for fixtures that several tests share."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate([*SPECIALS, *alphabet])}
     core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))

@@ -221,7 +221,7 @@ def test_one_response_on_both_sides_is_left_out(caplog: pytest.LogCaptureFixture
     names = ("input_ids", "attention_mask", "completion_mask")
     batch = SimpleNamespace(**{name: getattr(kept, name)[[0, 0, 0, 1]] for name in names})  # PairBatch refuses it
     true = truth(model, kept)
-    with caplog.at_level(logging.WARNING, "gradent"), attach(model) as recorder:
+    with caplog.at_level(logging.WARNING, "gradent"), attach(model, pairing="halves") as recorder:
         for _ in range(2):
             through_logits(model, batch).backward()
             found = recorder.harvest()

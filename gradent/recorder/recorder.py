@@ -278,8 +278,10 @@ class Recorder:
 
     def _refuse(self, recording: Recording | RowRecording | None) -> Recording | RowRecording | None:
         """The recording; None, and a line in the log, of rows that nobody calls groups and that the loss all raises."""
-        if not isinstance(recording, RowRecording) or self._config.pairing is not None:
+        if recording is None or self._config.pairing is not None:
             return recording
+        if isinstance(recording, Recording):  # before the loss has moved anything, nothing says that these are pairs
+            return recording if len(recording.gram) or self._config.evidence.is_told else None
         weight = recording.rows.weight
         assert weight is not None
         self.has_contrast |= bool((weight > 0).any() and (weight < 0).any())
@@ -330,7 +332,7 @@ class Recorder:
             self._log_once(f"gradent cannot read this step: {reason}.")
             return None
         recording = self._settle_pairs(observation) if observation.sides == 2 else self._settle_rows(observation)
-        if self._config.should_share and self._config.has_entries and not observation.shared and observation.c.any():
+        if self._config.should_share and not observation.shared and bool(observation.c.any()):
             self._log_once(
                 "gradent: weight_grad='shared' found no weight gradient to share here, and the products are formed "
                 "twice. It takes matrices used once a forward, chosen and rejected in one forward, a loss whose "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,14 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from trl import DPOConfig, DPOTrainer
+from transformers import TrainerCallback
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from gradent import EntanglementCallback
+from gradent.trainer.callback.implied_rows import implied_rows
+from tests.trainer.kinds import KINDS, configurations
+from tests.trainer.rollouts import make_rollouts, reward
+from tests.trainer.row_truth import assert_rows, names_of, texts
 from tests.truth import scaled_error, truth
 
 ROWS = [
@@ -74,3 +80,73 @@ def test_what_did_not_move_is_not_said_to_have_moved(tiny_llama, tiny_tokenizer,
     for record in callback.records:
         assert record.chosen_realised.abs().max() == 0
         assert record.rejected_realised.abs().max() == 0
+
+
+def test_every_trainer_is_known():
+    """`KINDS` says of each trainer of this release what its rows are, and its configuration implies that."""
+    found = {name: implied_rows(object.__new__(kind)) for name, kind in configurations().items()}
+    assert set(found) - set(KINDS) == set()
+    for name, implied in found.items():
+        if KINDS[name] in ("refusal", "no trainer"):
+            assert (implied.refusal is not None) == (KINDS[name] == "refusal")
+        else:
+            assert implied.groups == {"pairs": None, "groups": "prompts", "batch": "batch"}[KINDS[name]]
+            assert implied.refusal is None and (implied.pairing == "rows") == (KINDS[name] != "pairs")
+
+
+class Gradients(TrainerCallback):
+    """Keeps the weights before each step and the gradient that it gets."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        model = kwargs["model"]
+        grads = {name: part.grad.clone() for name, part in model.named_parameters()}
+        self.seen.append(({name: part.clone() for name, part in model.state_dict().items()}, grads))
+
+
+@pytest.mark.parametrize("kinds", [(GRPOTrainer, GRPOConfig), (RLOOTrainer, RLOOConfig)], ids=["GRPO", "RLOO"])
+def test_rollouts(tiny_llama, tiny_tokenizer, tmp_path, kinds):
+    """Releases differ in who divides logits by the temperature, and in whether the model hears of labels."""
+    tiny_tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    callback, gradients = EntanglementCallback(every=1, on_error="raise"), Gradients()
+    before, bare, watched = (copy.deepcopy(tiny_llama) for _ in range(3))
+    for model, callbacks in ((bare, []), (watched, [callback, gradients])):
+        make_rollouts(kinds, model, tiny_tokenizer, tmp_path, callbacks, beta=0.0).train()
+    pairs = zip(watched.parameters(), bare.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert [record.step for record in callback.records] == [1, 2]
+    for record, (weights, grads) in zip(callback.records, gradients.seen, strict=True):
+        before.load_state_dict(weights)
+        assert record.source == "piggyback" and (record.groups, record.flat_groups) == (2, 0)
+        assert_rows(record, before, grads, lr=0.05, temperature=0.7)
+        prompts = [prompt for prompt, _ in texts(record, tiny_tokenizer)]
+        order = list(dict.fromkeys(prompts))
+        assert record.rows.group.tolist() == [order.index(prompt) for prompt in prompts]
+
+
+def test_a_group_without_contrast(tiny_llama, tiny_tokenizer, tmp_path):
+    def flat(prompts, completion_ids, **_):
+        scores = reward(completion_ids)
+        return [0.5 if prompt == prompts[0] else score for prompt, score in zip(prompts, scores, strict=True)]
+
+    tiny_tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    callback, options = EntanglementCallback(every=1, on_error="raise"), {"reward_funcs": flat}
+    kinds = (GRPOTrainer, GRPOConfig)
+    make_rollouts(kinds, tiny_llama, tiny_tokenizer, tmp_path, [callback], options=options, beta=0.0).train()
+    for record in callback.records:
+        assert len(record.rows) == 4 and (record.inactive, record.groups, record.flat_groups) == (4, 1, 1)
+
+
+def test_sft(tiny_llama, tiny_tokenizer, tmp_path, caplog):
+    callback = EntanglementCallback(every=1, on_error="raise", out=tmp_path / "records")
+    data = Dataset.from_list([{"text": row["prompt"] + row["chosen"]} for row in ROWS])
+    with caplog.at_level(logging.WARNING, "gradent"):
+        trainer = make_rollouts(
+            (SFTTrainer, SFTConfig), tiny_llama, tiny_tokenizer, tmp_path, [callback], options={}, data=data
+        )
+        trainer.train()
+    (said,) = [line.getMessage() for line in caplog.records if line.name == "gradent"]
+    assert "nothing to say in SFTTrainer" in said and "every row is pushed up" in said
+    assert not callback.records and not names_of(trainer.state.log_history) and not (tmp_path / "records").exists()

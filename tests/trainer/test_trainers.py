@@ -14,6 +14,7 @@ from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 from gradent import EntanglementCallback, PairBatch
+from tests.trainer.row_truth import assert_rows, names_of, texts
 from tests.trainer.runs import Gradients, data_for, gradient_error, llama, make_trainer, preferences, with_lora
 from tests.truth import assert_exact, truth
 
@@ -56,27 +57,24 @@ def test_cpo(name: str, lora: bool, tiny_tokenizer: PreTrainedTokenizerFast, tmp
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "LoRA"])
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
 def test_kto(loss: str, lora: bool, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Labelled rows are no pairs: each is recorded, as raised or lowered, and all of a batch are one group."""
     callback, seen = run(
         "kto", adapted(lora, llama()), tiny_tokenizer, tmp_path, options={"ref_model": llama(seed=3)},
         loss_type=loss, per_device_train_batch_size=8,
     )  # fmt: skip
-    check(callback, seen)
-    texts = {
-        (row["prompt"] + row[side] + tiny_tokenizer.eos_token, side)
+    sides = {
+        (tiny_tokenizer.bos_token + row["prompt"], row[side] + tiny_tokenizer.eos_token): side
         for row in preferences()
         for side in ("chosen", "rejected")
     }
-    balanced = False
     for record, before, grads in zip(callback.records, seen.models, seen.grads, strict=False):
-        pairs = len(record.gram)
-        assert 2 * pairs + record.unpaired == 8 and bool((record.verdict.d_w > 0).all())
-        for row in range(2 * pairs):
-            ids, _ = record.batch.row(row)
-            assert (tiny_tokenizer.decode(ids[1:]), "chosen" if row < pairs else "rejected") in texts
-        if record.unpaired == 0:  # then the pairs are the whole of the gradient
-            balanced = True
-            assert gradient_error(record, before, grads, 8) < 1e-5
-    assert balanced, "no batch with as many chosen as rejected rows: choose another seed"
+        assert record.source == "piggyback" and record.gram is None and record.verdict is None
+        assert len(record.rows) == 8 and record.inactive == 0 and (record.groups, record.flat_groups) == (1, 0)
+        assert record.rows.group.tolist() == [0] * 8
+        found = [sides[row] for row in texts(record, tiny_tokenizer)]
+        assert [side == "chosen" for side in found] == (record.rows.weight > 0).tolist()
+        assert {"chosen", "rejected"} == set(found)
+        assert_rows(record, before, grads, lr=0.05)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.0])
@@ -241,11 +239,12 @@ def test_a_trainer_with_a_loss_of_ones_own(
         assert gradient_error(record, before, grads, 4 / accumulation if labels else 4) < 1e-5
 
 
+@pytest.mark.parametrize(("pairing", "text"), [("halves", "3 rows"), (None, "every row is pushed up")])
 def test_rows_that_are_no_preference_batch_are_told(
-    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    pairing: Any, text: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Three rows are not two halves: said, not guessed."""
-    model, callback = llama(), EntanglementCallback(every=1)
+    model, callback = llama(), EntanglementCallback(every=1, pairing=pairing)
     arguments = TrainingArguments(
         str(tmp_path), max_steps=2, per_device_train_batch_size=3, use_cpu=True, report_to="none", save_strategy="no",
         remove_unused_columns=False, disable_tqdm=True, logging_steps=1,
@@ -256,8 +255,8 @@ def test_rows_that_are_no_preference_batch_are_told(
         trainer.train()
     assert not callback.records
     said = [line.getMessage() for line in caplog.records if line.name == "gradent"]
-    assert len(said) == 1 and "3 rows" in said[0]
-    assert not any(key.startswith("gradent/") for logs in trainer.state.log_history for key in logs)
+    assert len(said) == 1 and text in said[0]
+    assert not names_of(trainer.state.log_history)
 
 
 def test_data_of_every_trainer_is_ragged() -> None:

@@ -100,9 +100,8 @@ class WatchedBackward:
         place = self._places[forward]
         mask, rows = forward.attention_mask.cpu().bool(), _read_rows(forward, coefficients)
         if observation.sides == 1:
-            padding = [int(keep.int().argmax()) for keep in mask]
-            starts = [coefficients.first - before if coefficients.first > 1 else 0 for before in padding]
-            labels = self.config.grouping.label(forward.input_ids, rows, starts, place.rows[0], self._number)
+            shown = _show_responses(rows, coefficients, mask)
+            labels = self.config.grouping.label(forward.input_ids, shown, place.rows[0], self._number)
             observation.group[list(place.rows)] = torch.tensor(labels)
         for row, number in enumerate(place.rows):
             if number >= 0:
@@ -297,6 +296,14 @@ def _read_rows(forward: WatchedForward, coefficients: Coefficients) -> list[Row]
     """The rows of a forward without padding."""
     ids, mask = forward.input_ids.cpu(), forward.attention_mask.cpu().bool()
     return [(ids[row][keep], coefficients.marks[row][keep]) for row, keep in enumerate(mask)]
+
+
+def _show_responses(rows: Sequence[Row], coefficients: Coefficients, mask: Tensor) -> list[Row]:
+    """The rows with marks too where the loss moves none of a row's tokens, if the output says where responses start."""
+    if coefficients.predicted is None:
+        return list(rows)
+    inside = torch.arange(mask.shape[1]) >= mask.shape[1] - coefficients.predicted
+    return [(ids, marks if marks.any() else inside[keep]) for (ids, marks), keep in zip(rows, mask, strict=True)]
 
 
 def _grad_version(parameter: Tensor) -> int:

@@ -44,7 +44,7 @@ class Coefficients:
     is_of_tokens: bool = True  # the trainer's gradient is `Σ_t tokens_t ∇log π(y_t)`, up to rounding
     has_given_marks: bool = True  # they came with the batch (labels, the head's mask), and are not made of the gradient
     is_reward: bool = False  # the model is a reward model
-    first: int = 1  # position of the first token that the output predicts: `logits_to_keep` leaves prompts out
+    predicted: int | None = None  # the last tokens, of which alone the output is (`logits_to_keep`); None for all
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,9 @@ class LogitsReadout:
         coefficients = _judge(c, (logps * used).sum(1), marks, tokens, off.abs().amax((0, 2)), self.root.dtype)
         is_of_tokens = bool((besides.abs().amax((0, 2)) <= _rounding(grad.dtype) * tokens.abs().amax(1)).all())
         return replace(
-            coefficients, has_given_marks=self.labels is not None, is_of_tokens=is_of_tokens, first=length - count
-        )
+            coefficients, has_given_marks=self.labels is not None, is_of_tokens=is_of_tokens,
+            predicted=count if self.root.shape[1] < length else None,
+        )  # fmt: skip
 
 
 def _ends(live: Tensor) -> list[tuple[int, int]]:

@@ -6,7 +6,6 @@ Letters: N rows of a batch, L tokens, T tokens of a row, padding left out.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -64,8 +63,14 @@ class PairingEvidence:
             return self._found
         if not bool(c.any()):  # nothing is moved: no evidence for later batches
             return "halves" if has_prompts else "rows"
-        self._found = "halves" if has_prompts and _pulls_apart(rows, c) else "rows"
-        return self._found
+        found = _tell(rows, c) if has_prompts else "rows"
+        self._found = "halves" if found == "halves" else "rows" if found == "rows" else None
+        return found
+
+    @property
+    def is_told(self) -> bool:
+        """Whether a batch has decided."""
+        return self._found is not None
 
 
 def _halves_share_prompts(rows: Sequence[Row]) -> bool:
@@ -75,21 +80,32 @@ def _halves_share_prompts(rows: Sequence[Row]) -> bool:
 
 
 def _shares_prompt(one: Row, other: Row) -> bool:
-    # A loss may weigh the prompt of one of the two rows (ORPO): the response starts where the later marks do.
-    start = max(1, *(int(marks.int().argmax()) for _, marks in (one, other)))
+    start = _response_start(one, other)
     return min(len(one[0]), len(other[0])) >= start and torch.equal(one[0][:start], other[0][:start])
 
 
-def _pulls_apart(rows: Sequence[Row], c: Tensor) -> bool:
-    """Whether the loss wants one response of each pair up and the other one down."""
+def _response_start(one: Row, other: Row) -> int:
+    # A loss may weigh the prompt of one of the two rows (ORPO): the response starts where the later marks do.
+    return max(1, *(int(marks.int().argmax()) for _, marks in (one, other)))
+
+
+def _tell(rows: Sequence[Row], c: Tensor) -> Literal["halves", "rows"] | str:
+    """What rows are whose halves share their prompts, from which of them the loss wants up and which down."""
     first, second = c.view(2, -1)
-    if not bool((first * second < 0).any()):
-        return False
-    if bool(((first <= 0) & (second >= 0)).all()):
-        return True
-    # A loss can turn a pair round (IPO, beyond its margin). Rows of one group, signs in any order, look like that too.
-    counts = Counter(prompt_label(row) for row in rows)
-    return set(counts.values()) == {2} and bool((first * second <= 0).all())
+    # A loss can turn a pair round (IPO, beyond its margin).
+    if not bool((first * second < 0).any()) or not bool((first * second <= 0).all()):
+        return "rows"
+    pairs = len(first)
+    starts = [_response_start(rows[pair], rows[pairs + pair]) for pair in range(pairs)]
+    if len({tuple(rows[pair][0][:start].tolist()) for pair, start in enumerate(starts)}) == pairs:
+        return "halves"
+    # More than two rows of one prompt may be a group, in which signs come in any order; in this one, too, by chance.
+    if not bool(((first <= 0) & (second >= 0)).all()):
+        return "rows"
+    return (
+        "a prompt has more than two rows, and the loss raises those of the first half and lowers those of the second: "
+        "pairs, or a group of rollouts in this order by chance. A later batch may tell; pairing= and groups= do"
+    )
 
 
 def prompt_label(row: Row) -> int:
@@ -100,22 +116,14 @@ def prompt_label(row: Row) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _label_prompts(rows: Sequence[Row], starts: Sequence[int]) -> list[int]:
-    """Labels of rows by their prompts; `starts` are those of responses where the batch says them, 0 for unknown."""
-    # A row that the loss does not move may have no marks: then a prompt of the others that it starts with is its own.
-    known = {}
-    for ids, marks in rows:
-        if bool(marks.any()):
-            start = int(marks.int().argmax())
-            known[tuple(ids[:start].tolist())] = prompt_label((ids, marks))
+def _prompt_labels(rows: Sequence[Row]) -> list[int]:
+    """`prompt_label` of each row; one without a response that shows is of the longest prompt that it begins with."""
+    prompts = [ids[: int(marks.int().argmax())] for ids, marks in rows if marks.any()]
     labels = []
-    for (ids, marks), start in zip(rows, starts, strict=True):
-        if not bool(marks.any()):
-            given = ids.tolist()
-            found = [prompt for prompt in known if tuple(given[: len(prompt)]) == prompt]
-            if found and not 0 < start < len(ids):
-                start = len(max(found, key=len))
-            marks = torch.arange(len(ids)) >= (start if 0 < start < len(ids) else len(ids))
+    for ids, marks in rows:
+        fitting = [len(prompt) for prompt in prompts if torch.equal(ids[: len(prompt)], prompt)]
+        if not marks.any() and fitting:
+            marks = torch.arange(len(ids)) >= max(fitting)
         labels.append(prompt_label((ids, marks)))
     return labels
 
@@ -142,13 +150,11 @@ class Grouping:
             )
         self._groups = groups
 
-    def label(
-        self, input_ids: Tensor, rows: Sequence[Row], starts: Sequence[int], first: int, backward: int
-    ) -> list[int]:
+    def label(self, input_ids: Tensor, rows: Sequence[Row], first: int, backward: int) -> list[int]:
         """Labels of a forward's rows, of which the first is row `first` of the backward with this number."""
         groups = self._groups
         if groups == "prompts":
-            return _label_prompts(rows, starts)
+            return _prompt_labels(rows)
         if groups == "batch":
             return [0] * len(rows)
         if isinstance(groups, int):

@@ -25,7 +25,7 @@ class GroupAlerter:
         """The line for a window; None where no threshold is reached, or it was described not long ago."""
         text = describe_groups(window, self._alert)
         self._windows += 1
-        if text is None or self._windows - self._last <= self._alert.again:
+        if text is None or self._windows - self._last < self._alert.again:
             return None
         self._last = self._windows
         return text

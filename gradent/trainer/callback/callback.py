@@ -168,6 +168,7 @@ class EntanglementCallback(TrainerCallback):
         """Get ready: what is watched, and where records go."""
         move_to_front(self)  # added after the trainer was made, it did not hear of `on_init_end`
         self.step_aside()  # from a training that was broken off
+        self._close_journal()
         self.errors = 0
         self.notices.clear()
         self._window.clear()
@@ -344,7 +345,8 @@ class EntanglementCallback(TrainerCallback):
         recordings = same_kind([part for part, _ in gathered if part is not None], self.notices.once)
         if not recordings:
             return
-        self._journal = self._journal or self._open_journal(recordings[0])
+        is_new = self._journal is None
+        self._journal = self._journal or self._make_journal(recordings[0])
         realised = [change for part, change in gathered if part is not None and change is not None]
         changes = realised if len(realised) == len(recordings) else None
         record = self._journal.record(state.global_step, recordings, changes, self._tokens)
@@ -354,13 +356,15 @@ class EntanglementCallback(TrainerCallback):
         if len(self.records) > KEPT_MATRICES:
             self.records[-KEPT_MATRICES - 1] = self.records[-KEPT_MATRICES - 1].without_large_matrices()
         self._window.append(record)
+        if is_new and self._out is not None:
+            self._journal.open(self._out)  # which may fail, and what was measured is kept all the same
         self._journal.append(record)
 
-    def _open_journal(self, recording: Recording | RowRecording) -> Journal:
+    def _make_journal(self, recording: Recording | RowRecording) -> Journal:
         """What becomes of the run's measured steps, by the kind of the first."""
         if isinstance(recording, RowRecording):
-            return GroupJournal(self._out, self._alert, panels=self._has_panels)
-        return PairJournal(self._out, self._alert, panels=self._has_panels, by_module=self.by_module)
+            return GroupJournal(self._alert, panels=self._has_panels)
+        return PairJournal(self._alert, panels=self._has_panels, by_module=self.by_module)
 
     @guarded_event
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -387,6 +391,9 @@ class EntanglementCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the records."""
         self.step_aside()
+        self._close_journal()
+
+    def _close_journal(self) -> None:
         if self._journal is not None:
             self._journal.close()
             self._journal = None

@@ -27,7 +27,7 @@ _TEACHER = "every row is drawn to a teacher's distribution, and none is pushed u
 _REFUSED = {
     "SFTConfig": _PUSHED_UP, "PRMConfig": "its labels are of steps, and no row is pushed up or down as a whole",
     "GKDConfig": _TEACHER, "GOLDConfig": _TEACHER, "DistillationConfig": _TEACHER, "AsyncDistillationConfig": _TEACHER,
-    "ServerDistillationConfig": _TEACHER, "SDFTConfig": _TEACHER, "SDPOConfig": _TEACHER, "IWOPDConfig": _TEACHER,
+    "ServerDistillationConfig": _TEACHER, "SDFTConfig": _TEACHER, "IWOPDConfig": _TEACHER,
     "MiniLLMConfig": _TEACHER,
     "AsyncGRPOConfig": "its rollouts are packed into one row, and cannot be told apart",
     "PPOConfig": "each token has an advantage of its own, and the value model's loss comes on top",
@@ -35,7 +35,7 @@ _REFUSED = {
 """Name of a configuration to why nothing is measured under it."""
 
 _PAIRED = {"DPOConfig", "CPOConfig", "ORPOConfig", "RewardConfig"}
-_BATCHED = {"KTOConfig", "BCOConfig", "A2POConfig"}
+_BATCHED = {"KTOConfig", "BCOConfig", "A2POConfig", "NashMDConfig"}
 """Rows of prompts of their own: the loss contrasts all rows of a batch."""
 
 
@@ -52,6 +52,9 @@ def _by_name(name: str, args: TrainingArguments) -> ImpliedRows | None:
     """What a configuration of this name says; None where the name says nothing."""
     if name in _REFUSED:
         return ImpliedRows(refusal=_REFUSED[name])
+    if name == "SDPOConfig":  # beside its teacher it can have GRPO's loss, and that alone
+        is_grpo = getattr(args, "distillation_weight", 1.0) == 0
+        return _rollouts(args) if is_grpo else ImpliedRows(refusal=_TEACHER)
     if name == "OnlineDPOConfig":
         return ImpliedRows(pairing="either")
     if name == "TPOConfig":  # the third block, a likelihood of its own, is left out where it has no weight
@@ -60,6 +63,13 @@ def _by_name(name: str, args: TrainingArguments) -> ImpliedRows | None:
         return ImpliedRows(pairing="halves")
     if name in _BATCHED:
         return ImpliedRows(pairing="rows", groups="batch")
+    if name == "XPOConfig":  # the model's own response and its reference's, in forwards of their own
+        return ImpliedRows(pairing="rows", groups="prompts")
     if name in ("GRPOConfig", "RLOOConfig"):
-        return ImpliedRows(pairing="rows", groups="prompts", temperature=getattr(args, "temperature", 1.0) or 1.0)
+        return _rollouts(args)
     return None
+
+
+def _rollouts(args: TrainingArguments) -> ImpliedRows:
+    """Several responses to each prompt, drawn at a temperature."""
+    return ImpliedRows(pairing="rows", groups="prompts", temperature=getattr(args, "temperature", 1.0) or 1.0)

@@ -27,6 +27,9 @@ __all__ = ["GroupJournal", "Journal", "PairJournal", "same_kind"]
 class Journal(Protocol):
     """What becomes of the measured steps of a run."""
 
+    def open(self, out: Path) -> None:
+        """Write lines into a file of this directory from now on."""
+
     def record(
         self, step: int, recordings: Sequence[Any], realised: Sequence[Tensor] | None, tokens: TokenMap | None
     ) -> Any:
@@ -48,10 +51,14 @@ class Journal(Protocol):
 class PairJournal:
     """Of pairs: `pairs.jsonl`, cases, layers."""
 
-    def __init__(self, out: Path | None, alert: Alert | None, *, panels: bool, by_module: bool) -> None:
-        self._stream = None if out is None else PairStream(out / "pairs.jsonl")
+    def __init__(self, alert: Alert | None, *, panels: bool, by_module: bool) -> None:
+        self._stream: PairStream | None = None
         self._alerter, self._panels = None if alert is None else Alerter(alert), Panels() if panels else None
         self._by_module = by_module
+
+    def open(self, out: Path) -> None:
+        """See `Journal`."""
+        self._stream = PairStream(out / "pairs.jsonl")
 
     def record(
         self, step: int, recordings: Sequence[Recording], realised: Sequence[Tensor] | None, tokens: TokenMap | None
@@ -89,9 +96,13 @@ class PairJournal:
 class GroupJournal:
     """Of rows that are no pairs: `rows.jsonl`, what moved positives and negatives, spikes."""
 
-    def __init__(self, out: Path | None, alert: Alert | None, *, panels: bool) -> None:
-        self._stream = None if out is None else RowStream(out / "rows.jsonl")
+    def __init__(self, alert: Alert | None, *, panels: bool) -> None:
+        self._stream: RowStream | None = None
         self._alerter, self._panels = None if alert is None else GroupAlerter(alert), GroupPanels() if panels else None
+
+    def open(self, out: Path) -> None:
+        """See `Journal`."""
+        self._stream = RowStream(out / "rows.jsonl")
 
     def record(
         self, step: int, recordings: Sequence[RowRecording], realised: Sequence[Tensor] | None, tokens: TokenMap | None
