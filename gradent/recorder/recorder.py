@@ -69,6 +69,14 @@ NO_CONTRAST = (
 """What is said of supervised fine-tuning and its like."""
 
 
+TAKEN_FOR_GROUPS = (
+    "gradent takes the rows of this loss for groups (rows of equal prompts), not for pairs: the first half of a batch "
+    "does not have the prompts of the second half, or the loss does not pull the two apart. pairing='halves' says that "
+    "they are pairs, groups= which rows belong together."
+)
+"""What is said where the data alone told it."""
+
+
 def check_choices(place: str, choices: Mapping[str, tuple[Any, ...]], **values: Any) -> None:
     """Raise an `InputError` where a value is none of its choices."""
     for name, accepted in choices.items():
@@ -284,7 +292,9 @@ class Recorder:
             return recording if len(recording.gram) or self._config.evidence.is_told else None
         weight = recording.rows.weight
         assert weight is not None
-        self.has_contrast |= bool((weight > 0).any() and (weight < 0).any())
+        if not self.has_contrast and bool((weight > 0).any() and (weight < 0).any()):
+            self.has_contrast = True
+            self._log_once(TAKEN_FOR_GROUPS)
         if self.has_contrast or not len(weight):
             return recording if self.has_contrast else None
         self._log_once(NO_CONTRAST)
