@@ -6,6 +6,7 @@ Letters: N rows of a batch, L tokens, T tokens of a row, padding left out.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -45,11 +46,18 @@ def pair_rows(pairing: Pairing, c: Tensor) -> list[int] | str:
     return list(range(2 * pairs))
 
 
+RARE = 0.01
+"""Rows whose order would be as rare as this among groups are pairs."""
+
+
 class PairingEvidence:
-    """Whether batches hold pairs, where nobody says so: decided by the first batch that the loss moves, for all."""
+    """Whether batches hold pairs, where nobody says so: decided by the first batches that the loss moves, for all."""
 
     def __init__(self) -> None:
         self._found: Literal["halves", "rows"] | None = None
+        self._chance = 1.0
+        """That groups would have come in the order of pairs in all batches so far."""
+        self._batches: set[int] = set()  # of them, which one run can use several times
 
     def decide(self, rows: Sequence[Row], c: Tensor) -> Literal["halves", "rows"] | str:
         """How the rows of a batch with coefficients `[N]` belong together, or why they do not as those before."""
@@ -63,7 +71,7 @@ class PairingEvidence:
             return self._found
         if not bool(c.any()):  # nothing is moved: no evidence for later batches
             return "halves" if has_prompts else "rows"
-        found = _tell(rows, c) if has_prompts else "rows"
+        found = self._tell(rows, c) if has_prompts else "rows"
         self._found = "halves" if found == "halves" else "rows" if found == "rows" else None
         return found
 
@@ -71,6 +79,33 @@ class PairingEvidence:
     def is_told(self) -> bool:
         """Whether a batch has decided."""
         return self._found is not None
+
+    def _tell(self, rows: Sequence[Row], c: Tensor) -> Literal["halves", "rows"] | str:
+        """What rows are whose halves share their prompts, from which of them the loss wants up and which down."""
+        first, second = c.view(2, -1)
+        # A loss can turn a pair round (IPO, beyond its margin).
+        if not bool((first * second < 0).any()) or not bool((first * second <= 0).all()):
+            return "rows"
+        prompts: dict[tuple[int, ...], list[int]] = {}
+        for pair, (one, other) in enumerate(zip(rows, rows[len(first) :], strict=False)):
+            prompts.setdefault(tuple(one[0][: _response_start(one, other)].tolist()), []).append(pair)
+        if len(prompts) == len(first):
+            return "halves"
+        # More than two rows of one prompt may be a group, in which signs come in any order: here, too, by chance.
+        if not bool(((first <= 0) & (second >= 0)).all()):
+            return "rows"
+        batch = hash(tuple(tuple(ids.tolist()) for ids, _ in rows))
+        if batch not in self._batches:
+            self._batches.add(batch)
+            for pairs in prompts.values():
+                raised, lowered = int((first[pairs] < 0).sum()), int((second[pairs] > 0).sum())
+                self._chance /= math.comb(raised + lowered, raised)
+        if self._chance <= RARE:
+            return "halves"
+        return (
+            "a prompt has more than two rows, and the loss raises those of the first half and lowers those of the "
+            "second: pairs, or a group of rollouts in this order by chance. Later batches tell; pairing= and groups= do"
+        )
 
 
 def _halves_share_prompts(rows: Sequence[Row]) -> bool:
@@ -87,25 +122,6 @@ def _shares_prompt(one: Row, other: Row) -> bool:
 def _response_start(one: Row, other: Row) -> int:
     # A loss may weigh the prompt of one of the two rows (ORPO): the response starts where the later marks do.
     return max(1, *(int(marks.int().argmax()) for _, marks in (one, other)))
-
-
-def _tell(rows: Sequence[Row], c: Tensor) -> Literal["halves", "rows"] | str:
-    """What rows are whose halves share their prompts, from which of them the loss wants up and which down."""
-    first, second = c.view(2, -1)
-    # A loss can turn a pair round (IPO, beyond its margin).
-    if not bool((first * second < 0).any()) or not bool((first * second <= 0).all()):
-        return "rows"
-    pairs = len(first)
-    starts = [_response_start(rows[pair], rows[pairs + pair]) for pair in range(pairs)]
-    if len({tuple(rows[pair][0][:start].tolist()) for pair, start in enumerate(starts)}) == pairs:
-        return "halves"
-    # More than two rows of one prompt may be a group, in which signs come in any order; in this one, too, by chance.
-    if not bool(((first <= 0) & (second >= 0)).all()):
-        return "rows"
-    return (
-        "a prompt has more than two rows, and the loss raises those of the first half and lowers those of the second: "
-        "pairs, or a group of rollouts in this order by chance. A later batch may tell; pairing= and groups= do"
-    )
 
 
 def prompt_label(row: Row) -> int:
