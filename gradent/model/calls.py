@@ -37,12 +37,6 @@ def takes_keep(model: nn.Module) -> bool:
 # models make of it give nan in float64, or other shapes.
 def forward_logits(model: nn.Module, input_ids: Tensor, *, keep: int = 0) -> Tensor:
     """Logits `[R, L, V]` of ids `[R, L]`; with `keep`, of the last `keep` positions if the model heeds it."""
-    logits = _logits(model, input_ids, keep=keep)
-    return logits if _TEMPERATURES[-1] == 1 else logits / _TEMPERATURES[-1]
-
-
-def _logits(model: nn.Module, input_ids: Tensor, *, keep: int) -> Tensor:
-    """The model's own logits."""
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
@@ -64,9 +58,8 @@ def _logits(model: nn.Module, input_ids: Tensor, *, keep: int) -> Tensor:
     if logits is None:
         logits = output[0] if isinstance(output, tuple) and output else output
     rows, length = input_ids.shape
-    if keep and isinstance(logits, Tensor) and logits.shape[:2] == (rows, keep):
-        return logits
-    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[0] != rows or logits.shape[1] < length:
+    has_rows = isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[0] == rows
+    if not has_rows or (logits.shape[1] < length and logits.shape[1] != keep):
         received = list(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
         raise ModelError(
             f"{type(model).__name__} returned {received} for input_ids of shape [{rows}, {length}]; a causal language "
@@ -74,7 +67,8 @@ def _logits(model: nn.Module, input_ids: Tensor, *, keep: int) -> Tensor:
             "(AutoModelForCausalLM)."
         )
     # Prompt tuning puts its virtual tokens in front.
-    return logits if logits.shape[1] == length else logits[:, -length:]
+    found: Tensor = logits[:, -length:] if logits.shape[1] > length else logits
+    return found if _TEMPERATURES[-1] == 1 else found / _TEMPERATURES[-1]
 
 
 # Of a slice of positions, torch multiplies a frozen head row by row: up to 1.7 times as long on a CPU (8 rows,
