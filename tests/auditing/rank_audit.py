@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gradent import audit
-from gradent.loading import preferences
+from gradent.pairs.preparation import Preparation
 
 
 def main(run: Path, data: Path, base: Path, out: Path, batch_size: int = 2) -> None:
@@ -30,10 +30,10 @@ DAYS = ("warm", "cold")  # words that the tokenizer knows
 
 def apart(run: Path, data: Path, base: Path, out: Path) -> None:
     """An audit whose ranks tokenize differently, as either side of midnight with a template that prints the date."""
-    rank, tokenize = int(os.environ["RANK"]), preferences.tokenize_pair
+    rank, rows = int(os.environ["RANK"]), Preparation.rows
 
-    def other(*parts: Any, **options: Any) -> Any:
-        return tokenize(parts[0], f"{DAYS[rank]} {parts[1]}", *parts[2:], **options)
+    def other(how: Preparation, tokenizer: Any, prompt: str, completions: Any, **options: Any) -> Any:
+        return rows(how, tokenizer, f"{DAYS[rank]} {prompt}", completions, **options)
 
-    preferences.tokenize_pair = other
+    Preparation.rows = other
     main(run, data, base, out)

@@ -16,7 +16,7 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that a number in the journal depends on, but for the files of models, which entries are filed under."""
+    """What a number in the journal depends on, but for the files of models, which entries are filed under."""
 
     versions: Sequence[str]  # of gradent and torch
     measuring: Sequence[Any]  # options of the measuring
@@ -32,7 +32,7 @@ class Settings:
 
     def agree(self, ranks: Ranks) -> None:
         """Refuse ranks that differ in any of this: each would write a journal that the first does not read."""
-        said = ranks.gather([self._told()])
+        said = ranks.gather([self.told()])
         for number, other in enumerate(said):
             if other != said[0]:
                 raise InputError(
@@ -41,7 +41,8 @@ class Settings:
                     "with the same command."
                 )
 
-    def _told(self) -> dict[str, Any]:
+    def told(self) -> dict[str, Any]:
+        """Each part by its name, as ranks compare it."""
         return {
             "versions of gradent and torch": list(self.versions), "options of measuring": list(self.measuring),
             "kind of device": self.device, "reference in place": self.is_in_place,

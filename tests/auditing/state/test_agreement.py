@@ -30,7 +30,7 @@ class Meeting(Ranks):
     world: int = 2
 
     def gather(self, values: list[Any]) -> list[Any]:
-        return [*values, self.other._told()]
+        return [*values, self.other.told()]
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
