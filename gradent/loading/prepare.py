@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -31,6 +33,7 @@ from gradent.pairs.preparation import (
 __all__ = ["Material", "Prepared", "choose_device", "describe_model", "open_model", "prepare", "read_material"]
 
 _DEFAULT_MAX_LENGTH = 1024  # TRL's DPOConfig
+_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _LISTED = 5  # rows that a note names
 
 Tell = Callable[[str], None]
@@ -88,9 +91,10 @@ def read_material(
     source, model_config, tokenizer = _first_readable(sources, config.trust_remote_code)
     positions = getattr(model_config, "max_position_embeddings", None)
     trained = read_trained(each.adapter or each.base for each in sources)
-    how, day = _choose_preparation(config, positions, trained, source, tell), _TemplateDay(source, trained)
-    if "strftime_now" in str(tokenizer.chat_template):
-        how = replace(how, template={"strftime_now": day})
+    how, date_note = _choose_preparation(config, positions, trained, source, tell), ""
+    if isinstance(tokenizer.chat_template, str) and _NOW.search(tokenizer.chat_template):
+        fixed, date_note = _fix_date(tokenizer.chat_template, source, trained)
+        how = replace(how, template={"chat_template": fixed})
     limit = how.max_length or _DEFAULT_MAX_LENGTH
     add_eos = config.add_eos and tokenizer.eos_token is not None
     if config.add_eos and not add_eos:
@@ -119,7 +123,8 @@ def read_material(
     used = max(largest, key=lambda item: item[0])
     check_vocabulary(tokenizer, model_config.vocab_size, source.base, used)
     _tell_about_pairs(pairs, len(chosen_rows), how, config.seed, tell)
-    day.tell_of_it(tell)
+    if date_note and any(isinstance(row.values["chosen"], list) for row in chosen_rows if _is_pair(row.values)):
+        tell(date_note)
     return Material(
         tokenizer=tokenizer, pairs=pairs, rows=len(rows), max_length=limit, add_eos=add_eos, used=used, how=how
     )
@@ -163,26 +168,21 @@ def prepare(config: LoadConfig, tell: Tell, *, only: int | None = None) -> Prepa
     return Prepared(model=model, source=source, material=material, step=read_step(source), device=device)
 
 
-class _TemplateDay:
-    """The time that a chat template prints: not that of the audit, which would make other tokens every day."""
+def _is_pair(values: Any) -> bool:
+    return isinstance(values, Mapping) and "chosen" in values
 
-    def __init__(self, source: ModelSource, trained: Trained) -> None:
-        saved = Path(source.base, "config.json")
-        self._of, self._is_asked = "when the run saved its first state", False
-        self._day = trained.day
-        if self._day is None and saved.is_file():
-            self._day, self._of = datetime.fromtimestamp(saved.stat().st_mtime), "when the model was saved"
 
-    def __call__(self, form: str) -> str:
-        self._is_asked = True
-        return (self._day or datetime.now()).strftime(form)
-
-    def tell_of_it(self, tell: Tell) -> None:
-        """Say which day it was, where a template asked."""
-        if self._is_asked and self._day is not None:
-            tell(f"The chat template prints the date: it is {self._day:%Y-%m-%d %H:%M} here, {self._of}, not today's.")
-        elif self._is_asked:
-            tell("The chat template prints today's date, so on another day the same pairs are other tokens.")
+def _fix_date(template: str, source: ModelSource, trained: Trained) -> tuple[str, str]:
+    """A chat template with the date that it prints written out, and what to say of it."""
+    saved = Path(source.base, "config.json")
+    day, event = trained.day, "when the run saved its first state"
+    if day is None and saved.is_file():
+        day, event = datetime.fromtimestamp(saved.stat().st_mtime), "when the model was saved"
+    if day is None:
+        return template, "The chat template prints today's date, so on another day the same pairs are other tokens."
+    moment = day
+    fixed = _NOW.sub(lambda found: json.dumps(moment.strftime(found[2]), ensure_ascii=False), template)
+    return fixed, f"The chat template prints the date: it is {day:%Y-%m-%d %H:%M} here, {event}, not today's."
 
 
 def _choose_preparation(
@@ -202,7 +202,7 @@ def _choose_preparation(
     how = how if how.seam == "apart" else replace(how, max_prompt_length=None)
     if trained.release is not None and read_release(trained.release)[:2] != read_release(trl.__version__)[:2]:
         tell(f"The pairs are tokenized as TRL {trained.release} did it, which the run's model card names.")
-    if trained.limits.get("truncation_mode", mode) != release_defaults(None)["truncation_mode"]:
+    if config.truncation_mode is None and trained.limits.get("truncation_mode", KEEP_START) != KEEP_START:
         tell(f"truncation_mode is {mode}, as the run's training_args.bin says (--truncation-mode for another).")
     return how
 
