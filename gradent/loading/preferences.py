@@ -19,10 +19,14 @@ from gradent.pairs.batch import PairBatch, make_row
 from gradent.pairs.preparation import IgnoredPairError, Preparation
 
 __all__ = [
-    "AuditPair", "PairSet", "SkippedRow", "batch_of", "check_template", "draw_in_slices", "prepare_pairs",
-    "tokenizer_errors",
+    "AuditPair", "PairSet", "SkippedRow", "batch_of", "check_template", "describe_prompts", "draw_in_slices",
+    "prepare_pairs", "tokenizer_errors",
 ]  # fmt: skip
 
+_QUESTIONS = ("question", "instruction", "input", "system", "query", "messages", "conversations")
+"""Columns in which other data sets have what TRL calls the prompt."""
+
+_SHORT = 4  # tokens: a prompt of fewer is told of, where it was taken from the responses
 _LISTED = 5  # further bad rows that an error names
 
 
@@ -185,6 +189,40 @@ def _refuse_alike(where: str, *, is_chat: bool, truncated: int, limit: int | Non
     else:
         cause, remedy = "the tokenizer makes the same tokens of both", "Such pairs teach nothing."
     raise IgnoredPairError(f"{where}: chosen equals rejected, token for token: {cause}. {remedy}", cause)
+
+
+def describe_prompts(rows: Sequence[Row], pairs: Sequence[AuditPair]) -> list[str]:
+    """What is odd about the prompts: taken from responses beside a column that may hold them, or there twice."""
+    values = {row.index: row.values for row in rows}
+    implicit = [pair for pair in pairs if "prompt" not in values[pair.row]]
+    twice = [pair for pair in pairs if "prompt" in values[pair.row] and _repeats_prompt(values[pair.row])]
+    notes = []
+    if len(twice) >= 2 and 2 * len(twice) >= len(pairs):
+        notes.append(
+            f"In {len(twice)} of {len(pairs)} pairs chosen begins with the prompt, so that the model sees it twice. "
+            "Where rejected does as well, both responses share it. Take it out of the responses, unless the run was trained so."
+        )
+    columns = sorted({key for pair in implicit for key in _QUESTIONS if values[pair.row].get(key)})
+    short = sum(len(pair.prompt_ids) < _SHORT for pair in implicit)
+    inside = sum(
+        pair.prompt_text[-1:].isalnum() and any(text[:1].isalnum() for text in (pair.chosen_text, pair.rejected_text))
+        for pair in implicit if isinstance(values[pair.row]["chosen"], str)
+    )  # fmt: skip
+    if columns or short or inside:
+        unread = f" {', '.join(columns)} {'is' if len(columns) == 1 else 'are'} not read." if columns else ""
+        notes.append(
+            f"{len(implicit)} of {len(pairs)} pairs have no 'prompt': as in TRL it is what chosen and rejected begin "
+            f"with alike.{unread} Prompts of fewer than {_SHORT} tokens: {short}; that end inside a word: {inside}. If "
+            "the run was given a question, put it into 'prompt'."
+        )
+    return notes
+
+
+def _repeats_prompt(values: Any) -> bool:
+    prompt, chosen = values["prompt"], values["chosen"]
+    if isinstance(prompt, str) != isinstance(chosen, str) or len(prompt) < (_SHORT if isinstance(prompt, str) else 1):
+        return False
+    return bool(chosen[: len(prompt)] == prompt)
 
 
 def check_template(where: str, response: Any, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -18,7 +18,7 @@ from gradent.errors import InputError, ModelError
 from gradent.loading.config import LoadConfig
 from gradent.loading.models import check_vocabulary, load_config, load_model, load_tokenizer
 from gradent.loading.preference_files import read_rows
-from gradent.loading.preferences import PairSet, prepare_pairs
+from gradent.loading.preferences import PairSet, describe_prompts, prepare_pairs
 from gradent.loading.rollouts import RolloutGroup, holds_rollouts, prepare_rollouts
 from gradent.loading.source import ModelSource, read_step, resolve_source
 from gradent.loading.training_args import Trained, read_trained
@@ -123,6 +123,8 @@ def read_material(
     used = max(largest, key=lambda item: item[0])
     check_vocabulary(tokenizer, model_config.vocab_size, source.base, used)
     _tell_about_pairs(pairs, len(chosen_rows), how, config.seed, tell)
+    for note in describe_prompts(chosen_rows, pairs.pairs):
+        tell(note)
     if date_note and any(isinstance(row.values["chosen"], list) for row in chosen_rows if _is_pair(row.values)):
         tell(date_note)
     return Material(

@@ -14,7 +14,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from gradent import PairBatch
 from gradent.errors import DataFileError, InputError
 from gradent.loading.preference_files import Row
-from gradent.loading.preferences import AuditPair, PairSet, prepare_pairs
+from gradent.loading.preferences import AuditPair, PairSet, describe_prompts, prepare_pairs
 from gradent.pairs.preparation import Preparation
 from tests.auditing.made import FORMATS, PAIRS, said
 
@@ -199,3 +199,80 @@ def test_responses_are_kept_as_text_for_tables(tiny_tokenizer) -> None:
     assert texts(prepare_pairs(numbered(PAIRS), tiny_tokenizer)) == [pair["chosen"] for pair in PAIRS]
     turns = prepare_pairs(numbered(FORMATS["messages, several turns"]), tiny_tokenizer)
     assert texts(turns) == ["so soon?\nyes\nwell"]
+
+
+def ignored(values: Any, tokenizer: Any, **options: Any) -> str:
+    """Why a row is left out without a word from the user, beside one that is not."""
+    found = prepare_pairs(numbered([values, PAIRS[3]]), tokenizer, Preparation(**options))
+    assert [pair.row for pair in found.pairs] == [1]
+    (left,) = found.skipped
+    assert left.where == "pairs.jsonl:1" and left.reason.startswith("pairs.jsonl:1: ")
+    return str(left.cause)
+
+
+IGNORED: dict[str, tuple[Any, str]] = {
+    "equal": (
+        {"prompt": "p", "chosen": "same", "rejected": "same"},
+        "chosen equals rejected, so that there is no pref",
+    ),
+    "equal once cut": (
+        {"prompt": "p", "chosen": 50 * "a" + "b", "rejected": 50 * "a" + "c"},
+        "chosen and rejected differ only in what max_length 32 cuts off",
+    ),
+    "prompt too long": (
+        {"prompt": 40 * "p", "chosen": "a", "rejected": "b"},
+        "the prompt alone fills max_length 32, and TRL learns nothing from such rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", IGNORED)
+def test_rows_that_teach_nothing_are_left_out(what, tiny_tokenizer) -> None:
+    values, cause = IGNORED[what]
+    assert ignored(values, tiny_tokenizer, max_length=32).startswith(cause)
+    with pytest.raises(DataFileError, match="No usable row is left"):
+        prepare_pairs(numbered([values]), tiny_tokenizer, Preparation(max_length=32))
+
+
+def test_a_template_that_drops_what_differs_is_named(tiny_tokenizer) -> None:
+    tiny_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}{% endfor %}"
+    )
+    values = {"prompt": TURN, "chosen": said("<think>x</think>4"), "rejected": said("<think>y</think>4")}
+    assert ignored(values, tiny_tokenizer) == "the chat template renders both alike (it drops what differs)"
+
+
+def test_texts_have_neither_none_nor_lists_in_them(tiny_tokenizer) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    chosen = [{"role": "assistant", "content": None, "tool_calls": [call]}]
+    parts = [{"role": "assistant", "content": [{"type": "text", "text": "hello"}]}]
+    (pair,) = prepare_pairs(numbered([{"prompt": TURN, "chosen": chosen, "rejected": parts}]), tiny_tokenizer).pairs
+    assert (pair.chosen_text, pair.rejected_text) == ('f({"a": 1})', "hello")
+
+
+def told(rows: list[Any], tokenizer: Any) -> list[str]:
+    return describe_prompts(numbered(rows), prepare_pairs(numbered(rows), tokenizer).pairs)
+
+
+def test_a_question_beside_an_implicit_prompt_is_told_of(tiny_tokenizer) -> None:
+    rows = [
+        {"question": "How tall?", "chosen": "The tower is 330 m tall.", "rejected": "The tower is in Lyon."},
+        {"system": "Greet.", "chosen": "Sure! Here", "rejected": "Sorry, no"},
+    ]
+    assert told(rows, tiny_tokenizer) == [
+        "2 of 2 pairs have no 'prompt': as in TRL it is what chosen and rejected begin with alike. question, system "
+        "are not read. Prompts of fewer than 4 tokens: 1; that end inside a word: 1. If the run was given a question, "
+        "put it into 'prompt'."
+    ]
+    assert told(FORMATS["messages, implicit prompt"], tiny_tokenizer) == []
+    assert told(PAIRS, tiny_tokenizer) == []
+
+
+def test_a_prompt_that_is_there_twice_is_counted(tiny_tokenizer) -> None:
+    for name in ("strings", "messages"):
+        rows = [
+            {**row, **{side: row["prompt"] + row[side] for side in ("chosen", "rejected")}} for row in FORMATS[name][:5]
+        ]
+        (note,) = told([*rows, FORMATS[name][5]], tiny_tokenizer)
+        count = 4 if name == "strings" else 5  # "So" is too short to tell
+        assert note.startswith(f"In {count} of 6 pairs chosen begins with the prompt, so that the model sees it twice")
