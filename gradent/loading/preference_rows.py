@@ -17,6 +17,9 @@ from gradent.pairs.preparation import IgnoredPairError
 
 __all__ = ["Parts", "kind_of", "plain_text", "read_template", "refuse_unread", "split_row"]
 
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"}
+"""Roles of ShareGPT's rows, which say `from` and `value`."""
+
 Parts = tuple[Any, Any, Any]
 """Prompt, chosen and rejected of a row: all strings, or all lists of messages."""
 
@@ -32,6 +35,12 @@ def split_row(where: str, values: Any) -> Parts:
             "prompt, chosen and rejected, or chosen and rejected that begin with the same prompt."
         )
     refuse_unread(where, values)
+    if isinstance(values["rejected"], list) and any(isinstance(each, str | list) for each in values["rejected"]):
+        raise DataFileError(
+            f"{where}: rejected is a list of {len(values['rejected'])} responses; a pair has one. Make a row of each: "
+            "the same prompt and chosen, with one of them as rejected."
+        )
+    values = {**values, **{key: _renamed(values[key]) for key in ("prompt", "chosen", "rejected") if key in values}}
     kinds = {key: kind_of(where, key, values[key]) for key in ("chosen", "rejected")}
     if kinds["chosen"] != kinds["rejected"]:
         raise DataFileError(
@@ -43,6 +52,19 @@ def split_row(where: str, values: Any) -> Parts:
             "chosen equals rejected, so that there is no preference to learn",
         )
     return _take_prompt(where, values, kinds["chosen"])
+
+
+def _renamed(part: Any) -> Any:
+    """Messages that say `from` and `value`, as ShareGPT's do, in TRL's words; anything else as it is."""
+    messages = [part] if isinstance(part, Mapping) else part
+    if not isinstance(messages, list) or not messages:
+        return part
+    if not all(isinstance(message, Mapping) and {"from", "value"} <= message.keys() for message in messages):
+        return part
+    return [
+        {"role": _ROLES.get(str(message["from"]), str(message["from"])), "content": message["value"]}
+        for message in messages
+    ]
 
 
 def refuse_unread(where: str, values: Mapping[str, Any]) -> None:

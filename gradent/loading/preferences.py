@@ -200,7 +200,8 @@ def describe_prompts(rows: Sequence[Row], pairs: Sequence[AuditPair]) -> list[st
     if len(twice) >= 2 and 2 * len(twice) >= len(pairs):
         notes.append(
             f"In {len(twice)} of {len(pairs)} pairs chosen begins with the prompt, so that the model sees it twice. "
-            "Where rejected does as well, both responses share it. Take it out of the responses, unless the run was trained so."
+            "Where rejected does as well, both responses share it. Take it out of the responses, unless the run was "
+            "trained so."
         )
     columns = sorted({key for pair in implicit for key in _QUESTIONS if values[pair.row].get(key)})
     short = sum(len(pair.prompt_ids) < _SHORT for pair in implicit)

@@ -115,7 +115,11 @@ UNUSABLE: dict[str, tuple[Any, str]] = {
     "empty prompt": ({"prompt": [], "chosen": said("a"), "rejected": said("b")}, "prompt is empty"),
     "null": ({"prompt": "p", "chosen": None, "rejected": "r"}, "chosen is null; accepted is a string"),
     "a number": ({"prompt": "p", "chosen": 3, "rejected": "r"}, "chosen is a int; accepted"),
-    "a list of text": ({"prompt": "p", "chosen": ["a"], "rejected": ["b"]}, "chosen is a list of str; accepted"),
+    "a list of text": ({"prompt": "p", "chosen": ["a"], "rejected": "b"}, "chosen is a list of str; accepted"),
+    "several rejected": (
+        {"prompt": "p", "chosen": "a", "rejected": ["b", "c"]},
+        "rejected is a list of 2 responses; a pair has one. Make a row of each",
+    ),
     "no content": (
         {"prompt": TURN, "chosen": [{"role": "assistant"}], "rejected": said("b")},
         "chosen.0. is not a mes",
@@ -276,3 +280,16 @@ def test_a_prompt_that_is_there_twice_is_counted(tiny_tokenizer) -> None:
         (note,) = told([*rows, FORMATS[name][5]], tiny_tokenizer)
         count = 4 if name == "strings" else 5  # "So" is too short to tell
         assert note.startswith(f"In {count} of 6 pairs chosen begins with the prompt, so that the model sees it twice")
+
+
+def test_rows_that_say_from_and_value_are_the_same_rows(tiny_tokenizer) -> None:
+    row = FORMATS["messages"][0]
+    names = {"user": "human", "assistant": "gpt"}
+    other = {
+        key: [{"from": names[message["role"]], "value": message["content"]} for message in part]
+        for key, part in row.items()
+    }
+    both = [prepare_pairs(numbered([each]), tiny_tokenizer).pairs for each in (row, other)]
+    assert both[0] == both[1]
+    single = {**other, "chosen": other["chosen"][0], "rejected": other["rejected"][0]}  # as ShareGPT's pairs have it
+    assert prepare_pairs(numbered([single]), tiny_tokenizer).pairs == both[0]
