@@ -205,8 +205,8 @@ def test_every_option_reaches_the_audit(here) -> None:
     result = audit(
         "--loss", "dpop", "--beta", "0.3", "--lam", "2", "--adapter", "adapter", "--reference", "my-model", "--dtype",
         "float64", "--device", "cpu", "--max-length", "64", "--max-pairs", "3", "--seed", "5", "--no-add-eos",
-        "--truncation-mode", "keep_end", "--batch-size", "2", "--memory-budget", "64MiB", "--engine", "func", "--by-module", "--token-pairs", "2",
-        "--report", "--no-attribution",
+        "--truncation-mode", "keep_end", "--batch-size", "2", "--memory-budget", "64MiB", "--engine", "func",
+        "--by-module", "--token-pairs", "2", "--report", "--no-attribution",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     summary = read_summary("out/summary.json")
