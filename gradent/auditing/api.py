@@ -54,6 +54,8 @@ def audit(
     reference: str | os.PathLike[str] | None = None,
     split: str = "train",
     max_length: int | None = None,
+    truncation_mode: str | None = None,
+    max_prompt_length: int | None = None,
     max_pairs: int | None = 256,
     token_pairs: int | None = None,
     batch_size: int = 8,
@@ -91,8 +93,11 @@ def audit(
             that a run started from, or the base under an adapter, as in TRL; a single model without an adapter is its
             own, as at the first step.
         split: split of a dataset directory or hub dataset.
-        max_length: most tokens of prompt + response; the rest of the response is cut, as in TRL. Default: 1024, or
+        max_length: most tokens of prompt + response. Default: what the run's training_args.bin says, else 1024, or
             the model's number of positions if that is smaller.
+        truncation_mode: which end of a longer row is kept, "keep_start" or "keep_end", as TRL calls it. Default: what
+            the run's training_args.bin says, else "keep_start" (of TRL up to 0.28, "keep_end").
+        max_prompt_length: most tokens of a prompt, whose end is kept, in runs of TRL up to 0.28. Default: the run's.
         max_pairs: measure that many pairs only, the same on every checkpoint: one of each of so many slices of like
             length, drawn with `seed`. None for all.
         token_pairs: also measure the token matrices of that many pairs (all, if there are no more) on the last

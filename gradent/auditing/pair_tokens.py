@@ -19,10 +19,9 @@ from gradent.auditing.group_tokens import GroupTokenAudit, audit_group
 from gradent.auditing.measuring.tokens import named_errors, refuse_non_finite
 from gradent.auditing.state.config import TokenConfig
 from gradent.kernels.common.budget import parse_budget
-from gradent.loading.preferences import AuditPair
+from gradent.loading.preferences import AuditPair, batch_of
 from gradent.loading.prepare import Prepared, describe_model, prepare
 from gradent.measurement import measure
-from gradent.pairs.batch import PairBatch
 from gradent.record import TokenRecord, write_token_record
 from gradent.record.atomic import make_directory
 from gradent.record.masks import read_pair_masks
@@ -94,7 +93,7 @@ def audit_tokens(config: TokenConfig) -> TokenAudit | GroupTokenAudit:
 
 def _measure(ready: Prepared, pair: AuditPair, config: TokenConfig) -> tuple[TokenGram, dict[str, Any]]:
     """The token matrix, and what the record says of whole responses, of the matrix and of a margin step's effects."""
-    model, budget, batch = ready.model, config.memory_budget, PairBatch.from_tokens([pair.ids])
+    model, budget, batch = ready.model, config.memory_budget, batch_of([pair])
     with named_errors(pair, "tokens", ", or --dtype bfloat16"):
         total = measure(model, batch, by_module=config.by_module, memory_budget=budget)
         (gram,) = measure_tokens(model, batch, memory_budget=budget, progress=not config.quiet)

@@ -21,6 +21,7 @@ from gradent.auditing.console import make_tell, pair_progress, warnings_as_notes
 from gradent.auditing.measuring.batches import plan_batches
 from gradent.auditing.measuring.sweep import Sweep
 from gradent.auditing.measuring.tokens import token_cost
+from gradent.auditing.state.agreement import Settings
 from gradent.auditing.state.config import AuditConfig
 from gradent.auditing.state.journal import Journal, JournalError, only_audit
 from gradent.auditing.state.targets import AuditPlan, choose_reference, find_targets
@@ -32,7 +33,6 @@ from gradent.loading.models import check_device, check_dtype
 from gradent.loading.prepare import choose_device, read_material
 from gradent.record import AUDIT_FILES, Summary, read_summary
 from gradent.record.atomic import make_directory
-from gradent.record.json_lines import digest
 from gradent.report.terminal.audit import print_summary
 from gradent.version import __version__
 
@@ -63,7 +63,8 @@ def run(config: AuditConfig) -> Summary:
         finally:
             sweep.journal.close()
         if ranks.is_first and (records or interrupt is None):
-            outcome = summarize(config, plan, records, sweep, notes, complete=interrupt is None)
+            complete = interrupt is None and all(record.is_whole for record in records)
+            outcome = summarize(config, plan, records, sweep, notes, complete=complete)
             write_records(config, outcome, started)
         if interrupt is not None:
             partial = f"{config.out} holds a partial record. The same command goes on from where this one was stopped."
@@ -128,13 +129,14 @@ def _prepare(config: AuditConfig, tell: Tell) -> AuditPlan:
 
 def _make_sweep(config: AuditConfig, plan: AuditPlan, ranks: Ranks, tell: Tell) -> Sweep:
     device = choose_device(config.device, ranks.local)
-    pairs = [[pair.row, pair.prompt_ids, pair.chosen_ids, pair.rejected_ids] for pair in plan.pairs]
-    # Everything that a number in the journal depends on, but for the files of models, which entries are filed under.
-    versions = [__version__, torch.__version__]
-    measuring = [config.batch_size, config.memory_budget, config.engine, config.by_module, config.dtype]
-    is_in_place = plan.reference.kind == "adapter_off" and plan.reference.source is None
-    key = digest([versions, measuring, torch.device(device).type, is_in_place, pairs])
-    journal = Journal(config.out, key, ranks.rank)
+    settings = Settings(
+        versions=[__version__, torch.__version__],
+        measuring=[config.batch_size, config.memory_budget, config.engine, config.by_module, config.dtype],
+        device=torch.device(device).type, pairs=plan.pairs,
+        is_in_place=plan.reference.kind == "adapter_off" and plan.reference.source is None,
+    )  # fmt: skip
+    settings.agree(ranks)
+    journal = Journal(config.out, settings.key, ranks.rank)
 
     def tell_and_keep(note: str) -> None:
         """Notes on measuring are part of the record, even where another process did this part of it."""

@@ -42,7 +42,15 @@ class LoadConfig:
     )
     split: str = option("Split of a dataset.", DATA, default="train")
     max_length: int | None = option(
-        "Most tokens of prompt + response. [default: 1024, or what the model can take]", DATA, int, default=None
+        "Most tokens of prompt + response. [default: the run's, or 1024, or what the model can take]", DATA, int,
+        default=None,
+    )  # fmt: skip
+    truncation_mode: str | None = option(
+        "Which end of a longer row is kept: keep_start or keep_end. [default: the run's, or keep_start]", DATA,
+        default=None,
+    )  # fmt: skip
+    max_prompt_length: int | None = option(
+        "Most tokens of a prompt, for runs of TRL up to 0.28. [default: the run's]", DATA, int, default=None
     )
     max_pairs: int | None = option(
         "Measure that many pairs, drawn with --seed from slices of like length, or all.", DATA, default=256

@@ -5,25 +5,30 @@ Nothing is judged here but whether a row can be read at all; `gradent.loading.pr
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from gradent.errors import DataFileError
 from gradent.loading.files import is_hub_id
 
 __all__ = ["Row", "read_rows"]
 
-_SUFFIXES = {".jsonl", ".json", ".parquet"}
+_SUFFIXES = {".jsonl", ".json", ".parquet", ".gz"}
+_HUB_DATA = re.compile(r"(?P<name>[^:@]+)(?::(?P<config>[^:@]+))?(?:@(?P<revision>[^:@]+))?")
+"""A data set on the hub, with a configuration and a revision: `owner/name:config@revision`."""
+
 _BLANK = re.compile(r"[ \t\r\n]*")
 _JSON_ERRORS = (ValueError, RecursionError)
 _DATA_ACCEPTED = (
-    "Accepted: a .jsonl, .json or .parquet file, a directory that datasets.load_dataset or load_from_disk reads, "
-    "or a dataset id on the hub (owner/name)."
+    "Accepted: a .jsonl, .json or .parquet file, .jsonl.gz and .json.gz too, a directory that datasets.load_dataset "
+    "or load_from_disk reads, or a dataset id on the hub (owner/name, owner/name:config, owner/name:config@revision)."
 )
 
 
@@ -44,13 +49,16 @@ def read_rows(source: str | os.PathLike[str], split: str = "train") -> list[Row]
         if split != "train":
             raise DataFileError(f"{source}: a file has no splits, but split {split!r} is asked for. Leave --split out.")
         readers = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
-        reader = readers.get(path.suffix.lower())
+        suffix = path.suffix.lower()
+        if suffix == ".gz":
+            suffix = path.with_suffix("").suffix.lower().replace(".parquet", "")
+        reader = readers.get(suffix)
         if reader is None:
             raise DataFileError(f"{source}: a file ending in {path.suffix!r} is not read. {_DATA_ACCEPTED}")
         try:
             rows = list(reader(path))
-        except OSError as error:
-            raise DataFileError(f"{source}: cannot be read ({error.strerror or error}).") from error
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataFileError(f"{source}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
     elif path.is_dir() or _may_be_dataset(str(source)):
         rows = _read_dataset(str(source), split)
     else:
@@ -62,13 +70,16 @@ def read_rows(source: str | os.PathLike[str], split: str = "train") -> list[Row]
 
 def _may_be_dataset(text: str) -> bool:
     """A hub id that does not look like a file: `pairs.josnl` is a file that is not there."""
+    found = _HUB_DATA.fullmatch(text)
+    if found is not None and (found["config"] or found["revision"]):
+        return is_hub_id(found["name"])
     suffix = Path(text).suffix.lower()
     return is_hub_id(text) and (suffix not in _SUFFIXES if "/" in text else not suffix)
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     index = 0
-    with open(path, "rb") as handle:
+    with _open(path) as handle:
         for number, line in enumerate(handle, start=1):
             # Each line is decoded on its own, so that one bad byte costs one row and names its line.
             text, problem = _decode(line, first=number == 1)
@@ -85,8 +96,13 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             index += 1
 
 
+def _open(path: Path) -> IO[bytes]:
+    return cast("IO[bytes]", gzip.open(path)) if path.suffix.lower() == ".gz" else open(path, "rb")
+
+
 def _read_json(path: Path) -> Iterator[Row]:
-    text, problem = _decode(path.read_bytes(), first=True)
+    with _open(path) as handle:
+        text, problem = _decode(handle.read(), first=True)
     if problem is not None:
         raise DataFileError(f"{path}: {problem}")
     if text.lstrip()[:1] == "{" and not ("\n" in text.strip() and _is_json(text)):
@@ -184,7 +200,11 @@ def _read_dataset(source: str, split: str) -> list[Row]:
                 raise DataFileError(f"{source}: has no split {split!r}; it has {sorted(splits)}. Pass --split.")
             data = splits[split]
         else:
-            data = datasets.load_dataset(source, split=split)
+            found = None if Path(source).exists() else _HUB_DATA.fullmatch(source)
+            name, config, revision = (
+                (source, None, None) if found is None else found.group("name", "config", "revision")
+            )
+            data = datasets.load_dataset(name, config, split=split, revision=revision)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, DataFileError):
             raise

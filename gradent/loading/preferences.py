@@ -1,34 +1,32 @@
-"""From rows to token pairs: TRL's preference formats, checked row by row, tokenized as TRL's DPOTrainer does it.
-
-A row is `prompt`, `chosen`, `rejected` as strings or as lists of messages, or `chosen` and `rejected` alone with the
-prompt as their common beginning. TRL's own helpers tell the formats apart and take the prompt out.
-"""
+"""From rows to token pairs: checked row by row, tokenized and cut as TRL's DPOTrainer does it."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import is_conversational, maybe_extract_prompt
 
 from gradent.errors import DataFileError, InputError, PairError
 from gradent.loading.preference_files import Row
-from gradent.pairs.tokenize import tokenize_pair
+from gradent.loading.preference_rows import Parts, plain_text, read_template, split_row
+from gradent.pairs.batch import PairBatch, make_row
+from gradent.pairs.preparation import IgnoredPairError, Preparation
 
 __all__ = [
-    "AuditPair", "PairSet", "SkippedRow", "check_template", "draw_in_slices", "kind_of", "prepare_pairs",
-    "refuse_unread", "tokenizer_errors",
+    "AuditPair", "PairSet", "SkippedRow", "batch_of", "check_template", "describe_prompts", "draw_in_slices",
+    "prepare_pairs", "tokenizer_errors",
 ]  # fmt: skip
 
-Parts = tuple[Any, Any, Any]
-"""Prompt, chosen and rejected of a row: all strings, or all lists of messages."""
+_QUESTIONS = ("question", "instruction", "input", "system", "query", "messages", "conversations")
+"""Columns in which other data sets have what TRL calls the prompt."""
 
+_SHORT = 4  # tokens: a prompt of fewer is told of, where it was taken from the responses
 _LISTED = 5  # further bad rows that an error names
 
 
@@ -38,28 +36,41 @@ class AuditPair:
 
     row: int  # row of the data, counted from 0
     where: str  # file and line, as errors name it
-    prompt_ids: list[int]  # tokens that both responses share as their context
+    prompt_ids: list[int]  # tokens of the context, of chosen where `rejected_prompt_ids` is there
     chosen_ids: list[int]  # tokens of the chosen response
     rejected_ids: list[int]  # tokens of the rejected response
     chosen_text: str  # the chosen response as one string, for tables
     rejected_text: str  # the rejected response as one string, for tables
     prompt_text: str = ""  # the prompt as one string, for tables
-    truncated: int = 0  # responses (0, 1 or 2) that lost their end to `max_length`
+    truncated: int = 0  # rows (0, 1 or 2) that `max_length` shortened
+    rejected_prompt_ids: list[int] | None = None  # context of rejected, where a cut at the start left it another
 
     @property
-    def ids(self) -> tuple[list[int], list[int], list[int]]:
-        """Tokens of prompt, chosen and rejected, as `PairBatch.from_tokens` takes them."""
-        return self.prompt_ids, self.chosen_ids, self.rejected_ids
+    def ids(self) -> list[list[int]]:
+        """Tokens of prompt, chosen and rejected, and of rejected's own prompt where it has one."""
+        own = [] if self.rejected_prompt_ids is None else [self.rejected_prompt_ids]
+        return [self.prompt_ids, self.chosen_ids, self.rejected_ids, *own]
+
+    @property
+    def rows(self) -> tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]:
+        """Context and response of chosen, and of rejected."""
+        other = self.prompt_ids if self.rejected_prompt_ids is None else self.rejected_prompt_ids
+        return (self.prompt_ids, self.chosen_ids), (other, self.rejected_ids)
 
     @property
     def tokens(self) -> int:
         """Tokens of both rows, prompts included: what measuring the pair costs."""
-        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+        return sum(len(prompt) + len(ids) for prompt, ids in self.rows)
 
     @property
     def longest(self) -> int:
         """Tokens of the longer of the two rows, prompt included."""
-        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+        return max(len(prompt) + len(ids) for prompt, ids in self.rows)
+
+
+def batch_of(pairs: Sequence[AuditPair]) -> PairBatch:
+    """Pairs as a batch."""
+    return PairBatch.from_rows([make_row(*pair.rows[side]) for side in (0, 1) for pair in pairs])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +80,7 @@ class SkippedRow:
     row: int
     where: str
     reason: str
+    cause: str | None = None  # why a trainer learns nothing from it; None where the row is faulty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +92,11 @@ class PairSet:
 
 
 def prepare_pairs(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = 1024, add_eos: bool = True,
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, how: Preparation | None = None, *,
     skip_bad_rows: bool = False, max_pairs: int | None = None, seed: int = 0,
 ) -> PairSet:  # fmt: skip
-    """Check and tokenize the rows."""
+    """Check and tokenize the rows; those from which a trainer learns nothing are left out."""
+    how = how or Preparation()
     if max_pairs is not None and max_pairs < 1:
         raise InputError(f"max_pairs is {max_pairs}; it must be at least 1 (command line: --max-pairs).")
     readable: list[tuple[Row, Parts]] = []  # the rows that hold a pair
@@ -92,23 +105,24 @@ def prepare_pairs(
         try:
             if row.problem is not None:
                 raise DataFileError(f"{row.where}: {row.problem}")
-            readable.append((row, _split_row(row.where, row.values)))
+            readable.append((row, split_row(row.where, row.values)))
         except (DataFileError, PairError) as error:
             skipped.append(_skip(row, error))
     pairs: list[AuditPair] = []
-    letters = [sum(len(_plain(response)) for response in parts[1:]) for _, parts in readable]
+    letters = [sum(len(plain_text(response)) for response in parts[1:]) for _, parts in readable]
     for candidates in draw_in_slices(letters, max_pairs, seed):
         for number in candidates:  # the first that can be used
             row, parts = readable[number]
             try:
-                pairs.append(_to_pair(row, parts, tokenizer, max_length=max_length, add_eos=add_eos))
+                pairs.append(_to_pair(row, parts, tokenizer, how))
                 break
             except (DataFileError, PairError) as error:
                 skipped.append(_skip(row, error))
     pairs.sort(key=lambda pair: pair.row)
     skipped.sort(key=lambda bad: bad.row)
-    if skipped and not (skip_bad_rows and pairs):
-        raise DataFileError(_describe_bad(skipped, rows=len(rows), anything_left=bool(pairs)))
+    bad = [row for row in skipped if row.cause is None]
+    if (bad and not skip_bad_rows) or (skipped and not pairs):
+        raise DataFileError(_describe_bad(bad or skipped, rows=len(rows), anything_left=bool(pairs)))
     return PairSet(pairs=pairs, skipped=skipped)
 
 
@@ -127,7 +141,8 @@ def draw_in_slices(sizes: Sequence[int], count: int | None, seed: int) -> list[l
 
 
 def _skip(row: Row, error: Exception) -> SkippedRow:
-    return SkippedRow(row=row.index, where=row.where, reason=str(error))
+    cause = error.cause if isinstance(error, IgnoredPairError) else None
+    return SkippedRow(row=row.index, where=row.where, reason=str(error), cause=cause)
 
 
 def _describe_bad(skipped: Sequence[SkippedRow], *, rows: int, anything_left: bool) -> str:
@@ -148,20 +163,67 @@ def _describe_bad(skipped: Sequence[SkippedRow], *, rows: int, anything_left: bo
     return "\n".join(lines)
 
 
-def _to_pair(
-    row: Row, parts: Parts, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, add_eos: bool
-) -> AuditPair:
+def _to_pair(row: Row, parts: Parts, tokenizer: PreTrainedTokenizerBase, how: Preparation) -> AuditPair:
     prompt, chosen, rejected = parts
     check_template(row.where, chosen, tokenizer)
-    ids = _tokenize(tokenizer, parts, max_length=None, add_eos=add_eos, where=row.where)
-    lengths = len(ids[0]) + len(ids[1]), len(ids[0]) + len(ids[2])
-    truncated = 0 if max_length is None else sum(length > max_length for length in lengths)
-    if truncated:
-        ids = _tokenize(tokenizer, parts, max_length=max_length, add_eos=add_eos, where=row.where)
+    template = {} if isinstance(chosen, str) else read_template(row.where, row.values)
+    with tokenizer_errors(row.where, parts):
+        ((prompt_ids, chosen_ids), (other, rejected_ids)), truncated = how.rows(
+            tokenizer, prompt, (chosen, rejected), where=row.where, names=("chosen", "rejected"), **template
+        )
+    if (prompt_ids, chosen_ids) == (other, rejected_ids):
+        _refuse_alike(row.where, is_chat=not isinstance(chosen, str), truncated=truncated, limit=how.max_length)
     return AuditPair(
-        row=row.index, where=row.where, prompt_ids=ids[0], chosen_ids=ids[1], rejected_ids=ids[2],
-        chosen_text=_plain(chosen), rejected_text=_plain(rejected), prompt_text=_plain(prompt), truncated=truncated,
+        row=row.index, where=row.where, prompt_ids=prompt_ids, chosen_ids=chosen_ids, rejected_ids=rejected_ids,
+        chosen_text=plain_text(chosen), rejected_text=plain_text(rejected), prompt_text=plain_text(prompt),
+        truncated=truncated, rejected_prompt_ids=None if other == prompt_ids else other,
     )  # fmt: skip
+
+
+def _refuse_alike(where: str, *, is_chat: bool, truncated: int, limit: int | None) -> None:
+    if truncated:
+        cause = f"chosen and rejected differ only in what max_length {limit} cuts off"
+        remedy = "Raise max_length (command line: --max-length), or remove the pair."
+    elif is_chat:
+        cause, remedy = "the chat template renders both alike (it drops what differs)", "Such pairs teach nothing."
+    else:
+        cause, remedy = "the tokenizer makes the same tokens of both", "Such pairs teach nothing."
+    raise IgnoredPairError(f"{where}: chosen equals rejected, token for token: {cause}. {remedy}", cause)
+
+
+def describe_prompts(rows: Sequence[Row], pairs: Sequence[AuditPair]) -> list[str]:
+    """What is odd about the prompts: taken from responses beside a column that may hold them, or there twice."""
+    values = {row.index: row.values for row in rows}
+    implicit = [pair for pair in pairs if "prompt" not in values[pair.row]]
+    twice = [pair for pair in pairs if "prompt" in values[pair.row] and _repeats_prompt(values[pair.row])]
+    notes = []
+    if len(twice) >= 2 and 2 * len(twice) >= len(pairs):
+        notes.append(
+            f"In {len(twice)} of {len(pairs)} pairs chosen begins with the prompt, so that the model sees it twice. "
+            "Where rejected does as well, both responses share it. Take it out of the responses, unless the run was "
+            "trained so."
+        )
+    columns = sorted({key for pair in implicit for key in _QUESTIONS if values[pair.row].get(key)})
+    short = sum(len(pair.prompt_ids) < _SHORT for pair in implicit)
+    inside = sum(
+        pair.prompt_text[-1:].isalnum() and any(text[:1].isalnum() for text in (pair.chosen_text, pair.rejected_text))
+        for pair in implicit if isinstance(values[pair.row]["chosen"], str)
+    )  # fmt: skip
+    if columns or short or inside:
+        unread = f" {', '.join(columns)} {'is' if len(columns) == 1 else 'are'} not read." if columns else ""
+        notes.append(
+            f"{len(implicit)} of {len(pairs)} pairs have no 'prompt': as in TRL it is what chosen and rejected begin "
+            f"with alike.{unread} Prompts of fewer than {_SHORT} tokens: {short}; that end inside a word: {inside}. If "
+            "the run was given a question, put it into 'prompt'."
+        )
+    return notes
+
+
+def _repeats_prompt(values: Any) -> bool:
+    prompt, chosen = values["prompt"], values["chosen"]
+    if isinstance(prompt, str) != isinstance(chosen, str) or len(prompt) < (_SHORT if isinstance(prompt, str) else 1):
+        return False
+    return bool(chosen[: len(prompt)] == prompt)
 
 
 def check_template(where: str, response: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -172,13 +234,6 @@ def check_template(where: str, response: Any, tokenizer: PreTrainedTokenizerBase
             "Use the model's instruction-tuned tokenizer, set tokenizer.chat_template and save it with the model, or "
             "give the data as plain strings."
         )
-
-
-def _tokenize(
-    tokenizer: PreTrainedTokenizerBase, parts: Parts, *, max_length: int | None, add_eos: bool, where: str
-) -> tuple[list[int], list[int], list[int]]:
-    with tokenizer_errors(where, parts):
-        return tokenize_pair(tokenizer, *parts, max_length=max_length, add_eos=add_eos, where=where)
 
 
 @contextmanager
@@ -193,81 +248,3 @@ def tokenizer_errors(where: str, parts: Sequence[Any]) -> Iterator[None]:
                 "or remove the row."
             ) from error
         raise DataFileError(f"{where}: the tokenizer's chat template refuses the messages ({error}).") from error
-
-
-def _split_row(where: str, values: Any) -> Parts:
-    """Prompt, chosen and rejected of one row, all strings or all messages."""
-    if not isinstance(values, Mapping):
-        raise DataFileError(f"{where}: the row is a {type(values).__name__}; an object with keys is expected.")
-    missing = [key for key in ("chosen", "rejected") if key not in values]
-    if missing:
-        raise DataFileError(
-            f"{where}: missing {' and '.join(map(repr, missing))}; the row has {sorted(map(str, values))}. Accepted: "
-            "prompt, chosen and rejected, or chosen and rejected that begin with the same prompt."
-        )
-    refuse_unread(where, values)
-    kinds = {key: kind_of(where, key, values[key]) for key in ("chosen", "rejected")}
-    if kinds["chosen"] != kinds["rejected"]:
-        raise DataFileError(
-            f"{where}: chosen is {kinds['chosen']} but rejected is {kinds['rejected']}; both must be alike."
-        )
-    if values["chosen"] == values["rejected"]:
-        raise PairError(f"{where}: chosen equals rejected; such a pair has no preference to learn. Remove it.")
-    return _take_prompt(where, values, kinds["chosen"])
-
-
-def refuse_unread(where: str, values: Mapping[str, Any]) -> None:
-    """Refuse a row with keys that change its tokens in ways that gradent does not know."""
-    for key in ("tools", "chat_template_kwargs", "images", "image"):
-        if values.get(key):
-            raise DataFileError(
-                f"{where}: the row carries {key!r}, which gradent does not read, so its tokens would not be those that "
-                f"TRL trains on. Remove {key!r} to audit the row without it."
-            )
-
-
-def _take_prompt(where: str, values: Mapping[str, Any], kind: str) -> Parts:
-    if "prompt" in values:
-        prompt_kind = "text" if values["prompt"] == "" else kind_of(where, "prompt", values["prompt"])
-        if (prompt_kind, kind) == ("messages", "text"):
-            raise DataFileError(f"{where}: prompt is messages but chosen and rejected are text; all must be alike.")
-    is_explicit = "prompt" in values and prompt_kind == kind
-    # TRL's extraction needs a common beginning: with none it indexes the last element and cuts at random.
-    if not is_explicit and values["chosen"][0] != values["rejected"][0]:
-        raise DataFileError(
-            f"{where}: no 'prompt', and chosen and rejected do not begin alike, so there is no prompt to take out. "
-            "Add a 'prompt', or let both begin with it."
-        )
-    example = {key: values[key] for key in ("prompt", "chosen", "rejected") if key in values}
-    split = maybe_extract_prompt(example)
-    return split["prompt"], split["chosen"], split["rejected"]
-
-
-def kind_of(where: str, key: str, value: Any) -> str:
-    """`text` or `messages`, as TRL's own helper sees it, after the checks that the helper leaves out."""
-    if isinstance(value, str | list) and not value:
-        raise PairError(f"{where}: {key} is empty; it needs at least one token. Remove this pair.")
-    if isinstance(value, str):
-        return "text"
-    if is_conversational({"completion": value}):  # one of the keys that it looks at
-        for number, message in enumerate(value):
-            if not (isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message):
-                raise DataFileError(f"{where}: {key}[{number}] is not a message; each needs 'role' and 'content'.")
-        return "messages"
-    raise DataFileError(
-        f"{where}: {key} is {_describe(value)}; accepted is a string, or a list of messages "
-        '([{"role": "user", "content": "..."}, ...]).'
-    )
-
-
-def _describe(value: Any) -> str:
-    if value is None:
-        return "null"
-    return f"a {type(value).__name__}" + (f" of {type(value[0]).__name__}" if isinstance(value, list) else "")
-
-
-def _plain(response: Any) -> str:
-    """A prompt or response as one string: itself, or the contents of its messages."""
-    if isinstance(response, str):
-        return response
-    return "\n".join(str(message["content"]) for message in response)

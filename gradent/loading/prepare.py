@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
+import trl
 from transformers import PreTrainedTokenizerBase
 
 from gradent.errors import InputError, ModelError
 from gradent.loading.config import LoadConfig
 from gradent.loading.models import check_vocabulary, load_config, load_model, load_tokenizer
 from gradent.loading.preference_files import read_rows
-from gradent.loading.preferences import PairSet, prepare_pairs
+from gradent.loading.preferences import PairSet, describe_prompts, prepare_pairs
 from gradent.loading.rollouts import RolloutGroup, holds_rollouts, prepare_rollouts
 from gradent.loading.source import ModelSource, read_step, resolve_source
+from gradent.loading.training_args import Trained, read_trained
+from gradent.pairs.preparation import (
+    KEEP_START,
+    Preparation,
+    check_truncation_mode,
+    read_release,
+    release_defaults,
+)
 
 __all__ = ["Material", "Prepared", "choose_device", "describe_model", "open_model", "prepare", "read_material"]
 
 _DEFAULT_MAX_LENGTH = 1024  # TRL's DPOConfig
+_NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+_LISTED = 5  # rows that a note names
 
 Tell = Callable[[str], None]
 
@@ -34,6 +49,7 @@ class Material:
     max_length: int  # the limit that was applied
     add_eos: bool  # whether EOS was appended to plain-string responses
     used: tuple[int, str]  # the largest token id, and the row that uses it
+    how: Preparation  # the rules by which the pairs became tokens
     group: RolloutGroup | None = None  # the one row that was asked for, where it holds rollouts and no pair
 
 
@@ -74,7 +90,12 @@ def read_material(
     """Read, check and tokenize the pairs (`only` one row, counted from 0) for the first model that can be read."""
     source, model_config, tokenizer = _first_readable(sources, config.trust_remote_code)
     positions = getattr(model_config, "max_position_embeddings", None)
-    limit = _choose_max_length(positions, config.max_length, source.base, tell)
+    trained = read_trained(each.adapter or each.base for each in sources)
+    how, date_note = _choose_preparation(config, positions, trained, source, tell), ""
+    if isinstance(tokenizer.chat_template, str) and _NOW.search(tokenizer.chat_template):
+        fixed, date_note = _fix_date(tokenizer.chat_template, source, trained)
+        how = replace(how, template={"chat_template": fixed})
+    limit = how.max_length or _DEFAULT_MAX_LENGTH
     add_eos = config.add_eos and tokenizer.eos_token is not None
     if config.add_eos and not add_eos:
         tell("The tokenizer has no EOS token, so none is appended to the responses.")
@@ -91,18 +112,24 @@ def read_material(
         _tell_about_rollouts(group, limit, tell)
         return Material(
             tokenizer=tokenizer, pairs=PairSet(pairs=[]), rows=len(rows), max_length=limit, add_eos=add_eos, used=used,
-            group=group,
+            how=how, group=group,
         )  # fmt: skip
     chosen_rows = rows if only is None else [rows[only]]
     pairs = prepare_pairs(
-        chosen_rows, tokenizer, max_length=limit, add_eos=add_eos, skip_bad_rows=config.skip_bad_rows,
+        chosen_rows, tokenizer, replace(how, add_eos=add_eos), skip_bad_rows=config.skip_bad_rows,
         max_pairs=config.max_pairs, seed=config.seed,
     )  # fmt: skip
-    largest = [(max(*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids), pair.where) for pair in pairs.pairs]
+    largest = [(max(max(ids) for ids in pair.ids), pair.where) for pair in pairs.pairs]
     used = max(largest, key=lambda item: item[0])
     check_vocabulary(tokenizer, model_config.vocab_size, source.base, used)
-    _tell_about_pairs(pairs, len(chosen_rows), limit, config.seed, tell)
-    return Material(tokenizer=tokenizer, pairs=pairs, rows=len(rows), max_length=limit, add_eos=add_eos, used=used)
+    _tell_about_pairs(pairs, len(chosen_rows), how, config.seed, tell)
+    for note in describe_prompts(chosen_rows, pairs.pairs):
+        tell(note)
+    if date_note and any(isinstance(row.values["chosen"], list) for row in chosen_rows if _is_pair(row.values)):
+        tell(date_note)
+    return Material(
+        tokenizer=tokenizer, pairs=pairs, rows=len(rows), max_length=limit, add_eos=add_eos, used=used, how=how
+    )
 
 
 def _first_readable(
@@ -143,13 +170,55 @@ def prepare(config: LoadConfig, tell: Tell, *, only: int | None = None) -> Prepa
     return Prepared(model=model, source=source, material=material, step=read_step(source), device=device)
 
 
-def _choose_max_length(positions: int | None, asked: int | None, source: str, tell: Tell) -> int:
+def _is_pair(values: Any) -> bool:
+    return isinstance(values, Mapping) and "chosen" in values
+
+
+def _fix_date(template: str, source: ModelSource, trained: Trained) -> tuple[str, str]:
+    """A chat template with the date that it prints written out, and what to say of it."""
+    saved = Path(source.base, "config.json")
+    day, event = trained.day, "when the run saved its first state"
+    if day is None and saved.is_file():
+        day, event = datetime.fromtimestamp(saved.stat().st_mtime), "when the model was saved"
+    if day is None:
+        return template, "The chat template prints today's date, so on another day the same pairs are other tokens."
+    moment = day
+    fixed = _NOW.sub(lambda found: json.dumps(moment.strftime(found[2]), ensure_ascii=False), template)
+    return fixed, f"The chat template prints the date: it is {day:%Y-%m-%d %H:%M} here, {event}, not today's."
+
+
+def _choose_preparation(
+    config: LoadConfig, positions: int | None, trained: Trained, source: ModelSource, tell: Tell
+) -> Preparation:
+    """The rules of the TRL that trained the model, where its files say so, else of the one that is installed."""
+    defaults = {**release_defaults(trained.release), **trained.limits}
+    mode = defaults["truncation_mode"] if config.truncation_mode is None else config.truncation_mode
+    prompt = defaults["max_prompt_length"] if config.max_prompt_length is None else config.max_prompt_length
+    if prompt is not None and prompt < 1:
+        raise InputError(f"max_prompt_length is {prompt}; it must be at least 1 (command line: --max-prompt-length).")
+    limit = _choose_max_length(positions, config.max_length, defaults["max_length"], source.base, tell)
+    how = Preparation.of_release(
+        trained.release or trl.__version__, max_length=limit, truncation_mode=check_truncation_mode(mode),
+        max_prompt_length=prompt,
+    )  # fmt: skip
+    how = how if how.seam == "apart" else replace(how, max_prompt_length=None)
+    if trained.release is not None and read_release(trained.release)[:2] != read_release(trl.__version__)[:2]:
+        tell(f"The pairs are tokenized as TRL {trained.release} did it, which the run's model card names.")
+    if config.truncation_mode is None and trained.limits.get("truncation_mode", KEEP_START) != KEEP_START:
+        tell(f"truncation_mode is {mode}, as the run's training_args.bin says (--truncation-mode for another).")
+    return how
+
+
+def _choose_max_length(positions: int | None, asked: int | None, trained: int | None, source: str, tell: Tell) -> int:
     if asked is not None and asked < 2:
         raise InputError(f"max_length is {asked}; it must leave room for a prompt and a response, so 2 at least.")
     if asked is None:
-        if positions is None or positions >= _DEFAULT_MAX_LENGTH:
-            return _DEFAULT_MAX_LENGTH
-        tell(f"max_length is {positions}: {source} has no more positions (the default is {_DEFAULT_MAX_LENGTH}).")
+        wanted = trained or _DEFAULT_MAX_LENGTH
+        if positions is None or positions >= wanted:
+            if wanted != _DEFAULT_MAX_LENGTH:
+                tell(f"max_length is {wanted}, as the run's training_args.bin says (--max-length for another).")
+            return wanted
+        tell(f"max_length is {positions}: {source} has no more positions (the default is {wanted}).")
         return positions
     if positions is not None and asked > positions:
         raise InputError(
@@ -158,17 +227,28 @@ def _choose_max_length(positions: int | None, asked: int | None, source: str, te
     return asked
 
 
-def _tell_about_pairs(pairs: PairSet, rows: int, limit: int, seed: int, tell: Tell) -> None:
+def _tell_about_pairs(pairs: PairSet, rows: int, how: Preparation, seed: int, tell: Tell) -> None:
     if len(pairs.pairs) + len(pairs.skipped) < rows:
         tell(
             f"{len(pairs.pairs)} of {rows} rows are measured, one of each of so many slices of like length, drawn with "
             f"seed {seed} (--max-pairs all for all)."
         )
-    if pairs.skipped:
-        tell(f"{len(pairs.skipped)} rows were skipped:\n" + "\n".join(f"  {bad.reason}" for bad in pairs.skipped))
+    causes: dict[str, list[str]] = {}
+    for left in pairs.skipped:
+        causes.setdefault(left.cause or "", []).append(left.where if left.cause else left.reason)
+    for cause, places in causes.items():
+        if cause:
+            more = f" and {len(places) - _LISTED} more" if len(places) > _LISTED else ""
+            tell(f"{len(places)} rows are left out: {cause}: {', '.join(places[:_LISTED])}{more}.")
+        else:
+            tell(f"{len(places)} rows were skipped:\n" + "\n".join(f"  {reason}" for reason in places))
     cut = sum(pair.truncated for pair in pairs.pairs)
     if cut:
-        tell(f"{cut} of {2 * len(pairs.pairs)} responses were cut at max_length {limit}, as TRL cuts them.")
+        end = "end" if how.truncation_mode == KEEP_START else "beginning"
+        tell(
+            f"{cut} of {2 * len(pairs.pairs)} rows lost their {end} to max_length {how.max_length}, as in TRL with "
+            f"truncation_mode={how.truncation_mode!r}."
+        )
 
 
 def _tell_about_rollouts(group: RolloutGroup, limit: int, tell: Tell) -> None:

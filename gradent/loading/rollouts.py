@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from gradent.errors import DataFileError
 from gradent.loading.preference_files import Row
-from gradent.loading.preferences import check_template, kind_of, refuse_unread, tokenizer_errors
+from gradent.loading.preference_rows import kind_of, read_template, refuse_unread
+from gradent.loading.preferences import check_template, tokenizer_errors
 from gradent.pairs.tokenize import tokenize_completions
 
 __all__ = ["RolloutGroup", "holds_rollouts", "prepare_rollouts"]
@@ -87,12 +88,13 @@ def prepare_rollouts(
         raise DataFileError(f"{where}: {odd} is {kinds[odd]} but prompt is {kinds['prompt']}; all must be alike.")
     weights, key = _read_weights(where, values, len(completions))
     check_template(where, completions[0], tokenizer)
+    template = read_template(where, values)
 
     def tokenize(limit: int | None) -> tuple[list[int], list[list[int]]]:
         with tokenizer_errors(where, [prompt, *completions]):
             return tokenize_completions(
                 tokenizer, prompt, completions, max_length=limit, add_eos=add_eos, where=where,
-                names=list(kinds)[1:],
+                names=list(kinds)[1:], **template,
             )  # fmt: skip
 
     prompt_ids, completion_ids = tokenize(None)

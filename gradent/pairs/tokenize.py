@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradent.errors import InputError, PairError
+from gradent.pairs.preparation import common_prefix, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +27,7 @@ def tokenize_pair(
     add_eos: bool = False,
     where: str = "pair",
 ) -> tuple[list[int], list[int], list[int]]:
-    """`(prompt_ids, chosen_ids, rejected_ids)`, truncated, of strings or message lists; `where` is for errors."""
+    """`(prompt_ids, chosen_ids, rejected_ids)`, the end cut, of strings or message lists; `where` is for errors."""
     names = ("chosen", "rejected")
     prompt_ids, (chosen_ids, rejected_ids) = tokenize_completions(
         tokenizer, prompt, (chosen, rejected), max_length=max_length, add_eos=add_eos, where=where, names=names
@@ -48,8 +49,9 @@ def tokenize_completions(
     add_eos: bool,
     where: str,
     names: Sequence[str] | None = None,
+    **template: Any,
 ) -> tuple[list[int], list[list[int]]]:
-    """Token ids of a prompt and its completions, truncated; `names` are the completions' names in errors."""
+    """Token ids of a prompt and its completions, truncated; `names` are for errors, `template` for a chat template."""
     names = names or [f"completion {number}" for number in range(len(completions))]
     parts = (prompt, *completions)
     if len({isinstance(part, str) for part in parts}) != 1:
@@ -68,9 +70,9 @@ def tokenize_completions(
                 "add_eos=False (command line: --no-add-eos)."
             )
         completions = [text if text.endswith(eos) else text + eos for text in completions]
-    prompt_ids = _token_ids(tokenizer, prompt, add_generation_prompt=True)
-    texts = [_token_ids(tokenizer, prompt + completion) for completion in completions]
-    start = min((_common_prefix(prompt_ids, ids) for ids in texts), default=0)
+    prompt_ids = token_ids(tokenizer, prompt, add_generation_prompt=True, **template)
+    texts = [token_ids(tokenizer, prompt + completion, **template) for completion in completions]
+    start = min((common_prefix(prompt_ids, ids) for ids in texts), default=0)
     if start == 0:
         raise PairError(
             f"{where}: the tokenized prompt is empty (or shares no token with prompt + completion), so nothing "
@@ -86,17 +88,3 @@ def tokenize_completions(
         if not ids:
             raise PairError(f"{where}: {name} is empty after tokenization; it needs at least one token.")
     return prompt_ids[:start], shortened
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerBase, text: Any, *, add_generation_prompt: bool = False) -> list[int]:
-    if isinstance(text, str):
-        return list(tokenizer(text)["input_ids"])
-    encoded: Any = tokenizer.apply_chat_template(
-        text, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt
-    )
-    return list(encoded["input_ids"])
-
-
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    matches = [a == b for a, b in zip(left, right, strict=False)]
-    return matches.index(False) if False in matches else len(matches)

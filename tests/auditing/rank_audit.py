@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gradent import audit
+from gradent.pairs.preparation import Preparation
 
 
 def main(run: Path, data: Path, base: Path, out: Path, batch_size: int = 2) -> None:
@@ -21,3 +23,17 @@ def main(run: Path, data: Path, base: Path, out: Path, batch_size: int = 2) -> N
         torch.distributed.barrier()
     sys.stdout.flush()
     os._exit(0)  # gloo's destructor can hang
+
+
+DAYS = ("warm", "cold")  # words that the tokenizer knows
+
+
+def apart(run: Path, data: Path, base: Path, out: Path) -> None:
+    """An audit whose ranks tokenize differently, as either side of midnight with a template that prints the date."""
+    rank, rows = int(os.environ["RANK"]), Preparation.rows
+
+    def other(how: Preparation, tokenizer: Any, prompt: str, completions: Any, **options: Any) -> Any:
+        return rows(how, tokenizer, f"{DAYS[rank]} {prompt}", completions, **options)
+
+    Preparation.rows = other
+    main(run, data, base, out)

@@ -166,7 +166,7 @@ def test_what_was_done_is_on_record(local_model) -> None:
     assert summary["model"]["step"] == 40
     assert (summary["settings"]["add_eos"], summary["settings"]["max_length"]) == (False, 128)
     assert any("own reference" in note for note in summary["notes"])
-    assert any("cut at max_length" in note for note in summary["notes"])
+    assert any("lost their end to max_length" in note for note in summary["notes"])
 
 
 def test_the_step_and_the_rows_are_in_the_columns(local_model) -> None:

@@ -143,7 +143,7 @@ def without(*keys: str, **changes: Any) -> dict[str, Any]:
         (without(completions=[" one"]), "completions is a list of 1; accepted"),
         (without(completions=[" a", said(" b"), " c", " d"]), r"completions\[1\] is messages but prompt is text"),
         (without(completions=[" a", 7, " c", " d"]), r"completions\[1\] is a int; accepted is a string"),
-        (without(tools=[{"x": 1}]), "the row carries 'tools'"),
+        (without(images=["a.png"]), "the row carries 'images'"),
     ],
 )
 def test_a_bad_row_is_named(row, message, local_model) -> None:

@@ -142,7 +142,7 @@ def test_what_a_user_can_get_wrong(options, kind, message, local_model) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({**PAIRS[0], "chosen": ""}, "pairs.jsonl:2: chosen is empty"),
+        ({**PAIRS[0], "chosen": []}, "pairs.jsonl:2: chosen is empty"),
         ({"prompt": "p"}, "pairs.jsonl:2: missing 'chosen' and 'rejected'"),
         ('{"prompt":', "pairs.jsonl:2: not valid JSON"),
     ],

@@ -88,17 +88,7 @@ def no_weights(here: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
-    "empty completion": (rows({**PAIRS[0], "chosen": ""}), [], "pairs.jsonl:3: chosen is empty.*Remove this pair"),
-    "prompt too long": (
-        rows({**PAIRS[0], "prompt": 200 * "p"}),
-        [],
-        "pairs.jsonl:3: the prompt has 201 .*--max-length",
-    ),
-    "chosen equals rejected": (
-        rows({**PAIRS[0], "chosen": " a loud bore."}),
-        [],
-        "pairs.jsonl:3: chosen equals rejected",
-    ),
+    "empty completion": (rows({**PAIRS[0], "chosen": []}), [], "pairs.jsonl:3: chosen is empty.*Remove this pair"),
     "missing keys": (rows({"prompt": "p", "answer": "a"}), [], "pairs.jsonl:3: missing 'chosen' and 'rejected'"),
     "further bad rows": (
         rows({}, [], "text"),
@@ -147,6 +137,29 @@ def test_a_tokenizer_without_a_pad_token_will_do(here, tiny_tokenizer) -> None:
     assert audit().exit_code == 0
 
 
+def test_rows_that_teach_nothing_are_left_out_and_counted(here) -> None:
+    rows({**PAIRS[0], "prompt": 200 * "p"}, {**PAIRS[0], "chosen": " a loud bore."}, {**PAIRS[0], "chosen": ""})(here)
+    result = audit()
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.stderr.split())
+    assert "1 rows are left out: the prompt alone fills max_length 128, and TRL learns nothing from such rows" in told
+    assert (
+        "1 rows are left out: chosen equals rejected, so that there is no preference to learn: pairs.jsonl:4." in told
+    )
+    assert read_summary("out/summary.json")["data"]["measured"] == 3  # an empty response is EOS alone
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--truncation-mode", "left", "accepted: 'keep_start' and 'keep_end'"),
+        ("--max-prompt-length", "0", "at least 1"),
+    ],
+)
+def test_what_is_no_way_to_cut(option, value, message, here) -> None:
+    assert_refused(audit(option, value), message)
+
+
 def test_bad_rows_can_be_skipped(here) -> None:
     rows({"prompt": "p"}, PAIRS[3])(here)
     result = audit("--skip-bad-rows")
@@ -192,8 +205,8 @@ def test_every_option_reaches_the_audit(here) -> None:
     result = audit(
         "--loss", "dpop", "--beta", "0.3", "--lam", "2", "--adapter", "adapter", "--reference", "my-model", "--dtype",
         "float64", "--device", "cpu", "--max-length", "64", "--max-pairs", "3", "--seed", "5", "--no-add-eos",
-        "--batch-size", "2", "--memory-budget", "64MiB", "--engine", "func", "--by-module", "--token-pairs", "2",
-        "--report", "--no-attribution",
+        "--truncation-mode", "keep_end", "--batch-size", "2", "--memory-budget", "64MiB", "--engine", "func",
+        "--by-module", "--token-pairs", "2", "--report", "--no-attribution",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     summary = read_summary("out/summary.json")
@@ -204,6 +217,7 @@ def test_every_option_reaches_the_audit(here) -> None:
         "max_length": 64, "max_pairs": 3, "seed": 5, "add_eos": False, "batch_size": 2, "memory_budget": "64MiB",
         "engine": "func", "dtype": "float64", "device": "cpu", "skip_bad_rows": False, "split": "train",
         "token_pairs": 2, "by_module": True, "attribution": False, "checkpoints": "all",
+        "truncation_mode": "keep_end", "max_prompt_length": None,
     }  # fmt: skip
     assert summary["settings"] == asked
     assert summary["modules"] and summary["data"]["measured"] == 3
@@ -240,7 +254,7 @@ def run_python(*arguments: str, here: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_real_process_ends_with_2_and_without_a_traceback(here) -> None:
-    rows({**PAIRS[0], "chosen": ""})(here)
+    rows({**PAIRS[0], "chosen": []})(here)
     done = run_python("audit", "my-model", "--data", "pairs.jsonl", "--out", "out", here=here)
     assert done.returncode == 2
     assert done.stdout == ""

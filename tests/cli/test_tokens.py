@@ -51,7 +51,7 @@ def test_every_option_arrives(here, monkeypatch) -> None:
 )
 def test_errors_are_readable(pair, message, here, monkeypatch) -> None:
     monkeypatch.setattr("gradent.cli.console._quieten_others", lambda: None)
-    write_jsonl(here / "pairs.jsonl", [*PAIRS[:2], {**PAIRS[2], "chosen": ""}, *PAIRS[3:]])
+    write_jsonl(here / "pairs.jsonl", [*PAIRS[:2], {**PAIRS[2], "chosen": []}, *PAIRS[3:]])
     result = tokens(pair=pair)
     assert result.exit_code == 2
     assert "\nerror (" in result.stderr and message in " ".join(result.stderr.split())

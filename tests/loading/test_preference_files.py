@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -205,3 +206,42 @@ def test_the_split_of_a_single_dataset(tmp_path) -> None:
 def test_a_file_has_no_split(tmp_path) -> None:
     with pytest.raises(DataFileError, match=r"a file has no splits, but split 'test' is asked for"):
         read_rows(write_jsonl(tmp_path / "pairs.jsonl", PAIRS), "test")
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.json"])
+def test_compressed_files_are_read(name, tmp_path) -> None:
+    KINDS[name](tmp_path / name, PAIRS)
+    packed = tmp_path / f"{name}.gz"
+    packed.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    assert [row.values for row in read_rows(packed)] == PAIRS
+    packed.write_bytes(packed.read_bytes()[:-12])
+    with pytest.raises(DataFileError, match=r"\.gz: cannot be read \("):
+        read_rows(packed)
+
+
+def test_links_are_followed_as_in_the_hub_s_cache(tmp_path) -> None:
+    blob, link = tmp_path / "blobs/1f3a", tmp_path / "snapshots/pairs.jsonl"
+    for path in (blob, link):
+        path.parent.mkdir()
+    write_jsonl(blob, PAIRS)
+    link.symlink_to(blob)
+    for source in (link, link.parent):
+        assert [row.values for row in read_rows(source)] == PAIRS
+
+
+@pytest.mark.parametrize(
+    ("source", "asked"),
+    [
+        ("owner/name", ("owner/name", None, None)),
+        ("owner/name:cleaned", ("owner/name", "cleaned", None)),
+        ("owner/name@v1.0", ("owner/name", None, "v1.0")),
+        ("owner/name:cleaned@3f2a", ("owner/name", "cleaned", "3f2a")),
+    ],
+)
+def test_a_hub_id_has_a_configuration_and_a_revision(source, asked, monkeypatch) -> None:
+    def load(name: str, config: str | None, *, split: str, revision: str | None) -> list[dict[str, str]]:
+        assert ((name, config, revision), split) == (asked, "train")
+        return PAIRS
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(read_rows(source)) == len(PAIRS)

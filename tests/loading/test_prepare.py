@@ -99,7 +99,7 @@ def test_what_was_drawn_cut_and_skipped_is_told(local_model) -> None:
     )
     assert "1 rows were skipped" in told
     assert "pairs.jsonl:8: missing" in told
-    assert "1 of 16 responses were cut at max_length 128" in told
+    assert "1 of 16 rows lost their end to max_length 128, as in TRL with truncation_mode='keep_start'" in told
     _, told = run(local_model, max_pairs=2, seed=5)
     assert f"2 of {len(PAIRS)} rows are measured" in told and "drawn with seed 5 (--max-pairs all for all)" in told
 

@@ -108,7 +108,9 @@ def summarize(
         "tokens": summarize_tokens(tokens, last.table) if tokens is not None else None,
         "loss": {"name": loss.name, **read_hyperparameters(loss)},
         "settings": {
-            **config.settings, "max_length": plan.material.max_length, "add_eos": plan.material.add_eos
+            **config.settings, "max_length": plan.material.max_length, "add_eos": plan.material.add_eos,
+            "truncation_mode": plan.material.how.truncation_mode,
+            "max_prompt_length": plan.material.how.max_prompt_length,
         },
         "notes": notes + [note for note in kept_notes if note not in notes],
     }  # fmt: skip

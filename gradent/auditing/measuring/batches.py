@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradent.errors import GradentError, NonFiniteError
-from gradent.loading.preferences import AuditPair
+from gradent.loading.preferences import AuditPair, batch_of
 from gradent.measurement import measure, sequence_logps
 from gradent.pair_gram import PairGram
 from gradent.pairs.batch import PairBatch
@@ -90,7 +90,7 @@ def measure_reference(model: Any, pairs: Sequence[AuditPair], batches: Sequence[
     for positions in batches:
         chunk = [pairs[position] for position in positions]
         with memory_errors(chunk):
-            references = sequence_logps(model, PairBatch.from_tokens([pair.ids for pair in chunk]))
+            references = sequence_logps(model, batch_of(chunk))
         _check_reference(chunk, references)
         yield {name: values.tolist() for name, values in zip(REFERENCES, references, strict=True)}
 
@@ -112,7 +112,7 @@ def join_blocks(blocks: Sequence[Mapping[str, Any]]) -> BatchResults:
 def _measure_batch(
     model: Any, chunk: Sequence[AuditPair], reference: Reference | None, options: Mapping[str, Any]
 ) -> tuple[PairGram, tuple[Tensor, ...]]:
-    batch = PairBatch.from_tokens([pair.ids for pair in chunk])
+    batch = batch_of(chunk)
     try:
         with memory_errors(chunk):
             gram = measure(model, batch, **options)

@@ -23,11 +23,10 @@ from gradent.kernels.common.budget import DEFAULT_BUDGET
 from gradent.kernels.common.numerics import accumulator
 from gradent.kernels.common.sketch import GradientSketch
 from gradent.kernels.common.wanted import Wanted
-from gradent.loading.preferences import AuditPair
+from gradent.loading.preferences import AuditPair, batch_of
 from gradent.measurement import measure, measure_rows, weighted_gradient
 from gradent.model.observed import observed
 from gradent.model.parameters import input_device, trainable
-from gradent.pairs.batch import PairBatch
 from gradent.record.json_lines import digest
 from gradent.record.table import Floats
 
@@ -93,7 +92,7 @@ def sample_gradient(
     for count, positions in enumerate(batches):
         chunk = [pairs[position] for position in positions]
         with memory_errors(chunk):
-            batch = PairBatch.from_tokens([pair.ids for pair in chunk])
+            batch = batch_of(chunk)
             if not count and engine == "hooks":
                 measure(model, batch.select([0]))  # learns whether rows share a forward
             part = weighted_gradient(model, batch, torch.from_numpy(weights[list(positions)].T.flatten()))
@@ -114,7 +113,7 @@ def measure_along(
     for positions in batches:
         chunk = [pairs[position] for position in positions]
         with memory_errors(chunk):
-            batch = PairBatch.from_tokens([pair.ids for pair in chunk])
+            batch = batch_of(chunk)
             found = measure_rows(model, batch, "pairs", directions=list(directions.values()), **options)
         assert found.along is not None
         modules = found.modules_along or {}
@@ -148,7 +147,7 @@ def measure_vectors(
     for count, positions in enumerate(batches):
         chunk = [pairs[position] for position in positions]
         with memory_errors(chunk):
-            batch = PairBatch.from_tokens([pair.ids for pair in chunk])
+            batch = batch_of(chunk)
             if not count:
                 measure(model, batch.select([0]), memory_budget=memory_budget)  # learns whether rows share a forward
             rows = [(ids.to(device), marks.to(device)) for ids, marks in map(batch.row, range(2 * len(batch)))]

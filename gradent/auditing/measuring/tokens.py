@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from gradent.errors import GradentError, NonFiniteError
-from gradent.loading.preferences import AuditPair
+from gradent.loading.preferences import AuditPair, batch_of
 from gradent.loading.rollouts import RolloutGroup
-from gradent.pairs.batch import PairBatch
 from gradent.record import TOKEN_COLUMNS
 from gradent.record.table import Floats
 from gradent.text import token_texts
@@ -83,15 +82,15 @@ def token_rows(
 
 def token_cost(pair: AuditPair) -> int:
     """Cost of a pair's matrix: tokens of the prefixes that end with a token of either response."""
-    prompt = len(pair.prompt_ids)
-    return sum(n * prompt + n * (n + 1) // 2 for n in (len(pair.chosen_ids), len(pair.rejected_ids)))
+    sizes = [(len(prompt), len(ids)) for prompt, ids in pair.rows]
+    return sum(n * prompt + n * (n + 1) // 2 for prompt, n in sizes)
 
 
 def measure_pair_tokens(
     model: Any, tokenizer: Any, pair: AuditPair, *, memory_budget: int | str | None = None
 ) -> dict[str, list[Any]]:
     """The columns of `record.TOKEN_COLUMNS` but `checkpoint` and `step` for one pair; an error names the row."""
-    batch = PairBatch.from_tokens([pair.ids])
+    batch = batch_of([pair])
     with named_errors(pair, "token matrix", ", --dtype bfloat16, or leave --token-pairs out"):
         (gram,) = measure_tokens(model, batch, memory_budget=memory_budget, progress=False)
         ((chosen, _),) = batch.split_tokens(token_effects(model, batch, toward="chosen"))

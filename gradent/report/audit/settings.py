@@ -30,7 +30,8 @@ def settings_section(records: AuditRecords) -> Section:
     parts += [Notice("Note", str(note)) for note in summary["notes"]]
     data, cut = summary["data"], summary["data"].get("truncated_responses")
     text = f"{count(data.get('measured'))} of the {count(data.get('rows'))} rows of the data were to be measured."
-    text += f" {plural(cut, 'response')} lost the end to max_length." if cut else ""
+    end = "beginning" if summary["settings"].get("truncation_mode") == "keep_end" else "end"
+    text += f" {plural(cut, 'row')} lost the {end} to max_length." if cut else ""
     serves = "Decides: whether two audits can be compared, and how to run this one again."
     return Section("Settings and data", text, parts, serves)
 

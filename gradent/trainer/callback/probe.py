@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,12 +11,14 @@ from torch import nn
 
 from gradent.errors import InputError
 from gradent.measurement import measure
-from gradent.pairs.batch import PairBatch
-from gradent.pairs.tokenize import tokenize_pair
+from gradent.pairs.batch import PairBatch, make_row
+from gradent.pairs.preparation import KEEP_START, IgnoredPairError, Preparation
 from gradent.theory.conditions import Verdict
 from gradent.trainer.records.step import case_shares, finite_means, gram_values
 
 __all__ = ["Probe"]
+
+logger = logging.getLogger(__name__)
 
 
 class Probe:
@@ -32,16 +35,43 @@ class Probe:
             return
         if tokenizer is None:
             raise InputError("probe_data holds text, and the trainer has no tokenizer (processing_class). Pass one.")
-        from trl.data_utils import maybe_extract_prompt  # noqa: PLC0415  (TRL is an extra)
+        import trl  # noqa: PLC0415  (an extra)
+        from trl.data_utils import maybe_extract_prompt  # noqa: PLC0415
 
-        limit, names, tokens = getattr(args, "max_length", None), ("prompt", "chosen", "rejected"), []
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer) or tokenizer  # of a processor
+        how = Preparation.of_release(
+            trl.__version__, max_length=getattr(args, "max_length", None), add_eos=tokenizer.eos_token is not None,
+            truncation_mode=getattr(args, "truncation_mode", KEEP_START),
+            max_prompt_length=getattr(args, "max_prompt_length", None),
+        )  # fmt: skip
+        names, rows, ignored = ("prompt", "chosen", "rejected"), list[tuple[Any, Any]](), list[str]()
         for number, row in enumerate(self._rows):
             parts = maybe_extract_prompt({name: row[name] for name in names if name in row})
-            texts: tuple[Any, ...] = tuple(parts[name] for name in names)
-            eos = isinstance(texts[1], str) and tokenizer.eos_token is not None
-            place = f"probe_data[{number}]"
-            tokens.append(tokenize_pair(tokenizer, *texts, max_length=limit, add_eos=eos, where=place))
-        self._batch = PairBatch.from_tokens(tokens)
+            sides = parts["chosen"], parts["rejected"]
+            try:
+                (chosen, rejected), _ = how.rows(
+                    tokenizer, parts["prompt"], sides, where=f"probe_data[{number}]", names=names[1:]
+                )
+            except IgnoredPairError as error:
+                ignored.append(str(error))
+                continue
+            if chosen == rejected:
+                ignored.append(f"probe_data[{number}]: chosen equals rejected, token for token.")
+            else:
+                rows.append((make_row(*chosen), make_row(*rejected)))
+        if not rows:
+            raise InputError(f"probe_data holds no pair to measure. {ignored[0]}")
+        if ignored:
+            logger.warning(
+                "gradent: %d of %d pairs of probe_data are left out. %s", len(ignored), len(self._rows), ignored[0]
+            )
+        self._batch = PairBatch.from_rows([row[side] for side in (0, 1) for row in rows])
+
+    @property
+    def batch(self) -> PairBatch:
+        """The pairs, once they are tokens."""
+        assert self._batch is not None
+        return self._batch
 
     def is_due(self, step: int) -> bool:
         """Whether a measurement is due after a step."""
@@ -49,8 +79,7 @@ class Probe:
 
     def measure(self, model: nn.Module, budget: int | str | None) -> dict[str, float]:
         """The `gradent/probe/...` scalars of the model as it is now."""
-        assert self._batch is not None
-        gram = measure(model, self._batch, memory_budget=budget)
+        gram = measure(model, self.batch, memory_budget=budget)
         ones = torch.ones_like(gram.inner)  # as in every loss that sees only the two log-probs' difference
         values = gram_values(gram) | {"chosen_logp": gram.chosen_logp, "rejected_logp": gram.rejected_logp}
         cases = case_shares(Verdict.from_weights(gram, ones, ones).case, "gradent/probe/case/")

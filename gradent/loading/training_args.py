@@ -1,0 +1,90 @@
+"""How the trainer of a model tokenized: the release of TRL and the limits that its files tell of.
+
+A trainer's training_args.bin is a pickle, which can run code when it is loaded. Here its opcodes are listed, and plain
+values are taken from where a known name stands before them.
+"""
+
+from __future__ import annotations
+
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Trained", "read_trained"]
+
+_LIMITS = ("max_length", "truncation_mode", "max_prompt_length")
+_LARGEST = 1 << 24  # bytes of pickled arguments that are looked through
+_RELEASE = re.compile(r"^- TRL: (\d+(?:\.\d+)+)", re.MULTILINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a model's files say of its training."""
+
+    release: str | None = None  # of TRL, as the model card names it
+    limits: dict[str, Any] = field(default_factory=dict)  # of `_LIMITS`, those that training_args.bin names
+    day: datetime | None = None  # when the trainer saved its first state
+
+
+def read_trained(models: Iterable[str]) -> Trained:
+    """What the directories of some models say, and those that they are in; the first that says a thing counts."""
+    places = [path for model in models if (path := Path(model)).is_dir()]
+    places += [path.resolve().parent for path in places if re.fullmatch(r"checkpoint-\d+", path.resolve().name)]
+    releases, limits, days = list[str](), dict[str, Any](), list[float]()
+    for place in dict.fromkeys(places):
+        releases += _read_release(place / "README.md")
+        limits = _read_limits(place / "training_args.bin") | limits
+        days += [path.stat().st_mtime for path in (place / "trainer_state.json",) if path.is_file()]
+    day = datetime.fromtimestamp(min(days)) if days else None
+    return Trained(release=releases[0] if releases else None, limits=limits, day=day)
+
+
+def _read_release(card: Path) -> list[str]:
+    try:
+        return _RELEASE.findall(card.read_text("utf-8"))
+    except (OSError, UnicodeError):
+        return []
+
+
+def _read_limits(path: Path) -> dict[str, Any]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            if len(names) != 1 or archive.getinfo(names[0]).file_size > _LARGEST:
+                return {}
+            values = list(_plain_values(archive.read(names[0])))
+    except (OSError, ValueError, zipfile.BadZipFile, RuntimeError, NotImplementedError):
+        return {}
+    found = {name: value for name, value in pairwise(values) if name in _LIMITS}
+    return {name: value for name, value in found.items() if _is_limit(name, value)}
+
+
+def _is_limit(name: str, value: Any) -> bool:
+    if name == "truncation_mode":
+        return value in ("keep_start", "keep_end")
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0)
+
+
+def _plain_values(pickled: bytes) -> Iterator[Any]:
+    """The values that a pickle pushes, in order; an object in place of what is no plain value."""
+    memo: dict[Any, Any] = {}
+    last: Any = None
+    for opcode, argument, _ in pickletools.genops(pickled):
+        if opcode.name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = last
+        elif opcode.name == "MEMOIZE":
+            memo[len(memo)] = last
+        elif opcode.name not in ("SETITEM", "SETITEMS", "MARK"):
+            if opcode.name in ("BINGET", "LONG_BINGET"):
+                last = memo.get(argument)
+            elif opcode.name in ("NONE", "NEWTRUE", "NEWFALSE"):
+                last = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[opcode.name]
+            else:
+                last = argument if isinstance(argument, str | int | float) else pickletools
+            yield last
