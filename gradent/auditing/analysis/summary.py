@@ -73,7 +73,7 @@ def summarize(
     rows = what_if(table, loss, tokens, sample_step)
     history = _read_history(plan.run, notes)
     kept_notes = [entry["text"] for entry in journal.all("note")]
-    reference = plan.reference.passed or (plan.reference.source.base if plan.reference.source is not None else None)
+    reference = plan.reference.passed or (plan.reference.source.name if plan.reference.source is not None else None)
     left_out = [(target, failures[target.name]) for target in plan.targets if target.name in failures]
     left_out += [(last.target, f"Its tokens alone: {reason}") for reason in sweep.token_failures]
     left_out += [
