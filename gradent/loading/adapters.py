@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from gradent.errors import ModelError
@@ -66,14 +66,14 @@ def embedding_rows(adapter: str | None) -> int | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            rows = [int(file.get_slice(name).get_shape()[0]) for name in file.keys() if _ROWS.search(name)]
-    except Exception:  # a damaged file is told where it is loaded
+            rows = [int(file.get_slice(name).get_shape()[0]) for name in list(file.keys()) if _ROWS.search(name)]
+    except (OSError, SafetensorError):  # a damaged file is told where it is loaded
         return None
     return max(rows, default=None)
 
 
 def under(base: str, adapter: str) -> ModelSource:
-    """The model under an adapter, as the trainer's reference had it: the base, or the base as the adapter changed it."""
+    """The model under an adapter, as the trainer's reference had it: the base, or what the adapter made of it."""
     if changes_base(adapter) is None and embedding_rows(adapter) is None:
         return ModelSource(base=base, adapter=None, name=base)
     return ModelSource(base=base, adapter=adapter, name=base, adapter_off=True)
@@ -129,7 +129,7 @@ def _tidy(adapter: str) -> Iterator[str]:
     """The adapter's directory, or a copy in which the names of its weights are without a wrapper's prefix."""
     path = Path(adapter) / ADAPTER_WEIGHTS
     with safe_open(path, framework="pt") as file:
-        names = {name: tidy_name(name) for name in file.keys()}
+        names = {name: tidy_name(name) for name in list(file.keys())}
     if all(name == tidied for name, tidied in names.items()):
         yield adapter
         return

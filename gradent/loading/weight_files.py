@@ -72,7 +72,7 @@ def require_tensors(directory: Path, kind: str) -> None:
 
 
 def tidy_name(name: str) -> str:
-    """The name of an adapter's weight without what a wrapper of the model (torch.compile, DDP, PEFT twice) put in it."""
+    """The name of an adapter's weight without what a wrapper (torch.compile, DDP, PEFT twice) put in it."""
     return re.sub(r"\.default(?=\.|$)", "", _WRAPPERS.sub("", _WRAPPERS.sub("", name)))
 
 

@@ -26,6 +26,10 @@ def base_of(directory: Path) -> Any:
     """The tiny base of a situation, made where it is not there yet."""
     if not (directory / "base").is_dir():
         make_base(directory / "base")
+        model = AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
+        with torch.no_grad():
+            model.lm_head.weight *= 30  # or hidden states would hardly move a log-prob
+        model.save_pretrained(directory / "base")
     return AutoModelForCausalLM.from_pretrained(directory / "base", dtype=torch.float32)
 
 
@@ -35,7 +39,7 @@ def tokenizer_of(directory: Path) -> Any:
 
 def trained_adapter(model: Any, path: Path, seed: int = 1, **fields: Any) -> Path:
     """An adapter that does much, as one of supervised training would."""
-    adapted = get_peft_model(model, LoraConfig(**{**LORA, **fields}))
+    adapted = get_peft_model(model, LoraConfig(**{**LORA, "target_modules": ["v_proj", "down_proj"], **fields}))
     torch.manual_seed(seed)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:

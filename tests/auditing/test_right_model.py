@@ -37,7 +37,7 @@ def test_the_reference_of_an_adapter_that_is_trained_further(on_adapter) -> None
     directory, run = on_adapter
     result = audited(directory)
     right = plain(adapted(base_of(directory), directory / "sft"), tokenizer_of(directory))
-    assert (right - plain(base_of(directory), tokenizer_of(directory))).abs().min() > 0.01
+    assert (right - plain(base_of(directory), tokenizer_of(directory))).abs().mean() > 0.5
     for step in (2, 4):
         same(measured(result, step, reference=True), right)
         policy = adapted(base_of(directory), run / f"checkpoint-{step}")
