@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from gradent import losses
+from gradent.auditing.against_trainer import compare_with_trainer
 from gradent.auditing.analysis.columns import TargetRecord, collect
 from gradent.auditing.analysis.steps import plan_steps
 from gradent.auditing.analysis.summary import summarize
@@ -64,7 +65,8 @@ def run(config: AuditConfig) -> Summary:
             sweep.journal.close()
         if ranks.is_first and (records or interrupt is None):
             complete = interrupt is None and all(record.is_whole for record in records)
-            outcome = summarize(config, plan, records, sweep, notes, complete=complete)
+            doubt = compare_with_trainer(plan, records, config.loss)
+            outcome = summarize(config, plan, records, sweep, notes, doubt=doubt, complete=complete)
             write_records(config, outcome, started)
         if interrupt is not None:
             partial = f"{config.out} holds a partial record. The same command goes on from where this one was stopped."

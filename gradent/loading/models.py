@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from gradent.errors import InputError, ModelError, NotCausalError
+from gradent.loading.adapters import put_adapter
 from gradent.loading.files import brief, hint, some
 from gradent.loading.source import ModelSource
 from gradent.model.facts import check_causal
@@ -23,7 +22,7 @@ from gradent.model.parameters import input_device
 
 __all__ = [
     "DTYPES", "LOAD_ERRORS", "check_device", "check_dtype", "check_vocabulary", "load_config", "load_model",
-    "load_tokenizer", "not_causal", "read_adapter",
+    "load_tokenizer", "not_causal",
 ]  # fmt: skip
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
@@ -80,7 +79,7 @@ def load_model(
     place = check_device(device)
     model = _load_base(source.base, dtype, trust_remote_code)
     if source.adapter is not None:
-        model = _load_adapter(model, source.adapter, source.base, trainable)
+        model = put_adapter(model, source, trainable)
     try:
         model = model.to(place).eval()
     except torch.OutOfMemoryError as error:
@@ -139,39 +138,6 @@ def _load_base(base: str, dtype: str, trust_remote_code: bool) -> Any:
             "Give a complete causal LM."
         )
     return model
-
-
-def _load_adapter(model: Any, adapter: str, base: str, trainable: bool) -> Any:
-    try:
-        read_adapter(adapter, trainable=trainable)
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
-        with safe_open(Path(adapter) / "adapter_model.safetensors", framework="pt") as file:
-            saved = set(file.keys())
-    except ModelError:
-        raise
-    except LOAD_ERRORS as error:
-        raise ModelError(
-            f"{adapter}: the adapter cannot be put on {base} ({brief(error)}). Is it an adapter for this base?"
-        ) from error
-    # Without embeddings: PEFT adds them to what it saves where it sees fit, and asks the hub about it.
-    lacking = sorted(set(get_peft_model_state_dict(model, save_embedding_layers=False)) - saved)
-    if lacking:
-        raise ModelError(
-            f"{adapter}: the adapter's file lacks weights that it needs on {base}: {some(lacking)}. They would stay "
-            "at their initial values. Is it an adapter for this base?"
-        )
-    return model
-
-
-def read_adapter(adapter: str, *, trainable: bool = True) -> Any:
-    """The configuration of a PEFT adapter."""
-    config = PeftConfig.from_pretrained(adapter)
-    if trainable and config.is_prompt_learning:
-        raise ModelError(
-            f"{adapter}: {config.peft_type.value} adapters are saved without what trains them, and PEFT does not "
-            "load them for training. In Python, call gradent.measure on the model while it trains."
-        )
-    return config
 
 
 def not_causal(base: str, config: Any) -> NotCausalError:

@@ -15,6 +15,7 @@ import trl
 from transformers import PreTrainedTokenizerBase
 
 from gradent.errors import InputError, ModelError
+from gradent.loading.adapters import embedding_rows
 from gradent.loading.config import LoadConfig
 from gradent.loading.models import check_vocabulary, load_config, load_model, load_tokenizer
 from gradent.loading.preference_files import read_rows
@@ -140,6 +141,7 @@ def _first_readable(
     for source in sources:
         try:
             config = load_config(source.base, trust_remote_code=trust_remote_code).get_text_config()
+            config.vocab_size = embedding_rows(source.adapter) or config.vocab_size  # tokens may have been added
             tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
             check_vocabulary(tokenizer, config.vocab_size, source.base)
         except ModelError as error:

@@ -27,6 +27,9 @@ class ModelSource:
     base: str  # directory or hub id of the full model
     adapter: str | None  # directory of the PEFT adapter on top of it, or None
     name: str  # what the user called it; the record's `checkpoint`
+    adapter_off: bool = (
+        False  # whether the adapter is switched off once it is loaded: what it changed of the base stays
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,21 +8,26 @@ from __future__ import annotations
 import fnmatch
 import json
 import os
+import re
 from pathlib import Path
 
 from gradent.errors import ModelError
 from gradent.loading.files import AGAIN, brief, leads_outside, read_object, some
 from gradent.text import quoted
 
-__all__ = ["CONFIGS", "check_links", "check_weights", "kind_of", "require_tensors"]
+__all__ = ["ADAPTER_WEIGHTS", "CONFIGS", "check_links", "check_weights", "kind_of", "require_tensors", "tidy_name"]
 
 CONFIGS = {"full": "config.json", "adapter": "adapter_config.json"}
 """Kind of a model to the file that describes it."""
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""The file of an adapter's weights."""
+
 _MOST_HEADER = 100_000_000  # safetensors' own bound
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_TEMPLATES = "additional_chat_templates"  # the one directory in a model's that is read
+_TEMPLATES = "additional_chat_templates"  # the directories in a model's that are read: this one,
+_REFERENCE = "ref"  # and TRL's frozen copy of an adapter
+_WRAPPERS = re.compile(r"^(_orig_mod\.|module\.)+|(?<=base_model\.model\.)(_orig_mod\.|module\.|base_model\.model\.)+")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _TRAINER_STATE = ("training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*")
 
@@ -42,7 +47,7 @@ def check_weights(directory: Path, kind: str | None) -> None:
     names = _names(directory)
     tensors = [name for name in names if name.endswith(".safetensors")]
     if kind == "adapter":
-        tensors = [name for name in tensors if name == _ADAPTER_WEIGHTS]
+        tensors = [name for name in tensors if name == ADAPTER_WEIGHTS]
     if not tensors and _INDEX not in names:
         _refuse_without_tensors(directory, kind, names)
     needed = CONFIGS[kind or "full"]
@@ -66,6 +71,11 @@ def require_tensors(directory: Path, kind: str) -> None:
         _refuse_without_tensors(directory, kind, names)
 
 
+def tidy_name(name: str) -> str:
+    """The name of an adapter's weight without what a wrapper (torch.compile, DDP, PEFT twice) put in it."""
+    return re.sub(r"\.default(?=\.|$)", "", _WRAPPERS.sub("", _WRAPPERS.sub("", name)))
+
+
 def check_links(directory: Path, root: Path) -> None:
     """Refuse a checkpoint that is, or holds, a link out of its run: what it shows would not be the run's."""
     # What is never opened (optimizer states and other pickles, directories) may lie anywhere.
@@ -76,9 +86,9 @@ def check_links(directory: Path, root: Path) -> None:
     if leads_outside(directory, root):
         raise ModelError(f"{directory}: {problem}")
     try:
-        for place in (directory, directory / _TEMPLATES):
+        for place in (directory, directory / _TEMPLATES, directory / _REFERENCE):
             for path in sorted(place.iterdir()) if place.is_dir() else ():
-                opened = path.name == _TEMPLATES or not (path.is_dir() or _is_pickle(path.name))
+                opened = path.name in {_TEMPLATES, _REFERENCE} or not (path.is_dir() or _is_pickle(path.name))
                 if path.is_symlink() and opened and leads_outside(path, root):
                     raise ModelError(f"{directory}: in it, {quoted(path.name)} {problem}")
     except OSError as error:
@@ -130,7 +140,7 @@ def _refuse_without_tensors(directory: Path, kind: str | None, names: set[str]) 
             f"{directory}: only pickled weights ({some(pickled)}), which can run code when they are loaded; gradent "
             f"reads safetensors. If you trust the file, convert it once: {loader}.save_pretrained({str(directory)!r})"
         )
-    wanted = _ADAPTER_WEIGHTS if kind == "adapter" else "*.safetensors"
+    wanted = ADAPTER_WEIGHTS if kind == "adapter" else "*.safetensors"
     raise ModelError(
         f"{directory}: no weights in it (no {wanted} file). It was left off while it was saved, or copied without "
         "its weights: copy it again from where the run was trained, or remove it."

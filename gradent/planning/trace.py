@@ -19,8 +19,9 @@ from gradent.errors import ModelError
 from gradent.hooks.capture.capture import Capture
 from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.uses import GroupedUse, LookupUse, MatrixUse, SumUse, Use
+from gradent.loading.adapters import read_adapter
 from gradent.loading.files import brief, hint
-from gradent.loading.models import LOAD_ERRORS, load_config, not_causal, read_adapter
+from gradent.loading.models import LOAD_ERRORS, load_config, not_causal
 from gradent.loading.source import ModelSource
 from gradent.model.calls import forward_logits
 from gradent.model.facts import longest_input

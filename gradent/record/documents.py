@@ -43,6 +43,8 @@ class Summary(TypedDict):
     gradent_version: str
     complete: bool
     """False where the audit was stopped before all was measured: the record is then a partial one."""
+    doubt: str | None
+    """What the trainer's own log says against this audit, with the likely causes; null where it says nothing."""
     run: dict[str, Any] | None
     """directory, kind (full or adapter), base, found (steps of all checkpoints there) and asked (steps of those to
     measure); null for a single model that is no run."""
@@ -293,7 +295,7 @@ def _check_rollouts(path: str | os.PathLike[str], record: GroupTokenRecord) -> N
 
 SUMMARY = DocumentKind(
     schema="gradent.audit_summary", keys=Summary, noun="summaries", command="audit", writer="write_summary",
-    added=("steps",),
+    added=("steps", "doubt"),
 )  # fmt: skip
 DEMO = DocumentKind(schema="gradent.demo", keys=DemoRecord, noun="demos", command="demo", writer="write_demo")
 TOKEN_PAIR = DocumentKind(

@@ -52,9 +52,10 @@ class Outcome:
 
 
 def summarize(
-    config: AuditConfig, plan: AuditPlan, records: list[TargetRecord], sweep: Sweep, notes: list[str], *, complete: bool
-) -> Outcome:
-    """The tables and the summary of what was measured."""
+    config: AuditConfig, plan: AuditPlan, records: list[TargetRecord], sweep: Sweep, notes: list[str], *,
+    doubt: str | None, complete: bool,
+) -> Outcome:  # fmt: skip
+    """The tables and the summary of what was measured; `doubt` is what the trainer's log says against it."""
     failures, journal, loss = sweep.failures, sweep.journal, config.loss
     if not records:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in failures.items())
@@ -73,7 +74,7 @@ def summarize(
     rows = what_if(table, loss, tokens, sample_step)
     history = _read_history(plan.run, notes)
     kept_notes = [entry["text"] for entry in journal.all("note")]
-    reference = plan.reference.passed or (plan.reference.source.base if plan.reference.source is not None else None)
+    reference = plan.reference.passed or (plan.reference.source.name if plan.reference.source is not None else None)
     left_out = [(target, failures[target.name]) for target in plan.targets if target.name in failures]
     left_out += [(last.target, f"Its tokens alone: {reason}") for reason in sweep.token_failures]
     left_out += [
@@ -81,7 +82,7 @@ def summarize(
         for target in plan.targets if target.name in sweep.step_failures
     ]  # fmt: skip
     summary = {
-        "complete": complete, "run": _describe_run(plan),
+        "complete": complete, "doubt": doubt, "run": _describe_run(plan),
         "left_out": [
             {"checkpoint": target.name, "step": target.step, "reason": reason} for target, reason in left_out
         ],
@@ -112,7 +113,7 @@ def summarize(
             "truncation_mode": plan.material.how.truncation_mode,
             "max_prompt_length": plan.material.how.max_prompt_length,
         },
-        "notes": notes + [note for note in kept_notes if note not in notes],
+        "notes": ([] if doubt is None else [doubt]) + notes + [note for note in kept_notes if note not in notes],
     }  # fmt: skip
     return Outcome(
         pairs=stack([record.table for record in records]), sample=sample, steps=step_table(steps),

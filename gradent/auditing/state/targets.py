@@ -10,6 +10,7 @@ from typing import Any
 
 from gradent.auditing.state.config import AuditConfig
 from gradent.errors import InputError
+from gradent.loading.adapters import changes_base, frozen_reference, under
 from gradent.loading.preferences import AuditPair
 from gradent.loading.prepare import Material
 from gradent.loading.runs.checkpoint import Checkpoint
@@ -98,6 +99,10 @@ def choose_reference(targets: Sequence[Target], run: Run | None, config: AuditCo
         return ReferenceChoice(kind="model", source=resolve_source(config.reference), passed=config.reference)
     source = next(target.source for target in targets if target.source is not None)
     needed = config.loss.name if config.loss.needs_reference else None  # the loss that cannot do without
+    frozen = None if source.adapter is None else frozen_reference(source.adapter)
+    if frozen is not None:
+        tell(f"The reference is {frozen}, the adapter that TRL kept frozen for it (--reference for another).")
+        return ReferenceChoice(kind="model", source=ModelSource(base=source.base, adapter=frozen, name=frozen))
     if run is None:
         return _reference_of_one(source, needed, tell)
     if run.base is None and needed is None:
@@ -114,8 +119,10 @@ def choose_reference(targets: Sequence[Target], run: Run | None, config: AuditCo
         )
     else:
         tell(f"The reference is {run.base}, which the run started from (--reference for another).")
-    kind = "adapter_off" if run.kind == "adapter" else "model"
-    return ReferenceChoice(kind=kind, source=ModelSource(base=run.base, adapter=None, name=run.base))
+    if source.adapter is None:
+        return ReferenceChoice(kind="model", source=ModelSource(base=run.base, adapter=None, name=run.base))
+    _tell_of_start(source.adapter, tell)
+    return ReferenceChoice(kind="adapter_off", source=under(run.base, source.adapter))
 
 
 def _reference_of_one(source: ModelSource, needed: str | None, tell: Tell) -> ReferenceChoice:
@@ -136,6 +143,16 @@ def _reference_of_one(source: ModelSource, needed: str | None, tell: Tell) -> Re
     return ReferenceChoice(kind="adapter_off")
 
 
+def _tell_of_start(adapter: str, tell: Tell) -> None:
+    start = changes_base(adapter)
+    if start is None:
+        return
+    drawn = " That start draws random numbers, so what is made again is near the run's and not the same." * (
+        "niter" in start
+    )
+    tell(f"init_lora_weights={start!r} changes the base: the reference is the changed base, made again.{drawn}")
+
+
 def _trains_biases(adapter: str) -> bool:
     return str(read_adapter_file(adapter).get("bias", "none")) != "none"
 
@@ -153,7 +170,9 @@ def _to_target(checkpoint: Checkpoint, run: Run) -> Target:
 
 
 def _model_files(source: ModelSource | None) -> list[Any] | None:
-    return None if source is None else [_files(source.base), _files(source.adapter)]
+    if source is None:
+        return None
+    return [_files(source.base), _files(source.adapter), *(["adapter off"] if source.adapter_off else [])]
 
 
 def _files(name: str | None) -> list[tuple[str, int, int]] | str | None:

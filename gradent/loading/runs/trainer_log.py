@@ -13,7 +13,7 @@ from typing import Any
 from gradent.loading.files import read_object, some
 from gradent.text import quoted
 
-__all__ = ["History", "read_history"]
+__all__ = ["Coverage", "History", "read_coverage", "read_history"]
 
 _TRAINED = (
     "loss", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected", "rewards/margins",
@@ -29,6 +29,29 @@ class History:
     # of each key that was logged, (step, value) by step; finite numbers only
     curves: dict[str, list[tuple[int, float]]]
     problems: list[str]  # what could not be read, counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """How much data a log speaks of."""
+
+    steps: int | None  # steps of the optimizer when it was written
+    batch: int | None  # rows of a batch on one device
+    epochs: float | None  # passes over the data, of the last entry that has log-probs
+    tokens: int | None  # tokens of prompts and responses that the trainer counted by then
+
+
+def read_coverage(path: str | os.PathLike[str]) -> Coverage:
+    """Read how many steps, rows and tokens a trainer's log covers."""
+    content = read_object(Path(path))
+    log = content.get("log_history")
+    entries = [entry for _, entry in _entries(log if isinstance(log, list) else [], Counter())]
+    last: Mapping[str, Any] = next((entry for entry in reversed(entries) if "logps/chosen" in entry), {})
+    epochs, tokens = _finite(last.get("epoch")), _finite(last.get("num_tokens"))
+    return Coverage(
+        steps=_count(content.get("global_step")), batch=_count(content.get("train_batch_size")), epochs=epochs,
+        tokens=None if tokens is None else round(tokens),
+    )  # fmt: skip
 
 
 def read_history(path: str | os.PathLike[str]) -> History:
@@ -74,6 +97,10 @@ def _is_kept(key: str) -> bool:
     if key.startswith("eval_"):
         return any(key.endswith(f"_{name}") for name in _TRAINED)
     return key in _TRAINED or key == "learning_rate" or key.startswith("gradent/")
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10**18 else None
 
 
 def _finite(value: Any) -> float | None:

@@ -77,7 +77,9 @@ def _facts(records: AuditRecords) -> list[tuple[str, str]]:
 
 
 def _notices(records: AuditRecords) -> list[Notice]:
-    summary, notices = records.summary, []
+    summary, notices = records.summary, list[Notice]()
+    if summary["doubt"]:
+        notices.append(Notice("Another function was trained than is measured here.", str(summary["doubt"]), warns=True))
     if not summary["complete"]:
         asked = (summary["run"] or {}).get("asked")
         of = f" of {len(asked)} checkpoints" if asked else " checkpoint(s)"

@@ -45,6 +45,8 @@ def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
     yield Text("")
     for name, fact in facts.items():
         yield Text(f"{name:<9}  {printable(fact)}", "bold", overflow="fold")
+    if summary["doubt"]:
+        yield Text(f"\n{printable(summary['doubt'])}", "bold red")
     if run is not None:
         yield Text("\nCheckpoint by checkpoint, over the same pairs: median cosine, cases, mean log-probs in nats")
         yield _checkpoint_table(summary["checkpoints"])
