@@ -254,6 +254,7 @@ def make_summary(
     )
     return {
         "complete": True,
+        "doubt": None,
         "run": {
             "directory": f"my-dpo-run{evil}", "kind": "full", "base": f"my-sft-model{evil}", "found": list(steps),
             "asked": list(steps),

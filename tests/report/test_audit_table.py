@@ -25,6 +25,7 @@ def summary(**given: Any) -> dict[str, Any]:
         **summarize_columns(values),
         "run": None,
         "checkpoints": [],
+        "doubt": None,
         "left_out": [],
         "recommendation": None,
         "steps": None,
