@@ -21,6 +21,7 @@ from gradent.auditing.analysis.columns import TargetRecord
 from gradent.auditing.state.targets import AuditPlan
 from gradent.errors import GradentError
 from gradent.loading.runs.trainer_log import Coverage, read_coverage, read_history
+from gradent.loading.training_args import read_trained
 from gradent.losses import Loss
 from gradent.record.table import Floats
 
@@ -56,7 +57,8 @@ def compare_with_trainer(plan: AuditPlan, records: Sequence[TargetRecord], loss:
     except GradentError:  # told where the curves are read
         return None
     policy = _compare_policy(records, curves, coverage)
-    beta = getattr(loss, "beta", None)
+    # Of another β nothing is known by the log: without the run's own, its reference is not compared.
+    beta = read_trained([str(plan.run.directory), *(str(each.path) for each in plan.run.checkpoints)]).beta
     gaps = _compare_reference(plan, records[0], curves, coverage, beta) if loss.needs_reference and beta else {}
     if any(gap.is_open for gap in gaps.values()):
         what = f"the reference's (logps/* less rewards/* over β = {beta:g}, over the whole log)"

@@ -30,19 +30,25 @@ class Trained:
     release: str | None = None  # of TRL, as the model card names it
     limits: dict[str, Any] = field(default_factory=dict)  # of `_LIMITS`, those that training_args.bin names
     day: datetime | None = None  # when the trainer saved its first state
+    beta: float | None = None  # of its loss, where training_args.bin names it
 
 
 def read_trained(models: Iterable[str]) -> Trained:
     """What the directories of some models say, and those that they are in; the first that says a thing counts."""
     places = [path for model in models if (path := Path(model)).is_dir()]
     places += [path.resolve().parent for path in places if re.fullmatch(r"checkpoint-\d+", path.resolve().name)]
-    releases, limits, days = list[str](), dict[str, Any](), list[float]()
+    releases, limits, days, betas = list[str](), dict[str, Any](), list[float](), list[float]()
     for place in dict.fromkeys(places):
         releases += _read_release(place / "README.md")
-        limits = _read_limits(place / "training_args.bin") | limits
+        values = _read_values(place / "training_args.bin")
+        found = {name: value for name, value in pairwise(values) if name in _LIMITS}
+        limits = {name: value for name, value in found.items() if _is_limit(name, value)} | limits
+        betas += [
+            value for name, value in pairwise(values) if name == "beta" and isinstance(value, float) and value > 0
+        ]
         days += [path.stat().st_mtime for path in (place / "trainer_state.json",) if path.is_file()]
     day = datetime.fromtimestamp(min(days)) if days else None
-    return Trained(release=releases[0] if releases else None, limits=limits, day=day)
+    return Trained(release=releases[0] if releases else None, limits=limits, day=day, beta=betas[0] if betas else None)
 
 
 def _read_release(card: Path) -> list[str]:
@@ -52,17 +58,16 @@ def _read_release(card: Path) -> list[str]:
         return []
 
 
-def _read_limits(path: Path) -> dict[str, Any]:
+def _read_values(path: Path) -> list[Any]:
+    """All plain values of a trainer's arguments, in order; none where the file cannot be read."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             if len(names) != 1 or archive.getinfo(names[0]).file_size > _LARGEST:
-                return {}
-            values = list(_plain_values(archive.read(names[0])))
+                return []
+            return list(_plain_values(archive.read(names[0])))
     except (OSError, ValueError, zipfile.BadZipFile, RuntimeError, NotImplementedError):
-        return {}
-    found = {name: value for name, value in pairwise(values) if name in _LIMITS}
-    return {name: value for name, value in found.items() if _is_limit(name, value)}
+        return []
 
 
 def _is_limit(name: str, value: Any) -> bool:
