@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from gradent.recorder.recording import Recording, RowRecording, join_recordings,
 from gradent.report.live.alerts import Alert, Alerter
 from gradent.report.live.group_alerts import GroupAlerter
 from gradent.report.live.group_panels import GroupPanels
+from gradent.report.live.group_window import GroupWindow
 from gradent.report.live.wandb import Panels
+from gradent.report.live.window import Window
 from gradent.trainer.records.row_step import RowStepRecord, summarize_rows, to_row_lines
 from gradent.trainer.records.row_window import to_group_window
 from gradent.trainer.records.step import StepRecord, layer_cosines, summarize, to_rows
@@ -24,41 +27,66 @@ from gradent.trainer.records.window import to_window
 __all__ = ["GroupJournal", "Journal", "PairJournal", "same_kind"]
 
 
-class Journal(Protocol):
-    """What becomes of the measured steps of a run."""
+class Journal(ABC):
+    """What becomes of the measured steps of a run; a kind of rows says how records, scalars and windows are made."""
+
+    def __init__(self, alerter: Alerter | GroupAlerter | None, panels: Panels | GroupPanels | None) -> None:
+        # Each kind's alerter and panels take the windows that it makes.
+        self._alerter: Any = alerter
+        self._panels: Any = panels
+        self._stream: PairStream | None = None
 
     def open(self, out: Path) -> None:
         """Write lines into a file of this directory from now on."""
+        self._stream = self._open_stream(out)
 
+    def append(self, record: Any) -> None:
+        """Write a step's lines."""
+        if self._stream is not None:
+            self._stream.append(self._to_lines(record))
+
+    def tell(self, records: Sequence[Any], scalars: Mapping[str, float], step: int, tokenizer: Any) -> str | None:
+        """Send a window's panels; the line for the log, None for none."""
+        window = self._to_window(records, tokenizer)
+        text: str | None = None if self._alerter is None else self._alerter.check(window)
+        if self._panels is not None:
+            self._panels.send(window, scalars, step)
+        return text
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._stream is not None:
+            self._stream.close()
+
+    @abstractmethod
     def record(
         self, step: int, recordings: Sequence[Any], realised: Sequence[Tensor] | None, tokens: TokenMap | None
     ) -> Any:
         """The record of a step, from what all ranks harvested, and how much their rows moved."""
 
-    def append(self, record: Any) -> None:
-        """Write a step's lines."""
-
+    @abstractmethod
     def summarize(self, records: Sequence[Any]) -> dict[str, float]:
         """The scalars of a window of at least one step."""
 
-    def tell(self, records: Sequence[Any], scalars: Mapping[str, float], step: int, tokenizer: Any) -> str | None:
-        """Send a window's panels; the line for the log, None for none."""
+    @abstractmethod
+    def _open_stream(self, out: Path) -> PairStream:
+        """The file of a directory that lines go into."""
 
-    def close(self) -> None:
-        """Close the file."""
+    @abstractmethod
+    def _to_lines(self, record: Any) -> list[dict[str, Any]]:
+        """A step's lines."""
+
+    @abstractmethod
+    def _to_window(self, records: Sequence[Any], tokenizer: Any) -> Any:
+        """What alerts and panels are made from."""
 
 
-class PairJournal:
+class PairJournal(Journal):
     """Of pairs: `pairs.jsonl`, cases, layers."""
 
     def __init__(self, alert: Alert | None, *, panels: bool, by_module: bool) -> None:
-        self._stream: PairStream | None = None
-        self._alerter, self._panels = None if alert is None else Alerter(alert), Panels() if panels else None
+        super().__init__(None if alert is None else Alerter(alert), Panels() if panels else None)
         self._by_module = by_module
-
-    def open(self, out: Path) -> None:
-        """See `Journal`."""
-        self._stream = PairStream(out / "pairs.jsonl")
 
     def record(
         self, step: int, recordings: Sequence[Recording], realised: Sequence[Tensor] | None, tokens: TokenMap | None
@@ -67,42 +95,26 @@ class PairJournal:
         moved = None if realised is None else torch.cat([part.view(2, -1) for part in realised], 1)
         return StepRecord.of(step, join_recordings(recordings), realised=moved, tokens=tokens)
 
-    def append(self, record: StepRecord) -> None:
-        """See `Journal`."""
-        if self._stream is not None:
-            self._stream.append(to_rows(record))
-
     def summarize(self, records: Sequence[StepRecord]) -> dict[str, float]:
         """See `Journal`."""
         layers = layer_cosines(records) if self._by_module else {}
         return summarize(records) | {f"gradent/layer/{name}/cosine": value for name, value in layers.items()}
 
-    def tell(
-        self, records: Sequence[StepRecord], scalars: Mapping[str, float], step: int, tokenizer: Any
-    ) -> str | None:
-        """See `Journal`."""
-        window = to_window(records, tokenizer)
-        text = None if self._alerter is None else self._alerter.check(window)
-        if self._panels is not None:
-            self._panels.send(window, scalars, step)
-        return text
+    def _open_stream(self, out: Path) -> PairStream:
+        return PairStream(out / "pairs.jsonl")
 
-    def close(self) -> None:
-        """See `Journal`."""
-        if self._stream is not None:
-            self._stream.close()
+    def _to_lines(self, record: StepRecord) -> list[dict[str, Any]]:
+        return to_rows(record)
+
+    def _to_window(self, records: Sequence[StepRecord], tokenizer: Any) -> Window:
+        return to_window(records, tokenizer)
 
 
-class GroupJournal:
+class GroupJournal(Journal):
     """Of rows that are no pairs: `rows.jsonl`, what moved positives and negatives, spikes."""
 
     def __init__(self, alert: Alert | None, *, panels: bool) -> None:
-        self._stream: RowStream | None = None
-        self._alerter, self._panels = None if alert is None else GroupAlerter(alert), GroupPanels() if panels else None
-
-    def open(self, out: Path) -> None:
-        """See `Journal`."""
-        self._stream = RowStream(out / "rows.jsonl")
+        super().__init__(None if alert is None else GroupAlerter(alert), GroupPanels() if panels else None)
 
     def record(
         self, step: int, recordings: Sequence[RowRecording], realised: Sequence[Tensor] | None, tokens: TokenMap | None
@@ -111,29 +123,18 @@ class GroupJournal:
         moved = None if realised is None else torch.cat(list(realised))
         return RowStepRecord.of(step, join_row_recordings(recordings), realised=moved)
 
-    def append(self, record: RowStepRecord) -> None:
-        """See `Journal`."""
-        if self._stream is not None:
-            self._stream.append(to_row_lines(record))
-
     def summarize(self, records: Sequence[RowStepRecord]) -> dict[str, float]:
         """See `Journal`."""
         return summarize_rows(records)
 
-    def tell(
-        self, records: Sequence[RowStepRecord], scalars: Mapping[str, float], step: int, tokenizer: Any
-    ) -> str | None:
-        """See `Journal`."""
-        window = to_group_window(records, tokenizer)
-        text = None if self._alerter is None else self._alerter.check(window)
-        if self._panels is not None:
-            self._panels.send(window, scalars, step)
-        return text
+    def _open_stream(self, out: Path) -> RowStream:
+        return RowStream(out / "rows.jsonl")
 
-    def close(self) -> None:
-        """See `Journal`."""
-        if self._stream is not None:
-            self._stream.close()
+    def _to_lines(self, record: RowStepRecord) -> list[dict[str, Any]]:
+        return to_row_lines(record)
+
+    def _to_window(self, records: Sequence[RowStepRecord], tokenizer: Any) -> GroupWindow:
+        return to_group_window(records, tokenizer)
 
 
 def same_kind(recordings: Sequence[Any], say: Callable[[str], object]) -> list[Any]:
