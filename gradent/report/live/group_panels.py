@@ -6,9 +6,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from gradent.figures.charts import Bars, Chart, Figure, Line, Series
+from gradent.figures.charts import Chart, Figure, Line
 from gradent.notices import Notices
 from gradent.report.live.group_window import GroupWindow
+from gradent.report.live.moved_bars import MovedBars
 from gradent.report.live.wandb import MOST_POINTS, log_figures, make_table
 
 __all__ = ["GroupPanels"]
@@ -19,7 +20,7 @@ class GroupPanels:
 
     def __init__(self) -> None:
         self._steps: list[int] = []
-        self._moved: dict[str, dict[str, list[float]]] = {}
+        self._moved = MovedBars()
         self._against: dict[str, list[float]] = {"positives that fall": [], "negatives that rise": []}
         self._changes: list[tuple[float, float]] = []
         self._notices = Notices()
@@ -31,10 +32,7 @@ class GroupPanels:
         if wandb is None or run is None:
             return
         self._steps += window.steps
-        for side, columns in window.moved.items():
-            for source, values in columns.items():
-                known = self._moved.setdefault(side, {}).setdefault(source, [])
-                known += [float("nan")] * (len(self._steps) - len(values) - len(known)) + values
+        self._moved.add(window.moved, len(self._steps))
         counts = (window.positives, window.lowered), (window.negatives, window.raised)
         for shares, (all_rows, against) in zip(self._against.values(), counts, strict=True):
             shares += [part / count if count else float("nan") for count, part in zip(all_rows, against, strict=True)]
@@ -54,15 +52,7 @@ class GroupPanels:
             lines = [Line(name, self._steps, shares) for name, shares in self._against.items()]
             title = "Rows that a step moves against their weight"
             figures["gradent/against"] = Chart("step", "share of rows", lines, title=title, percent=True)
-        for side, columns in self._moved.items():
-            series = [
-                Series(source.replace("_", " "), values + [float("nan")] * (len(self._steps) - len(values)), source)
-                for source, values in columns.items()
-            ]
-            figures[f"gradent/moved_{side}"] = Bars(
-                "step", "nats a step, first order", [str(step) for step in self._steps], series,
-                title=f"What moved {side} rows", upright=True, places=self._steps,
-            )  # fmt: skip
+        figures |= self._moved.figures(self._steps, " rows")
         if self._changes:
             predicted, realised = zip(*self._changes, strict=True)
             figures["gradent/changes"] = Chart(

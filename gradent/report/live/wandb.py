@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradent.errors import GradentError, InputError
-from gradent.figures.charts import Bars, Chart, Figure, HeatMap, Line, Series, token_cosines
+from gradent.figures.charts import Chart, Figure, HeatMap, Line, token_cosines
 from gradent.figures.plotly import draw_plotly
 from gradent.notices import Notices
 from gradent.record import MOVED_SOURCES, UNSPLIT
+from gradent.report.live.moved_bars import MovedBars
 from gradent.report.live.window import TokenHeatMap, Window
 from gradent.report.page.cases import CASES
 
@@ -28,7 +29,7 @@ class Panels:
         self._cases: list[dict[str, float]] = []
         self._layers: dict[str, dict[int, float | None]] = {}
         self._changes: list[tuple[float, float, float, float]] = []
-        self._moved: dict[str, dict[str, list[float]]] = {}
+        self._moved = MovedBars()
         self._is_accounted = False
         self._notices = Notices()
 
@@ -42,10 +43,7 @@ class Panels:
         self._cases += window.cases
         for layer, cosines in window.layer_cosines.items():
             self._layers.setdefault(layer, {}).update(zip(window.steps, cosines, strict=True))
-        for side, columns in window.moved.items():
-            for source, values in columns.items():
-                known = self._moved.setdefault(side, {}).setdefault(source, [])
-                known += [float("nan")] * (len(self._steps) - len(values) - len(known)) + values
+        self._moved.add(window.moved, len(self._steps))
         if window.accounted and not self._is_accounted:  # from here on the account is drawn, in other units
             self._is_accounted, self._changes = True, []
         changes = zip(window.accounted if self._is_accounted else window.predicted, window.realised, strict=False)
@@ -70,15 +68,7 @@ class Panels:
             cosines = [[layer.get(step) for step in self._steps] for layer in self._layers.values()]
             title, names = "Cosine of chosen and rejected gradients by layer", list(self._layers)
             figures["gradent/layers"] = HeatMap("step", "layer", self._steps, names, cosines, "cosine", title=title)
-        for side, columns in self._moved.items():
-            series = [
-                Series(source.replace("_", " "), values + [float("nan")] * (len(self._steps) - len(values)), source)
-                for source, values in columns.items()
-            ]
-            figures[f"gradent/moved_{side}"] = Bars(
-                "step", "nats a step, first order", [str(step) for step in self._steps], series,
-                title=f"What moved {side}", upright=True, places=self._steps,
-            )  # fmt: skip
+        figures |= self._moved.figures(self._steps)
         if self._changes:
             predicted = "predicted, first order (nats per unit of learning rate)"
             title = "Predicted and realised changes of log-probs, each pair alone"
