@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from gradent.report.live.group_window import GroupWindow, Rollout
-from gradent.report.live.window import Push
+from gradent.trainer.records.pushes import MOST_LETTERS, find_pushes
 from gradent.trainer.records.row_step import SIDES, RowStepRecord
 from gradent.trainer.records.step import share_explained
 
 __all__ = ["to_group_window"]
 
 _MOST_ROWS = 5
-_MOST_LETTERS = 2000
 
 
 def to_group_window(records: Sequence[RowStepRecord], tokenizer: Any) -> GroupWindow:
@@ -49,7 +48,9 @@ def to_group_window(records: Sequence[RowStepRecord], tokenizer: Any) -> GroupWi
         accounted=accounted, is_whole=all(account.is_whole for account in accounts),
         explained=share_explained(accounts),
         rollouts=[] if tokenizer is None else _find_rollouts(records, tokenizer),
-        pushes=[] if tokenizer is None else _find_pushes(records, tokenizer),
+        pushes=[]
+        if tokenizer is None
+        else find_pushes(records, _name, lambda record, row: _texts(record, row, tokenizer)[1]),
     )  # fmt: skip
 
 
@@ -68,29 +69,6 @@ def _find_rollouts(records: Sequence[RowStepRecord], tokenizer: Any) -> list[Rol
     return sorted(found, key=lambda rollout: -rollout.share)[:_MOST_ROWS]
 
 
-def _find_pushes(records: Sequence[RowStepRecord], tokenizer: Any) -> list[Push]:
-    """What the rows that moved others most did, the largest first."""
-    found: list[tuple[float, RowStepRecord, int, int]] = []
-    for record in records:
-        if record.attribution is None or record.batch is None or not record.attribution.pushes.numel():
-            continue
-        sizes = record.attribution.pushes.abs().nan_to_num().fill_diagonal_(0.0)
-        best = sizes.flatten().topk(min(_MOST_ROWS, sizes.numel()))
-        for size, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            found.append((size, record, place // len(sizes), place % len(sizes)))
-    pushes = []
-    for size, record, row, by in sorted(found, key=lambda item: -item[0])[:_MOST_ROWS]:
-        assert record.attribution is not None
-        if size == 0:
-            continue
-        pushes.append(Push(
-            step=record.step, moved=_name(record, row), text=_texts(record, row, tokenizer)[1],
-            change=float(record.attribution.total[row]), by=_name(record, by),
-            by_text=_texts(record, by, tokenizer)[1], push=float(record.attribution.pushes[row, by]),
-        ))  # fmt: skip
-    return pushes
-
-
 def _name(record: RowStepRecord, row: int) -> str:
     assert record.rows.weight is not None
     side = "positive" if record.rows.weight[row] > 0 else "negative"
@@ -103,4 +81,4 @@ def _texts(record: RowStepRecord, row: int, tokenizer: Any) -> tuple[str, str]:
     decode = getattr(tokenizer, "tokenizer", tokenizer).decode  # a processor holds its tokenizer
     ids, marks = record.batch.row(row)
     start = int(marks.int().argmax())
-    return decode(ids[:start].tolist())[:_MOST_LETTERS], decode(ids[start:].tolist())[:_MOST_LETTERS]
+    return decode(ids[:start].tolist())[:MOST_LETTERS], decode(ids[start:].tolist())[:MOST_LETTERS]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from gradent.record import CASE_NAMES
-from gradent.report.live.window import EntangledPair, Push, TokenHeatMap, Window
+from gradent.report.live.window import EntangledPair, TokenHeatMap, Window
+from gradent.trainer.records.pushes import MOST_LETTERS, find_pushes
 from gradent.trainer.records.step import (
     StepRecord,
     layer_cosines,
@@ -21,7 +22,6 @@ from gradent.trainer.records.step import (
 __all__ = ["to_window"]
 
 _MOST_PAIRS = 5
-_MOST_LETTERS = 2000
 
 
 def to_window(records: Sequence[StepRecord], tokenizer: Any) -> Window:
@@ -50,7 +50,9 @@ def to_window(records: Sequence[StepRecord], tokenizer: Any) -> Window:
         moved=_find_moves(records), is_whole=all(account.is_whole for account in accounts),
         explained=share_explained(accounts),
         accounted=_totals(records) if accounts else (),
-        pushes=[] if tokenizer is None else _find_pushes(records, tokenizer),
+        pushes=[]
+        if tokenizer is None
+        else find_pushes(records, _name, lambda record, row: _response(record, row, tokenizer)),
         entangled=[] if tokenizer is None else _find_entangled(records, tokenizer),
         tokens=_make_heat_map(records, tokenizer),
     )  # fmt: skip
@@ -79,35 +81,17 @@ def _totals(records: Sequence[StepRecord]) -> list[tuple[float, float]]:
     return totals
 
 
-def _find_pushes(records: Sequence[StepRecord], tokenizer: Any) -> list[Push]:
-    """What the rows that moved others most did, the largest first."""
-    decode = getattr(tokenizer, "tokenizer", tokenizer).decode  # a processor holds its tokenizer
-    found: list[tuple[float, StepRecord, int, int]] = []
-    for record in records:
-        if record.attribution is None or record.batch is None:
-            continue
-        sizes = record.attribution.pushes.abs().nan_to_num().fill_diagonal_(0.0)
-        best = sizes.flatten().topk(min(_MOST_PAIRS, sizes.numel()))
-        for size, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            found.append((size, record, place // len(sizes), place % len(sizes)))
-    pushes = []
-    for size, record, row, by in sorted(found, key=lambda item: -item[0])[:_MOST_PAIRS]:
-        assert record.attribution is not None
-        assert record.batch is not None
-        if size == 0:
-            continue
-        texts = [ids[marks] for ids, marks in (record.batch.row(row), record.batch.row(by))]
-        text, by_text = (decode(ids.tolist())[:_MOST_LETTERS] for ids in texts)
-        pushes.append(Push(
-            step=record.step, moved=_name(row, len(record.batch)), text=text,
-            change=float(record.attribution.total[row]), by=_name(by, len(record.batch)), by_text=by_text,
-            push=float(record.attribution.pushes[row, by]),
-        ))  # fmt: skip
-    return pushes
-
-
-def _name(row: int, pairs: int) -> str:
+def _name(record: StepRecord, row: int) -> str:
+    pairs = len(record.gram)
     return f"{'chosen' if row < pairs else 'rejected'} of pair {row % pairs}"
+
+
+def _response(record: StepRecord, row: int, tokenizer: Any) -> str:
+    """The text of a row's response."""
+    assert record.batch is not None
+    ids, marks = record.batch.row(row)
+    decode = getattr(tokenizer, "tokenizer", tokenizer).decode  # a processor holds its tokenizer
+    return str(decode(ids[marks].tolist()))[:MOST_LETTERS]
 
 
 def _make_heat_map(records: Sequence[StepRecord], tokenizer: Any) -> TokenHeatMap | None:
@@ -140,7 +124,7 @@ def _find_entangled(records: Sequence[StepRecord], tokenizer: Any) -> list[Entan
         chosen, of_chosen = record.batch.row(pair)
         rejected, of_rejected = record.batch.row(len(record.batch) + pair)
         parts = {"prompt": chosen[~of_chosen], "chosen": chosen[of_chosen], "rejected": rejected[of_rejected]}
-        texts = {name: decode(ids.tolist())[:_MOST_LETTERS] for name, ids in parts.items()}
+        texts = {name: decode(ids.tolist())[:MOST_LETTERS] for name, ids in parts.items()}
         case = CASE_NAMES[int(record.verdict.case[pair])]
         entangled.append(EntangledPair(step=record.step, cosine=cosine, case=case, **texts))
     return entangled
