@@ -65,6 +65,16 @@ def make_tokenizer(words: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
 
 
+def make_model(words: int, positions: int) -> LlamaForCausalLM:
+    """A Llama of 8 layers and width 512 with random weights, for so many words and positions."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=words, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
+            max_position_embeddings=positions, pad_token_id=0, eos_token_id=1,
+        )
+    )  # fmt: skip
+
+
 def make_data(rows: int, words: int) -> Dataset:
     """Pairs whose rows have `TOKENS` tokens, half of them prompt."""
     draw = torch.Generator().manual_seed(0)
@@ -96,12 +106,7 @@ def run(
     """
     torch.manual_seed(0)
     words = 8192
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=words, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
-            max_position_embeddings=TOKENS, pad_token_id=0, eos_token_id=1,
-        )
-    )  # fmt: skip
+    model = make_model(words, TOKENS)
     watch = Stopwatch()
     trainer = DPOTrainer(
         model=model,

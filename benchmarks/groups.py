@@ -26,11 +26,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.append import append
-from benchmarks.callback import Stopwatch, make_tokenizer
+from benchmarks.callback import Stopwatch, make_model, make_tokenizer
 from gradent import EntanglementCallback
 
 WORDS, PROMPT, LONGEST = 8192, 128, 128
@@ -96,12 +95,7 @@ def run(kind: str, steps: int, out: str, *, checkpointing: bool) -> tuple[float,
         `(measured, unmeasured)`.
     """
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=WORDS, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8,
-            max_position_embeddings=PROMPT + LONGEST, pad_token_id=0, eos_token_id=1,
-        )
-    )  # fmt: skip
+    model = make_model(WORDS, PROMPT + LONGEST)
     draws, watch = random.Random(1), Training()
     prompts = [" ".join(f"w{draws.randrange(WORDS - 2)}" for _ in range(PROMPT)) for _ in range(2 * steps)]
     watch.trainer = trainer = Drawn(
