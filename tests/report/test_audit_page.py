@@ -26,9 +26,9 @@ from gradent.record import (
     write_token_record,
 )
 from gradent.report import write_audit_report, write_report
-from gradent.report.audit.layers import kind_of
-from gradent.report.audit.records import read_audit
-from gradent.report.audit.steps import thin_out
+from gradent.report.audit.sections.layers import kind_of
+from gradent.report.audit.sections.records import read_audit
+from gradent.report.audit.sections.steps import thin_out
 from tests.report.audit_records import EVIL, HOSTILE, without_numbers, write_audit
 from tests.report.browser import document, listening, needs_chromium
 from tests.report.test_page import figures, read

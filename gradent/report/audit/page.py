@@ -7,15 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gradent.figures.charts import fill_gap
-from gradent.report.audit.dynamics import dynamics_section
-from gradent.report.audit.layers import layer_section
-from gradent.report.audit.losses import loss_section
-from gradent.report.audit.moved import run_section, sample_section
-from gradent.report.audit.pairs import pair_section, property_section
-from gradent.report.audit.records import AuditRecords, Measured, read_audit
-from gradent.report.audit.settings import describe_loss, describe_reference, settings_section
-from gradent.report.audit.steps import case_section, cosine_section, logp_section
-from gradent.report.audit.tokens import token_section
+from gradent.report.audit.sections.dynamics import dynamics_section
+from gradent.report.audit.sections.layers import layer_section
+from gradent.report.audit.sections.losses import loss_section
+from gradent.report.audit.sections.moved import run_section, sample_section
+from gradent.report.audit.sections.pairs import pair_section, property_section
+from gradent.report.audit.sections.records import AuditRecords, Measured, read_audit
+from gradent.report.audit.sections.settings import describe_loss, describe_reference, settings_section
+from gradent.report.audit.sections.steps import case_section, cosine_section, logp_section
+from gradent.report.audit.sections.tokens import token_section
 from gradent.report.page.cases import share_of
 from gradent.report.page.html import Page, Section, write_page
 from gradent.report.page.numbers import count, fixed, percent, plural, step_name

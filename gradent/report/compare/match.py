@@ -17,8 +17,8 @@ import numpy as np
 
 from gradent.record.curves import mean_and_error
 from gradent.record.table import Floats
-from gradent.report.audit.records import AuditRecords, Measured, read_audit
-from gradent.report.audit.settings import list_settings
+from gradent.report.audit.sections.records import AuditRecords, Measured, read_audit
+from gradent.report.audit.sections.settings import list_settings
 from gradent.report.page.numbers import plural
 
 __all__ = ["Compared", "Comparison", "compare_audits", "compare_rows"]

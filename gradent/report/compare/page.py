@@ -8,11 +8,11 @@ from pathlib import Path
 
 from gradent.figures.charts import Bars, Chart, fill_gap
 from gradent.record.atomic import make_directory
-from gradent.report.audit.losses import shown_rows
-from gradent.report.audit.pairs import pair_quotes
-from gradent.report.audit.records import AuditRecords, Row
-from gradent.report.audit.settings import describe_loss
-from gradent.report.audit.steps import STEP
+from gradent.report.audit.sections.losses import shown_rows
+from gradent.report.audit.sections.pairs import pair_quotes
+from gradent.report.audit.sections.records import AuditRecords, Row
+from gradent.report.audit.sections.settings import describe_loss
+from gradent.report.audit.sections.steps import STEP
 from gradent.report.compare.match import Compared, Comparison, compare_audits, compare_rows
 from gradent.report.page.cases import CASES, CASES_EXPLAINED, case_series, share_of
 from gradent.report.page.html import Page, Section, write_page

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradent.record import Summary
-from gradent.report.audit.settings import describe_loss, describe_reference
+from gradent.report.audit.sections.settings import describe_loss, describe_reference
 from gradent.report.page.numbers import fixed, percent
 from gradent.report.terminal.tables import new_table
 from gradent.text import printable, visible

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradent.report.audit.records import AuditRecords, Measured, Row
+from gradent.report.audit.sections.records import AuditRecords, Measured, Row
 from gradent.report.page.cases import CASES
 from gradent.report.page.html import Section
 from gradent.report.page.numbers import NOTHING, count, fixed, number, percent, plural

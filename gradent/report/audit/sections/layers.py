@@ -16,7 +16,7 @@ import numpy as np
 from gradent.figures.charts import HeatMap, fill_gap
 from gradent.model.layer_names import layer_of, unwrapped
 from gradent.record.table import Floats
-from gradent.report.audit.records import AuditRecords, Row
+from gradent.report.audit.sections.records import AuditRecords, Row
 from gradent.report.page.html import Section
 from gradent.report.page.numbers import fixed, percent
 from gradent.report.page.parts import Table

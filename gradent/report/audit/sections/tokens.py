@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradent.record.token_rows import name_token
-from gradent.report.audit.records import AuditRecords, Row
+from gradent.report.audit.sections.records import AuditRecords, Row
 from gradent.report.page.html import Section
 from gradent.report.page.numbers import count, fixed, percent, plural, signed_number
 from gradent.report.page.parts import Table, Word, Words, scaled_words

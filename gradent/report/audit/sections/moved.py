@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradent.figures.charts import Chart, Line, fill_gap
-from gradent.report.audit.layers import bare_name
-from gradent.report.audit.records import AuditRecords, Row
-from gradent.report.audit.steps import STEP
+from gradent.report.audit.sections.layers import bare_name
+from gradent.report.audit.sections.records import AuditRecords, Row
+from gradent.report.audit.sections.steps import STEP
 from gradent.report.page.html import Section
 from gradent.report.page.numbers import count, number, percent, plural, signed_number, step_name
 from gradent.report.page.parts import Cell, Table

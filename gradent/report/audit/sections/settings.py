@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gradent.report.audit.records import AuditRecords
+from gradent.report.audit.sections.records import AuditRecords
 from gradent.report.page.html import Section
 from gradent.report.page.numbers import count, plural
 from gradent.report.page.parts import Notice, Table

@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from gradent.figures.charts import Bars, Chart, Line, Series, fill_gap
-from gradent.report.audit.records import AuditRecords, Measured
+from gradent.report.audit.sections.records import AuditRecords, Measured
 from gradent.report.page.cases import CASES, CASES_EXPLAINED, case_series
 from gradent.report.page.html import Section
 from gradent.report.page.numbers import change, fixed, number, percent, plural, step_name

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gradent.figures.charts import Chart, Line, fill_gap
-from gradent.report.audit.records import AuditRecords, Row
-from gradent.report.audit.steps import STEP
+from gradent.report.audit.sections.records import AuditRecords, Row
+from gradent.report.audit.sections.steps import STEP
 from gradent.report.page.cases import CASES, share_of
 from gradent.report.page.html import Section
 from gradent.report.page.numbers import count, number, percent, signed_number
