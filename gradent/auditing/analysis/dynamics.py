@@ -153,7 +153,7 @@ def measured_fall(points: Points) -> dict[str, Any] | None:
     """The fall of both mean log-probs since the best checkpoint so far; None where they do not both lie below it."""
     # A run whose log-probs rise first and fall then is told from where they fall, not from where it has lost all that
     # it gained. Checkpoints at which they have not both clearly fallen yet are no part of the fall.
-    shared = list(reduce(lambda pairs, point: {pair: 0 for pair in pairs if pair in point[1]}, points, points[0][1]))
+    shared = [pair for pair in points[0][1] if all(pair in values for _, values in points)] if points else []
     if len(points) < 2 or len(shared) < 2:
         return None
     logps = np.array([[values[pair] for pair in shared] for _, values in points])  # [points, pairs, 2]

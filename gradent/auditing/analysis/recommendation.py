@@ -207,8 +207,8 @@ def _describe_foretold(foretold: Mapping[str, Any], *, is_sample: bool) -> str:
     return (
         f"But nothing shows that a step on {step} foretells this run: from step {foretold['from']:,} to "
         f"{foretold['to']:,} the sign was right for chosen in {sides['chosen']} and for rejected in "
-        f"{sides['rejected']} of the pairs, and a coin has 50%. So no other loss is proposed from it; save checkpoints more often (save_steps), or watch the "
-        "steps themselves (EntanglementCallback)."
+        f"{sides['rejected']} of the pairs, and a coin has 50%. So no other loss is proposed from it; "
+        "save checkpoints more often (save_steps), or watch the steps themselves (EntanglementCallback)."
     )
 
 

@@ -83,12 +83,12 @@ def _settings_section(both: Comparison) -> Section:
     text = "What was set or read differently. Everything else is the same in both."
     if not both.settings:
         return Section("What differs in the settings", "Nothing: all settings are the same.", [])
-    serves = "Decides: whether the two can be held against each other at all."
+    serves = "Tells you whether the two can be held against each other at all."
     return Section("What differs in the settings", text, [Table(("Setting", "A", "B"), both.settings)], serves)
 
 
 def _figure_section(both: Comparison) -> Section:
-    serves = "Decides: which of the two is less entangled, and by more than chance."
+    serves = "Tells you which of the two is less entangled, and by more than chance."
     if not both.rows:
         return Section("Differences", "One of the audits measured nothing.", [], serves)
     rows = []
@@ -116,7 +116,7 @@ def _case_section(both: Comparison) -> Section | None:
         rows = [[label, *(count(both.transitions[case, other]) for other in CASES)] for case, label in CASES.items()]
         caption = "Pairs of both, by their case in A (rows) and in B (columns)"
         parts.append(Table(["In A", *CASES.values()], rows, caption=caption, figures_from=1))
-    serves = "Decides: which pairs a change has helped, and which it has harmed."
+    serves = "Tells you which pairs a change has helped, and which it has harmed."
     return Section("Cases", CASES_EXPLAINED, parts, serves)
 
 
@@ -131,11 +131,11 @@ def _curve_sections(both: Comparison) -> list[Section]:
         Section(
             "Log-probs over steps", "Means over the pairs of each audit, with one standard error.",
             [Chart(STEP, "mean log π(response), nats", logps)],
-            "Decides: which run keeps chosen up while rejected falls.",
+            "Tells you which run keeps chosen up while rejected falls.",
         ),
         Section(
             "Cosines over steps", "", [Chart(STEP, "cosine of the two gradients", cosines, zero=True)],
-            "Decides: in which run entanglement grows.",
+            "Tells you in which run entanglement grows.",
         ),
     ]  # fmt: skip
 
@@ -154,7 +154,7 @@ def _loss_section(both: Comparison) -> Section | None:
     caption = "Shares of the pairs that each audit measured (of token masking: whose tokens it measured)"
     table = Table(header, rows, caption=caption, figures_from=1)
     text = "Each loss on the gradients of each audit's last checkpoint."
-    return Section("What if: other losses", text, [table], "Decides: whether one loss would serve both better.")
+    return Section("What if: other losses", text, [table], "Tells you whether one loss would serve both better.")
 
 
 def _by_loss(records: AuditRecords) -> dict[str, Row]:
@@ -184,4 +184,4 @@ def _pair_section(both: Comparison) -> Section | None:
         Table(header, rows, caption="Pairs whose cosine differs most", figures_from=3),
         Fold("Their texts", [quote for place, *_ in pairs for quote in pair_quotes(both.first, place)]),
     ]
-    return Section("Which pairs moved", "Rows of the data are counted from 0.", parts, "Decides: where to look first.")
+    return Section("Which pairs moved", "Rows of the data are counted from 0.", parts, "Tells you where to look first.")

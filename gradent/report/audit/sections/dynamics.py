@@ -40,7 +40,7 @@ def dynamics_section(records: AuditRecords) -> Section | None:
     realised = dynamics.get("cases_realised")
     if realised:
         parts.append(_cases(records, realised))
-    serves = "Decides: how far the other sections, which are first-order, can be trusted in this run."
+    serves = "Tells you how far the other sections, which are first-order, can be trusted in this run."
     return Section("Predicted against realised", _EXPLAINED, parts, serves) if parts else None
 
 

@@ -45,7 +45,7 @@ def kind_of(module: str) -> str:
 def layer_section(records: AuditRecords) -> Section:
     """Layers and kinds of modules, by their parts of the cosine."""
     title = "Layers"
-    serves = "Decides: where to look for the entanglement, and which layers an adapter might leave out."
+    serves = "Tells you where to look for the entanglement, and which layers an adapter might leave out."
     modules = _list_parts(records)
     if not modules:
         text = "Modules were not measured: leave --no-by-module out of `gradent audit` to see layers here."

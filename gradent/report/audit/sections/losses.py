@@ -53,7 +53,7 @@ def loss_section(records: AuditRecords) -> Section | None:
     if sweeps:
         folded = f"{len(sweeps)} more settings: hyperparameters varied one at a time"
         parts.append(loss_table(sweeps, "Hyperparameters varied", folded))
-    return Section("What if: other losses", text, parts, "Decides: whether another loss, or another β, would help.")
+    return Section("What if: other losses", text, parts, "Tells you whether another loss, or another β, would help.")
 
 
 def shown_rows(rows: Sequence[Row]) -> list[Row]:
