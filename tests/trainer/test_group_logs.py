@@ -228,7 +228,7 @@ def window(**fields: Any) -> GroupWindow:
     })  # fmt: skip
 
 
-ALERT = Alert(positive_lowered=0.2)
+ALERT = Alert(positive_lowered=0.2, pairs=5)
 
 
 def test_what_is_said_of_a_window() -> None:
@@ -248,6 +248,8 @@ def test_what_is_said_of_a_window() -> None:
         {"is_whole": False},
         {"lowered": [0, 1, 2]},
         {"positives": [0, 0, 0], "lowered": [0, 0, 0]},
+        {"positives": [1, 1, 2], "lowered": [1, 1, 2]},  # four rows tell too little
+        {"explained": 0.49},
     ],
 )
 def test_what_is_not_said(fields: dict[str, Any]) -> None:
@@ -261,5 +263,5 @@ def test_steps_before_the_fifth_do_not_count() -> None:
 
 
 def test_the_same_is_said_now_and_then() -> None:
-    alerter = GroupAlerter(Alert(positive_lowered=0.2, again=3))
+    alerter = GroupAlerter(Alert(positive_lowered=0.2, again=3, pairs=16))
     assert [alerter.check(window()) is not None for _ in range(7)] == [True, False, False, True, False, False, True]

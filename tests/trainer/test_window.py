@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from gradent import EntanglementCallback
 from gradent.attribution.step import StepAttribution
+from gradent.notices import log
 from gradent.record import MOVED_COLUMNS, MOVED_SOURCES, PAIR_COLUMNS, UNSPLIT
 from gradent.record.stream import read_stream
-from gradent.report.live.alerts import DEFAULT_ALERT, Alert, describe
+from gradent.report.live.alerts import Alert, describe
 from gradent.trainer.records.step import StepRecord, share_explained, summarize, summarize_moves, to_rows
 from gradent.trainer.records.window import to_window
 from tests.trainer.runs import data_for, llama, make_trainer, preferences
@@ -49,7 +53,7 @@ def test_a_window_of_two_steps(callback: EntanglementCallback, tiny_tokenizer: P
         "lm_head",
     ]
     assert all(len(cosines) == 2 for cosines in window.layer_cosines.values())
-    down = [(record.verdict.case == 2) | (record.verdict.case == 4) for record in records]
+    down = [record.verdict.case == 2 for record in records]
     assert len(window.chosen_needs) == len(window.weight_ratio) == sum(int(which.sum()) for which in down)
 
 
@@ -76,7 +80,10 @@ def test_what_moved_both_sides(callback: EntanglementCallback) -> None:
     assert (
         window.explained == summarize(records)["gradent/explained"] == share_explained([r.attribution for r in records])
     )
-    assert window.moved_last("chosen") == {source: values[1] for source, values in window.moved["chosen"].items()}
+    assert window.accounted_places == [0, 1]
+    for source, values in window.moved["chosen"].items():
+        assert window.moved_mean("chosen", [1])[source] == values[1]
+        assert window.moved_mean("chosen", [0, 1])[source] == pytest.approx(sum(values) / 2)
 
 
 @pytest.mark.parametrize("missing", [0, 1])
@@ -86,7 +93,7 @@ def test_a_step_without_an_account_leaves_a_gap(missing: int, callback: Entangle
     records[missing] = without_account(records[missing])
     window = to_window(records, None)
     there = 1 - missing
-    assert window.last_accounted == there
+    assert window.accounted_places == [there]
     for side, columns in window.moved.items():
         for source, values in columns.items():
             assert math.isnan(values[missing]) and values[there] == whole.moved[side][source][there]
@@ -100,7 +107,7 @@ def test_a_step_without_an_account_leaves_a_gap(missing: int, callback: Entangle
 def test_no_account_at_all(callback: EntanglementCallback, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     records = [without_account(record) for record in callback.records]
     window = to_window(records, tiny_tokenizer)
-    assert window.moved == {} and window.moved_last("chosen") == {} and window.last_accounted is None
+    assert window.moved == {} and window.accounted_places == []
     assert window.accounted == () and window.explained is None and window.pushes == []
     assert len(window.predicted) == 8
     assert not [name for name in summarize(records) if "moved" in name or "explained" in name]
@@ -230,28 +237,77 @@ def test_a_step_that_is_not_split_has_one_source(callback: EntanglementCallback)
     record = replace(callback.records[0], step=5, attribution=whole)
     window = to_window([record, replace(record, step=6, attribution=None)], None)
     assert window.moved["chosen"][UNSPLIT][0] == -2.0 and math.isnan(window.moved["chosen"][UNSPLIT][1])
-    assert window.moved_last("rejected") == {UNSPLIT: -4.0} and window.pushes == []
-    said = describe(window, DEFAULT_ALERT)
-    assert said is not None and said.startswith("step 5: chosen -2 nats; rejected -4 nats")
+    assert window.moved_mean("rejected", [0]) == {UNSPLIT: -4.0} and window.pushes == []
+    said = describe(replace(window, explained=None), Alert(pairs=1))
+    assert said is not None and said.startswith("step 5: chosen -2 ± 0.4 nats; rejected -4 ± 0.4 nats")
     row = to_rows(record)[0]
     assert (row["chosen_moved_step"], row["rejected_moved_step"]) == (-1.0, -3.0) and row["chosen_moved_own"] is None
+
+
+def said_in(caplog: pytest.LogCaptureFixture, name: str) -> list[str]:
+    return [line.getMessage() for line in caplog.records if line.name == name]
 
 
 def test_the_verdict_in_the_training_log(
     tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    anything = Alert(both_down=1e-9, both_up=1e-9, reversed=1e-9, again=2)
-    callback = EntanglementCallback(every=1, alert=anything)
+    """Windows of four pairs are joined: nothing is said before there are 8, and then of all 8."""
+    anything = Alert(both_down=1e-9, both_up=1e-9, reversed=1e-9, again=1, pairs=8)
+    callback = EntanglementCallback(every=1, alert=anything, out=tmp_path / "records")
     # A loss that pushes chosen down: whatever the gradients are, chosen does not rise.
     trainer = make_trainer(
-        "dpo", llama(), tiny_tokenizer, tmp_path, [callback], data=data_for("dpo"), max_steps=5, loss_type=["apo_down"]
+        "dpo", llama(), tiny_tokenizer, tmp_path, [callback], data=data_for("dpo"), max_steps=7, loss_type=["apo_down"]
     )
     with caplog.at_level(logging.WARNING, "gradent"):
         trainer.train()
-    said = [line.getMessage() for line in caplog.records if line.name == "gradent"]
-    assert said and said[0].startswith("step 1: ") and "of 4 pairs in case" in said[0]
-    assert said[-1].startswith("step 5: chosen "), "an account is told of from step 5 on"
-    assert len(said) <= 4
+    first, second, third = said_in(caplog, "gradent")
+    assert first.startswith("[gradent] steps 1-2: ") and "of 8 pairs in case" in first
+    assert second.startswith("[gradent] steps 3-4: ") and "of 8 pairs in case" in second
+    assert third.startswith("[gradent] steps 5-6: chosen "), "an account is told of from step 5 on"
+    assert "a step" in third and "of 8 pairs in case" in third
+    (closing,) = said_in(caplog, "gradent.run")
+    cases = torch.cat([record.verdict.case for record in callback.records])
+    names = {1: "ideal", 2: "both down", 3: "both up", 4: "reversed"}
+    counts = {name: int((cases == number).sum()) for number, name in names.items()}
+    told = {name: count for name, count in counts.items() if count or name in ("ideal", "both down")}
+    shares = [f"{int(100 * count / 28 + 0.5)}% {name}" for name, count in told.items()]
+    records = tmp_path / "records" / "pairs.jsonl"
+    assert closing == f"gradent: 7 measured steps, 28 pairs: {', '.join(shares)}; records in {records}"
+
+
+def test_nothing_is_said_of_few_pairs_but_the_closing_line_is(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for alert in (Alert(both_down=1e-9, both_up=1e-9, reversed=1e-9), None):
+        caplog.clear()
+        callback = EntanglementCallback(every=1, alert=alert)
+        with caplog.at_level(logging.WARNING, "gradent"):
+            make_trainer("dpo", llama(), tiny_tokenizer, tmp_path, [callback], max_steps=7).train()
+        assert said_in(caplog, "gradent") == [], "28 pairs are below 32"
+        (closing,) = said_in(caplog, "gradent.run")
+        assert closing.startswith("gradent: 7 measured steps, 28 pairs: ") and "records" not in closing
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_line_stands_by_itself_beside_a_progress_bar(is_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream(io.StringIO):
+        def isatty(self) -> bool:
+            return is_terminal
+
+    stream = Stream()
+    monkeypatch.setattr(sys, "stderr", stream)
+    handler = logging.StreamHandler(stream)
+    logging.getLogger("gradent").addHandler(handler)
+    try:
+        with tqdm(total=60, ncols=60) as bar:
+            bar.update(5)
+            log("step 200: 75% of 64 pairs")
+    finally:
+        logging.getLogger("gradent").removeHandler(handler)
+    line = next(line for line in stream.getvalue().split("\n") if "step 200" in line)
+    # What a terminal shows of a line is what stands behind its last carriage return.
+    assert line.rpartition("\r")[2] == "[gradent] step 200: 75% of 64 pairs"
+    assert is_terminal or "\r" not in line
 
 
 def test_large_matrices_are_let_go_of(callback: EntanglementCallback, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,9 @@ def describe_groups(window: GroupWindow, alert: Alert) -> str | None:
     """What a window's steps do to positives, in one line; None where too few fall, and in a run's first steps."""
     places = [place for place, step in enumerate(window.steps) if step >= FIRST_TOLD and window.positives[place]]
     positives, lowered = (sum(values[place] for place in places) for values in (window.positives, window.lowered))
-    if not positives or not window.is_whole or lowered / positives < alert.positive_lowered:
+    if positives < alert.pairs or not window.is_whole or lowered / positives < alert.positive_lowered:
+        return None
+    if window.explained is not None and window.explained < alert.explained:
         return None
     first, last = window.steps[places[0]], window.steps[places[-1]]
     steps = f"step {first}" if first == last else f"steps {first}-{last}"

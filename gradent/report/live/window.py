@@ -50,7 +50,7 @@ class Window:
     steps: Sequence[int]  # their numbers, in order
     cases: Sequence[dict[str, float]]  # shares of the pairs by name of the case, one dict a step
     pairs: Sequence[int]  # active pairs of each step
-    # `⟨g_w,g_l⟩ / ‖g_w‖²` of each pair whose chosen falls: the `d_w/d_l` from which it would rise
+    # `⟨g_w,g_l⟩ / ‖g_w‖²` of each pair in case 2: the `d_w/d_l` from which its chosen would rise
     chosen_needs: Sequence[float] = ()
     weight_ratio: Sequence[float] = ()  # `d_w/d_l` of the same pairs
     layer_cosines: dict[str, list[float | None]] = field(default_factory=dict)  # means by step; None for none
@@ -69,18 +69,20 @@ class Window:
     tokens: TokenHeatMap | None = None  # the window's last token matrix; None where none was measured
 
     @property
-    def last_accounted(self) -> int | None:
-        """Place in `steps` of the last step that has an account; None where none has."""
-        for place in reversed(range(len(self.steps))):
-            values = [column[place] for columns in self.moved.values() for column in columns.values()]
-            if values and all(value == value for value in values):
-                return place
-        return None
+    def accounted_places(self) -> list[int]:
+        """Places in `steps` of the steps that have an account."""
+        columns = [column for columns in self.moved.values() for column in columns.values()]
+        return [
+            place for place in range(len(self.steps)) if columns and all(each[place] == each[place] for each in columns)
+        ]
 
-    def moved_last(self, side: str) -> dict[str, float]:
-        """Source to nats of the window's last step that has an account; empty where none has."""
-        place = self.last_accounted
-        return {} if place is None else {source: column[place] for source, column in self.moved[side].items()}
+    def moved_mean(self, side: str, places: Sequence[int]) -> dict[str, float]:
+        """Source to nats, the mean over the pairs of these steps, which have accounts."""
+        pairs = sum(self.pairs[place] for place in places)
+        return {
+            source: sum(column[place] * self.pairs[place] for place in places) / max(1, pairs)
+            for source, column in self.moved[side].items()
+        }
 
     def share(self, case: str) -> float:
         """Share of all the window's pairs in a case."""

@@ -356,9 +356,7 @@ class EntanglementCallback(TrainerCallback):
         if len(self.records) > KEPT_MATRICES:
             self.records[-KEPT_MATRICES - 1] = self.records[-KEPT_MATRICES - 1].without_large_matrices()
         self._window.append(record)
-        if is_new and self._out is not None:
-            self._journal.open(self._out)  # which may fail, and what was measured is kept all the same
-        self._journal.append(record)
+        self._journal.append(record, out=self._out if is_new else None)
 
     def _make_journal(self, recording: Recording | RowRecording) -> Journal:
         """What becomes of the run's measured steps, by the kind of the first."""
@@ -389,14 +387,16 @@ class EntanglementCallback(TrainerCallback):
 
     @guarded_event
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the records."""
+        """Close the records, and say what the run came to."""
         self.step_aside()
-        self._close_journal()
+        closing = self._close_journal()
+        if self._rows.refusal is None and is_first():
+            log(closing or "gradent: no step was measured in this run.", name="gradent.run")
 
-    def _close_journal(self) -> None:
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
+    def _close_journal(self) -> str | None:
+        """Close the records, if there are any; the closing line."""
+        journal, self._journal = self._journal, None
+        return None if journal is None else journal.close()
 
     def step_aside(self) -> None:
         """Take every hook off the model."""

@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradent.attribution.step import StepAttribution
 from gradent.record.stream import PairStream, RowStream
 from gradent.recorder.recording import Recording, RowRecording, join_recordings, join_row_recordings
-from gradent.report.live.alerts import Alert, Alerter
+from gradent.report.live.alerts import FIRST_TOLD, Alert, Alerter
+from gradent.report.live.closing import GroupTally, PairTally
 from gradent.report.live.group_alerts import GroupAlerter
 from gradent.report.live.group_panels import GroupPanels
 from gradent.report.live.group_window import GroupWindow
 from gradent.report.live.wandb import Panels
 from gradent.report.live.window import Window
-from gradent.trainer.records.row_step import RowStepRecord, summarize_rows, to_row_lines
+from gradent.theory.conditions import CASES
+from gradent.trainer.records.row_step import SIDES, RowStepRecord, summarize_rows, to_row_lines
 from gradent.trainer.records.row_window import to_group_window
 from gradent.trainer.records.step import StepRecord, layer_cosines, summarize, to_rows
 from gradent.trainer.records.token_map import TokenMap
@@ -30,33 +33,44 @@ __all__ = ["GroupJournal", "Journal", "PairJournal", "same_kind"]
 class Journal(ABC):
     """What becomes of the measured steps of a run; a kind of rows says how records, scalars and windows are made."""
 
-    def __init__(self, alerter: Alerter | GroupAlerter | None, panels: Panels | GroupPanels | None) -> None:
+    def __init__(
+        self, alert: Alert | None, alerter: Alerter | GroupAlerter | None, panels: Panels | GroupPanels | None,
+        tally: PairTally | GroupTally,
+    ) -> None:  # fmt: skip
         # Each kind's alerter and panels take the windows that it makes.
+        self._alert = alert
         self._alerter: Any = alerter
         self._panels: Any = panels
+        self._tally: PairTally | GroupTally = tally
+        self._untold: list[Any] = []  # steps that have too few rows to say anything of them
         self._stream: PairStream | None = None
 
-    def open(self, out: Path) -> None:
-        """Write lines into a file of this directory from now on."""
-        self._stream = self._open_stream(out)
-
-    def append(self, record: Any) -> None:
-        """Write a step's lines."""
+    def append(self, record: Any, out: Path | None) -> None:
+        """Count a step and write its lines, from now on into a file of `out` where it is given."""
+        self._count(record)
+        if out is not None:
+            self._stream = self._open_stream(out)
         if self._stream is not None:
             self._stream.append(self._to_lines(record))
 
     def tell(self, records: Sequence[Any], scalars: Mapping[str, float], step: int, tokenizer: Any) -> str | None:
         """Send a window's panels; the line for the log, None for none."""
-        window = self._to_window(records, tokenizer)
-        text: str | None = None if self._alerter is None else self._alerter.check(window)
         if self._panels is not None:
-            self._panels.send(window, scalars, step)
+            self._panels.send(self._to_window(records, tokenizer), scalars, step)
+        if self._alerter is None or self._alert is None:
+            return None
+        self._untold += records
+        if sum(map(self._rows_told, self._untold)) < self._alert.pairs:
+            return None
+        untold, self._untold = self._untold, []
+        text: str | None = self._alerter.check(self._to_window(untold, None))
         return text
 
-    def close(self) -> None:
-        """Close the file."""
+    def close(self) -> str:
+        """Close the file; the run's closing line."""
         if self._stream is not None:
             self._stream.close()
+        return self._tally.close(None if self._stream is None else self._stream.path)
 
     @abstractmethod
     def record(
@@ -67,6 +81,14 @@ class Journal(ABC):
     @abstractmethod
     def summarize(self, records: Sequence[Any]) -> dict[str, float]:
         """The scalars of a window of at least one step."""
+
+    @abstractmethod
+    def _count(self, record: Any) -> None:
+        """Count a step for the closing line."""
+
+    @abstractmethod
+    def _rows_told(self, record: Any) -> int:
+        """How many rows of a step a sentence would speak of."""
 
     @abstractmethod
     def _open_stream(self, out: Path) -> PairStream:
@@ -85,7 +107,8 @@ class PairJournal(Journal):
     """Of pairs: `pairs.jsonl`, cases, layers."""
 
     def __init__(self, alert: Alert | None, *, panels: bool, by_module: bool) -> None:
-        super().__init__(None if alert is None else Alerter(alert), Panels() if panels else None)
+        alerter = None if alert is None else Alerter(alert)
+        super().__init__(alert, alerter, Panels() if panels else None, PairTally())
         self._by_module = by_module
 
     def record(
@@ -99,6 +122,14 @@ class PairJournal(Journal):
         """See `Journal`."""
         layers = layer_cosines(records) if self._by_module else {}
         return summarize(records) | {f"gradent/layer/{name}/cosine": value for name, value in layers.items()}
+
+    def _count(self, record: StepRecord) -> None:
+        counts = {name: int((record.verdict.case == number).sum()) for number, name in CASES.items()}
+        counts["inactive"] = counts.get("inactive", 0) + record.inactive
+        self._tally.add(counts, *_squares(record.attribution))
+
+    def _rows_told(self, record: StepRecord) -> int:
+        return len(record.gram)
 
     def _open_stream(self, out: Path) -> PairStream:
         return PairStream(out / "pairs.jsonl")
@@ -114,7 +145,8 @@ class GroupJournal(Journal):
     """Of rows that are no pairs: `rows.jsonl`, what moved positives and negatives, spikes."""
 
     def __init__(self, alert: Alert | None, *, panels: bool) -> None:
-        super().__init__(None if alert is None else GroupAlerter(alert), GroupPanels() if panels else None)
+        alerter = None if alert is None else GroupAlerter(alert)
+        super().__init__(alert, alerter, GroupPanels() if panels else None, GroupTally())
 
     def record(
         self, step: int, recordings: Sequence[RowRecording], realised: Sequence[Tensor] | None, tokens: TokenMap | None
@@ -127,6 +159,20 @@ class GroupJournal(Journal):
         """See `Journal`."""
         return summarize_rows(records)
 
+    def _count(self, record: RowStepRecord) -> None:
+        counts = {"rows": len(record.rows), "groups": record.groups}
+        account = record.attribution
+        if account is not None and len(record.rows):
+            for name, sign in SIDES.items():
+                side = record.side(sign)
+                against = side & (account.total * sign < 0)
+                counts |= {name: int(side.sum()), f"{name} against": int(against.sum())}
+        self._tally.add(counts, *_squares(record.attribution))
+
+    def _rows_told(self, record: RowStepRecord) -> int:
+        told = record.attribution is not None and record.step >= FIRST_TOLD and len(record.rows)
+        return int(record.side(1).sum()) if told else 0
+
     def _open_stream(self, out: Path) -> RowStream:
         return RowStream(out / "rows.jsonl")
 
@@ -135,6 +181,13 @@ class GroupJournal(Journal):
 
     def _to_window(self, records: Sequence[RowStepRecord], tokenizer: Any) -> GroupWindow:
         return to_group_window(records, tokenizer)
+
+
+def _squares(account: StepAttribution | None) -> tuple[float, float]:
+    """Sums of squares of what an account leaves unexplained, and of the realised changes; 0 where unknown."""
+    if account is None or account.realised is None or account.rest is None:
+        return 0.0, 0.0
+    return float(account.rest.square().sum()), float(account.realised.square().sum())
 
 
 def same_kind(recordings: Sequence[Any], say: Callable[[str], object]) -> list[Any]:

@@ -31,7 +31,7 @@ def to_window(records: Sequence[StepRecord], tokenizer: Any) -> Window:
     for record in records:
         verdict = record.verdict
         ratio, need = verdict.weight_ratio, verdict.chosen_needs
-        falls = ((verdict.case == 2) | (verdict.case == 4)) & ratio.isfinite() & need.isfinite()
+        falls = (verdict.case == 2) & ratio.isfinite() & need.isfinite()
         needs += need[falls].tolist()
         ratios += ratio[falls].tolist()
         predicted += list(zip(verdict.chosen_change.tolist(), verdict.rejected_change.tolist(), strict=True))
