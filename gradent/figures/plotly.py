@@ -41,7 +41,9 @@ def draw_plotly(figure: Figure) -> Any:
     for shape in content["layout"].get("shapes", ()):
         shape["line"]["color"] = _TEXT
     ground = {"plot_bgcolor": _GAP} if isinstance(figure, HeatMap) else {}
-    return Drawing(content["data"], {**content["layout"], **ground, "title": {"text": _label(figure.title)}})
+    drawing = Drawing(content["data"], {**content["layout"], **ground, "title": {"text": _label(figure.title)}})
+    drawing.layout.template = None  # the default one is 7 kB in every figure
+    return drawing
 
 
 def _colour(trace: dict[str, Any]) -> None:

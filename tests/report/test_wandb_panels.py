@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+import gradent
 from gradent.errors import GradentError, InputError
 from gradent.record import MOVED_SOURCES
 from gradent.report.live.wandb import Panels, wandb_dashboard
@@ -35,8 +39,9 @@ def full(step: int) -> Window:
 class Run:
     def __init__(self) -> None:
         self.logged: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {}
 
-    def log(self, content: dict[str, Any]) -> None:
+    def log(self, content: dict[str, Any], **_: Any) -> None:
         self.logged.append(content)
 
 
@@ -81,7 +86,7 @@ def test_figures_grow_with_the_run(run: Run) -> None:
     assert list(heat.x) == [1, 2, 4]
     assert [list(row) for row in heat.z] == [[0.1, 0.2, 0.4], [None, None, None]]
     assert len(last["gradent/changes"].data[0].x) == 6
-    assert [row[0] for row in last["gradent/pairs"].data] == [4], "the pairs are the window's"
+    assert len(last["gradent/pairs"].data) == 1, "a pair that is met again is in the table once"
 
 
 NAN = float("nan")
@@ -156,6 +161,80 @@ def test_who_pushed_whom_is_a_table(run: Run) -> None:
     table = run.logged[0]["gradent/pushes"]
     assert table.columns == ["step", "moved", "change", "by", "push", "text", "by_text"]
     assert table.data == [[7, "chosen of pair 1", -0.8, "rejected of pair 0", -0.5, "good", "bad"]]
+
+
+def long_run(run: Run, windows: int, layers: int, per_window: int = 2) -> Panels:
+    """Panels of a run with a window every ten steps; each has texts, changes and layers as real ones have."""
+    panels, text = Panels(), "It was a long way, and " * 30
+    for number in range(1, windows + 1):
+        steps = [10 * number + place for place in range(per_window)]
+        value = math.sin(number)
+        pairs = [EntangledPair(step=steps[0], cosine=value / 2, case="ideal", prompt=f"{number} {text}", chosen=text,
+                               rejected=text)] * 5  # fmt: skip
+        pushes = [Push(step=steps[0], moved="chosen of pair 0", text=text, change=value, by="rejected of pair 1",
+                       by_text=text, push=value)] * 5  # fmt: skip
+        panels.send(
+            Window(
+                steps=steps, cases=[CASES] * per_window, pairs=[4] * per_window,
+                layer_cosines={f"model.layers.{layer}": [value / (layer + 1)] * per_window for layer in range(layers)},
+                moved=moves(*[value] * per_window), accounted=[(value, -value)] * 4 * per_window,
+                predicted=[(value, -value)] * 4 * per_window, realised=[(value, -value)] * 4 * per_window,
+                entangled=pairs, pushes=pushes,
+            ),
+            {"gradent/cosine": value}, step=steps[-1], last=10 * windows,
+        )  # fmt: skip
+    panels.finish("done")
+    return panels
+
+
+def test_the_bytes_of_a_long_run(run: Run) -> None:
+    """1,000 windows of a model with 32 layers: figures about 50 times, and 20 MB at most."""
+    long_run(run, windows=1000, layers=32)
+    with_figures = [content for content in run.logged if "gradent/cases" in content]
+    assert 40 <= len(with_figures) <= 52 and sum("gradent/cosine" in content for content in run.logged) == 1000
+    sent = 0
+    for content in run.logged:
+        for value in content.values():
+            if hasattr(value, "to_json"):
+                sent += len(value.to_json())
+            else:
+                sent += len(json.dumps(value.data if hasattr(value, "data") else value))
+    assert sent < 20e6, sent
+    last = with_figures[-1]
+    assert all(len(trace.x) <= 80 for name in ("cases", "moved_chosen") for trace in last[f"gradent/{name}"].data)
+    assert last["gradent/cases"].data[0].customdata[0] == "steps 10-130, 100 pairs"
+    assert run.summary["gradent/verdict"] == "done"
+    assert run.logged[-1]["train/global_step"] == 10001, "the figures of the end are sent"
+
+
+def test_the_end_is_sent_once(run: Run) -> None:
+    panels = long_run(run, windows=1, layers=1)
+    assert sum("gradent/cases" in content for content in run.logged) == 1, "nothing was left to be sent"
+    panels.send(full(500), {}, 500, last=0)
+    assert "gradent/cases" in run.logged[-1]
+
+
+def test_cases_stand_for_what_was_measured(run: Run) -> None:
+    """Bars at their steps, nothing between them, and how many pairs each is of."""
+    panels = Panels()
+    for step in (1, 10, 20):
+        panels.send(window(step), {}, step)
+    drawing = run.logged[-1]["gradent/cases"]
+    assert {trace.type for trace in drawing.data} == {"bar"} and list(drawing.data[0].x) == [1, 10, 20]
+    assert list(drawing.data[0].customdata) == ["step 1, 4 pairs", "step 10, 4 pairs", "step 20, 4 pairs"]
+    assert drawing.layout.title.text == "Cases of 12 pairs (4 a bar), each pair alone"
+
+
+def test_red_is_entangled(run: Run) -> None:
+    """The same palette as the page's: what is above 0 is red, what is below is blue."""
+    Panels().send(window(1, layer_cosines={"a.0": [0.5]}), {}, 1)
+    (heat,) = run.logged[0]["gradent/layers"].data
+    (low, below), _, (high, above) = heat.colorscale
+    assert (low, high) == (0, 1) and heat.zmin == -1 and heat.zmax == 1
+    red, _, blue = (int(above[place : place + 2], 16) for place in (1, 3, 5))
+    assert red > 2 * blue and int(below[5:7], 16) > 2 * int(below[1:3], 16)
+    css = (Path(gradent.__file__).parent / "report" / "page" / "page.css").read_text("utf-8")
+    assert f"--high: {above}" in css and f"--low: {below}" in css
 
 
 def test_a_layer_that_comes_late_leaves_a_gap(run: Run) -> None:
@@ -233,13 +312,17 @@ def test_dashboard(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wandb_dashboard("me", "project") == "https://example.org/view"
     (view,) = saved
     assert (view.entity, view.project, view.name) == ("me", "project", "gradent")
-    lines = {key for panel in view.sections[0].panels for key in getattr(panel, "y", [])}
-    media = {key for panel in view.sections[0].panels for key in getattr(panel, "media_keys", [])}
+    panels = [panel for section in view.sections for panel in section.panels]
+    assert [(section.name, section.is_open) for section in view.sections] == [
+        ("gradent", True), ("gradent, detail=True", False),
+    ]  # fmt: skip
+    lines = {key for panel in panels for key in getattr(panel, "y", [])}
+    media = {key for panel in panels for key in getattr(panel, "media_keys", [])}
     assert lines >= {"gradent/cosine", "gradent/case/both_down", "gradent/weight_ratio", "gradent/overhead_s"}
     assert lines >= {f"gradent/moved/{side}/{name}" for side in ("chosen", "rejected") for name in MOVED_SOURCES}
     assert "gradent/explained" in lines
-    panels = ("moved_chosen", "moved_rejected", "changes", "cases", "layers", "tokens")
-    assert media == {f"gradent/{name}" for name in panels}
+    names = ("moved_chosen", "moved_rejected", "changes", "cases", "layers", "tokens")
+    assert media == {f"gradent/{name}" for name in names}
 
 
 def test_a_dashboard_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,12 +84,14 @@ def assert_rows(
 
 
 def texts(record: RowStepRecord, tokenizer: object) -> list[tuple[str, str]]:
-    """Prompt and response of each row."""
+    """Prompt and response of each row, without special tokens."""
     found: list[tuple[str, str]] = []
     assert record.batch is not None
     for row in range(len(record.rows)):
         ids, marks = record.batch.row(row)
-        found.append((tokenizer.decode(ids[~marks.bool()]), tokenizer.decode(ids[marks.bool()])))  # type: ignore[attr-defined]
+        parts = ids[~marks.bool()], ids[marks.bool()]
+        prompt, response = (tokenizer.decode(part, skip_special_tokens=True) for part in parts)  # type: ignore[attr-defined]
+        found.append((prompt, response))
     return found
 
 

@@ -195,7 +195,7 @@ def test_memory_that_runs_out_once_costs_nothing(
     with caplog.at_level(logging.WARNING, "gradent"):
         make_trainer("dpo", model, tiny_tokenizer, tmp_path, [callback, seen], max_steps=1).train()
     (record,) = callback.records
-    assert record.source == "piggyback" and not caplog.records
+    assert record.source == "piggyback" and not [line for line in caplog.records if line.name == "gradent"]
     assert_exact(record.gram, truth(seen.models[0], record.batch, dtype=torch.float64), record.batch, 1e-5)
     assert len(budgets) > failures
     assert (record.attribution is not None) == (reduction == "account_group")

@@ -18,7 +18,7 @@ from gradent.model.layer_names import layer_of
 from gradent.record import MOVED_SOURCES
 from tests.batches import ragged
 from tests.trainer.runs import llama, make_trainer, preferences, with_lora
-from tests.trainer.wandb_file import history
+from tests.trainer.wandb_file import history, summary
 
 NAMES = {
     "gradent/inner", "gradent/cosine", "gradent/chosen_norm", "gradent/rejected_norm", "gradent/case/ideal",
@@ -26,6 +26,12 @@ NAMES = {
     "gradent/chosen_change", "gradent/rejected_change", "gradent/inactive", "gradent/coverage", "gradent/overhead_s",
 }  # fmt: skip
 MOVED = {f"gradent/moved/{side}/{source}" for side in ("chosen", "rejected") for source in MOVED_SOURCES}
+MOVED |= {f"gradent/moved/{side}/{name}" for side in ("chosen", "rejected") for name in ("others", "total")}
+SHOWN = {
+    "gradent/moved/chosen/total", "gradent/moved/rejected/total", "gradent/moved/chosen/partner",
+    "gradent/moved/chosen/others", "gradent/moved/chosen/momentum", "gradent/case/both_down", "gradent/cosine",
+}  # fmt: skip
+BESIDE_FIGURES = {"gradent/moved/chosen/total", "gradent/case/both_down", "gradent/cosine"}
 REALISED = {"gradent/chosen_realised", "gradent/rejected_realised"}
 EXPLAINED = {"gradent/explained"}
 PROBE = {
@@ -85,7 +91,7 @@ def test_the_error_of_sketches(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path
 
 
 def test_loggers_that_stand_before_it_see_it_all(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    loggers, callback = [Logger(), Logger()], EntanglementCallback(every=2)
+    loggers, callback = [Logger(), Logger()], EntanglementCallback(every=2, detail=True)
     trainer = make_trainer("dpo", llama(), tiny_tokenizer, tmp_path, [loggers[0], callback, loggers[1]], max_steps=4)
     trainer.train()
     for logger in loggers:
@@ -96,10 +102,27 @@ def test_loggers_that_stand_before_it_see_it_all(tiny_tokenizer: PreTrainedToken
         assert [logs for _, logs in logger.seen] == kept
 
 
+def test_loggers_see_eight_scalars_at_most(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    logger, callback = Logger(), EntanglementCallback(every=1)
+    trainer = make_trainer("dpo", llama(), tiny_tokenizer, tmp_path, [logger, callback], max_steps=2)
+    trainer.train()
+    for (_, seen), kept in zip(logger.seen[:2], trainer.state.log_history, strict=False):
+        reversed_pairs = {"gradent/case/reversed"} if kept["gradent/case/reversed"] else set()
+        assert SHOWN <= names_in(seen) <= SHOWN | reversed_pairs and len(SHOWN) <= 8
+        assert names_in(kept) == NAMES | MOVED, "log_history keeps all"
+        assert {name: seen[name] for name in SHOWN} == {name: kept[name] for name in SHOWN}
+        assert all(type(name) is str for name in kept)
+        for side in ("chosen", "rejected"):
+            parts = {source: kept[f"gradent/moved/{side}/{source}"] for source in MOVED_SOURCES}
+            assert kept[f"gradent/moved/{side}/total"] == pytest.approx(sum(parts.values()))
+            others = parts["others_chosen"] + parts["others_rejected"] + parts["earlier_batches"]
+            assert kept[f"gradent/moved/{side}/others"] == pytest.approx(others)
+
+
 def test_added_after_the_trainer_was_made(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     logger = Logger()
     trainer = make_trainer("dpo", llama(), tiny_tokenizer, tmp_path, [logger])
-    trainer.add_callback(EntanglementCallback(every=1))
+    trainer.add_callback(EntanglementCallback(every=1, detail=True))
     trainer.train()
     assert [names_in(logs) for _, logs in logger.seen] == [NAMES | MOVED, NAMES | MOVED, set()]
 
@@ -214,26 +237,122 @@ def wandb_run(callback: EntanglementCallback, tokenizer: Any, folder: Path, monk
     return trainer
 
 
+def by_step(rows: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """The trainer's step to what was logged at it, in however many rows; no key twice."""
+    merged: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        known = merged.setdefault(row["train/global_step"], {})
+        own = {name for name in row if "gradent" in name}
+        assert not own & set(known), "logged twice at one step"
+        known |= row
+    return merged
+
+
+MEDIA = {"cases", "layers", "pairs", "pushes", "moved_chosen", "moved_rejected"}
+
+
+def media_in(row: dict[str, Any]) -> set[str]:
+    return {key.split("/")[1].split(".")[0] for key in row if key.startswith("gradent/") and "." in key}
+
+
 def test_a_run_of_wandb(
     tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = wandb_run(EntanglementCallback(every=1, realised=True), tiny_tokenizer, tmp_path, monkeypatch)
+    """Its file, key by key: one section, no key twice, eight charts and two tables."""
+    trainer = wandb_run(EntanglementCallback(every=1), tiny_tokenizer, tmp_path, monkeypatch)
     rows = history(tmp_path)
-    written = [row for row in rows if "train/loss" in row]
-    assert [row["train/global_step"] for row in written] == [1, 2]
-    for row, logs in zip(written, trainer.state.log_history, strict=False):
-        assert {key for key in row if "gradent" in key} == {f"train/{name}" for name in names_in(logs)}
-        assert row["train/gradent/cosine"] == pytest.approx(logs["gradent/cosine"])
-    own = [row for row in rows if "gradent/cosine" in row]
-    assert [row["train/global_step"] for row in own] == [1, 2]
-    scalars = NAMES | MOVED | REALISED | EXPLAINED
-    for row, logs in zip(own, trainer.state.log_history, strict=False):
-        assert set(row) >= scalars
-        assert row["gradent/inner"] == pytest.approx(logs["gradent/inner"])
-        assert {key.split(".")[0] for key in set(row) - scalars if key.startswith("gradent/")} == {
-            "gradent/cases", "gradent/layers", "gradent/changes", "gradent/pairs", "gradent/moved_chosen",
-            "gradent/moved_rejected", "gradent/pushes",
-        }  # fmt: skip
+    assert not [key for row in rows for key in row if key.startswith("train/gradent")]
+    written = by_step(rows)
+    assert sorted(written) == [1, 2]
+    for kept in trainer.state.log_history[:2]:
+        row = written[kept["step"]]
+        assert row["train/loss"] == pytest.approx(kept["loss"])
+        scalars = {key for key in row if key.startswith("gradent/") and "." not in key}
+        assert scalars - {"gradent/case/reversed"} == BESIDE_FIGURES
+        assert {name: row[name] for name in scalars} == {name: pytest.approx(kept[name]) for name in scalars}
+        assert media_in(row) == MEDIA
+        charts = {*BESIDE_FIGURES, "gradent/unseen/chosen", *(MEDIA - {"pairs", "pushes"})}
+        assert 6 <= len(charts) <= 8
+    verdict = summary(tmp_path)["gradent/verdict"]
+    assert verdict.startswith("2 measured steps, 8 pairs: ") and "% both down" in verdict
+
+
+def test_all_scalars_in_a_run_of_wandb(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback = EntanglementCallback(every=1, realised=True, detail=True)
+    trainer = wandb_run(callback, tiny_tokenizer, tmp_path, monkeypatch)
+    for step, row in by_step(history(tmp_path)).items():
+        kept = trainer.state.log_history[step - 1]
+        assert {key for key in row if key.startswith("gradent/") and "." not in key} == names_in(kept)
+        assert row["gradent/inner"] == pytest.approx(kept["gradent/inner"])
+        assert media_in(row) == MEDIA | {"changes"}
+
+
+def test_a_run_of_wandb_without_transformers_logger(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that the user began: gradent sends its scalars itself."""
+    for name, value in (("WANDB_DIR", str(tmp_path)), ("WANDB_MODE", "offline"), ("WANDB_SILENT", "true")):
+        monkeypatch.setenv(name, value)
+    with wandb.init(project="mine"):
+        make_trainer("dpo", llama(), tiny_tokenizer, tmp_path / "run", [EntanglementCallback(every=1)]).train()
+    wandb.teardown()
+    written = by_step(history(tmp_path))
+    assert sorted(written) == [1, 2]
+    assert all(set(row) >= BESIDE_FIGURES and media_in(row) == MEDIA for row in written.values())
+
+
+def test_a_run_of_tensorboard(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Its event file: the same names as everywhere, in a section of their own."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    callback = EntanglementCallback(every=1)
+    trainer = make_trainer(
+        "dpo", llama(), tiny_tokenizer, tmp_path / "run", [callback], report_to="tensorboard", max_steps=3
+    )
+    trainer.train()
+    (path,) = tmp_path.rglob("events.out.tfevents*")
+    events = reader.EventAccumulator(str(path.parent)).Reload()
+    tags = events.Tags()["scalars"]
+    assert {tag for tag in tags if "gradent" in tag} - {"gradent/case/reversed"} == SHOWN
+    for name in SHOWN:
+        values = [(event.step, event.value) for event in events.Scalars(name)]
+        kept = [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in trainer.state.log_history[:3]]
+        assert values == kept
+
+
+def test_a_run_of_trackio(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its database: the same names as everywhere."""
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from pathlib import Path
+from gradent import EntanglementCallback
+from tests.conftest import make_tokenizer
+from tests.trainer.runs import llama, make_trainer
+import json
+trainer = make_trainer("dpo", llama(), make_tokenizer(), Path({str(tmp_path / "run")!r}),
+                       [EntanglementCallback(every=1)], report_to="trackio", max_steps=3, project="gradent-test")
+trainer.train()
+print("HISTORY", json.dumps(trainer.state.log_history))
+import trackio
+from trackio.sqlite_storage import SQLiteStorage
+(run,) = SQLiteStorage.get_runs("gradent-test")
+print("ROWS", json.dumps(SQLiteStorage.get_logs("gradent-test", run), default=str))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("HISTORY ", "ROWS ")))
+    kept, rows = json.loads(found["HISTORY"]), json.loads(found["ROWS"])
+    measured = [row for row in rows if "gradent/cosine" in row]
+    assert len(measured) == 3
+    for row, entry in zip(measured, kept, strict=False):
+        assert {name for name in row if "gradent" in name} - {"gradent/case/reversed"} == SHOWN
+        assert {name: row[name] for name in SHOWN} == {name: pytest.approx(entry[name]) for name in SHOWN}
 
 
 def test_the_account_in_a_run_of_wandb(
@@ -244,7 +363,7 @@ def test_the_account_in_a_run_of_wandb(
     wandb_run(callback, tiny_tokenizer, tmp_path, monkeypatch, optim="adamw_torch", learning_rate=1e-4, max_steps=3)
     first, *records = callback.records
     assert first.attribution is None
-    last = [row for row in history(tmp_path) if "gradent/cosine" in row][-1]
+    last = by_step(history(tmp_path))[3]
 
     def content(key: str) -> Any:
         (path,) = tmp_path.rglob(Path(last[f"{key}.path"]).name)
@@ -255,17 +374,17 @@ def test_the_account_in_a_run_of_wandb(
         assert [trace["name"].replace(" ", "_") for trace in bars] == list(MOVED_SOURCES)
         for trace, source in zip(bars, MOVED_SOURCES, strict=True):
             means = [float(record.attribution.moved[source][half].mean()) for record in records]
-            assert trace["x"] == [1, 2, 3] and trace["y"] == [None, *map(pytest.approx, means)]
+            assert trace["x"] == [1, 2, 3] and trace["y"] == [None, *(pytest.approx(mean, rel=1e-4) for mean in means)]
     changes = content("gradent/changes")
     assert changes["layout"]["title"]["text"].startswith("Account of the step and realised changes: ")
     for line, half in zip(changes["data"], (slice(0, 4), slice(4, 8)), strict=True):
-        assert line["x"] == pytest.approx(torch.cat([r.attribution.total[half] for r in records]).tolist())
-        assert line["y"] == pytest.approx(torch.cat([r.attribution.realised[half] for r in records]).tolist())
+        assert line["x"] == pytest.approx(torch.cat([r.attribution.total[half] for r in records]).tolist(), rel=1e-4)
+        assert line["y"] == pytest.approx(torch.cat([r.attribution.realised[half] for r in records]).tolist(), rel=1e-4)
     table = content("gradent/pushes")
     assert table["columns"] == ["step", "moved", "change", "by", "push", "text", "by_text"]
     others = ~torch.eye(8, dtype=torch.bool)
-    largest = records[-1].attribution.pushes[others].abs().sort(descending=True).values[:5]
-    assert [row[0] for row in table["data"]] == [3] * 5, "the pushes are the window's"
+    each = [record.attribution.pushes[others].abs().sort(descending=True).values[:5] for record in records]
+    largest = torch.cat(each).sort(descending=True).values[:8]
     assert [abs(row[4]) for row in table["data"]] == pytest.approx(largest.tolist())
 
 

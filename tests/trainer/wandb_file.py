@@ -15,16 +15,29 @@ BLOCK, HEAD = 32768, 7
 
 def history(folder: Path) -> list[dict[str, Any]]:
     """The rows that the one run below a folder has logged, nested keys joined by dots."""
+    return [
+        {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+        for record in _records(folder)
+        if record.WhichOneof("record_type") == "history"
+    ]
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    """What the run has put into its summary by itself; the last value of each key."""
+    return {
+        item.key or ".".join(item.nested_key): json.loads(item.value_json)
+        for record in _records(folder)
+        if record.WhichOneof("record_type") == "summary"
+        for item in record.summary.update
+    }
+
+
+def _records(folder: Path) -> Iterator[Any]:
     (path,) = folder.rglob("*.wandb")
-    rows = []
     for raw in _chunks(path.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(raw)
-        if record.WhichOneof("record_type") == "history":
-            rows.append(
-                {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-            )
-    return rows
+        yield record
 
 
 def _chunks(content: bytes) -> Iterator[bytes]:

@@ -55,12 +55,14 @@ class PairTally(Tally):
         inactive = self._counts["inactive"]
         idle = f" and {inactive:,} that the loss does not move" if inactive else ""
         named = f"{pairs:,} pair{'' if pairs == 1 else 's'}{idle}"
+        if not pairs:
+            return named
         shares = [
             f"{_share(self._counts[case], pairs)} {name}"
             for case, name in _PAIR_CASES.items()
             if case in _ALWAYS or self._counts[case]
         ]
-        return f"{named}: {', '.join(shares)}" if pairs else named
+        return f"{named}: {', '.join(shares)}"
 
 
 class GroupTally(Tally):

@@ -2,59 +2,57 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from gradent.figures.charts import Chart, Figure, Line
-from gradent.notices import Notices
-from gradent.report.live.group_window import GroupWindow
+from gradent.report.live.bins import Bins, shorten
+from gradent.report.live.group_window import GroupWindow, Rollout
 from gradent.report.live.moved_bars import MovedBars
-from gradent.report.live.wandb import MOST_POINTS, log_figures, make_table
+from gradent.report.live.wandb import MOST_ENTRIES, MOST_POINTS, Sender, keep_largest, push_table
+from gradent.report.live.window import Push
 
 __all__ = ["GroupPanels"]
 
 
-class GroupPanels:
-    """Sends windows to the wandb run that is active, if one is; keeps what panels need of earlier windows."""
+class GroupPanels(Sender):
+    """What a run on rows in groups shows."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._steps: list[int] = []
         self._moved = MovedBars()
         self._against: dict[str, list[float]] = {"positives that fall": [], "negatives that rise": []}
         self._changes: list[tuple[float, float]] = []
-        self._notices = Notices()
+        self._rollouts: list[Rollout] = []
+        self._pushes: list[Push] = []
 
-    def send(self, window: GroupWindow, scalars: Mapping[str, float], step: int) -> None:
-        """Log the steps since the last call with their `gradent/...` scalars, at the trainer's global step."""
-        wandb = sys.modules.get("wandb")  # a run is active only where somebody has imported it
-        run = getattr(wandb, "run", None)
-        if wandb is None or run is None:
-            return
+    def _add(self, window: GroupWindow) -> None:
         self._steps += window.steps
         self._moved.add(window.moved, len(self._steps))
         counts = (window.positives, window.lowered), (window.negatives, window.raised)
         for shares, (all_rows, against) in zip(self._against.values(), counts, strict=True):
             shares += [part / count if count else float("nan") for count, part in zip(all_rows, against, strict=True)]
         self._changes = [*self._changes, *window.accounted][-MOST_POINTS:]
-        content: dict[str, Any] = {**scalars, "train/global_step": step}
-        if window.rollouts:
-            names = ["step", "share", "weight", "prompt", "text"]
-            content["gradent/rollouts"] = make_table(wandb, names, window.rollouts)
-        if window.pushes:
-            names = ["step", "moved", "change", "by", "push", "text", "by_text"]
-            content["gradent/pushes"] = make_table(wandb, names, window.pushes)
-        log_figures(wandb, content, self._figures(), self._notices)
+        rollouts = sorted([*self._rollouts, *window.rollouts], key=lambda rollout: -rollout.share)
+        self._rollouts = rollouts[:MOST_ENTRIES]
+        self._pushes = keep_largest(self._pushes, window.pushes)
+
+    def _tables(self) -> dict[str, tuple[list[str], Sequence[Any]]]:
+        names = ["step", "share", "weight", "prompt", "text"]
+        rollouts: dict[str, tuple[list[str], Sequence[Any]]] = {"gradent/rollouts": (names, self._rollouts)}
+        return (rollouts if self._rollouts else {}) | push_table(self._pushes)
 
     def _figures(self) -> dict[str, Figure]:
         figures: dict[str, Figure] = {}
+        bins = Bins(self._steps)
         if any(share == share for shares in self._against.values() for share in shares):
-            lines = [Line(name, self._steps, shares) for name, shares in self._against.items()]
+            lines = [Line(name, bins.places, bins.mean(shares), points=True) for name, shares in self._against.items()]
             title = "Rows that a step moves against their weight"
             figures["gradent/against"] = Chart("step", "share of rows", lines, title=title, percent=True)
-        figures |= self._moved.figures(self._steps, " rows")
+        figures |= self._moved.figures(bins, " rows")
         if self._changes:
-            predicted, realised = zip(*self._changes, strict=True)
+            predicted, realised = (list(map(shorten, column)) for column in zip(*self._changes, strict=True))
             figures["gradent/changes"] = Chart(
                 "account of the step, first order (nats)", "realised by the optimizer's step (nats)",
                 [Line("rows", predicted, realised, points=True)], title="Account of the step and realised changes",

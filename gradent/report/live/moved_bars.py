@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from gradent.figures.charts import Bars, Figure, Series
+from gradent.report.live.bins import Bins
 
 __all__ = ["MovedBars"]
 
@@ -24,16 +25,13 @@ class MovedBars:
                 known = self._moved.setdefault(side, {}).setdefault(source, [])
                 known += [_NONE] * (steps - len(values) - len(known)) + values
 
-    def figures(self, steps: Sequence[int], kind: str = "") -> dict[str, Figure]:
+    def figures(self, bins: Bins, kind: str = "") -> dict[str, Figure]:
         """A figure of each side over these steps; `kind` of rows stands behind the side's name."""
         return {
             f"gradent/moved_{side}": Bars(
-                "step", "nats a step, first order", [str(step) for step in steps],
-                [
-                    Series(source.replace("_", " "), values + [_NONE] * (len(steps) - len(values)), source)
-                    for source, values in columns.items()
-                ],
-                title=f"What moved {side}{kind}", upright=True, places=steps,
+                "step", "nats a step, first order", bins.names,
+                [Series(source.replace("_", " "), bins.mean(values), source) for source, values in columns.items()],
+                title=f"What moved {side}{kind}", upright=True, places=bins.places,
             )
             for side, columns in self._moved.items()
         }  # fmt: skip

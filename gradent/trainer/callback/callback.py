@@ -30,8 +30,9 @@ from gradent.pairs.batch import PairBatch
 from gradent.recorder import CHOICES, Mode, Recorder, WeightGrad, attach, check_choices
 from gradent.recorder.recording import Recording, RowRecording, with_account
 from gradent.report.live.alerts import DEFAULT_ALERT, Alert
+from gradent.report.live.shown import ShownScalars
 from gradent.trainer.callback.fault_guard import LIMIT, guarded_event
-from gradent.trainer.callback.hf_frames import divides_loss, find_trainer, move_to_front
+from gradent.trainer.callback.hf_frames import divides_loss, find_trainer, has_logger, move_to_front
 from gradent.trainer.callback.implied_rows import ImpliedRows, implied_rows
 from gradent.trainer.callback.journal import GroupJournal, Journal, PairJournal, same_kind
 from gradent.trainer.callback.probe import Probe
@@ -88,6 +89,8 @@ class EntanglementCallback(TrainerCallback):
             appended as they come.
         alert: when to say a verdict in words in the log; None for never.
         panels: send heat maps, tables and the like to a running wandb run.
+        detail: give wandb, TensorBoard, trackio and the like every `gradent/...` scalar of `log_history`, not only the
+            few that docs/dashboard.md starts with.
         weight_grad: None, or "shared": a measured step's own weight gradients come out of the measured products, which
             then cost no matrix product of their own, but are summed in another order (not the same to the bit); see
             `gradent.attach`.
@@ -120,6 +123,7 @@ class EntanglementCallback(TrainerCallback):
         out: str | os.PathLike[str] | None = None,
         alert: Alert | None = DEFAULT_ALERT,
         panels: bool = True,
+        detail: bool = False,
         weight_grad: WeightGrad | None = None,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
@@ -155,6 +159,8 @@ class EntanglementCallback(TrainerCallback):
         self._whole_step: WholeStep | None = None
         self._unseen = UnseenPairs(self.notices.once)
         self._is_measuring = False
+        self._detail = detail
+        self._shown = ShownScalars(detail=detail)
         self._window: list[Any] = []
         self._scalars: dict[str, float] = {}
 
@@ -172,6 +178,7 @@ class EntanglementCallback(TrainerCallback):
         self.errors = 0
         self.notices.clear()
         self._window.clear()
+        self._shown = ShownScalars(detail=self._detail)
         self._unseen = UnseenPairs(self.notices.once)
         self._rows = self._find_rows(args)
         if self._rows.refusal is not None:
@@ -377,11 +384,14 @@ class EntanglementCallback(TrainerCallback):
             scalars |= self._journal.summarize(records)
         if not scalars:
             return
-        logs.update(scalars)
+        journal = self._journal
+        shown = self._shown.choose(scalars, has_figures=journal is not None and journal.has_figures)
+        logs.update(shown)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(scalars)
-        if records and self._journal is not None:
-            alert = self._journal.tell(records, scalars, state.global_step, kwargs.get("processing_class"))
+        if records and journal is not None:
+            unsent = {} if has_logger("WandbCallback") else {str(name): value for name, value in shown.items()}
+            alert = journal.tell(records, unsent, state, kwargs.get("processing_class"))
             if alert is not None:
                 log(alert)
 

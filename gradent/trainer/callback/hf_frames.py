@@ -16,7 +16,7 @@ from transformers.trainer_callback import CallbackHandler
 if TYPE_CHECKING:
     from transformers import Trainer
 
-__all__ = ["divides_loss", "find_trainer", "move_to_front"]
+__all__ = ["divides_loss", "find_trainer", "has_logger", "move_to_front"]
 
 T = TypeVar("T")
 
@@ -67,3 +67,10 @@ def move_to_front(callback: TrainerCallback) -> None:
         # The handler may be walking this list: what it has yet to call stays where it is.
         handler.callbacks.remove(callback)
         handler.callbacks.insert(0, callback)
+
+
+def has_logger(name: str) -> bool:
+    """Whether a callback of a class of that name, or of one made from it, is called by the handler that is calling."""
+    handler = next((handler for _, handler in _callers(CallbackHandler)), None)
+    callbacks = () if handler is None else handler.callbacks
+    return any(name == kind.__name__ for callback in callbacks for kind in type(callback).__mro__)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerState
 
 from gradent.attribution.step import StepAttribution
 from gradent.record.stream import PairStream, RowStream
@@ -18,6 +19,7 @@ from gradent.report.live.closing import GroupTally, PairTally
 from gradent.report.live.group_alerts import GroupAlerter
 from gradent.report.live.group_panels import GroupPanels
 from gradent.report.live.group_window import GroupWindow
+from gradent.report.live.shown import with_totals
 from gradent.report.live.wandb import Panels
 from gradent.report.live.window import Window
 from gradent.theory.conditions import CASES
@@ -53,10 +55,18 @@ class Journal(ABC):
         if self._stream is not None:
             self._stream.append(self._to_lines(record))
 
-    def tell(self, records: Sequence[Any], scalars: Mapping[str, float], step: int, tokenizer: Any) -> str | None:
-        """Send a window's panels; the line for the log, None for none."""
+    @property
+    def has_figures(self) -> bool:
+        """Whether a tracker shows figures of this run."""
+        return self._panels is not None and bool(self._panels.is_drawing)
+
+    def tell(
+        self, records: Sequence[Any], scalars: Mapping[str, float], state: TrainerState, tokenizer: Any
+    ) -> str | None:
+        """Send a window's panels, with scalars that nobody else sends; the line for the log, None for none."""
         if self._panels is not None:
-            self._panels.send(self._to_window(records, tokenizer), scalars, step)
+            window = self._to_window(records, tokenizer)
+            self._panels.send(window, scalars, state.global_step, state.max_steps)
         if self._alerter is None or self._alert is None:
             return None
         self._untold += records
@@ -67,9 +77,11 @@ class Journal(ABC):
         return text
 
     def close(self) -> str:
-        """Close the file; the run's closing line."""
+        """Close the file, send what panels hold; the run's closing line."""
         if self._stream is not None:
             self._stream.close()
+        if self._panels is not None:
+            self._panels.finish(self._tally.describe())
         return self._tally.close(None if self._stream is None else self._stream.path)
 
     @abstractmethod
@@ -121,7 +133,8 @@ class PairJournal(Journal):
     def summarize(self, records: Sequence[StepRecord]) -> dict[str, float]:
         """See `Journal`."""
         layers = layer_cosines(records) if self._by_module else {}
-        return summarize(records) | {f"gradent/layer/{name}/cosine": value for name, value in layers.items()}
+        scalars = with_totals(summarize(records))
+        return scalars | {f"gradent/layer/{name}/cosine": value for name, value in layers.items()}
 
     def _count(self, record: StepRecord) -> None:
         counts = {name: int((record.verdict.case == number).sum()) for number, name in CASES.items()}
@@ -157,7 +170,7 @@ class GroupJournal(Journal):
 
     def summarize(self, records: Sequence[RowStepRecord]) -> dict[str, float]:
         """See `Journal`."""
-        return summarize_rows(records)
+        return with_totals(summarize_rows(records))
 
     def _count(self, record: RowStepRecord) -> None:
         counts = {"rows": len(record.rows), "groups": record.groups}

@@ -81,4 +81,5 @@ def _texts(record: RowStepRecord, row: int, tokenizer: Any) -> tuple[str, str]:
     decode = getattr(tokenizer, "tokenizer", tokenizer).decode  # a processor holds its tokenizer
     ids, marks = record.batch.row(row)
     start = int(marks.int().argmax())
-    return decode(ids[:start].tolist())[:MOST_LETTERS], decode(ids[start:].tolist())[:MOST_LETTERS]
+    prompt, response = (decode(part.tolist(), skip_special_tokens=True) for part in (ids[:start], ids[start:]))
+    return prompt[:MOST_LETTERS], response[:MOST_LETTERS]

@@ -91,7 +91,7 @@ def _response(record: StepRecord, row: int, tokenizer: Any) -> str:
     assert record.batch is not None
     ids, marks = record.batch.row(row)
     decode = getattr(tokenizer, "tokenizer", tokenizer).decode  # a processor holds its tokenizer
-    return str(decode(ids[marks].tolist()))[:MOST_LETTERS]
+    return str(decode(ids[marks].tolist(), skip_special_tokens=True))[:MOST_LETTERS]
 
 
 def _make_heat_map(records: Sequence[StepRecord], tokenizer: Any) -> TokenHeatMap | None:
@@ -124,7 +124,7 @@ def _find_entangled(records: Sequence[StepRecord], tokenizer: Any) -> list[Entan
         chosen, of_chosen = record.batch.row(pair)
         rejected, of_rejected = record.batch.row(len(record.batch) + pair)
         parts = {"prompt": chosen[~of_chosen], "chosen": chosen[of_chosen], "rejected": rejected[of_rejected]}
-        texts = {name: decode(ids.tolist())[:MOST_LETTERS] for name, ids in parts.items()}
+        texts = {name: decode(ids.tolist(), skip_special_tokens=True)[:MOST_LETTERS] for name, ids in parts.items()}
         case = CASE_NAMES[int(record.verdict.case[pair])]
         entangled.append(EntangledPair(step=record.step, cosine=cosine, case=case, **texts))
     return entangled
