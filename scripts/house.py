@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("loading",),
     ("report",),
     ("report.terminal",),
-    ("report.compare",),
+    ("report.compare", "report.run"),
     ("report.audit",),
     ("report.audit.sections", "report.tokens", "report.live"),
     ("report.page",),

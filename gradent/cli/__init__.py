@@ -1,1 +1,1 @@
-"""The command line: `gradent demo`, `audit`, `report`, `compare`, `tokens`, `plan`, `doctor`."""
+"""The command line: `gradent demo`, `audit`, `report`, `watch`, `compare`, `tokens`, `plan`, `doctor`."""

@@ -13,7 +13,9 @@ from gradent.cli.console import readable_errors, say
 __all__ = ["compare", "report"]
 
 
-def report(directory: Annotated[Path, typer.Argument(help="What `gradent audit`, `tokens` or `demo` wrote.")]) -> None:
+def report(
+    directory: Annotated[Path, typer.Argument(help="What `gradent audit`, `tokens`, `demo` or the callback wrote.")],
+) -> None:
     """Make the pages and figures of a directory anew from its records; no model is needed."""
     with readable_errors(loads_models=False):
         from gradent.report import write_report  # noqa: PLC0415

@@ -11,6 +11,7 @@ from gradent.report.audit.figures import draw_audit
 from gradent.report.audit.page import write_audit_page
 from gradent.report.audit.sections.records import read_audit
 from gradent.report.demo import write_demo_report
+from gradent.report.run.page import write_run_report
 from gradent.report.tokens.groups import write_group_report
 from gradent.report.tokens.page import write_token_report
 
@@ -28,35 +29,51 @@ _WRITERS: dict[str, tuple[str, Callable[[Path], list[Path]]]] = {
     "demo.json": ("gradent demo", lambda directory: [write_demo_report(directory)]),
     "tokens.json": ("gradent tokens", lambda directory: [write_token_report(directory)]),
     "group_tokens.json": ("gradent tokens", lambda directory: [write_group_report(directory)]),
+    "pairs.jsonl": ("EntanglementCallback(out=...)", write_run_report),
+    "rows.jsonl": ("EntanglementCallback(out=...)", write_run_report),
 }
+
+
+_PAGES = ("summary.json", "demo.json", "pairs.jsonl", "rows.jsonl")
+"""Records whose page is report.html."""
 
 
 def write_report(directory: str | os.PathLike[str]) -> list[Path]:
     """Find which records lie in a directory, and write their pages and figures.
 
     Args:
-        directory: of `gradent audit` (summary.json), `gradent demo` (demo.json) or `gradent tokens` (tokens.json, or
-            group_tokens.json of a group).
+        directory: of `gradent audit` (summary.json), `gradent demo` (demo.json), `gradent tokens` (tokens.json, or
+            group_tokens.json of a group) or `EntanglementCallback(out=...)` (pairs.jsonl, or rows.jsonl of groups).
 
     Returns:
         The files that were written.
 
     Raises:
-        DataFileError: the directory is not there, holds none of these records, or those of an audit and of a demo,
-            which share the names of their files.
+        DataFileError: the directory is not there, holds none of these records, those of an audit that is not done, or
+            of an audit and a demo, or either and a run, which share the names of their files.
     """
     place = Path(directory)
     if not place.is_dir():
         raise DataFileError(
-            f"{directory}: there is no such directory. Name one that a gradent command wrote with --out."
+            f"{directory}: there is no such directory. Name one that a gradent command wrote with --out, or that "
+            "EntanglementCallback(out=...) wrote."
         )
     names = [name for name in _WRITERS if (place / name).is_file()]
     if not names:
+        if any((place / "journal").glob("*.jsonl")):
+            raise DataFileError(
+                f"{directory}: its audit is not done: it is under way, or was stopped. What it has measured is in "
+                f"{place / 'journal'}; the page comes at its end. If it was stopped, the same `gradent audit` command "
+                "goes on from there."
+            )
         looked = ", ".join(f"{name} (`{command}`)" for name, (command, _) in _WRITERS.items())
         raise DataFileError(f"{directory}: no records in it. Looked for: {looked}.")
-    if {"summary.json", "demo.json"} <= set(names):
+    pages = [name for name in names if name in _PAGES]
+    if len({_WRITERS[name][0] for name in pages}) > 1:
+        listed = " and ".join(f"{name} (`{_WRITERS[name][0]}`)" for name in pages)
         raise DataFileError(
-            f"{directory}: holds summary.json of an audit and demo.json of a demo, and one pairs.parquet for both. Run "
-            "one of them again with another --out, and remove its JSON file here."
+            f"{directory}: holds {listed}, whose pages and tables have the same names. Move one of them into a "
+            "directory of its own, or run it again with another --out."
         )
-    return [path for name in names for path in _WRITERS[name][1](place)]
+    writers = {_WRITERS[name][1]: None for name in names}  # a run's pairs and rows have one
+    return [path for write in writers for path in write(place)]

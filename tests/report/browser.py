@@ -18,11 +18,16 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on thi
 
 def document(page: Path, profile: Path) -> str:
     """The page's HTML after its scripts have run."""
+    return document_at(page.as_uri(), profile)
+
+
+def document_at(address: str, profile: Path) -> str:
+    """The HTML at an address after its scripts have run."""
     assert CHROMIUM is not None
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
         f"--user-data-dir={profile}", "--window-size=1280,2000", "--virtual-time-budget=5000", "--dump-dom",
-        page.as_uri(),
+        address,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, timeout=120, check=True)
     return done.stdout.decode("utf-8")

@@ -21,17 +21,17 @@ class Bins:
 
     def __init__(self, steps: Sequence[int], weights: Sequence[int] | None = None) -> None:
         size = max(1, math.ceil(len(steps) / MOST_COLUMNS))
-        self._slices = [slice(start, start + size) for start in range(0, len(steps), size)]
+        self.slices = [slice(start, start + size) for start in range(0, len(steps), size)]
         self._weights = [1] * len(steps) if weights is None else list(weights)
-        groups = [steps[part] for part in self._slices]
+        groups = [steps[part] for part in self.slices]
         self.places = [shorten((group[0] + group[-1]) / 2) for group in groups]
         self.names = [f"step {group[0]}" if len(group) == 1 else f"steps {group[0]}-{group[-1]}" for group in groups]
-        self.sizes = [sum(self._weights[part]) for part in self._slices]
+        self.sizes = [sum(self._weights[part]) for part in self.slices]
 
     def mean(self, values: Sequence[float | None]) -> list[float]:
         """A value a column: the weighted mean of those that there are; nan for none."""
         means = []
-        for part in self._slices:
+        for part in self.slices:
             pairs = zip(values[part], self._weights[part], strict=False)
             known = [(value, weight) for value, weight in pairs if value is not None and value == value and weight]
             total = sum(weight for _, weight in known)
