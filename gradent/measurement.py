@@ -30,7 +30,7 @@ from gradent.model.observed import observed
 from gradent.model.parameters import check_ids, input_device, trainable, unwrap_compiled
 from gradent.model.preconditioner import metric_roots
 from gradent.pair_gram import ModuleGram, PairGram, on_cpu, sum_modules, sum_parameters
-from gradent.pairs.batch import PairBatch
+from gradent.pairs.batch import PairBatch, not_a_batch
 from gradent.pairs.row_batch import RowBatch
 from gradent.row_gram import RowGram
 
@@ -73,7 +73,8 @@ def measure(
         The `PairGram` of the B pairs, float64 on the CPU.
 
     Raises:
-        InputError: an unknown engine or metric, or token ids outside the model's vocabulary.
+        InputError: `model` is no module or `batch` no `PairBatch`, an unknown engine or metric, or token ids outside
+            the model's vocabulary.
         ModelError: nothing trainable, not a causal language model, or no logits.
         UncoveredParameterError: a parameter cannot be measured within `memory_budget`.
         NonFiniteError: a nan or inf in the logits or in a gradient, with the layer where it first appeared.
@@ -83,6 +84,8 @@ def measure(
         >>> gram = measure(model, batch)  # doctest: +SKIP
         >>> gram.cosine  # doctest: +SKIP
     """
+    if not isinstance(batch, PairBatch):
+        raise InputError(not_a_batch("measure", batch, "PairBatch"))
     model = unwrap_compiled(model)
     parameters = trainable(model)
     count = len(batch)
@@ -239,6 +242,8 @@ def measure_rows(
         >>> measure_rows(model, batch).products.shape  # doctest: +SKIP
         torch.Size([3, 3])
     """
+    if not isinstance(batch, (PairBatch, RowBatch)):
+        raise InputError(not_a_batch("measure_rows", batch, "RowBatch or PairBatch"))
     model = unwrap_compiled(model)
     parameters = trainable(model)
     is_paired = isinstance(batch, PairBatch)

@@ -10,7 +10,12 @@ __all__ = ["check_ids", "input_device", "is_sharded", "output_embeddings", "trai
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:
-    """The module behind `torch.compile`'s wrapper; any other model as it is."""
+    """The module behind `torch.compile`'s wrapper; any other model as it is, and an error for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model is a {type(model).__name__}; accepted is a torch.nn.Module, such as a transformers or PEFT model. "
+            "The model comes first, then the batch."
+        )
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
 

@@ -19,7 +19,7 @@ from gradent.pairs.tokenize import tokenize_pair
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PairBatch", "find_problem", "make_row", "pad_rows"]
+__all__ = ["PairBatch", "find_problem", "make_row", "not_a_batch", "pad_rows", "refuse_strings"]
 
 TokenPair = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
@@ -231,10 +231,12 @@ class PairBatch:
             The `PairBatch` of `len(prompts)` pairs, int64 on the CPU.
 
         Raises:
-            InputError: the three sequences differ in length, or are empty, or EOS is asked of a tokenizer without one.
+            InputError: one of the three is a string or no sequence, they differ in length, or are empty, or EOS is
+                asked of a tokenizer without one.
             PairError: an empty completion, a prompt that leaves no room under `max_length`, or chosen equal to
                 rejected.
         """
+        refuse_strings("PairBatch.from_text", "text", prompts=prompts, chosen=chosen, rejected=rejected)
         if not (len(prompts) == len(chosen) == len(rejected)):
             raise InputError(
                 f"PairBatch.from_text: received {len(prompts)} prompts, {len(chosen)} chosen and {len(rejected)} "
@@ -245,6 +247,24 @@ class PairBatch:
             for number, texts in enumerate(zip(prompts, chosen, rejected, strict=True))
         ]
         return cls.from_tokens(pairs, pad_token_id=tokenizer.pad_token_id or 0)
+
+
+def not_a_batch(function: str, batch: object, accepted: str) -> str:
+    """What to say to who gives a function something else than a batch."""
+    return (
+        f"{function}: batch is a {type(batch).__name__}; accepted is a {accepted}, made by from_text, from_tokens or "
+        f"from_rows. The model comes first, then the batch: {function}(model, batch)."
+    )
+
+
+def refuse_strings(function: str, noun: str, **columns: Sequence[Any]) -> None:
+    """Refuse a column that is one text, whose letters would be taken for texts, or that is no sequence."""
+    for name, texts in columns.items():
+        if isinstance(texts, (str, bytes)) or not hasattr(texts, "__len__"):
+            raise InputError(
+                f"{function}: {name} is a {type(texts).__name__}; accepted is a sequence with a {noun} for each "
+                f"prompt. Of a single one, {name}=[...]."
+            )
 
 
 def find_problem(attention_mask: Tensor, completion_mask: Tensor, *, kind: str, empty: str) -> tuple[int, str] | None:

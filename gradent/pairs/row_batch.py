@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradent.errors import InputError, PairError
-from gradent.pairs.batch import find_problem, make_row, pad_rows
+from gradent.pairs.batch import find_problem, make_row, pad_rows, refuse_strings
 from gradent.pairs.tokenize import tokenize_completions
 
 if TYPE_CHECKING:
@@ -164,9 +164,14 @@ class RowBatch:
             The `RowBatch` of all completions, group after group, int64 on the CPU.
 
         Raises:
-            InputError: the two sequences differ in length, or are empty, or EOS is asked of a tokenizer without one.
+            InputError: one of them is a string where a sequence belongs, the two differ in length, or are empty, or EOS
+                is asked of a tokenizer without one.
             PairError: an empty completion, or a prompt that leaves no room under `max_length`.
         """
+        refuse_strings("RowBatch.from_text", "text", prompts=prompts)
+        refuse_strings("RowBatch.from_text", "list of texts", completions=completions)
+        for number, texts in enumerate(completions):
+            refuse_strings("RowBatch.from_text", "text", **{f"completions[{number}]": texts})
         if len(prompts) != len(completions):
             raise InputError(
                 f"RowBatch.from_text: received {len(prompts)} prompts and {len(completions)} lists of completions; "

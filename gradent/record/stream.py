@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from gradent.errors import DataFileError, InputError
 from gradent.record import MOVED_COLUMNS, PAIR_COLUMNS, ROW_COLUMNS, ROW_MOVED_COLUMNS
 from gradent.record.json_lines import JsonLines, LineFormat, read_lines
 
-__all__ = ["PairStream", "RowStream", "read_row_stream", "read_stream"]
+__all__ = ["PairStream", "RowStream", "check_folder", "read_row_stream", "read_stream"]
 
 _FORMAT = LineFormat(
     schema="gradent.pair_stream", noun="a stream of gradent's records (PairStream)", keys=frozenset(PAIR_COLUMNS),
@@ -23,6 +24,21 @@ _ROW_FORMAT = LineFormat(
     schema="gradent.row_stream", noun="a stream of gradent's row records (RowStream)", keys=frozenset(ROW_COLUMNS),
     has_cut_lines=True,
 )  # fmt: skip
+
+
+def check_folder(out: str | os.PathLike[str]) -> None:
+    """Raise `InputError` where a directory of records could not be made or written to; nothing is left there."""
+    try:
+        place = Path(out).absolute()
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            return
+    except (OSError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"EntanglementCallback: out={out!r} cannot be a directory that is written to ({reason}). Choose another."
+        ) from error
 
 
 class PairStream:

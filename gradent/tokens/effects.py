@@ -19,7 +19,7 @@ from gradent.errors import InputError, NonFiniteError
 from gradent.model.facts import require_causal
 from gradent.model.observed import observed
 from gradent.model.parameters import check_ids, input_device, trainable, unwrap_compiled
-from gradent.pairs.batch import PairBatch
+from gradent.pairs.batch import PairBatch, not_a_batch
 from gradent.tokens.directions import OWN, check_toward, dot, given_vector, planned_step, row_gradient
 from gradent.tokens.tangents import Differentiator, Direction, ExpectedSum, Row
 
@@ -67,6 +67,8 @@ def token_effects(
         >>> effects = token_effects(model, batch)  # doctest: +SKIP
         >>> [chosen.sum() for chosen, _ in batch.split_tokens(effects)]  # doctest: +SKIP
     """
+    if not isinstance(batch, PairBatch):
+        raise InputError(not_a_batch("token_effects", batch, "PairBatch"))
     model = unwrap_compiled(model)
     parameters = trainable(model)
     check_toward(toward, optimizer)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from gradent import notices
+from gradent.errors import InputError
 from gradent.hooks.passes.autograd_engine import is_plain, plain_rows, run_plainly
 from gradent.hooks.passes.driver import announce_single_rows, measure_groups
 from gradent.hooks.passes.hooks_engine import NeedsSingleRows, run
@@ -35,7 +36,7 @@ from gradent.model.autograd import quiet_vmap
 from gradent.model.facts import computing_dtypes, facts, ignores_padding, require_causal, tolerance, trims
 from gradent.model.observed import observed
 from gradent.model.parameters import check_ids, input_device, trainable, unwrap_compiled
-from gradent.pairs.batch import PairBatch
+from gradent.pairs.batch import PairBatch, not_a_batch
 from gradent.tokens.contractions import TokenEntries
 from gradent.tokens.gram import TokenGram
 from gradent.tokens.row_pass import NoSharedBackward
@@ -126,7 +127,7 @@ def measure_tokens(
         One `TokenGram` a pair.
 
     Raises:
-        InputError: token ids outside the model's vocabulary.
+        InputError: `batch` is no `PairBatch`, or token ids are outside the model's vocabulary.
         ModelError: nothing trainable, not a causal language model, or no logits.
         NonFiniteError: a nan or inf in the logits.
         MemoryBudgetError: the budget is malformed.
@@ -135,6 +136,8 @@ def measure_tokens(
         >>> grams = measure_tokens(model, batch)  # doctest: +SKIP
         >>> grams[0].cosine  # doctest: +SKIP
     """
+    if not isinstance(batch, PairBatch):
+        raise InputError(not_a_batch("measure_tokens", batch, "PairBatch"))
     model = unwrap_compiled(model)
     parameters = trainable(model)
     budget = parse_budget(memory_budget) or DEFAULT_BUDGET

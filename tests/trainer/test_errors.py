@@ -18,6 +18,7 @@ from gradent.hooks.piggyback import config
 from gradent.hooks.reduction import collector, ledger, merge
 from gradent.hooks.reduction.account_ledger import AccountLedger
 from gradent.kernels.strategy import Product, Strategy, decide
+from gradent.report.live.alerts import Alert
 from tests.trainer.runs import Gradients, llama, make_trainer, preferences, weights_of
 from tests.trainer.test_identity import traces
 from tests.truth import assert_exact, truth
@@ -121,8 +122,8 @@ def test_an_error_of_its_own(
 def test_an_error_told_by_gradent_itself_needs_no_traceback(
     tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "taken").write_text("a file, where a directory is to be")
     callback = EntanglementCallback(every=1, out=tmp_path / "taken", alert=None, probe_data=preferences(2))
+    (tmp_path / "taken").write_text("a file, where a directory is to be")  # which comes only now
     with caplog.at_level(logging.WARNING, "gradent"):
         final(tiny_tokenizer, tmp_path, [callback])
     (line,) = [line for line in caplog.records if line.name == "gradent"]
@@ -263,3 +264,21 @@ def test_a_training_that_was_broken_off_leaves_no_hooks_to_the_next(
     trainer.train()
     assert [record.source for record in callback.records] == ["piggyback"] * 2
     assert not any(module._forward_pre_hooks for module in model.modules())  # noqa: SLF001
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "taken", "taken/below", 7])
+def test_a_directory_that_cannot_be(out: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(InputError, match=r"EntanglementCallback: out=.* cannot be a directory that is written to"):
+        EntanglementCallback(out=out)
+    EntanglementCallback(out="some/new/place")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"], "nothing is made before there are records"
+
+
+@pytest.mark.parametrize("alert", [0.5, "both_down", True, Alert])
+def test_an_alert_that_is_none(alert: Any) -> None:
+    with pytest.raises(
+        InputError, match=r"alert=.*; accepted is an Alert, such as Alert\(both_down=0.5\).*None for never"
+    ):
+        EntanglementCallback(alert=alert)

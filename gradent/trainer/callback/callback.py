@@ -27,6 +27,7 @@ from gradent.measurement import row_logps
 from gradent.model.parameters import is_sharded, trainable
 from gradent.notices import Notices, log
 from gradent.pairs.batch import PairBatch
+from gradent.record.stream import check_folder
 from gradent.recorder import CHOICES, Mode, Recorder, WeightGrad, attach, check_choices
 from gradent.recorder.recording import Recording, RowRecording, with_account
 from gradent.report.live.alerts import DEFAULT_ALERT, Alert
@@ -139,6 +140,13 @@ class EntanglementCallback(TrainerCallback):
             mode=mode, pairing=pairing, weight_grad=weight_grad, metric=metric, on_error=on_error,
         )  # fmt: skip
         parse_budget(memory_budget)
+        if alert is not None and not isinstance(alert, Alert):
+            raise InputError(
+                f"EntanglementCallback: alert={alert!r}; accepted is an Alert, such as Alert(both_down=0.5) (from "
+                "gradent.report.live.alerts), or None for never."
+            )
+        if out is not None:
+            check_folder(out)
         self.records: deque[StepRecord | RowStepRecord] = deque(maxlen=KEPT)
         self.every, self.by_module, self.realised, self.tokens_every = every, by_module, realised, tokens_every
         self.on_error: str = on_error
