@@ -179,6 +179,5 @@ def describe_trust(records: RunRecords) -> tuple[str, bool]:
         )
     else:
         sentences.append("No step has an account of what moved its rows; the log of the run says why.")
-    where = "its" if records.has_pairs else "their"
-    sentences.append(f"Each {noun} is measured in the step that trains on it, with {where} own part in the change.")
+    sentences.append(f"Each {noun} is measured in the step that trains on it, with its own part in the change.")
     return " ".join(sentences), warns

@@ -166,13 +166,10 @@ def _case_section(records: RunRecords) -> Section | None:
     bins = _bins(steps, of)
     parts = _parts(bins, steps, of, cases)
     numbers = {name: number for number, name in CASE_NAMES.items()}
-    series = [Series(label, [_mean(part == numbers[name]) for part in parts], name) for name, label in CASES.items()]
+    found = [(name, label) for name, label in CASES.items() if (cases == numbers[name]).any()]
+    series = [Series(label, [_mean(part == numbers[name]) for part in parts], name) for name, label in found]
     names = [f"{name}, {plural(size, 'pair')}" for name, size in zip(bins.names, bins.sizes, strict=True)]
-    shares = [
-        f"{label} {share_of_pairs(float((cases == numbers[name]).mean()), len(cases))}"
-        for name, label in CASES.items()
-        if (cases == numbers[name]).any()
-    ]
+    shares = [f"{label} {share_of_pairs(float((cases == numbers[name]).mean()), len(cases))}" for name, label in found]
     text = f"Of {plural(len(cases), 'pair')}, with 95% intervals: {', '.join(shares)}. {CASES_EXPLAINED}"
     bars = Bars(STEP, "share of pairs", names, series, percent=True, upright=True, places=bins.places)
     serves = "Tells you what the loss asks for: a step of plain gradient descent on each pair alone."
