@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +46,8 @@ def audit(
     model: str | os.PathLike[str],
     data: str | os.PathLike[str],
     *,
-    loss: str | Loss = "dpo",
+    loss: str | Loss | None = None,
+    hyperparameters: Mapping[str, float] | None = None,
     out: str | os.PathLike[str],
     checkpoints: str | Sequence[int] = "all",
     base: str | os.PathLike[str] | None = None,
@@ -83,7 +84,10 @@ def audit(
         model: directory of a TRL run (it holds `checkpoint-*`: full models or PEFT adapters), or directory or hub id of
             a causal LM (all its parameters are measured), or of a PEFT adapter (its parameters are).
         data: .jsonl, .json or .parquet file, dataset directory, or hub id, in one of TRL's preference formats.
-        loss: a name that `losses.get` knows, with its default hyperparameters, or a `Loss`.
+        loss: a name that `losses.get` knows, with its default hyperparameters, or a `Loss`. Default: the loss that the
+            run was trained with, where its training_args.bin says (TRL's DPOTrainer), else "dpo". "ipo" of a run is
+            TRL's, averaged over tokens.
+        hyperparameters: of the loss that is named, or of the run's own, such as `{"beta": 0.5}`.
         out: directory for the records, made where needed; those of an earlier audit there are replaced or removed, its
             journal is kept.
         checkpoints: of a run, "all", "last", or steps ("0,200,400" or a sequence); 0 is the model before training.
@@ -136,7 +140,7 @@ def audit(
     # What needs torch is imported by the call, so that importing this module, and the command line, is quick.
     from gradent.auditing.pipeline import run  # noqa: PLC0415
 
-    config = AuditConfig(**{**options, "out": Path(out)})
+    config = AuditConfig(**{**options, "out": Path(out), "hyperparameters": dict(hyperparameters or {})})
     summary = run(config)
     paths = {name: config.out / name for name in AUDIT_FILES}
     return AuditResult(

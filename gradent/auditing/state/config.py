@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ class AuditConfig(LoadConfig):
     )
     out: Path = option("Directory for report.html, pairs.parquet, ...", RUN, Path)  # noqa: RUF009
     loss: Any = option(  # noqa: RUF009  (a name or a Loss)
-        "dpo, rdpo, simpo, ipo, rrhf, slic, cpo, dpop, kto, sppo, or pairwise_normalized (of dpo); what is not set "
-        "below has its default.", LOSS, default="dpo",
+        "dpo, rdpo, simpo, ipo, rrhf, slic, cpo, dpop, kto, sppo, pairwise_normalized, or TRL's (sigmoid, "
+        "hinge, robust, ...); what is not set below has its default. [default: the run's own, where its files say; "
+        "else dpo]", LOSS, default=None,
     )  # fmt: skip
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     checkpoints: str | Sequence[int] = option(
         "Of a run: all, last, or steps such as 0,200,400; 0 is the model before training.", MODEL, default="all"
     )
