@@ -140,7 +140,7 @@ def audit(
     # What needs torch is imported by the call, so that importing this module, and the command line, is quick.
     from gradent.auditing.pipeline import run  # noqa: PLC0415
 
-    config = AuditConfig(**{**options, "out": Path(out), "hyperparameters": dict(hyperparameters or {})})
+    config = AuditConfig(**{**options, "out": Path(out)})
     summary = run(config)
     paths = {name: config.out / name for name in AUDIT_FILES}
     return AuditResult(

@@ -45,7 +45,7 @@ Tell = Callable[[str], None]
 def run(config: AuditConfig) -> Summary:
     """Do an audit; returns the summary on every rank."""
     started = time.monotonic()
-    loss, said = choose_loss(config.loss, config.hyperparameters, read_run_loss(config.model))
+    loss, said = choose_loss(config.loss, config.hyperparameters or {}, read_run_loss(config.model))
     config = check(replace(config, loss=loss))
     ranks = join(config.device)
     config = replace(config, quiet=config.quiet or not ranks.is_first)

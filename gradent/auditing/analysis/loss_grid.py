@@ -95,8 +95,8 @@ def label_loss(loss: Loss) -> str:
         return f"{NAMES[loss.name]} {label_loss(base)}" + (f", {changed}" if changed else "")
     values = read_hyperparameters(loss)
     if isinstance(loss, TRLLoss):  # its many switches are named where they are not TRL's defaults
-        default = read_hyperparameters(TRLLoss(loss_type=loss.loss_type))
-        values = {name: value for name, value in values.items() if name == "beta" or value != default[name]}
+        usual = read_hyperparameters(TRLLoss(loss_type=loss.loss_type))
+        values = {name: value for name, value in values.items() if name == "beta" or value != usual[name]}
     shown = describe_setting({name: value for name, value in values.items() if value is not False})
     return NAMES.get(loss.name, loss.name) + (f" ({shown})" if shown else "")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class AuditConfig(LoadConfig):
         "hinge, robust, ...); what is not set below has its default. [default: the run's own, where its files say; "
         "else dpo]", LOSS, default=None,
     )  # fmt: skip
-    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    hyperparameters: Mapping[str, Any] | None = None
     checkpoints: str | Sequence[int] = option(
         "Of a run: all, last, or steps such as 0,200,400; 0 is the model before training.", MODEL, default="all"
     )
