@@ -172,7 +172,7 @@ def _to_pair(row: Row, parts: Parts, tokenizer: PreTrainedTokenizerBase, how: Pr
             tokenizer, prompt, (chosen, rejected), where=row.where, names=("chosen", "rejected"), **template
         )
     if (prompt_ids, chosen_ids) == (other, rejected_ids):
-        _refuse_alike(row.where, is_chat=not isinstance(chosen, str), truncated=truncated, limit=how.max_length)
+        _refuse_alike(row.where, how, is_chat=not isinstance(chosen, str), truncated=truncated, length=len(chosen_ids))
     return AuditPair(
         row=row.index, where=row.where, prompt_ids=prompt_ids, chosen_ids=chosen_ids, rejected_ids=rejected_ids,
         chosen_text=plain_text(chosen), rejected_text=plain_text(rejected), prompt_text=plain_text(prompt),
@@ -180,10 +180,11 @@ def _to_pair(row: Row, parts: Parts, tokenizer: PreTrainedTokenizerBase, how: Pr
     )  # fmt: skip
 
 
-def _refuse_alike(where: str, *, is_chat: bool, truncated: int, limit: int | None) -> None:
-    if truncated:
-        cause = f"chosen and rejected differ only in what max_length {limit} cuts off"
-        remedy = "Raise max_length (command line: --max-length), or remove the pair."
+def _refuse_alike(where: str, how: Preparation, *, is_chat: bool, truncated: int, length: int) -> None:
+    name = "max_length" if truncated else "max_completion_length"
+    if truncated or length == how.max_completion_length:
+        cause = f"chosen and rejected differ only in what {name} {getattr(how, name)} cuts off"
+        remedy = f"Raise {name} (command line: --{name.replace('_', '-')}), or remove the pair."
     elif is_chat:
         cause, remedy = "the chat template renders both alike (it drops what differs)", "Such pairs teach nothing."
     else:

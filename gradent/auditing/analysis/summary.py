@@ -112,6 +112,7 @@ def summarize(
             **config.settings, "max_length": plan.material.max_length, "add_eos": plan.material.add_eos,
             "truncation_mode": plan.material.how.truncation_mode,
             "max_prompt_length": plan.material.how.max_prompt_length,
+            "max_completion_length": plan.material.how.max_completion_length,
         },
         "notes": ([] if doubt is None else [doubt]) + notes + [note for note in kept_notes if note not in notes],
     }  # fmt: skip

@@ -43,6 +43,7 @@ class Probe:
             trl.__version__, max_length=getattr(args, "max_length", None), add_eos=tokenizer.eos_token is not None,
             truncation_mode=getattr(args, "truncation_mode", KEEP_START),
             max_prompt_length=getattr(args, "max_prompt_length", None),
+            max_completion_length=getattr(args, "max_completion_length", None),
         )  # fmt: skip
         names, rows, ignored = ("prompt", "chosen", "rejected"), list[tuple[Any, Any]](), list[str]()
         for number, row in enumerate(self._rows):
