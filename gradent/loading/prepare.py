@@ -19,7 +19,7 @@ from gradent.loading.adapters import embedding_rows
 from gradent.loading.config import LoadConfig
 from gradent.loading.models import check_vocabulary, load_config, load_model, load_tokenizer
 from gradent.loading.preference_files import read_rows
-from gradent.loading.preferences import PairSet, describe_prompts, prepare_pairs
+from gradent.loading.preferences import PairSet, count_repeated, describe_prompts, prepare_pairs
 from gradent.loading.rollouts import RolloutGroup, holds_rollouts, prepare_rollouts
 from gradent.loading.source import ModelSource, read_step, resolve_source
 from gradent.loading.training_args import Trained, read_trained
@@ -51,6 +51,7 @@ class Material:
     add_eos: bool  # whether EOS was appended to plain-string responses
     used: tuple[int, str]  # the largest token id, and the row that uses it
     how: Preparation  # the rules by which the pairs became tokens
+    repeated: int = 0  # pairs whose chosen begins with the prompt once more
     group: RolloutGroup | None = None  # the one row that was asked for, where it holds rollouts and no pair
 
 
@@ -129,8 +130,9 @@ def read_material(
     if date_note and any(isinstance(row.values["chosen"], list) for row in chosen_rows if _is_pair(row.values)):
         tell(date_note)
     return Material(
-        tokenizer=tokenizer, pairs=pairs, rows=len(rows), max_length=limit, add_eos=add_eos, used=used, how=how
-    )
+        tokenizer=tokenizer, pairs=pairs, rows=len(rows), max_length=limit, add_eos=add_eos, used=used, how=how,
+        repeated=count_repeated(chosen_rows, pairs.pairs),
+    )  # fmt: skip
 
 
 def _first_readable(

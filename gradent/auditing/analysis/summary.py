@@ -96,7 +96,8 @@ def summarize(
         "history": history,
         "dynamics": dynamics(_with_start(table, plan), {} if history is None else history["curves"]),
         "steps": describe_steps(steps, sample_step, last, loss), "what_if": rows,
-        "recommendation": recommend(rows), "properties": summarize_properties(last.table, sample), "model": last.model,
+        "recommendation": recommend(rows, (plan.material.repeated, len(plan.pairs))),
+        "properties": summarize_properties(last.table, sample), "model": last.model,
         **summarize_columns(last.table), "most_entangled": _describe_most_entangled(last, plan),
         "modules": last.modules, "reference": {"kind": plan.reference.kind, "source": reference},
         "data": {
