@@ -26,7 +26,10 @@ def test_it_comes_before_any_other_loss(name, local_model: Path, tmp_path) -> No
         ).summary  # fmt: skip
         texts.append(summary["recommendation"]["text"])
         assert any("pairs chosen begins with the prompt" in note for note in summary["notes"]) == (len(texts) == 1)
-    first = "First the data: in 5 of 5 pairs chosen begins with the prompt, which is there already; take it out of"
+    count = 4 if name == "strings" else 5  # of fewer than 4 letters ("So") nobody can say
+    first = (
+        f"First the data: in {count} of 5 pairs chosen begins with the prompt, which is there already; take it out of"
+    )
     assert texts[0].startswith(first) and "First the data" not in texts[1]
     page = (tmp_path / "out0" / "report.html").read_text("utf-8")
-    assert "First the data: in 5 of 5 pairs" in page
+    assert f"First the data: in {count} of 5 pairs" in page
