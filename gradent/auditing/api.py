@@ -57,6 +57,7 @@ def audit(
     max_length: int | None = None,
     truncation_mode: str | None = None,
     max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
     max_pairs: int | None = 256,
     token_pairs: int | None = None,
     batch_size: int = 8,
@@ -102,6 +103,7 @@ def audit(
         truncation_mode: which end of a longer row is kept, "keep_start" or "keep_end", as TRL calls it. Default: what
             the run's training_args.bin says, else "keep_start" (of TRL up to 0.28, "keep_end").
         max_prompt_length: most tokens of a prompt, whose end is kept, in runs of TRL up to 0.28. Default: the run's.
+        max_completion_length: most tokens of a response, whose start is kept, in such runs. Default: the run's.
         max_pairs: measure that many pairs only, the same on every checkpoint: one of each of so many slices of like
             length, drawn with `seed`. None for all.
         token_pairs: also measure the token matrices of that many pairs (all, if there are no more) on the last

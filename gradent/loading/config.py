@@ -52,6 +52,9 @@ class LoadConfig:
     max_prompt_length: int | None = option(
         "Most tokens of a prompt, for runs of TRL up to 0.28. [default: the run's]", DATA, int, default=None
     )
+    max_completion_length: int | None = option(
+        "Most tokens of a response, for runs of TRL up to 0.28. [default: the run's]", DATA, int, default=None
+    )
     max_pairs: int | None = option(
         "Measure that many pairs, drawn with --seed from slices of like length, or all.", DATA, default=256
     )

@@ -18,7 +18,7 @@ from typing import Any
 
 __all__ = ["Trained", "read_arguments", "read_trained"]
 
-_LIMITS = ("max_length", "truncation_mode", "max_prompt_length")
+_LIMITS = ("max_length", "truncation_mode", "max_prompt_length", "max_completion_length")
 _LARGEST = 1 << 24  # bytes of pickled arguments that are looked through
 _ARGUMENTS = re.compile(r"[\w.]+ \w*(?:Config|Arguments)")
 _RELEASE = re.compile(r"^- TRL: (\d+(?:\.\d+)+)", re.MULTILINE)

@@ -63,10 +63,10 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 NO_CONTRAST = (
-    "gradent has nothing to say here, and records nothing: every row is pushed up: there are no pairs and no groups in "
+    "gradent has nothing to say here, and records nothing: every row is pushed {}: there are no pairs and no groups in "
     "this loss (docs/groups.md says which losses have them). pairing= says how rows belong together, if they do."
 )
-"""What is said of supervised fine-tuning and its like."""
+"""What is said of supervised fine-tuning and its like, and of unlearning: all rows go up, or down."""
 
 
 TAKEN_FOR_GROUPS = (
@@ -297,7 +297,7 @@ class Recorder:
             self._log_once(TAKEN_FOR_GROUPS)
         if self.has_contrast or not len(weight):
             return recording if self.has_contrast else None
-        self._log_once(NO_CONTRAST)
+        self._log_once(NO_CONTRAST.format("up" if bool((weight >= 0).all()) else "down"))
         return None
 
     def collect(self) -> int:

@@ -65,9 +65,9 @@ class AuditConfig(LoadConfig):
     def settings(self) -> dict[str, Any]:
         """What the summary's `settings` says of these options; it says elsewhere what was measured, and where."""
         names = (
-            "checkpoints", "split", "max_length", "truncation_mode", "max_prompt_length", "max_pairs", "token_pairs",
-            "batch_size", "memory_budget", "engine", "by_module", "attribution", "dtype", "device", "skip_bad_rows",
-            "add_eos", "seed",
+            "checkpoints", "split", "max_length", "truncation_mode", "max_prompt_length", "max_completion_length",
+            "max_pairs", "token_pairs", "batch_size", "memory_budget", "engine", "by_module", "attribution", "dtype",
+            "device", "skip_bad_rows", "add_eos", "seed",
         )  # fmt: skip
         values = {name: getattr(self, name) for name in names}
         return values if isinstance(self.checkpoints, str) else {**values, "checkpoints": list(self.checkpoints)}
