@@ -24,7 +24,7 @@ from gradent.loading.files import brief, some
 from gradent.loading.source import ModelSource, read_adapter_file
 from gradent.loading.weight_files import ADAPTER_WEIGHTS, CONFIGS, check_weights, tidy_name
 
-__all__ = ["changes_base", "embedding_rows", "frozen_reference", "put_adapter", "read_adapter", "under"]
+__all__ = ["changes_base", "embedding_rows", "frozen_reference", "put_adapter", "read_adapter", "under", "weight_names"]
 
 _EMBEDDINGS = r"(embed_tokens|lm_head|wte|embed_in|embed_out|word_embeddings)"
 _ROWS = re.compile(rf"(^|\.){_EMBEDDINGS}(\.modules_to_save|\.original_module|\.base_layer)?(\.default)?\.weight$")
@@ -70,6 +70,18 @@ def embedding_rows(adapter: str | None) -> int | None:
     except (OSError, SafetensorError):  # a damaged file is told where it is loaded
         return None
     return max(rows, default=None)
+
+
+def weight_names(adapter: str | None) -> list[str]:
+    """Names of the weights that an adapter's file holds, from its header, without a wrapper's prefix."""
+    path = Path(adapter) / ADAPTER_WEIGHTS if adapter is not None else None
+    if path is None or not path.is_file():
+        return []
+    try:
+        with safe_open(path, framework="pt") as file:
+            return [tidy_name(name) for name in list(file.keys())]
+    except (OSError, SafetensorError):  # a damaged file is told where it is loaded
+        return []
 
 
 def under(base: str, adapter: str) -> ModelSource:

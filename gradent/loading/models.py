@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from gradent.errors import InputError, ModelError, NotCausalError
-from gradent.loading.adapters import put_adapter
-from gradent.loading.files import brief, hint, some
+from gradent.loading.adapters import put_adapter, weight_names
+from gradent.loading.files import brief, hint, read_object, some
+from gradent.loading.kinds.classes import model_class
 from gradent.loading.source import ModelSource
 from gradent.model.facts import check_causal
 from gradent.model.observed import observed
@@ -62,12 +63,17 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
     if source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file():
         place = source.adapter
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
         raise ModelError(
             f"{place}: its tokenizer cannot be loaded ({brief(error)}). Save the tokenizer into the model's directory "
-            "with tokenizer.save_pretrained."
+            "with tokenizer.save_pretrained (of a processor: processor.tokenizer.save_pretrained)."
         ) from error
+    found = getattr(found, "tokenizer", found)  # of a processor
+    template = Path(place) / "chat_template.json"  # where processors of transformers 4 kept theirs
+    if found.chat_template is None and template.is_file():
+        found.chat_template = read_object(template).get("chat_template")
+    return found  # type: ignore[no-any-return]
 
 
 def load_model(
@@ -77,7 +83,7 @@ def load_model(
     """The causal LM, with its adapter's parameters trainable (all parameters where there is no adapter)."""
     check_dtype(dtype)
     place = check_device(device)
-    model = _load_base(source.base, dtype, trust_remote_code)
+    model = _load_base(source, dtype, trust_remote_code)
     if source.adapter is not None:
         model = put_adapter(model, source, trainable)
     try:
@@ -91,6 +97,12 @@ def load_model(
             check_causal(model, torch.tensor([1, 2, 3, 4], device=input_device(model)))
     except NotCausalError as error:
         raise NotCausalError(f"{source.base}: {error}") from error
+    except LOAD_ERRORS as error:
+        raise ModelError(
+            f"{source.base}: {type(model).__name__} does not run on a row of tokens alone ({brief(error)}). If it does "
+            "where it was trained, try --device cuda; what needs more than text is measured while it is trained, by "
+            "EntanglementCallback."
+        ) from error
     return model
 
 
@@ -115,10 +127,12 @@ def check_vocabulary(
         )
 
 
-def _load_base(base: str, dtype: str, trust_remote_code: bool) -> Any:
+def _load_base(source: ModelSource, dtype: str, trust_remote_code: bool) -> Any:
+    base = source.base
     config = load_config(base, trust_remote_code=trust_remote_code)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        kind = model_class(config, weight_names(source.adapter))
+        loaded: Any = kind.from_pretrained(
             base, config=config, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True,
             trust_remote_code=trust_remote_code, output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report, and refused below
