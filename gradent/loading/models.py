@@ -73,7 +73,7 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
     template = Path(place) / "chat_template.json"  # where processors of transformers 4 kept theirs
     if found.chat_template is None and template.is_file():
         found.chat_template = read_object(template).get("chat_template")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def load_model(

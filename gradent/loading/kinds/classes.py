@@ -43,7 +43,8 @@ def model_class(config: Any, names: Iterable[str] = ()) -> Any:
 def build_model(kind: Any, config: Any, dtype: torch.dtype, **options: Any) -> Any:
     """A model of a class by its configuration alone."""
     if kind is AutoModelForCausalLM:
-        return kind.from_config(config, dtype=dtype, **options)
+        factory: Any = kind
+        return factory.from_config(config, dtype=dtype, **options)
     return kind._from_config(config, dtype=dtype)  # noqa: SLF001  (what from_config itself calls)
 
 
