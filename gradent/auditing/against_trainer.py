@@ -168,7 +168,7 @@ def _causes(
     if is_adapter:
         model = [
             "a merge that the adapter was trained on and that was never saved (--base DIR, with the merged model)",
-            "a base that was quantized while it was loaded (--base DIR, with that base saved again, dequantized)",
+            "a base that was quantized while it was loaded (--quantize nf4, or whichever it was)",
         ]
     reference = ["another reference (--reference DIR)"]
     beta = _other_beta(curves, gaps)
@@ -176,7 +176,7 @@ def _causes(
         reference.insert(0, f"another β: with --beta {beta:.3g} the two would agree")
     text = [
         "another chat template or tokenizer (put the run's into its checkpoints)",
-        "another truncation (--max-length; a run that kept the end of its rows cannot be measured from its files)",
+        "another truncation (--max-length, --truncation-mode)",
         "other data than the run's (--data)",
     ]
     ordered = [*model, *reference, *text]

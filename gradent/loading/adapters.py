@@ -84,11 +84,11 @@ def weight_names(adapter: str | None) -> list[str]:
         return []
 
 
-def under(base: str, adapter: str) -> ModelSource:
+def under(base: str, adapter: str, quantize: str | None = None) -> ModelSource:
     """The model under an adapter, as the trainer's reference had it: the base, or what the adapter made of it."""
     if changes_base(adapter) is None and embedding_rows(adapter) is None:
-        return ModelSource(base=base, adapter=None, name=base)
-    return ModelSource(base=base, adapter=adapter, name=base, adapter_off=True)
+        return ModelSource(base=base, adapter=None, name=base, quantize=quantize)
+    return ModelSource(base=base, adapter=adapter, name=base, adapter_off=True, quantize=quantize)
 
 
 def put_adapter(model: Any, source: ModelSource, trainable: bool) -> Any:

@@ -16,10 +16,12 @@ from gradent.errors import InputError, ModelError, NotCausalError
 from gradent.loading.adapters import put_adapter, weight_names
 from gradent.loading.files import brief, hint, read_object, some
 from gradent.loading.kinds.classes import model_class
+from gradent.loading.kinds.quantized import check_quantization, describe_quantization, quantization_config, widen
 from gradent.loading.source import ModelSource
 from gradent.model.facts import check_causal
 from gradent.model.observed import observed
 from gradent.model.parameters import input_device
+from gradent.notices import warn
 
 __all__ = [
     "DTYPES", "LOAD_ERRORS", "check_device", "check_dtype", "check_vocabulary", "load_config", "load_model",
@@ -82,16 +84,23 @@ def load_model(
 ) -> Any:  # fmt: skip
     """The causal LM, with its adapter's parameters trainable (all parameters where there is no adapter)."""
     check_dtype(dtype)
+    check_quantization(source.quantize, dtype)
     place = check_device(device)
-    model = _load_base(source, dtype, trust_remote_code)
+    model = _load_base(source, dtype, place, trust_remote_code)
     if source.adapter is not None:
         model = put_adapter(model, source, trainable)
     try:
-        model = model.to(place).eval()
+        model = (model if describe_quantization(model.config) else model.to(place)).eval()
     except torch.OutOfMemoryError as error:
         raise ModelError(f"{source.name}: does not fit on {device}. Try --dtype bfloat16, or --device cpu.") from error
     if not trainable:
-        model.requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.requires_grad = False
+    elif source.adapter is None and describe_quantization(model.config):
+        warn(
+            f"{source.base}: its weights are quantized ({describe_quantization(model.config)}), and those have no "
+            "gradient; measured are its other parameters. Give the adapter that was trained on it: --adapter DIR."
+        )
     try:
         with observed(model):
             check_causal(model, torch.tensor([1, 2, 3, 4], device=input_device(model)))
@@ -127,19 +136,30 @@ def check_vocabulary(
         )
 
 
-def _load_base(source: ModelSource, dtype: str, trust_remote_code: bool) -> Any:
-    base = source.base
+def _load_base(source: ModelSource, dtype: str, place: torch.device, trust_remote_code: bool) -> Any:
+    base, options = source.base, dict[str, Any]()
     config = load_config(base, trust_remote_code=trust_remote_code)
+    number = None if dtype == "auto" else getattr(torch, dtype)
+    quantized = describe_quantization(config) or source.quantize
+    if quantized is not None:
+        check_quantization(source.quantize or "nf4", dtype)
+        options["device_map"] = {"": place}
     try:
+        if source.quantize is not None:
+            options["quantization_config"] = quantization_config(source.quantize, number)
+        elif number is not None:
+            widen(config, number)
         kind = model_class(config, weight_names(source.adapter))
         loaded: Any = kind.from_pretrained(
-            base, config=config, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True,
-            trust_remote_code=trust_remote_code, output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report, and refused below
+            base, config=config, dtype=number or dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
+            output_loading_info=True, ignore_mismatched_sizes=True,  # they are in the report, and refused below
+            **options,
         )  # fmt: skip
     except LOAD_ERRORS as error:
         if "Unrecognized configuration class" in str(error):
             raise not_causal(base, config) from error
+        if quantized is not None:
+            raise _not_quantized(source, quantized, error) from error
         raise ModelError(f"{base}: the model cannot be loaded ({brief(error)}).{hint(base)}") from error
     model, report = loaded
     mismatched = report["mismatched_keys"]
@@ -152,6 +172,17 @@ def _load_base(source: ModelSource, dtype: str, trust_remote_code: bool) -> Any:
             "Give a complete causal LM."
         )
     return model
+
+
+def _not_quantized(source: ModelSource, how: str, error: BaseException) -> ModelError:
+    """What to say of a quantized base that does not load here."""
+    adapter = source.adapter or "ADAPTER"
+    return ModelError(
+        f"{source.base}: its weights are quantized ({how}), and do not load here ({brief(error)}). Install what it "
+        "needs (pip install bitsandbytes, or torchao); or measure with the 16-bit model that it was quantized from: "
+        f"of a run gradent audit RUN --base DIR, of one adapter gradent audit DIR --adapter {adapter}. Log-probs and "
+        "gradients are then those of the adapter on that model, which is another function than was trained."
+    )
 
 
 def not_causal(base: str, config: Any) -> NotCausalError:

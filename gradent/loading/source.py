@@ -27,9 +27,9 @@ class ModelSource:
     base: str  # directory or hub id of the full model
     adapter: str | None  # directory of the PEFT adapter on top of it, or None
     name: str  # what the user called it; the record's `checkpoint`
-    adapter_off: bool = (
-        False  # whether the adapter is switched off once it is loaded: what it changed of the base stays
-    )
+    # whether the adapter is switched off once it is loaded: what it changed of the base stays
+    adapter_off: bool = False
+    quantize: str | None = None  # how the base is quantized while it is loaded, one of QUANTIZATIONS, or not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,9 @@ class State:
     best: bool  # whether the trainer watched for the best checkpoint, and so may have gone back to it in the end
 
 
-def resolve_source(model: str, adapter: str | None = None, *, weights: bool = True) -> ModelSource:
+def resolve_source(
+    model: str, adapter: str | None = None, *, weights: bool = True, quantize: str | None = None
+) -> ModelSource:
     """Tell a full model from an adapter, and find the adapter's base."""
     _check_exists(model)
     directory = _adapter_directory(model)
@@ -53,13 +55,18 @@ def resolve_source(model: str, adapter: str | None = None, *, weights: bool = Tr
             "well. Give the base model as MODEL with one --adapter, or merge the first adapter into the base."
         )
     if directory is not None:
-        source = ModelSource(base=_base_of(model, directory), adapter=directory, name=model)
+        source = ModelSource(base=_base_of(model, directory), adapter=directory, name=model, quantize=quantize)
     elif adapter is not None:
         _check_exists(adapter)
         directory = _adapter_directory(adapter)
         if directory is None:
             raise InputError(f"{adapter}: not a PEFT adapter, for it has no adapter_config.json. Check --adapter.")
-        source = ModelSource(base=model, adapter=directory, name=adapter)
+        source = ModelSource(base=model, adapter=directory, name=adapter, quantize=quantize)
+    if quantize is not None and source.adapter is None:
+        raise InputError(
+            f"{model}: is a full model, and quantize={quantize!r} is for the base under an adapter, since quantized "
+            "weights are not trained. Leave --quantize out, or give the adapter with --adapter."
+        )
     if not weights:
         return source
     if Path(source.base).is_dir():  # a hub id is left to from_pretrained

@@ -17,16 +17,24 @@ from gradent.errors import DataFileError
 from gradent.loading.models import load_model
 from gradent.loading.source import resolve_source
 from gradent.planning.trace import inspect_model
-from gradent.record import read_pairs
 from tests.auditing.made import write_jsonl
-from tests.auditing.situations import ROWS, adapted, audited, measured, plain, same, train
-from tests.truth import TOLERANCE, scaled_error, truth
+from tests.auditing.situations import (
+    ROWS,
+    SPLIT,
+    adapted,
+    assert_right,
+    audited,
+    measured,
+    plain,
+    right,
+    same,
+    train,
+)
+from tests.truth import TOLERANCE, scaled_error
 from tests.vision_language import KINDS, load, make
 
 LORA = {"task_type": "CAUSAL_LM", "r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 HERE = [kind for kind in KINDS if hasattr(transformers, kind)]
-SPLIT = [[row[key] for row in ROWS] for key in ("prompt", "chosen", "rejected")]
-ENTRIES = ("chosen_sq", "rejected_sq", "inner", "chosen_logp", "rejected_logp")
 
 
 def run_of(kind, directory, **options):
@@ -37,28 +45,6 @@ def run_of(kind, directory, **options):
 
 def tokens(directory):
     return PreTrainedTokenizerFast.from_pretrained(directory / "base")
-
-
-def right(model, tokenizer):
-    """The truth over all rows, by plain autograd."""
-    return truth(model, PairBatch.from_text(tokenizer, *SPLIT, add_eos=True))
-
-
-def entries(result, step):
-    """What an audit recorded of a step, as tensors."""
-    table = read_pairs(result.pairs_path).to_pydict()
-    at = [number for number, value in enumerate(table["step"]) if value == step]
-    return {name: torch.tensor([table[name][n] for n in at], dtype=torch.float64) for name in ENTRIES}
-
-
-def assert_right(result, step, model, tokenizer) -> None:
-    true, found = right(model, tokenizer), entries(result, step)
-    scale = (true.chosen_sq * true.rejected_sq).sqrt()
-    assert float(((found["inner"] - true.inner) / scale).abs().max()) < TOLERANCE["float32"]
-    for name in ("chosen_sq", "rejected_sq"):
-        torch.testing.assert_close(found[name], getattr(true, name), rtol=TOLERANCE["float32"] * 2, atol=0)
-    for name in ("chosen_logp", "rejected_logp"):
-        torch.testing.assert_close(found[name], getattr(true, name), rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", HERE)
