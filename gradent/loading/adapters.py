@@ -23,6 +23,7 @@ from gradent.errors import ModelError
 from gradent.loading.files import brief, some
 from gradent.loading.source import ModelSource, read_adapter_file
 from gradent.loading.weight_files import ADAPTER_WEIGHTS, CONFIGS, check_weights, tidy_name
+from gradent.notices import warn
 
 __all__ = ["changes_base", "embedding_rows", "frozen_reference", "put_adapter", "read_adapter", "under", "weight_names"]
 
@@ -150,6 +151,8 @@ def _tidy(adapter: str) -> Iterator[str]:
             f"{path}: names of its weights have a wrapper's prefix, and without it two are the same: "
             f"{some(sorted(names))}. Save the adapter again from the unwrapped model."
         )
+    odd = next(name for name, tidied in names.items() if name != tidied)
+    warn(f"{path}: names of its weights have a wrapper's prefix ({odd}), which is left off.")
     with tempfile.TemporaryDirectory() as place:
         copyfile(Path(adapter) / CONFIGS["adapter"], Path(place) / CONFIGS["adapter"])
         save_file({names[name]: tensor for name, tensor in load_file(path).items()}, Path(place) / ADAPTER_WEIGHTS)

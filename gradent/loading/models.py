@@ -6,6 +6,7 @@ and every figure of the audit would be about those.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from gradent.loading.adapters import put_adapter, weight_names
 from gradent.loading.files import brief, hint, read_object, some
 from gradent.loading.kinds.classes import model_class
 from gradent.loading.kinds.quantized import check_quantization, describe_quantization, quantization_config, widen
-from gradent.loading.source import ModelSource
+from gradent.loading.source import ModelSource, checkpoint_above
+from gradent.loading.weight_files import saved_names
 from gradent.model.facts import check_causal
 from gradent.model.observed import observed
 from gradent.model.parameters import input_device
@@ -29,6 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
+_UNWRAP = {r"^(_orig_mod\.|module\.|base_model\.model\.)+": "", r"\._orig_mod\.": "."}  # torch.compile, DDP, PEFT
 LOAD_ERRORS = (Exception,)
 """What from_pretrained raises for files that are missing, damaged, of another shape, or need another package: there is
 no end to it, since a damaged config reaches any line of a model's code. Each is told with the file's place."""
@@ -62,8 +65,10 @@ def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer saved with the adapter, which may carry the run's chat template, else the base's."""
     place = source.base
-    if source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file():
-        place = source.adapter
+    if source.adapter is not None:  # of an adapter in a folder of its name, the checkpoint above has the tokenizer
+        above = checkpoint_above(source.adapter)
+        kept = [str(each) for each in (source.adapter, above) if each is not None]
+        place = next((each for each in kept if (Path(each) / "tokenizer_config.json").is_file()), place)
     try:
         found = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
@@ -144,6 +149,9 @@ def _load_base(source: ModelSource, dtype: str, place: torch.device, trust_remot
     if quantized is not None:
         check_quantization(source.quantize or "nf4", dtype)
         options["device_map"] = {"": place}
+    wrapped = _wrapped(base)
+    if wrapped:
+        options["key_mapping"] = _UNWRAP
     try:
         if source.quantize is not None:
             options["quantization_config"] = quantization_config(source.quantize, number)
@@ -171,7 +179,21 @@ def _load_base(source: ModelSource, dtype: str, place: torch.device, trust_remot
             f"{some(lacking)}. They would be random numbers. Is it a classifier, an encoder or a partial checkpoint? "
             "Give a complete causal LM."
         )
+    if wrapped:
+        over = sorted(report["unexpected_keys"])
+        if over:
+            raise ModelError(
+                f"{base}: names of its weights have a wrapper's prefix ({wrapped}), and without it "
+                f"{type(model).__name__} has no place for {some(over)}. Save the unwrapped model again."
+            )
+        warn(f"{base}: names of its weights have a wrapper's prefix ({wrapped}), which is left off: the rest fits.")
     return model
+
+
+def _wrapped(base: str) -> str | None:
+    """The first name of a full model's weights with a wrapper's prefix; None where none has one."""
+    names = saved_names(Path(base)) if Path(base).is_dir() else []
+    return next((name for name in names if any(re.search(pattern, name) for pattern in _UNWRAP)), None)
 
 
 def _not_quantized(source: ModelSource, how: str, error: BaseException) -> ModelError:

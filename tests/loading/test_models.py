@@ -165,7 +165,7 @@ def test_models_that_are_no_causal_lm(what, tmp_path) -> None:
 
 def test_a_model_that_transformers_knows_no_causal_lm_of(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    (tmp_path / "model.safetensors").touch()
+    save_file({"weight": torch.ones(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NotCausalError, match=r"no causal LM for ViTConfig"):
         load_model(full(tmp_path))
 

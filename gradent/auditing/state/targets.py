@@ -15,7 +15,8 @@ from gradent.loading.preferences import AuditPair
 from gradent.loading.prepare import Material
 from gradent.loading.runs.checkpoint import Checkpoint
 from gradent.loading.runs.discover import Run, choose, find_run, is_run
-from gradent.loading.source import ModelSource, read_adapter_file, read_step, resolve_source
+from gradent.loading.source import ModelSource, checkpoint_above, read_adapter_file, read_step, resolve_source
+from gradent.loading.weight_files import named_adapters
 from gradent.record.json_lines import digest
 
 __all__ = ["AuditPlan", "ReferenceChoice", "Target", "choose_reference", "find_targets"]
@@ -109,6 +110,10 @@ def choose_reference(targets: Sequence[Target], run: Run | None, config: AuditCo
         tell(f"The reference is {frozen}, the adapter that TRL kept frozen for it (--reference for another).")
         kept = ModelSource(base=source.base, adapter=frozen, name=frozen, quantize=config.quantize)
         return ReferenceChoice(kind="model", source=kept)
+    above = checkpoint_above(source.adapter)
+    others = [str(path) for path in ({} if above is None else named_adapters(above)).values()]
+    for other in sorted({*others} - {source.adapter}):
+        tell(f"Beside the adapter lies {other}: if it was the run's reference, pass it with --reference.")
     if run is None:
         return _reference_of_one(source, needed, tell)
     if run.base is None and needed is None:
