@@ -213,7 +213,7 @@ def test_a_damaged_config(content, local_model) -> None:
 def test_damaged_weights(local_model) -> None:
     weights = local_model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ModelError, match=r"my-model: the model cannot be loaded"):
+    with pytest.raises(ModelError, match=r"has \d+ bytes, and \d+ by its own header"):
         load_model(full(local_model))
 
 
