@@ -53,6 +53,7 @@ def audit(
     base: str | os.PathLike[str] | None = None,
     adapter: str | os.PathLike[str] | None = None,
     reference: str | os.PathLike[str] | None = None,
+    quantize: str | None = None,
     split: str = "train",
     max_length: int | None = None,
     truncation_mode: str | None = None,
@@ -97,6 +98,8 @@ def audit(
         reference: directory or hub id of the reference model, for losses with a reference. Without it that is the model
             that a run started from, or the base under an adapter, as in TRL; a single model without an adapter is its
             own, as at the first step.
+        quantize: quantize the base under adapters while it is loaded, where the run did so: "nf4", "nf4-double",
+            "fp4", "fp4-double", "int8" (bitsandbytes) or "torchao-int8". A base that was saved quantized needs it not.
         split: split of a dataset directory or hub dataset.
         max_length: most tokens of prompt + response. Default: what the run's training_args.bin says, else 1024, or
             the model's number of positions if that is smaller.

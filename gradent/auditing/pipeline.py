@@ -30,6 +30,7 @@ from gradent.auditing.write import write_records
 from gradent.distributed import Ranks, join
 from gradent.errors import GradentError, InputError, ModelError
 from gradent.kernels.common.budget import parse_budget
+from gradent.loading.kinds.quantized import check_quantization
 from gradent.loading.models import check_device, check_dtype
 from gradent.loading.prepare import choose_device, read_material
 from gradent.record import AUDIT_FILES, Summary, read_summary
@@ -112,6 +113,7 @@ def check(config: AuditConfig) -> AuditConfig:
         raise InputError(f"{out}: holds the records of `gradent demo`, under the same names. Choose another --out.")
     make_directory(out, AUDIT_FILES)
     check_dtype(config.dtype)
+    check_quantization(config.quantize, config.dtype)
     if config.device is not None:
         check_device(config.device)
     return config

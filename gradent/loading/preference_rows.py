@@ -73,8 +73,23 @@ def refuse_unread(where: str, values: Mapping[str, Any]) -> None:
         if values.get(key):
             raise DataFileError(
                 f"{where}: the row carries {key!r}, which gradent does not read, so its tokens would not be those that "
-                f"TRL trains on. Remove {key!r} to audit the row without it."
+                f"TRL trains on. Remove {key!r} to audit the row without it; with it, measure while it is trained: "
+                "EntanglementCallback."
             )
+    for key in ("prompt", "chosen", "rejected"):
+        if _holds_image(values.get(key)):
+            raise DataFileError(
+                f"{where}: a message of {key} holds an image, which gradent does not read. Remove that part of its "
+                "content to audit the row without it; with it, measure while it is trained: EntanglementCallback."
+            )
+
+
+def _holds_image(messages: Any) -> bool:
+    """Whether the content of a message is in parts, and one of them is no text."""
+    listed = messages if isinstance(messages, list) else [messages]
+    contents = [each.get("content") for each in listed if isinstance(each, Mapping)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, Mapping) and part.get("type") in ("image", "image_url", "video") for part in parts)
 
 
 def _take_prompt(where: str, values: Mapping[str, Any], kind: str) -> Parts:

@@ -167,7 +167,7 @@ def open_model(
 
 def prepare(config: LoadConfig, tell: Tell, *, only: int | None = None) -> Prepared:
     """Load and check everything, the cheap things first: a bad row is reported before a large model is read."""
-    source = resolve_source(config.model, config.adapter)
+    source = resolve_source(config.model, config.adapter, quantize=config.quantize)
     material = read_material([source], config, tell, only=only)
     device = choose_device(config.device)
     model = open_model(source, material, config, device)

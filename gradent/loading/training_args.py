@@ -37,6 +37,7 @@ class Trained:
 def read_trained(models: Iterable[str]) -> Trained:
     """What the directories of some models say, and those that they are in; the first that says a thing counts."""
     places = [path for model in models if (path := Path(model)).is_dir()]
+    places += [path.resolve().parent for path in places if re.fullmatch(r"checkpoint-\d+", path.resolve().parent.name)]
     places += [path.resolve().parent for path in places if re.fullmatch(r"checkpoint-\d+", path.resolve().name)]
     releases, limits, days, betas = list[str](), dict[str, Any](), list[float](), list[float]()
     for place in dict.fromkeys(places):

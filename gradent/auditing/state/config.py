@@ -67,7 +67,7 @@ class AuditConfig(LoadConfig):
         names = (
             "checkpoints", "split", "max_length", "truncation_mode", "max_prompt_length", "max_completion_length",
             "max_pairs", "token_pairs", "batch_size", "memory_budget", "engine", "by_module", "attribution", "dtype",
-            "device", "skip_bad_rows", "add_eos", "seed",
+            "device", "skip_bad_rows", "add_eos", "seed", *(["quantize"] if self.quantize else []),
         )  # fmt: skip
         values = {name: getattr(self, name) for name in names}
         return values if isinstance(self.checkpoints, str) else {**values, "checkpoints": list(self.checkpoints)}
