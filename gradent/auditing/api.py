@@ -142,10 +142,13 @@ def audit(
         KeyboardInterrupt: it was stopped; what was measured until then has been written as a partial record.
     """
     options = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in locals().items()}
-    # What needs torch is imported by the call, so that importing this module, and the command line, is quick.
+    config = AuditConfig(**{**options, "out": Path(out)})
+    # What takes time to import is imported by the call, so that the command line is quick; torch comes last.
+    from gradent.auditing.early import check_early  # noqa: PLC0415
+
+    check_early(config)
     from gradent.auditing.pipeline import run  # noqa: PLC0415
 
-    config = AuditConfig(**{**options, "out": Path(out)})
     summary = run(config)
     paths = {name: config.out / name for name in AUDIT_FILES}
     return AuditResult(

@@ -74,7 +74,8 @@ def run(config: AuditConfig) -> Summary:
             write_records(config, outcome, started)
         if interrupt is not None:
             partial = f"{config.out} holds a partial record. The same command goes on from where this one was stopped."
-            raise (KeyboardInterrupt(partial) if ranks.is_first and records else interrupt) from interrupt
+            kept = f"{config.out} keeps what was measured. The same command goes on from where this one was stopped."
+            raise KeyboardInterrupt(partial if ranks.is_first and records else kept) from interrupt
         ranks.wait()
     summary = read_summary(config.out / "summary.json")
     if config.wandb is not None and ranks.is_first:

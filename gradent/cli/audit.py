@@ -44,10 +44,15 @@ def audit(**values: Any) -> None:
     Of a finished run, the same pairs are measured at every checkpoint. Stopped at any point, the same command goes on
     where it was. Exit code 0: all was measured; 2: nothing could be; 3: some checkpoints are left out; 130: stopped.
     """  # noqa: DOC501
+    names = (*_HYPERPARAMETERS, "length_normalized")
+    hyperparameters = {name: value for name in names if (value := values.pop(name)) is not None}
+    with readable_errors(loads_models=False):  # at once, before transformers is imported to be silenced
+        from gradent.auditing.early import check_early  # noqa: PLC0415
+
+        options_read = read_options(AuditConfig, values)
+        check_early(AuditConfig(**{**options_read, "quiet": True}))
     with readable_errors():
-        names = (*_HYPERPARAMETERS, "length_normalized")
-        hyperparameters = {name: value for name in names if (value := values.pop(name)) is not None}
-        result = run_audit(**read_options(AuditConfig, values), hyperparameters=hyperparameters)
+        result = run_audit(**options_read, hyperparameters=hyperparameters)
         files = (
             result.report_path, result.pairs_path, result.sample_path, result.steps_path, result.modules_path,
             result.tokens_path, result.summary_path,

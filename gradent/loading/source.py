@@ -16,8 +16,8 @@ from gradent.loading.weight_files import named_adapters, require_tensors
 from gradent.text import quoted
 
 __all__ = [
-    "STATE", "ModelSource", "State", "checkpoint_above", "read_adapter_file", "read_state", "read_step",
-    "resolve_source", "trained_adapter",
+    "STATE", "ModelSource", "State", "check_model_exists", "checkpoint_above", "read_adapter_file", "read_state",
+    "read_step", "resolve_source", "trained_adapter",
 ]  # fmt: skip
 
 STATE = "trainer_state.json"
@@ -51,7 +51,7 @@ def resolve_source(
     model: str, adapter: str | None = None, *, weights: bool = True, quantize: str | None = None
 ) -> ModelSource:
     """Tell a full model from an adapter, and find the adapter's base."""
-    _check_exists(model)
+    check_model_exists(model)
     directory = _adapter_directory(model)
     source = ModelSource(base=model, adapter=None, name=model)
     if directory is not None and adapter is not None:
@@ -62,7 +62,7 @@ def resolve_source(
     if directory is not None:
         source = ModelSource(base=_base_of(model, directory), adapter=directory, name=model, quantize=quantize)
     elif adapter is not None:
-        _check_exists(adapter)
+        check_model_exists(adapter)
         directory = _adapter_directory(adapter)
         if directory is None:
             raise InputError(f"{adapter}: not a PEFT adapter, for it has no adapter_config.json. Check --adapter.")
@@ -161,7 +161,8 @@ def _exists(name: str) -> bool:
     return Path(name).is_dir() or (not Path(name).exists() and is_hub_id(name))
 
 
-def _check_exists(name: str) -> None:
+def check_model_exists(name: str) -> None:
+    """Refuse a name that is neither a directory nor a hub id."""
     if Path(name).is_file():
         raise InputError(
             f"{name}: is a file; give the directory that holds config.json and *.safetensors, or a hub id."

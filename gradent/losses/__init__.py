@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -13,6 +12,7 @@ from gradent.losses.custom import from_callable
 from gradent.losses.designs import Design, PairwiseNormalized, TokenMasked
 from gradent.losses.table import CPO, DPO, DPOP, IPO, KTO, RDPO, RRHF, SPPO, SimPO, SLiC
 from gradent.losses.trl import NOT_OF_PAIRS, TRL_TYPES, TRLLoss
+from gradent.text import suggest
 
 __all__ = ["DESIGNS", "LOSSES", "Loss", "available", "from_callable", "from_trl", "get"]
 
@@ -66,7 +66,7 @@ def get(name: str, **hyper: Any) -> Loss:
     if not isinstance(name, str) or name not in LOSSES:
         known, trl = [*LOSSES, *DESIGNS], [each for each in TRL_TYPES if each not in LOSSES]
         raise InputError(
-            f"losses.get: unknown loss {name!r}{_suggest(name, [*known, *trl])} Accepted: {', '.join(known)}; TRL's "
+            f"losses.get: unknown loss {name!r}{suggest(name, [*known, *trl])} Accepted: {', '.join(known)}; TRL's "
             f"names {', '.join(trl)}; in Python, losses.from_callable for any other loss."
         )
     _refuse_unknown(name, hyper, _defaults(LOSSES[name]))
@@ -94,8 +94,7 @@ def _get_design(name: str, hyper: dict[str, Any]) -> Loss:
     if isinstance(base, str):
         if base not in LOSSES:
             raise InputError(
-                f"losses.get: {name} has base {base!r}{_suggest(base, LOSSES)} Accepted: {', '.join(LOSSES)}, or a "
-                "Loss."
+                f"losses.get: {name} has base {base!r}{suggest(base, LOSSES)} Accepted: {', '.join(LOSSES)}, or a Loss."
             )
         _refuse_unknown(f"{name} on {base}", of_base, {**accepted, **_defaults(LOSSES[base])})
         base = LOSSES[base](**of_base)
@@ -114,13 +113,6 @@ def _refuse_unknown(name: str, hyper: Iterable[str], accepted: Mapping[str, Any]
         if parameter not in accepted:
             shown = ", ".join(f"{key}={value!r}" for key, value in accepted.items()) or "none"
             raise InputError(
-                f"losses.get: {name} has no hyperparameter {parameter!r}{_suggest(parameter, accepted)} "
+                f"losses.get: {name} has no hyperparameter {parameter!r}{suggest(parameter, accepted)} "
                 f"Accepted, with defaults: {shown}."
             )
-
-
-def _suggest(received: object, accepted: Iterable[str]) -> str:
-    names = list(accepted)
-    close = difflib.get_close_matches(str(received).lower(), names, n=max(1, len(names)), cutoff=0.66)
-    # Of several that are close the first in the table: "dop" is dpo, not dpop.
-    return f"; did you mean {min(close, key=names.index)!r}?" if close else "."

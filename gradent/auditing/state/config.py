@@ -9,9 +9,15 @@ from typing import Any
 
 from gradent.loading.config import DATA, MODEL, RUN, LoadConfig, option
 
-__all__ = ["LOSS", "AuditConfig", "TokenConfig"]
+__all__ = ["LOSS", "LOSS_NAMES", "AuditConfig", "TokenConfig"]
 
 LOSS = "Loss"
+LOSS_NAMES = (
+    "dpo", "rdpo", "simpo", "ipo", "rrhf", "slic", "cpo", "dpop", "kto", "sppo", "pairwise_normalized", "token_masked",
+    "sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
+    "sigmoid_norm", "aot", "aot_unpaired", "sft",
+)  # fmt: skip
+"""What `losses.get` knows, and what it refuses with a reason; listed here so that a typo is told without torch."""
 _BUDGET = "Scratch of the reductions, e.g. 512MiB."
 
 
