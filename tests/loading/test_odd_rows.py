@@ -78,6 +78,10 @@ def test_what_is_trained_on_is_measured_alike(kind, name, tmp_path, model) -> No
     tokenizer, row = TOKENIZERS[kind](), ALIKE[name]
     if kind != "BOS" and (0, 29) <= RELEASE < (1,) and name.startswith(("nothing", "no prompt, no")):
         pytest.skip("TRL 0.29 fails at a prompt without tokens")
+    if OLD and name in {"a system message alone", "an answer of a tool"}:  # a prompt must end in a user's words there
+        with pytest.raises(ValueError, match="Invalid role in the last message"):
+            make_trainer(tmp_path, model, [row], tokenizer)
+        return
     (trained,) = prepared(make_trainer(tmp_path, model, [row], tokenizer))
     prompt, chosen, rejected = trained
     if not prompt and len(chosen) == 1:  # EOS alone, which nothing predicts
