@@ -34,6 +34,7 @@ from gradent.trainer.callback.fault_guard import LIMIT, guarded_event
 from gradent.trainer.callback.hf_frames import divides_loss, find_trainer, move_to_front
 from gradent.trainer.callback.implied_rows import ImpliedRows, implied_rows
 from gradent.trainer.callback.journal import GroupJournal, Journal, PairJournal, same_kind
+from gradent.trainer.callback.loss_division import LossDivision
 from gradent.trainer.callback.probe import Probe
 from gradent.trainer.callback.unseen import UnseenPairs
 from gradent.trainer.records.row_step import RowStepRecord
@@ -153,6 +154,7 @@ class EntanglementCallback(TrainerCallback):
         self._tokens: TokenMap | None = None
         self._logps_before: Tensor | None = None
         self._whole_step: WholeStep | None = None
+        self._division = LossDivision()
         self._unseen = UnseenPairs(self.notices.once)
         self._is_measuring = False
         self._window: list[Any] = []
@@ -224,6 +226,8 @@ class EntanglementCallback(TrainerCallback):
             self._recorder.metric = optimizer
         self._prepare_account(kwargs["model"], kwargs.get("optimizer") if self._attribution else None)
         self._recorder.arm()
+        if args.gradient_accumulation_steps > 1:
+            self._division.watch(find_trainer())
 
     def _prepare_account(self, model: nn.Module, optimizer: Any) -> None:
         """Settle which account the step gets: of the recorder, by source, or of the step as a whole."""
@@ -248,10 +252,18 @@ class EntanglementCallback(TrainerCallback):
         """Harvest, while the weights are still those that the gradients belong to."""
         if self._recorder is None or not self._recorder.armed:
             return
-        batches = self._recorder.collect() if divides_loss() else 1
+        batches = self._recorder.collect()
+        divisor = self._division.find()
+        if divisor is None:
+            divisor = float(batches) if divides_loss() else 1.0
+            if batches > 1:
+                self.notices.once(
+                    f"gradent did not see the loss that the trainer differentiates: d_w and d_l are those of a loss "
+                    f"that is divided by {divisor:g}, as its configuration implies."
+                )
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
         loss_scale = float(scaler.get_scale()) if scaler is not None else 1.0
-        self._pending = self._recorder.harvest(scale=max(1, batches), loss_scale=loss_scale)
+        self._pending = self._recorder.harvest(scale=max(1.0, divisor), loss_scale=loss_scale)
         if (
             self._pending is not None
             and self._pending.attribution is not None
@@ -401,6 +413,7 @@ class EntanglementCallback(TrainerCallback):
     def step_aside(self) -> None:
         """Take every hook off the model."""
         self._whole_step = None
+        self._division.step_aside()
         if self._recorder is not None:
             self._recorder.disarm()
             self._recorder.optimizer = None
