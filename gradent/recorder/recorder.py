@@ -341,7 +341,21 @@ class Recorder:
         if reason is not None:
             self._log_once(f"gradent cannot read this step: {reason}.")
             return None
+        obstacle = self._obstacle(observation)
+        if observation.further and bool(observation.c.any()) and (self._mode == "measure" or obstacle is not None):
+            self._log_once(
+                f"gradent cannot measure this step: {obstacle or 'mode=measure asks for another pass'}; and a pass of "
+                f"gradent's own gets tokens alone, while the model was given {', '.join(observation.further)} too."
+            )
+            return None
         recording = self._settle_pairs(observation) if observation.sides == 2 else self._settle_rows(observation)
+        if recording is None:
+            self._log_once(
+                "gradent records nothing of this step: the loss moves its rows, and every gradient that was seen is "
+                "zero, so that none was: the trainable parameters are not those that the model computes with (a wrapper's "
+                "copies of them, a part of the model that these inputs do not reach)."
+            )
+            return None
         if self._config.should_share and not observation.shared and bool(observation.c.any()):
             self._log_once(
                 "gradent: weight_grad='shared' found no weight gradient to share here, and the products are formed "
@@ -355,8 +369,8 @@ class Recorder:
         """Why a backward's entries cannot be read off it; None where they can."""
         return "the model is compiled" if self._is_compiled else observation.no_entries_reason
 
-    def _settle_rows(self, observation: BackwardObservation) -> RowRecording:
-        """The recording of a backward whose rows are no pairs."""
+    def _settle_rows(self, observation: BackwardObservation) -> RowRecording | None:
+        """The recording of a backward whose rows are no pairs; None where all gradients are zero."""
         moves = [bool(tokens.any()) for tokens in observation.tokens]
         active = [row for row, is_moved in enumerate(moves) if is_moved and observation.rows[row][1].any()]
         rest = sorted(set(range(len(moves))) - set(active))
@@ -375,11 +389,13 @@ class Recorder:
             self._compare(rows.logp, observation.logps[active], observation)
         else:
             rows = self._read_rows(observation, active, group)
+        if active and not bool(rows.products.diagonal().any()):
+            return None
         self._accounts.add(observation, active, has_own_pass=needs_pass)
         return RowRecording(
             rows=replace(rows, weight=-observation.c[active] / world_size()), batch=batch, labels=labels,
             source="measure" if needs_pass else "piggyback", inactive=len(rest),
-            inactive_labels=observation.group[rest],
+            inactive_labels=observation.group[rest], further=observation.further,
         )  # fmt: skip
 
     def _read_rows(self, observation: BackwardObservation, active: Sequence[int], group: Tensor) -> RowGram:
@@ -395,8 +411,8 @@ class Recorder:
             length=torch.tensor(lengths, dtype=torch.int64), group=group, modules=modules if self._by_module else None,
         )  # fmt: skip
 
-    def _settle_pairs(self, observation: BackwardObservation) -> Recording:
-        """The recording of a backward of pairs."""
+    def _settle_pairs(self, observation: BackwardObservation) -> Recording | None:
+        """The recording of a backward of pairs; None where all gradients are zero."""
         pairs = observation.pairs
         is_moved = (observation.c[:pairs] != 0) & (observation.c[pairs:] != 0)
         moved = is_moved.nonzero()[:, 0].tolist()
@@ -414,13 +430,15 @@ class Recorder:
             self._compare(torch.cat([gram.chosen_logp, gram.rejected_logp]), theirs, observation)
         else:
             gram = self._read(observation).select(active)
+        if active and not bool(gram.chosen_sq.any() or gram.rejected_sq.any()):
+            return None
         self._accounts.add(observation, active, has_own_pass=needs_pass)
         divisor = 2 * pairs + observation.unpaired if self._config.pairing == "signs" else pairs
         c, changes = observation.c * divisor, None if along is None else -along * divisor
         return Recording(
             gram=gram, d_w=-c[:pairs][active], d_l=c[pairs:][active], changes=changes,
             source="measure" if needs_pass else "piggyback", batch=batch, inactive=pairs - len(active),
-            unpaired=observation.unpaired,
+            unpaired=observation.unpaired, further=observation.further,
         )  # fmt: skip
 
     def _has_two_responses(self, observation: BackwardObservation, pair: int) -> bool:

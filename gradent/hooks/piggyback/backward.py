@@ -28,6 +28,7 @@ from gradent.kernels.common.account import AccountLayout, ElementMetric
 from gradent.kernels.common.numerics import accumulator
 from gradent.kernels.common.sketch import GradientSketch, RowSketches
 from gradent.kernels.common.wanted import Wanted
+from gradent.model.inputs import NO_INPUTS, FurtherInputs
 from gradent.pair_gram import on_cpu
 
 __all__ = ["WatchedBackward"]
@@ -59,9 +60,11 @@ class WatchedBackward:
         """Whether the backward has reached an output, or never can."""
         return self._has_started or any(forward.is_read for forward in self.forwards)
 
-    def make_forward(self, input_ids: Tensor, attention_mask: Tensor) -> WatchedForward:
-        """A forward to watch, of `[N, L]` ids and mask."""
-        return WatchedForward(self.config, self.guard, self._on_coefficients, input_ids, attention_mask)
+    def make_forward(
+        self, input_ids: Tensor, attention_mask: Tensor, inputs: FurtherInputs = NO_INPUTS
+    ) -> WatchedForward:
+        """A forward to watch, of `[N, L]` ids and mask, with what it was given beside them."""
+        return WatchedForward(self.config, self.guard, self._on_coefficients, input_ids, attention_mask, inputs)
 
     def add_forward(self, forward: WatchedForward, output: Any, kwargs: Mapping[str, Any]) -> None:
         """Take in a forward that has ended with an output."""
@@ -229,6 +232,7 @@ class WatchedBackward:
                     "two forwards preceded the backward, and they are not the chosen rows and then the rejected rows: "
                     "their weights have other signs"
                 )
+        observation.further = tuple(sorted({name for each in self.forwards for name in each.inputs.names}))
         observation.no_entries_reason, observation.unusable_reason = guard.no_entries_reason, guard.unusable_reason
         self.close()
         return observation

@@ -6,6 +6,7 @@ Letters: N rows of L tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from gradent.hooks.reduction.weight_grad_reuse import WeightGradReuse
 from gradent.hooks.uses.formats import split_factor
 from gradent.hooks.uses.layout import Layout
 from gradent.kernels.common.streams import at_once
+from gradent.model.inputs import FurtherInputs
 from gradent.model.parameters import output_embeddings
 
 __all__ = ["WatchedForward", "is_synchronous"]
@@ -41,10 +43,13 @@ class WatchedForward:
     """Captures a forward, reads the rows' coefficients when its backward starts, and collects output gradients."""
 
     def __init__(
-        self, config: WatchConfig, guard: Guard, on_coefficients: _OnCoefficients, input_ids: Tensor, mask: Tensor
-    ) -> None:
-        self.input_ids, self.attention_mask = input_ids, mask
-        self.layout = Layout(*input_ids.shape)
+        self, config: WatchConfig, guard: Guard, on_coefficients: _OnCoefficients, input_ids: Tensor, mask: Tensor,
+        inputs: FurtherInputs,
+    ) -> None:  # fmt: skip
+        self.input_ids, self.attention_mask, self.inputs = input_ids, mask, inputs
+        # A head that is asked for the last tokens alone has these.
+        rows, length = input_ids.shape
+        self.layout = Layout(rows, length, tokens=() if inputs.has_one_a_row else (length, *inputs.kept))
         self.expected: list[Tap] = []  # recorded uses whose output gradients the backward will bring
         self.has_hidden_regions = False  # a reentrant checkpoint hides a part of the graph
         self.is_read = False  # the backward has reached the output
@@ -132,7 +137,12 @@ class WatchedForward:
         if isinstance(readout, FusedReadout):
             self._watch_fused_head(capture, readout)
         survey = capture.survey(readout.root, opaque=True)
-        if self._fails_for(survey.missed):
+        if survey.foreign:
+            self._guard.fail(
+                f"the loss reaches {survey.foreign}, which is none of the model's own parameters (a wrapper's, as "
+                "FSDP 1 has it?), so that these are not seen to receive a gradient"
+            )
+        if self._fails_for(survey.missed) or survey.foreign:
             return
         self.has_hidden_regions = survey.hidden
         self.expected += [tap for tap in capture.taps if tap.node in survey.reached]
@@ -234,7 +244,7 @@ class WatchedForward:
             return
         look = partial(self._find_spans, tap, grad_output)
         certain = is_synchronous(grad_output.device)
-        layout = Layout(self.layout.rows, self.layout.length, look, certain=certain)
+        layout = replace(self.layout, look=look, certain=certain)
         self._collector.arrive(tap, grad_output, Place(layout, self._place.rows), self._powers)
 
     def _note_spans(self, marks: Tensor) -> None:

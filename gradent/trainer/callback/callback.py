@@ -279,10 +279,20 @@ class EntanglementCallback(TrainerCallback):
             return
         if self.realised:
             self._logps_before = self._measure_logps(kwargs["model"], self._pending)
-        if self._is_tokens_step(state.global_step + 1) and is_first() and self._has_pairs(self._pending):
+        is_due = self._is_tokens_step(state.global_step + 1) and is_first()
+        if is_due and self._has_pairs(self._pending) and not self._lacks_inputs(self._pending, "tokens_every"):
             self._tokens = map_tokens(kwargs["model"], self._pending, self._budget)
         if self._whole_step is not None:
             self._hold(self._whole_step, self._pending, kwargs.get("optimizer"))
+
+    def _lacks_inputs(self, recording: Recording | RowRecording, name: str) -> bool:
+        """Whether the model was given what a pass of gradent's own cannot give it; that is said."""
+        if recording.further:
+            self.notices.once(
+                f"{name} is not measured: a pass of gradent's own gets tokens alone, while the model was given "
+                f"{', '.join(recording.further)} too."
+            )
+        return bool(recording.further)
 
     def _has_pairs(self, pending: Recording | RowRecording) -> TypeGuard[Recording]:
         """Whether a recording has token matrices; those of rows that are no pairs are `token_influence`'s."""
@@ -294,7 +304,11 @@ class EntanglementCallback(TrainerCallback):
         """Get ready for a step that has no split, and say that it has none."""
         kind = type(unwrap_optimizer(optimizer)).__name__
         has_tokens = not isinstance(pending, Recording) or pending.batch is not None or not len(pending.gram)
-        reason = whole.hold() if has_tokens else "a reward model's total is not taken"
+        reason: str | None = "a reward model's total is not taken"
+        if pending.further:
+            reason = f"a pass of gradent's own gets tokens alone, without {', '.join(pending.further)}"
+        elif has_tokens:
+            reason = whole.hold()
         unknown = f"{kind} has no diagonal preconditioner that gradent knows (torch.optim.SGD, Adam and AdamW have one)"
         if reason is None:
             text = f"gradent does not split steps into sources, and gives their totals: {unknown}."
@@ -319,7 +333,7 @@ class EntanglementCallback(TrainerCallback):
         if is_sharded(model):
             self.notices.once("realised is not measured: a sharded model (FSDP) allows no pass of gradent's own.")
             return None
-        if recording.batch is None:
+        if recording.batch is None or self._lacks_inputs(recording, "realised"):
             return None
         dtypes = {part.dtype for part in trainable(model).values()} & {torch.float16, torch.bfloat16}
         if dtypes:
