@@ -352,8 +352,8 @@ class Recorder:
         if recording is None:
             self._log_once(
                 "gradent records nothing of this step: the loss moves its rows, and every gradient that was seen is "
-                "zero, so that none was: the trainable parameters are not those that the model computes with (a wrapper's "
-                "copies of them, a part of the model that these inputs do not reach)."
+                "zero, so that none was: the trainable parameters are not those that the model computes with (a "
+                "wrapper's copies of them, a part of the model that these inputs do not reach)."
             )
             return None
         if self._config.should_share and not observation.shared and bool(observation.c.any()):
@@ -369,7 +369,7 @@ class Recorder:
         """Why a backward's entries cannot be read off it; None where they can."""
         return "the model is compiled" if self._is_compiled else observation.no_entries_reason
 
-    def _settle_rows(self, observation: BackwardObservation) -> RowRecording | None:
+    def _settle_rows(self, observation: BackwardObservation) -> Recording | RowRecording | None:
         """The recording of a backward whose rows are no pairs; None where all gradients are zero."""
         moves = [bool(tokens.any()) for tokens in observation.tokens]
         active = [row for row, is_moved in enumerate(moves) if is_moved and observation.rows[row][1].any()]
@@ -389,6 +389,8 @@ class Recorder:
             self._compare(rows.logp, observation.logps[active], observation)
         else:
             rows = self._read_rows(observation, active, group)
+        if not bool(rows.products.isfinite().all()) and self._has_overflow(observation):
+            return self._overflown(observation)
         if active and not bool(rows.products.diagonal().any()):
             return None
         self._accounts.add(observation, active, has_own_pass=needs_pass)
@@ -411,7 +413,7 @@ class Recorder:
             length=torch.tensor(lengths, dtype=torch.int64), group=group, modules=modules if self._by_module else None,
         )  # fmt: skip
 
-    def _settle_pairs(self, observation: BackwardObservation) -> Recording | None:
+    def _settle_pairs(self, observation: BackwardObservation) -> Recording | RowRecording | None:
         """The recording of a backward of pairs; None where all gradients are zero."""
         pairs = observation.pairs
         is_moved = (observation.c[:pairs] != 0) & (observation.c[pairs:] != 0)
@@ -430,6 +432,9 @@ class Recorder:
             self._compare(torch.cat([gram.chosen_logp, gram.rejected_logp]), theirs, observation)
         else:
             gram = self._read(observation).select(active)
+            finite = (gram.chosen_sq + gram.rejected_sq + gram.inner).isfinite()
+            if not bool(finite.all()) and self._has_overflow(observation):
+                return self._overflown(observation)
         if active and not bool(gram.chosen_sq.any() or gram.rejected_sq.any()):
             return None
         self._accounts.add(observation, active, has_own_pass=needs_pass)
@@ -440,6 +445,27 @@ class Recorder:
             source="measure" if needs_pass else "piggyback", batch=batch, inactive=pairs - len(active),
             unpaired=observation.unpaired, further=observation.further,
         )  # fmt: skip
+
+    def _has_overflow(self, observation: BackwardObservation) -> bool:
+        """Whether what is not finite is float16's doing, which its loss scaler looks after; that is said."""
+        if observation.is_half:
+            self._log_once(
+                "gradent counts the rows of a step as inactive: their gradients overflow in float16 at this loss "
+                "scale, and the step is skipped by the loss scaler, which lowers it."
+            )
+        return observation.is_half
+
+    def _overflown(self, observation: BackwardObservation) -> Recording | RowRecording:
+        """The recording of a backward whose gradients overflowed: no row is active."""
+        quiet = replace(
+            observation, c=torch.zeros_like(observation.c), is_constant=True, no_entries_reason=None,
+            tokens=[torch.zeros_like(tokens) for tokens in observation.tokens],
+            entries={number: torch.zeros_like(entry) for number, entry in observation.entries.items()},
+        )  # fmt: skip
+        recording = self._settle_pairs(quiet) if observation.sides == 2 else self._settle_rows(quiet)
+        assert recording is not None
+        self._accounts.drop()  # of a step that will not be taken
+        return recording
 
     def _has_two_responses(self, observation: BackwardObservation, pair: int) -> bool:
         """Whether a pair's two rows differ; one and the same response is neither chosen nor rejected."""

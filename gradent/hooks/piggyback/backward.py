@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradent.hooks.overhead import Clock, wait_for
-from gradent.hooks.piggyback.coefficients import Coefficients
+from gradent.hooks.piggyback.coefficients import FAINTEST, Coefficients
 from gradent.hooks.piggyback.config import StepMetric, WatchConfig
 from gradent.hooks.piggyback.forward import WatchedForward
 from gradent.hooks.piggyback.gradient_norms import GradientNorms
@@ -232,6 +232,9 @@ class WatchedBackward:
                     "two forwards preceded the backward, and they are not the chosen rows and then the rejected rows: "
                     "their weights have other signs"
                 )
+        observation.is_half = any(forward.is_half for forward in self.forwards)
+        if observation.is_half:
+            _leave_out_faint(observation)
         observation.further = tuple(sorted({name for each in self.forwards for name in each.inputs.names}))
         observation.no_entries_reason, observation.unusable_reason = guard.no_entries_reason, guard.unusable_reason
         self.close()
@@ -294,6 +297,16 @@ class WatchedBackward:
         for forward in self.forwards:
             forward.close()
         self._drop_collector()
+
+
+def _leave_out_faint(observation: BackwardObservation) -> None:
+    """Take rows for unmoved whose gradients are too small for float16; a pair's two rows together."""
+    faint = observation.c.abs() < FAINTEST[torch.float16]
+    if observation.sides == 2:
+        faint = (faint.view(2, -1).any(0)).repeat(2)
+    for row in faint.nonzero()[:, 0].tolist():
+        observation.c[row] = 0.0
+        observation.tokens[row] = torch.zeros_like(observation.tokens[row])
 
 
 def _read_rows(forward: WatchedForward, coefficients: Coefficients) -> list[Row]:

@@ -22,13 +22,17 @@ from gradent.kernels.common.numerics import accumulator
 from gradent.kernels.common.numerics import spans as tiles
 from gradent.kernels.common.streams import at_once
 
-__all__ = ["Coefficients", "FusedReadout", "LogitsReadout", "Readout", "RewardReadout", "find_readout"]
+__all__ = ["FAINTEST", "Coefficients", "FusedReadout", "LogitsReadout", "Readout", "RewardReadout", "find_readout"]
 
 BLOCK = 256
 """Tokens of the vocabulary that `_best_others` looks at together."""
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest spread of a coefficient along a row that rounding explains, relative to its size, by the gradient's dtype."""
+
+FAINTEST = {torch.float32: 2.0**-100, torch.bfloat16: 2.0**-100, torch.float16: 2.0**-11}
+"""Coefficients below which output gradients leave the numbers that their dtype holds at full precision: such a row's
+gradient cannot be read, and it is taken for one that the loss does not move."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +124,9 @@ class LogitsReadout:
         besides = torch.stack([(spread(g_v) + tokens * p_v) * used, size - 2 * tokens.abs() * weight])
         marks, tokens = (pad(part, (length - count, 0)) for part in (used, tokens * used))
         coefficients = _judge(c, (logps * used).sum(1), marks, tokens, off.abs().amax((0, 2)), self.root.dtype)
-        is_of_tokens = bool((besides.abs().amax((0, 2)) <= _rounding(grad.dtype) * tokens.abs().amax(1)).all())
+        largest = tokens.abs().amax(1)
+        is_small = besides.abs().amax((0, 2)) <= _rounding(grad.dtype) * largest
+        is_of_tokens = bool((is_small | (largest < FAINTEST.get(grad.dtype, 0.0))).all())
         return replace(
             coefficients, has_given_marks=self.labels is not None, is_of_tokens=is_of_tokens,
             predicted=count if self.root.shape[1] < length else None,
@@ -236,6 +242,10 @@ Readout = FusedReadout | LogitsReadout | RewardReadout
 def _judge(c: Tensor, logp: Tensor, marks: Tensor, tokens: Tensor, off: Tensor, dtype: torch.dtype) -> Coefficients:
     """Coefficients on the CPU; `off` `[N]` is each row's largest deviation, `dtype` that of the gradient."""
     c, logp, marks, tokens, off = (part.cpu() for part in (c, logp, marks, tokens, off))
+    least = FAINTEST.get(dtype, 0.0)
+    is_faint = (c.abs() < least) & (off < least)
+    c, off = c.masked_fill(is_faint, 0.0), off.masked_fill(is_faint, 0.0)
+    tokens = tokens.masked_fill(is_faint.view(-1, *(1,) * (tokens.dim() - 1)), 0.0)
     active = c != 0
     spread = float((off[active] / c[active].abs()).max()) if bool(active.any()) else 0.0
     # A row whose coefficients cancel to zero, but are not zero, is not inactive.

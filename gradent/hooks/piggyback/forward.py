@@ -52,6 +52,7 @@ class WatchedForward:
         self.layout = Layout(rows, length, tokens=() if inputs.has_one_a_row else (length, *inputs.kept))
         self.expected: list[Tap] = []  # recorded uses whose output gradients the backward will bring
         self.has_hidden_regions = False  # a reentrant checkpoint hides a part of the graph
+        self.is_half = False  # output gradients of it are float16
         self.is_read = False  # the backward has reached the output
         self.remainders: list[float] = []  # of each row's `1 / c`, beside the power of two that gradients are scaled by
         self.padding_gradients: list[Tensor] = []  # scalars on the model's device, zero where padding got no gradient
@@ -233,6 +234,7 @@ class WatchedForward:
 
     def _collect(self, tap: Tap, grad_output: Tensor) -> None:
         """Hand a use's output gradient on, with the factors that turn it into that of the log-probs."""
+        self.is_half |= grad_output.dtype == torch.float16
         if self._guard.no_entries_reason is not None:
             return
         if self._place is None or self._collector is None:

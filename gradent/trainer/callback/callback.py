@@ -155,6 +155,7 @@ class EntanglementCallback(TrainerCallback):
         self._logps_before: Tensor | None = None
         self._whole_step: WholeStep | None = None
         self._division = LossDivision()
+        self._loss_scale = 1.0
         self._unseen = UnseenPairs(self.notices.once)
         self._is_measuring = False
         self._window: list[Any] = []
@@ -215,6 +216,7 @@ class EntanglementCallback(TrainerCallback):
         """Arm before a step that is to be measured."""
         step = state.global_step + 1
         self._pending = self._tokens = self._logps_before = None
+        self._loss_scale = 1.0
         self._is_measuring = step == 1 or step % self.every == 0 or self._is_tokens_step(step)
         if self._recorder is None or not self._is_measuring or self.errors >= LIMIT:
             return
@@ -261,9 +263,8 @@ class EntanglementCallback(TrainerCallback):
                     f"gradent did not see the loss that the trainer differentiates: d_w and d_l are those of a loss "
                     f"that is divided by {divisor:g}, as its configuration implies."
                 )
-        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
-        loss_scale = float(scaler.get_scale()) if scaler is not None else 1.0
-        self._pending = self._recorder.harvest(scale=max(1.0, divisor), loss_scale=loss_scale)
+        self._loss_scale = _loss_scale(kwargs.get("optimizer"))
+        self._pending = self._recorder.harvest(scale=max(1.0, divisor), loss_scale=self._loss_scale)
         if (
             self._pending is not None
             and self._pending.attribution is not None
@@ -350,7 +351,7 @@ class EntanglementCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep what was harvested, with the pairs of all ranks."""
         if self._is_measuring:
-            self._keep_step(state, kwargs["model"])
+            self._keep_step(state, kwargs["model"], was_skipped=self._loss_scale > _loss_scale(kwargs.get("optimizer")))
         if self._probe is None or self.errors >= LIMIT or not self._probe.is_due(state.global_step):
             return
         if is_sharded(kwargs["model"]):
@@ -358,10 +359,16 @@ class EntanglementCallback(TrainerCallback):
         else:
             self._scalars |= self._probe.measure(kwargs["model"], self._budget)
 
-    def _keep_step(self, state: Any, model: nn.Module) -> None:
+    def _keep_step(self, state: Any, model: nn.Module, *, was_skipped: bool) -> None:
         """Make the step's record of what all ranks harvested."""
         pending, self._pending, self._is_measuring = self._pending, None, False
         change = None
+        if pending is not None and was_skipped:
+            self.notices.once(
+                "a step was skipped by the loss scaler (fp16): nothing was realised in it, it has no account, and the "
+                "gradients that were measured are those of its weights."
+            )
+            pending, self._logps_before = _with_account(pending, None), None
         try:
             if pending is not None and self._logps_before is not None:
                 logps = self._measure_logps(model, pending)
@@ -431,6 +438,12 @@ class EntanglementCallback(TrainerCallback):
         if self._recorder is not None:
             self._recorder.disarm()
             self._recorder.optimizer = None
+
+
+def _loss_scale(optimizer: Any) -> float:
+    """What a gradient scaler multiplies the loss by; it falls where the scaler keeps the optimizer from its step."""
+    scaler = getattr(optimizer, "scaler", None)  # accelerate's `step_was_skipped` misses some
+    return float(scaler.get_scale()) if scaler is not None else 1.0
 
 
 def _keeps_loss_scale(optimizer: Any) -> bool:
