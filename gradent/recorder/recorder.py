@@ -26,7 +26,7 @@ from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.measurement import measure, measure_rows, measure_weighted
 from gradent.model.calls import tempered
 from gradent.model.inputs import find_noise
-from gradent.model.parameters import is_sharded, trainable, unwrap_compiled
+from gradent.model.parameters import NO_DOUBLE, device_without_double, is_sharded, trainable, unwrap_compiled
 from gradent.model.preconditioner import metric_roots
 from gradent.notices import Notices
 from gradent.pair_gram import PairGram, sum_modules, sum_parameters
@@ -214,11 +214,14 @@ class Recorder:
         """Watch from now on; what the optimizer's geometry is now is what `metric` stands for.
 
         Raises:
-            ModelError: the model has no trainable parameter.
+            ModelError: the model has no trainable parameter, or is on a device without float64 (MPS).
             InputError: `metric` is no Adam(W) optimizer that has taken a step.
         """
         if self._piggyback is not None:
             return
+        kind = device_without_double(self._model)
+        if kind is not None:
+            raise ModelError(NO_DOUBLE.format(device=kind))
         parameters = trainable(self._model, sharded=True)
         if self.metric is not None and is_sharded(self._model):
             raise ModelError("metric: the optimizer's state is sharded (FSDP); only metric=None is available there.")

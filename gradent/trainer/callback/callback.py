@@ -24,7 +24,7 @@ from gradent.errors import InputError
 from gradent.hooks.piggyback.pairing import Groups, Pairing
 from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.measurement import row_logps
-from gradent.model.parameters import is_sharded, trainable
+from gradent.model.parameters import NO_DOUBLE, device_without_double, is_sharded, trainable
 from gradent.model.preconditioner import describe_optimizer, is_adam, metric_obstacle
 from gradent.notices import Notices, log
 from gradent.pairs.batch import PairBatch
@@ -185,6 +185,11 @@ class EntanglementCallback(TrainerCallback):
                 f"gradent has nothing to say in {place}, and records nothing: {self._rows.refusal}; see "
                 "docs/groups.md. pairing= and groups= say how rows belong together, if they do."
             )
+            return
+        kind = device_without_double(kwargs["model"])
+        if kind is not None:
+            self._recorder = self._probe = None
+            self.notices.once(NO_DOUBLE.format(device=kind))
             return
         trainer = find_trainer() if getattr(args, "torch_compile", False) else None
         self._recorder = attach(
