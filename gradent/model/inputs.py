@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NO_INPUTS", "FurtherInputs", "find_noise", "find_further_inputs"]
+__all__ = ["NO_INPUTS", "FurtherInputs", "find_further_inputs", "find_noise"]
 
 _OF_TOKENS = {"input_ids", "labels", "logits_to_keep", "num_logits_to_keep", "completion_mask", "num_items_in_batch",
               "shift_labels", "label_mask"}  # fmt: skip

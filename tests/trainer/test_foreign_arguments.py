@@ -79,7 +79,8 @@ def test_a_value_head_is_a_reward_model(tmp_path: Path, tiny_tokenizer: PreTrain
             remove_unused_columns=False,
         ),
     )  # fmt: skip
-    trainer._get_train_sampler = lambda *args: torch.utils.data.SequentialSampler(rows)  # type: ignore[method-assign]
+    sampler = torch.utils.data.SequentialSampler(rows)
+    trainer._get_train_sampler = lambda *args: sampler  # type: ignore[method-assign]  # noqa: SLF001
     trainer.train()
     (record,) = callback.records
     count = len(batch)

@@ -44,10 +44,8 @@ _TRAINERS = {"PairwiseTrainer": "RewardConfig"}
 
 
 def implied_rows(args: TrainingArguments, trainer: object | None = None) -> ImpliedRows:
-    """What a trainer's arguments say, by the names of their classes, the nearest first; else what its own class is.
-
-    LLaMA-Factory gives TRL's trainers arguments that are none of TRL's.
-    """
+    """What a trainer's arguments say, by the names of their classes, the nearest first; else what its own class is."""
+    # LLaMA-Factory gives TRL's trainers arguments that are none of TRL's.
     names = [kind.__name__ for kind in type(args).__mro__]
     for kind in type(trainer).__mro__ if trainer is not None else ():
         named = kind.__name__.removesuffix("Trainer") + "Config"
