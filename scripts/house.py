@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("planning",),
     ("loading.runs",),
     ("loading",),
+    ("loading.kinds",),
     ("report",),
     ("report.terminal",),
     ("report.compare", "report.run"),

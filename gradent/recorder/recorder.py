@@ -25,7 +25,8 @@ from gradent.hooks.piggyback.watcher import Piggyback
 from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.measurement import measure, measure_rows, measure_weighted
 from gradent.model.calls import tempered
-from gradent.model.parameters import is_sharded, trainable, unwrap_compiled
+from gradent.model.inputs import find_noise
+from gradent.model.parameters import NO_DOUBLE, device_without_double, is_sharded, trainable, unwrap_compiled
 from gradent.model.preconditioner import metric_roots
 from gradent.notices import Notices
 from gradent.pair_gram import PairGram, sum_modules, sum_parameters
@@ -63,10 +64,10 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 NO_CONTRAST = (
-    "gradent has nothing to say here, and records nothing: every row is pushed up: there are no pairs and no groups in "
+    "gradent has nothing to say here, and records nothing: every row is pushed {}: there are no pairs and no groups in "
     "this loss (docs/groups.md says which losses have them). pairing= says how rows belong together, if they do."
 )
-"""What is said of supervised fine-tuning and its like."""
+"""What is said of supervised fine-tuning and its like, and of unlearning: all rows go up, or down."""
 
 
 TAKEN_FOR_GROUPS = (
@@ -213,11 +214,14 @@ class Recorder:
         """Watch from now on; what the optimizer's geometry is now is what `metric` stands for.
 
         Raises:
-            ModelError: the model has no trainable parameter.
+            ModelError: the model has no trainable parameter, or is on a device without float64 (MPS).
             InputError: `metric` is no Adam(W) optimizer that has taken a step.
         """
         if self._piggyback is not None:
             return
+        kind = device_without_double(self._model)
+        if kind is not None:
+            raise ModelError(NO_DOUBLE.format(device=kind))
         parameters = trainable(self._model, sharded=True)
         if self.metric is not None and is_sharded(self._model):
             raise ModelError("metric: the optimizer's state is sharded (FSDP); only metric=None is available there.")
@@ -297,7 +301,7 @@ class Recorder:
             self._log_once(TAKEN_FOR_GROUPS)
         if self.has_contrast or not len(weight):
             return recording if self.has_contrast else None
-        self._log_once(NO_CONTRAST)
+        self._log_once(NO_CONTRAST.format("up" if bool((weight >= 0).all()) else "down"))
         return None
 
     def collect(self) -> int:
@@ -341,7 +345,21 @@ class Recorder:
         if reason is not None:
             self._log_once(f"gradent cannot read this step: {reason}.")
             return None
+        obstacle = self._obstacle(observation)
+        if observation.further and bool(observation.c.any()) and (self._mode == "measure" or obstacle is not None):
+            self._log_once(
+                f"gradent cannot measure this step: {obstacle or 'mode=measure asks for another pass'}; and a pass of "
+                f"gradent's own gets tokens alone, while the model was given {', '.join(observation.further)} too."
+            )
+            return None
         recording = self._settle_pairs(observation) if observation.sides == 2 else self._settle_rows(observation)
+        if recording is None:
+            self._log_once(
+                "gradent records nothing of this step: the loss moves its rows, and every gradient that was seen is "
+                "zero, so that none was: the trainable parameters are not those that the model computes with (a "
+                "wrapper's copies of them, a part of the model that these inputs do not reach)."
+            )
+            return None
         if self._config.should_share and not observation.shared and bool(observation.c.any()):
             self._log_once(
                 "gradent: weight_grad='shared' found no weight gradient to share here, and the products are formed "
@@ -355,8 +373,8 @@ class Recorder:
         """Why a backward's entries cannot be read off it; None where they can."""
         return "the model is compiled" if self._is_compiled else observation.no_entries_reason
 
-    def _settle_rows(self, observation: BackwardObservation) -> RowRecording:
-        """The recording of a backward whose rows are no pairs."""
+    def _settle_rows(self, observation: BackwardObservation) -> Recording | RowRecording | None:
+        """The recording of a backward whose rows are no pairs; None where all gradients are zero."""
         moves = [bool(tokens.any()) for tokens in observation.tokens]
         active = [row for row, is_moved in enumerate(moves) if is_moved and observation.rows[row][1].any()]
         rest = sorted(set(range(len(moves))) - set(active))
@@ -375,11 +393,15 @@ class Recorder:
             self._compare(rows.logp, observation.logps[active], observation)
         else:
             rows = self._read_rows(observation, active, group)
+        if not bool(rows.products.isfinite().all()) and self._has_overflow(observation):
+            return self._overflown(observation)
+        if active and not bool(rows.products.diagonal().any()):
+            return None
         self._accounts.add(observation, active, has_own_pass=needs_pass)
         return RowRecording(
             rows=replace(rows, weight=-observation.c[active] / world_size()), batch=batch, labels=labels,
             source="measure" if needs_pass else "piggyback", inactive=len(rest),
-            inactive_labels=observation.group[rest],
+            inactive_labels=observation.group[rest], further=observation.further,
         )  # fmt: skip
 
     def _read_rows(self, observation: BackwardObservation, active: Sequence[int], group: Tensor) -> RowGram:
@@ -395,15 +417,20 @@ class Recorder:
             length=torch.tensor(lengths, dtype=torch.int64), group=group, modules=modules if self._by_module else None,
         )  # fmt: skip
 
-    def _settle_pairs(self, observation: BackwardObservation) -> Recording:
-        """The recording of a backward of pairs."""
+    def _settle_pairs(self, observation: BackwardObservation) -> Recording | RowRecording | None:
+        """The recording of a backward of pairs; None where all gradients are zero."""
         pairs = observation.pairs
+        obstacle = self._obstacle(observation)
         is_moved = (observation.c[:pairs] != 0) & (observation.c[pairs:] != 0)
-        moved = is_moved.nonzero()[:, 0].tolist()
+        one_sided = self._one_sided(observation)
+        if one_sided:
+            obstacle = (
+                obstacle or "the loss moves one side of a pair alone, and its backward has no gradient of the other"
+            )
+        moved = sorted({*is_moved.nonzero()[:, 0].tolist(), *one_sided})
         active = [pair for pair in moved if observation.is_reward or self._has_two_responses(observation, pair)]
         numbers = [] if observation.is_reward else [*active, *(pairs + pair for pair in active)]
         batch = PairBatch.from_rows([observation.rows[number] for number in numbers]) if numbers else None
-        obstacle = self._obstacle(observation)
         needs_pass = bool(active) and (self._mode == "measure" or obstacle is not None)
         along: Tensor | None = None
         if needs_pass:
@@ -414,14 +441,48 @@ class Recorder:
             self._compare(torch.cat([gram.chosen_logp, gram.rejected_logp]), theirs, observation)
         else:
             gram = self._read(observation).select(active)
+            finite = (gram.chosen_sq + gram.rejected_sq + gram.inner).isfinite()
+            if not bool(finite.all()) and self._has_overflow(observation):
+                return self._overflown(observation)
+        if active and not bool(gram.chosen_sq.any() or gram.rejected_sq.any()):
+            return None
         self._accounts.add(observation, active, has_own_pass=needs_pass)
         divisor = 2 * pairs + observation.unpaired if self._config.pairing == "signs" else pairs
         c, changes = observation.c * divisor, None if along is None else -along * divisor
         return Recording(
             gram=gram, d_w=-c[:pairs][active], d_l=c[pairs:][active], changes=changes,
             source="measure" if needs_pass else "piggyback", batch=batch, inactive=pairs - len(active),
-            unpaired=observation.unpaired,
+            unpaired=observation.unpaired, further=observation.further,
         )  # fmt: skip
+
+    def _one_sided(self, observation: BackwardObservation) -> list[int]:
+        """Pairs of which the loss moves one side alone, where a pass of gradent's own can measure the other too."""
+        if self._mode == "piggyback" or observation.is_reward or observation.further or is_sharded(self._model):
+            return []
+        moves = (observation.c != 0).view(2, -1)
+        has_marks = torch.tensor([bool(marks.any()) for _, marks in observation.rows]).view(2, -1)
+        return (moves.any(0) & ~moves.all(0) & has_marks.all(0)).nonzero()[:, 0].tolist()
+
+    def _has_overflow(self, observation: BackwardObservation) -> bool:
+        """Whether what is not finite is float16's doing, which its loss scaler looks after; that is said."""
+        if observation.is_half:
+            self._log_once(
+                "gradent counts the rows of a step as inactive: their gradients overflow in float16 at this loss "
+                "scale, and the step is skipped by the loss scaler, which lowers it."
+            )
+        return observation.is_half
+
+    def _overflown(self, observation: BackwardObservation) -> Recording | RowRecording:
+        """The recording of a backward whose gradients overflowed: no row is active."""
+        quiet = replace(
+            observation, c=torch.zeros_like(observation.c), is_constant=True, no_entries_reason=None,
+            tokens=[torch.zeros_like(tokens) for tokens in observation.tokens],
+            entries={number: torch.zeros_like(entry) for number, entry in observation.entries.items()},
+        )  # fmt: skip
+        recording = self._settle_pairs(quiet) if observation.sides == 2 else self._settle_rows(quiet)
+        assert recording is not None
+        self._accounts.drop()  # of a step that will not be taken
+        return recording
 
     def _has_two_responses(self, observation: BackwardObservation, pair: int) -> bool:
         """Whether a pair's two rows differ; one and the same response is neither chosen nor rejected."""
@@ -458,13 +519,21 @@ class Recorder:
                 f"the entries cannot be read off the trainer's backward: {obstacle}. Use mode='auto' or 'measure'."
             )
         if self._mode == "auto":
-            self._log_once(
+            text = (
                 f"gradent measures in a forward and a backward of its own (as exact, but not free): {obstacle}. "
                 "mode='measure' says that this is meant."
             )
+            self._log_once(text.replace("as exact, but ", "") if find_noise(self._model) else text)
 
     def _compare(self, ours: Tensor, theirs: Tensor, observation: BackwardObservation) -> None:
         """Say so where gradent's own pass sees another function than the trainer's forward did."""
+        noise = find_noise(self._model)
+        if noise:
+            self._log_once(
+                f"gradent's own pass sees other log-probs than the trainer's forward, which has {' and '.join(noise)}: "
+                "the entries are those of the model without."
+            )
+            return
         if not observation.is_constant and observation.sides == 2:
             return  # the trainer's log-probs were summed over other tokens
         if bool(((theirs - ours).abs() > 0.02 * theirs.abs().clamp_min(1.0)).any()):

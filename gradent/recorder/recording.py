@@ -36,7 +36,8 @@ class Recording:
         d_l: the same for rejected.
         source: "piggyback" (read off the trainer's backward) or "measure" (a pass of gradent's own).
         batch: the tokens of the k pairs, in the gram's order; None for a reward model.
-        inactive: pairs that the loss does not move, on either side or both: counted, not averaged.
+        inactive: pairs that the loss does not move, counted, not averaged; where no pass of gradent's own can be made,
+            also those of which it moves one side alone.
         unpaired: rows that found no partner.
         overhead_s: wall time that gradent took, in seconds.
         attribution: what moved each of these responses in the step that follows; None without an optimizer, or where
@@ -44,6 +45,8 @@ class Recording:
         changes: what plain gradient descent on each pair's own loss does to chosen and rejected, nats per unit of
             learning rate, float64 `[2, k]`, where the loss weighs the tokens of a response differently; else None, and
             `d_w` and `d_l` say it.
+        further: names of the model's inputs beside the tokens (pixels, positions of one's own), which a pass of
+            gradent's own cannot give it.
     """
 
     gram: PairGram
@@ -56,6 +59,7 @@ class Recording:
     overhead_s: float = 0.0
     attribution: StepAttribution | None = None
     changes: Tensor | None = None
+    further: tuple[str, ...] = ()
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -78,6 +82,7 @@ class RowRecording:
         flat_groups: groups that the loss does not move at all, such as those whose rollouts all have one reward.
         overhead_s: wall time that gradent took, in seconds.
         attribution: what moved each of these rows in the step that follows; None as in `Recording`.
+        further: as in `Recording`.
     """
 
     rows: RowGram
@@ -88,6 +93,7 @@ class RowRecording:
     inactive_labels: Tensor  # and of the rows that the loss does not move
     overhead_s: float = 0.0
     attribution: StepAttribution | None = None
+    further: tuple[str, ...] = ()
 
     @property
     def groups(self) -> int:
@@ -115,7 +121,7 @@ def join_recordings(recordings: Sequence[Recording], *, scale: float = 1.0) -> R
         source="measure" if any(part.source == "measure" for part in recordings) else "piggyback",
         batch=PairBatch.join(batches) if batches else None, inactive=sum(part.inactive for part in recordings),
         unpaired=sum(part.unpaired for part in recordings), overhead_s=sum(part.overhead_s for part in recordings),
-        attribution=_join_accounts(recordings),
+        attribution=_join_accounts(recordings), further=_join_further(recordings),
     )  # fmt: skip
 
 
@@ -141,7 +147,7 @@ def join_row_recordings(recordings: Sequence[RowRecording], *, scale: float = 1.
         batch=RowBatch.join(batches, rows.group) if batches else None, labels=labels,
         inactive=sum(part.inactive for part in recordings),
         inactive_labels=torch.cat([part.inactive_labels for part in recordings]),
-        overhead_s=sum(part.overhead_s for part in recordings),
+        overhead_s=sum(part.overhead_s for part in recordings), further=_join_further(recordings),
     )  # fmt: skip
     return with_account(joined, _join_accounts(recordings))
 
@@ -160,6 +166,10 @@ def number_groups(labels: Tensor) -> Tensor:
     """Groups `[N]` numbered from 0 on as they appear, from their labels."""
     numbers: dict[int, int] = {}
     return torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels.tolist()], dtype=torch.int64)
+
+
+def _join_further(recordings: Sequence[Recording | RowRecording]) -> tuple[str, ...]:
+    return tuple(sorted({name for part in recordings for name in part.further}))
 
 
 def _join_accounts(recordings: Sequence[Recording | RowRecording]) -> StepAttribution | None:

@@ -12,13 +12,14 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from gradent import EntanglementCallback
-from gradent.errors import InputError
+from gradent import EntanglementCallback, attach
+from gradent.errors import InputError, ModelError
 from gradent.hooks.piggyback import config
 from gradent.hooks.reduction import collector, ledger, merge
 from gradent.hooks.reduction.account_ledger import AccountLedger
 from gradent.kernels.strategy import Product, Strategy, decide
 from gradent.report.live.alerts import Alert
+from tests.batches import ragged
 from tests.trainer.runs import Gradients, llama, make_trainer, preferences, weights_of
 from tests.trainer.test_identity import traces
 from tests.truth import assert_exact, truth
@@ -282,3 +283,19 @@ def test_an_alert_that_is_none(alert: Any) -> None:
         InputError, match=r"alert=.*; accepted is an Alert, such as Alert\(both_down=0.5\).*None for never"
     ):
         EntanglementCallback(alert=alert)
+
+
+def test_a_device_without_float64(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """As Apple's MPS is: here, the CPU stands in for it."""
+    monkeypatch.setattr("gradent.model.parameters.WITHOUT_DOUBLE", {"cpu"})
+    callback = EntanglementCallback(every=1, realised=True, probe_data=ragged())
+    with caplog.at_level(logging.WARNING):
+        make_trainer("dpo", llama(), tiny_tokenizer, tmp_path, [callback]).train()
+    assert (callback.errors, len(callback.records)) == (0, 0)
+    (told,) = (entry.message for entry in caplog.records if entry.name.startswith("gradent"))
+    assert "which this device (cpu) does not have" in told
+    with pytest.raises(ModelError, match="measures nothing on it"), attach(llama()):
+        pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -324,7 +325,7 @@ def test_a_run_of_tensorboard(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path:
 def test_a_run_of_trackio(
     tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its database: the same names as everywhere."""
+    """Its database, and its page in a browser: the same names as everywhere, in a section of their own."""
     pytest.importorskip("trackio")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     script = f"""
@@ -343,16 +344,27 @@ import trackio
 from trackio.sqlite_storage import SQLiteStorage
 (run,) = SQLiteStorage.get_runs("gradent-test")
 print("ROWS", json.dumps(SQLiteStorage.get_logs("gradent-test", run), default=str))
+import contextlib, io, re
+from tests.report.browser import CHROMIUM, document_at
+if CHROMIUM:
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        trackio.show(project="gradent-test", open_browser=False, block_thread=False)
+    address = re.search("http://127[.]0[.]0[.]1:[0-9]+", said.getvalue())[0]
+    print("PAGE", json.dumps(document_at(address + "/?project=gradent-test", Path({str(tmp_path / "profile")!r}))))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = dict(line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("HISTORY ", "ROWS ")))
+    found = dict(
+        line.split(" ", 1) for line in done.stdout.splitlines() if line.startswith(("HISTORY ", "ROWS ", "PAGE "))
+    )
     kept, rows = json.loads(found["HISTORY"]), json.loads(found["ROWS"])
     measured = [row for row in rows if "gradent/cosine" in row]
     assert len(measured) == 3
     for row, entry in zip(measured, kept, strict=False):
         assert {name for name in row if "gradent" in name} - {"gradent/case/reversed"} == SHOWN
         assert {name: row[name] for name in SHOWN} == {name: pytest.approx(entry[name]) for name in SHOWN}
+    if "PAGE" in found:
+        assert re.search(r"gradent \((7|8)\)", json.loads(found["PAGE"])), "its section of 7 charts, 8 with a reversal"
 
 
 def test_the_account_in_a_run_of_wandb(
@@ -386,6 +398,38 @@ def test_the_account_in_a_run_of_wandb(
     each = [record.attribution.pushes[others].abs().sort(descending=True).values[:5] for record in records]
     largest = torch.cat(each).sort(descending=True).values[:8]
     assert [abs(row[4]) for row in table["data"]] == pytest.approx(largest.tolist())
+
+
+class Mine(TrainerCallback):
+    """A user's own curve, with a step of the user's own."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in (logs or {}):
+            wandb.log({"mine": state.global_step**2}, step=state.global_step)
+
+
+@pytest.mark.parametrize("by", ["trainer", "nobody"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_own_steps_of_wandb_are_kept(
+    every: int, by: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    if by == "nobody":
+        wandb.init(project="own", dir=str(tmp_path))
+    callback = EntanglementCallback(every=every)
+    trainer = make_trainer(
+        "dpo", llama(), tiny_tokenizer, tmp_path / "run", [callback, Mine()],
+        report_to="wandb" if by == "trainer" else "none", max_steps=6,
+    )  # fmt: skip
+    trainer.train()
+    wandb.finish()
+    wandb.teardown()
+    rows = history(tmp_path)
+    assert [row["mine"] for row in rows if "mine" in row] == [1, 4, 9, 16, 25, 36]
+    measured = {1, 2, 4, 6} if every == 2 else set(range(1, 7))
+    found = [row for row in rows if "gradent/cosine" in row and any(key.startswith("gradent/cases") for key in row)]
+    assert [row["train/global_step"] for row in found] == sorted(measured)
 
 
 def test_no_panels_no_wandb(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -44,11 +44,14 @@ _OTHERWISE = {
 _DESIGN = "pairwise normalization (the paper's Section 5.1)"
 
 
-def recommend(rows: Sequence[Row], foretold: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
+def recommend(
+    rows: Sequence[Row], foretold: Mapping[str, Any] | None = None, twice: tuple[int, int] = (0, 0)
+) -> dict[str, Any] | None:
     """What the rows of `what_if` come to, as text and as the numbers that it rests on; None where none was measured."""
-    # `foretold` is what `find_foretold` made of the run: how well such steps said what the run then did.
-    # A loss whose λ·NLL term raises both log-probs on more pairs than it separates is not recommended, however many
-    # pairs it leaves in case 1; `raises_both` lists those of the paper's losses.
+    # `foretold` is what `find_foretold` made of the run: how well such steps said what the run then did. `twice`: pairs
+    # that hold their prompt once more in chosen, and all pairs. A loss whose λ·NLL term raises both log-probs on more
+    # pairs than it separates is not recommended, however many pairs it leaves in case 1; `raises_both` lists those of
+    # the paper's losses.
     run = next((row for row in rows if row["group"] == "run"), None)
     if run is None or not run["pairs"] or not any(row["cases"] for row in rows):
         return None
@@ -76,7 +79,17 @@ def recommend(rows: Sequence[Row], foretold: Mapping[str, Any] | None = None) ->
         "raises_both": [row["label"] for row in judged if _raises_both(row)],
         "not_compared": [row["label"] for row in paper if not row["cases"]],
     }
-    return {"text": " ".join(_write(facts, run, best, tuned, judged)), **facts}
+    return {"text": " ".join([*_first(*twice), *_write(facts, run, best, tuned, judged)]), **facts}
+
+
+def _first(twice: int, pairs: int) -> list[str]:
+    """What comes before any choice of a loss: data that the run was hardly meant to have."""
+    if not twice:
+        return []
+    return [
+        f"First the data: in {twice} of {pairs} pairs chosen begins with the prompt, which is there already; take it "
+        "out of the responses and train again, since what both share brings their gradients together under any loss."
+    ]
 
 
 def standard_errors(gained: int, lost: int) -> float:

@@ -97,7 +97,8 @@ def summarize(
             for record in records
         ],
         "history": history,
-        "dynamics": moved, "steps": described, "what_if": rows, "recommendation": recommend(rows, foretold),
+        "dynamics": moved, "steps": described, "what_if": rows,
+        "recommendation": recommend(rows, foretold, (plan.material.repeated, len(plan.pairs))),
         "properties": summarize_properties(last.table, sample), "model": last.model,
         **summarize_columns(last.table), "most_entangled": _describe_most_entangled(last, plan),
         "modules": last.modules, "reference": {"kind": plan.reference.kind, "source": reference},
@@ -114,6 +115,7 @@ def summarize(
             **config.settings, "max_length": plan.material.max_length, "add_eos": plan.material.add_eos,
             "truncation_mode": plan.material.how.truncation_mode,
             "max_prompt_length": plan.material.how.max_prompt_length,
+            "max_completion_length": plan.material.how.max_completion_length,
         },
         "notes": ([] if doubt is None else [doubt]) + notes + [note for note in kept_notes if note not in notes],
     }  # fmt: skip

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from gradent.errors import ModelError
@@ -66,6 +66,7 @@ class Survey:
     # Those with no use below: a backward that asks for gradients there runs through all, without weight gradients.
     bottoms: list[GradientEdge]
     missed: frozenset[int]  # numbers of the parameters with a use that no rule recorded
+    foreign: str | None = None  # a trainable parameter that is reached and is none of the known ones, in words
     hidden: bool = False  # reentrant gradient checkpointing hides a part of the graph, of which nothing is said here
 
 
@@ -78,6 +79,7 @@ def survey(loss: Tensor, taps: Sequence[Tap], parameters: Mapping[Node, int], *,
             claimed[edge] = claimed.get(edge, frozenset()) | {tap.node}
     missed: set[int] = set()
     hidden = False
+    foreign: str | None = None
     # A claim holds only below the output that its use waits at: an output that is changed in place afterwards may hand
     # its graph on without that node, and then the use would wait in vain.
     below: dict[Node, bool] = {}  # node -> whether a recorded use lies at it or below it; set when it is finished
@@ -96,6 +98,8 @@ def survey(loss: Tensor, taps: Sequence[Tap], parameters: Mapping[Node, int], *,
                         children.append(child)
             if node in parameters:
                 missed.add(parameters[node])
+            else:
+                foreign = foreign or _foreign(node)
             if node.name() == "CheckpointFunctionBackward":
                 hidden = True
                 if not opaque:
@@ -110,4 +114,12 @@ def survey(loss: Tensor, taps: Sequence[Tap], parameters: Mapping[Node, int], *,
             above_bottom.add(node)
         below[node] = inside or node in uses
     reached = uses & opened.keys()
-    return Survey(reached, [GradientEdge(node, 0) for node in reached - above_bottom], frozenset(missed), hidden)
+    return Survey(
+        reached, [GradientEdge(node, 0) for node in reached - above_bottom], frozenset(missed), foreign, hidden
+    )
+
+
+def _foreign(node: Node) -> str | None:
+    """What a leaf's tensor is where it is a parameter; None for other nodes, and for activations."""
+    tensor = getattr(node, "variable", None)
+    return f"a {type(tensor).__name__} of shape {list(tensor.shape)}" if isinstance(tensor, nn.Parameter) else None

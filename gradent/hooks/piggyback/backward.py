@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradent.hooks.overhead import Clock, wait_for
-from gradent.hooks.piggyback.coefficients import Coefficients
+from gradent.hooks.piggyback.coefficients import FAINTEST, Coefficients
 from gradent.hooks.piggyback.config import StepMetric, WatchConfig
 from gradent.hooks.piggyback.forward import WatchedForward
 from gradent.hooks.piggyback.gradient_norms import GradientNorms
@@ -28,6 +28,7 @@ from gradent.kernels.common.account import AccountLayout, ElementMetric
 from gradent.kernels.common.numerics import accumulator
 from gradent.kernels.common.sketch import GradientSketch, RowSketches
 from gradent.kernels.common.wanted import Wanted
+from gradent.model.inputs import NO_INPUTS, FurtherInputs
 from gradent.pair_gram import on_cpu
 
 __all__ = ["WatchedBackward"]
@@ -59,9 +60,11 @@ class WatchedBackward:
         """Whether the backward has reached an output, or never can."""
         return self._has_started or any(forward.is_read for forward in self.forwards)
 
-    def make_forward(self, input_ids: Tensor, attention_mask: Tensor) -> WatchedForward:
-        """A forward to watch, of `[N, L]` ids and mask."""
-        return WatchedForward(self.config, self.guard, self._on_coefficients, input_ids, attention_mask)
+    def make_forward(
+        self, input_ids: Tensor, attention_mask: Tensor, inputs: FurtherInputs = NO_INPUTS
+    ) -> WatchedForward:
+        """A forward to watch, of `[N, L]` ids and mask, with what it was given beside them."""
+        return WatchedForward(self.config, self.guard, self._on_coefficients, input_ids, attention_mask, inputs)
 
     def add_forward(self, forward: WatchedForward, output: Any, kwargs: Mapping[str, Any]) -> None:
         """Take in a forward that has ended with an output."""
@@ -85,8 +88,9 @@ class WatchedBackward:
         if not coefficients.is_constant:
             observation.is_constant = False
             observation.is_of_tokens &= coefficients.is_of_tokens
+            again = "each row once more" if self.config.pairing == "rows" else "two rows more a pair"
             verdict = (
-                "verdicts take each token's weight, and two rows more a pair"
+                f"verdicts take each token's weight, and {again}"
                 if coefficients.is_of_tokens
                 else "it has a part besides, that is no log-prob of these tokens, so that verdicts are made with mean "
                 "weights and can have the wrong sign"
@@ -229,6 +233,10 @@ class WatchedBackward:
                     "two forwards preceded the backward, and they are not the chosen rows and then the rejected rows: "
                     "their weights have other signs"
                 )
+        observation.is_half = any(forward.is_half for forward in self.forwards)
+        if observation.is_half:
+            _leave_out_faint(observation)
+        observation.further = tuple(sorted({name for each in self.forwards for name in each.inputs.names}))
         observation.no_entries_reason, observation.unusable_reason = guard.no_entries_reason, guard.unusable_reason
         self.close()
         return observation
@@ -290,6 +298,16 @@ class WatchedBackward:
         for forward in self.forwards:
             forward.close()
         self._drop_collector()
+
+
+def _leave_out_faint(observation: BackwardObservation) -> None:
+    """Take rows for unmoved whose gradients are too small for float16; a pair's two rows together."""
+    faint = observation.c.abs() < FAINTEST[torch.float16]
+    if observation.sides == 2:
+        faint = (faint.view(2, -1).any(0)).repeat(2)
+    for row in faint.nonzero()[:, 0].tolist():
+        observation.c[row] = 0.0
+        observation.tokens[row] = torch.zeros_like(observation.tokens[row])
 
 
 def _read_rows(forward: WatchedForward, coefficients: Coefficients) -> list[Row]:

@@ -22,13 +22,26 @@ from gradent.kernels.common.numerics import accumulator
 from gradent.kernels.common.numerics import spans as tiles
 from gradent.kernels.common.streams import at_once
 
-__all__ = ["Coefficients", "FusedReadout", "LogitsReadout", "Readout", "RewardReadout", "find_readout"]
+__all__ = [
+    "FAINTEST",
+    "Coefficients",
+    "FusedReadout",
+    "LogitsReadout",
+    "Readout",
+    "RewardReadout",
+    "ValueReadout",
+    "find_readout",
+]
 
 BLOCK = 256
 """Tokens of the vocabulary that `_best_others` looks at together."""
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest spread of a coefficient along a row that rounding explains, relative to its size, by the gradient's dtype."""
+
+FAINTEST = {torch.float32: 2.0**-100, torch.bfloat16: 2.0**-100, torch.float16: 2.0**-11}
+"""Coefficients below which output gradients leave the numbers that their dtype holds at full precision: such a row's
+gradient cannot be read, and it is taken for one that the loss does not move."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +133,9 @@ class LogitsReadout:
         besides = torch.stack([(spread(g_v) + tokens * p_v) * used, size - 2 * tokens.abs() * weight])
         marks, tokens = (pad(part, (length - count, 0)) for part in (used, tokens * used))
         coefficients = _judge(c, (logps * used).sum(1), marks, tokens, off.abs().amax((0, 2)), self.root.dtype)
-        is_of_tokens = bool((besides.abs().amax((0, 2)) <= _rounding(grad.dtype) * tokens.abs().amax(1)).all())
+        largest = tokens.abs().amax(1)
+        is_small = besides.abs().amax((0, 2)) <= _rounding(grad.dtype) * largest
+        is_of_tokens = bool((is_small | (largest < FAINTEST.get(grad.dtype, 0.0))).all())
         return replace(
             coefficients, has_given_marks=self.labels is not None, is_of_tokens=is_of_tokens,
             predicted=count if self.root.shape[1] < length else None,
@@ -229,13 +244,37 @@ class RewardReadout:
         return replace(coefficients, is_reward=True)
 
 
-Readout = FusedReadout | LogitsReadout | RewardReadout
+@dataclass(frozen=True)
+class ValueReadout:
+    """A value head, `[N, L]`, read at one token of each row (LLaMA-Factory's reward stage): a reward like another."""
+
+    root: Tensor
+    attention_mask: Tensor
+    besides: Tensor | None = None
+    """The same forward's logits, which the loss is not to move."""
+
+    def read(self, grad: Tensor) -> Coefficients:
+        """The coefficients of the N rows, from the gradient that arrived at `root`."""
+        grad = grad.double()
+        at = grad.abs().argmax(1, keepdim=True)
+        c, reward = grad.gather(1, at)[:, 0], self.root.detach().gather(1, at)[:, 0].double()
+        off = grad.scatter(1, at, 0.0).abs().amax(1)
+        marks = self.attention_mask.bool()
+        coefficients = _judge(c, reward, marks, c[:, None] * marks, off, self.root.dtype)
+        return replace(coefficients, is_reward=True, is_of_tokens=False)
+
+
+Readout = FusedReadout | LogitsReadout | RewardReadout | ValueReadout
 """Where a forward's log-probs leave the model: `read` takes the gradient at the tensor `root` for the coefficients."""
 
 
 def _judge(c: Tensor, logp: Tensor, marks: Tensor, tokens: Tensor, off: Tensor, dtype: torch.dtype) -> Coefficients:
     """Coefficients on the CPU; `off` `[N]` is each row's largest deviation, `dtype` that of the gradient."""
     c, logp, marks, tokens, off = (part.cpu() for part in (c, logp, marks, tokens, off))
+    least = FAINTEST.get(dtype, 0.0)
+    is_faint = (c.abs() < least) & (off < least)
+    c, off = c.masked_fill(is_faint, 0.0), off.masked_fill(is_faint, 0.0)
+    tokens = tokens.masked_fill(is_faint.view(-1, *(1,) * (tokens.dim() - 1)), 0.0)
     active = c != 0
     spread = float((off[active] / c[active].abs()).max()) if bool(active.any()) else 0.0
     # A row whose coefficients cancel to zero, but are not zero, is not inactive.
@@ -263,6 +302,11 @@ def find_readout(
             return "its log_probs come without a mask of the tokens that they are over"
         return FusedReadout(log_probs, mask, input_ids.shape[1])
     logits = getattr(output, "logits", None)
+    value = _find_value(output, input_ids)
+    if value is not None:
+        mask = kwargs.get("attention_mask")
+        besides = output[0] if isinstance(output[0], Tensor) and output[0].requires_grad else None
+        return ValueReadout(value, torch.ones_like(input_ids) if mask is None else mask, besides)
     if logits is None:
         logits = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(logits, Tensor) or not logits.requires_grad:
@@ -273,3 +317,11 @@ def find_readout(
     if logits.dim() == 3 and logits.shape[0] == len(input_ids) and logits.shape[2] > 1:
         return LogitsReadout(logits, input_ids, labels, temperature)
     return f"its logits have shape {list(logits.shape)}, which is neither [N, K, vocabulary] nor [N, 1]"
+
+
+def _find_value(output: Any, input_ids: Tensor) -> Tensor | None:
+    """The value head's part of a tuple (TRL's `AutoModelForCausalLMWithValueHead`); None where there is none."""
+    for part in output[1:] if isinstance(output, tuple) and type(output) is tuple else ():
+        if isinstance(part, Tensor) and part.shape == input_ids.shape and part.requires_grad:
+            return part
+    return None

@@ -6,6 +6,7 @@ Letters: N rows of L tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,14 @@ from gradent.hooks.capture.capture import Capture, Tap
 from gradent.hooks.capture.checkpointing import current_region, in_backward
 from gradent.hooks.capture.row_order import moves_rows
 from gradent.hooks.overhead import wait_for
-from gradent.hooks.piggyback.coefficients import Coefficients, FusedReadout, LogitsReadout, Readout, find_readout
+from gradent.hooks.piggyback.coefficients import (
+    Coefficients,
+    FusedReadout,
+    LogitsReadout,
+    Readout,
+    ValueReadout,
+    find_readout,
+)
 from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.guard import Guard
 from gradent.hooks.piggyback.trl_fused_head import find_fused_head, tap_fused_head
@@ -27,6 +35,7 @@ from gradent.hooks.reduction.weight_grad_reuse import WeightGradReuse
 from gradent.hooks.uses.formats import split_factor
 from gradent.hooks.uses.layout import Layout
 from gradent.kernels.common.streams import at_once
+from gradent.model.inputs import FurtherInputs
 from gradent.model.parameters import output_embeddings
 
 __all__ = ["WatchedForward", "is_synchronous"]
@@ -41,12 +50,16 @@ class WatchedForward:
     """Captures a forward, reads the rows' coefficients when its backward starts, and collects output gradients."""
 
     def __init__(
-        self, config: WatchConfig, guard: Guard, on_coefficients: _OnCoefficients, input_ids: Tensor, mask: Tensor
-    ) -> None:
-        self.input_ids, self.attention_mask = input_ids, mask
-        self.layout = Layout(*input_ids.shape)
+        self, config: WatchConfig, guard: Guard, on_coefficients: _OnCoefficients, input_ids: Tensor, mask: Tensor,
+        inputs: FurtherInputs,
+    ) -> None:  # fmt: skip
+        self.input_ids, self.attention_mask, self.inputs = input_ids, mask, inputs
+        # A head that is asked for the last tokens alone has these.
+        rows, length = input_ids.shape
+        self.layout = Layout(rows, length, tokens=() if inputs.has_one_a_row else (length, *inputs.kept))
         self.expected: list[Tap] = []  # recorded uses whose output gradients the backward will bring
         self.has_hidden_regions = False  # a reentrant checkpoint hides a part of the graph
+        self.is_half = False  # output gradients of it are float16
         self.is_read = False  # the backward has reached the output
         self.remainders: list[float] = []  # of each row's `1 / c`, beside the power of two that gradients are scaled by
         self.padding_gradients: list[Tensor] = []  # scalars on the model's device, zero where padding got no gradient
@@ -114,6 +127,10 @@ class WatchedForward:
                 self._survey(self._capture, readout)
             else:
                 self._guard.fail(obstacle)
+        if isinstance(readout, ValueReadout) and readout.besides is not None:
+            beside = "the loss moves the logits beside the value head"
+            handle = readout.besides.register_hook(lambda _: self._guard.break_off(beside))  # type: ignore[no-untyped-call]
+            self._handles.append(handle)
         self._handles.append(readout.root.register_hook(self._on_grad))  # type: ignore[no-untyped-call]
 
     def _find_obstacle(self, output: Any, kwargs: Mapping[str, Any], root: Tensor) -> str | None:
@@ -132,7 +149,12 @@ class WatchedForward:
         if isinstance(readout, FusedReadout):
             self._watch_fused_head(capture, readout)
         survey = capture.survey(readout.root, opaque=True)
-        if self._fails_for(survey.missed):
+        if survey.foreign:
+            self._guard.fail(
+                f"the loss reaches {survey.foreign}, which is none of the model's own parameters (a wrapper's, as "
+                "FSDP 1 has it?), so that these are not seen to receive a gradient"
+            )
+        if self._fails_for(survey.missed) or survey.foreign:
             return
         self.has_hidden_regions = survey.hidden
         self.expected += [tap for tap in capture.taps if tap.node in survey.reached]
@@ -223,6 +245,7 @@ class WatchedForward:
 
     def _collect(self, tap: Tap, grad_output: Tensor) -> None:
         """Hand a use's output gradient on, with the factors that turn it into that of the log-probs."""
+        self.is_half |= grad_output.dtype == torch.float16
         if self._guard.no_entries_reason is not None:
             return
         if self._place is None or self._collector is None:
@@ -234,7 +257,7 @@ class WatchedForward:
             return
         look = partial(self._find_spans, tap, grad_output)
         certain = is_synchronous(grad_output.device)
-        layout = Layout(self.layout.rows, self.layout.length, look, certain=certain)
+        layout = replace(self.layout, look=look, certain=certain)
         self._collector.arrive(tap, grad_output, Place(layout, self._place.rows), self._powers)
 
     def _note_spans(self, marks: Tensor) -> None:

@@ -35,6 +35,8 @@ class BackwardObservation:
     is_of_tokens: bool = True  # or have one each, and nothing else reaches the log-probs' logits
     has_given_marks: bool = True  # the marks came with the batch
     is_reward: bool = False  # the model is a reward model
+    is_half: bool = False  # output gradients are float16
+    further: tuple[str, ...] = ()  # inputs beside the tokens, which a pass of gradent's own cannot give
     unpaired: int = 0  # rows that found no partner
     wanted: Wanted = field(default_factory=lambda: Wanted.pairs(0))  # the products that entries are
     # Parameter number -> `[M]` float64, complete if `no_entries_reason` is None.

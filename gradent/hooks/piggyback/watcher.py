@@ -27,6 +27,7 @@ from gradent.hooks.piggyback.backward import WatchedBackward
 from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.forward import WatchedForward
 from gradent.hooks.piggyback.observation import BackwardObservation
+from gradent.model.inputs import find_further_inputs
 from gradent.model.observed import is_observed
 
 __all__ = ["Piggyback"]
@@ -104,7 +105,8 @@ class Piggyback:
         if not self._backwards or self._backwards[-1].has_started:
             self._backwards.append(WatchedBackward(self._config, self.clock, next(self._numbers)))
         # Copies: a loop may well change its batch in place before the backward.
-        forward = self._backwards[-1].make_forward(input_ids.detach().clone(), mask.detach().clone())
+        inputs = find_further_inputs(self._config.model, args, kwargs, input_ids, mask)
+        forward = self._backwards[-1].make_forward(input_ids.detach().clone(), mask.detach().clone(), inputs)
         forward.start()
         self._running = forward
 

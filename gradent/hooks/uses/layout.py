@@ -18,6 +18,7 @@ class Layout:
     rows: int
     length: int
     look: Callable[[], Sequence[tuple[int, int]] | None] | None = field(default=None, compare=False)  # finds `spans`
+    tokens: tuple[int, ...] = ()  # lengths of the axis of tokens, without which an axis of R need not be of rows
     certain: bool = True  # no where `spans` are yet to be confirmed when the backward is over
 
     @cached_property
@@ -37,7 +38,10 @@ class Layout:
             return tensor.dim() >= features
         if tensor.dim() == features + 1:  # R tokens are more likely than one token of every row
             return tensor.shape[0] == self.rows * self.length
-        return tensor.dim() > features + 1 and tensor.shape[0] == self.rows
+        if tensor.dim() <= features + 1 or tensor.shape[0] != self.rows:
+            return False
+        # Images can be as many as rows and belong to others: such a forward's rows have their tokens beside them.
+        return not self.tokens or any(size in self.tokens for size in tensor.shape[1 : tensor.dim() - features])
 
     def split(self, tensor: Tensor, features: int) -> Tensor:
         """View a tensor that `splits` as `[R, M, *feature axes]` (a copy if its strides do not allow a view)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -26,6 +27,9 @@ MOST_POINTS = 1000
 
 MOST_ENTRIES = 8
 """Of a table: the run's largest ones so far."""
+
+_HELD: weakref.WeakKeyDictionary[Any, int | None] = weakref.WeakKeyDictionary()
+"""A run's counter when content was left there that nobody had committed yet."""
 
 
 class Sender(ABC):
@@ -192,7 +196,14 @@ def log_figures(wandb: Any, content: dict[str, Any], figures: Mapping[str, Figur
     except ImportError:
         notices.once('gradent sends no figures to wandb without plotly: pip install "gradent[audit]".')
         drawings = {}
-    wandb.run.log(content | {name: wandb.Plotly(drawing) for name, drawing in drawings.items()})
+    run = wandb.run
+    # A row of its own would move wandb's counter on, and what the user logs with `step=` would lie behind it and be
+    # dropped: these wait for the row that somebody else commits, and are committed where nobody does before the next.
+    held = _HELD.get(run)
+    if held is not None and held == getattr(run, "step", None):
+        run.log({}, commit=True)
+    run.log(content | {name: wandb.Plotly(drawing) for name, drawing in drawings.items()}, commit=False)
+    _HELD[run] = getattr(run, "step", None)
 
 
 def _share_explained(changes: Sequence[tuple[float, float, float, float]]) -> str:

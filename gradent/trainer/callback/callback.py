@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 from gradent.attribution.step import StepAttribution
-from gradent.attribution.update_rule import is_diagonal, unwrap_optimizer
+from gradent.attribution.update_rule import is_diagonal
 from gradent.attribution.whole_step import WholeStep
 from gradent.distributed import gather, is_first
 from gradent.errors import InputError
 from gradent.hooks.piggyback.pairing import Groups, Pairing
 from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.measurement import row_logps
-from gradent.model.parameters import is_sharded, trainable
+from gradent.model.parameters import NO_DOUBLE, device_without_double, is_sharded, trainable
+from gradent.model.preconditioner import describe_optimizer, is_adam, metric_obstacle
 from gradent.notices import Notices, log
 from gradent.pairs.batch import PairBatch
 from gradent.record.stream import check_folder
@@ -36,6 +37,7 @@ from gradent.trainer.callback.fault_guard import LIMIT, guarded_event
 from gradent.trainer.callback.hf_frames import divides_loss, find_trainer, has_logger, move_to_front
 from gradent.trainer.callback.implied_rows import ImpliedRows, implied_rows
 from gradent.trainer.callback.journal import GroupJournal, Journal, PairJournal, same_kind
+from gradent.trainer.callback.loss_division import LossDivision
 from gradent.trainer.callback.probe import Probe
 from gradent.trainer.callback.unseen import UnseenPairs
 from gradent.trainer.records.row_step import RowStepRecord
@@ -165,6 +167,8 @@ class EntanglementCallback(TrainerCallback):
         self._tokens: TokenMap | None = None
         self._logps_before: Tensor | None = None
         self._whole_step: WholeStep | None = None
+        self._division = LossDivision()
+        self._loss_scale = 1.0
         self._unseen = UnseenPairs(self.notices.once)
         self._is_measuring = False
         self._detail = detail
@@ -183,6 +187,7 @@ class EntanglementCallback(TrainerCallback):
         move_to_front(self)  # added after the trainer was made, it did not hear of `on_init_end`
         self.step_aside()  # from a training that was broken off
         self._close_journal()
+        self._recorder = None
         self.errors = 0
         self.notices.clear()
         self._window.clear()
@@ -196,6 +201,11 @@ class EntanglementCallback(TrainerCallback):
                 f"gradent has nothing to say in {place}, and records nothing: {self._rows.refusal}; see "
                 "docs/groups.md. pairing= and groups= say how rows belong together, if they do."
             )
+            return
+        kind = device_without_double(kwargs["model"])
+        if kind is not None:
+            self._probe = None
+            self.notices.once(NO_DOUBLE.format(device=kind))
             return
         trainer = find_trainer() if getattr(args, "torch_compile", False) else None
         self._recorder = attach(
@@ -215,7 +225,7 @@ class EntanglementCallback(TrainerCallback):
 
     def _find_rows(self, args: TrainingArguments) -> ImpliedRows:
         """How rows belong together: what the user says of it, else what the trainer's configuration implies."""
-        implied = implied_rows(args)
+        implied = implied_rows(args, find_trainer())
         if self._groups is not None:
             return replace(implied, pairing=self._pairing, groups=self._groups, refusal=None)
         if self._pairing is None:
@@ -228,22 +238,35 @@ class EntanglementCallback(TrainerCallback):
         """Arm before a step that is to be measured."""
         step = state.global_step + 1
         self._pending = self._tokens = self._logps_before = None
+        self._loss_scale = 1.0
         self._is_measuring = step == 1 or step % self.every == 0 or self._is_tokens_step(step)
         if self._recorder is None or not self._is_measuring or self.errors >= LIMIT:
             return
         if self._metric == "adam":
             optimizer = kwargs.get("optimizer")
-            if state.global_step == 0 or optimizer is None:
+            is_known = optimizer is not None and is_adam(optimizer)
+            if optimizer is None or (is_known and state.global_step == 0):
                 self._is_measuring = False  # before its first step, Adam has no geometry
                 return
-            self._recorder.metric = optimizer
+            self._recorder.metric = self._find_metric(kwargs["model"], optimizer)
         self._prepare_account(kwargs["model"], kwargs.get("optimizer") if self._attribution else None)
         self._recorder.arm()
+        if args.gradient_accumulation_steps > 1:
+            self._division.watch(find_trainer())
+
+    def _find_metric(self, model: nn.Module, optimizer: Any) -> Any:
+        """The optimizer, if gradent knows its geometry; else None, for Euclidean products, which is said."""
+        obstacle: str | None = "the optimizer's state is sharded"
+        if not is_sharded(model):
+            obstacle = metric_obstacle(optimizer, trainable(model))
+        if obstacle is not None:
+            self.notices.once(f"gradent records Euclidean products in the place of metric='adam': {obstacle}")
+        return optimizer if obstacle is None else None
 
     def _prepare_account(self, model: nn.Module, optimizer: Any) -> None:
         """Settle which account the step gets: of the recorder, by source, or of the step as a whole."""
         assert self._recorder is not None
-        is_split = optimizer is None or self._metric is not None or is_diagonal(optimizer)
+        is_split = optimizer is None or self._recorder.metric is not None or is_diagonal(optimizer)
         self._recorder.optimizer = optimizer if is_split else None
         if is_split:
             self._whole_step = None
@@ -263,10 +286,17 @@ class EntanglementCallback(TrainerCallback):
         """Harvest, while the weights are still those that the gradients belong to."""
         if self._recorder is None or not self._recorder.armed:
             return
-        batches = self._recorder.collect() if divides_loss() else 1
-        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
-        loss_scale = float(scaler.get_scale()) if scaler is not None else 1.0
-        self._pending = self._recorder.harvest(scale=max(1, batches), loss_scale=loss_scale)
+        batches = self._recorder.collect()
+        divisor = self._division.find()
+        if divisor is None:
+            divisor = float(batches) if divides_loss() else 1.0
+            if batches > 1:
+                self.notices.once(
+                    f"gradent did not see the loss that the trainer differentiates: d_w and d_l are those of a loss "
+                    f"that is divided by {divisor:g}, as its configuration implies."
+                )
+        self._loss_scale = _loss_scale(kwargs.get("optimizer"))
+        self._pending = self._recorder.harvest(scale=max(1.0, divisor), loss_scale=self._loss_scale)
         if (
             self._pending is not None
             and self._pending.attribution is not None
@@ -282,10 +312,20 @@ class EntanglementCallback(TrainerCallback):
             return
         if self.realised:
             self._logps_before = self._measure_logps(kwargs["model"], self._pending)
-        if self._is_tokens_step(state.global_step + 1) and is_first() and self._has_pairs(self._pending):
+        is_due = self._is_tokens_step(state.global_step + 1) and is_first()
+        if is_due and self._has_pairs(self._pending) and not self._lacks_inputs(self._pending, "tokens_every"):
             self._tokens = map_tokens(kwargs["model"], self._pending, self._budget)
         if self._whole_step is not None:
             self._hold(self._whole_step, self._pending, kwargs.get("optimizer"))
+
+    def _lacks_inputs(self, recording: Recording | RowRecording, name: str) -> bool:
+        """Whether the model was given what a pass of gradent's own cannot give it; that is said."""
+        if recording.further:
+            self.notices.once(
+                f"{name} is not measured: a pass of gradent's own gets tokens alone, while the model was given "
+                f"{', '.join(recording.further)} too."
+            )
+        return bool(recording.further)
 
     def _has_pairs(self, pending: Recording | RowRecording) -> TypeGuard[Recording]:
         """Whether a recording has token matrices; those of rows that are no pairs are `token_influence`'s."""
@@ -295,9 +335,13 @@ class EntanglementCallback(TrainerCallback):
 
     def _hold(self, whole: WholeStep, pending: Recording | RowRecording, optimizer: object) -> None:
         """Get ready for a step that has no split, and say that it has none."""
-        kind = type(unwrap_optimizer(optimizer)).__name__
+        kind = describe_optimizer(optimizer)
         has_tokens = not isinstance(pending, Recording) or pending.batch is not None or not len(pending.gram)
-        reason = whole.hold() if has_tokens else "a reward model's total is not taken"
+        reason: str | None = "a reward model's total is not taken"
+        if pending.further:
+            reason = f"a pass of gradent's own gets tokens alone, without {', '.join(pending.further)}"
+        elif has_tokens:
+            reason = whole.hold()
         unknown = f"{kind} has no diagonal preconditioner that gradent knows (torch.optim.SGD, Adam and AdamW have one)"
         if reason is None:
             text = f"gradent does not split steps into sources, and gives their totals: {unknown}."
@@ -322,7 +366,7 @@ class EntanglementCallback(TrainerCallback):
         if is_sharded(model):
             self.notices.once("realised is not measured: a sharded model (FSDP) allows no pass of gradent's own.")
             return None
-        if recording.batch is None:
+        if recording.batch is None or self._lacks_inputs(recording, "realised"):
             return None
         dtypes = {part.dtype for part in trainable(model).values()} & {torch.float16, torch.bfloat16}
         if dtypes:
@@ -339,7 +383,7 @@ class EntanglementCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep what was harvested, with the pairs of all ranks."""
         if self._is_measuring:
-            self._keep_step(state, kwargs["model"])
+            self._keep_step(state, kwargs["model"], was_skipped=self._loss_scale > _loss_scale(kwargs.get("optimizer")))
         if self._probe is None or self.errors >= LIMIT or not self._probe.is_due(state.global_step):
             return
         if is_sharded(kwargs["model"]):
@@ -347,10 +391,16 @@ class EntanglementCallback(TrainerCallback):
         else:
             self._scalars |= self._probe.measure(kwargs["model"], self._budget)
 
-    def _keep_step(self, state: Any, model: nn.Module) -> None:
+    def _keep_step(self, state: Any, model: nn.Module, *, was_skipped: bool) -> None:
         """Make the step's record of what all ranks harvested."""
         pending, self._pending, self._is_measuring = self._pending, None, False
         change = None
+        if pending is not None and was_skipped:
+            self.notices.once(
+                "a step was skipped by the loss scaler (fp16): nothing was realised in it, it has no account, and the "
+                "gradients that were measured are those of its weights."
+            )
+            pending, self._logps_before = _with_account(pending, None), None
         try:
             if pending is not None and self._logps_before is not None:
                 logps = self._measure_logps(model, pending)
@@ -408,7 +458,7 @@ class EntanglementCallback(TrainerCallback):
         """Close the records, and say what the run came to."""
         self.step_aside()
         closing = self._close_journal()
-        if self._rows.refusal is None and is_first():
+        if self._recorder is not None and is_first():
             log(closing or "gradent: no step was measured in this run.", name="gradent.run")
 
     def _close_journal(self) -> str | None:
@@ -419,9 +469,16 @@ class EntanglementCallback(TrainerCallback):
     def step_aside(self) -> None:
         """Take every hook off the model."""
         self._whole_step = None
+        self._division.step_aside()
         if self._recorder is not None:
             self._recorder.disarm()
             self._recorder.optimizer = None
+
+
+def _loss_scale(optimizer: Any) -> float:
+    """What a gradient scaler multiplies the loss by; it falls where the scaler keeps the optimizer from its step."""
+    scaler = getattr(optimizer, "scaler", None)  # accelerate's `step_was_skipped` misses some
+    return float(scaler.get_scale()) if scaler is not None else 1.0
 
 
 def _keeps_loss_scale(optimizer: Any) -> bool:

@@ -252,6 +252,8 @@ def test_labels() -> None:
     assert label_loss(losses.get("dpo")) == "DPO (β=0.1)"
     assert label_loss(losses.get("simpo")) == "SimPO (β=0.1, γ=0.5)"
     assert label_loss(losses.get("ipo", length_normalized=True)) == "IPO (β=0.1, length-normalized)"
+    assert label_loss(losses.get("hinge")) == "hinge (β=0.1)"
+    assert label_loss(losses.get("robust", beta=0.5, label_smoothing=0.1)) == "robust (β=0.5, label smoothing=0.1)"
     assert label_loss(losses.get("kto")) == "KTO (β=0.1, λ_w=1, λ_l=1, z=0)"
 
 
