@@ -25,8 +25,9 @@ from gradent.hooks.piggyback.watcher import Piggyback
 from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.measurement import measure, measure_rows, measure_weighted
 from gradent.model.calls import tempered
-from gradent.model.parameters import is_sharded, trainable, unwrap_compiled
+from gradent.model.parameters import trainable, unwrap_compiled
 from gradent.model.preconditioner import metric_roots
+from gradent.model.sharding import sharding, unwatchable
 from gradent.notices import Notices
 from gradent.pair_gram import PairGram, sum_modules, sum_parameters
 from gradent.pairs.batch import PairBatch
@@ -67,6 +68,14 @@ NO_CONTRAST = (
     "this loss (docs/groups.md says which losses have them). pairing= says how rows belong together, if they do."
 )
 """What is said of supervised fine-tuning and its like."""
+
+
+UNSEEN = (
+    "gradent records nothing: no forward of the model was seen in this step. The loss calls parts of it (a fused head, "
+    "which takes hidden states and the head's weight), or another module than the one that is watched: attach(model) "
+    "takes the module that the loop calls. probe_data needs no such forward."
+)
+"""What is said where the model's own forward never runs."""
 
 
 TAKEN_FOR_GROUPS = (
@@ -185,6 +194,9 @@ class Recorder:
         self._is_compiled = config.model is not model
         self.has_contrast = False
         """Whether any rows that nobody calls pairs or groups have been raised and others lowered."""
+        self.has_moved = False
+        """Whether the weights had moved already when a backward was settled: an optimizer that steps inside it."""
+        self._refusal: str | None = None  # why the model is not watched although it was to be
         self._piggyback: Piggyback | None = None
         self._collected: list[Recording | RowRecording] = []
         self._backwards = 0
@@ -216,11 +228,17 @@ class Recorder:
             ModelError: the model has no trainable parameter.
             InputError: `metric` is no Adam(W) optimizer that has taken a step.
         """
-        if self._piggyback is not None:
+        if self.armed:
+            return
+        self.has_moved = False
+        self._refusal = unwatchable(self._config.model)
+        if self._refusal is not None:
+            self._log_once(f"gradent cannot watch this model, and records nothing: {self._refusal}.")
             return
         parameters = trainable(self._model, sharded=True)
-        if self.metric is not None and is_sharded(self._model):
-            raise ModelError("metric: the optimizer's state is sharded (FSDP); only metric=None is available there.")
+        kind = sharding(self._model)
+        if self.metric is not None and kind is not None:
+            raise ModelError(f"metric: the optimizer's state is sharded ({kind}); only metric=None is available there.")
         weight = None if self.metric is None else metric_roots(self.metric, parameters)
         self._config = replace(self._config, parameters=parameters, weight=weight)
         self._config = replace(self._config, step=self._accounts.arm(self._config, self._account_obstacle()))
@@ -236,13 +254,14 @@ class Recorder:
     @property
     def armed(self) -> bool:
         """Whether the model is being watched."""
-        return self._piggyback is not None
+        return self._piggyback is not None or self._refusal is not None
 
     def disarm(self) -> None:
         """Take every hook off the model."""
         if self._piggyback is not None:
             self._piggyback.disarm()
             self._piggyback = None
+        self._refusal = None
         self._collected.clear()
         self._accounts.disarm()
         self._backwards = 0
@@ -260,7 +279,8 @@ class Recorder:
             loss_scale: a gradient scaler's scale, by which all weights are divided.
 
         Returns:
-            The recording, of pairs or of rows that are no pairs; None where no backward came through the model.
+            The recording, of pairs or of rows that are no pairs; None where no backward came through the model, or
+            where it cannot be read or measured (said once in the log).
 
         Raises:
             InputError: the recorder is not armed.
@@ -268,6 +288,8 @@ class Recorder:
             GradentError: what `measure` raises.
         """
         self.collect()
+        if self._piggyback is not None and not self._piggyback.forwards:
+            self._log_once(UNSEEN)
         recordings, self._collected, self._backwards = self._collected, [], 0
         try:
             recording = self._refuse(_join(recordings, scale, loss_scale))
@@ -310,6 +332,8 @@ class Recorder:
             InputError: the recorder is not armed.
             GradentError: as `harvest`.
         """
+        if self._refusal is not None:
+            return 0
         if self._piggyback is None:
             raise InputError("the recorder is not armed; use it inside `with attach(model) as recorder:`.")
         clock = self._piggyback.clock
@@ -342,6 +366,7 @@ class Recorder:
             self._log_once(f"gradent cannot read this step: {reason}.")
             return None
         recording = self._settle_pairs(observation) if observation.sides == 2 else self._settle_rows(observation)
+        self.has_moved |= observation.weights is not None and observation.weights.has_moved()
         if self._config.should_share and not observation.shared and bool(observation.c.any()):
             self._log_once(
                 "gradent: weight_grad='shared' found no weight gradient to share here, and the products are formed "
@@ -355,8 +380,8 @@ class Recorder:
         """Why a backward's entries cannot be read off it; None where they can."""
         return "the model is compiled" if self._is_compiled else observation.no_entries_reason
 
-    def _settle_rows(self, observation: BackwardObservation) -> RowRecording:
-        """The recording of a backward whose rows are no pairs."""
+    def _settle_rows(self, observation: BackwardObservation) -> RowRecording | None:
+        """The recording of a backward whose rows are no pairs; None, and a line in the log, where there can be none."""
         moves = [bool(tokens.any()) for tokens in observation.tokens]
         active = [row for row, is_moved in enumerate(moves) if is_moved and observation.rows[row][1].any()]
         rest = sorted(set(range(len(moves))) - set(active))
@@ -364,8 +389,10 @@ class Recorder:
         group, obstacle = number_groups(labels), self._obstacle(observation)
         batch = RowBatch.from_rows([observation.rows[row] for row in active], group) if active else None
         needs_pass = bool(active) and (self._mode == "measure" or obstacle is not None)
+        if needs_pass and self._bars_pass(observation, obstacle):
+            return None
         if needs_pass:
-            self._check_pass(obstacle)
+            self._announce_pass(obstacle)
             assert batch is not None
             with tempered(self._config.temperature):
                 rows = measure_rows(
@@ -395,8 +422,8 @@ class Recorder:
             length=torch.tensor(lengths, dtype=torch.int64), group=group, modules=modules if self._by_module else None,
         )  # fmt: skip
 
-    def _settle_pairs(self, observation: BackwardObservation) -> Recording:
-        """The recording of a backward of pairs."""
+    def _settle_pairs(self, observation: BackwardObservation) -> Recording | None:
+        """The recording of a backward of pairs; None, and a line in the log, where there can be none."""
         pairs = observation.pairs
         is_moved = (observation.c[:pairs] != 0) & (observation.c[pairs:] != 0)
         moved = is_moved.nonzero()[:, 0].tolist()
@@ -406,6 +433,8 @@ class Recorder:
         obstacle = self._obstacle(observation)
         needs_pass = bool(active) and (self._mode == "measure" or obstacle is not None)
         along: Tensor | None = None
+        if needs_pass and self._bars_pass(observation, obstacle):
+            return None
         if needs_pass:
             is_weighted = not observation.is_constant and observation.is_of_tokens
             weights = [observation.tokens[number] for number in numbers] if is_weighted else None
@@ -435,7 +464,7 @@ class Recorder:
         self, batch: PairBatch | None, obstacle: str | None, weights: Sequence[Tensor] | None
     ) -> tuple[PairGram, Tensor | None]:
         """Measure in a pass of gradent's own, with tokens' weights along the loss's gradient too; `obstacle` is why."""
-        self._check_pass(obstacle)
+        self._announce_pass(obstacle)
         if batch is None:
             raise ModelError(
                 f"the entries of a reward model cannot be read off the trainer's backward: {obstacle}. gradent has no "
@@ -446,13 +475,26 @@ class Recorder:
             return measure(self._model, batch, by_module=by_module, memory_budget=budget, metric=metric), None
         return measure_weighted(self._model, batch, weights, by_module=by_module, memory_budget=budget, metric=metric)
 
-    def _check_pass(self, obstacle: str | None) -> None:
-        """Refuse a pass of gradent's own where there can be none, or say why it is made."""
-        if is_sharded(self._model):
-            raise ModelError(
-                f"the entries cannot be read off the trainer's backward ({obstacle}), and a sharded model (FSDP) "
-                "allows no pass of gradent's own: its ranks would wait for one another."
+    def _bars_pass(self, observation: BackwardObservation, obstacle: str | None) -> bool:
+        """Whether there can be no pass of gradent's own, which is said."""
+        kind, mark = sharding(self._model), observation.weights
+        if kind is not None:
+            reason = f"a model sharded by {kind} allows no pass of gradent's own: its ranks would wait for one another"
+        elif mark is not None and mark.has_moved():
+            reason = (
+                "the weights have moved since the backward, so that a pass of gradent's own would measure others: the "
+                "optimizer steps inside the backward (LOMO, layerwise GaLore and APOLLO), or harvest() came after it"
             )
+        else:
+            return False
+        cause = "mode='measure' was asked for" if obstacle is None else obstacle
+        self._log_once(
+            f"gradent records nothing of such a step: it cannot be read off the backward ({cause}), and {reason}."
+        )
+        return True
+
+    def _announce_pass(self, obstacle: str | None) -> None:
+        """Say why a pass of gradent's own is made, unless none may be."""
         if self._mode == "piggyback":
             raise ModelError(
                 f"the entries cannot be read off the trainer's backward: {obstacle}. Use mode='auto' or 'measure'."

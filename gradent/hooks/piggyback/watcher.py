@@ -13,6 +13,7 @@ kept as a reason (`guard.py`), and never raised into the trainer's pass.
 
 from __future__ import annotations
 
+import threading
 from itertools import count
 from typing import Any
 
@@ -28,6 +29,8 @@ from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.forward import WatchedForward
 from gradent.hooks.piggyback.observation import BackwardObservation
 from gradent.model.observed import is_observed
+from gradent.model.sharding import REPLICAS, is_sharded
+from gradent.model.weight_mark import WeightMark
 
 __all__ = ["Piggyback"]
 
@@ -41,6 +44,10 @@ class Piggyback:
         self._trainable = {id(parameter) for parameter in config.tensors}
         self._handles: list[RemovableHandle] = []
         self._running: WatchedForward | None = None
+        self._thread = 0  # that it runs in
+        self._current: WatchedBackward | None = None  # that it belongs to
+        self._is_sharded = is_sharded(config.model)
+        self.forwards = 0  # of the model, with gradients, since it was armed
         self._backwards: list[WatchedBackward] = []
         self._numbers = count(current_rank() << 20)  # of backwards, of which no two ranks have the same
 
@@ -60,7 +67,7 @@ class Piggyback:
         self._handles.clear()
         if self._running is not None:
             self._running.stop()
-            self._running = None
+            self._running = self._current = None
         for backward in self._backwards:
             backward.close()
         self._backwards.clear()
@@ -72,8 +79,14 @@ class Piggyback:
         return [seen for backward, seen in observations if backward.has_started or seen.unusable_reason is not None]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        is_own = self._running is not None or is_observed(self._config.model)
-        if is_own or not torch.is_grad_enabled() or in_backward():
+        if is_observed(self._config.model) or not torch.is_grad_enabled() or in_backward():
+            return
+        if module is not self._config.model:  # a copy, which shares the model's hooks and runs in another thread
+            self._abandon(REPLICAS)
+            return
+        if self._running is not None:
+            if threading.get_ident() != self._thread:
+                self._abandon("several threads run the model at the same time")
             return
         try:
             self._start_forward(args, kwargs)
@@ -82,6 +95,7 @@ class Piggyback:
 
     def _abandon(self, reason: str) -> None:
         """Keep why a forward cannot be watched."""
+        self.forwards += 1
         self._backwards.append(WatchedBackward(self._config, self.clock, next(self._numbers)))
         self._backwards[-1].abandon(reason)
 
@@ -103,17 +117,22 @@ class Piggyback:
             mask = torch.ones_like(input_ids)
         if not self._backwards or self._backwards[-1].has_started:
             self._backwards.append(WatchedBackward(self._config, self.clock, next(self._numbers)))
+            if not self._is_sharded:
+                self._backwards[-1].observation.weights = WeightMark(self._config.tensors)
         # Copies: a loop may well change its batch in place before the backward.
-        forward = self._backwards[-1].make_forward(input_ids.detach().clone(), mask.detach().clone())
+        self._current = self._backwards[-1]
+        forward = self._current.make_forward(input_ids.detach().clone(), mask.detach().clone())
         forward.start()
-        self._running = forward
+        self.forwards += 1
+        self._running, self._thread = forward, threading.get_ident()
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        forward, self._running = self._running, None
-        if forward is None:
+        forward = self._running
+        if forward is None or module is not self._config.model or threading.get_ident() != self._thread:
             return
+        self._running, backward, self._current = None, self._current, None
         forward.stop()
-        if output is None:  # the forward raised
+        if output is None or backward is None:  # the forward raised
             forward.close()
         else:
-            self._backwards[-1].add_forward(forward, output, kwargs)
+            backward.add_forward(forward, output, kwargs)

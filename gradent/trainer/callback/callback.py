@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainingArguments
 
 from gradent.attribution.step import StepAttribution
@@ -24,12 +25,14 @@ from gradent.errors import InputError
 from gradent.hooks.piggyback.pairing import Groups, Pairing
 from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.measurement import row_logps
-from gradent.model.parameters import is_sharded, trainable
+from gradent.model.parameters import trainable
+from gradent.model.sharding import sharding
 from gradent.notices import Notices, log
 from gradent.pairs.batch import PairBatch
 from gradent.recorder import CHOICES, Mode, Recorder, WeightGrad, attach, check_choices
 from gradent.recorder.recording import Recording, RowRecording, with_account
 from gradent.report.live.alerts import DEFAULT_ALERT, Alert
+from gradent.trainer.callback.engines import before_step, engine_loss_scale
 from gradent.trainer.callback.fault_guard import LIMIT, guarded_event
 from gradent.trainer.callback.hf_frames import divides_loss, find_trainer, move_to_front
 from gradent.trainer.callback.implied_rows import ImpliedRows, implied_rows
@@ -155,6 +158,8 @@ class EntanglementCallback(TrainerCallback):
         self._whole_step: WholeStep | None = None
         self._unseen = UnseenPairs(self.notices.once)
         self._is_measuring = False
+        self._engine_scale = 1.0
+        self._step_hook: RemovableHandle | None = None
         self._window: list[Any] = []
         self._scalars: dict[str, float] = {}
 
@@ -168,6 +173,7 @@ class EntanglementCallback(TrainerCallback):
         """Get ready: what is watched, and where records go."""
         move_to_front(self)  # added after the trainer was made, it did not hear of `on_init_end`
         self.step_aside()  # from a training that was broken off
+        self._drop_step_hook()
         self._close_journal()
         self.errors = 0
         self.notices.clear()
@@ -211,6 +217,7 @@ class EntanglementCallback(TrainerCallback):
     @guarded_event
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Arm before a step that is to be measured."""
+        self._drop_step_hook()
         step = state.global_step + 1
         self._pending = self._tokens = self._logps_before = None
         self._is_measuring = step == 1 or step % self.every == 0 or self._is_tokens_step(step)
@@ -222,8 +229,12 @@ class EntanglementCallback(TrainerCallback):
                 self._is_measuring = False  # before its first step, Adam has no geometry
                 return
             self._recorder.metric = optimizer
-        self._prepare_account(kwargs["model"], kwargs.get("optimizer") if self._attribution else None)
+        optimizer = kwargs.get("optimizer")
+        self._prepare_account(kwargs["model"], optimizer if self._attribution else None)
         self._recorder.arm()
+        self._engine_scale = engine_loss_scale(optimizer)
+        told = {"model": kwargs["model"], "optimizer": optimizer}
+        self._step_hook = before_step(optimizer, lambda: self.on_pre_optimizer_step(args, state, control, **told))
 
     def _prepare_account(self, model: nn.Module, optimizer: Any) -> None:
         """Settle which account the step gets: of the recorder, by source, or of the step as a whole."""
@@ -246,11 +257,12 @@ class EntanglementCallback(TrainerCallback):
     @guarded_event
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Harvest, while the weights are still those that the gradients belong to."""
+        # Called by the trainer, or, where an engine steps inside the backward, by its optimizer before.
         if self._recorder is None or not self._recorder.armed:
             return
         batches = self._recorder.collect() if divides_loss() else 1
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
-        loss_scale = float(scaler.get_scale()) if scaler is not None else 1.0
+        loss_scale = float(scaler.get_scale()) if scaler is not None else self._engine_scale
         self._pending = self._recorder.harvest(scale=max(1, batches), loss_scale=loss_scale)
         if (
             self._pending is not None
@@ -265,12 +277,29 @@ class EntanglementCallback(TrainerCallback):
         self._recorder.disarm()
         if self._pending is None:
             return
-        if self.realised:
+        is_late = self._is_late()
+        if self.realised and not is_late:
             self._logps_before = self._measure_logps(kwargs["model"], self._pending)
-        if self._is_tokens_step(state.global_step + 1) and is_first() and self._has_pairs(self._pending):
+        is_due = self._is_tokens_step(state.global_step + 1) and is_first() and not is_late
+        if is_due and self._has_pairs(self._pending):
             self._tokens = map_tokens(kwargs["model"], self._pending, self._budget)
         if self._whole_step is not None:
             self._hold(self._whole_step, self._pending, kwargs.get("optimizer"))
+
+    def _is_late(self) -> bool:
+        """Whether the weights have moved already, which leaves nothing but what was read off the backward."""
+        assert self._recorder is not None
+        if not self._recorder.has_moved:
+            return False
+        named = {"realised": self.realised, "tokens_every": self.tokens_every > 0}
+        asked = [name for name, is_asked in named.items() if is_asked]
+        if asked:
+            self.notices.once(
+                f"gradent leaves out {', '.join(asked)}: this optimizer steps inside the backward (LOMO, layerwise "
+                "GaLore and APOLLO), so that the weights have moved before they could be looked at. What was read off "
+                "the backward is exact."
+            )
+        return True
 
     def _has_pairs(self, pending: Recording | RowRecording) -> TypeGuard[Recording]:
         """Whether a recording has token matrices; those of rows that are no pairs are `token_influence`'s."""
@@ -304,8 +333,9 @@ class EntanglementCallback(TrainerCallback):
 
     def _measure_logps(self, model: nn.Module, recording: Recording | RowRecording) -> Tensor | None:
         """Log-probs of a recording's rows, float64 `[N]`; of pairs chosen, then rejected."""
-        if is_sharded(model):
-            self.notices.once("realised is not measured: a sharded model (FSDP) allows no pass of gradent's own.")
+        kind = sharding(model)
+        if kind is not None:
+            self.notices.once(f"realised is not measured: a model sharded by {kind} allows no pass of gradent's own.")
             return None
         if recording.batch is None:
             return None
@@ -323,12 +353,14 @@ class EntanglementCallback(TrainerCallback):
     @guarded_event
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep what was harvested, with the pairs of all ranks."""
+        self._drop_step_hook()
         if self._is_measuring:
             self._keep_step(state, kwargs["model"])
         if self._probe is None or self.errors >= LIMIT or not self._probe.is_due(state.global_step):
             return
-        if is_sharded(kwargs["model"]):
-            self.notices.once("probe_data is not measured: a sharded model (FSDP) allows no pass of gradent's own.")
+        kind = sharding(kwargs["model"])
+        if kind is not None:
+            self.notices.once(f"probe_data is not measured: a model sharded by {kind} allows no pass of gradent's own.")
         else:
             self._scalars |= self._probe.measure(kwargs["model"], self._budget)
 
@@ -391,6 +423,7 @@ class EntanglementCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the records."""
         self.step_aside()
+        self._drop_step_hook()
         self._close_journal()
 
     def _close_journal(self) -> None:
@@ -404,6 +437,12 @@ class EntanglementCallback(TrainerCallback):
         if self._recorder is not None:
             self._recorder.disarm()
             self._recorder.optimizer = None
+
+    def _drop_step_hook(self) -> None:
+        # Between steps alone: the hook itself runs while its optimizer walks its list of them.
+        if self._step_hook is not None:
+            self._step_hook.remove()
+            self._step_hook = None
 
 
 def _keeps_loss_scale(optimizer: Any) -> bool:

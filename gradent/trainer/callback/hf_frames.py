@@ -20,7 +20,8 @@ __all__ = ["divides_loss", "find_trainer", "move_to_front"]
 
 T = TypeVar("T")
 
-_DEPTH = 12
+_DEPTH = 40
+"""Frames that are looked through: an engine that steps has some 20 of its own below the trainer's."""
 
 
 def _callers(kind: type[T]) -> Iterator[tuple[FrameType, T]]:
