@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
@@ -34,7 +34,7 @@ from gradent.recorder.recording import Recording, RowRecording, with_account
 from gradent.report.live.alerts import DEFAULT_ALERT, Alert
 from gradent.trainer.callback.engines import before_step, engine_loss_scale
 from gradent.trainer.callback.fault_guard import LIMIT, guarded_event
-from gradent.trainer.callback.hf_frames import divides_loss, find_trainer, move_to_front
+from gradent.trainer.callback.hf_frames import divides_loss, find_trainer, move_to_front, on_broken_step
 from gradent.trainer.callback.implied_rows import ImpliedRows, implied_rows
 from gradent.trainer.callback.journal import GroupJournal, Journal, PairJournal, same_kind
 from gradent.trainer.callback.probe import Probe
@@ -160,6 +160,8 @@ class EntanglementCallback(TrainerCallback):
         self._is_measuring = False
         self._engine_scale = 1.0
         self._step_hook: RemovableHandle | None = None
+        self._take_off: Callable[[], None] | None = None
+        self._attempt = 0  # records of the training that runs
         self._window: list[Any] = []
         self._scalars: dict[str, float] = {}
 
@@ -173,8 +175,11 @@ class EntanglementCallback(TrainerCallback):
         """Get ready: what is watched, and where records go."""
         move_to_front(self)  # added after the trainer was made, it did not hear of `on_init_end`
         self.step_aside()  # from a training that was broken off
-        self._drop_step_hook()
+        self._release_step()
+        if self._journal is not None:
+            self._forget_attempt(state.global_step)
         self._close_journal()
+        self._attempt = 0
         self.errors = 0
         self.notices.clear()
         self._window.clear()
@@ -217,7 +222,7 @@ class EntanglementCallback(TrainerCallback):
     @guarded_event
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Arm before a step that is to be measured."""
-        self._drop_step_hook()
+        self._release_step()
         step = state.global_step + 1
         self._pending = self._tokens = self._logps_before = None
         self._is_measuring = step == 1 or step % self.every == 0 or self._is_tokens_step(step)
@@ -235,6 +240,8 @@ class EntanglementCallback(TrainerCallback):
         self._engine_scale = engine_loss_scale(optimizer)
         told = {"model": kwargs["model"], "optimizer": optimizer}
         self._step_hook = before_step(optimizer, lambda: self.on_pre_optimizer_step(args, state, control, **told))
+        trainer = find_trainer()
+        self._take_off = None if trainer is None else on_broken_step(trainer, self._leave)
 
     def _prepare_account(self, model: nn.Module, optimizer: Any) -> None:
         """Settle which account the step gets: of the recorder, by source, or of the step as a whole."""
@@ -353,7 +360,7 @@ class EntanglementCallback(TrainerCallback):
     @guarded_event
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep what was harvested, with the pairs of all ranks."""
-        self._drop_step_hook()
+        self._release_step()
         if self._is_measuring:
             self._keep_step(state, kwargs["model"])
         if self._probe is None or self.errors >= LIMIT or not self._probe.is_due(state.global_step):
@@ -385,6 +392,7 @@ class EntanglementCallback(TrainerCallback):
         if isinstance(record, StepRecord):
             record = replace(record, unseen=self._unseen.estimate(record, state.epoch))
         self.records.append(record if self.by_module else record.without_modules())
+        self._attempt += 1
         if len(self.records) > KEPT_MATRICES:
             self.records[-KEPT_MATRICES - 1] = self.records[-KEPT_MATRICES - 1].without_large_matrices()
         self._window.append(record)
@@ -422,8 +430,7 @@ class EntanglementCallback(TrainerCallback):
     @guarded_event
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the records."""
-        self.step_aside()
-        self._drop_step_hook()
+        self._leave()
         self._close_journal()
 
     def _close_journal(self) -> None:
@@ -438,7 +445,25 @@ class EntanglementCallback(TrainerCallback):
             self._recorder.disarm()
             self._recorder.optimizer = None
 
-    def _drop_step_hook(self) -> None:
+    def _leave(self) -> None:
+        """Take everything off model, optimizer and trainer."""
+        self.step_aside()
+        self._release_step()
+
+    def _forget_attempt(self, step: int) -> None:
+        """Drop what was recorded after a step by a training that was broken off and starts again (smaller batches)."""
+        assert self._journal is not None
+        kept = self._attempt
+        while self._attempt and self.records and self.records[-1].step > step:
+            self.records.pop()
+            self._attempt -= 1
+        if kept and not self._attempt:
+            self._journal.rewind()
+
+    def _release_step(self) -> None:
+        if self._take_off is not None:
+            self._take_off()
+            self._take_off = None
         # Between steps alone: the hook itself runs while its optimizer walks its list of them.
         if self._step_hook is not None:
             self._step_hook.remove()
