@@ -7,13 +7,18 @@ from torch import Tensor, device, nn
 from gradent.errors import InputError, ModelError, NothingTrainableError
 from gradent.model.sharding import sharding
 
-__all__ = ["check_ids", "input_device", "output_embeddings", "trainable", "unwrap_compiled"]
+__all__ = ["check_ids", "compiled_modules", "input_device", "output_embeddings", "trainable", "unwrap_compiled"]
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:
     """The module behind `torch.compile`'s wrapper; any other model as it is."""
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def compiled_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that `module.compile()` was called on: theirs is a compiled call, not a wrapper."""
+    return [module for module in model.modules() if getattr(module, "_compiled_call_impl", None) is not None]
 
 
 def trainable(model: nn.Module, *, sharded: bool = False) -> dict[str, nn.Parameter]:

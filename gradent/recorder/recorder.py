@@ -25,7 +25,7 @@ from gradent.hooks.piggyback.watcher import Piggyback
 from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.measurement import measure, measure_rows, measure_weighted
 from gradent.model.calls import tempered
-from gradent.model.parameters import trainable, unwrap_compiled
+from gradent.model.parameters import compiled_modules, trainable, unwrap_compiled
 from gradent.model.preconditioner import metric_roots
 from gradent.model.sharding import sharding, unwatchable
 from gradent.notices import Notices
@@ -239,6 +239,9 @@ class Recorder:
         kind = sharding(self._model)
         if self.metric is not None and kind is not None:
             raise ModelError(f"metric: the optimizer's state is sharded ({kind}); only metric=None is available there.")
+        self._is_compiled = self._config.model is not self._model or bool(compiled_modules(self._model))
+        if self._is_compiled:  # a capture would be traced
+            self._config = replace(self._config, has_entries=False)
         weight = None if self.metric is None else metric_roots(self.metric, parameters)
         self._config = replace(self._config, parameters=parameters, weight=weight)
         self._config = replace(self._config, step=self._accounts.arm(self._config, self._account_obstacle()))

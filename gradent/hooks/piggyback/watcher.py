@@ -14,6 +14,7 @@ kept as a reason (`guard.py`), and never raised into the trainer's pass.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from itertools import count
 from typing import Any
 
@@ -43,6 +44,7 @@ class Piggyback:
         self._config = config
         self._trainable = {id(parameter) for parameter in config.tensors}
         self._handles: list[RemovableHandle] = []
+        self._call: Callable[..., Any] | None = None  # a model's compiled call, which stands in for its hooks
         self._running: WatchedForward | None = None
         self._thread = 0  # that it runs in
         self._current: WatchedBackward | None = None  # that it belongs to
@@ -53,15 +55,34 @@ class Piggyback:
 
     def arm(self) -> None:
         """Watch from now on."""
-        if not self._handles:
-            model = self._config.model
+        model = self._config.model
+        if self._handles or self._call is not None:
+            return
+        if model._compiled_call_impl is not None:  # noqa: SLF001  (hooks would be traced: what is compiled has them)
+            self._call = model._compiled_call_impl  # noqa: SLF001
+            model._compiled_call_impl = self._run_compiled  # noqa: SLF001
+        else:
             self._handles = [
                 model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
                 model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
             ]
 
+    def _run_compiled(self, *args: Any, **kwargs: Any) -> Any:
+        """A model's compiled call (`model.compile()`) between what the hooks do."""
+        assert self._call is not None
+        model, output = self._config.model, None
+        self._before(model, args, kwargs)
+        try:
+            output = self._call(*args, **kwargs)
+        finally:
+            self._after(model, args, kwargs, output)
+        return output
+
     def disarm(self) -> None:
         """Take every hook off the model and let go of every graph."""
+        if self._call is not None:
+            self._config.model._compiled_call_impl = self._call  # noqa: SLF001
+            self._call = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
