@@ -490,10 +490,10 @@ class Recorder:
             )
         else:
             return False
-        cause = "mode='measure' was asked for" if obstacle is None else obstacle
-        self._log_once(
-            f"gradent records nothing of such a step: it cannot be read off the backward ({cause}), and {reason}."
-        )
+        cause = f"it cannot be read off the backward ({obstacle})"
+        if obstacle is None:
+            cause = "mode='measure' asks for a pass of gradent's own (mode='auto' reads off the backward what it can)"
+        self._log_once(f"gradent records nothing of such a step: {cause}, and {reason}.")
         return True
 
     def _announce_pass(self, obstacle: str | None) -> None:
