@@ -291,16 +291,15 @@ class EntanglementCallback(TrainerCallback):
         if self._recorder is None or not self._recorder.armed:
             return
         batches = self._recorder.collect()
-        divisor = self._division.find()
-        if divisor is None:
-            divisor = float(batches) if divides_loss() else 1.0
-            if batches > 1:
-                self.notices.once(
-                    f"gradent did not see the loss that the trainer differentiates: d_w and d_l are those of a loss "
-                    f"that is divided by {divisor:g}, as its configuration implies."
-                )
+        seen = self._division.find()
+        divisor = seen if seen is not None else float(batches) if divides_loss() else 1.0
         self._loss_scale = _loss_scale(kwargs.get("optimizer"), self._engine_scale)
         self._pending = self._recorder.harvest(scale=max(1.0, divisor), loss_scale=self._loss_scale)
+        if seen is None and batches > 1 and self._pending is not None:
+            self.notices.once(
+                f"gradent did not see the loss that the trainer differentiates: d_w and d_l are those of a loss that is "
+                f"divided by {divisor:g}, as its configuration implies."
+            )
         if (
             self._pending is not None
             and self._pending.attribution is not None
