@@ -76,13 +76,21 @@ class Journal(ABC):
         text: str | None = self._alerter.check(self._to_window(untold, None))
         return text
 
-    def close(self) -> str:
-        """Close the file, send what panels hold; the run's closing line."""
+    def rewind(self) -> None:
+        """Take every line off the file that was written since it was opened."""
         if self._stream is not None:
-            self._stream.close()
+            self._stream.rewind()
+
+    def finish(self) -> str:
+        """Send what panels hold; the run's closing line."""
         if self._panels is not None:
             self._panels.finish(self._tally.describe())
         return self._tally.close(None if self._stream is None else self._stream.path)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._stream is not None:
+            self._stream.close()
 
     @abstractmethod
     def record(
