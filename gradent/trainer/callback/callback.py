@@ -297,8 +297,8 @@ class EntanglementCallback(TrainerCallback):
         self._pending = self._recorder.harvest(scale=max(1.0, divisor), loss_scale=self._loss_scale)
         if seen is None and batches > 1 and self._pending is not None:
             self.notices.once(
-                f"gradent did not see the loss that the trainer differentiates: d_w and d_l are of a loss that is divided "
-                f"by {divisor:g}, as its configuration implies."
+                "gradent did not see the loss that the trainer differentiates: d_w and d_l are of a loss that is "
+                f"divided by {divisor:g}, as its configuration implies."
             )
         if (
             self._pending is not None
