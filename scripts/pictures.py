@@ -19,6 +19,7 @@ from trl import DPOConfig, DPOTrainer
 
 from gradent import audit
 from gradent.auditing.pair_tokens import audit_tokens
+from gradent.auditing.state.config import TokenConfig
 
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "img"
 WIDTH = 1100
@@ -72,7 +73,9 @@ def main(
         assert found.report_path is not None
         photograph(found.report_path, TARGET / "audit.png", height=1080)
         last = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
-        audit_tokens(str(last), str(data), pair=pair, out=place / "tokens", max_length=192, quiet=True)
+        audit_tokens(
+            TokenConfig(model=str(last), data=str(data), pair=pair, out=place / "tokens", max_length=192, quiet=True)
+        )
         photograph(place / "tokens" / "tokens.html", TARGET / "tokens.png", height=620)
 
 
