@@ -18,7 +18,8 @@ KINDS = {
     "SFTConfig": "refusal", "PRMConfig": "refusal", "PPOConfig": "refusal", "AsyncGRPOConfig": "refusal",
     "GKDConfig": "refusal", "GOLDConfig": "refusal", "DistillationConfig": "refusal", "SDFTConfig": "refusal",
     "AsyncDistillationConfig": "refusal", "ServerDistillationConfig": "refusal", "SDPOConfig": "refusal",
-    "IWOPDConfig": "refusal", "OnPolicyConfig": "no trainer",
+    "IWOPDConfig": "refusal", "MiniLLMConfig": "refusal", "PAPOConfig": "groups",
+    "OnPolicyConfig": "no trainer", "BaseConfig": "no trainer",
 }  # fmt: skip
 """`pairs`; `groups` of a prompt's rows; `batch`, rows of which all of a batch are one group; `refusal`."""
 
