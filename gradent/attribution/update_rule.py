@@ -23,6 +23,7 @@ from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from gradent.kernels.common.account import ElementMetric
 from gradent.kernels.common.numerics import accumulator
+from gradent.model.preconditioner import describe_optimizer
 
 __all__ = ["FIRST_STEP", "Terms", "UpdateRule", "find_update_rule", "is_diagonal", "unwrap_optimizer"]
 
@@ -198,8 +199,8 @@ def find_update_rule(optimizer: object, parameters: Mapping[str, Tensor], *, is_
     optimizer = unwrap_optimizer(optimizer)
     if not isinstance(optimizer, torch.optim.Optimizer) or not is_diagonal(optimizer):
         return (
-            f"{type(optimizer).__name__} has no diagonal preconditioner that gradent knows; a step is split into its "
-            "sources under torch.optim.SGD, Adam and AdamW"
+            f"{describe_optimizer(optimizer)} has no diagonal preconditioner that gradent knows; a step is split into "
+            "its sources under torch.optim.SGD, Adam and AdamW"
         )
     if optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks:  # noqa: SLF001  (no public name)
         return "a hook before the optimizer's step may change what it takes"
@@ -210,6 +211,11 @@ def find_update_rule(optimizer: object, parameters: Mapping[str, Tensor], *, is_
     missing = [name for number, name in enumerate(parameters) if not rule.holds(number)]
     if missing:
         return f"the optimizer does not hold {missing[0]!r}, which is trainable"
+    for name, tensor in parameters.items() if rule.is_adaptive else ():
+        second = optimizer.state.get(tensor, {}).get("exp_avg_sq")
+        if second is not None and second.shape != tensor.shape:
+            shape = list(tensor.shape)
+            return f"the second moment of {name!r} has shape {list(second.shape)}, the parameter {shape}"
     if rule.is_adaptive and not is_next and not any(optimizer.state.get(tensor) for tensor in parameters.values()):
         return FIRST_STEP
     return rule

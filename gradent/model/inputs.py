@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["NO_INPUTS", "FurtherInputs", "find_further_inputs"]
+__all__ = ["NO_INPUTS", "FurtherInputs", "find_further_inputs", "find_noise"]
 
 _OF_TOKENS = {"input_ids", "labels", "logits_to_keep", "num_logits_to_keep", "completion_mask", "num_items_in_batch",
               "shift_labels", "label_mask"}  # fmt: skip
@@ -102,3 +102,19 @@ def _has_one_a_row(model: Any, input_ids: Tensor) -> bool:
     starts = at[:, 0].long() + (at[:, 1:] & ~at[:, :-1]).sum(1)
     counts = at.sum(1)
     return bool((starts == 1).all() and (counts == counts[0]).all())
+
+
+def find_noise(model: nn.Module) -> list[str]:
+    """What makes a model's forward in training a random one, in words; nothing of it is left in eval mode."""
+    noise: list[str] = []
+    for module in model.modules():
+        if not module.training:
+            continue
+        is_layer = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0  # noqa: SLF001
+        # Attention takes its rate as a number.
+        rates = (value for name, value in vars(module).items() if "drop" in name and isinstance(value, float))
+        if is_layer or any(rate > 0 for rate in rates):
+            noise.append("dropout")
+        if vars(module).get("neftune_noise_alpha") is not None:
+            noise.append("NEFTune's noise")
+    return list(dict.fromkeys(noise))

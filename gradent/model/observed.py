@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gradent.errors import ModelError
 from gradent.model.parameters import unwrap_compiled
 
 __all__ = ["is_observed", "observed"]
@@ -26,6 +28,10 @@ def is_observed(model: nn.Module) -> bool:
 @contextmanager
 def observed(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
     """Run the model in eval mode, or in training mode with `dropout`, and restore everything afterwards."""
+    # Layers of bitsandbytes stay in training mode: they have no dropout, and in eval mode, on a CPU, they compute
+    # something else than was trained (8 bit: rounded activations) or repack their weights for good, without a gradient
+    # from then on (4 bit).
+    quantized = _quantized(model)
     modes = [(module, module.training) for module in model.modules()]
     # transformers looks for padding in rows that come without a mask, to warn of it: a look at values, which vmap
     # cannot take, and a warning that would be wrong: padding on the right of a causal model needs no mask.
@@ -44,6 +50,8 @@ def observed(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
         with torch.random.fork_rng(devices=devices):
             if any(training != dropout for _, training in modes):
                 model.train(dropout)
+            for module in quantized:
+                module.training = True
             if dropout:  # gradient checkpointing, which runs in training mode alone, would hide layers
                 for module in checkpointed:
                     module.gradient_checkpointing = False  # type: ignore[assignment]
@@ -64,6 +72,25 @@ def observed(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
         if dropout:
             for module in checkpointed:
                 module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def _quantized(model: nn.Module) -> list[nn.Module]:
+    """Linear layers of bitsandbytes, in 4 or 8 bit; refuses those whose weights have no gradient any more."""
+    if "bitsandbytes" not in sys.modules:
+        return []
+    found = {
+        name: module for name, module in model.named_modules()
+        if any(kind.__module__.startswith("bitsandbytes.") for kind in type(module).__mro__)
+    }  # fmt: skip
+    for name, module in found.items():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ModelError(
+                f"{name}: bitsandbytes has repacked its 4-bit weights for this CPU, as a forward in eval mode makes it "
+                "do, and no gradient passes them from then on, not in training either. Load the model anew, and "
+                "evaluate it without an eval() of these layers (set their support_avx512bf16_for_cpu to False)."
+            )
+    return list(found.values())
 
 
 def _lookup(module: nn.Module, name: str) -> Any:

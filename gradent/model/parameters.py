@@ -6,7 +6,14 @@ from torch import Tensor, device, nn
 
 from gradent.errors import InputError, ModelError, NothingTrainableError
 
-__all__ = ["check_ids", "input_device", "is_sharded", "output_embeddings", "trainable", "unwrap_compiled"]
+__all__ = [
+    "NO_DOUBLE", "check_ids", "device_without_double", "input_device", "is_sharded", "output_embeddings", "trainable",
+    "unwrap_compiled",
+]  # fmt: skip
+
+
+WITHOUT_DOUBLE = {"mps"}
+"""Kinds of devices that refuse float64."""
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:
@@ -79,3 +86,16 @@ def _call_getter(model: nn.Module, getter: str) -> object:
         return get()
     except (NotImplementedError, AttributeError):  # transformers raises these for models without a plain embedding
         return None
+
+
+NO_DOUBLE = (
+    "gradent sums in float64, which this device ({device}) does not have, and measures nothing on it. Train as before, "
+    "and run gradent audit on the checkpoints on a CPU."
+)
+"""What is said of devices without float64."""
+
+
+def device_without_double(model: nn.Module) -> str | None:
+    """The kind of a trainable parameter's device that has no float64 (Apple's MPS); None where all have."""
+    kinds = {parameter.device.type for parameter in model.parameters() if parameter.requires_grad}
+    return next((kind for kind in sorted(kinds) if kind in WITHOUT_DOUBLE), None)

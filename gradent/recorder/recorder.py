@@ -25,7 +25,8 @@ from gradent.hooks.piggyback.watcher import Piggyback
 from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.measurement import measure, measure_rows, measure_weighted
 from gradent.model.calls import tempered
-from gradent.model.parameters import is_sharded, trainable, unwrap_compiled
+from gradent.model.inputs import find_noise
+from gradent.model.parameters import NO_DOUBLE, device_without_double, is_sharded, trainable, unwrap_compiled
 from gradent.model.preconditioner import metric_roots
 from gradent.notices import Notices
 from gradent.pair_gram import PairGram, sum_modules, sum_parameters
@@ -213,11 +214,14 @@ class Recorder:
         """Watch from now on; what the optimizer's geometry is now is what `metric` stands for.
 
         Raises:
-            ModelError: the model has no trainable parameter.
+            ModelError: the model has no trainable parameter, or is on a device without float64 (MPS).
             InputError: `metric` is no Adam(W) optimizer that has taken a step.
         """
         if self._piggyback is not None:
             return
+        kind = device_without_double(self._model)
+        if kind is not None:
+            raise ModelError(NO_DOUBLE.format(device=kind))
         parameters = trainable(self._model, sharded=True)
         if self.metric is not None and is_sharded(self._model):
             raise ModelError("metric: the optimizer's state is sharded (FSDP); only metric=None is available there.")
@@ -416,12 +420,17 @@ class Recorder:
     def _settle_pairs(self, observation: BackwardObservation) -> Recording | RowRecording | None:
         """The recording of a backward of pairs; None where all gradients are zero."""
         pairs = observation.pairs
+        obstacle = self._obstacle(observation)
         is_moved = (observation.c[:pairs] != 0) & (observation.c[pairs:] != 0)
-        moved = is_moved.nonzero()[:, 0].tolist()
+        one_sided = self._one_sided(observation)
+        if one_sided:
+            obstacle = (
+                obstacle or "the loss moves one side of a pair alone, and its backward has no gradient of the other"
+            )
+        moved = sorted({*is_moved.nonzero()[:, 0].tolist(), *one_sided})
         active = [pair for pair in moved if observation.is_reward or self._has_two_responses(observation, pair)]
         numbers = [] if observation.is_reward else [*active, *(pairs + pair for pair in active)]
         batch = PairBatch.from_rows([observation.rows[number] for number in numbers]) if numbers else None
-        obstacle = self._obstacle(observation)
         needs_pass = bool(active) and (self._mode == "measure" or obstacle is not None)
         along: Tensor | None = None
         if needs_pass:
@@ -445,6 +454,14 @@ class Recorder:
             source="measure" if needs_pass else "piggyback", batch=batch, inactive=pairs - len(active),
             unpaired=observation.unpaired, further=observation.further,
         )  # fmt: skip
+
+    def _one_sided(self, observation: BackwardObservation) -> list[int]:
+        """Pairs of which the loss moves one side alone, where a pass of gradent's own can measure the other too."""
+        if self._mode == "piggyback" or observation.is_reward or observation.further or is_sharded(self._model):
+            return []
+        moves = (observation.c != 0).view(2, -1)
+        has_marks = torch.tensor([bool(marks.any()) for _, marks in observation.rows]).view(2, -1)
+        return (moves.any(0) & ~moves.all(0) & has_marks.all(0)).nonzero()[:, 0].tolist()
 
     def _has_overflow(self, observation: BackwardObservation) -> bool:
         """Whether what is not finite is float16's doing, which its loss scaler looks after; that is said."""
@@ -502,13 +519,21 @@ class Recorder:
                 f"the entries cannot be read off the trainer's backward: {obstacle}. Use mode='auto' or 'measure'."
             )
         if self._mode == "auto":
-            self._log_once(
+            text = (
                 f"gradent measures in a forward and a backward of its own (as exact, but not free): {obstacle}. "
                 "mode='measure' says that this is meant."
             )
+            self._log_once(text.replace("as exact, but ", "") if find_noise(self._model) else text)
 
     def _compare(self, ours: Tensor, theirs: Tensor, observation: BackwardObservation) -> None:
         """Say so where gradent's own pass sees another function than the trainer's forward did."""
+        noise = find_noise(self._model)
+        if noise:
+            self._log_once(
+                f"gradent's own pass sees other log-probs than the trainer's forward, which has {' and '.join(noise)}: "
+                "the entries are those of the model without."
+            )
+            return
         if not observation.is_constant and observation.sides == 2:
             return  # the trainer's log-probs were summed over other tokens
         if bool(((theirs - ours).abs() > 0.02 * theirs.abs().clamp_min(1.0)).any()):

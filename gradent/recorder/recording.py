@@ -36,7 +36,8 @@ class Recording:
         d_l: the same for rejected.
         source: "piggyback" (read off the trainer's backward) or "measure" (a pass of gradent's own).
         batch: the tokens of the k pairs, in the gram's order; None for a reward model.
-        inactive: pairs that the loss does not move, on either side or both: counted, not averaged.
+        inactive: pairs that the loss does not move, counted, not averaged; where no pass of gradent's own can be made,
+            also those of which it moves one side alone.
         unpaired: rows that found no partner.
         overhead_s: wall time that gradent took, in seconds.
         attribution: what moved each of these responses in the step that follows; None without an optimizer, or where

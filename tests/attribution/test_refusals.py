@@ -132,7 +132,7 @@ def test_what_comes_between_the_gradient_and_the_step() -> None:
         def __init__(self) -> None:
             self.optimizer = optimizer
 
-    assert "Lookahead has no diagonal preconditioner" in str(loop(model, Lookahead()))
+    assert "tests.Lookahead over SGD has no diagonal preconditioner" in str(loop(model, Lookahead()))
     model.zero_grad()
 
     def overflow() -> None:

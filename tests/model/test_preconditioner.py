@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
+from gradent.attribution.update_rule import find_update_rule
 from gradent.errors import InputError
 from gradent.measurement import measure, sequence_logps
 from tests.batches import ragged
@@ -84,3 +85,29 @@ def test_an_optimizer_without_second_moments_is_refused(tiny_gpt2: GPT2LMHeadMod
 def test_a_metric_that_is_no_optimizer_is_refused(tiny_gpt2: GPT2LMHeadModel) -> None:
     with pytest.raises(InputError, match="accepted are None"):
         measure(tiny_gpt2, ragged(1), metric="adam")  # type: ignore[arg-type]
+
+
+def stepped(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> torch.optim.Optimizer:
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def test_second_moments_of_other_optimizers_are_not_adams(tiny_gpt2: GPT2LMHeadModel) -> None:
+    """RAdam and NAdam have an `exp_avg_sq` too, and another preconditioner."""
+    for kind in (torch.optim.RAdam, torch.optim.NAdam):
+        with pytest.raises(InputError, match=f"metric is a {kind.__name__}, which has no second moment"):
+            measure(tiny_gpt2, ragged(1), metric=stepped(kind(tiny_gpt2.parameters()), tiny_gpt2))
+
+
+def test_a_moment_of_another_shape_is_not_broadcast(tiny_gpt2: GPT2LMHeadModel) -> None:
+    """As GaLore of rank 1 and APOLLO-Mini have it, inside or outside of torch's classes."""
+    optimizer = stepped(torch.optim.AdamW(tiny_gpt2.parameters()), tiny_gpt2)
+    name, weight = next((name, part) for name, part in tiny_gpt2.named_parameters() if part.dim() == 2)
+    optimizer.state[weight]["exp_avg_sq"] = optimizer.state[weight]["exp_avg_sq"][:1]
+    with pytest.raises(InputError, match=rf"second moment \(exp_avg_sq\) of '{name}' has shape \[1, "):
+        measure(tiny_gpt2, ragged(1), metric=optimizer)
+    rule = find_update_rule(optimizer, dict(tiny_gpt2.named_parameters()))
+    assert isinstance(rule, str)
+    assert f"the second moment of '{name}' has shape [1, " in rule

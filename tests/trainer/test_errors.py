@@ -12,12 +12,13 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from gradent import EntanglementCallback
-from gradent.errors import InputError
+from gradent import EntanglementCallback, attach
+from gradent.errors import InputError, ModelError
 from gradent.hooks.piggyback import config
 from gradent.hooks.reduction import collector, ledger, merge
 from gradent.hooks.reduction.account_ledger import AccountLedger
 from gradent.kernels.strategy import Product, Strategy, decide
+from tests.batches import ragged
 from tests.trainer.runs import Gradients, llama, make_trainer, preferences, weights_of
 from tests.trainer.test_identity import traces
 from tests.truth import assert_exact, truth
@@ -263,3 +264,19 @@ def test_a_training_that_was_broken_off_leaves_no_hooks_to_the_next(
     trainer.train()
     assert [record.source for record in callback.records] == ["piggyback"] * 2
     assert not any(module._forward_pre_hooks for module in model.modules())  # noqa: SLF001
+
+
+def test_a_device_without_float64(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """As Apple's MPS is: here, the CPU stands in for it."""
+    monkeypatch.setattr("gradent.model.parameters.WITHOUT_DOUBLE", {"cpu"})
+    callback = EntanglementCallback(every=1, realised=True, probe_data=ragged())
+    with caplog.at_level(logging.WARNING):
+        make_trainer("dpo", llama(), tiny_tokenizer, tmp_path, [callback]).train()
+    assert (callback.errors, len(callback.records)) == (0, 0)
+    (told,) = (entry.message for entry in caplog.records if entry.name.startswith("gradent"))
+    assert "which this device (cpu) does not have" in told
+    with pytest.raises(ModelError, match="measures nothing on it"), attach(llama()):
+        pass

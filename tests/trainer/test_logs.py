@@ -222,7 +222,7 @@ def test_a_run_of_wandb(
     written = [row for row in rows if "train/loss" in row]
     assert [row["train/global_step"] for row in written] == [1, 2]
     for row, logs in zip(written, trainer.state.log_history, strict=False):
-        assert {key for key in row if "gradent" in key} == {f"train/{name}" for name in names_in(logs)}
+        assert {key for key in row if key.startswith("train/gradent")} == {f"train/{name}" for name in names_in(logs)}
         assert row["train/gradent/cosine"] == pytest.approx(logs["gradent/cosine"])
     own = [row for row in rows if "gradent/cosine" in row]
     assert [row["train/global_step"] for row in own] == [1, 2]
@@ -267,6 +267,38 @@ def test_the_account_in_a_run_of_wandb(
     largest = records[-1].attribution.pushes[others].abs().sort(descending=True).values[:5]
     assert [row[0] for row in table["data"]] == [3] * 5, "the pushes are the window's"
     assert [abs(row[4]) for row in table["data"]] == pytest.approx(largest.tolist())
+
+
+class Mine(TrainerCallback):
+    """A user's own curve, with a step of the user's own."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in (logs or {}):
+            wandb.log({"mine": state.global_step**2}, step=state.global_step)
+
+
+@pytest.mark.parametrize("by", ["trainer", "nobody"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_own_steps_of_wandb_are_kept(
+    every: int, by: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    if by == "nobody":
+        wandb.init(project="own", dir=str(tmp_path))
+    callback = EntanglementCallback(every=every)
+    trainer = make_trainer(
+        "dpo", llama(), tiny_tokenizer, tmp_path / "run", [callback, Mine()],
+        report_to="wandb" if by == "trainer" else "none", max_steps=6,
+    )  # fmt: skip
+    trainer.train()
+    wandb.finish()
+    wandb.teardown()
+    rows = history(tmp_path)
+    assert [row["mine"] for row in rows if "mine" in row] == [1, 4, 9, 16, 25, 36]
+    measured = {1, 2, 4, 6} if every == 2 else set(range(1, 7))
+    found = [row for row in rows if "gradent/cosine" in row and any(key.startswith("gradent/cases") for key in row)]
+    assert [row["train/global_step"] for row in found] == sorted(measured)
 
 
 def test_no_panels_no_wandb(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ from gradent import EntanglementCallback, PairBatch, attach, measure
 from gradent.measurement import measure_weighted
 from gradent.theory.conditions import Verdict
 from tests.batches import ragged, square
-from tests.trainer.runs import Gradients, llama, make_trainer, with_lora
+from tests.trainer.runs import Gradients, gradient_error, llama, make_trainer, with_lora
 from tests.trainer.test_masked import make as make_masked
 from tests.trainer.test_masked import stirred
 from tests.trainer_steps import dpo, through_logits
-from tests.truth import assert_exact, call, truth
+from tests.truth import assert_exact, call, scaled_error, truth
 from tests.zoo import build
 
 Shares = Callable[[list[Tensor], PairBatch], Tensor]
@@ -257,3 +257,21 @@ def test_a_term_that_is_no_log_prob_is_said(caplog: pytest.LogCaptureFixture) ->
     assert not found.verdict.has_token_weights
     (said,) = [line.getMessage() for line in caplog.records if line.name == "gradent"]
     assert "no log-prob of these tokens" in said and "can have the wrong sign" in said
+
+
+def test_one_sided_pairs_are_measured(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """apo_down at the reference: the loss lowers rejected and leaves chosen alone."""
+    model, callback = llama(), EntanglementCallback(every=1, on_error="raise")
+    before = Gradients(model)
+    trainer = make_trainer(
+        "dpo", model, tiny_tokenizer, tmp_path, [callback, before], loss_type=["apo_down"], max_steps=1,
+        options={"ref_model": llama()},
+    )  # fmt: skip
+    trainer.train()
+    (record,) = callback.records
+    assert (len(record.gram), record.inactive, record.source) == (4, 0, "measure")
+    assert record.batch is not None
+    assert scaled_error(record.gram, truth(llama(), record.batch)) <= 5e-6
+    assert record.verdict.d_w.abs().max() < 1e-9
+    torch.testing.assert_close(record.verdict.d_l, torch.full((4,), 0.025, dtype=torch.float64), rtol=1e-4, atol=0)
+    assert gradient_error(record, llama(), before.grads[0], 4) < 1e-4

@@ -181,7 +181,7 @@ def test_a_copy_that_has_no_room(
         callback = lion_run(llama(), tiny_tokenizer, tmp_path, memory_budget=4096)
     assert [record.attribution for record in callback.records] == [None, None]
     (said,) = said_in(caplog)
-    assert "gives no account of steps: Lion" in said and "memory_budget=4096" in said
+    assert "gives no account of steps: tests.Lion" in said and "memory_budget=4096" in said
 
 
 def test_an_optimizer_that_steps_inside_the_backward(

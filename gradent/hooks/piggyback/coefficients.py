@@ -22,7 +22,16 @@ from gradent.kernels.common.numerics import accumulator
 from gradent.kernels.common.numerics import spans as tiles
 from gradent.kernels.common.streams import at_once
 
-__all__ = ["FAINTEST", "Coefficients", "FusedReadout", "LogitsReadout", "Readout", "RewardReadout", "find_readout"]
+__all__ = [
+    "FAINTEST",
+    "Coefficients",
+    "FusedReadout",
+    "LogitsReadout",
+    "Readout",
+    "RewardReadout",
+    "ValueReadout",
+    "find_readout",
+]
 
 BLOCK = 256
 """Tokens of the vocabulary that `_best_others` looks at together."""
@@ -235,7 +244,27 @@ class RewardReadout:
         return replace(coefficients, is_reward=True)
 
 
-Readout = FusedReadout | LogitsReadout | RewardReadout
+@dataclass(frozen=True)
+class ValueReadout:
+    """A value head, `[N, L]`, read at one token of each row (LLaMA-Factory's reward stage): a reward like another."""
+
+    root: Tensor
+    attention_mask: Tensor
+    besides: Tensor | None = None
+    """The same forward's logits, which the loss is not to move."""
+
+    def read(self, grad: Tensor) -> Coefficients:
+        """The coefficients of the N rows, from the gradient that arrived at `root`."""
+        grad = grad.double()
+        at = grad.abs().argmax(1, keepdim=True)
+        c, reward = grad.gather(1, at)[:, 0], self.root.detach().gather(1, at)[:, 0].double()
+        off = grad.scatter(1, at, 0.0).abs().amax(1)
+        marks = self.attention_mask.bool()
+        coefficients = _judge(c, reward, marks, c[:, None] * marks, off, self.root.dtype)
+        return replace(coefficients, is_reward=True, is_of_tokens=False)
+
+
+Readout = FusedReadout | LogitsReadout | RewardReadout | ValueReadout
 """Where a forward's log-probs leave the model: `read` takes the gradient at the tensor `root` for the coefficients."""
 
 
@@ -273,6 +302,11 @@ def find_readout(
             return "its log_probs come without a mask of the tokens that they are over"
         return FusedReadout(log_probs, mask, input_ids.shape[1])
     logits = getattr(output, "logits", None)
+    value = _find_value(output, input_ids)
+    if value is not None:
+        mask = kwargs.get("attention_mask")
+        besides = output[0] if isinstance(output[0], Tensor) and output[0].requires_grad else None
+        return ValueReadout(value, torch.ones_like(input_ids) if mask is None else mask, besides)
     if logits is None:
         logits = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(logits, Tensor) or not logits.requires_grad:
@@ -283,3 +317,11 @@ def find_readout(
     if logits.dim() == 3 and logits.shape[0] == len(input_ids) and logits.shape[2] > 1:
         return LogitsReadout(logits, input_ids, labels, temperature)
     return f"its logits have shape {list(logits.shape)}, which is neither [N, K, vocabulary] nor [N, 1]"
+
+
+def _find_value(output: Any, input_ids: Tensor) -> Tensor | None:
+    """The value head's part of a tuple (TRL's `AutoModelForCausalLMWithValueHead`); None where there is none."""
+    for part in output[1:] if isinstance(output, tuple) and type(output) is tuple else ():
+        if isinstance(part, Tensor) and part.shape == input_ids.shape and part.requires_grad:
+            return part
+    return None

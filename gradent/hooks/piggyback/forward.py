@@ -19,7 +19,14 @@ from gradent.hooks.capture.capture import Capture, Tap
 from gradent.hooks.capture.checkpointing import current_region, in_backward
 from gradent.hooks.capture.row_order import moves_rows
 from gradent.hooks.overhead import wait_for
-from gradent.hooks.piggyback.coefficients import Coefficients, FusedReadout, LogitsReadout, Readout, find_readout
+from gradent.hooks.piggyback.coefficients import (
+    Coefficients,
+    FusedReadout,
+    LogitsReadout,
+    Readout,
+    ValueReadout,
+    find_readout,
+)
 from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.guard import Guard
 from gradent.hooks.piggyback.trl_fused_head import find_fused_head, tap_fused_head
@@ -120,6 +127,10 @@ class WatchedForward:
                 self._survey(self._capture, readout)
             else:
                 self._guard.fail(obstacle)
+        if isinstance(readout, ValueReadout) and readout.besides is not None:
+            beside = "the loss moves the logits beside the value head"
+            handle = readout.besides.register_hook(lambda _: self._guard.break_off(beside))  # type: ignore[no-untyped-call]
+            self._handles.append(handle)
         self._handles.append(readout.root.register_hook(self._on_grad))  # type: ignore[no-untyped-call]
 
     def _find_obstacle(self, output: Any, kwargs: Mapping[str, Any], root: Tensor) -> str | None:

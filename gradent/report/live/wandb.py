@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from gradent.report.page.cases import CASES
 __all__ = ["MOST_POINTS", "Panels", "log_figures", "make_table", "wandb_dashboard"]
 
 MOST_POINTS = 2000
+
+_HELD: weakref.WeakKeyDictionary[Any, int | None] = weakref.WeakKeyDictionary()
+"""A run's counter when content was left there that nobody had committed yet."""
 
 
 class Panels:
@@ -94,7 +98,14 @@ def log_figures(wandb: Any, content: dict[str, Any], figures: Mapping[str, Figur
     except ImportError:
         notices.once('gradent sends no figures to wandb without plotly: pip install "gradent[audit]".')
         drawings = {}
-    wandb.run.log(content | {name: wandb.Plotly(drawing) for name, drawing in drawings.items()})
+    run = wandb.run
+    # A row of its own would move wandb's counter on, and what the user logs with `step=` would lie behind it and be
+    # dropped: these wait for the row that somebody else commits, and are committed where nobody does before the next.
+    held = _HELD.get(run)
+    if held is not None and held == getattr(run, "step", None):
+        run.log({}, commit=True)
+    run.log(content | {name: wandb.Plotly(drawing) for name, drawing in drawings.items()}, commit=False)
+    _HELD[run] = getattr(run, "step", None)
 
 
 def _share_explained(changes: Sequence[tuple[float, float, float, float]]) -> str:

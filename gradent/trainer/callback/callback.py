@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
 from gradent.attribution.step import StepAttribution
-from gradent.attribution.update_rule import is_diagonal, unwrap_optimizer
+from gradent.attribution.update_rule import is_diagonal
 from gradent.attribution.whole_step import WholeStep
 from gradent.distributed import gather, is_first
 from gradent.errors import InputError
 from gradent.hooks.piggyback.pairing import Groups, Pairing
 from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.measurement import row_logps
-from gradent.model.parameters import is_sharded, trainable
+from gradent.model.parameters import NO_DOUBLE, device_without_double, is_sharded, trainable
+from gradent.model.preconditioner import describe_optimizer, is_adam, metric_obstacle
 from gradent.notices import Notices, log
 from gradent.pairs.batch import PairBatch
 from gradent.recorder import CHOICES, Mode, Recorder, WeightGrad, attach, check_choices
@@ -185,6 +186,11 @@ class EntanglementCallback(TrainerCallback):
                 "docs/groups.md. pairing= and groups= say how rows belong together, if they do."
             )
             return
+        kind = device_without_double(kwargs["model"])
+        if kind is not None:
+            self._recorder = self._probe = None
+            self.notices.once(NO_DOUBLE.format(device=kind))
+            return
         trainer = find_trainer() if getattr(args, "torch_compile", False) else None
         self._recorder = attach(
             kwargs["model"], pairing=self._rows.pairing, groups=self._rows.groups, by_module=True,
@@ -203,7 +209,7 @@ class EntanglementCallback(TrainerCallback):
 
     def _find_rows(self, args: TrainingArguments) -> ImpliedRows:
         """How rows belong together: what the user says of it, else what the trainer's configuration implies."""
-        implied = implied_rows(args)
+        implied = implied_rows(args, find_trainer())
         if self._groups is not None:
             return replace(implied, pairing=self._pairing, groups=self._groups, refusal=None)
         if self._pairing is None:
@@ -222,19 +228,29 @@ class EntanglementCallback(TrainerCallback):
             return
         if self._metric == "adam":
             optimizer = kwargs.get("optimizer")
-            if state.global_step == 0 or optimizer is None:
+            is_known = optimizer is not None and is_adam(optimizer)
+            if optimizer is None or (is_known and state.global_step == 0):
                 self._is_measuring = False  # before its first step, Adam has no geometry
                 return
-            self._recorder.metric = optimizer
+            self._recorder.metric = self._find_metric(kwargs["model"], optimizer)
         self._prepare_account(kwargs["model"], kwargs.get("optimizer") if self._attribution else None)
         self._recorder.arm()
         if args.gradient_accumulation_steps > 1:
             self._division.watch(find_trainer())
 
+    def _find_metric(self, model: nn.Module, optimizer: Any) -> Any:
+        """The optimizer, if gradent knows its geometry; else None, for Euclidean products, which is said."""
+        obstacle: str | None = "the optimizer's state is sharded"
+        if not is_sharded(model):
+            obstacle = metric_obstacle(optimizer, trainable(model))
+        if obstacle is not None:
+            self.notices.once(f"gradent records Euclidean products in the place of metric='adam': {obstacle}")
+        return optimizer if obstacle is None else None
+
     def _prepare_account(self, model: nn.Module, optimizer: Any) -> None:
         """Settle which account the step gets: of the recorder, by source, or of the step as a whole."""
         assert self._recorder is not None
-        is_split = optimizer is None or self._metric is not None or is_diagonal(optimizer)
+        is_split = optimizer is None or self._recorder.metric is not None or is_diagonal(optimizer)
         self._recorder.optimizer = optimizer if is_split else None
         if is_split:
             self._whole_step = None
@@ -303,7 +319,7 @@ class EntanglementCallback(TrainerCallback):
 
     def _hold(self, whole: WholeStep, pending: Recording | RowRecording, optimizer: object) -> None:
         """Get ready for a step that has no split, and say that it has none."""
-        kind = type(unwrap_optimizer(optimizer)).__name__
+        kind = describe_optimizer(optimizer)
         has_tokens = not isinstance(pending, Recording) or pending.batch is not None or not len(pending.gram)
         reason: str | None = "a reward model's total is not taken"
         if pending.further:

@@ -25,7 +25,8 @@ _PUSHED_UP = "every row is pushed up: there are no pairs and no groups here"
 _TEACHER = "every row is drawn to a teacher's distribution, and none is pushed up or down as a whole"
 
 _REFUSED = {
-    "SFTConfig": _PUSHED_UP, "PRMConfig": "its labels are of steps, and no row is pushed up or down as a whole",
+    "SFTConfig": _PUSHED_UP, "SSDConfig": _PUSHED_UP,
+    "PRMConfig": "its labels are of steps, and no row is pushed up or down as a whole",
     "GKDConfig": _TEACHER, "GOLDConfig": _TEACHER, "DistillationConfig": _TEACHER, "AsyncDistillationConfig": _TEACHER,
     "ServerDistillationConfig": _TEACHER, "SDFTConfig": _TEACHER, "IWOPDConfig": _TEACHER,
     "MiniLLMConfig": _TEACHER,
@@ -39,10 +40,19 @@ _BATCHED = {"KTOConfig", "BCOConfig", "A2POConfig", "NashMDConfig"}
 """Rows of prompts of their own: the loss contrasts all rows of a batch."""
 
 
-def implied_rows(args: TrainingArguments) -> ImpliedRows:
-    """What a trainer's arguments say, by the names of their classes, the nearest first."""
-    for kind in type(args).__mro__:
-        found = _by_name(kind.__name__, args)
+_TRAINERS = {"PairwiseTrainer": "RewardConfig"}
+"""Trainers that are named after no configuration: LLaMA-Factory's of reward models."""
+
+
+def implied_rows(args: TrainingArguments, trainer: object | None = None) -> ImpliedRows:
+    """What a trainer's arguments say, by the names of their classes, the nearest first; else what its own class is."""
+    # LLaMA-Factory gives TRL's trainers arguments that are none of TRL's.
+    names = [kind.__name__ for kind in type(args).__mro__]
+    for kind in type(trainer).__mro__ if trainer is not None else ():
+        named = kind.__name__.removesuffix("Trainer") + "Config"
+        names.append(_TRAINERS.get(kind.__name__, named if kind.__name__.endswith("Trainer") else ""))
+    for name in names:
+        found = _by_name(name, args)
         if found is not None:
             return found
     return ImpliedRows()
