@@ -74,8 +74,8 @@ test-oldest: $(OLDEST_STAMP) ## Run a part of the tests with TRL 0.24 and transf
 # Each release lies in a folder of its own, in front of the environment's TRL.
 test-releases: $(STAMP) ## Run the same with TRL 0.29.1 and 1.8.
 	for release in $(RELEASES); do \
-		$(PIP) install --quiet --no-deps --upgrade --target $(VENV)-trl-$$release trl==$$release && \
-		PYTHONPATH=$(VENV)-trl-$$release $(PYTEST) -p no:cacheprovider $(ANY_RELEASE) || exit 1; \
+		$(PIP) install --quiet --no-deps --upgrade --target $(abspath $(VENV))-trl-$$release trl==$$release && \
+		PYTHONPATH=$(abspath $(VENV))-trl-$$release $(PYTEST) -p no:cacheprovider $(ANY_RELEASE) || exit 1; \
 	done
 
 $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt

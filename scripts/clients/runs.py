@@ -186,7 +186,8 @@ def _examine(case: Case, watch: Watch, outcome: Outcome, told: Sequence[str], ou
         else:
             found.append(compare_pairs(truth, record, tokenizer, case.batches, case.rows))
     keys = {
-        log.name: len(set(re.findall(r"\"?(gradent/[\w/]+)", log.read_text("utf-8", "ignore")))) for log in outcome.logs
+        re.sub(r"\.\d.*", "", log.name): len(set(re.findall(r"gradent/[\w/]+", log.read_text("utf-8", "ignore"))))
+        for log in outcome.logs
     }
     return {
         "trainer": type(watch.trainer).__mro__[1].__module__ + "." + type(watch.trainer).__name__,
