@@ -17,7 +17,7 @@ OLDEST_STAMP := $(OLDEST)/.installed
 # the tests for any release.
 RELEASES ?= 0.29.1 1.8.0
 ANY_RELEASE := tests/trainer/test_any_release.py tests/test_measure.py tests/model/test_calls.py \
-	tests/pairs/test_batch.py tests/theory/test_conditions.py
+	tests/pairs/test_batch.py tests/theory/test_conditions.py tests/loading/test_trainer_tokens.py tests/loading/test_odd_rows.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses $(JOBS) --dist worksteal
 EXAMPLES := $(filter-out examples/cures.py,$(wildcard examples/*.py))
@@ -25,7 +25,7 @@ EXAMPLES := $(filter-out examples/cures.py,$(wildcard examples/*.py))
 BESIDE := $(MAKE) --no-print-directory -j2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-everything test-docs test-trainer test-tokens test-fast test-oldest test-releases budgets zoo-fingerprints golden mutants lint types docs examples $(EXAMPLES) check format pins clean clean-venv
+.PHONY: help venv demo test test-all test-everything test-docs test-trainer test-tokens test-fast test-oldest test-releases test-release budgets zoo-fingerprints golden mutants lint types docs examples $(EXAMPLES) check format pins clean clean-venv
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,13 @@ test-releases: $(STAMP) ## Run the same with TRL 0.29.1 and 1.8.
 		$(PIP) install --quiet --no-deps --upgrade --target $(abspath $(VENV))-trl-$$release trl==$$release && \
 		PYTHONPATH=$(abspath $(VENV))-trl-$$release $(PYTEST) -p no:cacheprovider $(ANY_RELEASE) || exit 1; \
 	done
+
+# TRL 0.29 and newer over the environment that tests the newest, older ones over the oldest: their transformers fit.
+test-release: $(STAMP) $(OLDEST_STAMP) ## Compare token ids with those of another release of TRL: make test-release TRL=0.29.1
+	test -n "$(TRL)" || { echo 'Say which: make test-release TRL=0.29.1' >&2; exit 1; }
+	$(PIP) install --quiet --no-deps --upgrade --target .cache/trl-$(TRL) trl==$(TRL)
+	python=$$(case "$(TRL)" in 0.2[4-8]*) echo $(OLDEST);; *) echo $(VENV);; esac)/bin/python; \
+		PYTHONPATH=.cache/trl-$(TRL) OMP_NUM_THREADS=1 $$python -m pytest -q -p no:cacheprovider tests/loading/test_trainer_tokens.py tests/loading/test_odd_rows.py
 
 $(OLDEST_STAMP): pyproject.toml constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

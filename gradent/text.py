@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Container, Iterable
 from typing import Any, SupportsInt
 
-__all__ = ["printable", "quoted", "token_texts", "visible"]
+__all__ = ["printable", "quoted", "suggest", "token_texts", "visible"]
 
 _MARKS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
 _PIECE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name for a byte
@@ -79,3 +80,11 @@ def quoted(text: str, width: int = 100) -> str:
 
 def _escape(letter: str) -> str:
     return letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+
+
+def suggest(received: object, accepted: Iterable[str]) -> str:
+    """The end of a message on an unknown name: the one that is likely meant, or a full stop."""
+    names = list(accepted)
+    close = difflib.get_close_matches(str(received).lower(), names, n=max(1, len(names)), cutoff=0.66)
+    # Of several that are close the first in the table: "dop" is dpo, not dpop.
+    return f"; did you mean {min(close, key=names.index)!r}?" if close else "."

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from tests.auditing.trained import make_base
+
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
     "fp4, twice": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": torch.float32},
@@ -19,13 +21,19 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def make_plain(directory: Path) -> Path:
-    """A tiny model of layers wide enough for a CPU to repack their 4-bit weights."""
+    """A tiny model of layers wide enough for a CPU to repack their 4-bit weights, and a tokenizer of few words."""
+    make_base(directory)  # its tokenizer stays
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False,
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(directory)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(8)  # or quantization would hardly move a log-prob
+    model.save_pretrained(directory)
     return directory
 
 

@@ -18,7 +18,8 @@ from gradent.attribution.update_rule import FIRST_STEP, UpdateRule, find_update_
 from gradent.distributed import world_size
 from gradent.hooks.piggyback.config import RowStore, StepMetric, WatchConfig
 from gradent.hooks.piggyback.observation import BackwardObservation
-from gradent.model.parameters import is_sharded, trainable
+from gradent.model.parameters import trainable
+from gradent.model.sharding import sharding
 
 __all__ = ["StepAccounts"]
 
@@ -89,10 +90,11 @@ class StepAccounts:
 
     def _find_rule(self, parameters: Mapping[str, Tensor]) -> UpdateRule | None:
         """The optimizer's step to come; None, and a line in the log, where it has no account."""
-        rule: UpdateRule | str = "a sharded model's optimizer state is sharded too (FSDP)"
+        kind = sharding(self._model)
+        rule: UpdateRule | str = f"a sharded model's optimizer state is sharded too ({kind})"
         if self._obstacle is not None:
             rule = self._obstacle
-        elif not is_sharded(self._model):
+        elif kind is None:
             rule = find_update_rule(self.optimizer, parameters)
         if not isinstance(rule, str):
             return rule

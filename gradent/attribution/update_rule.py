@@ -202,7 +202,8 @@ def find_update_rule(optimizer: object, parameters: Mapping[str, Tensor], *, is_
             f"{describe_optimizer(optimizer)} has no diagonal preconditioner that gradent knows; a step is split into "
             "its sources under torch.optim.SGD, Adam and AdamW"
         )
-    if optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks:  # noqa: SLF001  (no public name)
+    hooks = (*optimizer._optimizer_step_pre_hooks.values(), *_global_optimizer_pre_hooks.values())  # noqa: SLF001
+    if any(not getattr(hook, "__module__", "").startswith("gradent.") for hook in hooks):
         return "a hook before the optimizer's step may change what it takes"
     hooked = [name for name, tensor in parameters.items() if _has_hooks(tensor)]
     if hooked:

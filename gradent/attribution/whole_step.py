@@ -23,7 +23,9 @@ from gradent.model.calls import forward_marked, tempered
 from gradent.model.facts import inner_dtypes, require_causal
 from gradent.model.logprobs import sequence_logprobs
 from gradent.model.observed import observed
-from gradent.model.parameters import input_device, is_sharded, trainable, unwrap_compiled
+from gradent.model.parameters import input_device, trainable, unwrap_compiled
+from gradent.model.sharding import sharding
+from gradent.model.weight_mark import WeightMark
 from gradent.pairs.batch import PairBatch
 from gradent.pairs.row_batch import RowBatch
 from gradent.record import UNSPLIT
@@ -41,22 +43,24 @@ class WholeStep:
         self._model, self._budget, self._say = unwrap_compiled(model), budget, say
         self._can_push = True
         self._inside: set[torch.dtype] | None = None
-        self._versions: list[int] = []
+        self._mark: WeightMark | None = None
         self._before: dict[str, Tensor] = {}
         self._clock = Clock()
 
     def begin(self) -> None:
         """Expect a step whose backwards are still to come."""
         self._before = {}
-        self._versions = [] if is_sharded(self._model) else _versions(trainable(self._model))
+        is_whole = sharding(self._model) is None
+        self._mark = WeightMark(list(trainable(self._model).values())) if is_whole else None
 
     def hold(self) -> str | None:
         """Keep the parameters as they are before the step; why that is not done, None where it is."""
-        if is_sharded(self._model):
-            return "a sharded model (FSDP) allows no pass of gradent's own"
-        parameters = trainable(self._model)
-        if _versions(parameters) != self._versions or all(part.grad is None for part in parameters.values()):
+        kind = sharding(self._model)
+        if kind is not None:
+            return f"a model sharded by {kind} allows no pass of gradent's own"
+        if self._mark is None or self._mark.has_moved():
             return "it steps inside the backward"
+        parameters = trainable(self._model)
         size = sum(part.numel() * part.element_size() for part in parameters.values())
         if size > self._budget:
             return f"its total needs a copy of what is trained, {size} bytes: more than memory_budget={self._budget}"
@@ -118,11 +122,6 @@ class WholeStep:
                 direction = replace(direction, expected=None)
         self._can_push = differentiator.can_push
         return total
-
-
-def _versions(parameters: Mapping[str, Tensor]) -> list[int]:
-    """Numbers that change when the parameters do."""
-    return [part._version for part in parameters.values()]  # noqa: SLF001  (no public name for it)
 
 
 class _RowDifferentiator(Differentiator):

@@ -21,7 +21,7 @@ from gradent.auditing.analysis.columns import TargetRecord
 from gradent.auditing.state.targets import AuditPlan
 from gradent.errors import GradentError
 from gradent.loading.runs.trainer_log import Coverage, read_coverage, read_history
-from gradent.loading.training_args import read_trained
+from gradent.loading.training_args import Trained, read_trained
 from gradent.losses import Loss
 from gradent.record.table import Floats
 
@@ -31,6 +31,7 @@ _SIDES = ("chosen", "rejected")
 _FLOOR = 0.03  # share of a mean log-prob that dtype, dropout and uneven batches may make
 _NATS = 0.5  # and nats, where the mean is near 0
 _ERRORS = 4.0  # standard errors that chance may make
+_NEAR = 5  # entries on either side of a checkpoint that its log-probs are held against
 _FEWEST = 4  # entries of the log below which nothing is said
 
 
@@ -58,7 +59,7 @@ def compare_with_trainer(plan: AuditPlan, records: Sequence[TargetRecord], loss:
         return None
     policy = _compare_policy(records, curves, coverage)
     # Of another β nothing is known by the log: without the run's own, its reference is not compared.
-    beta = read_trained([str(plan.run.directory), *(str(each.path) for each in plan.run.checkpoints)]).beta
+    beta = _trained(plan).beta
     gaps = _compare_reference(plan, records[0], curves, coverage, beta) if loss.needs_reference and beta else {}
     if any(gap.is_open for gap in gaps.values()):
         what = f"the reference's (logps/* less rewards/* over β = {beta:g}, over the whole log)"
@@ -67,8 +68,14 @@ def compare_with_trainer(plan: AuditPlan, records: Sequence[TargetRecord], loss:
         causes = _causes(plan, curves, coverage, gaps, is_policy_right=is_right)
         return _write(what, gaps, causes)
     if policy is not None and _is_open(policy):
-        return _write("the policy's near the last checkpoint (logps/*)", policy, _causes(plan, curves, coverage, {}))
+        return _write("the policy's near a checkpoint (logps/*)", policy, _causes(plan, curves, coverage, {}))
     return None
+
+
+def _trained(plan: AuditPlan) -> Trained:
+    """What the run's files say of its training."""
+    run = plan.run
+    return read_trained([] if run is None else [str(run.directory), *(str(each.path) for each in run.checkpoints)])
 
 
 def _compare_reference(
@@ -94,23 +101,53 @@ def _compare_reference(
 def _compare_policy(
     records: Sequence[TargetRecord], curves: Mapping[str, Any], coverage: Coverage
 ) -> dict[str, _Gap] | None:
-    """The policy's mean log-probs about the last checkpoint; None where the log has none on both sides of it."""
-    record = records[-1]
+    """The policy's mean log-probs about the checkpoint that is furthest off; None where the log says too little."""
+    found = [each for each in (_policy_gaps(record, curves, coverage) for record in records) if each is not None]
+    return max(found, key=_excess, default=None)
+
+
+def _excess(gaps: Mapping[str, _Gap]) -> float:
+    return max(abs(gap.logged - gap.measured) / gap.allowed for gap in gaps.values())
+
+
+def _policy_gaps(record: TargetRecord, curves: Mapping[str, Any], coverage: Coverage) -> dict[str, _Gap] | None:
+    """One checkpoint's log-probs against a line through what was logged about its step."""
     gaps = {}
     for side in _SIDES:
-        points = [(step, value) for step, value in curves.get(f"logps/{side}", ())]
-        near = [value for step, value in points if step <= record.target.step][-3:]
-        after = [value for step, value in points if step > record.target.step][:3]
         measured = record.table[f"{side}_logp"]
-        if len(near) < 3 or len(measured) < 2 or record.target.step == 0:
+        if len(measured) < 2 or record.target.step == 0:
             return None
-        values = np.array(near + after)
-        # The log-probs move while they are logged: what was logged may lie anywhere between its ends and as far again.
-        moved = 2 * float(np.ptp(values))
-        chance = math.sqrt(float(np.var(measured)) * (1 / len(measured) + 1 / max(1, coverage.batch or 1)))
-        sampling = moved + 2 * _ERRORS * chance
-        gaps[side] = _nearest(float(values.mean()), measured, record.table[f"{side}_len"], sampling)
+        spread = float(np.std(measured, ddof=1))
+        expected = _expected(curves.get(f"logps/{side}", ()), record.target.step, spread, coverage.batch)
+        if expected is None:
+            return None
+        logged, error = expected
+        sampling = math.hypot(error, _ERRORS * spread / math.sqrt(len(measured)))
+        gaps[side] = _nearest(logged, measured, record.table[f"{side}_len"], sampling)
     return gaps
+
+
+def _expected(
+    points: Sequence[tuple[int, float]], step: int, spread: float, batch: int | None
+) -> tuple[float, float] | None:
+    """What a log leads one to expect after a step, and how far chance and a bent curve may move that."""
+    if len(points) < 2:
+        return None
+    steps, logged = np.array([at for at, _ in points], float), np.array([value for _, value in points])
+    # An entry is the mean over the steps since the one before it, each taken before the optimizer's.
+    since = np.diff(steps, prepend=max(0.0, 2 * steps[0] - steps[1]))
+    done = steps - (since + 1) / 2 - step
+    before, after = np.flatnonzero(done <= 0)[-_NEAR:], np.flatnonzero(done > 0)[:_NEAR]
+    at, values = done[[*before, *after]], logged[[*before, *after]]
+    if len(before) < 3 or len(at) < _FEWEST:
+        return None
+    slope, level = np.polyfit(at, values, 1)
+    bend = abs(float(np.polyfit(at, values, 2)[-1]) - level)
+    free = len(at) - 2
+    scatter = math.sqrt(float(((values - level - slope * at) ** 2).sum()) / free)
+    scatter = max(scatter, spread / math.sqrt(max(1, batch or 1)))
+    lever = 1 / len(at) + float(at.mean()) ** 2 / float(((at - at.mean()) ** 2).sum())
+    return float(level), _ERRORS * (1 + 3 / free) * scatter * math.sqrt(lever) + 2 * bend
 
 
 def _nearest(logged: float, measured: Floats, lengths: Floats, sampling: float) -> _Gap:
@@ -168,7 +205,7 @@ def _causes(
     if is_adapter:
         model = [
             "a merge that the adapter was trained on and that was never saved (--base DIR, with the merged model)",
-            "a base that was quantized while it was loaded (--base DIR, with that base saved again, dequantized)",
+            "a base that was quantized while it was loaded (--quantize nf4, or whichever it was)",
         ]
     reference = ["another reference (--reference DIR)"]
     beta = _other_beta(curves, gaps)
@@ -176,9 +213,11 @@ def _causes(
         reference.insert(0, f"another β: with --beta {beta:.3g} the two would agree")
     text = [
         "another chat template or tokenizer (put the run's into its checkpoints)",
-        "another truncation (--max-length; a run that kept the end of its rows cannot be measured from its files)",
+        "another truncation (--max-length, --truncation-mode)",
         "other data than the run's (--data)",
     ]
+    if any(pair.truncated for pair in plan.pairs):
+        text = [text[1], text[0], text[2]]
     ordered = [*model, *reference, *text]
     if beta is not None or is_policy_right:
         ordered = [*reference, *model, *text]
@@ -187,6 +226,14 @@ def _causes(
         if abs(logged - here) > 0.01 * here:
             counted = f"the log counts {logged:,.0f} tokens an epoch, and here the pairs have {here:,}: "
             ordered = [counted + text[0], *text[1:], *model, *reference]
+    limits, how = _trained(plan).limits, plan.material.how
+    options = {"max_length": plan.material.max_length, "truncation_mode": how.truncation_mode}
+    other = {name: limits[name] for name, value in options.items() if limits.get(name) not in (None, value)}
+    longest = max(len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in plan.pairs)
+    if other and (any(pair.truncated for pair in plan.pairs) or longest > (limits.get("max_length") or longest)):
+        said = " and ".join(f"{name}={value!r}" for name, value in other.items())
+        told = f"another truncation: the run's training_args.bin says {said}, and here it is not so (leave it out)"
+        ordered = [told, *(cause for cause in ordered if not cause.startswith("another truncation"))]
     return [*ordered, "a dtype in which this model is far off (--dtype)"]
 
 

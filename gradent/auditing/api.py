@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,16 +46,19 @@ def audit(
     model: str | os.PathLike[str],
     data: str | os.PathLike[str],
     *,
-    loss: str | Loss = "dpo",
+    loss: str | Loss | None = None,
+    hyperparameters: Mapping[str, float] | None = None,
     out: str | os.PathLike[str],
     checkpoints: str | Sequence[int] = "all",
     base: str | os.PathLike[str] | None = None,
     adapter: str | os.PathLike[str] | None = None,
     reference: str | os.PathLike[str] | None = None,
+    quantize: str | None = None,
     split: str = "train",
     max_length: int | None = None,
     truncation_mode: str | None = None,
     max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
     max_pairs: int | None = 256,
     token_pairs: int | None = None,
     batch_size: int = 8,
@@ -83,7 +86,10 @@ def audit(
         model: directory of a TRL run (it holds `checkpoint-*`: full models or PEFT adapters), or directory or hub id of
             a causal LM (all its parameters are measured), or of a PEFT adapter (its parameters are).
         data: .jsonl, .json or .parquet file, dataset directory, or hub id, in one of TRL's preference formats.
-        loss: a name that `losses.get` knows, with its default hyperparameters, or a `Loss`.
+        loss: a name that `losses.get` knows, with its default hyperparameters, or a `Loss`. Default: the loss that the
+            run was trained with, where its training_args.bin says (TRL's DPOTrainer), else "dpo". "ipo" of a run is
+            TRL's, averaged over tokens.
+        hyperparameters: of the loss that is named, or of the run's own, such as `{"beta": 0.5}`.
         out: directory for the records, made where needed; those of an earlier audit there are replaced or removed, its
             journal is kept.
         checkpoints: of a run, "all", "last", or steps ("0,200,400" or a sequence); 0 is the model before training.
@@ -92,12 +98,15 @@ def audit(
         reference: directory or hub id of the reference model, for losses with a reference. Without it that is the model
             that a run started from, or the base under an adapter, as in TRL; a single model without an adapter is its
             own, as at the first step.
+        quantize: quantize the base under adapters while it is loaded, where the run did so: "nf4", "nf4-double",
+            "fp4", "fp4-double", "int8" (bitsandbytes) or "torchao-int8". A base that was saved quantized needs it not.
         split: split of a dataset directory or hub dataset.
         max_length: most tokens of prompt + response. Default: what the run's training_args.bin says, else 1024, or
             the model's number of positions if that is smaller.
         truncation_mode: which end of a longer row is kept, "keep_start" or "keep_end", as TRL calls it. Default: what
             the run's training_args.bin says, else "keep_start" (of TRL up to 0.28, "keep_end").
         max_prompt_length: most tokens of a prompt, whose end is kept, in runs of TRL up to 0.28. Default: the run's.
+        max_completion_length: most tokens of a response, whose start is kept, in such runs. Default: the run's.
         max_pairs: measure that many pairs only, the same on every checkpoint: one of each of so many slices of like
             length, drawn with `seed`. None for all.
         token_pairs: also measure the token matrices of that many pairs (all, if there are no more) on the last
@@ -133,10 +142,13 @@ def audit(
         KeyboardInterrupt: it was stopped; what was measured until then has been written as a partial record.
     """
     options = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in locals().items()}
-    # What needs torch is imported by the call, so that importing this module, and the command line, is quick.
+    config = AuditConfig(**{**options, "out": Path(out)})
+    # What takes time to import is imported by the call, so that the command line is quick; torch comes last.
+    from gradent.auditing.early import check_early  # noqa: PLC0415
+
+    check_early(config)
     from gradent.auditing.pipeline import run  # noqa: PLC0415
 
-    config = AuditConfig(**{**options, "out": Path(out)})
     summary = run(config)
     paths = {name: config.out / name for name in AUDIT_FILES}
     return AuditResult(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,13 +15,17 @@ from rich.text import Text
 from gradent.errors import GradentWarning
 from gradent.text import printable
 
-__all__ = ["make_tell", "pair_progress", "warnings_as_notes"]
+__all__ = ["LINE_EVERY", "make_tell", "pair_progress", "warnings_as_notes"]
+
+LINE_EVERY = 60.0
+"""Seconds between two lines of progress where there is no terminal."""
 
 
 @contextmanager
 def pair_progress(label: str, pairs: int, cost: int, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar over the cost of pairs, on a terminal only; yields a function that takes pairs done and their cost."""
+    """A bar over the cost of pairs, or a line every minute where there is no terminal; yields what to tell of both."""
     console = Console(stderr=True)
+    lines = None if quiet or console.is_terminal else _ProgressLines(label, pairs, cost, console)
     columns = (
         TextColumn(label), BarColumn(), TaskProgressColumn(),
         TextColumn("{task.fields[done]}/{task.fields[pairs]} pairs"), TimeElapsedColumn(), TextColumn("left"),
@@ -31,8 +36,35 @@ def pair_progress(label: str, pairs: int, cost: int, *, quiet: bool) -> Iterator
 
         def advance(count: int, part: int) -> None:
             progress.update(task, advance=part, done=progress.tasks[task].fields["done"] + count)
+            if lines is not None:
+                lines.advance(count, part)
 
         yield advance
+
+
+class _ProgressLines:
+    """Progress for a log file: a line a minute."""
+
+    def __init__(self, label: str, pairs: int, cost: int, console: Console) -> None:
+        self._label, self._pairs, self._cost, self._console = label, pairs, cost, console
+        self._begun = self._told = time.monotonic()
+        self._done = self._part = 0
+
+    def advance(self, count: int, part: int) -> None:
+        self._done, self._part = self._done + count, self._part + part
+        now = time.monotonic()
+        if now - self._told < LINE_EVERY or self._done >= self._pairs or not self._part:
+            return
+        self._told, spent = now, now - self._begun
+        left = spent * max(0, self._cost - self._part) / self._part
+        told = f"{self._label}: {self._done}/{self._pairs} pairs in {_clock(spent)}, about {_clock(left)} left"
+        self._console.print(Text(told), soft_wrap=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def make_tell(notes: list[str], quiet: bool) -> Callable[[str], None]:

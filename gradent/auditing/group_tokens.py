@@ -19,7 +19,6 @@ from gradent.auditing.state.config import TokenConfig
 from gradent.errors import InputError
 from gradent.loading.prepare import Prepared, describe_model
 from gradent.loading.rollouts import RolloutGroup
-from gradent.pairs.row_batch import RowBatch
 from gradent.record import GroupTokenRecord, write_group_tokens
 from gradent.record.atomic import make_directory
 from gradent.record.group_rows import GroupTokenRow, list_group_tokens, rank_group_tokens
@@ -64,9 +63,9 @@ def audit_group(
         if asked:
             raise InputError(f"{group.where}: the row is a group of rollouts, and {name} is for pairs. Leave it out.")
     directory = make_directory(config.out, _FILES)
-    batch, weight = RowBatch.from_tokens([group.ids]), torch.tensor(group.weights, dtype=torch.float64)
+    weight = torch.tensor(group.weights, dtype=torch.float64)
     with warnings_as_notes(tell), named_errors(group, "tokens", ", or --dtype bfloat16"):
-        (found,) = token_influence(ready.model, batch, weight, memory_budget=config.memory_budget)
+        (found,) = token_influence(ready.model, group.batch, weight, memory_budget=config.memory_budget)
     content = {
         "model": describe_model(ready.model, ready.source, ready.step, ready.device),
         "data": {
@@ -74,7 +73,8 @@ def audit_group(
             "where": group.where, "truncated": group.truncated, "weights_from": group.weights_from,
         },
         "settings": {
-            "max_length": ready.material.max_length, "add_eos": ready.material.add_eos,
+            "max_length": ready.material.max_length, "truncation_mode": ready.material.how.truncation_mode,
+            "add_eos": ready.material.add_eos,
             "memory_budget": config.memory_budget, "dtype": config.dtype, "device": config.device,
         },
         **_figures(found, group, ready.material.tokenizer),

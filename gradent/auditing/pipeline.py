@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from gradent import losses
 from gradent.auditing.against_trainer import compare_with_trainer
 from gradent.auditing.analysis.columns import TargetRecord, collect
 from gradent.auditing.analysis.steps import plan_steps
@@ -25,11 +24,13 @@ from gradent.auditing.measuring.tokens import token_cost
 from gradent.auditing.state.agreement import Settings
 from gradent.auditing.state.config import AuditConfig
 from gradent.auditing.state.journal import Journal, JournalError, only_audit
+from gradent.auditing.state.run_loss import choose_loss, read_run_loss
 from gradent.auditing.state.targets import AuditPlan, choose_reference, find_targets
 from gradent.auditing.write import write_records
 from gradent.distributed import Ranks, join
 from gradent.errors import GradentError, InputError, ModelError
 from gradent.kernels.common.budget import parse_budget
+from gradent.loading.kinds.quantized import check_quantization
 from gradent.loading.models import check_device, check_dtype
 from gradent.loading.prepare import choose_device, read_material
 from gradent.record import AUDIT_FILES, Summary, read_summary
@@ -45,11 +46,14 @@ Tell = Callable[[str], None]
 def run(config: AuditConfig) -> Summary:
     """Do an audit; returns the summary on every rank."""
     started = time.monotonic()
-    config = check(config)
+    loss, said = choose_loss(config.loss, config.hyperparameters or {}, read_run_loss(config.model))
+    config = check(replace(config, loss=loss))
     ranks = join(config.device)
     config = replace(config, quiet=config.quiet or not ranks.is_first)
     notes: list[str] = []
     tell = make_tell(notes, config.quiet)
+    for note in said:
+        tell(note)
     plan = _prepare(config, tell)
     with only_audit(config.out, ranks):
         sweep = _make_sweep(config, plan, ranks, tell)
@@ -70,7 +74,8 @@ def run(config: AuditConfig) -> Summary:
             write_records(config, outcome, started)
         if interrupt is not None:
             partial = f"{config.out} holds a partial record. The same command goes on from where this one was stopped."
-            raise (KeyboardInterrupt(partial) if ranks.is_first and records else interrupt) from interrupt
+            kept = f"{config.out} keeps what was measured. The same command goes on from where this one was stopped."
+            raise KeyboardInterrupt(partial if ranks.is_first and records else kept) from interrupt
         ranks.wait()
     summary = read_summary(config.out / "summary.json")
     if config.wandb is not None and ranks.is_first:
@@ -84,11 +89,8 @@ def run(config: AuditConfig) -> Summary:
 
 
 def check(config: AuditConfig) -> AuditConfig:
-    """The options with a `Loss` in place of its name; refuses what no audit can do, before a model is loaded for it."""
+    """The options as they are applied; refuses what no audit can do, before a model is loaded for it."""
     loss, out = config.loss, config.out
-    loss = losses.get(loss) if isinstance(loss, str) else loss
-    if not isinstance(loss, losses.Loss):
-        raise InputError(f"loss is a {type(loss).__name__}; accepted: a name that losses.get knows, or a Loss.")
     if loss.name == "token_masked":
         raise InputError(
             "loss is token_masked, and an audit measures whole responses, not kept tokens. Audit with the loss under "
@@ -112,9 +114,10 @@ def check(config: AuditConfig) -> AuditConfig:
         raise InputError(f"{out}: holds the records of `gradent demo`, under the same names. Choose another --out.")
     make_directory(out, AUDIT_FILES)
     check_dtype(config.dtype)
+    check_quantization(config.quantize, config.dtype)
     if config.device is not None:
         check_device(config.device)
-    return replace(config, loss=loss)
+    return config
 
 
 def _prepare(config: AuditConfig, tell: Tell) -> AuditPlan:

@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
@@ -23,11 +24,13 @@ from gradent.errors import ModelError
 from gradent.loading.files import brief, some
 from gradent.loading.source import ModelSource, read_adapter_file
 from gradent.loading.weight_files import ADAPTER_WEIGHTS, CONFIGS, check_weights, tidy_name
+from gradent.notices import warn
 
-__all__ = ["changes_base", "embedding_rows", "frozen_reference", "put_adapter", "read_adapter", "under"]
+__all__ = ["changes_base", "embedding_rows", "frozen_reference", "put_adapter", "read_adapter", "under", "weight_names"]
 
 _EMBEDDINGS = r"(embed_tokens|lm_head|wte|embed_in|embed_out|word_embeddings)"
 _ROWS = re.compile(rf"(^|\.){_EMBEDDINGS}(\.modules_to_save|\.original_module|\.base_layer)?(\.default)?\.weight$")
+_EXPERT = re.compile(r"\.experts\.\d+\..*lora_")
 _CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # `init_lora_weights` that take their part off the base
 _LOST = ("corda", "lora_ga")  # of these, what needs data that is not saved to do it again
 
@@ -72,22 +75,35 @@ def embedding_rows(adapter: str | None) -> int | None:
     return max(rows, default=None)
 
 
-def under(base: str, adapter: str) -> ModelSource:
+def weight_names(adapter: str | None) -> list[str]:
+    """Names of the weights that an adapter's file holds, from its header, without a wrapper's prefix."""
+    path = Path(adapter) / ADAPTER_WEIGHTS if adapter is not None else None
+    if path is None or not path.is_file():
+        return []
+    try:
+        with safe_open(path, framework="pt") as file:
+            return [tidy_name(name) for name in list(file.keys())]
+    except (OSError, SafetensorError):  # a damaged file is told where it is loaded
+        return []
+
+
+def under(base: str, adapter: str, quantize: str | None = None) -> ModelSource:
     """The model under an adapter, as the trainer's reference had it: the base, or what the adapter made of it."""
     if changes_base(adapter) is None and embedding_rows(adapter) is None:
-        return ModelSource(base=base, adapter=None, name=base)
-    return ModelSource(base=base, adapter=adapter, name=base, adapter_off=True)
+        return ModelSource(base=base, adapter=None, name=base, quantize=quantize)
+    return ModelSource(base=base, adapter=adapter, name=base, adapter_off=True, quantize=quantize)
 
 
 def put_adapter(model: Any, source: ModelSource, trainable: bool) -> Any:
     """A loaded base with its adapter on it, or, of a source that says so, with the adapter switched off."""
     adapter, base = str(source.adapter), source.base
     start = changes_base(adapter)
-    if start is not None and start.lower().startswith(_LOST):
+    why = None if start is None else _cannot_start(start.lower())
+    if why is not None:
         raise ModelError(
-            f"{adapter}: it started by init_lora_weights={start!r}, which changed the base by data that is not saved "
-            "with it. Save the base as it was then (model.unload() of the trained PeftModel, save_pretrained), set "
-            "init_lora_weights to true in adapter_config.json, and run: gradent audit ... --base DIR"
+            f"{adapter}: it started by init_lora_weights={start!r}, which changed the base, {why}. Save the base as it "
+            "was then (model.unload() of the trained PeftModel, save_pretrained), set init_lora_weights to true in "
+            "adapter_config.json, and run: gradent audit ... --base DIR"
         )
     try:
         config = read_adapter(adapter, trainable=trainable)
@@ -95,10 +111,15 @@ def put_adapter(model: Any, source: ModelSource, trainable: bool) -> Any:
         with _tidy(adapter) as place:
             found: Any = PeftModel.from_pretrained(model, place, is_trainable=trainable)
             lacking = _lacking(found, place, config)
+        _tell_of_experts(found, adapter)
         if source.adapter_off:
             found.base_model.disable_adapter_layers()
     except ModelError:
         raise
+    except ImportError as error:
+        raise ModelError(
+            f"{adapter}: PEFT needs a package for it that is not installed ({brief(error)}). Install it with pip."
+        ) from error
     except Exception as error:  # there is no end to what a damaged adapter raises
         raise ModelError(
             f"{adapter}: the adapter cannot be put on {base} ({brief(error)}). Is it an adapter for this base?"
@@ -109,6 +130,26 @@ def put_adapter(model: Any, source: ModelSource, trainable: bool) -> Any:
             "at their initial values. Is it an adapter for this base?"
         )
     return found
+
+
+def _cannot_start(start: str) -> str | None:
+    """Why a start that changes the base cannot be made again here; None where it can."""
+    if start.startswith(_LOST):
+        return "by data that is not saved with it"
+    if start.startswith("loftq") and not (torch.cuda.is_available() and find_spec("bitsandbytes")):
+        return "and PEFT makes that again with bitsandbytes on a GPU alone (audit it on one)"
+    return None
+
+
+def _tell_of_experts(model: Any, adapter: str) -> None:
+    """Say what differs where experts were adapted one by one, and are held in one matrix here."""
+    one_by_one = any(_EXPERT.search(name) for name in weight_names(adapter))
+    if one_by_one and not any(_EXPERT.search(name) for name, _ in model.named_parameters()):
+        warn(
+            f"{adapter}: its experts were adapted one by one, as transformers 4 had them, and transformers now holds "
+            "them in one matrix: gate and up are one block-diagonal adapter of twice the rank. Log-probs are the "
+            "run's; the zeros between the blocks count as trainable, so squares are somewhat larger than the run's."
+        )
 
 
 def _resize(model: Any, rows: int | None) -> None:
@@ -138,6 +179,8 @@ def _tidy(adapter: str) -> Iterator[str]:
             f"{path}: names of its weights have a wrapper's prefix, and without it two are the same: "
             f"{some(sorted(names))}. Save the adapter again from the unwrapped model."
         )
+    odd = next(name for name, tidied in names.items() if name != tidied)
+    warn(f"{path}: names of its weights have a wrapper's prefix ({odd}), which is left off.")
     with tempfile.TemporaryDirectory() as place:
         copyfile(Path(adapter) / CONFIGS["adapter"], Path(place) / CONFIGS["adapter"])
         save_file({names[name]: tensor for name, tensor in load_file(path).items()}, Path(place) / ADAPTER_WEIGHTS)

@@ -35,6 +35,10 @@ class LoadConfig:
     adapter: str | None = option(
         "PEFT adapter on MODEL; its parameters are then what is measured.", MODEL, default=None
     )
+    quantize: str | None = option(
+        "Quantize the base under adapters while it is loaded, where the run did: nf4, nf4-double, fp4, fp4-double, "
+        "int8 (bitsandbytes) or torchao-int8.", MODEL, default=None,
+    )  # fmt: skip
     dtype: str = option("float32, float64, bfloat16, float16 or auto.", MODEL, default="float32")
     device: str | None = option("[default: cuda where there is one, else cpu]", MODEL, default=None)
     trust_remote_code: bool = option(
@@ -51,6 +55,9 @@ class LoadConfig:
     )  # fmt: skip
     max_prompt_length: int | None = option(
         "Most tokens of a prompt, for runs of TRL up to 0.28. [default: the run's]", DATA, int, default=None
+    )
+    max_completion_length: int | None = option(
+        "Most tokens of a response, for runs of TRL up to 0.28. [default: the run's]", DATA, int, default=None
     )
     max_pairs: int | None = option(
         "Measure that many pairs, drawn with --seed from slices of like length, or all.", DATA, default=256

@@ -6,19 +6,24 @@ and every figure of the audit would be about those.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from gradent.errors import InputError, ModelError, NotCausalError
-from gradent.loading.adapters import put_adapter
-from gradent.loading.files import brief, hint, some
-from gradent.loading.source import ModelSource
+from gradent.loading.adapters import put_adapter, weight_names
+from gradent.loading.files import brief, hint, read_object, some
+from gradent.loading.kinds.classes import model_class
+from gradent.loading.kinds.quantized import check_quantization, describe_quantization, quantization_config, widen
+from gradent.loading.source import ModelSource, checkpoint_above
+from gradent.loading.weight_files import saved_names
 from gradent.model.facts import check_causal
 from gradent.model.observed import observed
 from gradent.model.parameters import input_device
+from gradent.notices import warn
 
 __all__ = [
     "DTYPES", "LOAD_ERRORS", "check_device", "check_dtype", "check_vocabulary", "load_config", "load_model",
@@ -26,6 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
+_UNWRAP = {r"^(_orig_mod\.|module\.|base_model\.model\.)+": "", r"\._orig_mod\.": "."}  # torch.compile, DDP, PEFT
 LOAD_ERRORS = (Exception,)
 """What from_pretrained raises for files that are missing, damaged, of another shape, or need another package: there is
 no end to it, since a damaged config reaches any line of a model's code. Each is told with the file's place."""
@@ -59,15 +65,22 @@ def load_config(base: str, *, trust_remote_code: bool = False) -> Any:
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer saved with the adapter, which may carry the run's chat template, else the base's."""
     place = source.base
-    if source.adapter is not None and (Path(source.adapter) / "tokenizer_config.json").is_file():
-        place = source.adapter
+    if source.adapter is not None:  # of an adapter in a folder of its name, the checkpoint above has the tokenizer
+        above = checkpoint_above(source.adapter)
+        kept = [str(each) for each in (source.adapter, above) if each is not None]
+        place = next((each for each in kept if (Path(each) / "tokenizer_config.json").is_file()), place)
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
         raise ModelError(
             f"{place}: its tokenizer cannot be loaded ({brief(error)}). Save the tokenizer into the model's directory "
-            "with tokenizer.save_pretrained."
+            "with tokenizer.save_pretrained (of a processor: processor.tokenizer.save_pretrained)."
         ) from error
+    found = getattr(found, "tokenizer", found)  # of a processor
+    template = Path(place) / "chat_template.json"  # where processors of transformers 4 kept theirs
+    if found.chat_template is None and template.is_file():
+        found.chat_template = read_object(template).get("chat_template")
+    return found
 
 
 def load_model(
@@ -76,21 +89,34 @@ def load_model(
 ) -> Any:  # fmt: skip
     """The causal LM, with its adapter's parameters trainable (all parameters where there is no adapter)."""
     check_dtype(dtype)
+    check_quantization(source.quantize, dtype)
     place = check_device(device)
-    model = _load_base(source.base, dtype, trust_remote_code)
+    model = _load_base(source, dtype, place, trust_remote_code)
     if source.adapter is not None:
         model = put_adapter(model, source, trainable)
     try:
-        model = model.to(place).eval()
+        model = (model if describe_quantization(model.config) else model.to(place)).eval()
     except torch.OutOfMemoryError as error:
         raise ModelError(f"{source.name}: does not fit on {device}. Try --dtype bfloat16, or --device cpu.") from error
     if not trainable:
-        model.requires_grad_(False)
+        for parameter in model.parameters():
+            parameter.requires_grad = False
+    elif source.adapter is None and describe_quantization(model.config):
+        warn(
+            f"{source.base}: its weights are quantized ({describe_quantization(model.config)}), and those have no "
+            "gradient; measured are its other parameters. Give the adapter that was trained on it: --adapter DIR."
+        )
     try:
         with observed(model):
             check_causal(model, torch.tensor([1, 2, 3, 4], device=input_device(model)))
     except NotCausalError as error:
         raise NotCausalError(f"{source.base}: {error}") from error
+    except LOAD_ERRORS as error:
+        raise ModelError(
+            f"{source.base}: {type(model).__name__} does not run on a row of tokens alone ({brief(error)}). If it does "
+            "where it was trained, try --device cuda; what needs more than text is measured while it is trained, by "
+            "EntanglementCallback."
+        ) from error
     return model
 
 
@@ -115,17 +141,33 @@ def check_vocabulary(
         )
 
 
-def _load_base(base: str, dtype: str, trust_remote_code: bool) -> Any:
+def _load_base(source: ModelSource, dtype: str, place: torch.device, trust_remote_code: bool) -> Any:
+    base, options = source.base, dict[str, Any]()
     config = load_config(base, trust_remote_code=trust_remote_code)
+    number = None if dtype == "auto" else getattr(torch, dtype)
+    quantized = describe_quantization(config) or source.quantize
+    if quantized is not None:
+        check_quantization(source.quantize or "nf4", dtype)
+        options["device_map"] = {"": place}
+    wrapped = _wrapped(base)
+    if wrapped:
+        options["key_mapping"] = _UNWRAP
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            base, config=config, dtype=dtype if dtype == "auto" else getattr(torch, dtype), use_safetensors=True,
-            trust_remote_code=trust_remote_code, output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report, and refused below
+        if source.quantize is not None:
+            options["quantization_config"] = quantization_config(source.quantize, number)
+        elif number is not None:
+            widen(config, number)
+        kind = model_class(config, weight_names(source.adapter))
+        loaded: Any = kind.from_pretrained(
+            base, config=config, dtype=number or dtype, use_safetensors=True, trust_remote_code=trust_remote_code,
+            output_loading_info=True, ignore_mismatched_sizes=True,  # they are in the report, and refused below
+            **options,
         )  # fmt: skip
     except LOAD_ERRORS as error:
         if "Unrecognized configuration class" in str(error):
             raise not_causal(base, config) from error
+        if quantized is not None:
+            raise _not_quantized(source, quantized, error) from error
         raise ModelError(f"{base}: the model cannot be loaded ({brief(error)}).{hint(base)}") from error
     model, report = loaded
     mismatched = report["mismatched_keys"]
@@ -137,7 +179,32 @@ def _load_base(base: str, dtype: str, trust_remote_code: bool) -> Any:
             f"{some(lacking)}. They would be random numbers. Is it a classifier, an encoder or a partial checkpoint? "
             "Give a complete causal LM."
         )
+    if wrapped:
+        over = sorted(report["unexpected_keys"])
+        if over:
+            raise ModelError(
+                f"{base}: names of its weights have a wrapper's prefix ({wrapped}), and without it "
+                f"{type(model).__name__} has no place for {some(over)}. Save the unwrapped model again."
+            )
+        warn(f"{base}: names of its weights have a wrapper's prefix ({wrapped}), which is left off: the rest fits.")
     return model
+
+
+def _wrapped(base: str) -> str | None:
+    """The first name of a full model's weights with a wrapper's prefix; None where none has one."""
+    names = saved_names(Path(base)) if Path(base).is_dir() else []
+    return next((name for name in names if any(re.search(pattern, name) for pattern in _UNWRAP)), None)
+
+
+def _not_quantized(source: ModelSource, how: str, error: BaseException) -> ModelError:
+    """What to say of a quantized base that does not load here."""
+    adapter = source.adapter or "ADAPTER"
+    return ModelError(
+        f"{source.base}: its weights are quantized ({how}), and do not load here ({brief(error)}). Install what it "
+        "needs (pip install bitsandbytes, or torchao); or measure with the 16-bit model that it was quantized from: "
+        f"of a run gradent audit RUN --base DIR, of one adapter gradent audit DIR --adapter {adapter}. Log-probs and "
+        "gradients are then those of the adapter on that model, which is another function than was trained."
+    )
 
 
 def not_causal(base: str, config: Any) -> NotCausalError:

@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 from gradent.errors import DataFileError
 from gradent.loading.files import is_hub_id
 
-__all__ = ["Row", "read_rows"]
+__all__ = ["Row", "check_exists", "read_rows"]
 
 _SUFFIXES = {".jsonl", ".json", ".parquet", ".gz"}
 _HUB_DATA = re.compile(r"(?P<name>[^:@]+)(?::(?P<config>[^:@]+))?(?:@(?P<revision>[^:@]+))?")
@@ -59,13 +59,18 @@ def read_rows(source: str | os.PathLike[str], split: str = "train") -> list[Row]
             rows = list(reader(path))
         except (OSError, EOFError, zlib.error) as error:
             raise DataFileError(f"{source}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
-    elif path.is_dir() or _may_be_dataset(str(source)):
-        rows = _read_dataset(str(source), split)
     else:
-        raise DataFileError(f"{source}: there is no such file or directory. {_DATA_ACCEPTED}")
+        check_exists(source)
+        rows = _read_dataset(str(source), split)
     if not rows:
         raise DataFileError(f"{source}: no row in it; at least one pair is needed.")
     return rows
+
+
+def check_exists(source: str | os.PathLike[str]) -> None:
+    """Refuse a name that is neither a file, nor a directory, nor a data set on the hub."""
+    if not Path(source).exists() and not _may_be_dataset(str(source)):
+        raise DataFileError(f"{source}: there is no such file or directory. {_DATA_ACCEPTED}")
 
 
 def _may_be_dataset(text: str) -> bool:

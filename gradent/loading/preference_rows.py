@@ -73,8 +73,23 @@ def refuse_unread(where: str, values: Mapping[str, Any]) -> None:
         if values.get(key):
             raise DataFileError(
                 f"{where}: the row carries {key!r}, which gradent does not read, so its tokens would not be those that "
-                f"TRL trains on. Remove {key!r} to audit the row without it."
+                f"TRL trains on. Remove {key!r} to audit the row without it; with it, measure while it is trained: "
+                "EntanglementCallback."
             )
+    for key in ("prompt", "chosen", "rejected"):
+        if _holds_image(values.get(key)):
+            raise DataFileError(
+                f"{where}: a message of {key} holds an image, which gradent does not read. Remove that part of its "
+                "content to audit the row without it; with it, measure while it is trained: EntanglementCallback."
+            )
+
+
+def _holds_image(messages: Any) -> bool:
+    """Whether the content of a message is in parts, and one of them is no text."""
+    listed = messages if isinstance(messages, list) else [messages]
+    contents = [each.get("content") for each in listed if isinstance(each, Mapping)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return any(isinstance(part, Mapping) and part.get("type") in ("image", "image_url", "video") for part in parts)
 
 
 def _take_prompt(where: str, values: Mapping[str, Any], kind: str) -> Parts:
@@ -83,8 +98,10 @@ def _take_prompt(where: str, values: Mapping[str, Any], kind: str) -> Parts:
         if (prompt_kind, kind) == ("messages", "text"):
             raise DataFileError(f"{where}: prompt is messages but chosen and rejected are text; all must be alike.")
     is_explicit = "prompt" in values and prompt_kind == kind
-    # TRL's extraction needs a common beginning: with none it indexes the last element and cuts at random.
-    if not is_explicit and values["chosen"][:1] != values["rejected"][:1]:
+    # Of texts that do not begin alike TRL's helper makes an empty prompt, unless chosen is empty or ends in a space: it
+    # then looks at the last letter, and cuts there. Of messages it makes an empty prompt, which TRL refuses to render.
+    is_empty = kind == "text" and values["chosen"][-1:].strip(" ") and values["rejected"]
+    if not is_explicit and values["chosen"][:1] != values["rejected"][:1] and not is_empty:
         raise DataFileError(
             f"{where}: no 'prompt', and chosen and rejected do not begin alike, so there is no prompt to take out. "
             "Add a 'prompt', or let both begin with it."
@@ -117,7 +134,12 @@ def read_template(where: str, values: Mapping[str, Any]) -> dict[str, Any]:
 def kind_of(where: str, key: str, value: Any) -> str:
     """`text` or `messages`."""
     if isinstance(value, list) and not value:
-        raise PairError(f"{where}: {key} is empty; it needs at least one token. Remove this pair.")
+        if key == "prompt":
+            raise PairError(f"{where}: {key} is empty; it needs at least one message.")
+        raise IgnoredPairError(
+            f"{where}: {key} is empty; it needs at least one token. Remove this pair.",
+            "a response has no messages, and TRL trains on the other one alone",
+        )
     if isinstance(value, str):
         return "text"
     if isinstance(value, list) and isinstance(value[0], Mapping) and {"role", "content"} & value[0].keys():

@@ -16,17 +16,18 @@ from gradent.errors import DataFileError, InputError, PairError
 from gradent.loading.preference_files import Row
 from gradent.loading.preference_rows import Parts, plain_text, read_template, split_row
 from gradent.pairs.batch import PairBatch, make_row
-from gradent.pairs.preparation import IgnoredPairError, Preparation
+from gradent.pairs.preparation import IgnoredPairError, Preparation, common_prefix
 
 __all__ = [
-    "AuditPair", "PairSet", "SkippedRow", "batch_of", "check_template", "describe_prompts", "draw_in_slices",
-    "prepare_pairs", "tokenizer_errors",
+    "AuditPair", "PairSet", "SkippedRow", "batch_of", "check_template", "count_repeated", "describe_prompts",
+    "draw_in_slices", "prepare_pairs", "tokenizer_errors",
 ]  # fmt: skip
 
 _QUESTIONS = ("question", "instruction", "input", "system", "query", "messages", "conversations")
 """Columns in which other data sets have what TRL calls the prompt."""
 
 _SHORT = 4  # tokens: a prompt of fewer is told of, where it was taken from the responses
+_MANY, _HEADER = 4, 12  # pairs, and characters that all of their responses begin with: from these on it is told of
 _LISTED = 5  # further bad rows that an error names
 
 
@@ -172,7 +173,7 @@ def _to_pair(row: Row, parts: Parts, tokenizer: PreTrainedTokenizerBase, how: Pr
             tokenizer, prompt, (chosen, rejected), where=row.where, names=("chosen", "rejected"), **template
         )
     if (prompt_ids, chosen_ids) == (other, rejected_ids):
-        _refuse_alike(row.where, is_chat=not isinstance(chosen, str), truncated=truncated, limit=how.max_length)
+        _refuse_alike(row.where, how, is_chat=not isinstance(chosen, str), truncated=truncated, length=len(chosen_ids))
     return AuditPair(
         row=row.index, where=row.where, prompt_ids=prompt_ids, chosen_ids=chosen_ids, rejected_ids=rejected_ids,
         chosen_text=plain_text(chosen), rejected_text=plain_text(rejected), prompt_text=plain_text(prompt),
@@ -180,10 +181,11 @@ def _to_pair(row: Row, parts: Parts, tokenizer: PreTrainedTokenizerBase, how: Pr
     )  # fmt: skip
 
 
-def _refuse_alike(where: str, *, is_chat: bool, truncated: int, limit: int | None) -> None:
-    if truncated:
-        cause = f"chosen and rejected differ only in what max_length {limit} cuts off"
-        remedy = "Raise max_length (command line: --max-length), or remove the pair."
+def _refuse_alike(where: str, how: Preparation, *, is_chat: bool, truncated: int, length: int) -> None:
+    name = "max_length" if truncated else "max_completion_length"
+    if truncated or length == how.max_completion_length:
+        cause = f"chosen and rejected differ only in what {name} {getattr(how, name)} cuts off"
+        remedy = f"Raise {name} (command line: --{name.replace('_', '-')}), or remove the pair."
     elif is_chat:
         cause, remedy = "the chat template renders both alike (it drops what differs)", "Such pairs teach nothing."
     else:
@@ -192,16 +194,24 @@ def _refuse_alike(where: str, *, is_chat: bool, truncated: int, limit: int | Non
 
 
 def describe_prompts(rows: Sequence[Row], pairs: Sequence[AuditPair]) -> list[str]:
-    """What is odd about the prompts: taken from responses beside a column that may hold them, or there twice."""
+    """What is odd about the prompts: there twice, taken from responses beside a column that may hold them, a header."""
     values = {row.index: row.values for row in rows}
     implicit = [pair for pair in pairs if "prompt" not in values[pair.row]]
-    twice = [pair for pair in pairs if "prompt" in values[pair.row] and _repeats_prompt(values[pair.row])]
+    twice = count_repeated(rows, pairs)
     notes = []
-    if len(twice) >= 2 and 2 * len(twice) >= len(pairs):
+    if twice:
         notes.append(
-            f"In {len(twice)} of {len(pairs)} pairs chosen begins with the prompt, so that the model sees it twice. "
+            f"In {twice} of {len(pairs)} pairs chosen begins with the prompt, so that the model sees it twice. "
             "Where rejected does as well, both responses share it. Take it out of the responses, unless the run was "
             "trained so."
+        )
+    texts = [text for pair in pairs for text in (pair.chosen_text, pair.rejected_text)]
+    header = texts[0][: common_prefix(min(texts), max(texts))] if texts else ""  # between them lie all others
+    if len(pairs) >= _MANY and len(header) >= _HEADER:
+        notes.append(
+            f"All {2 * len(pairs)} responses begin with the same {len(header)} characters, {header[:40]!r}: what both "
+            "responses share brings their gradients together. If it is a header of the chat template, take it out of "
+            "the responses (the template writes one), unless the run was trained so."
         )
     columns = sorted({key for pair in implicit for key in _QUESTIONS if values[pair.row].get(key)})
     short = sum(len(pair.prompt_ids) < _SHORT for pair in implicit)
@@ -217,6 +227,13 @@ def describe_prompts(rows: Sequence[Row], pairs: Sequence[AuditPair]) -> list[st
             "the run was given a question, put it into 'prompt'."
         )
     return notes
+
+
+def count_repeated(rows: Sequence[Row], pairs: Sequence[AuditPair]) -> int:
+    """Pairs whose chosen begins with the prompt once more; 0 where they are fewer than half, or a single one."""
+    values = {row.index: row.values for row in rows}
+    count = sum("prompt" in values[pair.row] and _repeats_prompt(values[pair.row]) for pair in pairs)
+    return count if count >= 2 and 2 * count >= len(pairs) else 0
 
 
 def _repeats_prompt(values: Any) -> bool:

@@ -19,7 +19,7 @@ from gradent.loading.adapters import embedding_rows
 from gradent.loading.config import LoadConfig
 from gradent.loading.models import check_vocabulary, load_config, load_model, load_tokenizer
 from gradent.loading.preference_files import read_rows
-from gradent.loading.preferences import PairSet, describe_prompts, prepare_pairs
+from gradent.loading.preferences import PairSet, count_repeated, describe_prompts, prepare_pairs
 from gradent.loading.rollouts import RolloutGroup, holds_rollouts, prepare_rollouts
 from gradent.loading.source import ModelSource, read_step, resolve_source
 from gradent.loading.training_args import Trained, read_trained
@@ -51,6 +51,7 @@ class Material:
     add_eos: bool  # whether EOS was appended to plain-string responses
     used: tuple[int, str]  # the largest token id, and the row that uses it
     how: Preparation  # the rules by which the pairs became tokens
+    repeated: int = 0  # pairs whose chosen begins with the prompt once more
     group: RolloutGroup | None = None  # the one row that was asked for, where it holds rollouts and no pair
 
 
@@ -107,10 +108,10 @@ def read_material(
             f"to {len(rows) - 1} (command line: --pair)."
         )
     if only is not None and holds_rollouts(rows[only]):
-        group = prepare_rollouts(rows[only], tokenizer, max_length=limit, add_eos=add_eos)
+        group = prepare_rollouts(rows[only], tokenizer, replace(how, add_eos=add_eos))
         used = group.largest_id, group.where
         check_vocabulary(tokenizer, model_config.vocab_size, source.base, used)
-        _tell_about_rollouts(group, limit, tell)
+        _tell_about_rollouts(group, how, tell)
         return Material(
             tokenizer=tokenizer, pairs=PairSet(pairs=[]), rows=len(rows), max_length=limit, add_eos=add_eos, used=used,
             how=how, group=group,
@@ -129,8 +130,9 @@ def read_material(
     if date_note and any(isinstance(row.values["chosen"], list) for row in chosen_rows if _is_pair(row.values)):
         tell(date_note)
     return Material(
-        tokenizer=tokenizer, pairs=pairs, rows=len(rows), max_length=limit, add_eos=add_eos, used=used, how=how
-    )
+        tokenizer=tokenizer, pairs=pairs, rows=len(rows), max_length=limit, add_eos=add_eos, used=used, how=how,
+        repeated=count_repeated(chosen_rows, pairs.pairs),
+    )  # fmt: skip
 
 
 def _first_readable(
@@ -165,7 +167,7 @@ def open_model(
 
 def prepare(config: LoadConfig, tell: Tell, *, only: int | None = None) -> Prepared:
     """Load and check everything, the cheap things first: a bad row is reported before a large model is read."""
-    source = resolve_source(config.model, config.adapter)
+    source = resolve_source(config.model, config.adapter, quantize=config.quantize)
     material = read_material([source], config, tell, only=only)
     device = choose_device(config.device)
     model = open_model(source, material, config, device)
@@ -195,15 +197,24 @@ def _choose_preparation(
     """The rules of the TRL that trained the model, where its files say so, else of the one that is installed."""
     defaults = {**release_defaults(trained.release), **trained.limits}
     mode = defaults["truncation_mode"] if config.truncation_mode is None else config.truncation_mode
-    prompt = defaults["max_prompt_length"] if config.max_prompt_length is None else config.max_prompt_length
-    if prompt is not None and prompt < 1:
-        raise InputError(f"max_prompt_length is {prompt}; it must be at least 1 (command line: --max-prompt-length).")
+    parts = {}
+    for name in ("max_prompt_length", "max_completion_length"):
+        asked = getattr(config, name)
+        parts[name] = most = defaults[name] if asked is None else asked
+        if most is not None and most < 1:
+            option = name.replace("_", "-")
+            raise InputError(f"{name} is {most}; it must be at least 1 (command line: --{option}).")
     limit = _choose_max_length(positions, config.max_length, defaults["max_length"], source.base, tell)
     how = Preparation.of_release(
         trained.release or trl.__version__, max_length=limit, truncation_mode=check_truncation_mode(mode),
-        max_prompt_length=prompt,
+        **parts,
     )  # fmt: skip
-    how = how if how.seam == "apart" else replace(how, max_prompt_length=None)
+    how = how if how.seam == "apart" else replace(how, max_prompt_length=None, max_completion_length=None)
+    if how.max_completion_length is not None and config.max_completion_length is None:
+        tell(
+            f"Responses are cut at {how.max_completion_length} tokens: max_completion_length, as the run's "
+            "training_args.bin says (--max-completion-length for another)."
+        )
     if trained.release is not None and read_release(trained.release)[:2] != read_release(trl.__version__)[:2]:
         tell(f"The pairs are tokenized as TRL {trained.release} did it, which the run's model card names.")
     if config.truncation_mode is None and trained.limits.get("truncation_mode", KEEP_START) != KEEP_START:
@@ -246,14 +257,13 @@ def _tell_about_pairs(pairs: PairSet, rows: int, how: Preparation, seed: int, te
             tell(f"{len(places)} rows were skipped:\n" + "\n".join(f"  {reason}" for reason in places))
     cut = sum(pair.truncated for pair in pairs.pairs)
     if cut:
-        end = "end" if how.truncation_mode == KEEP_START else "beginning"
         tell(
-            f"{cut} of {2 * len(pairs.pairs)} rows lost their {end} to max_length {how.max_length}, as in TRL with "
-            f"truncation_mode={how.truncation_mode!r}."
+            f"{cut} of {2 * len(pairs.pairs)} rows lost their {_cut_end(how)} to max_length {how.max_length}, as in "
+            f"TRL with truncation_mode={how.truncation_mode!r}."
         )
 
 
-def _tell_about_rollouts(group: RolloutGroup, limit: int, tell: Tell) -> None:
+def _tell_about_rollouts(group: RolloutGroup, how: Preparation, tell: Tell) -> None:
     if group.weights_from == "rewards":
         tell("A completion's weight is its advantage: its reward less the mean of the group's rewards.")
     if group.weights_from != "weights":
@@ -262,4 +272,11 @@ def _tell_about_rollouts(group: RolloutGroup, limit: int, tell: Tell) -> None:
             "loss that divides by each response's length weighs the responses differently: give weights for that."
         )
     if group.truncated:
-        tell(f"{group.truncated} of {len(group.completion_ids)} completions were cut at max_length {limit}.")
+        tell(
+            f"{group.truncated} of {len(group.rows)} rows lost their {_cut_end(how)} to max_length {how.max_length} "
+            f"(truncation_mode {how.truncation_mode!r})."
+        )
+
+
+def _cut_end(how: Preparation) -> str:
+    return "end" if how.truncation_mode == KEEP_START else "beginning"

@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from gradent.errors import DataFileError
 from gradent.loading.preference_files import Row
 from gradent.loading.preference_rows import kind_of, read_template, refuse_unread
 from gradent.loading.preferences import check_template, tokenizer_errors
-from gradent.pairs.tokenize import tokenize_completions
+from gradent.pairs.batch import make_row
+from gradent.pairs.preparation import Preparation, TokenRow
+from gradent.pairs.row_batch import RowBatch
 
 __all__ = ["RolloutGroup", "holds_rollouts", "prepare_rollouts"]
 
@@ -38,26 +41,35 @@ class RolloutGroup:
 
     row: int  # row of the data, counted from 0
     where: str  # file and line, as errors name it
-    prompt_ids: list[int]  # tokens that all completions share as their context
-    completion_ids: list[list[int]]  # tokens of each completion
+    rows: list[TokenRow]  # context and completion of each; the contexts differ where a cut at the start made them
     weights: list[float]  # above 0 raises a completion
     weights_from: str  # the key that they come from
-    truncated: int  # completions that lost their end to `max_length`
+    truncated: int  # rows that `max_length` shortened
 
     @property
-    def ids(self) -> tuple[list[int], list[list[int]]]:
-        """Tokens of the prompt and of its completions, as `RowBatch.from_tokens` takes them."""
-        return self.prompt_ids, self.completion_ids
+    def prompt_ids(self) -> list[int]:
+        """The longest context: the prompt, or what a cut at the start left of it."""
+        return max((context for context, _ in self.rows), key=len)
+
+    @property
+    def completion_ids(self) -> list[list[int]]:
+        """Tokens of each completion."""
+        return [ids for _, ids in self.rows]
+
+    @property
+    def batch(self) -> RowBatch:
+        """All rows, as one group."""
+        return RowBatch.from_rows([make_row(*row) for row in self.rows], torch.zeros(len(self.rows), dtype=torch.int64))
 
     @property
     def largest_id(self) -> int:
         """The largest token id."""
-        return max(*self.prompt_ids, *(number for ids in self.completion_ids for number in ids))
+        return max(number for row in self.rows for ids in row for number in ids)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest row, prompt included."""
-        return len(self.prompt_ids) + max(map(len, self.completion_ids))
+        return max(len(context) + len(ids) for context, ids in self.rows)
 
 
 def holds_rollouts(row: Row) -> bool:
@@ -65,10 +77,9 @@ def holds_rollouts(row: Row) -> bool:
     return isinstance(row.values, Mapping) and "completions" in row.values and "chosen" not in row.values
 
 
-def prepare_rollouts(
-    row: Row, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = 1024, add_eos: bool = True
-) -> RolloutGroup:
+def prepare_rollouts(row: Row, tokenizer: PreTrainedTokenizerBase, how: Preparation | None = None) -> RolloutGroup:
     """Check and tokenize a row that holds rollouts."""
+    how = how or Preparation()
     where, values = row.where, row.values
     refuse_unread(where, values)
     completions = values["completions"]
@@ -89,22 +100,9 @@ def prepare_rollouts(
     weights, key = _read_weights(where, values, len(completions))
     check_template(where, completions[0], tokenizer)
     template = read_template(where, values)
-
-    def tokenize(limit: int | None) -> tuple[list[int], list[list[int]]]:
-        with tokenizer_errors(where, [prompt, *completions]):
-            return tokenize_completions(
-                tokenizer, prompt, completions, max_length=limit, add_eos=add_eos, where=where,
-                names=list(kinds)[1:], **template,
-            )  # fmt: skip
-
-    prompt_ids, completion_ids = tokenize(None)
-    truncated = 0 if max_length is None else sum(len(prompt_ids) + len(ids) > max_length for ids in completion_ids)
-    if truncated:
-        prompt_ids, completion_ids = tokenize(max_length)
-    return RolloutGroup(
-        row=row.index, where=where, prompt_ids=prompt_ids, completion_ids=completion_ids, weights=weights,
-        weights_from=key, truncated=truncated,
-    )  # fmt: skip
+    with tokenizer_errors(where, [prompt, *completions]):
+        rows, truncated = how.rows(tokenizer, prompt, completions, where=where, names=list(kinds)[1:], **template)
+    return RolloutGroup(row=row.index, where=where, rows=rows, weights=weights, weights_from=key, truncated=truncated)
 
 
 def _read_weights(where: str, values: Mapping[str, Any], count: int) -> tuple[list[float], str]:

@@ -12,14 +12,15 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Trained", "read_trained"]
+__all__ = ["Trained", "read_arguments", "read_trained"]
 
-_LIMITS = ("max_length", "truncation_mode", "max_prompt_length")
+_LIMITS = ("max_length", "truncation_mode", "max_prompt_length", "max_completion_length")
 _LARGEST = 1 << 24  # bytes of pickled arguments that are looked through
+_ARGUMENTS = re.compile(r"[\w.]+ \w*(?:Config|Arguments)")
 _RELEASE = re.compile(r"^- TRL: (\d+(?:\.\d+)+)", re.MULTILINE)
 
 
@@ -36,6 +37,7 @@ class Trained:
 def read_trained(models: Iterable[str]) -> Trained:
     """What the directories of some models say, and those that they are in; the first that says a thing counts."""
     places = [path for model in models if (path := Path(model)).is_dir()]
+    places += [path.resolve().parent for path in places if re.fullmatch(r"checkpoint-\d+", path.resolve().parent.name)]
     places += [path.resolve().parent for path in places if re.fullmatch(r"checkpoint-\d+", path.resolve().name)]
     releases, limits, days, betas = list[str](), dict[str, Any](), list[float](), list[float]()
     for place in dict.fromkeys(places):
@@ -49,6 +51,24 @@ def read_trained(models: Iterable[str]) -> Trained:
         days += [path.stat().st_mtime for path in (place / "trainer_state.json",) if path.is_file()]
     day = datetime.fromtimestamp(min(days)) if days else None
     return Trained(release=releases[0] if releases else None, limits=limits, day=day, beta=betas[0] if betas else None)
+
+
+def read_arguments(path: Path, names: Iterable[str]) -> dict[str, Any]:
+    """The arguments of these names in a training_args.bin, and its `class`; empty where it cannot be read."""
+    # A list of plain values is a tuple. A value of another kind is left out.
+    values = _read_values(path)
+    found: dict[str, Any] = {}
+    for place, name in enumerate(values):
+        if name not in names or name in found or place + 1 >= len(values):
+            continue
+        value: Any = values[place + 1]
+        if value is pickletools:  # a list, or what is no plain value
+            value = tuple(takewhile(lambda each: each is not pickletools, values[place + 2 :]))
+            if not value:
+                continue
+        found[name] = value
+    classes = [value.split()[-1] for value in values if isinstance(value, str) and _ARGUMENTS.fullmatch(value)]
+    return {**found, "class": classes[0]} if found and classes else {}
 
 
 def _read_release(card: Path) -> list[str]:

@@ -10,12 +10,16 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from gradent.errors import ModelError
 from gradent.loading.files import AGAIN, brief, leads_outside, read_object, some
 from gradent.text import quoted
 
-__all__ = ["ADAPTER_WEIGHTS", "CONFIGS", "check_links", "check_weights", "kind_of", "require_tensors", "tidy_name"]
+__all__ = [
+    "ADAPTER_WEIGHTS", "CONFIGS", "check_links", "check_weights", "kind_of", "named_adapters", "require_tensors",
+    "saved_names", "tidy_name",
+]  # fmt: skip
 
 CONFIGS = {"full": "config.json", "adapter": "adapter_config.json"}
 """Kind of a model to the file that describes it."""
@@ -42,6 +46,14 @@ def kind_of(directory: Path) -> str | None:
     return None
 
 
+def named_adapters(directory: Path) -> dict[str, Path]:
+    """Adapters that PEFT saved in folders of their names, where the directory itself holds no model."""
+    if kind_of(directory) is not None:
+        return {}
+    names = [name for name in sorted(_names(directory)) if os.path.isfile(directory / name / CONFIGS["adapter"])]
+    return {name: directory / name for name in names if not re.fullmatch(r"checkpoint-\d+", name)}
+
+
 def check_weights(directory: Path, kind: str | None) -> None:
     """Refuse a directory whose weights are missing, pickled, sharded for training only, or not whole."""
     names = _names(directory)
@@ -61,7 +73,7 @@ def check_weights(directory: Path, kind: str | None) -> None:
     elif kind != "adapter" and _INDEX in names:
         tensors = _shards(directory, names)
     for name in sorted(tensors):
-        _check_tensors(directory / name)
+        _refuse_empty(directory / name, _check_tensors(directory / name), names)
 
 
 def require_tensors(directory: Path, kind: str) -> None:
@@ -69,11 +81,22 @@ def require_tensors(directory: Path, kind: str) -> None:
     names = _names(directory)
     if not any(name.endswith(".safetensors") for name in names):
         _refuse_without_tensors(directory, kind, names)
+    for name in [ADAPTER_WEIGHTS] if kind == "adapter" else ["model.safetensors"]:
+        if name in names:
+            _refuse_empty(directory / name, _check_tensors(directory / name), names)
+
+
+def saved_names(directory: Path) -> list[str]:
+    """Names of a full model's weights, from the headers of its files."""
+    names = _names(directory)
+    if "model.safetensors" in names:
+        return list(_check_tensors(directory / "model.safetensors"))
+    return list(read_object(directory / _INDEX).get("weight_map", ())) if _INDEX in names else []
 
 
 def tidy_name(name: str) -> str:
     """The name of an adapter's weight without what a wrapper (torch.compile, DDP, PEFT twice) put in it."""
-    return re.sub(r"\.default(?=\.|$)", "", _WRAPPERS.sub("", _WRAPPERS.sub("", name)))
+    return re.sub(r"\.default(?=\.|$)", "", _WRAPPERS.sub("", _WRAPPERS.sub("", name)).replace("._orig_mod.", "."))
 
 
 def check_links(directory: Path, root: Path) -> None:
@@ -170,8 +193,8 @@ def _shards(directory: Path, names: set[str]) -> list[str]:
     return shards
 
 
-def _check_tensors(path: Path) -> None:
-    """A safetensors file is 8 bytes (the header's length), the header (JSON), and the data that the header lays out."""
+def _check_tensors(path: Path) -> dict[str, Any]:
+    """The entries of a safetensors file that is whole: 8 bytes (the header's length), the header (JSON), the data."""
     if not os.path.isfile(path):
         raise ModelError(f"{path}: is not a regular file; the weights themselves are expected there. {AGAIN}")
     try:
@@ -182,7 +205,8 @@ def _check_tensors(path: Path) -> None:
                 stated = f" where its header should take {length}" if size >= 8 else ""
                 raise ModelError(f"{path}: is no whole safetensors file: it has {size} bytes{stated}. {AGAIN}")
             header = json.loads(handle.read(length))
-        spans = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        spans = [entry["data_offsets"] for entry in entries.values()]
         if not all(isinstance(end, int) and isinstance(start, int) and 0 <= start <= end for start, end in spans):
             raise ValueError("data_offsets are not what they should be")
         data = max((end for _, end in spans), default=0)
@@ -194,3 +218,27 @@ def _check_tensors(path: Path) -> None:
         ) from error
     if 8 + length + data != size:
         raise ModelError(f"{path}: has {size} bytes, and {8 + length + data} by its own header. {AGAIN}")
+    return entries
+
+
+def _refuse_empty(path: Path, entries: dict[str, Any], names: set[str]) -> None:
+    """Refuse weights without a number in them, as ZeRO-3 leaves where they were saved without being gathered."""
+    empty = sorted(name for name, entry in entries.items() if name.endswith("weight") and 0 in entry.get("shape", ()))
+    if entries and not empty:
+        return
+    held = f"{len(empty)} of its {len(entries)} weights are empty" if entries else "there are no weights in it"
+    remedy = (
+        "Its own DeepSpeed states are not there either: measure another checkpoint, and train with "
+        "stage3_gather_16bit_weights_on_model_save."
+    )
+    if any(name.startswith("global_step") for name in names):
+        remedy = (
+            "They are in its global_step*. If you trust it, put them together once: python -m "
+            f"deepspeed.utils.zero_to_fp32 {path.parent} {path.parent / 'whole'} --safe_serialization"
+        )
+        if path.name == ADAPTER_WEIGHTS:
+            remedy += (
+                ", and save those whose names hold lora_, without the .default in them, as this file again "
+                "(safetensors.torch.load_file, save_file)"
+            )
+    raise ModelError(f"{path}: {held}, as DeepSpeed ZeRO-3 leaves them where it does not gather them to save. {remedy}")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -12,8 +11,10 @@ from gradent.losses.base import Loss
 from gradent.losses.custom import from_callable
 from gradent.losses.designs import Design, PairwiseNormalized, TokenMasked
 from gradent.losses.table import CPO, DPO, DPOP, IPO, KTO, RDPO, RRHF, SPPO, SimPO, SLiC
+from gradent.losses.trl import NOT_OF_PAIRS, TRL_TYPES, TRLLoss
+from gradent.text import suggest
 
-__all__ = ["DESIGNS", "LOSSES", "Loss", "available", "from_callable", "get"]
+__all__ = ["DESIGNS", "LOSSES", "Loss", "available", "from_callable", "from_trl", "get"]
 
 _TABLE_2: tuple[type[Loss], ...] = (DPO, RDPO, SimPO, IPO, RRHF, SLiC, CPO, DPOP, KTO, SPPO)
 
@@ -37,11 +38,13 @@ def get(name: str, **hyper: Any) -> Loss:
     """The loss of that name with these hyperparameters.
 
     Args:
-        name: one of `available()`, or of `DESIGNS`.
+        name: one of `available()`, of `DESIGNS`, or TRL's name of a loss of its DPOTrainer ("sigmoid", which is "dpo",
+            "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
+            "sigmoid_norm"). "ipo" is the paper's form; TRL's, which averages over tokens, has `length_normalized=True`.
         **hyper: the loss's hyperparameters (`beta`, `lam`, `alpha`, `gamma`, `delta`, `lambda_w`, `lambda_l`,
-            `z_ref`, `length_normalized`, `reference_free`; each loss takes some of them). What is not given has the
-            default of the paper's Appendix C, or TRL's; see the loss's class. A design takes `base`, a name
-            (by default "dpo") with that loss's hyperparameters beside it, or a `Loss`; "pairwise_normalized" also
+            `z_ref`, `length_normalized`, `reference_free`, `label_smoothing`; each loss takes some). What is not given
+            has the default of the paper's Appendix C, or TRL's; see the loss's class. A design takes `base`, a name (by
+            default "dpo") with that loss's hyperparameters beside it, or a `Loss`; "pairwise_normalized" also
             `scale` and `C`.
 
     Returns:
@@ -58,14 +61,29 @@ def get(name: str, **hyper: Any) -> Loss:
     """
     if isinstance(name, str) and name in DESIGNS:
         return _get_design(name, hyper)
+    if isinstance(name, str) and name in {*TRL_TYPES, *NOT_OF_PAIRS} - {*LOSSES}:
+        return from_trl(name, hyper)
     if not isinstance(name, str) or name not in LOSSES:
-        known = [*LOSSES, *DESIGNS]
+        known, trl = [*LOSSES, *DESIGNS], [each for each in TRL_TYPES if each not in LOSSES]
         raise InputError(
-            f"losses.get: unknown loss {name!r}{_suggest(name, known)} Accepted: {', '.join(known)}; "
-            "for any other loss use losses.from_callable."
+            f"losses.get: unknown loss {name!r}{suggest(name, [*known, *trl])} Accepted: {', '.join(known)}; TRL's "
+            f"names {', '.join(trl)}; in Python, losses.from_callable for any other loss."
         )
     _refuse_unknown(name, hyper, _defaults(LOSSES[name]))
     return LOSSES[name](**hyper)
+
+
+def from_trl(loss_type: str | Sequence[str], hyper: Mapping[str, Any]) -> Loss:
+    """The loss of a `DPOConfig` with these of its arguments: one of the paper's where it is that, else a `TRLLoss`."""
+    kinds = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+    accepted = {name: value for name, value in _defaults(TRLLoss).items() if name != "loss_type"}
+    _refuse_unknown("+".join(kinds), hyper, accepted)
+    given = {name: value for name, value in hyper.items() if value != accepted[name] or name == "beta"}
+    if set(given) <= {"beta"} and kinds == ("sigmoid",):
+        return DPO(**given)
+    if set(given) <= {"beta"} and kinds == ("ipo",):
+        return IPO(**given, length_normalized=True)
+    return TRLLoss(loss_type=kinds, **hyper)
 
 
 def _get_design(name: str, hyper: dict[str, Any]) -> Loss:
@@ -76,8 +94,7 @@ def _get_design(name: str, hyper: dict[str, Any]) -> Loss:
     if isinstance(base, str):
         if base not in LOSSES:
             raise InputError(
-                f"losses.get: {name} has base {base!r}{_suggest(base, LOSSES)} Accepted: {', '.join(LOSSES)}, or a "
-                "Loss."
+                f"losses.get: {name} has base {base!r}{suggest(base, LOSSES)} Accepted: {', '.join(LOSSES)}, or a Loss."
             )
         _refuse_unknown(f"{name} on {base}", of_base, {**accepted, **_defaults(LOSSES[base])})
         base = LOSSES[base](**of_base)
@@ -96,12 +113,6 @@ def _refuse_unknown(name: str, hyper: Iterable[str], accepted: Mapping[str, Any]
         if parameter not in accepted:
             shown = ", ".join(f"{key}={value!r}" for key, value in accepted.items()) or "none"
             raise InputError(
-                f"losses.get: {name} has no hyperparameter {parameter!r}{_suggest(parameter, accepted)} "
+                f"losses.get: {name} has no hyperparameter {parameter!r}{suggest(parameter, accepted)} "
                 f"Accepted, with defaults: {shown}."
             )
-
-
-def _suggest(received: object, accepted: Iterable[str]) -> str:
-    # 0.7: at difflib's default, 0.6, TRL's "sigmoid" (which is dpo) would be taken for simpo.
-    close = difflib.get_close_matches(str(received).lower(), list(accepted), n=1, cutoff=0.7)
-    return f"; did you mean {close[0]!r}?" if close else "."

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gradent.errors import ModelError
-from gradent.model.parameters import unwrap_compiled
+from gradent.model.parameters import compiled_modules, unwrap_compiled
 
 __all__ = ["is_observed", "observed"]
 
@@ -45,8 +45,12 @@ def observed(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
     tensors = model.parameters() if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
     devices = sorted({p.device.index for p in tensors if p.device.type == "cuda"} - {None})
     is_cached = torch.is_autocast_cache_enabled()
+    # Compiled calls would trace what watches a pass, and be other functions afterwards.
+    compiled = [(module, module._compiled_call_impl) for module in compiled_modules(model)]  # noqa: SLF001
     _OBSERVED.append(model)
     try:
+        for module, _ in compiled:
+            module._compiled_call_impl = None  # noqa: SLF001
         with torch.random.fork_rng(devices=devices):
             if any(training != dropout for _, training in modes):
                 model.train(dropout)
@@ -62,6 +66,8 @@ def observed(model: nn.Module, *, dropout: bool = False) -> Iterator[None]:
             yield
     finally:
         _OBSERVED.remove(model)
+        for module, call in compiled:
+            module._compiled_call_impl = call  # noqa: SLF001
         torch.set_autocast_cache_enabled(is_cached)
         for module, attributes in warners:
             vars(module).pop(_PADDING_WARNING, None)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor, device, nn
 
 from gradent.errors import InputError, ModelError, NothingTrainableError
+from gradent.model.sharding import sharding
 
 __all__ = [
-    "NO_DOUBLE", "check_ids", "device_without_double", "input_device", "is_sharded", "output_embeddings", "trainable",
-    "unwrap_compiled",
+    "NO_DOUBLE", "check_ids", "compiled_modules", "device_without_double", "input_device", "output_embeddings",
+    "trainable", "unwrap_compiled",
 ]  # fmt: skip
 
 
@@ -22,9 +23,9 @@ def unwrap_compiled(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether the model's parameters are spread over ranks (FSDP2), each whole only while its module runs."""
-    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+def compiled_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules that `module.compile()` was called on: theirs is a compiled call, not a wrapper."""
+    return [module for module in model.modules() if getattr(module, "_compiled_call_impl", None) is not None]
 
 
 def trainable(model: nn.Module, *, sharded: bool = False) -> dict[str, nn.Parameter]:
@@ -37,12 +38,18 @@ def trainable(model: nn.Module, *, sharded: bool = False) -> dict[str, nn.Parame
             "PEFT adapter load it with PeftModel.from_pretrained(..., is_trainable=True)."
         )
     for name, parameter in parameters.items():
-        if parameter.is_meta or (hasattr(parameter, "device_mesh") and not sharded):
-            kind = "on the meta device" if parameter.is_meta else "sharded (DTensor)"
+        if parameter.is_meta:
             raise ModelError(
-                f"parameter {name!r} is {kind}; a measurement needs the whole parameter where the model computes. Load "
-                "the model without offloading, or gather it first (FSDP: summon the full parameters)."
+                f"parameter {name!r} is on the meta device; a measurement needs the whole parameter where the model "
+                "computes. Load the model without offloading."
             )
+    kind = None if sharded else sharding(model)
+    if kind is not None:
+        raise ModelError(
+            f"the parameters are sharded ({kind}); a measurement needs each whole where the model computes. Measure a "
+            "checkpoint of the run instead (gradent audit, gradent.measure), loaded without it; inside the run, "
+            "EntanglementCallback and attach read FSDP2 and ZeRO-3 off the run's own backward."
+        )
     return parameters
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gradent.errors import InputError, PairError
-from gradent.pairs.tokenize import tokenize_pair
+from gradent.pairs.preparation import KEEP_START, Preparation, check_truncation_mode
+from gradent.pairs.tokenize import refuse_equal, tokenize_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -212,12 +213,13 @@ class PairBatch:
         max_length: int | None = 1024,
         *,
         add_eos: bool = False,
+        truncation_mode: str = KEEP_START,
     ) -> PairBatch:
         """A batch from text, tokenized the way TRL's DPOTrainer does it.
 
         Prompt and prompt + completion are tokenized separately and the completion starts where the two differ. Strings
         are taken as they are; lists of messages go through the tokenizer's chat template. A row longer than
-        `max_length` loses the end of its completion (TRL's `keep_start`).
+        `max_length` loses the end of its completion, or its own beginning (TRL's `keep_start` and `keep_end`).
 
         Args:
             tokenizer: a transformers tokenizer. It needs no pad token: padding never enters a result.
@@ -226,25 +228,37 @@ class PairBatch:
             rejected: dispreferred completions, of the prompts' kind.
             max_length: most tokens a row may have; None for no limit.
             add_eos: append the tokenizer's EOS to string completions, as TRL's DPOTrainer does while training.
+            truncation_mode: "keep_start" or "keep_end": which end of a row longer than `max_length` is kept.
 
         Returns:
-            The `PairBatch` of `len(prompts)` pairs, int64 on the CPU.
+            The `PairBatch` of `len(prompts)` pairs, int64 on the CPU. A prompt of no token (an empty string, and a
+            tokenizer without BOS) leaves its completions' first tokens as context: nothing predicts them, and TRL's
+            loss does not count them.
 
         Raises:
-            InputError: the three sequences differ in length, or are empty, or EOS is asked of a tokenizer without one.
-            PairError: an empty completion, a prompt that leaves no room under `max_length`, or chosen equal to
-                rejected.
+            InputError: the three sequences differ in length, or are empty, EOS is asked of a tokenizer without one, or
+                `truncation_mode` is neither.
+            PairError: an empty completion, a prompt that leaves no room under `max_length` with `keep_start`, or
+                chosen equal to rejected.
         """
         if not (len(prompts) == len(chosen) == len(rejected)):
             raise InputError(
                 f"PairBatch.from_text: received {len(prompts)} prompts, {len(chosen)} chosen and {len(rejected)} "
                 "rejected; there must be one of each a pair."
             )
-        pairs = [
-            tokenize_pair(tokenizer, *texts, max_length=max_length, add_eos=add_eos, where=f"pair {number}")
-            for number, texts in enumerate(zip(prompts, chosen, rejected, strict=True))
-        ]
-        return cls.from_tokens(pairs, pad_token_id=tokenizer.pad_token_id or 0)
+        if len(prompts) == 0:
+            raise InputError("PairBatch.from_text: received no pair; at least one is needed.")
+        how = Preparation(
+            max_length=max_length, add_eos=add_eos, truncation_mode=check_truncation_mode(truncation_mode)
+        )
+        pairs = []
+        for number, (prompt, *sides) in enumerate(zip(prompts, chosen, rejected, strict=True)):
+            where = f"pair {number}"
+            rows = tokenize_rows(tokenizer, prompt, sides, how, where=where, names=("chosen", "rejected"))
+            refuse_equal(rows, where, max_length)
+            pairs.append(rows)
+        padded = pad_rows([make_row(*pair[side]) for side in (0, 1) for pair in pairs], tokenizer.pad_token_id or 0)
+        return cls(*padded)
 
 
 def find_problem(attention_mask: Tensor, completion_mask: Tensor, *, kind: str, empty: str) -> tuple[int, str] | None:

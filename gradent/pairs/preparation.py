@@ -6,6 +6,8 @@
 | to 0.28 | the same | on strings | the same |
 | 0.29 to 1.14 | prompt, and prompt + response from its length on | on strings that lack it | keep_start |
 | 1.15 and on | their common beginning, and what follows it | the same | the same |
+
+Up to 0.28, `max_prompt_length` keeps a prompt's end and `max_completion_length` a response's start, before the cut.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class Preparation:
     max_length: int | None = 1024
     truncation_mode: str = KEEP_START
     max_prompt_length: int | None = None  # most tokens of a prompt, whose end is kept; TRL has it up to 0.28
+    max_completion_length: int | None = None  # most tokens of a response, EOS included; TRL has it up to 0.28
     add_eos: bool = True
     seam: str = "common"  # where a response begins: "apart", "prompt" or "common", the rows of the table above
     has_chat_eos: bool = False  # whether EOS follows what the chat template made as well
@@ -69,7 +72,7 @@ class Preparation:
         prompt_ids, responses = tokenize(tokenizer, prompt, completions, given)
         for name, ids in zip(names, responses, strict=True):
             if not ids:
-                raise PairError(f"{where}: {name} is empty after tokenization; it needs at least one token.")
+                raise self._empty(where, name)
         if self.truncation_mode == KEEP_START and self.max_length is not None and len(prompt_ids) >= self.max_length:
             raise IgnoredPairError(
                 f"{where}: the prompt has {len(prompt_ids)} tokens and max_length is {self.max_length}, which leaves "
@@ -79,9 +82,23 @@ class Preparation:
         rows = [self._cut(prompt_ids, ids) for ids in responses]
         for name, row in zip(names, rows, strict=True):
             if not row[1]:
-                raise PairError(f"{where}: nothing predicts the only token of {name}. Give a longer prompt.")
+                raise IgnoredPairError(
+                    f"{where}: nothing predicts the only token of {name}. Give a longer prompt.",
+                    "a response is one token with nothing before it, and TRL counts no token that nothing predicts",
+                )
         lengths = [len(prompt_ids) + len(ids) for ids in responses]
         return rows, 0 if self.max_length is None else sum(length > self.max_length for length in lengths)
+
+    def _empty(self, where: str, name: str) -> IgnoredPairError:
+        """What is wrong with a response of which no token is left."""
+        if self.seam == "prompt":
+            why = "no longer than the prompt, generation prompt included, at whose length TRL 0.29 to 1.14 cuts it off"
+        else:
+            why = "no token of it is left"
+        return IgnoredPairError(
+            f"{where}: {name} is empty after tokenization ({why}); it needs at least one token.",
+            f"a response is empty ({why}), and TRL trains on the other one alone",
+        )
 
     def _together(
         self, tokenizer: PreTrainedTokenizerBase, prompt: Any, completions: Sequence[Any], given: Mapping[str, Any]
@@ -116,7 +133,8 @@ class Preparation:
         ids = [list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (prompt, *completions)]
         if self.add_eos and tokenizer.eos_token_id is not None and (self.has_chat_eos or not is_chat):
             ids[1:] = [[*part, tokenizer.eos_token_id] for part in ids[1:]]
-        return ids[0] if self.max_prompt_length is None else ids[0][-self.max_prompt_length :], ids[1:]
+        responses = [part[: self.max_completion_length] for part in ids[1:]]
+        return ids[0] if self.max_prompt_length is None else ids[0][-self.max_prompt_length :], responses
 
     def _cut(self, prompt_ids: list[int], ids: list[int]) -> TokenRow:
         if self.max_length is not None and self.truncation_mode == KEEP_START:
@@ -138,8 +156,10 @@ def read_release(version: str | None) -> tuple[int, ...]:
 def release_defaults(version: str | None) -> dict[str, Any]:
     """The defaults of a release's DPOConfig for what it cuts."""
     if read_release(version) < (0, 29):
-        return {"max_length": 1024, "truncation_mode": KEEP_END, "max_prompt_length": 512}
-    return {"max_length": 1024, "truncation_mode": KEEP_START, "max_prompt_length": None}
+        mode, prompt = KEEP_END, 512
+    else:
+        mode, prompt = KEEP_START, None
+    return {"max_length": 1024, "truncation_mode": mode, "max_prompt_length": prompt, "max_completion_length": None}
 
 
 def check_truncation_mode(mode: str) -> str:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gradent.errors import InputError, PairError
 from gradent.pairs.batch import find_problem, make_row, pad_rows
-from gradent.pairs.tokenize import tokenize_completions
+from gradent.pairs.preparation import KEEP_START, Preparation, check_truncation_mode
+from gradent.pairs.tokenize import tokenize_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -150,6 +151,7 @@ class RowBatch:
         max_length: int | None = 1024,
         *,
         add_eos: bool = False,
+        truncation_mode: str = KEEP_START,
     ) -> RowBatch:
         """A batch from text, tokenized as `PairBatch.from_text` does it.
 
@@ -157,25 +159,35 @@ class RowBatch:
             tokenizer: a transformers tokenizer. It needs no pad token: padding never enters a result.
             prompts: one string, or list of messages, a group.
             completions: the completions of each prompt, of the prompts' kind.
-            max_length: most tokens a row may have, beyond which a completion loses its end; None for no limit.
+            max_length: most tokens a row may have; None for no limit.
             add_eos: append the tokenizer's EOS to string completions.
+            truncation_mode: "keep_start" or "keep_end": which end of a row longer than `max_length` is kept.
 
         Returns:
             The `RowBatch` of all completions, group after group, int64 on the CPU.
 
         Raises:
-            InputError: the two sequences differ in length, or are empty, or EOS is asked of a tokenizer without one.
-            PairError: an empty completion, or a prompt that leaves no room under `max_length`.
+            InputError: the two sequences differ in length, or are empty, EOS is asked of a tokenizer without one, or
+                `truncation_mode` is neither.
+            PairError: a group without a completion, an empty completion, or a prompt that leaves no room under
+                `max_length` with `keep_start`.
         """
         if len(prompts) != len(completions):
             raise InputError(
                 f"RowBatch.from_text: received {len(prompts)} prompts and {len(completions)} lists of completions; "
                 "there must be one of each a group."
             )
-        groups = [
-            tokenize_completions(
-                tokenizer, prompt, texts, max_length=max_length, add_eos=add_eos, where=f"group {number}"
-            )
-            for number, (prompt, texts) in enumerate(zip(prompts, completions, strict=True))
-        ]
-        return cls.from_tokens(groups, pad_token_id=tokenizer.pad_token_id or 0)
+        if len(prompts) == 0:
+            raise InputError("RowBatch.from_text: received no group; at least one is needed.")
+        how = Preparation(
+            max_length=max_length, add_eos=add_eos, truncation_mode=check_truncation_mode(truncation_mode)
+        )
+        rows: list[tuple[Tensor, Tensor]] = []
+        numbers: list[int] = []
+        for number, (prompt, texts) in enumerate(zip(prompts, completions, strict=True)):
+            if not texts:
+                raise PairError(f"group {number}: there is no completion; a group needs one at least.")
+            found = tokenize_rows(tokenizer, prompt, texts, how, where=f"group {number}")
+            rows += [make_row(*row) for row in found]
+            numbers += [number] * len(found)
+        return cls(*pad_rows(rows, tokenizer.pad_token_id or 0), torch.tensor(numbers))

@@ -1,7 +1,4 @@
-"""A preference pair from text to token ids, the way TRL's DPOTrainer does it.
-
-Prompt and prompt + completion are tokenized separately, and the completion starts where the two differ.
-"""
+"""A prompt and its responses as token ids, as TRL's DPOTrainer makes them (`gradent.pairs.preparation`), checked."""
 
 from __future__ import annotations
 
@@ -9,12 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradent.errors import InputError, PairError
-from gradent.pairs.preparation import common_prefix, token_ids
+from gradent.pairs.preparation import Preparation, TokenRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["tokenize_completions", "tokenize_pair"]
+__all__ = ["refuse_equal", "tokenize_pair", "tokenize_rows"]
+
+_SIDES = ("chosen", "rejected")
 
 
 def tokenize_pair(
@@ -28,30 +27,37 @@ def tokenize_pair(
     where: str = "pair",
 ) -> tuple[list[int], list[int], list[int]]:
     """`(prompt_ids, chosen_ids, rejected_ids)`, the end cut, of strings or message lists; `where` is for errors."""
-    names = ("chosen", "rejected")
-    prompt_ids, (chosen_ids, rejected_ids) = tokenize_completions(
-        tokenizer, prompt, (chosen, rejected), max_length=max_length, add_eos=add_eos, where=where, names=names
-    )
-    if chosen_ids == rejected_ids:
+    how = Preparation(max_length=max_length, add_eos=add_eos)
+    rows = tokenize_rows(tokenizer, prompt, (chosen, rejected), how, where=where, names=_SIDES)
+    (prompt_ids, chosen_ids), (other, rejected_ids) = rows
+    if prompt_ids != other:
+        raise PairError(
+            f"{where}: the tokenized prompt is empty (or shares no token with prompt + completion), so nothing "
+            "predicts the completion's first token. Give a longer prompt, or a tokenizer that adds a BOS token."
+        )
+    refuse_equal(rows, where, max_length)
+    return prompt_ids, chosen_ids, rejected_ids
+
+
+def refuse_equal(rows: Sequence[TokenRow], where: str, max_length: int | None) -> None:
+    """Refuse a pair whose two rows are one."""
+    if rows[0] == rows[1]:
         raise PairError(
             f"{where}: chosen equals rejected, token for token (after truncation to max_length={max_length}). Such a "
             "pair has no preference to learn: remove it, or raise max_length if truncation made the two equal."
         )
-    return prompt_ids, chosen_ids, rejected_ids
 
 
-def tokenize_completions(
+def tokenize_rows(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Any,
     completions: Sequence[Any],
+    how: Preparation,
     *,
-    max_length: int | None,
-    add_eos: bool,
     where: str,
     names: Sequence[str] | None = None,
-    **template: Any,
-) -> tuple[list[int], list[list[int]]]:
-    """Token ids of a prompt and its completions, truncated; `names` are for errors, `template` for a chat template."""
+) -> list[TokenRow]:
+    """Context and completion of each of a prompt's completions, cut; `names` are for errors."""
     names = names or [f"completion {number}" for number in range(len(completions))]
     parts = (prompt, *completions)
     if len({isinstance(part, str) for part in parts}) != 1:
@@ -60,31 +66,11 @@ def tokenize_completions(
             f"{where}: prompt, {' and '.join(names)} are {kinds}; they must be all strings or all lists of messages."
         )
     for name, completion in zip(names, completions, strict=True):
-        if not completion:
+        if not completion and not (isinstance(completion, str) and how.add_eos):
             raise PairError(f"{where}: {name} is empty; a completion needs at least one token. Remove this pair.")
-    if isinstance(prompt, str) and add_eos:
-        eos = tokenizer.eos_token
-        if eos is None:
-            raise InputError(
-                f"{where}: add_eos=True, but the tokenizer has no EOS token. Set tokenizer.eos_token, or pass "
-                "add_eos=False (command line: --no-add-eos)."
-            )
-        completions = [text if text.endswith(eos) else text + eos for text in completions]
-    prompt_ids = token_ids(tokenizer, prompt, add_generation_prompt=True, **template)
-    texts = [token_ids(tokenizer, prompt + completion, **template) for completion in completions]
-    start = min((common_prefix(prompt_ids, ids) for ids in texts), default=0)
-    if start == 0:
-        raise PairError(
-            f"{where}: the tokenized prompt is empty (or shares no token with prompt + completion), so nothing "
-            "predicts the completion's first token. Give a longer prompt, or a tokenizer that adds a BOS token."
+    if isinstance(prompt, str) and how.add_eos and tokenizer.eos_token is None:
+        raise InputError(
+            f"{where}: add_eos=True, but the tokenizer has no EOS token. Set tokenizer.eos_token, or pass "
+            "add_eos=False (command line: --no-add-eos)."
         )
-    if max_length is not None and start >= max_length:
-        raise PairError(
-            f"{where}: the prompt has {start} tokens and max_length is {max_length}, which leaves no room for a "
-            "completion. Raise max_length (command line: --max-length) or shorten the prompt."
-        )
-    shortened = [ids[start:max_length] for ids in texts]
-    for name, ids in zip(names, shortened, strict=True):
-        if not ids:
-            raise PairError(f"{where}: {name} is empty after tokenization; it needs at least one token.")
-    return prompt_ids[:start], shortened
+    return how.rows(tokenizer, prompt, completions, where=where, names=names)[0]

@@ -19,8 +19,9 @@ from gradent.errors import ModelError
 from gradent.hooks.capture.capture import Capture
 from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.uses import GroupedUse, LookupUse, MatrixUse, SumUse, Use
-from gradent.loading.adapters import read_adapter
+from gradent.loading.adapters import read_adapter, weight_names
 from gradent.loading.files import brief, hint
+from gradent.loading.kinds.classes import build_model, model_class
 from gradent.loading.models import LOAD_ERRORS, load_config, not_causal
 from gradent.loading.source import ModelSource
 from gradent.model.calls import forward_logits
@@ -72,7 +73,7 @@ def inspect_model(source: ModelSource, *, trust_remote_code: bool = False) -> Tr
     config = load_config(source.base, trust_remote_code=trust_remote_code)
     given = getattr(config, "dtype", None)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = _build(source.base, config, trust_remote_code)
+        model = _build(source.base, config, weight_names(source.adapter), trust_remote_code)
         if source.adapter is not None:
             model = _adapt(model, source.adapter, source.base)
     try:
@@ -151,12 +152,9 @@ def _count(use: Use) -> tuple[Kind, int]:
     return "sum", 0
 
 
-def _build(base: str, config: Any, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
-
+def _build(base: str, config: Any, names: list[str], trust_remote_code: bool) -> Any:
     def build(dtype: torch.dtype) -> Any:
-        factory: Any = AutoModelForCausalLM
-        return factory.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        return build_model(model_class(config, names), config, dtype, trust_remote_code=trust_remote_code)
 
     try:
         model = build(torch.float32)

@@ -52,6 +52,7 @@ class JsonLines:
         except BaseException:
             os.close(self._file)
             raise
+        self._start = os.fstat(self._file).st_size
 
     def append(self, entries: Iterable[Mapping[str, Any]], *, sync: bool = False) -> None:
         """Append all entries or none; with `sync`, no crash of the machine can lose them once this returns."""
@@ -69,6 +70,10 @@ class JsonLines:
         except BaseException:
             os.ftruncate(self._file, size)  # half a line would spoil the next
             raise
+
+    def rewind(self) -> None:
+        """Take off what was appended since the file was opened."""
+        os.ftruncate(self._file, self._start)
 
     def close(self) -> None:
         """Close the file."""

@@ -65,6 +65,10 @@ class PairStream:
                 )
         self._lines.append(rows)
 
+    def rewind(self) -> None:
+        """Take off the rows that were appended since the file was opened."""
+        self._lines.rewind()
+
     def close(self) -> None:
         """Close the file."""
         self._lines.close()

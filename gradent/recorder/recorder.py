@@ -26,8 +26,15 @@ from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.measurement import measure, measure_rows, measure_weighted
 from gradent.model.calls import tempered
 from gradent.model.inputs import find_noise
-from gradent.model.parameters import NO_DOUBLE, device_without_double, is_sharded, trainable, unwrap_compiled
+from gradent.model.parameters import (
+    NO_DOUBLE,
+    compiled_modules,
+    device_without_double,
+    trainable,
+    unwrap_compiled,
+)
 from gradent.model.preconditioner import metric_roots
+from gradent.model.sharding import sharding, unwatchable
 from gradent.notices import Notices
 from gradent.pair_gram import PairGram, sum_modules, sum_parameters
 from gradent.pairs.batch import PairBatch
@@ -64,10 +71,25 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 NO_CONTRAST = (
-    "gradent has nothing to say here, and records nothing: every row is pushed up: there are no pairs and no groups in "
+    "gradent has nothing to say here, and records nothing: every row is pushed {}: there are no pairs and no groups in "
     "this loss (docs/groups.md says which losses have them). pairing= says how rows belong together, if they do."
 )
-"""What is said of supervised fine-tuning and its like."""
+"""What is said of supervised fine-tuning and its like, and of unlearning: all rows go up, or down."""
+
+
+ALL_ZERO = (
+    "gradent records nothing of this step: the loss moves its rows, and every gradient that was seen is zero, so that "
+    "none was: the trainable parameters are not those that the model computes with (a wrapper's copies of them, a part "
+    "of the model that these inputs do not reach)."
+)
+"""What is said where a backward reaches none of the parameters."""
+
+UNSEEN = (
+    "gradent records nothing: no forward of the model was seen in this step. The loss calls parts of it (a fused head, "
+    "which takes hidden states and the head's weight), or another module than the one that is watched: attach(model) "
+    "takes the module that the loop calls. probe_data needs no such forward."
+)
+"""What is said where the model's own forward never runs."""
 
 
 TAKEN_FOR_GROUPS = (
@@ -186,6 +208,9 @@ class Recorder:
         self._is_compiled = config.model is not model
         self.has_contrast = False
         """Whether any rows that nobody calls pairs or groups have been raised and others lowered."""
+        self.has_moved = False
+        """Whether the weights had moved already when a backward was settled: an optimizer that steps inside it."""
+        self._refusal: str | None = None  # why the model is not watched although it was to be
         self._piggyback: Piggyback | None = None
         self._collected: list[Recording | RowRecording] = []
         self._backwards = 0
@@ -217,14 +242,23 @@ class Recorder:
             ModelError: the model has no trainable parameter, or is on a device without float64 (MPS).
             InputError: `metric` is no Adam(W) optimizer that has taken a step.
         """
-        if self._piggyback is not None:
+        if self.armed:
+            return
+        self.has_moved = False
+        self._refusal = unwatchable(self._config.model)
+        if self._refusal is not None:
+            self._log_once(f"gradent cannot watch this model, and records nothing: {self._refusal}.")
             return
         kind = device_without_double(self._model)
         if kind is not None:
             raise ModelError(NO_DOUBLE.format(device=kind))
         parameters = trainable(self._model, sharded=True)
-        if self.metric is not None and is_sharded(self._model):
-            raise ModelError("metric: the optimizer's state is sharded (FSDP); only metric=None is available there.")
+        kind = sharding(self._model)
+        if self.metric is not None and kind is not None:
+            raise ModelError(f"metric: the optimizer's state is sharded ({kind}); only metric=None is available there.")
+        self._is_compiled = self._config.model is not self._model or bool(compiled_modules(self._model))
+        if self._is_compiled:  # a capture would be traced
+            self._config = replace(self._config, has_entries=False)
         weight = None if self.metric is None else metric_roots(self.metric, parameters)
         self._config = replace(self._config, parameters=parameters, weight=weight)
         self._config = replace(self._config, step=self._accounts.arm(self._config, self._account_obstacle()))
@@ -240,13 +274,14 @@ class Recorder:
     @property
     def armed(self) -> bool:
         """Whether the model is being watched."""
-        return self._piggyback is not None
+        return self._piggyback is not None or self._refusal is not None
 
     def disarm(self) -> None:
         """Take every hook off the model."""
         if self._piggyback is not None:
             self._piggyback.disarm()
             self._piggyback = None
+        self._refusal = None
         self._collected.clear()
         self._accounts.disarm()
         self._backwards = 0
@@ -264,7 +299,8 @@ class Recorder:
             loss_scale: a gradient scaler's scale, by which all weights are divided.
 
         Returns:
-            The recording, of pairs or of rows that are no pairs; None where no backward came through the model.
+            The recording, of pairs or of rows that are no pairs; None where no backward came through the model, or
+            where it cannot be read or measured (said once in the log).
 
         Raises:
             InputError: the recorder is not armed.
@@ -272,6 +308,8 @@ class Recorder:
             GradentError: what `measure` raises.
         """
         self.collect()
+        if self._piggyback is not None and not self._piggyback.forwards:
+            self._log_once(UNSEEN)
         recordings, self._collected, self._backwards = self._collected, [], 0
         try:
             recording = self._refuse(_join(recordings, scale, loss_scale))
@@ -301,7 +339,7 @@ class Recorder:
             self._log_once(TAKEN_FOR_GROUPS)
         if self.has_contrast or not len(weight):
             return recording if self.has_contrast else None
-        self._log_once(NO_CONTRAST)
+        self._log_once(NO_CONTRAST.format("up" if bool((weight >= 0).all()) else "down"))
         return None
 
     def collect(self) -> int:
@@ -314,6 +352,8 @@ class Recorder:
             InputError: the recorder is not armed.
             GradentError: as `harvest`.
         """
+        if self._refusal is not None:
+            return 0
         if self._piggyback is None:
             raise InputError("the recorder is not armed; use it inside `with attach(model) as recorder:`.")
         clock = self._piggyback.clock
@@ -353,12 +393,8 @@ class Recorder:
             )
             return None
         recording = self._settle_pairs(observation) if observation.sides == 2 else self._settle_rows(observation)
+        self.has_moved |= observation.weights is not None and observation.weights.has_moved()
         if recording is None:
-            self._log_once(
-                "gradent records nothing of this step: the loss moves its rows, and every gradient that was seen is "
-                "zero, so that none was: the trainable parameters are not those that the model computes with (a "
-                "wrapper's copies of them, a part of the model that these inputs do not reach)."
-            )
             return None
         if self._config.should_share and not observation.shared and bool(observation.c.any()):
             self._log_once(
@@ -374,7 +410,7 @@ class Recorder:
         return "the model is compiled" if self._is_compiled else observation.no_entries_reason
 
     def _settle_rows(self, observation: BackwardObservation) -> Recording | RowRecording | None:
-        """The recording of a backward whose rows are no pairs; None where all gradients are zero."""
+        """The recording of a backward whose rows are no pairs; None, and a line in the log, where there can be none."""
         moves = [bool(tokens.any()) for tokens in observation.tokens]
         active = [row for row, is_moved in enumerate(moves) if is_moved and observation.rows[row][1].any()]
         rest = sorted(set(range(len(moves))) - set(active))
@@ -382,8 +418,10 @@ class Recorder:
         group, obstacle = number_groups(labels), self._obstacle(observation)
         batch = RowBatch.from_rows([observation.rows[row] for row in active], group) if active else None
         needs_pass = bool(active) and (self._mode == "measure" or obstacle is not None)
+        if needs_pass and self._bars_pass(observation, obstacle):
+            return None
         if needs_pass:
-            self._check_pass(obstacle)
+            self._announce_pass(obstacle)
             assert batch is not None
             with tempered(self._config.temperature):
                 rows = measure_rows(
@@ -396,6 +434,7 @@ class Recorder:
         if not bool(rows.products.isfinite().all()) and self._has_overflow(observation):
             return self._overflown(observation)
         if active and not bool(rows.products.diagonal().any()):
+            self._log_once(ALL_ZERO)
             return None
         self._accounts.add(observation, active, has_own_pass=needs_pass)
         return RowRecording(
@@ -418,7 +457,7 @@ class Recorder:
         )  # fmt: skip
 
     def _settle_pairs(self, observation: BackwardObservation) -> Recording | RowRecording | None:
-        """The recording of a backward of pairs; None where all gradients are zero."""
+        """The recording of a backward of pairs; None, and a line in the log, where there can be none."""
         pairs = observation.pairs
         obstacle = self._obstacle(observation)
         is_moved = (observation.c[:pairs] != 0) & (observation.c[pairs:] != 0)
@@ -433,6 +472,8 @@ class Recorder:
         batch = PairBatch.from_rows([observation.rows[number] for number in numbers]) if numbers else None
         needs_pass = bool(active) and (self._mode == "measure" or obstacle is not None)
         along: Tensor | None = None
+        if needs_pass and self._bars_pass(observation, obstacle):
+            return None
         if needs_pass:
             is_weighted = not observation.is_constant and observation.is_of_tokens
             weights = [observation.tokens[number] for number in numbers] if is_weighted else None
@@ -445,6 +486,7 @@ class Recorder:
             if not bool(finite.all()) and self._has_overflow(observation):
                 return self._overflown(observation)
         if active and not bool(gram.chosen_sq.any() or gram.rejected_sq.any()):
+            self._log_once(ALL_ZERO)
             return None
         self._accounts.add(observation, active, has_own_pass=needs_pass)
         divisor = 2 * pairs + observation.unpaired if self._config.pairing == "signs" else pairs
@@ -457,7 +499,9 @@ class Recorder:
 
     def _one_sided(self, observation: BackwardObservation) -> list[int]:
         """Pairs of which the loss moves one side alone, where a pass of gradent's own can measure the other too."""
-        if self._mode == "piggyback" or observation.is_reward or observation.further or is_sharded(self._model):
+        mark = observation.weights
+        bars = observation.is_reward or observation.further or sharding(self._model) is not None
+        if self._mode == "piggyback" or bars or (mark is not None and mark.has_moved()):
             return []
         moves = (observation.c != 0).view(2, -1)
         has_marks = torch.tensor([bool(marks.any()) for _, marks in observation.rows]).view(2, -1)
@@ -496,7 +540,7 @@ class Recorder:
         self, batch: PairBatch | None, obstacle: str | None, weights: Sequence[Tensor] | None
     ) -> tuple[PairGram, Tensor | None]:
         """Measure in a pass of gradent's own, with tokens' weights along the loss's gradient too; `obstacle` is why."""
-        self._check_pass(obstacle)
+        self._announce_pass(obstacle)
         if batch is None:
             raise ModelError(
                 f"the entries of a reward model cannot be read off the trainer's backward: {obstacle}. gradent has no "
@@ -507,13 +551,26 @@ class Recorder:
             return measure(self._model, batch, by_module=by_module, memory_budget=budget, metric=metric), None
         return measure_weighted(self._model, batch, weights, by_module=by_module, memory_budget=budget, metric=metric)
 
-    def _check_pass(self, obstacle: str | None) -> None:
-        """Refuse a pass of gradent's own where there can be none, or say why it is made."""
-        if is_sharded(self._model):
-            raise ModelError(
-                f"the entries cannot be read off the trainer's backward ({obstacle}), and a sharded model (FSDP) "
-                "allows no pass of gradent's own: its ranks would wait for one another."
+    def _bars_pass(self, observation: BackwardObservation, obstacle: str | None) -> bool:
+        """Whether there can be no pass of gradent's own, which is said."""
+        kind, mark = sharding(self._model), observation.weights
+        if kind is not None:
+            reason = f"a model sharded by {kind} allows no pass of gradent's own: its ranks would wait for one another"
+        elif mark is not None and mark.has_moved():
+            reason = (
+                "the weights have moved since the backward, so that a pass of gradent's own would measure others: the "
+                "optimizer steps inside the backward (LOMO, layerwise GaLore and APOLLO), or harvest() came after it"
             )
+        else:
+            return False
+        cause = f"it cannot be read off the backward ({obstacle})"
+        if obstacle is None:
+            cause = "mode='measure' asks for a pass of gradent's own (mode='auto' reads off the backward what it can)"
+        self._log_once(f"gradent records nothing of such a step: {cause}, and {reason}.")
+        return True
+
+    def _announce_pass(self, obstacle: str | None) -> None:
+        """Say why a pass of gradent's own is made, unless none may be."""
         if self._mode == "piggyback":
             raise ModelError(
                 f"the entries cannot be read off the trainer's backward: {obstacle}. Use mode='auto' or 'measure'."

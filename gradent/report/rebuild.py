@@ -9,7 +9,7 @@ from pathlib import Path
 from gradent.errors import DataFileError
 from gradent.report.audit.figures import draw_audit
 from gradent.report.audit.page import write_audit_page
-from gradent.report.audit.records import read_audit
+from gradent.report.audit.sections.records import read_audit
 from gradent.report.demo import write_demo_report
 from gradent.report.tokens.groups import write_group_report
 from gradent.report.tokens.page import write_token_report

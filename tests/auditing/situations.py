@@ -11,14 +11,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
-from gradent import audit
+from gradent import PairBatch, audit
 from gradent.auditing.api import AuditResult
 from gradent.record import read_pairs
 from tests.auditing.made import logp, write_jsonl
 from tests.auditing.trained import make_base, word_pairs
+from tests.truth import TOLERANCE, Truth, truth
 
 ROWS = word_pairs(8)
 LORA = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"]}
+SPLIT = [[row[key] for row in ROWS] for key in ("prompt", "chosen", "rejected")]
+ENTRIES = ("chosen_sq", "rejected_sq", "inner", "chosen_logp", "rejected_logp")
 Logps = torch.Tensor
 
 
@@ -99,3 +102,26 @@ def adapted(model: Any, path: Path) -> Any:
 
 def same(found: Logps, expected: Logps) -> None:
     torch.testing.assert_close(found.double(), expected.double(), rtol=2e-5, atol=2e-5)
+
+
+def right(model: Any, tokenizer: Any) -> Truth:
+    """The truth over all rows, by plain autograd."""
+    return truth(model, PairBatch.from_text(tokenizer, *SPLIT, add_eos=True))
+
+
+def entries(result: AuditResult, step: int) -> dict[str, torch.Tensor]:
+    """What an audit recorded of a step, as tensors."""
+    table = read_pairs(result.pairs_path).to_pydict()
+    at = [number for number, value in enumerate(table["step"]) if value == step]
+    return {name: torch.tensor([table[name][n] for n in at], dtype=torch.float64) for name in ENTRIES}
+
+
+def assert_right(result: AuditResult, step: int, model: Any, tokenizer: Any) -> None:
+    """An audit's entries of a step are those of plain autograd on a model."""
+    true, found = right(model, tokenizer), entries(result, step)
+    scale = (true.chosen_sq * true.rejected_sq).sqrt()
+    assert float(((found["inner"] - true.inner) / scale).abs().max()) < TOLERANCE["float32"]
+    for name in ("chosen_sq", "rejected_sq"):
+        torch.testing.assert_close(found[name], getattr(true, name), rtol=TOLERANCE["float32"] * 2, atol=0)
+    for name in ("chosen_logp", "rejected_logp"):
+        torch.testing.assert_close(found[name], getattr(true, name), rtol=2e-5, atol=2e-5)

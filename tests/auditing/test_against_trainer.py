@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 from peft import PeftModel
 
+from gradent.auditing.against_trainer import _expected
 from tests.auditing.situations import LORA, adapted, audited, base_of, train, trained_adapter
+from tests.auditing.trained import word_pairs
 
 RIGHT = {
     "LoRA": {"peft": LORA},
@@ -60,3 +63,51 @@ def test_a_frozen_reference_that_is_lost(tmp_path) -> None:
     log = json.loads((run / "checkpoint-4/trainer_state.json").read_text())["log_history"]
     implied = sum(entry["logps/chosen"] - entry["rewards/chosen"] / 0.1 for entry in log) / 4
     assert f"are {implied:,.1f} on chosen" in doubt
+
+
+LONG = {
+    "LoRA": {"peft": LORA},
+    "LoRA, every third step logged": {"peft": LORA, "logging_steps": 3},
+    "dropout": {"peft": {**LORA, "lora_dropout": 0.3}},
+    "fast": {"peft": LORA, "learning_rate": 5e-2},
+    "full": {"learning_rate": 2e-3},
+    "bfloat16": {"peft": LORA, "bf16": True},
+    "keep_end": {"peft": LORA, "max_length": 6, "truncation_mode": "keep_end"},
+    "one pair a batch": {"peft": LORA, "per_device_train_batch_size": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "seed"),
+    [
+        pytest.param(kind, seed, marks=[] if (seed, kind) == (0, "fast") else pytest.mark.nightly)
+        for kind in LONG
+        for seed in range(3)
+    ],
+)
+def test_a_longer_run_raises_no_doubt(kind, seed, tmp_path) -> None:
+    length = {"max_steps": 24, "save_steps": 8, "seed": seed}
+    train(base_of(tmp_path), tmp_path, rows=word_pairs(40), **{**length, **LONG[kind]})
+    base = {} if "peft" in LONG[kind] else {"base": str(tmp_path / "base")}
+    assert audited(tmp_path, **base).summary["doubt"] is None
+
+
+@pytest.mark.parametrize("loss", ["dpo", "simpo"])
+def test_the_wrong_end_of_long_rows(loss, tmp_path) -> None:
+    length = {"max_steps": 16, "save_steps": 8, "learning_rate": 1e-3}
+    train(base_of(tmp_path), tmp_path, peft=LORA, max_length=6, truncation_mode="keep_end", **length)
+    assert audited(tmp_path, loss=loss).summary["doubt"] is None
+    doubt = audited(tmp_path, loss=loss, truncation_mode="keep_start", out=tmp_path / "wrong").summary["doubt"]
+    assert "1. another truncation: the run's training_args.bin says truncation_mode='keep_end'" in doubt
+
+
+def test_what_a_log_leads_one_to_expect() -> None:
+    draw = np.random.default_rng(0)
+    line = [(step, -40 - 0.5 * (step - 1) + draw.normal()) for step in range(1, 25)]  # each before its step
+    value, error = _expected(line, 16, 4.0, 16)
+    assert abs(value - (-40 - 0.5 * 16)) < error < 4.5
+    off = [(step, -40 - 0.5 * (step - 1)) for step in range(1, 25)]
+    assert _expected(off, 16, 0.0, 16) == (pytest.approx(-48), pytest.approx(0, abs=1e-6))
+    third = [(step, -40 - 0.5 * (step - 2)) for step in range(3, 25, 3)]  # means over three steps
+    assert _expected(third, 12, 0.0, 16)[0] == pytest.approx(-46)
+    assert _expected(line[:3], 3, 4.0, 16) is None

@@ -158,7 +158,7 @@ def test_what_else_a_user_can_get_wrong(local_model) -> None:
     with pytest.raises(InputError, match=r"rollouts.jsonl:1: .*--masks is for pairs"):
         run(local_model, [GROUP], masks=Path("masks.parquet"))
     with pytest.raises(PairError, match=r"rollouts.jsonl:1: completions\[3\] is empty"):
-        run(local_model, [without(completions=[" a", " b", " c", ""])])
+        run(local_model, [without(completions=[" a", " b", " c", ""])], add_eos=False)
 
 
 def test_rewards_near_their_mean_weigh_nothing_and_long_completions_are_cut(local_model) -> None:
@@ -166,7 +166,31 @@ def test_rewards_near_their_mean_weigh_nothing_and_long_completions_are_cut(loca
     record = run(local_model, [row]).record
     assert [each["weight"] for each in record["rollouts"]][2:] == [0.0, 0.0]
     assert record["data"]["truncated"] == 1
-    assert any("1 of 4 completions were cut at max_length 128" in note for note in record["notes"])
+    assert any("1 of 4 rows lost their end to max_length 128" in note for note in record["notes"])
+
+
+def test_rollouts_are_cut_as_pairs_are(local_model) -> None:
+    row = without(completions=[" good", " b" * 90, " c", " d"])
+    record = run(local_model, [row], truncation_mode="keep_end", max_length=40, dtype="float64").record
+    assert record["settings"]["truncation_mode"] == "keep_end" and record["data"]["truncated"] == 1
+    tokenizer = AutoTokenizer.from_pretrained(local_model)
+    model = AutoModelForCausalLM.from_pretrained(local_model, dtype=torch.float64)
+    whole = [tokenizer(row["prompt"] + text + tokenizer.eos_token)["input_ids"] for text in row["completions"]]
+    start = len(tokenizer(row["prompt"])["input_ids"])
+    cut = [ids[-40:] for ids in whole]
+    responses = [ids[max(start, len(ids) - 40) :] for ids in whole]
+    responses[1] = responses[1][1:]  # nothing predicts the first token of a row that lost its prompt
+    assert [each["ids"] for each in record["rollouts"]] == responses
+    rows = [
+        (torch.tensor(ids), torch.arange(len(ids)) >= len(ids) - len(response))
+        for ids, response in zip(cut, responses, strict=True)
+    ]
+    batch = RowBatch.from_rows(rows, torch.zeros(4, dtype=torch.int64))
+    (found,) = token_influence(model, batch, torch.tensor(WEIGHTS, dtype=torch.float64))
+    for each in record["influence"]:
+        torch.testing.assert_close(
+            torch.tensor(each["values"], dtype=torch.float64), found.influence[each["positive"], each["rollout"]]
+        )
 
 
 def test_a_device_that_is_full(local_model, monkeypatch) -> None:

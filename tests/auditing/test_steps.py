@@ -143,6 +143,9 @@ def test_the_step_between_checkpoints_is_taken_apart_by_module(trained, audited)
         along = (ends[0][0] + ends[1][0]) / 2 @ step
         real = ends[1][1] - ends[0][1]
         scale = float(ends[0][0].norm(dim=1).max() * step.norm())
+        foretold = -(ends[0][0] @ (ends[0][0].T @ weights(trained, ends[0][0], ends[0][1]))).view(2, -1)
+        agree = (foretold.sign() == real.view(2, -1).sign()).double().mean(1)
+        assert [interval[f"{side}_sample_sign"] for side in SIDES] == pytest.approx(agree.tolist())
         rows = [place for place, value in enumerate(columns["step"]) if value == interval["to"]]
         for place, side in enumerate(SIDES):
             got = torch.tensor([columns[f"{side}_arrived"][row] for row in rows])

@@ -154,6 +154,7 @@ def test_rows_that_teach_nothing_are_left_out_and_counted(here) -> None:
     [
         ("--truncation-mode", "left", "accepted: 'keep_start' and 'keep_end'"),
         ("--max-prompt-length", "0", "at least 1"),
+        ("--max-completion-length", "0", "at least 1"),
     ],
 )
 def test_what_is_no_way_to_cut(option, value, message, here) -> None:
@@ -217,7 +218,7 @@ def test_every_option_reaches_the_audit(here) -> None:
         "max_length": 64, "max_pairs": 3, "seed": 5, "add_eos": False, "batch_size": 2, "memory_budget": "64MiB",
         "engine": "func", "dtype": "float64", "device": "cpu", "skip_bad_rows": False, "split": "train",
         "token_pairs": 2, "by_module": True, "attribution": False, "checkpoints": "all",
-        "truncation_mode": "keep_end", "max_prompt_length": None,
+        "truncation_mode": "keep_end", "max_prompt_length": None, "max_completion_length": None,
     }  # fmt: skip
     assert summary["settings"] == asked
     assert summary["modules"] and summary["data"]["measured"] == 3

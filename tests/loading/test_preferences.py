@@ -111,7 +111,6 @@ UNUSABLE: dict[str, tuple[Any, str]] = {
     "no object": ([1, 2], "the row is a list; an object with keys is expected"),
     "no chosen": ({"prompt": "p", "rejected": "r"}, "missing 'chosen'; the row has .'prompt', 'rejected'.. Accepted"),
     "neither": ({"text": "p"}, "missing 'chosen' and 'rejected'"),
-    "empty rejected": ({"prompt": TURN, "chosen": said("a"), "rejected": []}, "rejected is empty"),
     "empty prompt": ({"prompt": [], "chosen": said("a"), "rejected": said("b")}, "prompt is empty"),
     "null": ({"prompt": "p", "chosen": None, "rejected": "r"}, "chosen is null; accepted is a string"),
     "a number": ({"prompt": "p", "chosen": 3, "rejected": "r"}, "chosen is a int; accepted"),
@@ -126,7 +125,7 @@ UNUSABLE: dict[str, tuple[Any, str]] = {
     ),
     "mixed responses": ({"prompt": "p", "chosen": "a", "rejected": said("b")}, "both must be alike"),
     "mixed prompt": ({"prompt": TURN, "chosen": "a", "rejected": "b"}, "all must be alike"),
-    "no common prompt": ({"chosen": "yes", "rejected": "no"}, "no prompt to take out. Add a 'prompt'"),
+    "no common prompt": ({"chosen": "yes ", "rejected": "no"}, "no prompt to take out. Add a 'prompt'"),
     "tools": ({**FORMATS["messages"][0], "tools": "[what"}, "tools is text that is no JSON"),
     "images": ({**FORMATS["messages"][0], "images": ["a.png"]}, "carries 'images'.*Remove 'images'"),
     "half a surrogate pair": ({"prompt": "p", "chosen": "\ud83d", "rejected": "b"}, "surrogate pair.*Repair or remove"),
@@ -223,6 +222,10 @@ IGNORED: dict[str, tuple[Any, str]] = {
         {"prompt": "p", "chosen": 50 * "a" + "b", "rejected": 50 * "a" + "c"},
         "chosen and rejected differ only in what max_length 32 cuts off",
     ),
+    "no message": (
+        {"prompt": TURN, "chosen": said("a"), "rejected": []},
+        "a response has no messages, and TRL trains on the other one alone",
+    ),
     "prompt too long": (
         {"prompt": 40 * "p", "chosen": "a", "rejected": "b"},
         "the prompt alone fills max_length 32, and TRL learns nothing from such rows",
@@ -293,3 +296,21 @@ def test_rows_that_say_from_and_value_are_the_same_rows(tiny_tokenizer) -> None:
     assert both[0] == both[1]
     single = {**other, "chosen": other["chosen"][0], "rejected": other["rejected"][0]}  # as ShareGPT's pairs have it
     assert prepare_pairs(numbered([single]), tiny_tokenizer).pairs == both[0]
+
+
+def test_a_header_that_all_responses_begin_with_is_told_of(tiny_tokenizer) -> None:
+    header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    rows = [{**row, **{side: header + row[side] for side in ("chosen", "rejected")}} for row in PAIRS]
+    (note,) = told(rows, tiny_tokenizer)
+    assert note.startswith(
+        "All 14 responses begin with the same 47 characters, '<|start_header_id|>assistant<|end_header"
+    )
+    assert told(rows[:3], tiny_tokenizer) == told(PAIRS, tiny_tokenizer) == []
+
+
+def test_texts_that_do_not_begin_alike_have_an_empty_prompt_and_are_told_of(tiny_tokenizer) -> None:
+    rows = [{"chosen": "Yes", "rejected": "No"}, {"chosen": "Up", "rejected": "Down"}]
+    found = prepare_pairs(numbered(rows), tiny_tokenizer).pairs
+    assert [pair.prompt_ids for pair in found] == [[tiny_tokenizer.bos_token_id]] * 2
+    (note,) = told(rows, tiny_tokenizer)
+    assert "Prompts of fewer than 4 tokens: 2" in note

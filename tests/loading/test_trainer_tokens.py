@@ -1,4 +1,7 @@
-"""Token ids of the audit against those that the installed TRL's DPOTrainer prepares and feeds its model, id by id."""
+"""Token ids of the audit against those that the installed TRL's DPOTrainer prepares and feeds its model, id by id.
+
+`make test-oldest` runs this file with TRL 0.24, `make test-release TRL=0.29.1` with any other release.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,17 @@ import transformers
 import trl
 from transformers import PreTrainedTokenizerFast
 
+from gradent.errors import DataFileError
 from gradent.loading.preference_files import Row
 from gradent.loading.preferences import AuditPair, prepare_pairs
 from gradent.pairs.preparation import Preparation, read_release, release_defaults
 from gradent.trainer.callback.probe import Probe
 from tests.auditing.made import FORMATS, PAIRS, said
 
-OLD = read_release(trl.__version__) < (0, 29)  # prompt and responses are tokenized apart
+RELEASE = read_release(trl.__version__)
+OLD = RELEASE < (0, 29)  # prompt and responses are tokenized apart
+MIDDLE = (0, 29) <= RELEASE < (1, 15)  # a response begins at the length of the prompt
+KEEPS_FULL = RELEASE < (1, 9)  # a prompt that fills max_length stays, and teaches nothing
 TEXT = "the film was a quiet joy and the soup was warm and worth the wait, so good, bad, bad and never again"
 CALL = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]}
 TURN = said("two and two?", "user")
@@ -165,10 +172,17 @@ def model() -> Any:
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_token_ids_are_those_of_the_prepared_dataset(kind, name, tmp_path, model) -> None:
     tokenizer, rows = TOKENIZERS[kind](), ROWS[name]
-    found = ours(rows, tokenizer)
-    assert len(found) == len(rows)
     trained = prepared(make_trainer(tmp_path, model, rows, tokenizer))
-    assert [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in found] == trained
+    # A cut at the prompt's length leaves nothing of a response that is shorter, or what both responses end in.
+    kept = [number for number, parts in enumerate(trained) if all(parts) and parts[1] != parts[2]]
+    assert len(kept) == len(rows) or MIDDLE
+    if not kept:
+        with pytest.raises(DataFileError, match=r"is empty after tokenization \(no longer than the prompt, generation"):
+            ours(rows, tokenizer)
+        return
+    found = ours(rows, tokenizer)
+    assert [pair.row for pair in found] == kept
+    assert [(pair.prompt_ids, pair.chosen_ids, pair.rejected_ids) for pair in found] == [trained[row] for row in kept]
 
 
 LONG = [
@@ -194,12 +208,25 @@ def test_rows_are_cut_as_the_trainer_cuts_them(mode, limit, tmp_path, model) -> 
     assert (len(kept) == len(LONG)) == (mode == "keep_end" or (OLD and limit > 9))
 
 
-@pytest.mark.skipif(OLD, reason="TRL 0.24 has no completion mask in its batches")
+@pytest.mark.skipif(not OLD, reason="TRL has max_completion_length up to 0.28")
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+def test_responses_are_cut_before_the_row_is(mode, tmp_path, model) -> None:
+    tokenizer = TOKENIZERS["BOS"]()
+    options: dict[str, Any] = {"max_length": 12, "truncation_mode": mode, "max_prompt_length": 9}
+    options["max_completion_length"] = 4
+    found = ours(LONG, tokenizer, **options)
+    assert len(found) == len(LONG) and max(len(pair.chosen_ids) for pair in found) == 4
+    rows = fed(make_trainer(tmp_path, model, LONG, tokenizer, **options), model)
+    assert rows == [[*pair.rows[side][0], *pair.rows[side][1]] for side in (0, 1) for pair in found]
+
+
+@pytest.mark.skipif(RELEASE < (1,), reason="TRL up to 0.29 cuts in its loss, and has no completion mask before")
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_what_counts_after_a_cut_is_what_the_loss_counts(mode, tmp_path, model) -> None:
     tokenizer = TOKENIZERS["BOS"]()
     found = ours(LONG, tokenizer, max_length=12, truncation_mode=mode)
-    trainer = make_trainer(tmp_path, model, LONG, tokenizer, max_length=12, truncation_mode=mode)
+    rows = [LONG[pair.row] for pair in found] if KEEPS_FULL else LONG
+    trainer = make_trainer(tmp_path, model, rows, tokenizer, max_length=12, truncation_mode=mode)
     batch = trainer.data_collator(list(trainer.train_dataset))
     counted = (batch["completion_mask"][:, 1:] * batch["attention_mask"][:, 1:]).sum(1)  # nothing predicts the first
     assert counted.tolist() == [len(pair.rows[side][1]) for side in (0, 1) for pair in found]
@@ -247,17 +274,17 @@ class Processor:
 def test_probe_rows_are_cut_as_the_trainer_cuts_them(mode, tmp_path, model, caplog) -> None:
     tokenizer = TOKENIZERS["BOS"]()
     options: dict[str, Any] = {"max_length": 12, "truncation_mode": mode}
-    trainer = make_trainer(tmp_path, model, LONG, tokenizer, **options)
+    kept = ours(LONG, tokenizer, **options)
+    left, rows = len(kept), [LONG[pair.row] for pair in kept] if KEEPS_FULL else LONG
+    trainer = make_trainer(tmp_path, model, rows, tokenizer, **options)
     alike = {"prompt": "so", "chosen": " bad", "rejected": " bad"}
     probe = Probe([*LONG, alike], every=1)
     probe.prepare(Processor(tokenizer), trainer.args)
-    left = len(ours(LONG, tokenizer, **options))
     assert f"{len(LONG) + 1 - left} of {len(LONG) + 1} pairs of probe_data are left out" in caplog.text
     batch = probe.batch
     assert len(batch) == left
     mine = [row[keep.bool()].tolist() for row, keep in zip(batch.input_ids, batch.attention_mask, strict=True)]
-    if left == len(LONG) or not OLD:  # of a prompt that fills the limit, TRL 0.24 keeps a row without a response
-        assert mine == fed(trainer, model)
+    assert mine == fed(trainer, model)
 
 
 def test_a_processor_s_tokenizer_serves_the_probe(tmp_path, model) -> None:

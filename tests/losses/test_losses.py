@@ -278,7 +278,11 @@ def test_loss_is_frozen():
     [
         ("dppo", {}, "did you mean 'dpo'"),
         ("SLiC-HF", {}, "did you mean 'slic'"),
-        ("sigmoid", {}, "Accepted: dpo, rdpo"),
+        ("sigmoidal", {}, "did you mean 'sigmoid'"),
+        ("nonsense", {}, "Accepted: dpo, rdpo"),
+        ("dop", {}, "did you mean 'dpo'"),
+        ("sigmoid", {"lam": 1.0}, "sigmoid has no hyperparameter 'lam'"),
+        ("robust", {"label_smoothing": 0.5}, "0 to below 0.5"),
         (["dpo"], {}, "unknown loss"),
         ("dpo", {"betta": 0.1}, "did you mean 'beta'"),
         ("dpo", {"lam": 1.0}, "beta=0.1"),

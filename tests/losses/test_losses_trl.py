@@ -19,6 +19,8 @@ datasets = pytest.importorskip("datasets")
 from packaging.version import Version  # noqa: E402
 
 from gradent import losses  # noqa: E402
+from gradent.errors import InputError  # noqa: E402
+from gradent.losses.trl import TRL_TYPES  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     Version(trl.__version__) < Version("1.15"), reason="drives the trainers of TRL 1.15 and later (log_probs outputs)"
@@ -45,7 +47,7 @@ def stand_in(rows: Tensor):
     """A model whose forward gives each row its log-prob, all of it at the first position, as TRL's fused head would."""
 
     def forward(**inputs):
-        per_token = torch.zeros(inputs["input_ids"].shape[0], inputs["input_ids"].shape[1] - 1, dtype=F64)
+        per_token = torch.zeros(inputs["input_ids"].shape[0], inputs["input_ids"].shape[1] - 1, dtype=rows.dtype)
         per_token = torch.cat([rows[:, None], per_token[:, 1:]], dim=1)
         zeros = torch.zeros_like(per_token)
         return SimpleNamespace(log_probs=per_token, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
@@ -66,10 +68,10 @@ def trl_gradients(loss: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     return -B * gradient[:B], B * gradient[B:]
 
 
-def assert_same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
+def assert_same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor], exact: float = 1e-10) -> None:
     for ours, theirs in zip(got, want, strict=True):
         assert theirs.abs().max() > 0 or (ours == 0).all()
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(ours, theirs.to(F64), rtol=exact, atol=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -81,13 +83,22 @@ def assert_same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None
         ("sppo", {"beta": 0.05}, "sppo_hard", 0.05),
         ("rdpo", {"beta": 0.1, "alpha": 0.0}, "sigmoid", 0.1),
         ("dpop", {"beta": 0.1, "lam": 0.0}, "sigmoid", 0.1),
+        *(
+            (name, {"beta": beta}, name, beta)
+            for name in TRL_TYPES
+            for beta in (0.1, 0.5)
+            if name not in {"robust", "exo_pair", "ipo"}
+        ),
+        ("robust", {"beta": 0.1, "label_smoothing": 0.1}, "robust", 0.1),
+        ("exo_pair", {"beta": 0.1, "label_smoothing": 0.2}, "exo_pair", 0.1),
     ],
 )
 def test_dpo_trainer(name, hyper, loss_type, beta, tmp_path, tiny_gpt2, tiny_tokenizer, pairs):
+    smoothing = {key: value for key, value in hyper.items() if key == "label_smoothing"}
     trainer = trl.DPOTrainer(
         tiny_gpt2,
         ref_model=copy.deepcopy(tiny_gpt2),
-        args=trl.DPOConfig(str(tmp_path), loss_type=[loss_type], beta=beta, **SETTINGS),
+        args=trl.DPOConfig(str(tmp_path), loss_type=[loss_type], beta=beta, **smoothing, **SETTINGS),
         train_dataset=datasets.Dataset.from_list(PAIRS),
         processing_class=tiny_tokenizer,
     )
@@ -96,13 +107,53 @@ def test_dpo_trainer(name, hyper, loss_type, beta, tmp_path, tiny_gpt2, tiny_tok
     batch = token_batch(torch.cat([pairs["chosen_len"], pairs["rejected_len"]]))
     theirs = trainer.compute_loss(stand_in(rows), batch)
     ours = losses.get(name, **hyper)
-    torch.testing.assert_close(ours.value(**pairs).mean(), theirs.detach(), rtol=1e-10, atol=0)
+    exact = 1e-7 if loss_type == "exo_pair" else 1e-10  # TRL has its ε in float32
+    torch.testing.assert_close(ours.value(**pairs).mean(), theirs.detach(), rtol=exact, atol=0)
     d_w, d_l = ours.weights(**pairs)
     wanted = trl_gradients(theirs, rows)
-    assert_same((d_w, d_l), wanted)
+    assert_same((d_w, d_l), wanted, 100 * exact if loss_type == "exo_pair" else exact)
     for wrong in ((-d_w, d_l), (d_w, -d_l), (d_w.roll(1), d_l)):
         with pytest.raises(AssertionError):
             assert_same(wrong, wanted)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"f_divergence_type": "forward_kl"}, {"f_divergence_type": "js_divergence"},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0},
+        {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.2]},
+        {"loss_type": ["ipo", "hinge"], "beta": 0.3, "f_divergence_type": "js_divergence"},
+        {"loss_type": ["discopop"], "discopop_tau": 0.3},
+    ],
+)  # fmt: skip
+def test_what_dpo_config_says_of_its_loss(arguments, tmp_path, tiny_gpt2, tiny_tokenizer, pairs):
+    trainer = trl.DPOTrainer(
+        tiny_gpt2,
+        ref_model=copy.deepcopy(tiny_gpt2),
+        args=trl.DPOConfig(str(tmp_path), **arguments, **SETTINGS),
+        train_dataset=datasets.Dataset.from_list(PAIRS),
+        processing_class=tiny_tokenizer,
+    )
+    small = {key: value / 20 if "logp" in key else value for key, value in pairs.items()}  # nothing overflows
+    exact = 1e-10
+    if arguments.get("f_alpha_divergence_coef") == 0.3:  # TRL knows no float64 there
+        small, exact = {key: value.float() if "logp" in key else value for key, value in small.items()}, 1e-4
+    trainer.ref_model = stand_in(torch.cat([small["ref_chosen_logp"], small["ref_rejected_logp"]]))
+    rows = torch.cat([small["chosen_logp"], small["rejected_logp"]]).requires_grad_()
+    batch = token_batch(torch.cat([small["chosen_len"], small["rejected_len"]]))
+    theirs = trainer.compute_loss(stand_in(rows), batch)
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+    ours = losses.from_trl(given.pop("loss_type", ("sigmoid",)), given)
+    torch.testing.assert_close(ours.value(**small).mean(), theirs.detach().to(F64), rtol=exact, atol=0)
+    assert_same(ours.weights(**small), trl_gradients(theirs, rows), exact)
+
+
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired", "sft"])
+def test_what_is_no_loss_of_a_pair_is_refused(name):
+    with pytest.raises(InputError, match=f"TRL's {name} is no loss of a pair: it"):
+        losses.get(name)
 
 
 def test_dpo_trainer_hinge_is_slic_on_log_ratios(tmp_path, tiny_gpt2, tiny_tokenizer, pairs):

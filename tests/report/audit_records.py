@@ -316,6 +316,8 @@ def dynamics(blocks: Blocks, steps: Sequence[int]) -> dict[str, Any]:
     """Changes as they are, predictions a little off."""
     means = {side: [float(np.mean(block[f"{side}_logp"])) for block in blocks] for side in ("chosen", "rejected")}
 
+    pairs = len(blocks[0]["pair"])
+
     def interval(first: int, last: int) -> dict[str, Any]:
         moved = {side: means[side][last] - means[side][first] for side in means}
         return {
@@ -328,6 +330,26 @@ def dynamics(blocks: Blocks, steps: Sequence[int]) -> dict[str, Any]:
     return {
         "onset": {"measured": steps[1], "logged": 10, "logged_keys": ["logps/chosen", "logps/rejected"]},
         "start": {"chosen_logp": -60.0, "rejected_logp": -60.0},
+        "curve": [{"step": 0, "pairs": pairs, **{f"{side}{error}": 0.0 for side in means for error in ("", "_error")}}]
+        + [
+            {
+                "step": step,
+                "pairs": pairs,
+                **{side: means[side][place] + 60 for side in means},
+                **{f"{side}_error": 0.5 for side in means},
+            }
+            for place, step in enumerate(steps)
+        ],
+        "fall": None
+        if len(steps) < 2
+        else {
+            "from": steps[1],
+            "to": steps[-1],
+            "pairs": pairs,
+            "both": 0.75,
+            **{side: means[side][-1] - means[side][1] for side in means},
+            **{f"{side}_error": 0.5 for side in means},
+        },
         "intervals": [interval(number, number + 1) for number in range(len(steps) - 1)],
         "whole": interval(0, len(steps) - 1),
         "cases_realised": {"ideal": 0.1, "both_down": 0.8, "both_up": 0.05, "reversed": 0.05, "inactive": 0.0},

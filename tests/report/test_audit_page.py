@@ -26,16 +26,17 @@ from gradent.record import (
     write_token_record,
 )
 from gradent.report import write_audit_report, write_report
-from gradent.report.audit.layers import kind_of
-from gradent.report.audit.records import read_audit
-from gradent.report.audit.steps import thin_out
+from gradent.report.audit.sections.layers import kind_of
+from gradent.report.audit.sections.records import read_audit
+from gradent.report.audit.sections.steps import thin_out
+from gradent.report.page.numbers import signed_number
 from tests.report.audit_records import EVIL, HOSTILE, without_numbers, write_audit
 from tests.report.browser import document, listening, needs_chromium
 from tests.report.test_page import figures, read
 from tests.report.token_records import token_record
 
 SECTIONS = [
-    "What to do", "Log-probs of chosen and rejected", "Cases", "Cosine of the two gradients",
+    "What happened", "Log-probs of chosen and rejected", "Cases", "Cosine of the two gradients",
     "Predicted against realised", "What if: other losses", "Which pairs", "What goes with entanglement", "Layers",
     "Tokens", "Settings and data",
 ]  # fmt: skip
@@ -70,10 +71,8 @@ def traces(html: str, name: str) -> list[dict[str, Any]]:
 def test_every_section_in_order_and_what_it_serves(tmp_path) -> None:
     html = page(tmp_path)
     assert titles(html) == SECTIONS
-    assert html.count('class="serves">Decides:') == len(SECTIONS)
-    assert (
-        "case 1 holds for" in text_of(html).split("Log-probs of chosen and rejected")[1]
-    )  # after the list of sections
+    assert html.count('class="serves">Tells you ') == html.count('<details class="section">') == len(SECTIONS) - 1
+    assert "case 1 holds for" in text_of(html).split("Log-probs of chosen and rejected")[0], "on the first screen"
 
 
 def test_what_steps_do_stands_before_what_a_pair_alone_would(tmp_path) -> None:
@@ -81,7 +80,8 @@ def test_what_steps_do_stands_before_what_a_pair_alone_would(tmp_path) -> None:
     both = ["What moved the responses between checkpoints", "One step on the sample"]
     assert titles(html) == [*SECTIONS[:2], *both, *SECTIONS[2:]]
     text = text_of(html)
-    assert "A step on the sample, case 1" in text and "Each pair alone, case 1" in text
+    first = text[: text.index("Log-probs of chosen and rejected")]
+    assert "its own gradient +1.00, its rejected partner" in first and "explains 40.0% or more of the change" in first
     assert "the two disagree: the sample moves 30.0% of the chosen and 5.0% of the rejected responses" in text
     assert "Of 2 intervals (100 to 200, 200 to 300) it explains less than 90.0%" in text
     assert "inner products are off by 1.2% of" in text
@@ -113,15 +113,48 @@ def test_of_one_checkpoint_there_is_no_interval(tmp_path) -> None:
     assert not traces(html, "partner")
 
 
-def test_large_numbers_go_from_first_to_last(tmp_path) -> None:
+def test_the_first_screen_is_a_finding_its_chart_and_its_numbers(tmp_path) -> None:
     html = page(tmp_path)
-    first, last = read_audit(tmp_path).measured[0], read_audit(tmp_path).measured[-1]
+    fall, curve = (read_audit(tmp_path).summary["dynamics"][name] for name in ("fall", "curve"))
+    lost = {side: signed_number(fall[side]) for side in ("chosen", "rejected")}
+    assert re.search(r"<h1>(.*?)</h1>", html)[1] == (
+        f"Both fall since step 200: chosen {lost['chosen']}, rejected {lost['rejected']} nats"
+    )
+    chosen = next(trace for trace in figures(html)[0]["data"] if trace.get("name") == "chosen")
+    assert chosen["x"] == [0, 100, 200, 300, 400] and chosen["y"] == [point["chosen"] for point in curve]
+    assert [each["x0"] for each in figures(html)[0]["layout"]["shapes"]] == [200]
     numbers = html[html.index('<dl class="numbers">') :].split("</dl>")[0]
-    for case in ("ideal", "both_down"):
-        assert (
-            f">{last.share(case):.1%}<" in numbers and f">{first.share(case):.1%} at step 100; now step 400<" in numbers
-        )
-    assert f">{last.quantile('cosine', 0.5):+.3f}<" in numbers
+    assert f">{lost['chosen']} ± 0.500<" in numbers and ">75% [" in numbers and "since step 0<" in numbers
+    cosine = read_audit(tmp_path).measured[-1].quantile("cosine", 0.5)
+    assert f">{cosine:+.3f}<" in numbers
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "title"),
+    [
+        (6.0, -39.0, "As meant, chosen rose and rejected fell: chosen +6.00, rejected -39.0 nats since step 0"),
+        (6.0, 3.0, "Both rose: chosen +6.00, rejected +3.00 nats since step 0"),
+        (-6.0, 3.0, "Reversed: chosen -6.00, rejected +3.00 nats since step 0"),
+        (-6.0, -3.0, "Both lie lower than at step 0, but do not both fall now: chosen -6.00, rejected -3.00 nats"),
+        (0.9, -3.0, "No clear change of chosen: chosen +0.900, rejected -3.00 nats since step 0"),
+        (0.9, 0.1, "No clear change of chosen and rejected: chosen +0.900, rejected +0.100 nats since step 0"),
+    ],
+)
+def test_the_title_says_what_the_curve_shows(chosen: float, rejected: float, title: str, tmp_path) -> None:
+    moved = {**write_audit(tmp_path)["dynamics"], "fall": None}
+    moved["curve"][-1] |= {"chosen": chosen, "rejected": rejected}
+    assert re.search(r"<h1>(.*?)</h1>", page(tmp_path, dynamics=moved))[1] == title
+    assert re.search(r"<h1>(.*?)</h1>", page(tmp_path, dynamics=moved, doubt="!"))[1] == f"In doubt: {title}"
+
+
+def test_what_foretold_nothing_warns(tmp_path) -> None:
+    found = write_audit(tmp_path)["recommendation"]
+    foretold = {"from": 200, "to": 400, "pairs": 24, "chosen": 0.5, "rejected": 1.0}
+    html = page(tmp_path, recommendation={**found, "foretold": foretold})
+    shown = text_of(html)
+    assert "right for chosen in 50% [31, 69] and for rejected in 100% [86, 100] of the pairs" in shown
+    assert "for chosen that is no better than a coin." in shown
+    assert '<div class="notice warns" role="note">\n<p><strong>How far to trust it' in html
 
 
 def test_logps_are_means_with_errors_beside_the_trainers(tmp_path) -> None:
@@ -132,16 +165,16 @@ def test_logps_are_means_with_errors_beside_the_trainers(tmp_path) -> None:
     assert line["x"] == [0, 100, 200, 300, 400] and line["meta"] == "chosen"
     assert line["y"][0] == -60.0  # the reference, which is where the run started
     assert line["y"][1:] == pytest.approx([values[steps == step].mean() for step in line["x"][1:]])
-    band = next(trace for trace in figures(html)[0]["data"] if trace.get("fill"))
+    band = next(trace for trace in figures(html)[1]["data"] if trace.get("fill"))
     half = values[steps == 400].std(ddof=1) / np.sqrt((steps == 400).sum())
     assert band["y"][4] - line["y"][4] == pytest.approx(half)
     (logged,) = traces(html, "chosen, trainer's log")
     assert len(logged["x"]) == 40 and logged["line"]["dash"] == "dot" and logged["mode"] == "lines"
     shown = text_of(html)
-    assert "both log-probs fall from step 200 on" in shown
-    assert "In the trainer's log (logps/chosen and logps/rejected), they do from step 10 on." in shown
+    assert "both log-probs fall since step 200" in shown
+    assert "In the trainer's log (logps/chosen and logps/rejected), they fall since step 10." in shown
     assert "over the batches it trained on" in shown
-    assert [each["x0"] for each in figures(html)[0]["layout"]["shapes"]] == [200, 10]
+    assert [each["x0"] for each in figures(html)[1]["layout"]["shapes"]] == [200, 10]
 
 
 @pytest.mark.parametrize("onset", [None, 300])
@@ -149,8 +182,14 @@ def test_the_onset_in_words(onset, tmp_path) -> None:
     summary = write_audit(tmp_path)
     moved = {**summary["dynamics"], "onset": {"measured": onset, "logged": None, "logged_keys": []}}
     shown = text_of(page(tmp_path, dynamics=moved))
-    assert ("fall from step 300 on" if onset else "At none of the measured checkpoints had both") in shown
-    assert "The trainer's log shows no such fall" in shown
+    none = "the two log-probs do not both lie clearly below their best checkpoint."
+    assert ("both log-probs fall since step 300." if onset else none) in shown
+    assert "The trainer's log holds too few points of them to tell." in shown
+    moved["onset"]["logged_keys"] = ["logps/chosen", "logps/rejected"]
+    shown = text_of(page(tmp_path, dynamics=moved))
+    assert "In the trainer's log (logps/chosen and logps/rejected), they do not clearly fall together." in shown
+    shown = text_of(page(tmp_path, dynamics=moved | {"onset": {"measured": onset}}, history={"curves": {"loss": []}}))
+    assert "The trainer's log holds no log-probs of chosen and rejected." in shown
 
 
 def test_a_long_log_is_thinned_out_to_means() -> None:
@@ -163,7 +202,7 @@ def test_a_long_log_is_thinned_out_to_means() -> None:
 
 def test_cases_add_up_and_cosines_have_quartiles(tmp_path) -> None:
     html = page(tmp_path)
-    parts = [trace for trace in figures(html)[1]["data"] if trace["stackgroup"] == "all"]
+    parts = [trace for trace in figures(html)[2]["data"] if trace["stackgroup"] == "all"]
     assert [trace["meta"] for trace in parts] == ["ideal", "both_down", "both_up", "reversed", "inactive"]
     assert np.sum([trace["y"] for trace in parts], 0) == pytest.approx(np.ones(4))
     columns = read_pairs(tmp_path / "pairs.parquet").to_pydict()
@@ -173,7 +212,7 @@ def test_cases_add_up_and_cosines_have_quartiles(tmp_path) -> None:
         if step == 400 and value is not None
     ]
     (line,) = traces(html, "median, band")
-    band = next(trace for trace in figures(html)[2]["data"] if trace.get("fill"))
+    band = next(trace for trace in figures(html)[3]["data"] if trace.get("fill"))
     assert [band["y"][4], line["y"][3], band["y"][3]] == pytest.approx(np.percentile(last, [25, 50, 75]))
     (bars,) = traces(html, "pairs")
     assert sum(bars["y"]) == len(last) == 23
@@ -201,7 +240,7 @@ def test_one_checkpoint_of_a_run_still_shows_what_was_logged(tmp_path) -> None:
     moved = {"onset": onset, "start": start, "intervals": [], "whole": None, "cases_realised": None}
     html = page(tmp_path, 1, **kept, dynamics=moved)
     (logged,) = traces(html, "chosen, trainer's log")
-    assert len(logged["x"]) == 40 and "they do from step 10 on" in text_of(html)
+    assert len(logged["x"]) == 40 and "they fall since step 10." in text_of(html)
     assert "Predicted against realised" not in titles(html)
 
 
@@ -296,13 +335,16 @@ def test_checkpoints_with_fewer_pairs(tmp_path) -> None:
     write_audit(tmp_path, complete=False)
     columns = read_pairs(tmp_path / "pairs.parquet").to_pydict()
     write_pairs(tmp_path / "pairs.parquet", {name: values[:-10] for name, values in columns.items()})
-    assert "The same 14 pairs" in write_audit_report(tmp_path).read_text("utf-8")
+    assert "14 pairs of" in write_audit_report(tmp_path).read_text("utf-8")
 
 
 def test_a_single_model(tmp_path) -> None:
     html = page(tmp_path, count=1)
-    assert titles(html) == [title for title in SECTIONS if title != "Predicted against realised"]
-    assert not traces(html, "chosen, measured") and "24 pairs of the data, measured on one model." in text_of(html)
+    rest = [title for title in SECTIONS[1:] if title != "Predicted against realised"]
+    assert titles(html) == ["The answer", *rest]
+    shown = text_of(html)
+    assert not traces(html, "chosen, measured") and "24 pairs of" in shown and "on one model; dpo" in shown
+    assert re.search(r"<h1>A small step on each pair alone raises chosen and lowers rejected in \d+% \[", html)
     assert [trace["type"] for trace in figures(html)[0]["data"]] == ["bar"] * 5
     assert "now step" not in html
 
@@ -332,9 +374,9 @@ def test_keyboards_and_screen_readers_are_served(tmp_path) -> None:
     html = page(tmp_path)
     shown = read(html)
     assert html.index('<a class="skip" href="#main">') < html.index("<header>") < html.index('<main id="main"')
-    assert [shown.tags.count(tag) for tag in ("h1", "main", "header", "nav", "footer")] == [1, 1, 1, 1, 1]
+    assert [shown.tags.count(tag) for tag in ("h1", "main", "header", "nav", "footer")] == [1, 1, 1, 0, 1]
     assert shown.tags.count("section") == html.count('aria-labelledby="s') == len(SECTIONS)
-    assert [int(each) for each in re.findall(r'href="#s(\d+)"', html)] == list(range(1, len(SECTIONS) + 1))
+    assert html.count("<summary><h2 id=") == len(SECTIONS) - 1  # what is folded is its own list of contents
     charts = re.findall(r'<div class="chart[^>]*role="img" aria-label="([^"]+)"', html)
     assert len(charts) == len(figures(html)) == html.count('<details class="data">')
     assert any("chosen, measured: -60.0 at 0" in each for each in charts)
@@ -366,7 +408,7 @@ def test_hostile_texts_are_inert_in_a_browser(tmp_path) -> None:
         write_audit(tmp_path / "audit", 3, hostile=evil, with_steps=True)
         found = document(write_audit_report(tmp_path / "audit"), tmp_path / "profile")
         shown = read(found)
-        assert re.search(r"<title>(.*?)</title>", found, re.DOTALL)[1].startswith("Audit of my-dpo-run")
+        assert re.search(r"<title>(.*?)</title>", found, re.DOTALL)[1].startswith("Both fall since step 200")
         assert "main-svg" in found, "the figures are drawn"
         assert not {"img", "b", "iframe", "link"} & set(shown.tags)
         assert not [name for name in attributes(found) if name.startswith("on")]

@@ -29,6 +29,7 @@ def summary(**given: Any) -> dict[str, Any]:
         "left_out": [],
         "recommendation": None,
         "steps": None,
+        "dynamics": None,
         "model": {"checkpoint": "my-model", "step": 40},
         "reference": {"kind": "self", "source": None},
         "data": {"source": "pairs.jsonl", "measured": 3},

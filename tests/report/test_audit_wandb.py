@@ -17,7 +17,7 @@ from wandb.proto import wandb_internal_pb2
 
 from gradent.errors import InputError
 from gradent.report import stream_audit, write_audit_figures, write_audit_report
-from gradent.report.audit.records import read_audit
+from gradent.report.audit.sections.records import read_audit
 from tests.report.audit_records import EVIL, write_audit
 from tests.trainer.wandb_file import _chunks, history
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from gradent.errors import DataFileError
+from gradent.errors import DataFileError, InputError
 from gradent.record import PAIR_COLUMNS, read_pairs, read_sample, write_pairs, write_sample
-from gradent.report import compare_rows, print_comparison, write_comparison
-from gradent.report.compare.match import compare_audits
+from gradent.report import compare_rows, print_comparison, write_audit_report, write_comparison
+from gradent.report.compare.match import compare_audits, describe_finding
 from gradent.report.compare.page import describe_difference
 from tests.report.audit_records import EVIL, write_audit
 from tests.report.browser import document, listening, needs_chromium
@@ -73,11 +73,51 @@ def test_the_page(both, tmp_path) -> None:
     ]  # fmt: skip
     shown = text_of(html)
     assert "24 pairs were measured in both, matched by row and text." in shown
+    assert "13 of the 13 losses judge both alike and are left out." in shown  # the run's own, ten, two designs
     settings = html[html.index('id="s1"') :].split('id="s2"')[0]
     assert "dpo (beta=0.1)" in settings and "cpo (beta=0.1, lam=0.5)" in settings and "max_length" not in settings
     names = [trace["name"] for trace in figures(html)[1]["data"] if "name" in trace]
     assert names == ["A: chosen", "A: rejected", "B: chosen", "B: rejected"]
+    lines = {trace["name"]: trace for trace in figures(html)[1]["data"] if "name" in trace}
+    assert [lines[name]["meta"] for name in names] == ["chosen", "rejected"] * 2, "colour by response"
+    assert lines["B: chosen"]["line"]["dash"] == "dot" and "dash" not in lines["A: chosen"].get("line", {})
     assert write_comparison(*both, tmp_path) == tmp_path / "compare.html"
+
+
+def test_the_finding_is_what_differs_most(tmp_path) -> None:
+    for name in "ab":
+        write_audit(tmp_path / name)
+    columns = read_pairs(tmp_path / "b" / "pairs.parquet").to_pydict()
+    columns["case"] = [4 if case == 1 else case for case in columns["case"]]
+    write_pairs(tmp_path / "b" / "pairs.parquet", columns)
+    ideal = int((last_of(tmp_path / "a", "case") == 1).sum())
+    rows = {row.name: row for row in compare_rows(tmp_path / "a", tmp_path / "b")}
+    assert rows["share in case 4 (reversed)"].difference == pytest.approx(ideal / 24)
+    assert sum(row.second for row in rows.values() if row.share) == pytest.approx(1), "every case has a row"
+    found = describe_finding(compare_audits(tmp_path / "a", tmp_path / "b"))
+    points = f"{100 * ideal / 24:.0f}"
+    assert found.startswith(f"B has {points} points fewer of the pairs in case 1 (ideal) than A")
+    columns["case"] = [4] * len(columns["case"])
+    write_pairs(tmp_path / "b" / "pairs.parquet", columns)
+    assert "pairs are reversed in B" in describe_finding(compare_audits(tmp_path / "a", tmp_path / "b"))
+
+
+def test_the_finding_is_of_log_probs_where_cases_are_alike(tmp_path) -> None:
+    for name in "ab":
+        write_audit(tmp_path / name)
+    columns = read_pairs(tmp_path / "b" / "pairs.parquet").to_pydict()
+    columns["chosen_logp"] = [each + 5 + 0.1 * (row % 3) for row, each in enumerate(columns["chosen_logp"])]
+    write_pairs(tmp_path / "b" / "pairs.parquet", columns)
+    found = describe_finding(compare_audits(tmp_path / "a", tmp_path / "b"))
+    assert re.fullmatch(r"Mean (margin )?log π\(chosen\).* is 5\.\d+ nats higher in B", found)
+
+
+def test_an_audits_own_page_is_not_overwritten(both) -> None:
+    page = write_audit_report(both[0])
+    before = page.read_bytes()
+    with pytest.raises(InputError, match=r"report\.html: is the page of an audit"):
+        write_comparison(*both, page)
+    assert page.read_bytes() == before
 
 
 def test_rows_with_other_texts_are_left_out(both) -> None:
@@ -127,6 +167,7 @@ def test_single_models_and_nothing_measured(tmp_path) -> None:
 def test_an_audit_beside_itself(tmp_path) -> None:
     write_audit(tmp_path)
     html = write_comparison(tmp_path, tmp_path, tmp_path / "x.html").read_text("utf-8")
+    assert "<h1>No clear difference between the two</h1>" in html
     assert "Nothing: all settings are the same." in html and "Which pairs moved" not in titles(html)
     assert all(row.difference == 0 for row in compare_rows(tmp_path, tmp_path))
 
@@ -161,7 +202,7 @@ def test_hostile_texts_are_inert_in_a_browser(tmp_path) -> None:
             write_audit(tmp_path / name, hostile=f"{EVIL}<img src={address}/{name}>", seed=seed, loss={"name": EVIL})
         page = write_comparison(tmp_path / "a", tmp_path / "b", tmp_path / "compare.html")
         found = document(page, tmp_path / "profile")
-        assert "<title>Two audits, side by side</title>" in found and "main-svg" in found
+        assert re.search(r"<title>(B has|Mean|No clear)", found) and "main-svg" in found
         assert not {"img", "b", "iframe", "link"} & set(read(found).tags)
         assert not [name for name in attributes(found) if name.startswith("on")]
         assert asked == []

@@ -19,10 +19,13 @@ from numpy.typing import NDArray
 from gradent.auditing.analysis.distributions import count_cases, find_cases, mean
 from gradent.record.table import Floats, Table
 
-__all__ = ["FEWEST_POINTS", "dynamics", "logged_onset", "measured_onset", "smooth"]
+__all__ = ["FEWEST_POINTS", "dynamics", "logged_onset", "measured_curve", "measured_fall", "smooth"]
 
 SAME_REFERENCE = 1e-3
 """How far, of its size, a reference's mean log-prob may differ between checkpoints and still be the same reference."""
+
+CLEARLY_BELOW = 3
+"""Standard errors by which a mean lies clearly below the best checkpoint's, which is the highest of several."""
 
 FEWEST_POINTS = 12
 """Logged points below which a curve says nothing."""
@@ -33,6 +36,7 @@ _REFERENCES = ("ref_chosen_logp", "ref_rejected_logp")
 _CHANGES = ("chosen_change", "rejected_change")
 
 Curves = Mapping[str, Sequence[Sequence[Any]]]
+Points = Sequence[tuple[int, Mapping[int, Floats]]]  # a step, and the two log-probs, [2], of each pair there
 
 
 def dynamics(columns: Mapping[str, Any], curves: Curves) -> dict[str, Any] | None:
@@ -50,9 +54,12 @@ def dynamics(columns: Mapping[str, Any], curves: Curves) -> dict[str, Any] | Non
     ]
     if start is not None and 0 not in checkpoints:
         points.insert(0, (0, start))
+    fall = measured_fall(points)
     return {
-        # Steps from which both log-probs stay below their start: on the pairs, and on the trainer's curves.
-        "onset": {"measured": measured_onset(points), "logged": logged, "logged_keys": keys},
+        # Steps since which both log-probs fall: on the pairs, and on the trainer's curves (None: they do not).
+        "onset": {"measured": None if fall is None else fall["from"], "logged": logged, "logged_keys": keys},
+        "fall": fall,  # of both, since the best checkpoint so far
+        "curve": measured_curve(points),  # changes since the first point, which is step 0 where that is known
         # Mean log-probs of step 0; None where there is no one fixed reference.
         "start": start and dict(zip(_LOGPS, np.mean(list(start.values()), axis=0).tolist(), strict=True)),
         "intervals": intervals,  # between successive checkpoints, over the pairs of both
@@ -132,28 +139,59 @@ def _compare(change: Floats, predicted: Floats, size: float | None, direction: F
     return {**figures, "step_size": size, "explained": explained}
 
 
-def measured_onset(points: Sequence[tuple[int, Mapping[int, Floats]]]) -> int | None:
-    """The first step from which on both mean log-probs stay below their start, the first point; None if they do not."""
-    # Below means: by more than two standard errors of the mean change, over the pairs of both; being paired, changes
-    # are not blurred by what pairs differ in.
-    onset = None
-    for step, logps in reversed(points[1:]):
+def measured_curve(points: Points) -> list[dict[str, Any]]:
+    """Change of both mean log-probs since the first point, with its standard error over the pairs of both points."""
+    curve = []
+    for step, logps in points:
         shared = [pair for pair in points[0][1] if pair in logps]
-        if len(shared) < 2:
-            break
-        change = np.array([logps[pair] - points[0][1][pair] for pair in shared])
-        error = change.std(axis=0, ddof=1) / math.sqrt(len(shared))
-        if not (change.mean(axis=0) + 2 * error < 0).all():
-            break
-        onset = step
-    return onset
+        change = np.array([logps[pair] - points[0][1][pair] for pair in shared]).reshape(-1, 2)
+        curve.append({"step": step, "pairs": len(shared), **_describe_change(change)})
+    return curve
+
+
+def measured_fall(points: Points) -> dict[str, Any] | None:
+    """The fall of both mean log-probs since the best checkpoint so far; None where they do not both lie below it."""
+    # A run whose log-probs rise first and fall then is told from where they fall, not from where it has lost all that
+    # it gained. Checkpoints at which they have not both clearly fallen yet are no part of the fall.
+    shared = [pair for pair in points[0][1] if all(pair in values for _, values in points)] if points else []
+    if len(points) < 2 or len(shared) < 2:
+        return None
+    logps = np.array([[values[pair] for pair in shared] for _, values in points])  # [points, pairs, 2]
+    begin = best = int(logps.mean(axis=1).argmax(axis=0).max())
+    if not _both_fell(logps[-1] - logps[best]):
+        return None
+    while not _both_fell(logps[begin + 1] - logps[best]):
+        begin += 1
+    change = logps[-1] - logps[begin]
+    if not _both_fell(change):
+        return None
+    both = float((change < 0).all(axis=1).mean())
+    return {
+        "from": points[begin][0], "to": points[-1][0], "pairs": len(shared), **_describe_change(change), "both": both,
+    }  # fmt: skip
+
+
+def _both_fell(change: Floats) -> bool:
+    """Whether the mean of either column, `[pairs, 2]`, is below 0 by more than its standard errors."""
+    error = change.std(axis=0, ddof=1) / math.sqrt(len(change))
+    return bool((change.mean(axis=0) + CLEARLY_BELOW * error < 0).all())
+
+
+def _describe_change(change: Floats) -> dict[str, float | None]:
+    """Mean and standard error of both columns, `[pairs, 2]`."""
+    figures: dict[str, float | None] = {}
+    for column, side in enumerate(("chosen", "rejected")):
+        values = change[:, column]
+        figures[side] = mean(values)
+        figures[f"{side}_error"] = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    return figures
 
 
 def logged_onset(curves: Mapping[str, Sequence[Sequence[Any]]]) -> tuple[int | None, list[str]]:
-    """The first logged step from which on both curves of log-probs stay below their start, and the keys of the two."""
-    # Curves of an evaluation set come first: its points are all of the same pairs. Below means: the running median
-    # of w points is under its start by more than twice the noise of the difference of two such medians, √2·1.2533/√w
-    # times that of a point, i.e. 1.4826/√2 times the median difference of neighbours, which a trend hardly touches.
+    """The logged step since which both curves of log-probs fall, to their end, and the keys of the two."""
+    # Curves of an evaluation set come first: its points are all of the same pairs. A fall is from the highest running
+    # median of w points, by more than three times the noise of the difference of two such medians, √2·1.2533/√w times
+    # that of a point, i.e. 1.4826/√2 times the median difference of neighbours, which a trend hardly touches.
     prefixes = [key.removesuffix(CHOSEN) for key in curves if key.endswith(CHOSEN)]
     candidates = [[prefix + CHOSEN, prefix + REJECTED] for prefix in prefixes if prefix + REJECTED in curves]
     for keys in sorted(candidates, key=lambda keys: (not keys[0].startswith("eval"), -len(curves[keys[0]]))):
@@ -167,9 +205,9 @@ def logged_onset(curves: Mapping[str, Sequence[Sequence[Any]]]) -> tuple[int | N
         below = np.ones(len(steps), dtype=bool)
         for curve in (chosen, rejected):
             below &= _is_below(np.array([curve[step] for step in steps]))
-        above = np.flatnonzero(~below)
-        first = int(above[-1]) + 1 if len(above) else 0
-        return (steps[first] if first < len(steps) else None), keys
+        above = np.flatnonzero(~below)  # holds the highest point of either curve
+        last = int(above[-1])
+        return (steps[last] if last < len(steps) - 1 else None), keys
     return None, []
 
 
@@ -181,7 +219,9 @@ def smooth(values: Floats, width: int) -> Floats:
 
 
 def _is_below(values: Floats) -> NDArray[np.bool_]:
+    """Which points of a curve, `[n]`, lie clearly below its highest one."""
     width = max(5, len(values) // 10 | 1)
     smoothed = smooth(values, width)
     noise = 1.4826 / math.sqrt(2) * float(np.median(np.abs(np.diff(values))))
-    return np.asarray(smoothed < smoothed[0] - 2 * math.sqrt(2) * 1.2533 / math.sqrt(width) * noise)
+    clearly = CLEARLY_BELOW * math.sqrt(2) * 1.2533 / math.sqrt(width) * noise
+    return np.asarray(smoothed < smoothed.max() - clearly)

@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any
 
 from gradent.losses import LOSSES, Loss
+from gradent.losses.trl import TRLLoss
 
 __all__ = ["SWEEPS", "Variant", "describe_setting", "label_loss", "list_variants", "read_hyperparameters"]
 
@@ -93,6 +94,9 @@ def label_loss(loss: Loss) -> str:
         changed = describe_setting(values)
         return f"{NAMES[loss.name]} {label_loss(base)}" + (f", {changed}" if changed else "")
     values = read_hyperparameters(loss)
+    if isinstance(loss, TRLLoss):  # its many switches are named where they are not TRL's defaults
+        usual = read_hyperparameters(TRLLoss(loss_type=loss.loss_type))
+        values = {name: value for name, value in values.items() if name == "beta" or value != usual[name]}
     shown = describe_setting({name: value for name, value in values.items() if value is not False})
     return NAMES.get(loss.name, loss.name) + (f" ({shown})" if shown else "")
 
@@ -105,4 +109,4 @@ def describe_setting(setting: Mapping[str, Any]) -> str:
 def _describe(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return ("" if value else "not ") + name.replace("_", "-")
-    return f"{LETTERS.get(name, name)}={value if isinstance(value, str) else format(value, 'g')}"
+    return f"{LETTERS.get(name, name.replace('_', ' '))}={value if isinstance(value, str) else format(value, 'g')}"

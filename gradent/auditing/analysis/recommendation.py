@@ -1,8 +1,8 @@
-"""From the rows of a what-if to one to three sentences: would another loss help, or is the loss not the lever?
+"""From the rows of a what-if to one to three sentences: would another loss help, and can these pairs tell?
 
 The same pairs are judged under every loss, so two losses are compared as pairs are (McNemar): by how many pairs only
 one of them puts in case 1. Judged is one step on the whole sample, where that was measured, else one on each pair
-alone. Text and numbers only; whether they hold for a whole run nobody can say from one small step.
+alone. Where such steps did not foretell what the run did to these pairs, no loss is proposed.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradent.auditing.analysis.loss_grid import NAMES, describe_setting
+from gradent.report.page.numbers import share_interval, share_of_pairs
 
-__all__ = ["CLEARLY", "NEARLY_ALL", "recommend", "standard_errors"]
+__all__ = ["CLEARLY", "NEARLY_ALL", "find_foretold", "recommend", "standard_errors"]
 
 CLEARLY = 2.8
 """Standard errors from which a gain is more than sampling noise: of ten losses that gain nothing, one would pass it in
@@ -23,6 +24,15 @@ NEARLY_ALL = 0.95
 """Share of the pairs that the run's loss moves from which there is little left to gain."""
 
 Row = Mapping[str, Any]
+
+SURELY_NEARLY_ALL = 0.85
+"""What the lower end of that share's 95% interval must reach, or the pairs are too few to say so (22 of 22 do)."""
+
+COIN = 0.5
+"""Share of signs that a coin has right."""
+
+ENOUGH = 100
+"""Pairs that are advised where there were too few."""
 
 NOTABLE = 0.1
 """Share of the pairs by which a loss that is not clearly better is too much better to be dismissed."""
@@ -34,10 +44,14 @@ _OTHERWISE = {
 _DESIGN = "pairwise normalization (the paper's Section 5.1)"
 
 
-def recommend(rows: Sequence[Row]) -> dict[str, Any] | None:
+def recommend(
+    rows: Sequence[Row], foretold: Mapping[str, Any] | None = None, twice: tuple[int, int] = (0, 0)
+) -> dict[str, Any] | None:
     """What the rows of `what_if` come to, as text and as the numbers that it rests on; None where none was measured."""
-    # A loss whose λ·NLL term raises both log-probs on more pairs than it separates is not recommended, however many
-    # pairs it leaves in case 1; `raises_both` lists those of the paper's losses.
+    # `foretold` is what `find_foretold` made of the run: how well such steps said what the run then did. `twice`: pairs
+    # that hold their prompt once more in chosen, and all pairs. A loss whose λ·NLL term raises both log-probs on more
+    # pairs than it separates is not recommended, however many pairs it leaves in case 1; `raises_both` lists those of
+    # the paper's losses.
     run = next((row for row in rows if row["group"] == "run"), None)
     if run is None or not run["pairs"] or not any(row["cases"] for row in rows):
         return None
@@ -54,7 +68,9 @@ def recommend(rows: Sequence[Row]) -> dict[str, Any] | None:
         "pairs": run["pairs"],
         "step": "sample" if is_sample else "pair",  # what is judged: one step on the sample, or one on each pair alone
         "alone_ideal": _ideal(alone),
-        "lever": _find_lever(run, best, tuned),  # none_needed, loss, hyperparameter (of the run's own loss) or none
+        # none_needed, loss, hyperparameter (of the run's own loss), none, too_few (pairs to tell), or not_foretold.
+        "lever": _find_lever(run, best, tuned, foretold),
+        "foretold": None if foretold is None else dict(foretold),
         "run": run["label"],
         "run_ideal": _ideal(run),
         **_compare("best", best),
@@ -63,7 +79,17 @@ def recommend(rows: Sequence[Row]) -> dict[str, Any] | None:
         "raises_both": [row["label"] for row in judged if _raises_both(row)],
         "not_compared": [row["label"] for row in paper if not row["cases"]],
     }
-    return {"text": " ".join(_write(facts, run, best, tuned, judged)), **facts}
+    return {"text": " ".join([*_first(*twice), *_write(facts, run, best, tuned, judged)]), **facts}
+
+
+def _first(twice: int, pairs: int) -> list[str]:
+    """What comes before any choice of a loss: data that the run was hardly meant to have."""
+    if not twice:
+        return []
+    return [
+        f"First the data: in {twice} of {pairs} pairs chosen begins with the prompt, which is there already; take it "
+        "out of the responses and train again, since what both share brings their gradients together under any loss."
+    ]
 
 
 def standard_errors(gained: int, lost: int) -> float:
@@ -96,12 +122,45 @@ def _compare(name: str, row: Row | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _find_lever(run: Row, best: Row | None, tuned: Row | None) -> str | None:
+def find_foretold(
+    steps: Mapping[str, Any] | None, dynamics: Mapping[str, Any] | None, *, is_sample: bool
+) -> dict[str, Any] | None:
+    """How often a step had the signs of the run's last interval right; None where no interval was measured."""
+    rows = ((steps or {}).get("intervals") or []) if is_sample else ((dynamics or {}).get("intervals") or [])
+    name = "sample_sign" if is_sample else "sign"
+    if not rows or any(rows[-1].get(f"{side}_{name}") is None for side in ("chosen", "rejected")):
+        return None
+    row = rows[-1]
+    return {
+        "from": row["from"], "to": row["to"], "pairs": row["pairs"],
+        "chosen": row[f"chosen_{name}"], "rejected": row[f"rejected_{name}"],
+    }  # fmt: skip
+
+
+def _foretells_nothing(foretold: Mapping[str, Any] | None) -> list[str]:
+    """The responses of which the steps had signs right no more often than a coin."""
+    if foretold is None or not foretold["pairs"]:
+        return []
+    lows = {side: share_interval(foretold[side], foretold["pairs"])[0] for side in ("chosen", "rejected")}
+    return [side for side, low in lows.items() if low <= COIN]
+
+
+def _can_tell(pairs: float) -> bool:
+    """Whether that many pairs, all gained, would pass for more than noise."""
+    return standard_errors(round(pairs), 0) > CLEARLY
+
+
+def _find_lever(run: Row, best: Row | None, tuned: Row | None, foretold: Mapping[str, Any] | None = None) -> str | None:
     if run["cases"] is None:
         return None
-    moved = 1 - run["cases"]["inactive"]
-    if moved > 0 and run["cases"]["ideal"] >= NEARLY_ALL * moved:
-        return "none_needed"
+    moved, ideal, pairs = 1 - run["cases"]["inactive"], run["cases"]["ideal"], run["pairs"]
+    if moved > 0 and ideal >= NEARLY_ALL * moved:
+        surely = share_interval(min(1.0, ideal / moved), max(1, round(moved * pairs)))[0] >= SURELY_NEARLY_ALL
+        return "none_needed" if surely else "too_few"
+    if not _can_tell((1 - ideal) * pairs):
+        return "too_few"
+    if _foretells_nothing(foretold):
+        return "not_foretold"
     clear = [(name, _ideal(row) or 0.0) for name, row in (("hyperparameter", tuned), ("loss", best)) if _is_clear(row)]
     return max(clear, key=lambda item: item[1])[0] if clear else "none"
 
@@ -116,9 +175,15 @@ def _write(facts: Mapping[str, Any], run: Row, best: Row | None, tuned: Row | No
     of = "a step on the whole sample" if is_sample else "one small step on each pair alone"
     beside = f" (a step on each pair alone: {_percent(facts['alone_ideal'])})" if is_sample else ""
     sentences = [
-        f"With {run['label']}, case 1 (chosen rises, rejected falls) holds for {_percent(_ideal(run))} of "
-        f"{_count(run['pairs'])}{beside}, to first order and for {of}{rest}."
+        f"With {run['label']}, case 1 (chosen rises, rejected falls) holds for "
+        f"{share_of_pairs(_ideal(run), run['pairs'])} of {_count(run['pairs'])}{beside}, to first order and for "
+        f"{of}{rest}."
     ]
+    if facts["lever"] == "too_few":
+        few = f"{_count(run['pairs'])} {'is' if run['pairs'] == 1 else 'are'} too few to tell losses apart"
+        return [*sentences, f"{few}: measure {ENOUGH} or more (max_pairs)."]
+    if facts["lever"] == "not_foretold":
+        return [*sentences, _describe_foretold(facts["foretold"], is_sample=is_sample)]
     if facts["lever"] == "none_needed":
         return [*sentences, "That is nearly every pair that the loss moves: another loss has little to add."]
     if facts["lever"] == "none":
@@ -133,22 +198,31 @@ def _write(facts: Mapping[str, Any], run: Row, best: Row | None, tuned: Row | No
             (row for row in (best, tuned) if row is not None), key=lambda row: _ideal(row) or 0.0, default=None
         )
         if likely is None or (_ideal(likely) or 0.0) - (_ideal(run) or 0.0) < NOTABLE:
-            so = f"so the loss is not the lever; {would}."
+            so = f"so these pairs give no reason to change the loss; {would}."
         else:
             against = likely["against_run"]
             so = (
-                f"but these pairs are too few to say that the loss is not the lever: {likely['label']} brings "
-                f"{against['gained']} of them into case 1 and takes {against['lost']} out of it. Measure more "
-                f"(max_pairs); {would}."
+                f"but these pairs are too few to be sure: {likely['label']} brings {against['gained']} of them into "
+                f"case 1 and takes {against['lost']} out of it. Measure more (max_pairs); {would}."
             )
-        sentences.append(
-            f"None of the paper's other losses{compared}{tried} {verb} better by more than sampling noise, {so}"
-        )
+        sentences.append(f"None of the paper's other losses{compared}{tried} {verb} clearly better, {so}")
     elif facts["lever"] == "loss" and best is not None:
         sentences.append(f"{best['label']} would make it {_reached(best)}; {_DESIGN} {design}.")
     else:
         sentences.append(f"{_propose(run, tuned)}; {_DESIGN} {design}.")
     return [*sentences, *_last_sentence(facts, run, tuned, judged)]
+
+
+def _describe_foretold(foretold: Mapping[str, Any], *, is_sample: bool) -> str:
+    """That such steps did not foretell what the run did, so that no loss is proposed."""
+    sides = {side: share_of_pairs(foretold[side], foretold["pairs"]) for side in ("chosen", "rejected")}
+    step = "the sample" if is_sample else "each pair alone"
+    return (
+        f"But nothing shows that a step on {step} foretells this run: from step {foretold['from']:,} to "
+        f"{foretold['to']:,} the sign was right for chosen in {sides['chosen']} and for rejected in "
+        f"{sides['rejected']} of the pairs, and a coin has 50%. So no other loss is proposed from it; "
+        "save checkpoints more often (save_steps), or watch the steps themselves (EntanglementCallback)."
+    )
 
 
 def _find_rest(run: Row) -> str:

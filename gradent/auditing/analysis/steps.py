@@ -236,8 +236,7 @@ def _rows_of(before: StepRecord | None, step: StepRecord) -> Table:
 
 def _describe_sample(step: StepRecord) -> dict[str, Any]:
     """A step on the sample at one target: means over the pairs, and where it differs from a step on each pair alone."""
-    record, parts = step.record, _parts(step)
-    moved = np.stack([sum(parts[f"{side}_{part}"] for part in ("own", "partner", "others")) for side in _SIDES], axis=1)
+    record, parts, moved = step.record, _parts(step), _sample_moves(step).T
     alone = np.stack([record.table[f"{side}_change"] for side in _SIDES], axis=1)
     differs = np.sign(moved) * np.sign(alone) < 0
     return {
@@ -247,6 +246,12 @@ def _describe_sample(step: StepRecord) -> dict[str, Any]:
         # Shares of pairs of which a step on the sample moves the response the other way than a step on the pair alone.
         "chosen_differs": float(differs[:, 0].mean()), "rejected_differs": float(differs[:, 1].mean()),
     }  # fmt: skip
+
+
+def _sample_moves(step: StepRecord) -> Floats:
+    """What a step on the sample does to chosen and rejected, `[2, P]`."""
+    parts = _parts(step)
+    return np.stack([sum(parts[f"{side}_{part}"] for part in ("own", "partner", "others")) for side in _SIDES])
 
 
 def _describe_pushed(step: StepRecord, sample: SampleStep, loss: Loss) -> list[dict[str, Any]]:
@@ -281,10 +286,15 @@ def _describe_interval(first: StepRecord, last: StepRecord) -> dict[str, Any] | 
     realised, count = _realised(last), last.record.table.rows
     size = float(np.square(realised).sum())
     ends = {"begin": first.along[LEAVING], "end": last.along[ARRIVING]}
+    foretold = _sample_moves(first)
+    agree = np.sign(realised) == np.sign(foretold)
     return {
         "from": first.record.target.step, "to": last.record.target.step, "pairs": count,
         **{f"{side}_realised": mean(realised[place]) for place, side in enumerate(_SIDES)},
         **{f"{side}_first_order": mean(change[place]) for place, side in enumerate(_SIDES)},
+        # Shares of responses that moved the way which a step on the sample at the interval's begin foretells.
+        **{f"{side}_sample_sign": mean(agree[place][foretold[place] != 0].astype(np.float64))
+           for place, side in enumerate(_SIDES)},
         "explained": _explained(realised, change, size),
         **{f"explained_{name}": _explained(realised, values, size) for name, values in ends.items()},
         "modules": {module: [float(part) / count for part in parts] for module, parts in modules.items()},

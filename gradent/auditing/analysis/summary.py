@@ -13,7 +13,7 @@ from gradent.auditing.analysis.distributions import most_entangled, summarize_co
 from gradent.auditing.analysis.dynamics import dynamics
 from gradent.auditing.analysis.loss_grid import read_hyperparameters
 from gradent.auditing.analysis.properties import summarize_properties
-from gradent.auditing.analysis.recommendation import recommend
+from gradent.auditing.analysis.recommendation import find_foretold, recommend
 from gradent.auditing.analysis.steps import (
     StepRecord,
     collect_steps,
@@ -72,7 +72,10 @@ def summarize(
         if last.is_whole:
             sample_step = read_sample_step(last.target, last.table, journal, len(plan.batches))
     rows = what_if(table, loss, tokens, sample_step)
+    described = describe_steps(steps, sample_step, last, loss)
     history = _read_history(plan.run, notes)
+    moved = dynamics(_with_start(table, plan), {} if history is None else history["curves"])
+    foretold = find_foretold(described, moved, is_sample=bool(rows) and rows[0].get("sample") is not None)
     kept_notes = [entry["text"] for entry in journal.all("note")]
     reference = plan.reference.passed or (plan.reference.source.name if plan.reference.source is not None else None)
     left_out = [(target, failures[target.name]) for target in plan.targets if target.name in failures]
@@ -94,9 +97,9 @@ def summarize(
             for record in records
         ],
         "history": history,
-        "dynamics": dynamics(_with_start(table, plan), {} if history is None else history["curves"]),
-        "steps": describe_steps(steps, sample_step, last, loss), "what_if": rows,
-        "recommendation": recommend(rows), "properties": summarize_properties(last.table, sample), "model": last.model,
+        "dynamics": moved, "steps": described, "what_if": rows,
+        "recommendation": recommend(rows, foretold, (plan.material.repeated, len(plan.pairs))),
+        "properties": summarize_properties(last.table, sample), "model": last.model,
         **summarize_columns(last.table), "most_entangled": _describe_most_entangled(last, plan),
         "modules": last.modules, "reference": {"kind": plan.reference.kind, "source": reference},
         "data": {
@@ -112,6 +115,7 @@ def summarize(
             **config.settings, "max_length": plan.material.max_length, "add_eos": plan.material.add_eos,
             "truncation_mode": plan.material.how.truncation_mode,
             "max_prompt_length": plan.material.how.max_prompt_length,
+            "max_completion_length": plan.material.how.max_completion_length,
         },
         "notes": ([] if doubt is None else [doubt]) + notes + [note for note in kept_notes if note not in notes],
     }  # fmt: skip

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gradent.loading.config import DATA, MODEL, RUN, LoadConfig, option
 
-__all__ = ["LOSS", "AuditConfig", "TokenConfig"]
+__all__ = ["LOSS", "LOSS_NAMES", "AuditConfig", "TokenConfig"]
 
 LOSS = "Loss"
+LOSS_NAMES = (
+    "dpo", "rdpo", "simpo", "ipo", "rrhf", "slic", "cpo", "dpop", "kto", "sppo", "pairwise_normalized", "token_masked",
+    "sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
+    "sigmoid_norm", "aot", "aot_unpaired", "sft",
+)  # fmt: skip
+"""What `losses.get` knows, and what it refuses with a reason; listed here so that a typo is told without torch."""
 _BUDGET = "Scratch of the reductions, e.g. 512MiB."
 
 
@@ -28,9 +34,11 @@ class AuditConfig(LoadConfig):
     )
     out: Path = option("Directory for report.html, pairs.parquet, ...", RUN, Path)  # noqa: RUF009
     loss: Any = option(  # noqa: RUF009  (a name or a Loss)
-        "dpo, rdpo, simpo, ipo, rrhf, slic, cpo, dpop, kto, sppo, or pairwise_normalized (of dpo); what is not set "
-        "below has its default.", LOSS, default="dpo",
+        "dpo, rdpo, simpo, ipo, rrhf, slic, cpo, dpop, kto, sppo, pairwise_normalized, or TRL's (sigmoid, "
+        "hinge, robust, ...); what is not set below has its default. [default: the run's own, where its files say; "
+        "else dpo]", LOSS, default=None,
     )  # fmt: skip
+    hyperparameters: Mapping[str, Any] | None = None
     checkpoints: str | Sequence[int] = option(
         "Of a run: all, last, or steps such as 0,200,400; 0 is the model before training.", MODEL, default="all"
     )
@@ -63,9 +71,9 @@ class AuditConfig(LoadConfig):
     def settings(self) -> dict[str, Any]:
         """What the summary's `settings` says of these options; it says elsewhere what was measured, and where."""
         names = (
-            "checkpoints", "split", "max_length", "truncation_mode", "max_prompt_length", "max_pairs", "token_pairs",
-            "batch_size", "memory_budget", "engine", "by_module", "attribution", "dtype", "device", "skip_bad_rows",
-            "add_eos", "seed",
+            "checkpoints", "split", "max_length", "truncation_mode", "max_prompt_length", "max_completion_length",
+            "max_pairs", "token_pairs", "batch_size", "memory_budget", "engine", "by_module", "attribution", "dtype",
+            "device", "skip_bad_rows", "add_eos", "seed", *(["quantize"] if self.quantize else []),
         )  # fmt: skip
         values = {name: getattr(self, name) for name in names}
         return values if isinstance(self.checkpoints, str) else {**values, "checkpoints": list(self.checkpoints)}

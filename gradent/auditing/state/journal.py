@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from gradent.distributed import Ranks
 from gradent.errors import InputError
 from gradent.record.atomic import write_whole
 from gradent.record.json_lines import JsonLines, LineFormat, read_lines
 
-__all__ = ["Journal", "JournalError", "only_audit"]
+if TYPE_CHECKING:
+    from gradent.distributed import Ranks
+
+__all__ = ["LOCK", "Journal", "JournalError", "locked", "only_audit"]
 
 _FORMAT = LineFormat(
     schema="gradent.audit_journal", noun="a journal of an audit", keys=frozenset({"kind", "of", "number", "content"}),
@@ -99,20 +101,26 @@ class Journal:
         self._lines.close()
 
 
+LOCK = "journal/lock"
+"""What an audit holds while it writes to a directory."""
+
+
+def locked(directory: Path) -> str:
+    """That another audit holds a directory."""
+    return f"{directory}: another audit is writing there now. Wait for it to end, stop it, or choose another --out."
+
+
 @contextmanager
 def only_audit(directory: Path, ranks: Ranks) -> Iterator[None]:
     """Keep a second audit out of a directory; the first rank holds the lock for all."""
-    path = directory / "journal/lock"
+    path = directory / LOCK
     lock, refusals = FileLock(path), list[str]()
     if ranks.is_first:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
-            refusals.append(
-                f"{directory}: another audit is writing there now. Wait for it to end, stop it, or choose another "
-                "--out."
-            )
+            refusals.append(locked(directory))
         except OSError as error:
             refusals.append(f"{path}: cannot be locked ({error.strerror}). Choose another --out.")
     refusals = ranks.gather(refusals)  # no rank opens a journal that the first may not have

@@ -15,7 +15,8 @@ from gradent.loading.preferences import AuditPair
 from gradent.loading.prepare import Material
 from gradent.loading.runs.checkpoint import Checkpoint
 from gradent.loading.runs.discover import Run, choose, find_run, is_run
-from gradent.loading.source import ModelSource, read_adapter_file, read_step, resolve_source
+from gradent.loading.source import ModelSource, checkpoint_above, read_adapter_file, read_step, resolve_source
+from gradent.loading.weight_files import named_adapters
 from gradent.record.json_lines import digest
 
 __all__ = ["AuditPlan", "ReferenceChoice", "Target", "choose_reference", "find_targets"]
@@ -82,7 +83,7 @@ def find_targets(config: AuditConfig) -> tuple[list[Target], Run | None]:
                 f"{model}: is not a run (it has no checkpoint-* in it), and checkpoints={checkpoints!r} is asked for. "
                 "Leave --checkpoints out, or give the directory that holds checkpoint-*."
             )
-        source = resolve_source(model, config.adapter)
+        source = resolve_source(model, config.adapter, quantize=config.quantize)
         return [Target(name=source.name, step=read_step(source), source=source)], None
     if config.adapter is not None:
         raise InputError(
@@ -90,7 +91,12 @@ def find_targets(config: AuditConfig) -> tuple[list[Target], Run | None]:
             "out; for one adapter alone, give the base model as MODEL."
         )
     run = find_run(model, base=config.base)
-    return [_to_target(checkpoint, run) for checkpoint in choose(run, checkpoints)], run
+    if config.quantize is not None and run.kind == "full":
+        raise InputError(
+            f"{model}: is a run of full models, and quantize={config.quantize!r} is for the base under adapters, since "
+            "quantized weights are not trained. Leave --quantize out."
+        )
+    return [_to_target(checkpoint, run, config.quantize) for checkpoint in choose(run, checkpoints)], run
 
 
 def choose_reference(targets: Sequence[Target], run: Run | None, config: AuditConfig, tell: Tell) -> ReferenceChoice:
@@ -102,7 +108,12 @@ def choose_reference(targets: Sequence[Target], run: Run | None, config: AuditCo
     frozen = None if source.adapter is None else frozen_reference(source.adapter)
     if frozen is not None:
         tell(f"The reference is {frozen}, the adapter that TRL kept frozen for it (--reference for another).")
-        return ReferenceChoice(kind="model", source=ModelSource(base=source.base, adapter=frozen, name=frozen))
+        kept = ModelSource(base=source.base, adapter=frozen, name=frozen, quantize=config.quantize)
+        return ReferenceChoice(kind="model", source=kept)
+    above = checkpoint_above(source.adapter)
+    others = [str(path) for path in ({} if above is None else named_adapters(above)).values()]
+    for other in sorted({*others} - {source.adapter}):
+        tell(f"Beside the adapter lies {other}: if it was the run's reference, pass it with --reference.")
     if run is None:
         return _reference_of_one(source, needed, tell)
     if run.base is None and needed is None:
@@ -122,7 +133,7 @@ def choose_reference(targets: Sequence[Target], run: Run | None, config: AuditCo
     if source.adapter is None:
         return ReferenceChoice(kind="model", source=ModelSource(base=run.base, adapter=None, name=run.base))
     _tell_of_start(source.adapter, tell)
-    return ReferenceChoice(kind="adapter_off", source=under(run.base, source.adapter))
+    return ReferenceChoice(kind="adapter_off", source=under(run.base, source.adapter, config.quantize))
 
 
 def _reference_of_one(source: ModelSource, needed: str | None, tell: Tell) -> ReferenceChoice:
@@ -157,13 +168,13 @@ def _trains_biases(adapter: str) -> bool:
     return str(read_adapter_file(adapter).get("bias", "none")) != "none"
 
 
-def _to_target(checkpoint: Checkpoint, run: Run) -> Target:
+def _to_target(checkpoint: Checkpoint, run: Run, quantize: str | None) -> Target:
     problem, source = checkpoint.problem, None
     if problem is None and checkpoint.kind == "adapter":
         if run.base is None:
             problem = f"{checkpoint.path}: nothing says which base model this adapter belongs to. Pass --base."
         else:
-            source = ModelSource(base=run.base, adapter=checkpoint.path, name=checkpoint.name)
+            source = ModelSource(base=run.base, adapter=checkpoint.path, name=checkpoint.name, quantize=quantize)
     elif problem is None:
         source = ModelSource(base=checkpoint.path, adapter=None, name=checkpoint.name)
     return Target(name=checkpoint.name, step=checkpoint.step, source=source, problem=problem)
@@ -172,7 +183,8 @@ def _to_target(checkpoint: Checkpoint, run: Run) -> Target:
 def _model_files(source: ModelSource | None) -> list[Any] | None:
     if source is None:
         return None
-    return [_files(source.base), _files(source.adapter), *(["adapter off"] if source.adapter_off else [])]
+    how = [*(["adapter off"] if source.adapter_off else []), *([source.quantize] if source.quantize else [])]
+    return [_files(source.base), _files(source.adapter), *how]
 
 
 def _files(name: str | None) -> list[tuple[str, int, int]] | str | None:

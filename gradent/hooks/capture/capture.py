@@ -8,6 +8,7 @@ pass goes, so does everything here.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -16,19 +17,23 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import Self
 
 from gradent.hooks.capture.checkpointing import current_region, in_backward
 from gradent.hooks.capture.coverage import Edge, Survey, Tap, edges_between, node_of, survey
 from gradent.hooks.capture.row_order import in_order
 from gradent.hooks.overhead import Clock
 from gradent.hooks.rules import RULES, Call
+from gradent.hooks.rules.matmul import LINEAR
 from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View, follow
 from gradent.hooks.uses.uses import Use
+from gradent.model.sharding import is_released, whole_shape
 
 __all__ = ["Capture", "Tap"]
 
@@ -102,11 +107,14 @@ class Capture(TorchFunctionMode):
         self.parameters = parameters
         # A tensor's view, and its node when it was made: one that is changed in place afterwards has another.
         self._views: dict[int, tuple[View, Node | None]] = {
-            id(parameter): (View(number, (), tuple(parameter.shape)), None)
+            id(parameter): (View(number, (), tuple(whole_shape(parameter))), None)
             for number, parameter in enumerate(parameters)
         }
         self._leaves: dict[Node, int] = {}
         self._nodes: dict[int, Node | None] = {}
+        self._is_inside = False  # of a call of `_watch_linear`, whose own calls are no uses
+        self._linears: list[tuple[Any, Any]] = []  # of each `start`, what stood for `F.linear`, and what stands there
+        self._thread = 0  # in which it was started
         self._ordered: set[Node] = set()
         self._held: list[Tensor] = []  # views must stay alive: their id is their key
         self._handles: list[RemovableHandle] = []
@@ -115,15 +123,22 @@ class Capture(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         if func is torch.Tensor.register_hook:
             self.meets_hooks = True
-        if self._guard.is_blind or not torch.is_grad_enabled() or not self._concerns(args, kwargs):
-            return func(*args, **kwargs)
+        return self._watch(func, func, args, kwargs or {})
+
+    def _watch(self, func: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a torch function, by itself or by what computes the same in its place, and record what it uses."""
+        if self._is_inside or self._guard.is_blind or not torch.is_grad_enabled() or not self._concerns(args, kwargs):
+            return run(*args, **kwargs)
         seen = None
         with self._guard:  # what is observed must not suffer from being observed
             seen = self._before(func, args, kwargs)
-        out = func(*args, **kwargs)
+        self._is_inside = run is not func
+        try:
+            out = run(*args, **kwargs)
+        finally:
+            self._is_inside = False
         if seen is not None and isinstance(out, Tensor) and out.grad_fn is not None:
             with self._guard:
                 self._record(seen, out)
@@ -223,10 +238,12 @@ class Capture(TorchFunctionMode):
         return view if view is not None and node is operand.grad_fn else None
 
     def _node(self, tensor: Tensor) -> Node | None:
-        """`node_of`, cached for tracked leaves, for which it runs an operator."""
+        """`node_of`, cached for tracked leaves, for which it runs an operator; None of one that is released."""
         if tensor.grad_fn is not None or id(tensor) not in self._views:
             return node_of(tensor)
         if id(tensor) not in self._nodes:
+            if is_released(tensor):  # a node that is made now, and kept, would take the gradient of an empty tensor
+                return None
             self._nodes[id(tensor)] = node_of(tensor)
         return self._nodes[id(tensor)]
 
@@ -245,13 +262,38 @@ class Capture(TorchFunctionMode):
             if node is not None:
                 self._leaves[node] = number
 
+    def __enter__(self) -> Self:
+        """Record from here on."""
+        super().__enter__()  # type: ignore[no-untyped-call]
+        # DeepSpeed leaves one autograd function of its own in the place of `F.linear`, which no mode sees.
+        original, self._thread = F.linear, threading.get_ident()
+        is_deepspeed = getattr(original, "__module__", None) == "deepspeed.runtime.zero.linear"
+        mine = partial(self._watch_linear, original) if is_deepspeed else original
+        self._linears.append((original, mine))
+        F.linear = mine
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Record no more."""
+        original, mine = self._linears.pop()
+        if F.linear is mine:
+            F.linear = original
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+
+    def _watch_linear(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return original(*args, **kwargs)
+        return self._watch(LINEAR, original, args, kwargs)
+
     def start(self) -> None:
         """`__enter__`, for a pass that ends in another function."""
-        self.__enter__()  # type: ignore[no-untyped-call]
+        self.__enter__()
 
     def stop(self) -> None:
         """`__exit__`, after `start`."""
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self.__exit__(None, None, None)
 
     def close(self) -> None:
         """Let go of the pass."""
@@ -266,8 +308,9 @@ class Capture(TorchFunctionMode):
 
     def survey(self, loss: Tensor, without: frozenset[int] = frozenset(), *, opaque: bool = False) -> Survey:
         """Which uses and parameters the graph below `loss` reaches, uses of the parameters `without` disregarded."""
-        taps = [tap for tap in self.taps if tap.use.view.param not in without]
-        return survey(loss, taps, self.leaves, opaque=opaque)
+        taps, leaves = [tap for tap in self.taps if tap.use.view.param not in without], self.leaves
+        released = {id(part): number for number, part in enumerate(self.parameters) if id(part) not in self._nodes}
+        return survey(loss, taps, leaves, released, opaque=opaque)
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

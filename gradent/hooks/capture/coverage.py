@@ -20,6 +20,8 @@ from gradent.model.autograd import REENTRANT
 
 __all__ = ["Edge", "Survey", "Tap", "edges_between", "node_of", "survey"]
 
+_LEAF = "torch::autograd::AccumulateGrad"
+
 Edge = tuple[Node, int]
 """A node and the number of one of its inputs."""
 
@@ -70,8 +72,14 @@ class Survey:
     hidden: bool = False  # reentrant gradient checkpointing hides a part of the graph, of which nothing is said here
 
 
-def survey(loss: Tensor, taps: Sequence[Tap], parameters: Mapping[Node, int], *, opaque: bool = False) -> Survey:
-    """Walk the graph below `loss` once: which uses it reaches, and which parameters have a use that none claims."""
+def survey(
+    loss: Tensor, taps: Sequence[Tap], parameters: Mapping[Node, int], released: Mapping[int, int] | None = None,
+    *, opaque: bool = False,
+) -> Survey:  # fmt: skip
+    """Walk the graph below `loss` once: which uses it reaches, and which parameters have a use that none claims.
+
+    Of parameters that are `released` (id -> number) no node may be asked for: theirs are known as they are met.
+    """
     assert loss.grad_fn is not None
     uses, claimed = frozenset(tap.node for tap in taps), dict[Edge, frozenset[Node]]()
     for tap in taps:
@@ -91,13 +99,16 @@ def survey(loss: Tensor, taps: Sequence[Tap], parameters: Mapping[Node, int], *,
         children = opened.get(node)
         if children is None:
             children = opened[node] = []
-            for number, (child, _) in enumerate(node.next_functions):
+            for place, (child, _) in enumerate(node.next_functions):
                 if child is not None:
-                    outputs = claimed.get((node, number))
+                    outputs = claimed.get((node, place))
                     if outputs is None or opened.keys().isdisjoint(outputs):
                         children.append(child)
-            if node in parameters:
-                missed.add(parameters[node])
+            number = parameters.get(node)
+            if number is None and released and node.name() == _LEAF:
+                number = released.get(id(node.variable))  # type: ignore[attr-defined]
+            if number is not None:
+                missed.add(number)
             else:
                 foreign = foreign or _foreign(node)
             if node.name() == "CheckpointFunctionBackward":

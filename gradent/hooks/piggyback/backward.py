@@ -88,8 +88,9 @@ class WatchedBackward:
         if not coefficients.is_constant:
             observation.is_constant = False
             observation.is_of_tokens &= coefficients.is_of_tokens
+            again = "each row once more" if self.config.pairing == "rows" else "two rows more a pair"
             verdict = (
-                "verdicts take each token's weight, and two rows more a pair"
+                f"verdicts take each token's weight, and {again}"
                 if coefficients.is_of_tokens
                 else "it has a part besides, that is no log-prob of these tokens, so that verdicts are made with mean "
                 "weights and can have the wrong sign"

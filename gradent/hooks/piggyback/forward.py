@@ -37,6 +37,7 @@ from gradent.hooks.uses.layout import Layout
 from gradent.kernels.common.streams import at_once
 from gradent.model.inputs import FurtherInputs
 from gradent.model.parameters import output_embeddings
+from gradent.model.sharding import is_sharded
 
 __all__ = ["WatchedForward", "is_synchronous"]
 
@@ -78,7 +79,7 @@ class WatchedForward:
         self._sharing: WeightGradReuse | None = None
         self._capture: Capture | None = None
         if config.has_entries:
-            if config.should_share and not config.sharded:
+            if config.should_share and not is_sharded(config.model):
                 self._sharing = WeightGradReuse(config.tensors)
             self._capture = Capture(
                 config.tensors, self.layout, self._arrive, late=self._expect_late, on_error=guard.keep_error,

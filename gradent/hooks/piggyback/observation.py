@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradent.hooks.piggyback.gradient_norms import GradientNorms
 from gradent.kernels.common.wanted import Wanted
+from gradent.model.weight_mark import WeightMark
 
 __all__ = ["BackwardObservation", "mark_completions"]
 
@@ -52,6 +53,7 @@ class BackwardObservation:
     no_account_reason: str | None = None  # why there is no account
     norms: GradientNorms | None = None  # of the gradients when this backward ended
     shared: int = 0  # parameters whose gradient the trainer's backward took from the measurement
+    weights: WeightMark | None = None  # a look at the weights before its first forward; None for sharded ones
     no_entries_reason: str | None = None  # why there are no entries
     unusable_reason: str | None = None  # why not even the coefficients can be used
 

@@ -13,6 +13,8 @@ kept as a reason (`guard.py`), and never raised into the trainer's pass.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from itertools import count
 from typing import Any
 
@@ -29,6 +31,8 @@ from gradent.hooks.piggyback.forward import WatchedForward
 from gradent.hooks.piggyback.observation import BackwardObservation
 from gradent.model.inputs import find_further_inputs
 from gradent.model.observed import is_observed
+from gradent.model.sharding import REPLICAS, is_sharded
+from gradent.model.weight_mark import WeightMark
 
 __all__ = ["Piggyback"]
 
@@ -41,27 +45,51 @@ class Piggyback:
         self._config = config
         self._trainable = {id(parameter) for parameter in config.tensors}
         self._handles: list[RemovableHandle] = []
+        self._call: Callable[..., Any] | None = None  # a model's compiled call, which stands in for its hooks
         self._running: WatchedForward | None = None
+        self._thread = 0  # that it runs in
+        self._current: WatchedBackward | None = None  # that it belongs to
+        self._is_sharded = is_sharded(config.model)
+        self.forwards = 0  # of the model, with gradients, since it was armed
         self._backwards: list[WatchedBackward] = []
         self._numbers = count(current_rank() << 20)  # of backwards, of which no two ranks have the same
 
     def arm(self) -> None:
         """Watch from now on."""
-        if not self._handles:
-            model = self._config.model
+        model = self._config.model
+        if self._handles or self._call is not None:
+            return
+        if model._compiled_call_impl is not None:  # noqa: SLF001  (hooks would be traced: what is compiled has them)
+            self._call = model._compiled_call_impl  # noqa: SLF001
+            model._compiled_call_impl = self._run_compiled  # noqa: SLF001
+        else:
             self._handles = [
                 model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
                 model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
             ]
 
+    def _run_compiled(self, *args: Any, **kwargs: Any) -> Any:
+        """A model's compiled call (`model.compile()`) between what the hooks do."""
+        assert self._call is not None
+        model, output = self._config.model, None
+        self._before(model, args, kwargs)
+        try:
+            output = self._call(*args, **kwargs)
+        finally:
+            self._after(model, args, kwargs, output)
+        return output
+
     def disarm(self) -> None:
         """Take every hook off the model and let go of every graph."""
+        if self._call is not None:
+            self._config.model._compiled_call_impl = self._call  # noqa: SLF001
+            self._call = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         if self._running is not None:
             self._running.stop()
-            self._running = None
+            self._running = self._current = None
         for backward in self._backwards:
             backward.close()
         self._backwards.clear()
@@ -73,8 +101,14 @@ class Piggyback:
         return [seen for backward, seen in observations if backward.has_started or seen.unusable_reason is not None]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        is_own = self._running is not None or is_observed(self._config.model)
-        if is_own or not torch.is_grad_enabled() or in_backward():
+        if is_observed(self._config.model) or not torch.is_grad_enabled() or in_backward():
+            return
+        if module is not self._config.model:  # a copy, which shares the model's hooks and runs in another thread
+            self._abandon(REPLICAS)
+            return
+        if self._running is not None:
+            if threading.get_ident() != self._thread:
+                self._abandon("several threads run the model at the same time")
             return
         try:
             self._start_forward(args, kwargs)
@@ -83,6 +117,7 @@ class Piggyback:
 
     def _abandon(self, reason: str) -> None:
         """Keep why a forward cannot be watched."""
+        self.forwards += 1
         self._backwards.append(WatchedBackward(self._config, self.clock, next(self._numbers)))
         self._backwards[-1].abandon(reason)
 
@@ -104,18 +139,23 @@ class Piggyback:
             mask = torch.ones_like(input_ids)
         if not self._backwards or self._backwards[-1].has_started:
             self._backwards.append(WatchedBackward(self._config, self.clock, next(self._numbers)))
+            if not self._is_sharded:
+                self._backwards[-1].observation.weights = WeightMark(self._config.tensors)
         # Copies: a loop may well change its batch in place before the backward.
         inputs = find_further_inputs(self._config.model, args, kwargs, input_ids, mask)
-        forward = self._backwards[-1].make_forward(input_ids.detach().clone(), mask.detach().clone(), inputs)
+        self._current = self._backwards[-1]
+        forward = self._current.make_forward(input_ids.detach().clone(), mask.detach().clone(), inputs)
         forward.start()
-        self._running = forward
+        self.forwards += 1
+        self._running, self._thread = forward, threading.get_ident()
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        forward, self._running = self._running, None
-        if forward is None:
+        forward = self._running
+        if forward is None or module is not self._config.model or threading.get_ident() != self._thread:
             return
+        self._running, backward, self._current = None, self._current, None
         forward.stop()
-        if output is None:  # the forward raised
+        if output is None or backward is None:  # the forward raised
             forward.close()
         else:
-            self._backwards[-1].add_forward(forward, output, kwargs)
+            backward.add_forward(forward, output, kwargs)

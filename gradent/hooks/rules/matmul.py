@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, TypeGuard
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gradent.hooks.rules.elementwise import sum_use
@@ -13,14 +12,17 @@ from gradent.hooks.rules.registry import Call, register_rule
 from gradent.hooks.uses.parameter_views import View
 from gradent.hooks.uses.uses import GroupedUse, MatrixUse, Use
 
-__all__: list[str] = []
+__all__ = ["LINEAR"]
 
 
 def _is_matrix(view: View | None) -> TypeGuard[View]:
     return view is not None and view.plain and len(view.shape) == 2
 
 
-@register_rule(F.linear)
+LINEAR = torch._C._nn.linear  # noqa: SLF001  (`F.linear`, also where somebody has put a function of his own there)
+
+
+@register_rule(LINEAR)
 def linear(call: Call) -> list[Use]:
     """`F.linear(input, weight, bias)`, weight `[O, I]`."""
     named = call.bind("input", "weight", "bias", bias=None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gradent.errors import GradentError, ModelError
 from gradent.loading.files import leads_outside, read_object
-from gradent.loading.source import STATE, State, read_state
+from gradent.loading.source import STATE, State, read_state, trained_adapter
 from gradent.loading.weight_files import CONFIGS, check_links, check_weights, kind_of
 
 __all__ = ["Checkpoint", "Saved", "look_at", "read_own_state"]
@@ -36,20 +36,24 @@ class Saved:
 def look_at(directory: Path, name: str, step: int, root: Path) -> Saved:
     """Look at a checkpoint's files, without loading its model."""
     kind = base = state = problem = None
+    model = directory
     try:
         check_links(directory, root)
-        kind = kind_of(directory)
+        model = trained_adapter(directory) or directory
+        if model is not directory:
+            check_links(model, root)
+        kind = kind_of(model)
         state = read_own_state(directory / STATE, root)
         if state is not None and state.step != step:
             raise ModelError(
                 f"{directory}: its {STATE} says step {state.step}, and its name says step {step}. Was it renamed, or "
                 f"mixed with another? Give it the name of its step, checkpoint-{state.step}, or remove the {STATE}."
             )
-        check_weights(directory, kind)
-        base = read_object(directory / CONFIGS[kind or "full"]).get("base_model_name_or_path")
+        check_weights(model, kind)
+        base = read_object(model / CONFIGS[kind or "full"]).get("base_model_name_or_path")
     except GradentError as error:
         problem = str(error)
-    checkpoint = Checkpoint(step=step, path=str(directory), name=name, kind=kind, problem=problem)
+    checkpoint = Checkpoint(step=step, path=str(model), name=name, kind=kind, problem=problem)
     is_named = kind == "adapter" and isinstance(base, str) and base != ""
     return Saved(checkpoint=checkpoint, base=base if is_named else None, state=state)
 

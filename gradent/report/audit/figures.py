@@ -9,9 +9,9 @@ from pathlib import Path
 from gradent.figures.canvas import draw_figure, render
 from gradent.figures.charts import Bars, Chart
 from gradent.record.atomic import make_directory, write_whole
-from gradent.report.audit.losses import loss_bars
-from gradent.report.audit.records import AuditRecords, read_audit
-from gradent.report.audit.steps import case_chart, logp_chart
+from gradent.report.audit.sections.losses import loss_bars
+from gradent.report.audit.sections.records import AuditRecords, read_audit
+from gradent.report.audit.sections.steps import case_chart, logp_chart
 
 __all__ = ["draw_audit", "write_audit_figures"]
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from gradent.errors import GradentError, InputError
 from gradent.record import AUDIT_FILES
-from gradent.report.audit.losses import describe_row
-from gradent.report.audit.pairs import ranked_pairs
-from gradent.report.audit.records import AuditRecords, Measured, read_audit
+from gradent.report.audit.sections.losses import describe_row
+from gradent.report.audit.sections.pairs import ranked_pairs
+from gradent.report.audit.sections.records import AuditRecords, Measured, read_audit
 from gradent.report.page.cases import CASES, share_of
 from gradent.text import printable
 

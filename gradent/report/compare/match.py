@@ -17,11 +17,15 @@ import numpy as np
 
 from gradent.record.curves import mean_and_error
 from gradent.record.table import Floats
-from gradent.report.audit.records import AuditRecords, Measured, read_audit
-from gradent.report.audit.settings import list_settings
-from gradent.report.page.numbers import plural
+from gradent.report.audit.sections.records import AuditRecords, Measured, read_audit
+from gradent.report.audit.sections.settings import list_settings
+from gradent.report.page.cases import CASES
+from gradent.report.page.numbers import number, plural
 
-__all__ = ["Compared", "Comparison", "compare_audits", "compare_rows"]
+__all__ = ["CLEAR", "Compared", "Comparison", "compare_audits", "compare_rows", "describe_finding"]
+
+CLEAR = 2.0
+"""Standard errors from which a difference is marked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,36 @@ def compare_rows(directory_a: str | os.PathLike[str], directory_b: str | os.Path
     return list(compare_audits(directory_a, directory_b).rows)
 
 
+def describe_finding(both: Comparison) -> str:
+    """What differs, in a sentence: the cases first, then the log-probs; what became of A's largest case."""
+    clear = [row for row in both.rows if row.difference and abs(row.difference) > CLEAR * row.error]
+    shares = [row for row in clear if row.share]
+    if shares:
+        row = max(shares, key=lambda row: abs(row.difference))
+        more = "more" if row.difference > 0 else "fewer"
+        points, kind = f"{100 * abs(row.difference):.0f}", row.name.removeprefix("share ")
+        return f"B has {points} points {more} of the pairs {kind} than A{_describe_transition(both)}"
+    moved = [row for row in clear if "log π" in row.name and "‖" not in row.name]
+    if moved:
+        row = max(moved, key=lambda row: abs(row.difference))
+        higher = "higher" if row.difference > 0 else "lower"
+        return f"{row.name.removesuffix(', nats').capitalize()} is {number(abs(row.difference))} nats {higher} in B"
+    return "No clear difference between the two" if both.rows else "One of the audits measured nothing"
+
+
+def _describe_transition(both: Comparison) -> str:
+    """Where most of the pairs of A's largest case are in B, if elsewhere."""
+    sizes: Counter[str] = Counter()
+    for (case, _), pairs in both.transitions.items():
+        sizes[case] += pairs
+    if not sizes:
+        return ""
+    (case, total), *_ = sizes.most_common(1)
+    other, pairs = max(((b, n) for (a, b), n in both.transitions.items() if a == case), key=lambda item: item[1])
+    names = {name: label.partition(": ")[2] or label for name, label in CASES.items()}
+    return "" if other == case else f": {pairs} of A's {total} {names[case]} pairs are {names[other]} in B"
+
+
 def _match(first: AuditRecords, second: AuditRecords) -> tuple[list[tuple[int, int]], str]:
     """Places of the pairs that are the same, by row of the data and, where both have them, by their texts."""
     if first.last is None or second.last is None:
@@ -109,6 +143,8 @@ _FIGURES: dict[str, Callable[[Measured], Floats]] = {
     "share in case 1 (ideal)": lambda at: at.is_case("ideal").astype(np.float64),
     "share in case 2 (both down)": lambda at: at.is_case("both_down").astype(np.float64),
     "share in case 3 (both up)": lambda at: at.is_case("both_up").astype(np.float64),
+    "share in case 4 (reversed)": lambda at: at.is_case("reversed").astype(np.float64),
+    "share inactive": lambda at: at.is_case("inactive").astype(np.float64),
     "mean log π(chosen), nats": lambda at: at.columns["chosen_logp"],
     "mean log π(rejected), nats": lambda at: at.columns["rejected_logp"],
     "mean margin log π(chosen) - log π(rejected), nats": lambda at: (

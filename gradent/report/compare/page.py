@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from gradent.errors import InputError
 from gradent.figures.charts import Bars, Chart, fill_gap
 from gradent.record.atomic import make_directory
-from gradent.report.audit.losses import shown_rows
-from gradent.report.audit.pairs import pair_quotes
-from gradent.report.audit.records import AuditRecords, Row
-from gradent.report.audit.settings import describe_loss
-from gradent.report.audit.steps import STEP
-from gradent.report.compare.match import Compared, Comparison, compare_audits, compare_rows
+from gradent.report.audit.sections.losses import shown_rows
+from gradent.report.audit.sections.pairs import pair_quotes
+from gradent.report.audit.sections.records import AuditRecords, Row
+from gradent.report.audit.sections.settings import describe_loss
+from gradent.report.audit.sections.steps import STEP
+from gradent.report.compare.match import CLEAR, Compared, Comparison, compare_audits, compare_rows, describe_finding
 from gradent.report.page.cases import CASES, CASES_EXPLAINED, case_series, share_of
 from gradent.report.page.html import Page, Section, write_page
 from gradent.report.page.numbers import NOTHING, change, count, fixed, number, percent, plural, step_name
@@ -22,7 +24,6 @@ from gradent.report.page.parts import Fold, Notice, Table
 __all__ = ["compare_rows", "describe_difference", "write_comparison"]
 
 _MOVED = 10  # pairs whose cosine differs most
-_CLEAR = 2.0  # standard errors from which a difference is marked
 
 
 def write_comparison(
@@ -30,6 +31,8 @@ def write_comparison(
 ) -> Path:
     """Write the page of two audits."""
     target = Path(out) / "compare.html" if Path(out).is_dir() else Path(out)
+    if target.name == "report.html" and (target.parent / "summary.json").exists():
+        raise InputError(f"{target}: is the page of an audit. Choose another --out, such as compare.html.")
     make_directory(target.parent, [target.name])
     return write_page(target, _to_page(compare_audits(directory_a, directory_b)))
 
@@ -48,8 +51,8 @@ def _to_page(both: Comparison) -> Page:
         _loss_section(both), _pair_section(both),
     ]  # fmt: skip
     return Page(
-        title="Two audits, side by side",
-        lead="Differences are B minus A, at the last measured checkpoint of each.",
+        title=describe_finding(both),
+        lead="Two audits side by side. Differences are B minus A, at the last measured checkpoint of each.",
         facts=[fact for name, records in _named(both) for fact in _facts(name, records)],
         sections=[section for section in sections if section is not None],
         foot=f"gradent {both.second.summary['gradent_version']}. The numbers behind this page are in the records of "
@@ -83,17 +86,17 @@ def _settings_section(both: Comparison) -> Section:
     text = "What was set or read differently. Everything else is the same in both."
     if not both.settings:
         return Section("What differs in the settings", "Nothing: all settings are the same.", [])
-    serves = "Decides: whether the two can be held against each other at all."
+    serves = "Tells you whether the two can be held against each other at all."
     return Section("What differs in the settings", text, [Table(("Setting", "A", "B"), both.settings)], serves)
 
 
 def _figure_section(both: Comparison) -> Section:
-    serves = "Decides: which of the two is less entangled, and by more than chance."
+    serves = "Tells you which of the two is less entangled, and by more than chance."
     if not both.rows:
         return Section("Differences", "One of the audits measured nothing.", [], serves)
     rows = []
     for row in both.rows:
-        shown, mark = percent if row.share else number, " *" if abs(row.difference) > _CLEAR * row.error else ""
+        shown, mark = percent if row.share else number, " *" if abs(row.difference) > CLEAR * row.error else ""
         difference = describe_difference(row) + mark
         rows.append([row.name, shown(row.first), shown(row.second), difference, count(row.pairs)])
     caption = "Over the pairs of both" if both.places else "Over all pairs of each"
@@ -116,7 +119,7 @@ def _case_section(both: Comparison) -> Section | None:
         rows = [[label, *(count(both.transitions[case, other]) for other in CASES)] for case, label in CASES.items()]
         caption = "Pairs of both, by their case in A (rows) and in B (columns)"
         parts.append(Table(["In A", *CASES.values()], rows, caption=caption, figures_from=1))
-    serves = "Decides: which pairs a change has helped, and which it has harmed."
+    serves = "Tells you which pairs a change has helped, and which it has harmed."
     return Section("Cases", CASES_EXPLAINED, parts, serves)
 
 
@@ -125,17 +128,21 @@ def _curve_sections(both: Comparison) -> list[Section]:
     if max(len(records.measured) for _, records in named) < 2:
         return []
     sides = [(name, records, side) for name, records in named for side in ("chosen", "rejected")]
-    logps = [records.mean_line(f"{side}_logp", f"{name}: {side}") for name, records, side in sides]
+    logps = [
+        replace(records.mean_line(f"{side}_logp", f"{name}: {side}"), colour=side, dashed=name == "B")
+        for name, records, side in sides
+    ]
     cosines = [records.quartile_line("cosine", f"{name}: median, band: quartiles") for name, records in named]
     return [
         Section(
-            "Log-probs over steps", "Means over the pairs of each audit, with one standard error.",
+            "Log-probs over steps", "Means over the pairs of each audit, with one standard error. Colour: response; "
+            "solid: A, broken: B.",
             [Chart(STEP, "mean log π(response), nats", logps)],
-            "Decides: which run keeps chosen up while rejected falls.",
+            "Tells you which run keeps chosen up while rejected falls.",
         ),
         Section(
             "Cosines over steps", "", [Chart(STEP, "cosine of the two gradients", cosines, zero=True)],
-            "Decides: in which run entanglement grows.",
+            "Tells you in which run entanglement grows.",
         ),
     ]  # fmt: skip
 
@@ -148,13 +155,18 @@ def _loss_section(both: Comparison) -> Section | None:
     rows = []
     for name in names:
         cases = [(table.get(name) or {}).get("cases") for table in tables]
+        if cases[0] == cases[1]:
+            continue
         ideal, down = ([fill_gap(share_of(shares, case)) for shares in cases] for case in ("ideal", "both_down"))
         rows.append([name, *map(percent, ideal), change(*(100 * share for share in ideal)), *map(percent, down)])
+    same = len(names) - len(rows)
     header = ["Loss", "Case 1 in A", "In B", "Points", "Case 2 in A", "In B"]
     caption = "Shares of the pairs that each audit measured (of token masking: whose tokens it measured)"
     table = Table(header, rows, caption=caption, figures_from=1)
     text = "Each loss on the gradients of each audit's last checkpoint."
-    return Section("What if: other losses", text, [table], "Decides: whether one loss would serve both better.")
+    text += f" {same} of the {len(names)} losses judge both alike and are left out." if same else ""
+    parts = [table] if rows else []
+    return Section("What if: other losses", text, parts, "Tells you whether one loss would serve both better.")
 
 
 def _by_loss(records: AuditRecords) -> dict[str, Row]:
@@ -184,4 +196,4 @@ def _pair_section(both: Comparison) -> Section | None:
         Table(header, rows, caption="Pairs whose cosine differs most", figures_from=3),
         Fold("Their texts", [quote for place, *_ in pairs for quote in pair_quotes(both.first, place)]),
     ]
-    return Section("Which pairs moved", "Rows of the data are counted from 0.", parts, "Decides: where to look first.")
+    return Section("Which pairs moved", "Rows of the data are counted from 0.", parts, "Tells you where to look first.")

@@ -25,7 +25,7 @@ from gradent.text import printable, visible
 __all__ = ["Page", "Section", "render_page", "write_page"]
 
 _FILES = ("html.j2", "css", "js")
-_CONTENTS = 5  # sections from which on a page lists them
+_CONTENTS = 5  # sections from which on a page lists them; folded ones are their own list
 _BAR, _BARS_ROOM = 2.1, 9.0  # heights in rem: of a lying bar, and of what stands around all bars
 
 
@@ -33,10 +33,13 @@ _BAR, _BARS_ROOM = 2.1, 9.0  # heights in rem: of a lying bar, and of what stand
 class Section:
     """A heading, a sentence or two, and parts in order; `serves` says what a reader can decide by it."""
 
+    # `folded`: only the heading is seen until it is asked for.
+
     title: str
     text: str
     parts: Sequence[Part]
     serves: str = ""
+    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,11 @@ def render_page(page: Page) -> str:
     sections: list[dict[str, Any]] = [
         {**vars(section), "parts": [_to_part(part) for part in section.parts]} for section in page.sections
     ]
+    listed = len(sections) >= _CONTENTS and not any(section.folded for section in page.sections)
     kinds = {part["kind"] for section in sections for part in section["parts"]}
     template, css, script = ((Path(__file__).parent / f"page.{end}").read_text("utf-8") for end in _FILES)
     return environment.from_string(template).render(
-        page=page, sections=sections, contents=len(sections) >= _CONTENTS, css=css,
+        page=page, sections=sections, contents=listed, css=css,
         plotlyjs=get_plotlyjs() if "figure" in kinds else "", script=script if {"figure", "words"} & kinds else "",
     )  # fmt: skip
 

@@ -7,11 +7,22 @@ from collections.abc import Mapping
 from typing import Any
 
 __all__ = [
-    "NOTHING", "change", "count", "describe_evidence", "fixed", "number", "percent", "plural", "signed_number",
+    "NOTHING",
+    "change",
+    "count",
+    "describe_evidence",
+    "fixed",
+    "number",
+    "percent",
+    "plural",
+    "share_interval",
+    "share_of_pairs",
+    "signed_number",
     "step_name",
 ]  # fmt: skip
 
 NOTHING = "-"
+_Z = 1.959964  # of a 95% interval
 
 
 def number(value: float | None) -> str:
@@ -37,6 +48,24 @@ def fixed(value: float | None) -> str:
 def percent(value: float | None) -> str:
     """A share of 1 as percent."""
     return NOTHING if value is None or math.isnan(value) else f"{100 * value:.1f}%"
+
+
+def share_interval(share: float, total: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share of that many pairs."""
+    square, middle = _Z**2 / total, share + _Z**2 / (2 * total)
+    half = _Z * math.sqrt(share * (1 - share) / total + square / (4 * total))
+    return max(0.0, (middle - half) / (1 + square)), min(1.0, (middle + half) / (1 + square))
+
+
+def share_of_pairs(share: float | None, total: int) -> str:
+    """A share of pairs as whole percent with its 95% interval, such as "79% [71, 86]"."""
+    if share is None or math.isnan(share) or total < 1:
+        return NOTHING
+    low, high = share_interval(share, total)
+    shown = (
+        "under 1%" if 0 < share < 0.005 else "over 99%" if 0.995 < share < 1 else f"{math.floor(100 * share + 0.5)}%"
+    )
+    return f"{shown} [{math.floor(100 * low + 0.5)}, {math.floor(100 * high + 0.5)}]"
 
 
 def count(value: float | None) -> str:

@@ -63,18 +63,38 @@ function draw(index) {
     Object.assign(figure.layout, {width: paper, height: Number(place.dataset.height)});
   Plotly.react(place, figure.data, figure.layout, {displayModeBar: false, responsive: true});
 }
+// A figure in a section that is folded has no width: it is drawn once the section is opened.
+const isSeen = place => !place.closest("details:not([open])");
 function drawAll() {
-  places.forEach((_, index) => draw(index));
+  places.forEach((place, index) => { if (isSeen(place)) draw(index); });
 }
 function drawFrom(index) {
   if (index >= places.length) return;
-  draw(index);
+  if (isSeen(places[index])) draw(index);
   setTimeout(drawFrom, 0, index + 1);
 }
+const folded = [...document.querySelectorAll("details.section")];
+for (const section of folded)
+  section.addEventListener("toggle", () => {
+    if (section.open) places.forEach((place, index) => { if (section.contains(place)) draw(index); });
+  });
+// A link to a section opens it.
+function unfold() {
+  const target = document.getElementById(location.hash.slice(1)), section = target && target.closest("details.section");
+  if (section) section.open = true;
+}
+addEventListener("hashchange", unfold);
+unfold();
+let opened = [];
 function turn(printing) {
-  if (printing) for (const place of places) place.dataset.height = place.clientHeight;
+  if (printing) {
+    opened = folded.filter(section => section.open);
+    for (const section of folded) section.open = true;
+    for (const place of places) place.dataset.height = place.clientHeight;
+  }
   document.documentElement.classList.toggle("paper", printing);
   drawAll();
+  if (!printing) for (const section of folded) section.open = opened.includes(section);
 }
 drawFrom(0);
 dark.addEventListener("change", drawAll);

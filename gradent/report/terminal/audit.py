@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gradent.record import Summary
-from gradent.report.audit.settings import describe_loss, describe_reference
+from gradent.report.audit.sections.answer import describe_finding
+from gradent.report.audit.sections.settings import describe_loss, describe_reference
 from gradent.report.page.numbers import fixed, percent
 from gradent.report.terminal.tables import new_table
 from gradent.text import printable, visible
@@ -70,8 +71,9 @@ def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
         yield from _render_tokens(summary["tokens"])
     if summary["steps"]:
         yield Text(f"\n{_describe_steps(summary['steps'])}")
+    yield Text(f"\n{printable(describe_finding(summary))}.", "bold")
     if summary["recommendation"]:
-        yield Text(f"\n{printable(summary['recommendation']['text'])}", "bold")
+        yield Text(printable(summary["recommendation"]["text"]), "bold")
 
 
 def _describe_steps(steps: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ import os
 from rich.console import Console
 from rich.text import Text
 
-from gradent.report.compare.match import compare_audits
+from gradent.report.compare.match import compare_audits, describe_finding
 from gradent.report.compare.page import describe_difference
 from gradent.report.page.numbers import count, number, percent
 from gradent.report.terminal.tables import new_table
@@ -34,3 +34,4 @@ def print_comparison(
         rows.append([row.name, shown(row.first), shown(row.second), describe_difference(row), count(row.pairs)])
     console.print(new_table("", "A", "B", "B minus A", "same pairs", text=1, rows=rows))
     console.print(Text("± is one standard error of the difference."))
+    console.print(Text(f"\n{describe_finding(both)}.", "bold", overflow="fold"))

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainingArguments
 
 from gradent.attribution.step import StepAttribution
@@ -24,15 +25,17 @@ from gradent.errors import InputError
 from gradent.hooks.piggyback.pairing import Groups, Pairing
 from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.measurement import row_logps
-from gradent.model.parameters import NO_DOUBLE, device_without_double, is_sharded, trainable
+from gradent.model.parameters import NO_DOUBLE, device_without_double, trainable
 from gradent.model.preconditioner import describe_optimizer, is_adam, metric_obstacle
+from gradent.model.sharding import sharding
 from gradent.notices import Notices, log
 from gradent.pairs.batch import PairBatch
 from gradent.recorder import CHOICES, Mode, Recorder, WeightGrad, attach, check_choices
 from gradent.recorder.recording import Recording, RowRecording, with_account
 from gradent.report.live.alerts import DEFAULT_ALERT, Alert
+from gradent.trainer.callback.engines import before_step, engine_loss_scale
 from gradent.trainer.callback.fault_guard import LIMIT, guarded_event
-from gradent.trainer.callback.hf_frames import divides_loss, find_trainer, move_to_front
+from gradent.trainer.callback.hf_frames import divides_loss, find_trainer, move_to_front, on_broken_step
 from gradent.trainer.callback.implied_rows import ImpliedRows, implied_rows
 from gradent.trainer.callback.journal import GroupJournal, Journal, PairJournal, same_kind
 from gradent.trainer.callback.loss_division import LossDivision
@@ -159,6 +162,10 @@ class EntanglementCallback(TrainerCallback):
         self._loss_scale = 1.0
         self._unseen = UnseenPairs(self.notices.once)
         self._is_measuring = False
+        self._engine_scale = 1.0
+        self._step_hook: RemovableHandle | None = None
+        self._take_off: Callable[[], None] | None = None
+        self._attempt = 0  # records of the training that runs
         self._window: list[Any] = []
         self._scalars: dict[str, float] = {}
 
@@ -172,7 +179,11 @@ class EntanglementCallback(TrainerCallback):
         """Get ready: what is watched, and where records go."""
         move_to_front(self)  # added after the trainer was made, it did not hear of `on_init_end`
         self.step_aside()  # from a training that was broken off
+        self._release_step()
+        if self._journal is not None:
+            self._forget_attempt(state.global_step)
         self._close_journal()
+        self._attempt = 0
         self.errors = 0
         self.notices.clear()
         self._window.clear()
@@ -220,6 +231,7 @@ class EntanglementCallback(TrainerCallback):
     @guarded_event
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Arm before a step that is to be measured."""
+        self._release_step()
         step = state.global_step + 1
         self._pending = self._tokens = self._logps_before = None
         self._loss_scale = 1.0
@@ -233,15 +245,22 @@ class EntanglementCallback(TrainerCallback):
                 self._is_measuring = False  # before its first step, Adam has no geometry
                 return
             self._recorder.metric = self._find_metric(kwargs["model"], optimizer)
-        self._prepare_account(kwargs["model"], kwargs.get("optimizer") if self._attribution else None)
+        optimizer = kwargs.get("optimizer")
+        self._prepare_account(kwargs["model"], optimizer if self._attribution else None)
         self._recorder.arm()
+        self._engine_scale = engine_loss_scale(optimizer)
+        told = {"model": kwargs["model"], "optimizer": optimizer}
+        self._step_hook = before_step(optimizer, lambda: self.on_pre_optimizer_step(args, state, control, **told))
+        trainer = find_trainer()
+        self._take_off = None if trainer is None else on_broken_step(trainer, self._leave)
         if args.gradient_accumulation_steps > 1:
-            self._division.watch(find_trainer())
+            self._division.watch(trainer)
 
     def _find_metric(self, model: nn.Module, optimizer: Any) -> Any:
         """The optimizer, if gradent knows its geometry; else None, for Euclidean products, which is said."""
-        obstacle: str | None = "the optimizer's state is sharded"
-        if not is_sharded(model):
+        kind = sharding(model)
+        obstacle = None if kind is None else f"the optimizer's state is sharded ({kind})."
+        if obstacle is None:
             obstacle = metric_obstacle(optimizer, trainable(model))
         if obstacle is not None:
             self.notices.once(f"gradent records Euclidean products in the place of metric='adam': {obstacle}")
@@ -268,19 +287,19 @@ class EntanglementCallback(TrainerCallback):
     @guarded_event
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Harvest, while the weights are still those that the gradients belong to."""
+        # Called by the trainer, or, where an engine steps inside the backward, by its optimizer before.
         if self._recorder is None or not self._recorder.armed:
             return
         batches = self._recorder.collect()
-        divisor = self._division.find()
-        if divisor is None:
-            divisor = float(batches) if divides_loss() else 1.0
-            if batches > 1:
-                self.notices.once(
-                    f"gradent did not see the loss that the trainer differentiates: d_w and d_l are those of a loss "
-                    f"that is divided by {divisor:g}, as its configuration implies."
-                )
-        self._loss_scale = _loss_scale(kwargs.get("optimizer"))
+        seen = self._division.find()
+        divisor = seen if seen is not None else float(batches) if divides_loss() else 1.0
+        self._loss_scale = _loss_scale(kwargs.get("optimizer"), self._engine_scale)
         self._pending = self._recorder.harvest(scale=max(1.0, divisor), loss_scale=self._loss_scale)
+        if seen is None and batches > 1 and self._pending is not None:
+            self.notices.once(
+                "gradent did not see the loss that the trainer differentiates: d_w and d_l are of a loss that is "
+                f"divided by {divisor:g}, as its configuration implies."
+            )
         if (
             self._pending is not None
             and self._pending.attribution is not None
@@ -294,9 +313,10 @@ class EntanglementCallback(TrainerCallback):
         self._recorder.disarm()
         if self._pending is None:
             return
-        if self.realised:
+        is_late = self._is_late()
+        if self.realised and not is_late:
             self._logps_before = self._measure_logps(kwargs["model"], self._pending)
-        is_due = self._is_tokens_step(state.global_step + 1) and is_first()
+        is_due = self._is_tokens_step(state.global_step + 1) and is_first() and not is_late
         if is_due and self._has_pairs(self._pending) and not self._lacks_inputs(self._pending, "tokens_every"):
             self._tokens = map_tokens(kwargs["model"], self._pending, self._budget)
         if self._whole_step is not None:
@@ -310,6 +330,21 @@ class EntanglementCallback(TrainerCallback):
                 f"{', '.join(recording.further)} too."
             )
         return bool(recording.further)
+
+    def _is_late(self) -> bool:
+        """Whether the weights have moved already, which leaves nothing but what was read off the backward."""
+        assert self._recorder is not None
+        if not self._recorder.has_moved:
+            return False
+        named = {"realised": self.realised, "tokens_every": self.tokens_every > 0}
+        asked = [name for name, is_asked in named.items() if is_asked]
+        if asked:
+            self.notices.once(
+                f"gradent leaves out {', '.join(asked)}: this optimizer steps inside the backward (LOMO, layerwise "
+                "GaLore and APOLLO), so that the weights have moved before they could be looked at. What was read off "
+                "the backward is exact."
+            )
+        return True
 
     def _has_pairs(self, pending: Recording | RowRecording) -> TypeGuard[Recording]:
         """Whether a recording has token matrices; those of rows that are no pairs are `token_influence`'s."""
@@ -347,8 +382,9 @@ class EntanglementCallback(TrainerCallback):
 
     def _measure_logps(self, model: nn.Module, recording: Recording | RowRecording) -> Tensor | None:
         """Log-probs of a recording's rows, float64 `[N]`; of pairs chosen, then rejected."""
-        if is_sharded(model):
-            self.notices.once("realised is not measured: a sharded model (FSDP) allows no pass of gradent's own.")
+        kind = sharding(model)
+        if kind is not None:
+            self.notices.once(f"realised is not measured: a model sharded by {kind} allows no pass of gradent's own.")
             return None
         if recording.batch is None or self._lacks_inputs(recording, "realised"):
             return None
@@ -366,12 +402,16 @@ class EntanglementCallback(TrainerCallback):
     @guarded_event
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep what was harvested, with the pairs of all ranks."""
+        self._release_step()
         if self._is_measuring:
-            self._keep_step(state, kwargs["model"], was_skipped=self._loss_scale > _loss_scale(kwargs.get("optimizer")))
+            optimizer = kwargs.get("optimizer")
+            scale = _loss_scale(optimizer, engine_loss_scale(optimizer))
+            self._keep_step(state, kwargs["model"], was_skipped=self._loss_scale > scale)
         if self._probe is None or self.errors >= LIMIT or not self._probe.is_due(state.global_step):
             return
-        if is_sharded(kwargs["model"]):
-            self.notices.once("probe_data is not measured: a sharded model (FSDP) allows no pass of gradent's own.")
+        kind = sharding(kwargs["model"])
+        if kind is not None:
+            self.notices.once(f"probe_data is not measured: a model sharded by {kind} allows no pass of gradent's own.")
         else:
             self._scalars |= self._probe.measure(kwargs["model"], self._budget)
 
@@ -402,6 +442,7 @@ class EntanglementCallback(TrainerCallback):
         if isinstance(record, StepRecord):
             record = replace(record, unseen=self._unseen.estimate(record, state.epoch))
         self.records.append(record if self.by_module else record.without_modules())
+        self._attempt += 1
         if len(self.records) > KEPT_MATRICES:
             self.records[-KEPT_MATRICES - 1] = self.records[-KEPT_MATRICES - 1].without_large_matrices()
         self._window.append(record)
@@ -439,7 +480,7 @@ class EntanglementCallback(TrainerCallback):
     @guarded_event
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close the records."""
-        self.step_aside()
+        self._leave()
         self._close_journal()
 
     def _close_journal(self) -> None:
@@ -455,11 +496,35 @@ class EntanglementCallback(TrainerCallback):
             self._recorder.disarm()
             self._recorder.optimizer = None
 
+    def _leave(self) -> None:
+        """Take everything off model, optimizer and trainer."""
+        self.step_aside()
+        self._release_step()
 
-def _loss_scale(optimizer: Any) -> float:
+    def _forget_attempt(self, step: int) -> None:
+        """Drop what was recorded after a step by a training that was broken off and starts again (smaller batches)."""
+        assert self._journal is not None
+        kept = self._attempt
+        while self._attempt and self.records and self.records[-1].step > step:
+            self.records.pop()
+            self._attempt -= 1
+        if kept and not self._attempt:
+            self._journal.rewind()
+
+    def _release_step(self) -> None:
+        if self._take_off is not None:
+            self._take_off()
+            self._take_off = None
+        # Between steps alone: the hook itself runs while its optimizer walks its list of them.
+        if self._step_hook is not None:
+            self._step_hook.remove()
+            self._step_hook = None
+
+
+def _loss_scale(optimizer: Any, engine_scale: float = 1.0) -> float:
     """What a gradient scaler multiplies the loss by; it falls where the scaler keeps the optimizer from its step."""
     scaler = getattr(optimizer, "scaler", None)  # accelerate's `step_was_skipped` misses some
-    return float(scaler.get_scale()) if scaler is not None else 1.0
+    return float(scaler.get_scale()) if scaler is not None else engine_scale
 
 
 def _keeps_loss_scale(optimizer: Any) -> bool:

@@ -5,10 +5,11 @@ A place at the front of the callbacks is needed so that what is added to the log
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
@@ -16,11 +17,12 @@ from transformers.trainer_callback import CallbackHandler
 if TYPE_CHECKING:
     from transformers import Trainer
 
-__all__ = ["divides_loss", "find_trainer", "move_to_front"]
+__all__ = ["divides_loss", "find_trainer", "move_to_front", "on_broken_step"]
 
 T = TypeVar("T")
 
-_DEPTH = 12
+_DEPTH = 40
+"""Frames that are looked through: an engine that steps has some 20 of its own below the trainer's."""
 
 
 def _callers(kind: type[T]) -> Iterator[tuple[FrameType, T]]:
@@ -67,3 +69,26 @@ def move_to_front(callback: TrainerCallback) -> None:
         # The handler may be walking this list: what it has yet to call stays where it is.
         handler.callbacks.remove(callback)
         handler.callbacks.insert(0, callback)
+
+
+def on_broken_step(trainer: Trainer, call: Callable[[], None]) -> Callable[[], None]:
+    """Call where the trainer's training step raises (Ctrl-C, out of memory); what takes this off the trainer again."""
+    # No event tells a callback of it. An attribute of this one object, so that other trainers are as they were.
+    original, own = trainer.training_step, vars(trainer).get("training_step")
+
+    @functools.wraps(original)
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except BaseException:
+            call()
+            raise
+
+    def take_off() -> None:
+        if vars(trainer).get("training_step") is training_step:
+            del vars(trainer)["training_step"]
+            if own is not None:
+                vars(trainer)["training_step"] = own
+
+    vars(trainer)["training_step"] = training_step
+    return take_off

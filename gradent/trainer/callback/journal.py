@@ -53,6 +53,11 @@ class Journal(ABC):
             self._panels.send(window, scalars, step)
         return text
 
+    def rewind(self) -> None:
+        """Take every line off the file that was written since it was opened."""
+        if self._stream is not None:
+            self._stream.rewind()
+
     def close(self) -> None:
         """Close the file."""
         if self._stream is not None:

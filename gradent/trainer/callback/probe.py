@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradent.errors import InputError
+from gradent.errors import DataFileError, InputError
 from gradent.measurement import measure
-from gradent.pairs.batch import PairBatch, make_row
-from gradent.pairs.preparation import KEEP_START, IgnoredPairError, Preparation
+from gradent.pairs.batch import PairBatch
+from gradent.pairs.preparation import KEEP_START, Preparation
 from gradent.theory.conditions import Verdict
 from gradent.trainer.records.step import case_shares, finite_means, gram_values
 
@@ -36,36 +36,28 @@ class Probe:
         if tokenizer is None:
             raise InputError("probe_data holds text, and the trainer has no tokenizer (processing_class). Pass one.")
         import trl  # noqa: PLC0415  (an extra)
-        from trl.data_utils import maybe_extract_prompt  # noqa: PLC0415
+
+        from gradent.loading.preference_files import Row  # noqa: PLC0415
+        from gradent.loading.preferences import batch_of, prepare_pairs  # noqa: PLC0415
 
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer) or tokenizer  # of a processor
         how = Preparation.of_release(
             trl.__version__, max_length=getattr(args, "max_length", None), add_eos=tokenizer.eos_token is not None,
             truncation_mode=getattr(args, "truncation_mode", KEEP_START),
             max_prompt_length=getattr(args, "max_prompt_length", None),
+            max_completion_length=getattr(args, "max_completion_length", None),
         )  # fmt: skip
-        names, rows, ignored = ("prompt", "chosen", "rejected"), list[tuple[Any, Any]](), list[str]()
-        for number, row in enumerate(self._rows):
-            parts = maybe_extract_prompt({name: row[name] for name in names if name in row})
-            sides = parts["chosen"], parts["rejected"]
-            try:
-                (chosen, rejected), _ = how.rows(
-                    tokenizer, parts["prompt"], sides, where=f"probe_data[{number}]", names=names[1:]
-                )
-            except IgnoredPairError as error:
-                ignored.append(str(error))
-                continue
-            if chosen == rejected:
-                ignored.append(f"probe_data[{number}]: chosen equals rejected, token for token.")
-            else:
-                rows.append((make_row(*chosen), make_row(*rejected)))
-        if not rows:
-            raise InputError(f"probe_data holds no pair to measure. {ignored[0]}")
-        if ignored:
+        rows = [Row(index=number, where=f"probe_data[{number}]", values=row) for number, row in enumerate(self._rows)]
+        try:
+            found = prepare_pairs(rows, tokenizer, how, skip_bad_rows=True)
+        except DataFileError as error:
+            raise InputError(f"probe_data holds no pair to measure. {error}") from error
+        if found.skipped:
             logger.warning(
-                "gradent: %d of %d pairs of probe_data are left out. %s", len(ignored), len(self._rows), ignored[0]
-            )
-        self._batch = PairBatch.from_rows([row[side] for side in (0, 1) for row in rows])
+                "gradent: %d of %d pairs of probe_data are left out. %s",
+                len(found.skipped), len(rows), found.skipped[0].reason,
+            )  # fmt: skip
+        self._batch = batch_of(found.pairs)
 
     @property
     def batch(self) -> PairBatch:

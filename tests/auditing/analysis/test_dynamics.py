@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradent.auditing.analysis.dynamics import FEWEST_POINTS, dynamics, logged_onset, measured_onset, smooth
+from gradent.auditing.analysis.dynamics import FEWEST_POINTS, dynamics, logged_onset, measured_fall, smooth
 from tests.auditing.measured import columns_of, drawn, has_no_nan, stacked
 
 KEYS = {
@@ -174,9 +174,12 @@ def path(falls: list[tuple[float, float]], pairs: int = 20, **given: Any) -> dic
 @pytest.mark.parametrize(
     ("falls", "onset"),
     [
-        ([(0, 0), (1, -1), (-1, -2), (-2, -3)], 30),
-        ([(0, 0), (-1, -1), (1, -2), (-2, -3)], 40),  # they must stay below
-        ([(0, 0), (-1, -1), (-2, -2)], 20),
+        ([(0, 0), (1, -1), (-1, -2), (-2, -3)], 20),  # from the best of chosen, not from what was gained before it
+        ([(0, 0), (-1, -1), (1, -2), (-2, -3)], 30),
+        ([(0, 0), (4, 3), (2, 1), (1, 0.5)], 20),  # both still above the start
+        ([(0, 0), (-1, -1), (-2, -2)], 10),
+        ([(0, 0), (0, 0), (-2, -2)], 20),  # what has not clearly fallen yet is no part of the fall
+        ([(0, 0), (-2, -2), (-1, -1)], 10),
         ([(0, 0), (-1, -1), (0.5, -2)], None),
         ([(0, 0), (1, -1), (2, -2)], None),
     ],
@@ -186,16 +189,27 @@ def test_measured_onset(falls: list[tuple[float, float]], onset: int | None) -> 
     assert found is not None
     assert found["onset"] == {"measured": onset, "logged": None, "logged_keys": []}
     assert found["start"] is None
+    curve = [(point["chosen"], point["rejected"]) for point in found["curve"]]
+    np.testing.assert_allclose(curve, np.array(falls) - falls[0], atol=0.08)
+    if onset is None:
+        assert found["fall"] is None
+    else:
+        lost = np.array(falls[-1]) - falls[onset // 10 - 1]
+        fall = found["fall"]
+        np.testing.assert_allclose([fall["chosen"], fall["rejected"]], lost, atol=0.08)
+        assert (fall["from"], fall["to"], fall["pairs"]) == (onset, 10 * len(falls), 20) and fall["both"] > 0.9
 
 
-def test_less_than_two_standard_errors_are_no_fall() -> None:
+def test_less_than_three_standard_errors_are_no_fall() -> None:
     start = {pair: np.array([0.0, 0.0]) for pair in range(16)}
-    for mean, onset in ((-0.512, None), (-0.520, 5)):  # changes of mean ± 1: a standard error of √(16/15)/4 = 0.258
+    for mean, onset in ((-0.770, None), (-0.780, 0)):  # changes of mean ± 1: a standard error of √(16/15)/4 = 0.258
         later = {pair: np.array([mean + (-1) ** pair, -9.0]) for pair in range(16)}
-        assert measured_onset([(0, start), (5, later)]) == onset
+        fall = measured_fall([(0, start), (5, later)])
+        assert (None if fall is None else fall["from"]) == onset
+    assert fall is not None and fall["chosen_error"] == pytest.approx(np.sqrt(16 / 15) / 4) and fall["both"] == 0.5
     one = {0: np.array([0.0, 0.0])}
-    assert measured_onset([(0, one), (5, {0: np.array([-9.0, -9.0])})]) is None
-    assert measured_onset([(0, start)]) is None
+    assert measured_fall([(0, one), (5, {0: np.array([-9.0, -9.0])})]) is None
+    assert measured_fall([(0, start)]) is None
 
 
 def test_a_fixed_reference_is_the_start() -> None:
@@ -204,12 +218,12 @@ def test_a_fixed_reference_is_the_start() -> None:
         columns[f"ref_{side}_logp"] = [value + 3.0 for value in columns[f"{side}_logp"][:20]] * 2
     found = dynamics(columns, {})
     assert found is not None
-    assert found["onset"]["measured"] == 10
+    assert found["onset"]["measured"] == 0
     assert found["start"] == {
         f"{side}_logp": pytest.approx(np.mean(columns[f"{side}_logp"][:20]) + 3.0) for side in ("chosen", "rejected")
     }
     without = dynamics(columns | {"ref_chosen_logp": [None] * 40}, {})
-    assert without is not None and without["start"] is None and without["onset"]["measured"] == 20
+    assert without is not None and without["start"] is None and without["onset"]["measured"] == 10
 
 
 def test_a_checkpoint_at_step_0_is_the_start_whatever_the_reference() -> None:
@@ -268,7 +282,7 @@ def test_the_onset_of_a_clean_fall() -> None:
     early = np.concatenate([np.full(10, -50.0), np.full(50, -60.0)])
     step, keys = logged_onset({"logps/chosen": curve(drop), "logps/rejected": curve(early)})
     assert keys == ["logps/chosen", "logps/rejected"]
-    assert step == 5 * 31  # the later of the two
+    assert step == 5 * 30  # the later of the two
     assert logged_onset({"logps/chosen": curve(drop), "logps/rejected": curve(-drop)})[0] is None
     spike = np.full(60, -50.0)
     spike[[20, 40]] = -500.0
@@ -293,8 +307,8 @@ def test_the_onset_in_noise() -> None:
         found = logged_onset(falling)[0]
         assert found is not None
         at.append(found)
-    assert falsely / 300 < 0.06
-    assert 42 < np.median(at) < 65
+    assert falsely / 300 < 0.02
+    assert 42 < np.median(at) < 68
 
 
 @pytest.mark.parametrize("points", [0, 1, FEWEST_POINTS - 1])
@@ -309,7 +323,7 @@ def test_evaluation_curves_come_first_if_they_are_long_enough() -> None:
     fall, flat = np.concatenate([np.zeros(10), np.full(20, -5.0)]), np.zeros(30)
     curves = {f"logps/{side}": curve(flat) for side in ("chosen", "rejected")}
     curves |= {f"eval_logps/{side}": curve(fall) for side in ("chosen", "rejected")}
-    assert logged_onset(curves) == (5 * 11, ["eval_logps/chosen", "eval_logps/rejected"])
+    assert logged_onset(curves) == (5 * 10, ["eval_logps/chosen", "eval_logps/rejected"])
     short = {f"eval_logps/{side}": curve(fall[8:12]) for side in ("chosen", "rejected")}
     assert logged_onset(curves | short) == (None, ["logps/chosen", "logps/rejected"])
 
@@ -318,4 +332,4 @@ def test_a_resumed_log_and_missing_values() -> None:
     fall = np.concatenate([np.zeros(15), np.full(15, -5.0)])
     points = curve(fall)
     curves = {f"logps/{side}": [[80, 999.0], *reversed(points), [75, None]] for side in ("chosen", "rejected")}
-    assert logged_onset(curves)[0] == logged_onset(dict.fromkeys(curves, points))[0] == 80
+    assert logged_onset(curves)[0] == logged_onset(dict.fromkeys(curves, points))[0] == 75

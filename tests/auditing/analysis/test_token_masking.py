@@ -15,7 +15,7 @@ from gradent.auditing.analysis.recommendation import recommend
 from gradent.auditing.analysis.token_masking import mask_changes
 from gradent.auditing.analysis.what_if import what_if
 from gradent.auditing.measuring.tokens import token_rows
-from gradent.report.audit.losses import loss_table
+from gradent.report.audit.sections.losses import loss_table
 from gradent.tokens.gram import TokenGram
 from tests.auditing.measured import columns_of, has_no_nan
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from gradent import losses
 from gradent.auditing.analysis.loss_grid import SWEEPS, label_loss
-from gradent.auditing.analysis.recommendation import CLEARLY, recommend, standard_errors
+from gradent.auditing.analysis.recommendation import CLEARLY, find_foretold, recommend, standard_errors
 from gradent.auditing.analysis.what_if import what_if
 from gradent.losses import LOSSES
+from gradent.report.page.numbers import share_of_pairs
 from gradent.theory.conditions import verdict
 from tests.auditing.measured import columns_of, drawn, gram_of, has_no_nan, references_of, stacked
 
@@ -225,7 +226,8 @@ def test_one_pair_and_none() -> None:
     rows = what_if(columns_of(*drawn(1, 0)), losses.get("dpo"))
     assert has_no_nan(rows)
     found = recommend(rows)
-    assert found is not None and "1 pair," in found["text"]
+    assert found is not None and "1 pair is too few to tell losses apart" in found["text"]
+    assert found["lever"] == "too_few"
     assert found["best_clear"] is False  # one pair proves nothing
     assert what_if({name: [] for name in columns_of(*drawn(1, 0))}, losses.get("dpo")) == []
     assert recommend([]) is None
@@ -250,6 +252,8 @@ def test_labels() -> None:
     assert label_loss(losses.get("dpo")) == "DPO (β=0.1)"
     assert label_loss(losses.get("simpo")) == "SimPO (β=0.1, γ=0.5)"
     assert label_loss(losses.get("ipo", length_normalized=True)) == "IPO (β=0.1, length-normalized)"
+    assert label_loss(losses.get("hinge")) == "hinge (β=0.1)"
+    assert label_loss(losses.get("robust", beta=0.5, label_smoothing=0.1)) == "robust (β=0.5, label smoothing=0.1)"
     assert label_loss(losses.get("kto")) == "KTO (β=0.1, λ_w=1, λ_l=1, z=0)"
 
 
@@ -270,7 +274,8 @@ def test_recommends_what_helps() -> None:
     assert found["run_ideal"] < 0.05 < 0.5 < found["best_ideal"]
     assert found["best_gained"] - found["best_lost"] == round(256 * (found["best_ideal"] - found["run_ideal"]))
     assert f"{found['best']} would make it {found['best_ideal']:.0%}" in found["text"]
-    assert f"holds for {found['run_ideal']:.0%} of 256 pairs" in found["text"] and "on 99% both fall" in found["text"]
+    share = share_of_pairs(found["run_ideal"], 256)
+    assert f"holds for {share} of 256 pairs" in found["text"] and "on 99% both fall" in found["text"]
     assert "100% by construction" in found["text"]
     assert "to first order and for one small step on each pair alone" in found["text"]
     assert has_no_nan(found)
@@ -301,7 +306,7 @@ def test_a_log_likelihood_term_with_more_pairs_in_case_1_is_still_not_the_answer
     assert "CPO (β=0.1, λ=1) would make it 60% (on 40% both rise)" in found["text"]
 
 
-def test_more_than_noise_or_not_the_lever() -> None:
+def test_more_than_noise_or_no_reason_to_change() -> None:
     rows = what_if(alike(200), losses.get("dpo"))
     for row in rows:  # nobody separates anything, but for two pairs of SimPO's
         if row["cases"] and row["group"] != "design":
@@ -312,16 +317,55 @@ def test_more_than_noise_or_not_the_lever() -> None:
     found = recommend(rows)
     assert found is not None
     assert found["lever"] == "none" and found["best"].startswith("SimPO") and found["best_clear"] is False
-    assert "so the loss is not the lever" in found["text"]
+    assert "clearly better, so these pairs give no reason to change the loss" in found["text"]
     simpo = find(rows, "paper", "simpo")  # much better, on too few pairs to be sure
     cases = {**simpo["cases"], "ideal": 0.15, "both_down": 0.85}
     simpo.update(cases=cases, against_run={"gained": 70, "lost": 40})
     found = recommend(rows)
     assert found is not None and found["lever"] == "none" and not found["best_clear"]
-    assert "so the loss is not the lever" not in found["text"]
+    assert "no reason to change the loss" not in found["text"]
     assert "brings 70 of them into case 1 and takes 40 out of it. Measure more (max_pairs)" in found["text"]
     find(rows, "paper", "simpo").update(against_run={"gained": 20, "lost": 0})
     assert recommend(rows)["lever"] == "loss"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("pairs", "ideal", "lever"), [(4, 4, "too_few"), (21, 21, "too_few"), (22, 22, "none_needed")])
+def test_nearly_all_of_few_pairs_is_not_nearly_all(pairs: int, ideal: int, lever: str) -> None:
+    assert lever_of(pairs, ideal) == lever
+
+
+@pytest.mark.parametrize(("pairs", "ideal", "lever"), [(8, 4, "too_few"), (9, 0, "too_few"), (10, 0, "none")])
+def test_so_few_pairs_that_no_loss_could_pass(pairs: int, ideal: int, lever: str) -> None:
+    assert standard_errors(9, 0) < CLEARLY < standard_errors(10, 0)
+    assert lever_of(pairs, ideal) == lever
+
+
+def lever_of(pairs: int, ideal: int, foretold: dict[str, Any] | None = None) -> str:
+    """The lever where every loss leaves as many pairs in case 1 as the run's does."""
+    rows = what_if(columns_of(*drawn(pairs, 0)), losses.get("dpo"))
+    share = ideal / pairs
+    for row in rows:
+        if row["cases"] and row["group"] != "design":
+            row["cases"] = {"ideal": share, "both_down": 1 - share, "both_up": 0.0, "reversed": 0.0, "inactive": 0.0}
+            row["against_run"] = {"gained": 0, "lost": 0}
+    found = recommend(rows, foretold)
+    assert found is not None
+    if found["lever"] == "too_few":
+        assert f"{pairs} pairs are too few to tell losses apart: measure 100 or more" in found["text"]
+    return found["lever"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "lever"), [(0.36, 0.81, "not_foretold"), (0.55, 0.9, "not_foretold"), (0.7, 0.8, "none")]
+)
+def test_no_loss_is_proposed_from_steps_that_foretold_nothing(chosen: float, rejected: float, lever: str) -> None:
+    intervals = [{"from": 5, "to": 10, "pairs": 160, "chosen_sign": 0.9, "rejected_sign": 0.9}]
+    intervals.append({"from": 10, "to": 60, "pairs": 160, "chosen_sign": chosen, "rejected_sign": rejected})
+    foretold = find_foretold(None, {"intervals": intervals}, is_sample=False)
+    assert foretold == {"from": 10, "to": 60, "pairs": 160, "chosen": chosen, "rejected": rejected}
+    assert lever_of(160, 80, foretold) == lever
+    assert find_foretold(None, None, is_sample=True) is None
+    assert find_foretold({"intervals": []}, {"intervals": intervals}, is_sample=True) is None
 
 
 def test_an_ideal_run_is_left_alone() -> None:

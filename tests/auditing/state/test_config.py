@@ -15,7 +15,8 @@ from gradent.auditing.state.config import AuditConfig, TokenConfig
 from gradent.cli.app import app
 from gradent.cli.options import options, read_options
 
-HYPERPARAMETERS = {"beta", "lam", "alpha", "gamma", "delta", "lambda_w", "lambda_l", "z_ref"}
+HYPERPARAMETERS = {"beta", "lam", "alpha", "gamma", "delta", "lambda_w", "lambda_l", "z_ref", "label_smoothing"}
+HYPERPARAMETERS |= {"length_normalized"}
 
 
 def test_audit_takes_the_fields_of_its_config_with_their_defaults() -> None:
@@ -28,7 +29,10 @@ def test_audit_takes_the_fields_of_its_config_with_their_defaults() -> None:
 
 @pytest.mark.parametrize(
     ("command", "config", "missing"),
-    [("audit", AuditConfig, {"quiet"}), ("tokens", TokenConfig, {"quiet", "max_pairs", "seed", "skip_bad_rows"})],
+    [
+        ("audit", AuditConfig, {"quiet", "hyperparameters"}),
+        ("tokens", TokenConfig, {"quiet", "max_pairs", "seed", "skip_bad_rows"}),
+    ],
 )
 def test_every_field_but_some_is_an_option(command, config, missing) -> None:
     group: Any = typer.main.get_command(app)

@@ -16,7 +16,7 @@ import numpy as np
 from gradent.figures.charts import HeatMap, fill_gap
 from gradent.model.layer_names import layer_of, unwrapped
 from gradent.record.table import Floats
-from gradent.report.audit.records import AuditRecords, Row
+from gradent.report.audit.sections.records import AuditRecords, Row
 from gradent.report.page.html import Section
 from gradent.report.page.numbers import fixed, percent
 from gradent.report.page.parts import Table
@@ -45,7 +45,7 @@ def kind_of(module: str) -> str:
 def layer_section(records: AuditRecords) -> Section:
     """Layers and kinds of modules, by their parts of the cosine."""
     title = "Layers"
-    serves = "Decides: where to look for the entanglement, and which layers an adapter might leave out."
+    serves = "Tells you where to look for the entanglement, and which layers an adapter might leave out."
     modules = _list_parts(records)
     if not modules:
         text = "Modules were not measured: leave --no-by-module out of `gradent audit` to see layers here."

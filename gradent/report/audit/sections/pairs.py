@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradent.report.audit.records import AuditRecords, Measured, Row
+from gradent.report.audit.sections.records import AuditRecords, Measured, Row
 from gradent.report.page.cases import CASES
 from gradent.report.page.html import Section
 from gradent.report.page.numbers import NOTHING, count, fixed, number, percent, plural
@@ -34,7 +34,7 @@ def ranked_pairs(measured: Measured, most: int) -> tuple[list[int], list[int]]:
 
 def pair_section(records: AuditRecords) -> Section:
     """The pairs at both ends, with their properties and texts."""
-    title, serves = "Which pairs", "Decides: which pairs to rewrite, to filter, or to look at first."
+    title, serves = "Which pairs", "Tells you which pairs to rewrite, to filter, or to look at first."
     last = records.last
     if last is None:
         return Section(title, "No pair was measured.", [], serves)
@@ -71,7 +71,7 @@ def property_section(records: AuditRecords) -> Section | None:
         "interval: one that holds 0 may be chance. Beside it, the pairs in groups by the property: its range, their "
         "cosine, and their share in case 1. A relation in this sample is no cause by itself.",
         [Table(header, cells, caption=caption, figures_from=1)],
-        "Decides: which kind of pair to collect more of, and which to avoid.",
+        "Tells you which kind of pair to collect more of, and which to avoid.",
     )
 
 

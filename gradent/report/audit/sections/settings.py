@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gradent.report.audit.records import AuditRecords
+from gradent.report.audit.sections.records import AuditRecords
 from gradent.report.page.html import Section
 from gradent.report.page.numbers import count, plural
 from gradent.report.page.parts import Notice, Table
@@ -20,7 +20,10 @@ def settings_section(records: AuditRecords) -> Section:
     """Settings, data, skipped rows and notes."""
     summary = records.summary
     rows = [[name, value] for name, value in list_settings(summary).items()]
-    parts: list[Table | Notice] = [Table(["Setting", "Value"], rows, "All settings", "As they were applied")]
+    parts: list[Table | Notice] = [
+        Table(["What", "Which"], [[name, value] for name, value in _facts(records)], caption="What was measured"),
+        Table(["Setting", "Value"], rows, "All settings", "As they were applied"),
+    ]
     skipped = summary["data"].get("skipped") or []
     if skipped:
         shown = [[count(bad.get("row")), str(bad.get("where")), str(bad.get("reason"))] for bad in skipped[:_SKIPPED]]
@@ -32,8 +35,24 @@ def settings_section(records: AuditRecords) -> Section:
     text = f"{count(data.get('measured'))} of the {count(data.get('rows'))} rows of the data were to be measured."
     end = "beginning" if summary["settings"].get("truncation_mode") == "keep_end" else "end"
     text += f" {plural(cut, 'row')} lost the {end} to max_length." if cut else ""
-    serves = "Decides: whether two audits can be compared, and how to run this one again."
+    serves = "Tells you whether two audits can be compared, and how to run this one again."
     return Section("Settings and data", text, parts, serves)
+
+
+def _facts(records: AuditRecords) -> list[tuple[str, str]]:
+    summary = records.summary
+    model, run = summary["model"], summary["run"]
+    parameters = f"{count(model.get('trainable_parameters'))} parameters measured, {model.get('dtype')}"
+    facts = [
+        ("Model", f"{model.get('checkpoint')}: {parameters}"),
+        ("Data", str(summary["data"].get("source"))),
+        ("Loss", describe_loss(summary["loss"])),
+        ("Reference", describe_reference(summary["reference"])),
+    ]
+    if run is not None:
+        kind = {"full": "full fine-tuning", "adapter": "adapter"}.get(str(run.get("kind")), str(run.get("kind")))
+        facts.append(("Run", f"{kind}, started from {run.get('base') or 'a model that its files do not name'}"))
+    return facts
 
 
 def describe_loss(loss: Mapping[str, Any]) -> str:

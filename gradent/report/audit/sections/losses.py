@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from gradent.figures.charts import Bars, Chart, Line, fill_gap
-from gradent.report.audit.records import AuditRecords, Row
-from gradent.report.audit.steps import STEP
+from gradent.report.audit.sections.records import AuditRecords, Row
+from gradent.report.audit.sections.steps import STEP
 from gradent.report.page.cases import CASES, case_series, share_of
 from gradent.report.page.html import Section
 from gradent.report.page.numbers import number, percent, plural
@@ -53,7 +53,7 @@ def loss_section(records: AuditRecords) -> Section | None:
     if sweeps:
         folded = f"{len(sweeps)} more settings: hyperparameters varied one at a time"
         parts.append(loss_table(sweeps, "Hyperparameters varied", folded))
-    return Section("What if: other losses", text, parts, "Decides: whether another loss, or another β, would help.")
+    return Section("What if: other losses", text, parts, "Tells you whether another loss, or another β, would help.")
 
 
 def shown_rows(rows: Sequence[Row]) -> list[Row]:

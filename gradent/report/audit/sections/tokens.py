@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradent.record.token_rows import name_token
-from gradent.report.audit.records import AuditRecords, Row
+from gradent.report.audit.sections.records import AuditRecords, Row
 from gradent.report.page.html import Section
 from gradent.report.page.numbers import count, fixed, percent, plural, signed_number
 from gradent.report.page.parts import Table, Word, Words, scaled_words
@@ -23,7 +23,7 @@ _TOKENS = 400  # of a response
 def token_section(records: AuditRecords) -> Section:
     """Tokens by what they add to the cosines."""
     title = "Tokens"
-    serves = "Decides: whether it is the shared wording or what differs that ties the responses together."
+    serves = "Tells you whether it is the shared wording or what differs that ties the responses together."
     tokens = records.summary["tokens"]
     if tokens is None:
         text = "Tokens were not measured. `gradent audit ... --token-pairs 8` measures those of eight pairs."

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gradent.figures.charts import Chart, Line, fill_gap
-from gradent.report.audit.records import AuditRecords, Row
-from gradent.report.audit.steps import STEP
+from gradent.report.audit.sections.records import AuditRecords, Row
+from gradent.report.audit.sections.steps import STEP
 from gradent.report.page.cases import CASES, share_of
 from gradent.report.page.html import Section
 from gradent.report.page.numbers import count, number, percent, signed_number
@@ -40,7 +40,7 @@ def dynamics_section(records: AuditRecords) -> Section | None:
     realised = dynamics.get("cases_realised")
     if realised:
         parts.append(_cases(records, realised))
-    serves = "Decides: how far the other sections, which are first-order, can be trusted in this run."
+    serves = "Tells you how far the other sections, which are first-order, can be trusted in this run."
     return Section("Predicted against realised", _EXPLAINED, parts, serves) if parts else None
 
 

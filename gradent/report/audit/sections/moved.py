@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from gradent.figures.charts import Chart, Line, fill_gap
-from gradent.report.audit.layers import bare_name
-from gradent.report.audit.records import AuditRecords, Row
-from gradent.report.audit.steps import STEP
+from gradent.report.audit.sections.answer import CLOSE
+from gradent.report.audit.sections.layers import bare_name
+from gradent.report.audit.sections.records import AuditRecords, Row
+from gradent.report.audit.sections.steps import STEP
 from gradent.report.page.html import Section
 from gradent.report.page.numbers import count, number, percent, plural, signed_number, step_name
 from gradent.report.page.parts import Cell, Table
@@ -23,9 +24,6 @@ _MODULES = 20
 _WIDTH = 90  # characters of a response
 _DIFFERS = 0.1
 """Share of the responses from which a step on the sample is said to differ from one on each pair alone."""
-
-CLOSE = 0.9
-"""Share explained from which two checkpoints lie close enough for a first-order account."""
 
 
 def sample_section(records: AuditRecords) -> Section | None:
@@ -47,7 +45,7 @@ def sample_section(records: AuditRecords) -> Section | None:
         "than a step on a pair alone, which is own and partner. It has no optimizer in it: Adam's preconditioner and "
         f"momentum are known in training only (EntanglementCallback). {_describe_difference(last)}"
     )
-    serves = "Decides: whether a fall of chosen comes from within the pairs, or from what pairs do to one another."
+    serves = "Tells you whether a fall of chosen comes from within the pairs, or from what pairs do to one another."
     pushed = _push_table(records)
     if pushed is not None:
         parts.append(pushed)
@@ -72,7 +70,7 @@ def run_section(records: AuditRecords) -> Section | None:
         "ends, whatever the optimizer and the data of the steps between. Explained: its share of the squared realised "
         f"changes of all responses. {_describe_explained(rows)}"
     )
-    serves = "Decides: which modules moved chosen and rejected, and whether the checkpoints lie close enough to tell."
+    serves = "Tells you which modules moved chosen and rejected, and whether the checkpoints lie close enough to tell."
     return Section("What moved the responses between checkpoints", text, parts, serves)
 
 

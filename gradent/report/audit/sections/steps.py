@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from gradent.figures.charts import Bars, Chart, Line, Series, fill_gap
-from gradent.report.audit.records import AuditRecords, Measured
+from gradent.report.audit.sections.records import AuditRecords, Measured
 from gradent.report.page.cases import CASES, CASES_EXPLAINED, case_series
 from gradent.report.page.html import Section
 from gradent.report.page.numbers import change, fixed, number, percent, plural, step_name
@@ -25,7 +25,7 @@ _BINS = 24
 
 def logp_section(records: AuditRecords) -> Section:
     """Log-probs over steps, with the onset of the fall; a table alone where there is no curve."""
-    title, serves = "Log-probs of chosen and rejected", "Decides: whether training drags chosen down, and since when."
+    title, serves = "Log-probs of chosen and rejected", "Tells you whether training drags chosen down, and since when."
     chart = logp_chart(records)
     if chart is None:
         return Section(title, _start(records), [_logp_table(records.measured)] if records.measured else [], serves)
@@ -78,17 +78,22 @@ def thin_out(points: Sequence[Sequence[float | None]]) -> tuple[list[float], lis
 def _describe_onset(records: AuditRecords) -> str:
     if records.summary["dynamics"] is None:
         return ""
-    onset = records.of_dynamics("onset")
-    measured, logged = onset.get("measured"), onset.get("logged")
-    text = f"On the measured pairs, both log-probs fall from {step_name(measured)} on."
-    if measured is None:
-        text = "At none of the measured checkpoints had both log-probs begun to fall."
+    onset, curves = records.of_dynamics("onset"), records.logged
+    measured, logged, keys = onset.get("measured"), onset.get("logged"), onset.get("logged_keys") or []
+    text = ""
+    if len(records.measured) > 1:
+        text = f"On the measured pairs, both log-probs fall since {step_name(measured)}."
+        if measured is None:
+            text = "On the measured pairs, the two log-probs do not both lie clearly below their best checkpoint."
     if logged is not None:
-        keys = " and ".join(map(str, onset.get("logged_keys") or [])) or "the logged log-probs"
-        text += f" In the trainer's log ({keys}), they do from {step_name(logged)} on."
-    elif records.summary["history"] is not None:
-        text += " The trainer's log shows no such fall, or does not hold the log-probs."
-    return text
+        return f"{text} In the trainer's log ({' and '.join(map(str, keys))}), they fall since {step_name(logged)}."
+    if records.summary["history"] is None:
+        return text
+    if keys:
+        return f"{text} In the trainer's log ({' and '.join(map(str, keys))}), they do not clearly fall together."
+    holds = any(key.endswith("logps/chosen") for key in curves)
+    why = "too few points of them to tell" if holds else "no log-probs of chosen and rejected"
+    return f"{text} The trainer's log holds {why}."
 
 
 def _start(records: AuditRecords) -> str:
@@ -118,7 +123,7 @@ def case_section(records: AuditRecords) -> Section:
     """Cases of the pairs over steps."""
     loss, figure = str(records.summary["loss"].get("name", "the loss")), case_chart(records)
     text = f"What one small gradient step of {loss} on a pair, alone, would do to that pair, to first order. "
-    serves = "Decides: whether the loss still does to most pairs what it is meant to do."
+    serves = "Tells you whether the loss still does to most pairs what it is meant to do."
     return Section("Cases", text + CASES_EXPLAINED, [] if figure is None else [figure], serves)
 
 
@@ -150,7 +155,7 @@ def cosine_section(records: AuditRecords) -> Section:
         "Of ∇ log π(chosen) and ∇ log π(rejected), over all measured parameters. Near 1 the two responses move "
         f"together, whatever the loss asks for; at 0 they move apart freely.{without}",
         parts,
-        "Decides: whether the data, rather than the loss, ties the responses together.",
+        "Tells you whether the data, rather than the loss, ties the responses together.",
     )
 
 

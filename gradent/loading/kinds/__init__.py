@@ -1,0 +1,1 @@
+"""What files say of a model before it is built: its class, its quantization."""
