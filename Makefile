@@ -13,6 +13,11 @@ STAMP := $(VENV)/.installed
 # A second environment, with the oldest releases of the neighbours that are tested.
 OLDEST ?= .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
+# Releases of TRL between the oldest and the newest that are tested, those that ms-swift and Axolotl have pinned, and
+# the tests for any release.
+RELEASES ?= 0.29.1 1.8.0
+ANY_RELEASE := tests/trainer/test_any_release.py tests/test_measure.py tests/model/test_calls.py \
+	tests/pairs/test_batch.py tests/theory/test_conditions.py tests/loading/test_trainer_tokens.py tests/loading/test_odd_rows.py
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses $(JOBS) --dist worksteal
 EXAMPLES := $(filter-out examples/cures.py,$(wildcard examples/*.py))
@@ -20,7 +25,7 @@ EXAMPLES := $(filter-out examples/cures.py,$(wildcard examples/*.py))
 BESIDE := $(MAKE) --no-print-directory -j2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-everything test-docs test-trainer test-tokens test-fast test-oldest test-release budgets zoo-fingerprints golden mutants lint types docs examples $(EXAMPLES) check format pins clean clean-venv
+.PHONY: help venv demo test test-all test-everything test-docs test-trainer test-tokens test-fast test-oldest test-releases test-release budgets zoo-fingerprints golden mutants lint types docs examples $(EXAMPLES) check format pins clean clean-venv
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,8 +69,14 @@ test-tokens: $(STAMP) ## Run the nightly tests of the token level, and the paper
 
 test-oldest: $(OLDEST_STAMP) ## Run a part of the tests with TRL 0.24 and transformers 4.57.
 	OMP_NUM_THREADS=1 $(BIN)/python -m scripts.proven record oldest -- $(OLDEST)/bin/python -m pytest -n auto --maxprocesses $(JOBS) \
-		-p no:cacheprovider tests/trainer/test_any_release.py tests/test_measure.py tests/model/test_calls.py \
-		tests/pairs/test_batch.py tests/theory/test_conditions.py tests/loading/test_trainer_tokens.py tests/loading/test_odd_rows.py
+		-p no:cacheprovider $(ANY_RELEASE)
+
+# Each release lies in a folder of its own, in front of the environment's TRL.
+test-releases: $(STAMP) ## Run the same with TRL 0.29.1 and 1.8.
+	for release in $(RELEASES); do \
+		$(PIP) install --quiet --no-deps --upgrade --target $(abspath $(VENV))-trl-$$release trl==$$release && \
+		PYTHONPATH=$(abspath $(VENV))-trl-$$release $(PYTEST) -p no:cacheprovider $(ANY_RELEASE) || exit 1; \
+	done
 
 # TRL 0.29 and newer over the environment that tests the newest, older ones over the oldest: their transformers fit.
 test-release: $(STAMP) $(OLDEST_STAMP) ## Compare token ids with those of another release of TRL: make test-release TRL=0.29.1
@@ -130,4 +141,4 @@ clean: ## Remove caches, builds and what the commands wrote.
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 clean-venv: ## Remove the environment.
-	rm -rf $(VENV) $(OLDEST)
+	rm -rf $(VENV) $(VENV)-trl-* $(OLDEST)

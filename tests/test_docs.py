@@ -31,6 +31,8 @@ PAGES = {path.name: path.read_text("utf-8") for path in sorted((ROOT / "docs").g
 NOT_RUN = {
     ("recipes.md", "from axolotl.integrations.base import BasePlugin"): "Axolotl is not installed",
     ("recipes.md", "from llamafactory.train.tuner import run_exp"): "LLaMA-Factory is not installed",
+    ("recipes.md", "from swift.callbacks import callbacks_map"): "ms-swift is not installed",
+    ("recipes.md", "from openrlhf.trainer import dpo_trainer"): "OpenRLHF is not installed",
     ("cures-measured.md", 'rows = load_dataset("mteb/tweet_sentiment_extraction", split="train")'): "it loads of a hub",
 }
 
@@ -113,6 +115,48 @@ def test_the_script_of_the_llama_factory_recipe_passes_a_callback(
     source = block_with("from llamafactory.train.tuner import run_exp")
     exec(compile(source, "recipes.md", "exec"), {"__name__": "__main__"})
     assert [type(each) for each in passed] == [EntanglementCallback]
+
+
+def test_the_plugin_of_the_ms_swift_recipe_registers_a_callback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known: dict[str, Any] = {}
+    stand_in(monkeypatch, "swift.callbacks", callbacks_map=known)
+    run_python([block_with("from swift.callbacks import callbacks_map")], "recipes.md")
+    callback = known["gradent"](types.SimpleNamespace(output_dir="out"), None)
+    assert isinstance(callback, EntanglementCallback) and callback.every == 10
+
+
+class LoopOfOpenRLHF:
+    """As OpenRLHF's trainer: two micro-batches a step, whose losses the engine divides by two."""
+
+    def __init__(self, model: torch.nn.Module, batch: gradent.PairBatch) -> None:
+        self.model, self.batch, self.told = model, batch, []
+        self.strategy = types.SimpleNamespace(
+            _unwrap_model=lambda model: model, accumulated_gradient=2, is_rank_0=lambda: True,
+            backward=lambda loss, *_: (loss / 2).backward(),
+        )  # fmt: skip
+        self._wandb = types.SimpleNamespace(log=self.told.append)
+        self._tensorboard = None
+
+    def fit(self) -> None:
+        for _ in range(4):
+            ids, marks = self.batch.input_ids, self.batch.completion_mask[:, 1:]
+            logps = self.model(ids, attention_mask=self.batch.attention_mask).logits[:, :-1].log_softmax(-1)
+            chosen, rejected = (logps.gather(-1, ids[:, 1:, None])[..., 0] * marks).sum(1).chunk(2)
+            self.strategy.backward(-torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean(), self.model, None)
+
+
+def test_the_script_of_the_openrlhf_recipe_logs_every_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, "openrlhf.trainer", dpo_trainer=types.SimpleNamespace(DPOTrainer=LoopOfOpenRLHF))
+    names = run_python([GIVEN, block_with("from openrlhf.trainer import dpo_trainer")], "recipes.md")
+    model: Any = names["model"]
+    trainer: Any = names["WatchedDPOTrainer"]
+    loop = trainer(model, names["batch"])
+    loop.fit()
+    assert [scalars["train/global_step"] for scalars in loop.told] == [1, 2]
+    assert all(scalars["gradent/weight_ratio"] == pytest.approx(1) for scalars in loop.told)
+    assert loop.told[0]["gradent/cosine"] == pytest.approx(
+        float(gradent.measure(model, names["batch"]).cosine.mean()), abs=1e-5
+    )
 
 
 COMMANDS = [(page, command) for page, text in PAGES.items() for command in commands(text, "gradent")]

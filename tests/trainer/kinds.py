@@ -13,12 +13,14 @@ KINDS = {
     "DPOConfig": "pairs", "CPOConfig": "pairs", "ORPOConfig": "pairs", "TPOConfig": "pairs", "RewardConfig": "pairs",
     "OnlineDPOConfig": "pairs",
     "GRPOConfig": "groups", "RLOOConfig": "groups", "GMPOConfig": "groups", "GFPOConfig": "groups",
-    "GRPOWithReplayBufferConfig": "groups", "XPOConfig": "groups",
+    "GRPOWithReplayBufferConfig": "groups", "DPPOConfig": "groups", "XPOConfig": "groups",
     "KTOConfig": "batch", "BCOConfig": "batch", "A2POConfig": "batch", "NashMDConfig": "batch",
-    "SFTConfig": "refusal", "PRMConfig": "refusal", "PPOConfig": "refusal", "AsyncGRPOConfig": "refusal",
+    "SFTConfig": "refusal", "SSDConfig": "refusal", "PRMConfig": "refusal",
+    "PPOConfig": "refusal", "AsyncGRPOConfig": "refusal",
     "GKDConfig": "refusal", "GOLDConfig": "refusal", "DistillationConfig": "refusal", "SDFTConfig": "refusal",
     "AsyncDistillationConfig": "refusal", "ServerDistillationConfig": "refusal", "SDPOConfig": "refusal",
-    "IWOPDConfig": "refusal", "OnPolicyConfig": "no trainer",
+    "IWOPDConfig": "refusal", "MiniLLMConfig": "refusal", "PAPOConfig": "groups",
+    "OnPolicyConfig": "no trainer", "BaseConfig": "no trainer",
 }  # fmt: skip
 """`pairs`; `groups` of a prompt's rows; `batch`, rows of which all of a batch are one group; `refusal`."""
 

@@ -25,7 +25,8 @@ _PUSHED_UP = "every row is pushed up: there are no pairs and no groups here"
 _TEACHER = "every row is drawn to a teacher's distribution, and none is pushed up or down as a whole"
 
 _REFUSED = {
-    "SFTConfig": _PUSHED_UP, "PRMConfig": "its labels are of steps, and no row is pushed up or down as a whole",
+    "SFTConfig": _PUSHED_UP, "SSDConfig": _PUSHED_UP,
+    "PRMConfig": "its labels are of steps, and no row is pushed up or down as a whole",
     "GKDConfig": _TEACHER, "GOLDConfig": _TEACHER, "DistillationConfig": _TEACHER, "AsyncDistillationConfig": _TEACHER,
     "ServerDistillationConfig": _TEACHER, "SDFTConfig": _TEACHER, "IWOPDConfig": _TEACHER,
     "MiniLLMConfig": _TEACHER,
