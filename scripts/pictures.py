@@ -63,7 +63,7 @@ def main(
     rows: Annotated[int, typer.Option(help="Pairs that are trained on and measured.")] = 128,
     pair: Annotated[int, typer.Option(help="Row of the data that is taken apart.")] = 0,
 ) -> None:
-    """Write docs/img/audit.png and docs/img/tokens.png."""
+    """Write docs/img/audit.png and docs/img/pair.png."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         run, data = place / "my-run", place / "pairs.jsonl"
@@ -76,7 +76,7 @@ def main(
         audit_tokens(
             TokenConfig(model=str(last), data=str(data), pair=pair, out=place / "tokens", max_length=192, quiet=True)
         )
-        photograph(place / "tokens" / "tokens.html", TARGET / "tokens.png", height=620)
+        photograph(place / "tokens" / "tokens.html", TARGET / "pair.png", height=620)
 
 
 if __name__ == "__main__":
