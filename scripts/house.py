@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("report.page",),
     ("recorder", "doctor"),
     ("attribution",),
+    ("proxies",),
     ("measurement",),
     ("tokens",),
     ("hooks.piggyback",),
