@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gradent.pairs.row_batch import RowBatch
     from gradent.recorder import attach
     from gradent.row_gram import RowGram
+    from gradent.scanning.api import scan
     from gradent.theory.conditions import Verdict, verdict
     from gradent.tokens.effects import token_effects
     from gradent.tokens.gram import TokenGram
@@ -45,6 +46,7 @@ __all__ = [
     "measure_rows",
     "measure_tokens",
     "proxies",
+    "scan",
     "token_effects",
     "token_influence",
     "verdict",
@@ -70,6 +72,7 @@ _HOME = {
     "measure_rows": "gradent.measurement",
     "measure_tokens": "gradent.tokens.matrix",
     "proxies": "gradent.proxies",
+    "scan": "gradent.scanning.api",
     "token_effects": "gradent.tokens.effects",
     "token_influence": "gradent.tokens.influence",
     "verdict": "gradent.theory.conditions",

@@ -20,6 +20,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trainer",),
     ("trainer.callback", "trainer.pairwise", "trainer.token_masking"),
     ("trainer.records", "trainer.common"),
+    # selecting
+    ("scanning",),
     ("auditing",),
     ("auditing.analysis",),
     ("auditing.measuring",),

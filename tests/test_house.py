@@ -51,6 +51,7 @@ PUBLIC = {
     "measure_rows",
     "measure_tokens",
     "proxies",
+    "scan",
     "token_effects",
     "token_influence",
     "verdict",

@@ -10,16 +10,14 @@ import typer
 from gradent.auditing.api import audit as run_audit
 from gradent.auditing.state.config import LOSS, AuditConfig
 from gradent.cli.console import readable_errors, say
-from gradent.cli.options import options, parameter, read_options, takes
+from gradent.cli.options import HYPERPARAMETERS, options, parameter, read_options, takes
 
 __all__ = ["audit"]
-
-_HYPERPARAMETERS = ("beta", "lam", "alpha", "gamma", "delta", "lambda_w", "lambda_l", "z_ref")
 
 
 @takes([
     *options(AuditConfig),
-    *(parameter(name, float | None, typer.Option(rich_help_panel=LOSS), None) for name in _HYPERPARAMETERS),
+    *(parameter(name, float | None, typer.Option(rich_help_panel=LOSS), None) for name in HYPERPARAMETERS),
 ])  # fmt: skip
 def audit(**values: Any) -> None:
     """Measure preference pairs: will the loss raise chosen and lower rejected, or drag both the same way?
@@ -30,7 +28,7 @@ def audit(**values: Any) -> None:
     with readable_errors():
         from gradent import losses  # noqa: PLC0415  (imports torch)
 
-        hyperparameters = {name: value for name in _HYPERPARAMETERS if (value := values.pop(name)) is not None}
+        hyperparameters = {name: value for name in HYPERPARAMETERS if (value := values.pop(name)) is not None}
         loss = losses.get(values.pop("loss"), **hyperparameters)
         result = run_audit(**read_options(AuditConfig, values), loss=loss)
         files = (

@@ -12,7 +12,10 @@ import typer
 from gradent.errors import InputError
 from gradent.loading.config import Option
 
-__all__ = ["options", "parameter", "read_options", "takes"]
+__all__ = ["HYPERPARAMETERS", "options", "parameter", "read_options", "takes"]
+
+HYPERPARAMETERS = ("beta", "lam", "alpha", "gamma", "delta", "lambda_w", "lambda_l", "z_ref")
+"""Options of commands that take a loss."""
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
