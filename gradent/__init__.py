@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gradent.recorder import attach
     from gradent.row_gram import RowGram
     from gradent.scanning.api import scan
+    from gradent.selecting.api import select
     from gradent.theory.conditions import Verdict, verdict
     from gradent.tokens.effects import token_effects
     from gradent.tokens.gram import TokenGram
@@ -47,6 +48,7 @@ __all__ = [
     "measure_tokens",
     "proxies",
     "scan",
+    "select",
     "token_effects",
     "token_influence",
     "verdict",
@@ -73,6 +75,7 @@ _HOME = {
     "measure_tokens": "gradent.tokens.matrix",
     "proxies": "gradent.proxies",
     "scan": "gradent.scanning.api",
+    "select": "gradent.selecting.api",
     "token_effects": "gradent.tokens.effects",
     "token_influence": "gradent.tokens.influence",
     "verdict": "gradent.theory.conditions",

@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trainer",),
     ("trainer.callback", "trainer.pairwise", "trainer.token_masking"),
     ("trainer.records", "trainer.common"),
-    # selecting
+    ("selecting",),
     ("scanning",),
     ("auditing",),
     ("auditing.analysis",),

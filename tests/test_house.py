@@ -52,6 +52,7 @@ PUBLIC = {
     "measure_tokens",
     "proxies",
     "scan",
+    "select",
     "token_effects",
     "token_influence",
     "verdict",

@@ -6,10 +6,9 @@ A pair keeps its tokens, four bytes each, and where it came from; its texts are 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from gradent.auditing.analysis.properties import pair_properties
@@ -20,8 +19,9 @@ from gradent.loading.prepare import Material, read_rules, tell_about_pairs
 from gradent.loading.source import ModelSource
 from gradent.record.table import Table
 from gradent.scanning.config import ScanConfig
+from gradent.scanning.digests import data_digest
 
-__all__ = ["ScanMaterial", "data_digest", "read_scan_material"]
+__all__ = ["ScanMaterial", "read_scan_material"]
 
 PART = 1024
 """Rows that are tokenized before their texts are let go."""
@@ -55,15 +55,6 @@ class ScanMaterial:
             for ids in pair.ids:
                 sums.update(array("i", ids).tobytes())
         return sums.hexdigest()[:16]
-
-
-def data_digest(rows: Sequence[Row]) -> str:
-    """A name for the contents of all rows, readable or not: the same for the same data, whatever file holds it."""
-    sums = hashlib.sha256()
-    for row in rows:
-        text = json.dumps(row.values, sort_keys=True, default=str) if row.problem is None else row.problem
-        sums.update(text.encode(errors="replace") + b"\n")
-    return sums.hexdigest()[:16]
 
 
 def read_scan_material(source: ModelSource, config: ScanConfig, tell: Callable[[str], None]) -> ScanMaterial:

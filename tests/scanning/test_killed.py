@@ -1,4 +1,4 @@
-"""kill -9 at any moment: started again, a scan ends with the rows of an undisturbed one; two ranks with those of one."""
+"""kill -9 at any moment: started again, a scan ends with the rows of an undisturbed one; two ranks with one's rows."""
 
 from __future__ import annotations
 
