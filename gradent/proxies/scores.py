@@ -195,11 +195,13 @@ def _errors(seen: HeadPass, *, wanted: bool) -> tuple[Tensor, Tensor]:
     """The response's log-prob, float64, and if wanted its tokens' gradients by the head's output, `[T, V]`."""
     wide = seen.logits.to(accumulator(seen.logits.dtype))
     targets = seen.ids[:, None]
-    normalizer = wide.logsumexp(-1, keepdim=True)
-    logp = (wide.gather(1, targets) - normalizer).double().sum()
+    highest = wide.amax(-1, keepdim=True)
+    errors = (wide - highest).exp_()
+    total = errors.sum(-1, keepdim=True)
+    logp = (wide.gather(1, targets) - highest - total.log()).double().sum()
     if not wanted:
-        return logp, normalizer
-    errors = (wide - normalizer).exp_().neg_().scatter_add_(1, targets, torch.ones_like(targets, dtype=wide.dtype))
+        return logp, errors
+    errors.div_(-total).scatter_add_(1, targets, torch.ones_like(targets, dtype=wide.dtype))
     is_plain = isinstance(seen.slope, float) and seen.slope == 1
     return logp, errors if is_plain else errors.mul_(seen.slope)
 

@@ -241,8 +241,8 @@ def _print(result: SelectResult, record: ScanRecord, by: str, by_column: str | N
         effect = result.effect
         lines.append(
             f"A step on the {effect['pairs']:.0f} exactly measured pairs, to first order, in nats a unit of learning "
-            f"rate: mean change of chosen {effect['chosen_before']:+.4g} → {effect['chosen_after']:+.4g} with those that are "
-            f"left, of rejected {effect['rejected_before']:+.4g} → {effect['rejected_after']:+.4g}."
+            f"rate: mean change of chosen {effect['chosen_before']:+.4g} → {effect['chosen_after']:+.4g} with those "
+            f"that are left, of rejected {effect['rejected_before']:+.4g} → {effect['rejected_after']:+.4g}."
         )
         error = (record["exact"] or {}).get("error") or 0.0
         if error > 0.05:
