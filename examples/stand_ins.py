@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,17 +24,14 @@ import torch
 import typer
 from rich.console import Console
 from stand_ins_parts.data import make_adapter, read_pairs, write_lines
-from stand_ins_parts.training import Trial, train_on
+from stand_ins_parts.training import Trial, fine_tune, train_on
 from tiny import make_model, make_pairs, make_tokenizer
 
 from gradent import scan, select
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 RESULTS, PAGE = DOCS / "stand-ins.json", DOCS / "stand-ins.md"
-SCORES = (
-    "edit_distance", "ches", "ches_normalized", "head", "head_change", "exact", "predicted_change", "sample_change",
-    "random",
-)  # fmt: skip
+SCORES = ("edit_distance", "ches", "ches_normalized", "head", "exact", "predicted_change", "random")
 GOALS = ("cosine", "pair_change", "sample_change")
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -71,52 +67,46 @@ def grade(
 
 @app.command()
 def choose(
-    model: Model, data: Data, pairs: Pairs = 160, letters: Letters = 400, max_length: Length = 256,
-    held: Annotated[int, typer.Option(help="Pairs held out.")] = 48,
-    steps: Annotated[int, typer.Option(help="Steps of training.")] = 30,
+    model: Model, data: Data, pairs: Pairs = 96, letters: Letters = 200, max_length: Length = 256,
+    held: Annotated[int, typer.Option(help="Pairs held out.")] = 32,
+    sft: Annotated[int, typer.Option(help="Steps of SFT on the pool's chosen responses, before all else.")] = 60,
+    steps: Annotated[int, typer.Option(help="Steps of DPO.")] = 12,
     rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 3e-4,
-    seeds: Annotated[int, typer.Option(help="Orders of the data.")] = 3,
+    seeds: Annotated[str, typer.Option(help="Orders of the data.")] = "0,1,2",
     results: Annotated[Path, typer.Option(help="The file to add to.")] = RESULTS,
 ) -> None:  # fmt: skip
     """Train on the worst third, the best third and all but the worst 36% by each score; look at held-out pairs."""
     drawn = read_pairs(data, pairs + held, letters)
     chance = np.random.default_rng(0).permutation(len(drawn))
     pool, out = ([drawn[number] for number in sorted(part)] for part in (chance[held:], chance[:held]))
-    began, trial = time.monotonic(), Trial(model, pool, out, steps=steps, rate=rate, max_length=max_length)
-    runs = [{"by": "all", "part": "all", **_mean(trial, list(range(len(pool))), seeds)}]
     with tempfile.TemporaryDirectory() as folder:
+        tuned = fine_tune(model, pool, Path(folder, "tuned"), steps=sft)
+        trial = Trial(tuned, pool, out, steps=steps, rate=rate, max_length=max_length)
         rows = write_lines(Path(folder, "pairs.jsonl"), [{**row, "number": place} for place, row in enumerate(pool)])
         done = Path(folder, "scan")
-        scan(model, rows, out=done, exact=None, max_length=max_length, report=False, quiet=True)
+        scan(tuned, rows, out=done, exact=None, max_length=max_length, report=False, quiet=True)
+        parts = {("all", "all"): list(range(len(pool)))}
         for by in SCORES:
-            for part, (share, inverse) in {
-                "worst": (2 / 3, True),
-                "best": (2 / 3, False),
-                "kept": (0.36, False),
-            }.items():
-                numbers = _selected(done, by, share, Path(folder, "kept.jsonl"), len(pool), worst=inverse)
-                runs.append({"by": by, "part": part, **_mean(trial, numbers, seeds)})
-                Console().print(by, part, runs[-1]["chosen"])
+            for part, (drop, rest) in {"worst": (1 / 3, True), "best": (2 / 3, False), "kept": (0.36, False)}.items():
+                kept = select(done, by=by, drop=drop, out=Path(folder, "kept.jsonl"), quiet=True).out
+                numbers = {json.loads(line)["number"] for line in kept.read_text("utf-8").splitlines()}
+                parts[by, part] = sorted(set(range(len(pool))) - numbers if rest else numbers)
+        runs = [
+            {"by": by, "part": part, "seed": seed, "pairs": len(numbers), **train_on(trial, numbers, seed)}
+            for seed in map(int, seeds.split(","))
+            for (by, part), numbers in parts.items()
+        ]
     setting = {"model": model.name, "data": data.stem}
+    known = json.loads(results.read_text("utf-8"))["runs"] if results.is_file() else []
+    new = {run["seed"] for run in runs}
+    for each in known:  # those of other orders stay
+        if all(each[name] == value for name, value in setting.items()):
+            runs = sorted(
+                [*(run for run in each["runs"] if run["seed"] not in new), *runs], key=lambda run: run["seed"]
+            )
     _keep(results, "runs", setting, {
-        **setting, "pool": len(pool), "held": len(out), "steps": steps, "rate": rate, "seeds": seeds, "runs": runs,
-        "minutes": round((time.monotonic() - began) / 60, 1),
+        **setting, "pool": len(pool), "held": len(out), "sft": sft, "steps": steps, "rate": rate, "runs": runs
     })  # fmt: skip
-
-
-def _selected(done: Path, by: str, share: float, out: Path, count: int, *, worst: bool) -> list[int]:
-    """Pairs that are left without a share of the worst; or, with `worst`, as many of the worst."""
-    kept = select(done, by=by, drop=1 - share if worst else share, out=out, quiet=True).out
-    numbers = {json.loads(line)["number"] for line in kept.read_text("utf-8").splitlines()}
-    return sorted(set(range(count)) - numbers if worst else numbers)
-
-
-def _mean(trial: Trial, numbers: list[int], seeds: int) -> dict[str, Any]:
-    found = [train_on(trial, numbers, seed) for seed in range(seeds)]
-    return {"pairs": len(numbers)} | {
-        name: [statistics.fmean(run[name] for run in found), statistics.stdev(run[name] for run in found)]
-        for name in found[0]
-    }
 
 
 def _keep(path: Path, kind: str, setting: dict[str, str], entry: dict[str, Any]) -> None:
@@ -173,25 +163,30 @@ def _cell(rows: list[dict[str, Any]], name: str, goal: str) -> str:
 def _run_tables(runs: list[dict[str, Any]]) -> str:
     parts = []
     for each in runs:
+        seeds = sorted({run["seed"] for run in each["runs"]})
         lines = [
-            f"{each['model']} on {each['data'].split('_')[0]}: full, {each['steps']} steps of AdamW at "
-            f"{each['rate']:g}, 8 pairs each, from {each['pool']} pairs; {each['held']} held out; {each['seeds']} orders "
-            "of the data. Change of the held-out chosen log-prob in nats (± the standard deviation over orders), and "
-            "the share of held-out pairs whose margin grew:\n",
+            f"{each['model']} on {each['data'].split('_')[0]}: {each['sft']} steps of SFT, then {each['steps']} of DPO on "
+            f"all parameters (AdamW at {each['rate']:g}, 8 pairs each), from {each['pool']} pairs; {each['held']} held "
+            f"out; {len(seeds)} orders of the data. Change of the held-out chosen log-prob in nats (± the standard "
+            "deviation over orders), and the share of held-out pairs whose margin grew:\n",
             "| score | worst third | best third | all but the worst 36% |",
             "|---|---|---|---|",
         ]
-        by = {(run["by"], run["part"]): run for run in each["runs"]}
         for name in SCORES:
-            cells = [_outcome(by[name, part]) for part in ("worst", "best", "kept")]
+            cells = [_outcome(each["runs"], name, part) for part in ("worst", "best", "kept")]
             lines.append(f"| `{name}` | {' | '.join(cells)} |")
-        lines.append(f"| all pairs | | | {_outcome(by['all', 'all'])} |")
+        lines.append(f"| all pairs | | | {_outcome(each['runs'], 'all', 'all')} |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
 
-def _outcome(run: dict[str, Any]) -> str:
-    return f"{run['chosen'][0]:+.2f} ± {run['chosen'][1]:.2f}, {run['accuracy'][0]:.0%}"
+def _outcome(runs: list[dict[str, Any]], by: str, part: str) -> str:
+    found = [run for run in runs if (run["by"], run["part"]) == (by, part)]
+    if not found:
+        return "-"
+    chosen = [run["chosen"] for run in found]
+    spread = statistics.stdev(chosen) if len(chosen) > 1 else 0.0
+    return f"{statistics.fmean(chosen):+.2f} ± {spread:.2f}, {statistics.fmean(run['accuracy'] for run in found):.0%}"
 
 
 @app.callback(invoke_without_command=True)
@@ -209,7 +204,7 @@ def main(context: typer.Context) -> None:
         results = folder / "stand-ins.json"
         grade(folder / "tiny", data, pairs=20, letters=600, max_length=64, lora=False, results=results)
         choose(
-            folder / "tiny", data, pairs=20, letters=600, max_length=64, held=8, steps=2, rate=1e-3, seeds=2,
+            folder / "tiny", data, pairs=20, letters=600, max_length=64, held=8, sft=2, steps=2, seeds="0,1",
             results=results,
         )  # fmt: skip
         known = json.loads(results.read_text("utf-8"))

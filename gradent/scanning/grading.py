@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from gradent.auditing.analysis.properties import FEWEST, ranks
-from gradent.record.table import Floats, Table
+from gradent.auditing.analysis.properties import FEWEST
+from gradent.record.table import Floats, Table, spearman
 from gradent.scanning.rungs import RUNGS, TARGETS
 
-__all__ = ["RESAMPLES", "grade", "spearman"]
+__all__ = ["RESAMPLES", "grade"]
 
 RESAMPLES = 1000
 
@@ -44,19 +44,16 @@ def _correlate(value: Floats, goal: Floats | None, draws: list[Any], is_itself: 
     nothing: dict[str, float | None] = {"spearman": None, "low": None, "high": None}
     if goal is None or is_itself:
         return nothing
-    whole = spearman(value, goal)
+    whole = _of_both(value, goal)
     if whole is None:
         return nothing
-    found = [spearman(value[draw], goal[draw]) for draw in draws]
+    found = [_of_both(value[draw], goal[draw]) for draw in draws]
     known = [rho for rho in found if rho is not None]
     low, high = np.percentile(known, [2.5, 97.5])
     return {"spearman": whole, "low": float(low), "high": float(high)}
 
 
-def spearman(x: Floats, y: Floats) -> float | None:
-    """Spearman's ρ of the pairs that have both; None where one of them is constant."""
+def _of_both(x: Floats, y: Floats) -> float | None:
+    """Spearman's ρ of the pairs that have both."""
     both = np.isfinite(x) & np.isfinite(y)
-    x, y = x[both], y[both]
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    return float(np.clip(np.corrcoef(ranks(x), ranks(y))[0, 1], -1, 1))
+    return spearman(x[both], y[both])

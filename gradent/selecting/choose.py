@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from gradent.auditing.analysis.properties import ranks
 from gradent.errors import InputError
-from gradent.record.table import Floats, Table
+from gradent.record.table import Floats, Table, ranks
 from gradent.scanning.rungs import RUNGS, find_rung
 
 __all__ = ["Choice", "choose", "read_share", "score_of"]

@@ -27,6 +27,7 @@ from gradent.measurement import row_logps
 from gradent.model.parameters import is_sharded, trainable
 from gradent.notices import Notices, log
 from gradent.pairs.batch import PairBatch
+from gradent.proxies import PairProxies
 from gradent.recorder import CHOICES, Mode, Recorder, WeightGrad, attach, check_choices
 from gradent.recorder.recording import Recording, RowRecording, with_account
 from gradent.report.live.alerts import DEFAULT_ALERT, Alert
@@ -35,7 +36,9 @@ from gradent.trainer.callback.hf_frames import divides_loss, find_trainer, move_
 from gradent.trainer.callback.implied_rows import ImpliedRows, implied_rows
 from gradent.trainer.callback.journal import GroupJournal, Journal, PairJournal, same_kind
 from gradent.trainer.callback.probe import Probe
+from gradent.trainer.callback.stand_ins import step_proxies
 from gradent.trainer.callback.unseen import UnseenPairs
+from gradent.trainer.records.proxies import join_proxies
 from gradent.trainer.records.row_step import RowStepRecord
 from gradent.trainer.records.step import StepRecord
 from gradent.trainer.records.token_map import TokenMap, map_tokens
@@ -84,6 +87,9 @@ class EntanglementCallback(TrainerCallback):
         tokens_every: also measure, every so many steps, the token matrix of the step's most entangled pair (0: never).
             It costs about a forward and a backward a token of the two responses. Kept in the record (`record.tokens`),
             and shown as a heat map in a running wandb run.
+        proxies: also take the cheap stand-ins of the measured pairs (CHES, the head's block), by one more forward
+            without dropout: kept in the record (`record.proxies`), and logged as `gradent/proxy/...`, with their rank
+            correlation with the exact cosine, so that a run shows how far they can be trusted on its model and data.
         out: directory for `pairs.jsonl`, the pairs of every measured step (or `rows.jsonl`, rows that are no pairs),
             appended as they come.
         alert: when to say a verdict in words in the log; None for never.
@@ -117,6 +123,7 @@ class EntanglementCallback(TrainerCallback):
         realised: bool = False,
         attribution: bool = True,
         tokens_every: int = 0,
+        proxies: bool = False,
         out: str | os.PathLike[str] | None = None,
         alert: Alert | None = DEFAULT_ALERT,
         panels: bool = True,
@@ -142,7 +149,7 @@ class EntanglementCallback(TrainerCallback):
         self.notices = Notices()
         self._pairing, self._groups, self._metric, self._budget = pairing, groups, metric, memory_budget
         self._rows = ImpliedRows()
-        self._attribution = attribution
+        self._attribution, self._has_proxies = attribution, proxies
         self._options: dict[str, Any] = {"mode": mode, "memory_budget": memory_budget, "weight_grad": weight_grad}
         self._probe = None if probe_data is None else Probe(probe_data, every=probe_every or every)
         self._out = None if out is None else Path(out)
@@ -152,6 +159,7 @@ class EntanglementCallback(TrainerCallback):
         self._pending: Recording | RowRecording | None = None
         self._tokens: TokenMap | None = None
         self._logps_before: Tensor | None = None
+        self._proxies: PairProxies | None = None
         self._whole_step: WholeStep | None = None
         self._unseen = UnseenPairs(self.notices.once)
         self._is_measuring = False
@@ -212,7 +220,7 @@ class EntanglementCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Arm before a step that is to be measured."""
         step = state.global_step + 1
-        self._pending = self._tokens = self._logps_before = None
+        self._pending = self._tokens = self._logps_before = self._proxies = None
         self._is_measuring = step == 1 or step % self.every == 0 or self._is_tokens_step(step)
         if self._recorder is None or not self._is_measuring or self.errors >= LIMIT:
             return
@@ -269,6 +277,10 @@ class EntanglementCallback(TrainerCallback):
             self._logps_before = self._measure_logps(kwargs["model"], self._pending)
         if self._is_tokens_step(state.global_step + 1) and is_first() and self._has_pairs(self._pending):
             self._tokens = map_tokens(kwargs["model"], self._pending, self._budget)
+        if self._has_proxies:
+            self._proxies = step_proxies(kwargs["model"], self._pending, self._budget, self.notices.once)
+            seconds = 0.0 if self._proxies is None else sum(self._proxies.seconds.values())
+            self._pending = replace(self._pending, overhead_s=self._pending.overhead_s + seconds)
         if self._whole_step is not None:
             self._hold(self._whole_step, self._pending, kwargs.get("optimizer"))
 
@@ -341,17 +353,18 @@ class EntanglementCallback(TrainerCallback):
                 logps = self._measure_logps(model, pending)
                 change = None if logps is None else logps - self._logps_before
         finally:  # the other ranks wait here, whatever happened on this one
-            gathered = gather((pending, change))
-        recordings = same_kind([part for part, _ in gathered if part is not None], self.notices.once)
+            gathered = gather((pending, change, self._proxies))
+        recordings = same_kind([part for part, _, _ in gathered if part is not None], self.notices.once)
         if not recordings:
             return
         is_new = self._journal is None
         self._journal = self._journal or self._make_journal(recordings[0])
-        realised = [change for part, change in gathered if part is not None and change is not None]
+        realised = [change for part, change, _ in gathered if part is not None and change is not None]
         changes = realised if len(realised) == len(recordings) else None
         record = self._journal.record(state.global_step, recordings, changes, self._tokens)
         if isinstance(record, StepRecord):
             record = replace(record, unseen=self._unseen.estimate(record, state.epoch))
+            record = replace(record, proxies=join_proxies([found for part, _, found in gathered if part is not None]))
         self.records.append(record if self.by_module else record.without_modules())
         if len(self.records) > KEPT_MATRICES:
             self.records[-KEPT_MATRICES - 1] = self.records[-KEPT_MATRICES - 1].without_large_matrices()
