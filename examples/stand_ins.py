@@ -34,6 +34,12 @@ RESULTS, PAGE = DOCS / "stand-ins.json", DOCS / "stand-ins.md"
 SCORES = ("edit_distance", "ches", "ches_normalized", "head", "exact", "predicted_change", "random")
 GOALS = ("cosine", "pair_change", "sample_change")
 
+PARTS = {
+    "worst": (1 / 3, True, "worst third"), "best": (2 / 3, False, "best third"),
+    "kept": (0.36, False, "all but the worst 36%"),
+}  # fmt: skip
+"""Of each part of the data: the share of the worst that is cut off, whether the cut-off is the part, and its name."""
+
 app = typer.Typer(add_completion=False, help=__doc__)
 Model = Annotated[Path, typer.Option(help="Directory of the model.")]
 Data = Annotated[Path, typer.Option(help="JSON lines: prompt, chosen, rejected; or text, label.")]
@@ -73,6 +79,7 @@ def choose(
     steps: Annotated[int, typer.Option(help="Steps of DPO.")] = 12,
     rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 3e-4,
     seeds: Annotated[str, typer.Option(help="Orders of the data.")] = "0,1,2",
+    parts: Annotated[str, typer.Option(help="Of worst, best and kept.")] = ",".join(PARTS),
     results: Annotated[Path, typer.Option(help="The file to add to.")] = RESULTS,
 ) -> None:  # fmt: skip
     """Train on the worst third, the best third and all but the worst 36% by each score; look at held-out pairs."""
@@ -85,25 +92,25 @@ def choose(
         rows = write_lines(Path(folder, "pairs.jsonl"), [{**row, "number": place} for place, row in enumerate(pool)])
         done = Path(folder, "scan")
         scan(tuned, rows, out=done, exact=None, max_length=max_length, report=False, quiet=True)
-        parts = {("all", "all"): list(range(len(pool)))}
+        chosen = {("all", "all"): list(range(len(pool)))}
         for by in SCORES:
-            for part, (drop, rest) in {"worst": (1 / 3, True), "best": (2 / 3, False), "kept": (0.36, False)}.items():
+            for part in parts.split(","):
+                drop, rest, _ = PARTS[part]
                 kept = select(done, by=by, drop=drop, out=Path(folder, "kept.jsonl"), quiet=True).out
                 numbers = {json.loads(line)["number"] for line in kept.read_text("utf-8").splitlines()}
-                parts[by, part] = sorted(set(range(len(pool))) - numbers if rest else numbers)
+                chosen[by, part] = sorted(set(range(len(pool))) - numbers if rest else numbers)
         runs = [
             {"by": by, "part": part, "seed": seed, "pairs": len(numbers), **train_on(trial, numbers, seed)}
             for seed in map(int, seeds.split(","))
-            for (by, part), numbers in parts.items()
+            for (by, part), numbers in chosen.items()
         ]
     setting = {"model": model.name, "data": data.stem}
     known = json.loads(results.read_text("utf-8"))["runs"] if results.is_file() else []
     new = {run["seed"] for run in runs}
     for each in known:  # those of other orders stay
         if all(each[name] == value for name, value in setting.items()):
-            runs = sorted(
-                [*(run for run in each["runs"] if run["seed"] not in new), *runs], key=lambda run: run["seed"]
-            )
+            others = [run for run in each["runs"] if run["seed"] not in new]
+            runs = sorted([*others, *runs], key=lambda run: run["seed"])
     _keep(results, "runs", setting, {
         **setting, "pool": len(pool), "held": len(out), "sft": sft, "steps": steps, "rate": rate, "runs": runs
     })  # fmt: skip
@@ -164,18 +171,18 @@ def _run_tables(runs: list[dict[str, Any]]) -> str:
     parts = []
     for each in runs:
         seeds = sorted({run["seed"] for run in each["runs"]})
+        found = [part for part in PARTS if any(run["part"] == part for run in each["runs"])]
         lines = [
-            f"{each['model']} on {each['data'].split('_')[0]}: {each['sft']} steps of SFT, then {each['steps']} of DPO on "
-            f"all parameters (AdamW at {each['rate']:g}, 8 pairs each), from {each['pool']} pairs; {each['held']} held "
-            f"out; {len(seeds)} orders of the data. Change of the held-out chosen log-prob in nats (± the standard "
+            f"{each['model']} on {each['data'].split('_')[0]}: {each['sft']} steps of SFT, then {each['steps']} of "
+            f"DPO on all parameters (AdamW at {each['rate']:g}, 8 pairs each), from {each['pool']} pairs; {each['held']} "
+            f"held out; {len(seeds)} orders of the data. Change of the held-out chosen log-prob in nats (± the standard "
             "deviation over orders), and the share of held-out pairs whose margin grew:\n",
-            "| score | worst third | best third | all but the worst 36% |",
-            "|---|---|---|---|",
+            f"| score | {' | '.join(PARTS[part][2] for part in found)} |",
+            f"|---|{'---|' * len(found)}",
         ]
         for name in SCORES:
-            cells = [_outcome(each["runs"], name, part) for part in ("worst", "best", "kept")]
-            lines.append(f"| `{name}` | {' | '.join(cells)} |")
-        lines.append(f"| all pairs | | | {_outcome(each['runs'], 'all', 'all')} |")
+            lines.append(f"| `{name}` | {' | '.join(_outcome(each['runs'], name, part) for part in found)} |")
+        lines.append(f"\nAll pairs: {_outcome(each['runs'], 'all', 'all')}.")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
