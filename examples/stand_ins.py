@@ -174,9 +174,9 @@ def _run_tables(runs: list[dict[str, Any]]) -> str:
         found = [part for part in PARTS if any(run["part"] == part for run in each["runs"])]
         lines = [
             f"{each['model']} on {each['data'].split('_')[0]}: {each['sft']} steps of SFT, then {each['steps']} of "
-            f"DPO on all parameters (AdamW at {each['rate']:g}, 8 pairs each), from {each['pool']} pairs; {each['held']} "
-            f"held out; {len(seeds)} orders of the data. Change of the held-out chosen log-prob in nats (± the standard "
-            "deviation over orders), and the share of held-out pairs whose margin grew:\n",
+            f"DPO on all parameters (AdamW at {each['rate']:g}, 8 pairs each), from {each['pool']} pairs; "
+            f"{each['held']} held out; {len(seeds)} orders of the data. Change of the held-out chosen log-prob in "
+            "nats (± the standard deviation over orders), and the share of held-out pairs whose margin grew:\n",
             f"| score | {' | '.join(PARTS[part][2] for part in found)} |",
             f"|---|{'---|' * len(found)}",
         ]

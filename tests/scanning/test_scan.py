@@ -12,8 +12,10 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
 from gradent import PairBatch, losses, measure, proxies, scan, verdict
+from gradent.cli.app import app
 from gradent.errors import DataFileError, InputError, NonFiniteError
 from gradent.measurement import measure_rows, sequence_logps
 from gradent.record.scans import SCAN_COLUMNS, read_scan, read_scan_record
@@ -203,6 +205,24 @@ def test_bad_rows_stop_it_or_are_listed(local_model, monkeypatch):
 def test_refusals(options, said, local_model):
     with pytest.raises(InputError, match=said):
         run(local_model, **options)
+
+
+def test_a_loss_without_a_reference(local_model):
+    columns, (model, batch) = columns_of(run(local_model, loss="simpo", exact=None)), by_hand(local_model)
+    gram = measure(model, batch)
+    true = verdict(gram, losses.get("simpo"))
+    assert_close(columns["chosen_change"], true.chosen_change)
+    assert_close(columns["d_l"], true.d_l)
+
+
+def test_the_command(local_model):
+    data = write_jsonl(local_model.parent / "pairs.jsonl", ROWS)
+    out = local_model.parent / "out"
+    arguments = ["scan", str(local_model), "--data", str(data), "--out", str(out), "--exact", "all", "--beta", "0.2"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert "14 of them measured exactly" in done.output and "ches_normalized" in done.output
+    assert read_scan_record(out / "scan.json")["loss"]["beta"] == 0.2 and (out / "report.html").is_file()
 
 
 def test_another_commands_directory_is_refused(local_model):
