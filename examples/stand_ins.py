@@ -80,6 +80,8 @@ def choose(
     rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 3e-4,
     seeds: Annotated[str, typer.Option(help="Orders of the data.")] = "0,1,2",
     parts: Annotated[str, typer.Option(help="Of worst, best and kept.")] = ",".join(PARTS),
+    scores: Annotated[str, typer.Option(help="What to choose by.")] = ",".join(SCORES),
+    work: Annotated[Path | None, typer.Option(help="Where the tuned model and its scan are kept, to go on.")] = None,
     results: Annotated[Path, typer.Option(help="The file to add to.")] = RESULTS,
 ) -> None:  # fmt: skip
     """Train on the worst third, the best third and all but the worst 36% by each score; look at held-out pairs."""
@@ -87,16 +89,20 @@ def choose(
     chance = np.random.default_rng(0).permutation(len(drawn))
     pool, out = ([drawn[number] for number in sorted(part)] for part in (chance[held:], chance[:held]))
     with tempfile.TemporaryDirectory() as folder:
-        tuned = fine_tune(model, pool, Path(folder, "tuned"), steps=sft)
+        place = Path(folder) if work is None else work
+        place.mkdir(exist_ok=True)
+        tuned = place / "tuned"
+        if not (tuned / "config.json").is_file():
+            fine_tune(model, pool, tuned, steps=sft)
         trial = Trial(tuned, pool, out, steps=steps, rate=rate, max_length=max_length)
-        rows = write_lines(Path(folder, "pairs.jsonl"), [{**row, "number": place} for place, row in enumerate(pool)])
-        done = Path(folder, "scan")
+        rows = write_lines(place / "pairs.jsonl", [{**row, "number": number} for number, row in enumerate(pool)])
+        done = place / "scan"
         scan(tuned, rows, out=done, exact=None, max_length=max_length, report=False, quiet=True)
         chosen = {("all", "all"): list(range(len(pool)))}
-        for by in SCORES:
+        for by in scores.split(","):
             for part in parts.split(","):
                 drop, rest, _ = PARTS[part]
-                kept = select(done, by=by, drop=drop, out=Path(folder, "kept.jsonl"), quiet=True).out
+                kept = select(done, by=by, drop=drop, out=place / "kept.jsonl", quiet=True).out
                 numbers = {json.loads(line)["number"] for line in kept.read_text("utf-8").splitlines()}
                 chosen[by, part] = sorted(set(range(len(pool))) - numbers if rest else numbers)
         runs = [
@@ -180,7 +186,8 @@ def _run_tables(runs: list[dict[str, Any]]) -> str:
             f"| score | {' | '.join(PARTS[part][2] for part in found)} |",
             f"|---|{'---|' * len(found)}",
         ]
-        for name in SCORES:
+        known = {run["by"] for run in each["runs"]}
+        for name in (name for name in SCORES if name in known):
             lines.append(f"| `{name}` | {' | '.join(_outcome(each['runs'], name, part) for part in found)} |")
         lines.append(f"\nAll pairs: {_outcome(each['runs'], 'all', 'all')}.")
         parts.append("\n".join(lines) + "\n")

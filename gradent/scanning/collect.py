@@ -18,6 +18,10 @@ from gradent.scanning.batches import HEAD, SCORES
 from gradent.scanning.grading import grade
 from gradent.scanning.stages import SAMPLE, Scan
 
+ROUNDING = 1e-5
+"""Of a log-prob: a model whose log-probs are all that near to its reference's has not been trained yet, and the
+differences are rounding, which would rank pairs by chance."""
+
 __all__ = ["describe_scan", "sample_effects", "scan_table"]
 
 _CHANGES = ("chosen_change", "rejected_change")
@@ -124,9 +128,11 @@ def _rewards(columns: Table, scan: Scan) -> dict[str, Floats]:
     nothing = np.full(columns.rows, np.nan)
     if beta is None or scan.reference.kind in {"self", "none"}:
         return dict.fromkeys(_REWARDS, nothing)
-    chosen, rejected = (
-        beta * (columns[f"{side}_logp"] - columns[f"ref_{side}_logp"]) for side in ("chosen", "rejected")
-    )
+    ratios = [columns[f"{side}_logp"] - columns[f"ref_{side}_logp"] for side in ("chosen", "rejected")]
+    scale = np.stack([np.abs(columns[f"{side}_logp"]) + 1 for side in ("chosen", "rejected")])
+    if bool((np.abs(np.stack(ratios)) <= ROUNDING * scale).all()):
+        return dict.fromkeys(_REWARDS, nothing)
+    chosen, rejected = (beta * ratio for ratio in ratios)
     return dict(zip(_REWARDS, (chosen, rejected, chosen - rejected), strict=True))
 
 

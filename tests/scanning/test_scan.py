@@ -123,6 +123,13 @@ def test_implicit_rewards_come_with_a_reference(kind, local_model, tmp_path):
     assert result.record["costs"]["reference"] > 0
 
 
+def test_an_untrained_adapter_has_no_implicit_rewards(local_model, tmp_path):
+    adapter = save_lora(tmp_path / "adapter", local_model, init_lora_weights=True)  # its second factor is zero
+    columns = columns_of(run(local_model, adapter=adapter, out=tmp_path / "scan"))
+    assert columns["reward_margin"].tolist() == [None] * len(ROWS)  # and not rounding, which would rank pairs too
+    assert None not in columns["ref_chosen_logp"].tolist()
+
+
 def test_the_grades_are_rank_correlations_turned_so_that_more_is_worse(local_model):
     result = run(local_model, exact=None, report=True)
     columns, grades = columns_of(result), {row["rung"]: row for row in result.record["grades"]}
