@@ -81,6 +81,7 @@ def choose(
     seeds: Annotated[str, typer.Option(help="Orders of the data.")] = "0,1,2",
     parts: Annotated[str, typer.Option(help="Of worst, best and kept.")] = ",".join(PARTS),
     scores: Annotated[str, typer.Option(help="What to choose by.")] = ",".join(SCORES),
+    by_column: Annotated[str | None, typer.Option(help="Cut the same share of each of its values.")] = None,
     work: Annotated[Path | None, typer.Option(help="Where the tuned model and its scan are kept, to go on.")] = None,
     results: Annotated[Path, typer.Option(help="The file to add to.")] = RESULTS,
 ) -> None:  # fmt: skip
@@ -102,7 +103,7 @@ def choose(
         for by in scores.split(","):
             for part in parts.split(","):
                 drop, rest, _ = PARTS[part]
-                kept = select(done, by=by, drop=drop, out=place / "kept.jsonl", quiet=True).out
+                kept = select(done, by=by, drop=drop, by_column=by_column, out=place / "kept.jsonl", quiet=True).out
                 numbers = {json.loads(line)["number"] for line in kept.read_text("utf-8").splitlines()}
                 chosen[by, part] = sorted(set(range(len(pool))) - numbers if rest else numbers)
         runs = [
@@ -110,11 +111,11 @@ def choose(
             for seed in map(int, seeds.split(","))
             for (by, part), numbers in chosen.items()
         ]
-    setting = {"model": model.name, "data": data.stem}
+    setting = {"model": model.name, "data": data.stem, "by_column": by_column}
     known = json.loads(results.read_text("utf-8"))["runs"] if results.is_file() else []
     new = {run["seed"] for run in runs}
     for each in known:  # those of other orders stay
-        if all(each[name] == value for name, value in setting.items()):
+        if all(each.get(name) == value for name, value in setting.items()):
             others = [run for run in each["runs"] if run["seed"] not in new]
             runs = sorted([*others, *runs], key=lambda run: run["seed"])
     _keep(results, "runs", setting, {
@@ -122,11 +123,14 @@ def choose(
     })  # fmt: skip
 
 
-def _keep(path: Path, kind: str, setting: dict[str, str], entry: dict[str, Any]) -> None:
+def _keep(path: Path, kind: str, setting: dict[str, Any], entry: dict[str, Any]) -> None:
     """Add a result to the file; one of the same setting is replaced."""
     known = json.loads(path.read_text("utf-8")) if path.is_file() else {"grades": [], "runs": []}
-    others = [each for each in known[kind] if any(each[name] != value for name, value in setting.items())]
-    known[kind] = sorted([*others, entry], key=lambda each: [each["model"], each["data"], each.get("trained", "")])
+    others = [each for each in known[kind] if any(each.get(name) != value for name, value in setting.items())]
+    known[kind] = sorted(
+        [*others, entry],
+        key=lambda each: [each["model"], each["data"], each.get("trained", ""), each.get("by_column") or ""],
+    )
     path.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
 
 
@@ -181,7 +185,9 @@ def _run_tables(runs: list[dict[str, Any]]) -> str:
         lines = [
             f"{each['model']} on {each['data'].split('_')[0]}: {each['sft']} steps of SFT, then {each['steps']} of "
             f"DPO on all parameters (AdamW at {each['rate']:g}, 8 pairs each), from {each['pool']} pairs; "
-            f"{each['held']} held out; {len(seeds)} orders of the data. Change of the held-out chosen log-prob in "
+            f"{each['held']} held out; {len(seeds)} orders of the data"
+            + (f"; the same share of every `{each['by_column']}`" if each.get("by_column") else "")
+            + ". Change of the held-out chosen log-prob in "
             "nats (± the standard deviation over orders), and the share of held-out pairs whose margin grew:\n",
             f"| score | {' | '.join(PARTS[part][2] for part in found)} |",
             f"|---|{'---|' * len(found)}",

@@ -40,11 +40,11 @@ SCAN_COLUMNS: dict[str, str] = {
 `pair` is the row of the data, counted from 0, and `where` its file and line; lengths, shared ends and edit distance
 count tokens, as in `sample.parquet`. `chosen_reward` and `rejected_reward` are the implicit rewards `β (log π − log
 π_ref)`, `reward_margin` their difference (null where the loss has no β, there is no reference, or the model has not
-moved from it yet). `d_w` and `d_l` are the loss's weights. `ches` and `ches_normalized` are the CHES scores, `head_...` the head's block of the Gram entries
-and `head_change` the change `d_w ‖g_w‖² − d_l ⟨g_w, g_l⟩` that it alone would make (null without it). The columns
-behind `is_exact` are null where that is false: the Gram entries over all trainable parameters, the changes of both
-log-probs in a step of plain gradient descent, of unit learning rate, on the pair alone, and in one on the mean loss of
-the exactly measured pairs.
+moved from it yet). `d_w` and `d_l` are the loss's weights. `ches` and `ches_normalized` are the CHES scores, `head_...`
+the head's block of the Gram entries and `head_change` the change `d_w ‖g_w‖² − d_l ⟨g_w, g_l⟩` that it alone would make
+(null without it). The columns behind `is_exact` are null where that is false: the Gram entries over all trainable
+parameters, the changes of both log-probs in a step of plain gradient descent, of unit learning rate, on the pair alone,
+and in one on the mean loss of the exactly measured pairs.
 """
 
 SCAN = TableKind(
