@@ -9,7 +9,7 @@ benchmarks/results/scan.csv:
 - **forwards**: the stand-ins of some pairs (log-probs, CHES, the head's block) against the forwards alone that their
   log-probs take (`sequence_logps`), in turns; seconds are medians over rounds, the ratio is the median of the rounds'.
   `no_head` is the ratio without the head's block.
-- **scale**: `gradent scan` without an exact sample, in a process of its own, on 1,000 and 10,000 pairs: pairs a second
+- **scale**: `gradent scan` without an exact sample, in a process of its own, on 200 to 10,000 pairs: seconds a pair
   and the most memory that the process held.
 
 One thread; seconds are the process's own (`time.process_time`), so that other work on the machine counts little.
@@ -42,7 +42,7 @@ from gradent import PairBatch
 from gradent.measurement import sequence_logps
 from gradent.proxies import measure_proxies
 
-SCALE = (1000, 10_000)
+SCALE = (200, 1200, 10_000)
 SHAPES = {
     "tiny": {"layers": 2, "width": 64, "words": 512},
     "small": {"layers": 8, "width": 512, "words": 8192},
@@ -70,7 +70,7 @@ def main(
     words: Annotated[int, typer.Option(help="Words of a response.")] = 128,
     rounds: Annotated[int, typer.Option(help="Rounds.")] = 5,
     shapes: Annotated[str, typer.Option(help="Of the models made on the spot.")] = ",".join(SHAPES),
-    scale: Annotated[bool, typer.Option(help="Also scan 1,000 and 10,000 pairs.")] = True,
+    scale: Annotated[bool, typer.Option(help="Also scan 200 to 10,000 pairs.")] = True,
     save: Annotated[bool, typer.Option(help="Append to benchmarks/results/scan.csv.")] = True,
 ) -> None:
     """Measure, print, append."""
