@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gradent.version import __version__
 
 if TYPE_CHECKING:
-    from gradent import losses
+    from gradent import losses, proxies
     from gradent.auditing.api import audit
     from gradent.errors import GradentError, GradentWarning
     from gradent.measurement import measure, measure_rows
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from gradent.pairs.row_batch import RowBatch
     from gradent.recorder import attach
     from gradent.row_gram import RowGram
+    from gradent.scanning.api import scan
+    from gradent.selecting.api import select
     from gradent.theory.conditions import Verdict, verdict
     from gradent.tokens.effects import token_effects
     from gradent.tokens.gram import TokenGram
@@ -44,6 +46,9 @@ __all__ = [
     "measure",
     "measure_rows",
     "measure_tokens",
+    "proxies",
+    "scan",
+    "select",
     "token_effects",
     "token_influence",
     "verdict",
@@ -68,6 +73,9 @@ _HOME = {
     "measure": "gradent.measurement",
     "measure_rows": "gradent.measurement",
     "measure_tokens": "gradent.tokens.matrix",
+    "proxies": "gradent.proxies",
+    "scan": "gradent.scanning.api",
+    "select": "gradent.selecting.api",
     "token_effects": "gradent.tokens.effects",
     "token_influence": "gradent.tokens.influence",
     "verdict": "gradent.theory.conditions",
@@ -78,7 +86,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'gradent' has no attribute {name!r}")
     module = import_module(_HOME[name])
-    return module if name == "losses" else getattr(module, name)
+    return module if name in {"losses", "proxies"} else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gradent import audit
+from gradent import audit, scan
 from gradent.cli.app import main
 from tests.pages import ROOT, commands, fences, run_python, train_my_run
 from tests.processes import call
@@ -41,6 +41,7 @@ def finished_run(tmp_path_factory) -> Path:
 WRITTEN = {
     "audit": {"report.html", "pairs.parquet", "sample.parquet", "modules.parquet", "summary.json", "figures"},
     "tokens": {"tokens.html", "tokens.png", "tokens.json"},
+    "scan": {"report.html", "scan.parquet", "scan.json"},
 }
 
 
@@ -58,12 +59,16 @@ def test_gradent_commands_run(command, local_model, finished_run):
         shutil.copy(finished_run / "pairs.jsonl", folder / "pairs.jsonl")
     for earlier in {"my-audit", "other-audit"} & set(command if command[1] in {"report", "compare"} else ()):
         audit(folder / "my-model", folder / "pairs.jsonl", out=folder / earlier, report=False, quiet=True)
+    if command[1] == "select":
+        scan(folder / "my-model", folder / "pairs.jsonl", out=folder / "my-scan", report=False, quiet=True)
     done = call(in_a_shell, command, here=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     if command[1] in {"report", "compare"}:
         assert (folder / {"report": "my-audit/report.html", "compare": "compare.html"}[command[1]]).is_file()
     elif "--out" not in command:
         assert command[1] in {"plan", "doctor"} and done.stdout
+    elif command[1] == "select":
+        assert (folder / "kept.jsonl").is_file() and (folder / "kept.jsonl.dropped.jsonl").is_file()
     else:
         out = folder / command[command.index("--out") + 1]
         assert WRITTEN[command[1]] <= {path.name for path in out.iterdir()}

@@ -111,8 +111,9 @@ def _measure(ready: Prepared, pair: AuditPair, config: TokenConfig) -> tuple[Tok
         }
         for side, (ids, squares, moves, logp, square) in sides.items()
     }  # fmt: skip
+    prompt = list(pair.prompt_ids)
     return gram, {
-        "prompt": {"ids": pair.prompt_ids, "text": str(ready.material.tokenizer.decode(pair.prompt_ids))}, **responses,
+        "prompt": {"ids": prompt, "text": str(ready.material.tokenizer.decode(prompt))}, **responses,
         "inner": gram.inner.tolist(), "alignment": [list(match) for match in gram.alignment],
         "split": {**asdict(split), "identical": split.identical, "differing": split.differing},
         "modules": total.modules and {name: [*map(float, parts)] for name, parts in total.modules.items()},

@@ -1,4 +1,4 @@
-"""The command line: `gradent demo`, `audit`, `report`, `watch`, `compare`, `tokens`, `plan`, `doctor`.
+"""The command line: `demo`, `audit`, `scan`, `select`, `report`, `watch`, `compare`, `tokens`, `plan`, `doctor`.
 
 Each command imports what it needs when it runs, so that `--help` and `--version` answer at once.
 """
@@ -14,6 +14,8 @@ from gradent.cli.demo import demo
 from gradent.cli.doctor import doctor
 from gradent.cli.plan import plan
 from gradent.cli.report import compare, report
+from gradent.cli.scan import scan
+from gradent.cli.select import select
 from gradent.cli.tokens import tokens
 from gradent.cli.watch import watch
 from gradent.version import __version__
@@ -25,7 +27,7 @@ app = typer.Typer(
     help="Why do chosen and rejected log-probs move together? gradent measures the gradient entanglement behind it.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
 )  # fmt: skip
-for command in (demo, audit, report, watch, compare, tokens, plan, doctor):
+for command in (demo, audit, scan, select, report, watch, compare, tokens, plan, doctor):
     app.command()(command)
 
 

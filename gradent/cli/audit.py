@@ -10,29 +10,14 @@ import typer
 from gradent.auditing.api import audit as run_audit
 from gradent.auditing.state.config import LOSS, AuditConfig
 from gradent.cli.console import readable_errors, say
-from gradent.cli.options import options, parameter, read_options, takes
+from gradent.cli.options import HYPERPARAMETERS, hyperparameters, options, parameter, read_options, takes
 
 __all__ = ["audit"]
-
-_HYPERPARAMETERS = {
-    "beta": "β: the pull to the reference, or the scale of the margin.",
-    "lam": "λ: the weight of chosen's log-likelihood (rrhf, slic, cpo), or of DPOP's penalty.",
-    "alpha": "α: rdpo's weight of the length.",
-    "gamma": "γ: simpo's target margin, inside the sigmoid.",
-    "delta": "δ: slic's margin.",
-    "lambda_w": "λ_w: kto's weight of chosen.",
-    "lambda_l": "λ_l: kto's weight of rejected.",
-    "z_ref": "z: kto's reference point.",
-    "label_smoothing": "ε of TRL's robust and exo_pair.",
-}
 
 
 @takes([
     *options(AuditConfig),
-    *(
-        parameter(name, float | None, typer.Option(rich_help_panel=LOSS, help=text, show_default=False), None)
-        for name, text in _HYPERPARAMETERS.items()
-    ),
+    *hyperparameters(LOSS),
     parameter("length_normalized", bool | None, typer.Option(
         "--length-normalized/--no-length-normalized", rich_help_panel=LOSS, show_default=False,
         help="Whether ipo averages over tokens, as TRL does and the paper does not. [default: as TRL, of a TRL run]",
@@ -44,15 +29,15 @@ def audit(**values: Any) -> None:
     Of a finished run, the same pairs are measured at every checkpoint. Stopped at any point, the same command goes on
     where it was. Exit code 0: all was measured; 2: nothing could be; 3: some checkpoints are left out; 130: stopped.
     """  # noqa: DOC501
-    names = (*_HYPERPARAMETERS, "length_normalized")
-    hyperparameters = {name: value for name in names if (value := values.pop(name)) is not None}
+    names = (*HYPERPARAMETERS, "length_normalized")
+    given = {name: value for name in names if (value := values.pop(name)) is not None}
     with readable_errors(loads_models=False):  # at once, before transformers is imported to be silenced
         from gradent.auditing.early import check_early  # noqa: PLC0415
 
         options_read = read_options(AuditConfig, values)
         check_early(AuditConfig(**{**options_read, "quiet": True}))
     with readable_errors():
-        result = run_audit(**options_read, hyperparameters=hyperparameters)
+        result = run_audit(**options_read, hyperparameters=given)
         files = (
             result.report_path, result.pairs_path, result.sample_path, result.steps_path, result.modules_path,
             result.tokens_path, result.summary_path,

@@ -12,7 +12,31 @@ import typer
 from gradent.errors import InputError
 from gradent.loading.config import Option
 
-__all__ = ["options", "parameter", "read_options", "takes"]
+__all__ = ["HYPERPARAMETERS", "hyperparameters", "options", "parameter", "read_options", "takes"]
+
+HYPERPARAMETERS = {
+    "beta": "β: the pull to the reference, or the scale of the margin.",
+    "lam": "λ: the weight of chosen's log-likelihood (rrhf, slic, cpo), or of DPOP's penalty.",
+    "alpha": "α: rdpo's weight of the length.",
+    "gamma": "γ: simpo's target margin, inside the sigmoid.",
+    "delta": "δ: slic's margin.",
+    "lambda_w": "λ_w: kto's weight of chosen.",
+    "lambda_l": "λ_l: kto's weight of rejected.",
+    "z_ref": "z: kto's reference point.",
+    "label_smoothing": "ε of TRL's robust and exo_pair.",
+}
+"""Of the losses, with what the help says of them."""
+
+
+def hyperparameters(panel: str) -> list[inspect.Parameter]:
+    """Their options, in a panel of the help."""
+    return [
+        parameter(name, float | None, typer.Option(rich_help_panel=panel, help=text, show_default=False), None)
+        for name, text in HYPERPARAMETERS.items()
+    ]
+
+
+"""Options of commands that take a loss."""
 
 Command = TypeVar("Command", bound=Callable[..., None])
 

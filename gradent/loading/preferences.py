@@ -19,8 +19,8 @@ from gradent.pairs.batch import PairBatch, make_row
 from gradent.pairs.preparation import IgnoredPairError, Preparation, common_prefix
 
 __all__ = [
-    "AuditPair", "PairSet", "SkippedRow", "batch_of", "check_template", "count_repeated", "describe_prompts",
-    "draw_in_slices", "prepare_pairs", "tokenizer_errors",
+    "AuditPair", "PairSet", "SkippedRow", "batch_of", "check_template", "collect_pairs", "count_repeated",
+    "describe_prompts", "draw_in_slices", "prepare_pairs", "require_usable", "tokenizer_errors",
 ]  # fmt: skip
 
 _QUESTIONS = ("question", "instruction", "input", "system", "query", "messages", "conversations")
@@ -37,23 +37,23 @@ class AuditPair:
 
     row: int  # row of the data, counted from 0
     where: str  # file and line, as errors name it
-    prompt_ids: list[int]  # tokens of the context, of chosen where `rejected_prompt_ids` is there
-    chosen_ids: list[int]  # tokens of the chosen response
-    rejected_ids: list[int]  # tokens of the rejected response
+    prompt_ids: Sequence[int]  # tokens of the context, of chosen where `rejected_prompt_ids` is there
+    chosen_ids: Sequence[int]  # tokens of the chosen response
+    rejected_ids: Sequence[int]  # tokens of the rejected response
     chosen_text: str  # the chosen response as one string, for tables
     rejected_text: str  # the rejected response as one string, for tables
     prompt_text: str = ""  # the prompt as one string, for tables
     truncated: int = 0  # rows (0, 1 or 2) that `max_length` shortened
-    rejected_prompt_ids: list[int] | None = None  # context of rejected, where a cut at the start left it another
+    rejected_prompt_ids: Sequence[int] | None = None  # context of rejected, where a cut at the start left it another
 
     @property
-    def ids(self) -> list[list[int]]:
+    def ids(self) -> list[Sequence[int]]:
         """Tokens of prompt, chosen and rejected, and of rejected's own prompt where it has one."""
         own = [] if self.rejected_prompt_ids is None else [self.rejected_prompt_ids]
         return [self.prompt_ids, self.chosen_ids, self.rejected_ids, *own]
 
     @property
-    def rows(self) -> tuple[tuple[list[int], list[int]], tuple[list[int], list[int]]]:
+    def rows(self) -> tuple[tuple[Sequence[int], Sequence[int]], tuple[Sequence[int], Sequence[int]]]:
         """Context and response of chosen, and of rejected."""
         other = self.prompt_ids if self.rejected_prompt_ids is None else self.rejected_prompt_ids
         return (self.prompt_ids, self.chosen_ids), (other, self.rejected_ids)
@@ -97,6 +97,16 @@ def prepare_pairs(
     skip_bad_rows: bool = False, max_pairs: int | None = None, seed: int = 0,
 ) -> PairSet:  # fmt: skip
     """Check and tokenize the rows; those from which a trainer learns nothing are left out."""
+    found = collect_pairs(rows, tokenizer, how, max_pairs=max_pairs, seed=seed)
+    require_usable(found, len(rows), skip_bad_rows=skip_bad_rows)
+    return found
+
+
+def collect_pairs(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, how: Preparation | None = None, *,
+    max_pairs: int | None = None, seed: int = 0,
+) -> PairSet:  # fmt: skip
+    """The rows that can be used, tokenized, and the others with their reasons."""
     how = how or Preparation()
     if max_pairs is not None and max_pairs < 1:
         raise InputError(f"max_pairs is {max_pairs}; it must be at least 1 (command line: --max-pairs).")
@@ -121,10 +131,14 @@ def prepare_pairs(
                 skipped.append(_skip(row, error))
     pairs.sort(key=lambda pair: pair.row)
     skipped.sort(key=lambda bad: bad.row)
-    bad = [row for row in skipped if row.cause is None]
-    if (bad and not skip_bad_rows) or (skipped and not pairs):
-        raise DataFileError(_describe_bad(bad or skipped, rows=len(rows), anything_left=bool(pairs)))
     return PairSet(pairs=pairs, skipped=skipped)
+
+
+def require_usable(found: PairSet, rows: int, *, skip_bad_rows: bool) -> None:
+    """Refuse data with faulty rows, unless these are to be skipped, and data without a usable pair."""
+    bad = [row for row in found.skipped if row.cause is None]
+    if (bad and not skip_bad_rows) or (found.skipped and not found.pairs):
+        raise DataFileError(_describe_bad(bad or found.skipped, rows=rows, anything_left=bool(found.pairs)))
 
 
 def draw_in_slices(sizes: Sequence[int], count: int | None, seed: int) -> list[list[int]]:

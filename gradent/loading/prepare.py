@@ -31,13 +31,38 @@ from gradent.pairs.preparation import (
     release_defaults,
 )
 
-__all__ = ["Material", "Prepared", "choose_device", "describe_model", "open_model", "prepare", "read_material"]
+__all__ = [
+    "Material", "Prepared", "Rules", "choose_device", "describe_model", "open_model", "prepare", "read_material",
+    "read_rules", "tell_about_pairs",
+]  # fmt: skip
 
 _DEFAULT_MAX_LENGTH = 1024  # TRL's DPOConfig
 _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _LISTED = 5  # rows that a note names
 
 Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """How rows become tokens."""
+
+    source: ModelSource  # the model whose tokenizer it is
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: int  # rows of the model's embedding
+    how: Preparation  # the rules, EOS aside
+    add_eos: bool  # whether EOS is appended to plain-string responses
+    date_note: str  # what to say of the date that the chat template prints; empty where it prints none
+
+    @property
+    def max_length(self) -> int:
+        """The limit that is applied."""
+        return self.how.max_length or _DEFAULT_MAX_LENGTH
+
+    @property
+    def whole(self) -> Preparation:
+        """The rules, EOS among them."""
+        return replace(self.how, add_eos=self.add_eos)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,17 +115,8 @@ def read_material(
     sources: Sequence[ModelSource], config: LoadConfig, tell: Tell, *, only: int | None = None
 ) -> Material:
     """Read, check and tokenize the pairs (`only` one row, counted from 0) for the first model that can be read."""
-    source, model_config, tokenizer = _first_readable(sources, config.trust_remote_code)
-    positions = getattr(model_config, "max_position_embeddings", None)
-    trained = read_trained(each.adapter or each.base for each in sources)
-    how, date_note = _choose_preparation(config, positions, trained, source, tell), ""
-    if isinstance(tokenizer.chat_template, str) and _NOW.search(tokenizer.chat_template):
-        fixed, date_note = _fix_date(tokenizer.chat_template, source, trained)
-        how = replace(how, template={"chat_template": fixed})
-    limit = how.max_length or _DEFAULT_MAX_LENGTH
-    add_eos = config.add_eos and tokenizer.eos_token is not None
-    if config.add_eos and not add_eos:
-        tell("The tokenizer has no EOS token, so none is appended to the responses.")
+    rules = read_rules(sources, config, tell)
+    tokenizer, how, limit, add_eos = rules.tokenizer, rules.how, rules.max_length, rules.add_eos
     rows = read_rows(config.data, config.split)
     if only is not None and not 0 <= only < len(rows):
         raise InputError(
@@ -110,7 +126,7 @@ def read_material(
     if only is not None and holds_rollouts(rows[only]):
         group = prepare_rollouts(rows[only], tokenizer, replace(how, add_eos=add_eos))
         used = group.largest_id, group.where
-        check_vocabulary(tokenizer, model_config.vocab_size, source.base, used)
+        check_vocabulary(tokenizer, rules.vocabulary, rules.source.base, used)
         _tell_about_rollouts(group, how, tell)
         return Material(
             tokenizer=tokenizer, pairs=PairSet(pairs=[]), rows=len(rows), max_length=limit, add_eos=add_eos, used=used,
@@ -118,20 +134,38 @@ def read_material(
         )  # fmt: skip
     chosen_rows = rows if only is None else [rows[only]]
     pairs = prepare_pairs(
-        chosen_rows, tokenizer, replace(how, add_eos=add_eos), skip_bad_rows=config.skip_bad_rows,
+        chosen_rows, tokenizer, rules.whole, skip_bad_rows=config.skip_bad_rows,
         max_pairs=config.max_pairs, seed=config.seed,
     )  # fmt: skip
     largest = [(max(max(ids) for ids in pair.ids), pair.where) for pair in pairs.pairs]
     used = max(largest, key=lambda item: item[0])
-    check_vocabulary(tokenizer, model_config.vocab_size, source.base, used)
-    _tell_about_pairs(pairs, len(chosen_rows), how, config.seed, tell)
+    check_vocabulary(tokenizer, rules.vocabulary, rules.source.base, used)
+    tell_about_pairs(pairs, len(chosen_rows), how, config.seed, tell)
     for note in describe_prompts(chosen_rows, pairs.pairs):
         tell(note)
-    if date_note and any(isinstance(row.values["chosen"], list) for row in chosen_rows if _is_pair(row.values)):
-        tell(date_note)
+    if rules.date_note and any(isinstance(row.values["chosen"], list) for row in chosen_rows if _is_pair(row.values)):
+        tell(rules.date_note)
     return Material(
         tokenizer=tokenizer, pairs=pairs, rows=len(rows), max_length=limit, add_eos=add_eos, used=used, how=how,
         repeated=count_repeated(chosen_rows, pairs.pairs),
+    )  # fmt: skip
+
+
+def read_rules(sources: Sequence[ModelSource], config: LoadConfig, tell: Tell) -> Rules:
+    """How rows become tokens for the first model that can be read; no row is read for it."""
+    source, model_config, tokenizer = _first_readable(sources, config.trust_remote_code)
+    positions = getattr(model_config, "max_position_embeddings", None)
+    trained = read_trained(each.adapter or each.base for each in sources)
+    how, date_note = _choose_preparation(config, positions, trained, source, tell), ""
+    if isinstance(tokenizer.chat_template, str) and _NOW.search(tokenizer.chat_template):
+        fixed, date_note = _fix_date(tokenizer.chat_template, source, trained)
+        how = replace(how, template={"chat_template": fixed})
+    add_eos = config.add_eos and tokenizer.eos_token is not None
+    if config.add_eos and not add_eos:
+        tell("The tokenizer has no EOS token, so none is appended to the responses.")
+    return Rules(
+        source=source, tokenizer=tokenizer, vocabulary=model_config.vocab_size, how=how, add_eos=add_eos,
+        date_note=date_note,
     )  # fmt: skip
 
 
@@ -240,7 +274,8 @@ def _choose_max_length(positions: int | None, asked: int | None, trained: int | 
     return asked
 
 
-def _tell_about_pairs(pairs: PairSet, rows: int, how: Preparation, seed: int, tell: Tell) -> None:
+def tell_about_pairs(pairs: PairSet, rows: int, how: Preparation, seed: int, tell: Tell) -> None:
+    """Note which rows are measured, which are left out and why, and how many were cut."""
     if len(pairs.pairs) + len(pairs.skipped) < rows:
         tell(
             f"{len(pairs.pairs)} of {rows} rows are measured, one of each of so many slices of like length, drawn with "

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Floats", "Table", "stack"]
+__all__ = ["Floats", "Table", "ranks", "spearman", "stack"]
 
 Floats = NDArray[np.float64]
 
@@ -42,6 +42,19 @@ class Table(dict[str, NDArray[Any]]):
 def stack(tables: Sequence[Table]) -> Table:
     """The rows of tables with the same columns, one table after the other; at least one table."""
     return Table({name: np.concatenate([table[name] for table in tables]) for name in tables[0]})
+
+
+def ranks(values: Floats) -> Floats:
+    """Ranks from 1, ties at their average."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[which], dtype=np.float64)
+
+
+def spearman(x: Floats, y: Floats) -> float | None:
+    """Spearman's rank correlation of two columns, `[n]` each; None where one of them is constant or empty."""
+    if not len(x) or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    return float(np.clip(np.corrcoef(ranks(x), ranks(y))[0, 1], -1, 1))
 
 
 def _to_array(values: Sequence[Any] | NDArray[Any]) -> NDArray[Any]:

@@ -12,6 +12,7 @@ from gradent.report.audit.page import write_audit_page
 from gradent.report.audit.sections.records import read_audit
 from gradent.report.demo import write_demo_report
 from gradent.report.run.page import write_run_report
+from gradent.report.scan import write_scan_report
 from gradent.report.tokens.groups import write_group_report
 from gradent.report.tokens.page import write_token_report
 
@@ -27,6 +28,7 @@ def write_audit(directory: str | os.PathLike[str]) -> list[Path]:
 _WRITERS: dict[str, tuple[str, Callable[[Path], list[Path]]]] = {
     "summary.json": ("gradent audit", write_audit),
     "demo.json": ("gradent demo", lambda directory: [write_demo_report(directory)]),
+    "scan.json": ("gradent scan", lambda directory: [write_scan_report(directory)]),
     "tokens.json": ("gradent tokens", lambda directory: [write_token_report(directory)]),
     "group_tokens.json": ("gradent tokens", lambda directory: [write_group_report(directory)]),
     "pairs.jsonl": ("EntanglementCallback(out=...)", write_run_report),
@@ -42,8 +44,9 @@ def write_report(directory: str | os.PathLike[str]) -> list[Path]:
     """Find which records lie in a directory, and write their pages and figures.
 
     Args:
-        directory: of `gradent audit` (summary.json), `gradent demo` (demo.json), `gradent tokens` (tokens.json, or
-            group_tokens.json of a group) or `EntanglementCallback(out=...)` (pairs.jsonl, or rows.jsonl of groups).
+        directory: of `gradent audit` (summary.json), `gradent demo` (demo.json), `gradent scan` (scan.json), `gradent
+            tokens` (tokens.json, or group_tokens.json of a group) or `EntanglementCallback(out=...)` (pairs.jsonl, or
+            rows.jsonl of groups).
 
     Returns:
         The files that were written.

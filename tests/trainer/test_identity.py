@@ -40,6 +40,8 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "realised": ({}, {"realised": True}),
     "by module, out": ({}, {"by_module": True}),
     "probe": ({}, {"probe_data": "rows", "probe_every": 1}),
+    "proxies": ({}, {"proxies": True}),
+    "dropout, proxies": ({"disable_dropout": False}, {"proxies": True}),
     "metric adam": (ADAM, {"metric": "adam"}),
     "small budget": ({}, {"memory_budget": 4096}),
     "dropout": ({"disable_dropout": False}, {"mode": "auto", "realised": True, "probe_data": "batch"}),

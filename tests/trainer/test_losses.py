@@ -32,8 +32,9 @@ def test_one_step(loss: str, lora: bool, tiny_tokenizer: PreTrainedTokenizerFast
     )  # fmt: skip
     trainer.train()
     (record,) = callback.records
-    if loss == "sft":  # moves chosen alone
-        assert record.inactive == 4 and len(record.gram) == 0
+    if loss == "sft":  # moves chosen alone, so that rejected takes a pass of gradent's own
+        assert record.source == "measure" and record.inactive == 0 and bool((record.verdict.d_l == 0).all())
+        assert_exact(record.gram, truth(seen.models[0], record.batch, dtype=torch.float64), record.batch, 1e-5)
         return
     assert record.source == "piggyback" and record.inactive == 0 and record.step == 1
     before = seen.models[0]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz.distance import Levenshtein, Postfix, Prefix
 
-from gradent.record.table import Floats, Table
+from gradent.record.table import Floats, Table, ranks, spearman
 
 __all__ = ["FEWEST", "pair_properties", "rank_correlation", "summarize_properties"]
 
@@ -49,9 +49,9 @@ def summarize_properties(pairs: Mapping[str, Any], sample: Mapping[str, Any]) ->
 
 def rank_correlation(x: Floats, y: Floats) -> tuple[float, float | None, float | None] | None:
     """Spearman's ρ of x and y, `[n]` each, and its 95% interval; None where one of them is constant or empty."""
-    if not len(x) or np.ptp(x) == 0 or np.ptp(y) == 0:
+    rho = spearman(x, y)
+    if rho is None:
         return None
-    rho = float(np.clip(np.corrcoef(_ranks(x), _ranks(y))[0, 1], -1, 1))
     if len(x) <= 3 or math.isclose(abs(rho), 1, abs_tol=1e-12):
         return rho, None, None
     # Fisher's interval, with the variance (1 + ρ²/2)/(n - 3) of Bonett and Wright (2000).
@@ -110,7 +110,7 @@ def _summarize(
 
 def _groups(values: Floats, cosine: Floats, ideal: NDArray[np.bool_]) -> Iterator[dict[str, Any]]:
     """Quarters by rank, ties together."""
-    quarter = np.floor(QUARTERS * (_ranks(values) - 0.5) / len(values))
+    quarter = np.floor(QUARTERS * (ranks(values) - 0.5) / len(values))
     for number in range(QUARTERS):
         inside = quarter == number
         if inside.any():
@@ -118,9 +118,3 @@ def _groups(values: Floats, cosine: Floats, ideal: NDArray[np.bool_]) -> Iterato
                 "low": float(values[inside].min()), "high": float(values[inside].max()), "pairs": int(inside.sum()),
                 "cosine": float(cosine[inside].mean()), "ideal": float(ideal[inside].mean()),
             }  # fmt: skip
-
-
-def _ranks(values: Floats) -> Floats:
-    """Ranks from 1, ties at their average."""
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[which], dtype=np.float64)

@@ -22,7 +22,8 @@ from gradent.pairs.batch import PairBatch
 from gradent.record.table import Floats, Table, stack
 
 __all__ = [
-    "ENTRIES", "REFERENCES", "BatchResults", "Block", "Reference", "adapter_off", "itself", "join_blocks",
+    "ENTRIES", "REFERENCES", "BatchResults", "Block", "Reference", "adapter_off", "check_reference", "itself",
+    "join_blocks",
     "measure_batches", "measure_reference", "memory_errors", "plan_batches",
 ]  # fmt: skip
 
@@ -91,7 +92,7 @@ def measure_reference(model: Any, pairs: Sequence[AuditPair], batches: Sequence[
         chunk = [pairs[position] for position in positions]
         with memory_errors(chunk):
             references = sequence_logps(model, batch_of(chunk))
-        _check_reference(chunk, references)
+        check_reference(chunk, references)
         yield {name: values.tolist() for name, values in zip(REFERENCES, references, strict=True)}
 
 
@@ -122,7 +123,7 @@ def _measure_batch(
             for pair in chunk:
                 _measure_batch(model, [pair], reference, options)
         raise NonFiniteError(f"{', '.join(pair.where for pair in chunk)}: {error}") from error
-    _check_reference(chunk, references)  # `measure` has refused what is not finite in its own numbers
+    check_reference(chunk, references)  # `measure` has refused what is not finite in its own numbers
     return gram, references
 
 
@@ -139,7 +140,8 @@ def memory_errors(chunk: Sequence[AuditPair]) -> Iterator[None]:
         ) from error
 
 
-def _check_reference(chunk: Sequence[AuditPair], references: Sequence[Tensor]) -> None:
+def check_reference(chunk: Sequence[AuditPair], references: Sequence[Tensor]) -> None:
+    """Refuse log-probs of a reference that are nan or inf, naming the row."""
     if not references:
         return
     finite = torch.stack(list(references)).isfinite().all(0)

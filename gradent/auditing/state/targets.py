@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from gradent.auditing.state.config import AuditConfig
 from gradent.errors import InputError
@@ -19,9 +19,25 @@ from gradent.loading.source import ModelSource, checkpoint_above, read_adapter_f
 from gradent.loading.weight_files import named_adapters
 from gradent.record.json_lines import digest
 
-__all__ = ["AuditPlan", "ReferenceChoice", "Target", "choose_reference", "find_targets"]
+__all__ = ["AuditPlan", "ReferenceChoice", "ReferenceOptions", "Target", "choose_reference", "find_targets"]
 
 Tell = Callable[[str], None]
+
+
+class ReferenceOptions(Protocol):
+    """Options that say which reference is meant."""
+
+    @property
+    def reference(self) -> str | None:
+        """What the user passed for it."""
+
+    @property
+    def loss(self) -> Any:
+        """A `Loss`."""
+
+    @property
+    def quantize(self) -> str | None:
+        """How the base under an adapter is quantized."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +115,9 @@ def find_targets(config: AuditConfig) -> tuple[list[Target], Run | None]:
     return [_to_target(checkpoint, run, config.quantize) for checkpoint in choose(run, checkpoints)], run
 
 
-def choose_reference(targets: Sequence[Target], run: Run | None, config: AuditConfig, tell: Tell) -> ReferenceChoice:
+def choose_reference(
+    targets: Sequence[Target], run: Run | None, config: ReferenceOptions, tell: Tell
+) -> ReferenceChoice:
     """The reference that the user passed, or else the one that the run had; a choice made for the user is told."""
     if config.reference is not None:
         return ReferenceChoice(kind="model", source=resolve_source(config.reference), passed=config.reference)

@@ -30,6 +30,7 @@ from gradent.model.preconditioner import describe_optimizer, is_adam, metric_obs
 from gradent.model.sharding import sharding
 from gradent.notices import Notices, log
 from gradent.pairs.batch import PairBatch
+from gradent.proxies import PairProxies
 from gradent.record.stream import check_folder
 from gradent.recorder import CHOICES, Mode, Recorder, WeightGrad, attach, check_choices
 from gradent.recorder.recording import Recording, RowRecording, with_account
@@ -42,7 +43,9 @@ from gradent.trainer.callback.implied_rows import ImpliedRows, implied_rows
 from gradent.trainer.callback.journal import GroupJournal, Journal, PairJournal, same_kind
 from gradent.trainer.callback.loss_division import LossDivision
 from gradent.trainer.callback.probe import Probe
+from gradent.trainer.callback.stand_ins import step_proxies
 from gradent.trainer.callback.unseen import UnseenPairs
+from gradent.trainer.records.proxies import join_proxies
 from gradent.trainer.records.row_step import RowStepRecord
 from gradent.trainer.records.step import StepRecord
 from gradent.trainer.records.token_map import TokenMap, map_tokens
@@ -91,6 +94,9 @@ class EntanglementCallback(TrainerCallback):
         tokens_every: also measure, every so many steps, the token matrix of the step's most entangled pair (0: never).
             It costs about a forward and a backward a token of the two responses. Kept in the record (`record.tokens`),
             and shown as a heat map in a running wandb run.
+        proxies: also take the cheap stand-ins of the measured pairs (CHES, the head's block), by one more forward
+            without dropout: kept in the record (`record.proxies`), and logged as `gradent/proxy/...`, with their rank
+            correlation with the exact cosine, so that a run shows how far they can be trusted on its model and data.
         out: directory for `pairs.jsonl`, the pairs of every measured step (or `rows.jsonl`, rows that are no pairs),
             appended as they come.
         alert: when to say a verdict in words in the log; None for never.
@@ -126,6 +132,7 @@ class EntanglementCallback(TrainerCallback):
         realised: bool = False,
         attribution: bool = True,
         tokens_every: int = 0,
+        proxies: bool = False,
         out: str | os.PathLike[str] | None = None,
         alert: Alert | None = DEFAULT_ALERT,
         panels: bool = True,
@@ -159,7 +166,7 @@ class EntanglementCallback(TrainerCallback):
         self.notices = Notices()
         self._pairing, self._groups, self._metric, self._budget = pairing, groups, metric, memory_budget
         self._rows = ImpliedRows()
-        self._attribution = attribution
+        self._attribution, self._has_proxies = attribution, proxies
         self._options: dict[str, Any] = {"mode": mode, "memory_budget": memory_budget, "weight_grad": weight_grad}
         self._probe = None if probe_data is None else Probe(probe_data, every=probe_every or every)
         self._out = None if out is None else Path(out)
@@ -169,6 +176,7 @@ class EntanglementCallback(TrainerCallback):
         self._pending: Recording | RowRecording | None = None
         self._tokens: TokenMap | None = None
         self._logps_before: Tensor | None = None
+        self._proxies: PairProxies | None = None
         self._whole_step: WholeStep | None = None
         self._division = LossDivision()
         self._loss_scale = 1.0
@@ -249,7 +257,7 @@ class EntanglementCallback(TrainerCallback):
         """Arm before a step that is to be measured."""
         self._release_step()
         step = state.global_step + 1
-        self._pending = self._tokens = self._logps_before = None
+        self._pending = self._tokens = self._logps_before = self._proxies = None
         self._loss_scale = 1.0
         self._is_measuring = step == 1 or step % self.every == 0 or self._is_tokens_step(step)
         if self._recorder is None or not self._is_measuring or self.errors >= LIMIT:
@@ -335,6 +343,10 @@ class EntanglementCallback(TrainerCallback):
         is_due = self._is_tokens_step(state.global_step + 1) and is_first() and not is_late
         if is_due and self._has_pairs(self._pending) and not self._lacks_inputs(self._pending, "tokens_every"):
             self._tokens = map_tokens(kwargs["model"], self._pending, self._budget)
+        if self._has_proxies and not is_late and not self._lacks_inputs(self._pending, "proxies"):
+            self._proxies = step_proxies(kwargs["model"], self._pending, self._budget, self.notices.once)
+            seconds = 0.0 if self._proxies is None else sum(self._proxies.seconds.values())
+            self._pending = replace(self._pending, overhead_s=self._pending.overhead_s + seconds)
         if self._whole_step is not None:
             self._hold(self._whole_step, self._pending, kwargs.get("optimizer"))
 
@@ -446,17 +458,18 @@ class EntanglementCallback(TrainerCallback):
                 logps = self._measure_logps(model, pending)
                 change = None if logps is None else logps - self._logps_before
         finally:  # the other ranks wait here, whatever happened on this one
-            gathered = gather((pending, change))
-        recordings = same_kind([part for part, _ in gathered if part is not None], self.notices.once)
+            gathered = gather((pending, change, self._proxies))
+        recordings = same_kind([part for part, _, _ in gathered if part is not None], self.notices.once)
         if not recordings:
             return
         is_new = self._journal is None
         self._journal = self._journal or self._make_journal(recordings[0])
-        realised = [change for part, change in gathered if part is not None and change is not None]
+        realised = [change for part, change, _ in gathered if part is not None and change is not None]
         changes = realised if len(realised) == len(recordings) else None
         record = self._journal.record(state.global_step, recordings, changes, self._tokens)
         if isinstance(record, StepRecord):
             record = replace(record, unseen=self._unseen.estimate(record, state.epoch))
+            record = replace(record, proxies=join_proxies([found for part, _, found in gathered if part is not None]))
         self.records.append(record if self.by_module else record.without_modules())
         self._attempt += 1
         if len(self.records) > KEPT_MATRICES:

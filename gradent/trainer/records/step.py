@@ -17,11 +17,13 @@ from gradent.attribution.step import StepAttribution, join_errors
 from gradent.model.layer_names import group_layers
 from gradent.pair_gram import ModuleGram, PairGram
 from gradent.pairs.batch import PairBatch
+from gradent.proxies import PairProxies
 from gradent.record import MOVED_COLUMNS, MOVED_SOURCES, PAIR_COLUMNS, UNSPLIT
 from gradent.record.table import Table
 from gradent.recorder.recording import Recording
 from gradent.row_gram import RowGram
 from gradent.theory.conditions import CASES, Verdict
+from gradent.trainer.records.proxies import summarize_proxies
 from gradent.trainer.records.token_map import TokenMap
 
 __all__ = [
@@ -55,6 +57,7 @@ class StepRecord:
             `attribution=True`, in Adam's first step, and where a step has no such account (said once in the log).
         unseen: first-order change, in nats, of chosen and rejected of a pair that is not in the step, each with its
             standard error, float64 `[2, 2]`; None where it is not known (docs/account.md says when it is).
+        proxies: the cheap stand-ins of these pairs, in the order of `gram`; None without `proxies=True`.
     """
 
     step: int
@@ -71,6 +74,7 @@ class StepRecord:
     tokens: TokenMap | None = None
     attribution: StepAttribution | None = None
     unseen: Tensor | None = None
+    proxies: PairProxies | None = None
 
     @classmethod
     def of(
@@ -167,6 +171,7 @@ def summarize(records: Sequence[StepRecord]) -> dict[str, float]:
         if parts:
             values[name] = torch.cat(parts)
     scalars |= finite_means(values, "gradent/") | case_shares(case, "gradent/case/")
+    scalars |= summarize_proxies([(record.gram, record.proxies) for record in records if record.proxies is not None])
     scalars |= _summarize_unseen([record.unseen for record in records if record.unseen is not None])
     return scalars | summarize_moves([part for part in (record.attribution for record in records) if part is not None])
 

@@ -1,0 +1,1 @@
+"""Parts of `examples/stand_ins.py`."""
