@@ -74,7 +74,20 @@ def get(name: str, **hyper: Any) -> Loss:
 
 
 def from_trl(loss_type: str | Sequence[str], hyper: Mapping[str, Any]) -> Loss:
-    """The loss of a `DPOConfig` with these of its arguments: one of the paper's where it is that, else a `TRLLoss`."""
+    """The loss of a `DPOConfig` with these of its arguments.
+
+    Args:
+        loss_type: TRL's name, or several.
+        hyper: `loss_weights`, `beta`, `label_smoothing`, `f_divergence_type`, `f_alpha_divergence_coef`,
+            `discopop_tau`, as `DPOConfig` has them.
+
+    Returns:
+        One of the paper's losses where it is that ("sigmoid" is DPO, "ipo" is length-normalized IPO), else a
+        `TRLLoss`.
+
+    Raises:
+        InputError: a name or an argument that is unknown, or a loss that is none of pairs ("aot", "sft").
+    """
     kinds = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
     accepted = {name: value for name, value in _defaults(TRLLoss).items() if name != "loss_type"}
     _refuse_unknown("+".join(kinds), hyper, accepted)

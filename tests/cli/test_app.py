@@ -88,7 +88,7 @@ def no_weights(here: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
-    "empty completion": (rows({**PAIRS[0], "chosen": []}), [], "pairs.jsonl:3: chosen is empty.*Remove this pair"),
+    "no completion": (rows({**PAIRS[0], "chosen": None}), [], "pairs.jsonl:3: chosen is null; accepted"),
     "missing keys": (rows({"prompt": "p", "answer": "a"}), [], "pairs.jsonl:3: missing 'chosen' and 'rejected'"),
     "further bad rows": (
         rows({}, [], "text"),
@@ -104,7 +104,7 @@ BAD: dict[str, tuple[Callable[[Path], None], list[str], str]] = {
     "no such reference": (lambda here: None, ["--reference", "./gone"], "./gone: there is no such directory"),
     "no such adapter": (lambda here: None, ["--adapter", "my-model"], "my-model: not a PEFT adapter.*--adapter"),
     "no such split": (lambda here: None, ["--split", "test"], "a file has no splits.*--split"),
-    "no such loss": (lambda here: None, ["--loss", "dop"], "unknown loss 'dop'; did you mean"),
+    "no such loss": (lambda here: None, ["--loss", "dop"], r"--loss dop: unknown loss; did you mean 'dpo'\?"),
     "no such hyperparameter": (lambda here: None, ["--gamma", "1"], "dpo has no hyperparameter 'gamma'.*beta"),
     "a bad hyperparameter": (lambda here: None, ["--beta", "-1"], "beta is -1.0; accepted: a finite number > 0"),
     "no such dtype": (lambda here: None, ["--dtype", "int8"], "dtype is 'int8'; accepted: float32.*--dtype"),
@@ -255,11 +255,11 @@ def run_python(*arguments: str, here: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_real_process_ends_with_2_and_without_a_traceback(here) -> None:
-    rows({**PAIRS[0], "chosen": []})(here)
+    rows({**PAIRS[0], "chosen": None})(here)
     done = run_python("audit", "my-model", "--data", "pairs.jsonl", "--out", "out", here=here)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.splitlines()[-2].startswith("  pairs.jsonl:3: chosen is empty")
+    assert done.stderr.splitlines()[-2].startswith("  pairs.jsonl:3: chosen is null")
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr
 
 
