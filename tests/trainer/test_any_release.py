@@ -70,6 +70,22 @@ def test_dpo(tiny_llama, tiny_tokenizer, tmp_path, checkpointing, accumulation):
     assert [entry["step"] for entry in logged] == [1, 2, 3]
 
 
+def test_padding_free(tiny_llama, tiny_tokenizer, tmp_path):
+    """All responses of a batch in one row, where the release has it; one that has not pads them, and says so."""
+    callback = EntanglementCallback(every=1, on_error="raise")
+    fresh = copy.deepcopy(tiny_llama)
+    watched = train(copy.deepcopy(tiny_llama), tiny_tokenizer, tmp_path, [callback], padding_free=True)
+    bare = train(copy.deepcopy(tiny_llama), tiny_tokenizer, tmp_path, [], padding_free=True)
+    pairs = zip(watched.model.parameters(), bare.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert [record.source for record in callback.records] == ["piggyback"] * 3
+    first = callback.records[0]
+    assert len(first.gram) == 2
+    assert scaled_error(first.gram, truth(fresh, first.batch)) <= 1e-5
+    torch.testing.assert_close(first.verdict.d_w, torch.full_like(first.verdict.d_w, 0.05), rtol=1e-4, atol=0)
+    assert callback.records[2].attribution is not None
+
+
 def test_what_did_not_move_is_not_said_to_have_moved(tiny_llama, tiny_tokenizer, tmp_path):
     """With a learning rate of zero nothing moves, whatever noise dropout puts on the training forward."""
     tiny_llama.config.attention_dropout = 0.3

@@ -178,7 +178,7 @@ class Capture(TorchFunctionMode):
         return rule(Call(args, kwargs, out, self._layout, self._find, self._in_order)) if rule else []
 
     def _in_order(self, tensor: Tensor) -> bool:
-        return in_order(tensor, self._layout.rows, self._layout.length, self._ordered)
+        return in_order(tensor, *self._layout.shape, self._ordered)
 
     def _tap(self, use: Use, out: Tensor, operands: list[tuple[Tensor, Node | None]], is_checkpointed: bool) -> Tap:
         node = out.grad_fn

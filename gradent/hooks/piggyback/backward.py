@@ -24,6 +24,7 @@ from gradent.hooks.reduction.account_ledger import AccountLedger, RowLedger
 from gradent.hooks.reduction.collector import Collector, Place
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.uses.formats import split_factor
+from gradent.hooks.uses.packed_rows import PackedRows
 from gradent.kernels.common.account import AccountLayout, ElementMetric
 from gradent.kernels.common.numerics import accumulator
 from gradent.kernels.common.sketch import GradientSketch, RowSketches
@@ -59,9 +60,11 @@ class WatchedBackward:
         """Whether the backward has reached an output, or never can."""
         return self._has_started or any(forward.is_read for forward in self.forwards)
 
-    def make_forward(self, input_ids: Tensor, attention_mask: Tensor) -> WatchedForward:
-        """A forward to watch, of `[N, L]` ids and mask."""
-        return WatchedForward(self.config, self.guard, self._on_coefficients, input_ids, attention_mask)
+    def make_forward(
+        self, input_ids: Tensor, attention_mask: Tensor, packed: PackedRows | None = None
+    ) -> WatchedForward:
+        """A forward to watch, of `[N, L]` ids and mask, and where these rows lie if the model gets them packed."""
+        return WatchedForward(self.config, self.guard, self._on_coefficients, input_ids, attention_mask, packed)
 
     def add_forward(self, forward: WatchedForward, output: Any, kwargs: Mapping[str, Any]) -> None:
         """Take in a forward that has ended with an output."""

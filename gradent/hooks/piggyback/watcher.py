@@ -27,6 +27,8 @@ from gradent.hooks.piggyback.backward import WatchedBackward
 from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.forward import WatchedForward
 from gradent.hooks.piggyback.observation import BackwardObservation
+from gradent.hooks.piggyback.packed import PackedCall
+from gradent.hooks.uses.packed_rows import find_packed_rows
 from gradent.model.observed import is_observed
 
 __all__ = ["Piggyback"]
@@ -98,13 +100,18 @@ class Piggyback:
         if {id(p) for p in self._config.model.parameters() if p.requires_grad} != self._trainable:
             self._abandon("other parameters are trainable than when the watching began; arm again")
             return
-        mask = kwargs.get("attention_mask")
+        packed = find_packed_rows(input_ids, kwargs)
+        mask, call = kwargs.get("attention_mask"), None
+        if packed is not None:
+            call = PackedCall(self._config.model, args, kwargs, input_ids.detach().clone(), packed)
+            mask, input_ids = packed.mask(input_ids.device).long(), packed.unpack(input_ids, 1)
         if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
             mask = torch.ones_like(input_ids)
         if not self._backwards or self._backwards[-1].has_started:
             self._backwards.append(WatchedBackward(self._config, self.clock, next(self._numbers)))
         # Copies: a loop may well change its batch in place before the backward.
-        forward = self._backwards[-1].make_forward(input_ids.detach().clone(), mask.detach().clone())
+        forward = self._backwards[-1].make_forward(input_ids.detach().clone(), mask.detach().clone(), packed)
+        self._backwards[-1].observation.packed_call = call
         forward.start()
         self._running = forward
 

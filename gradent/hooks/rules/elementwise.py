@@ -18,15 +18,11 @@ def sum_use(call: Call, operand: Any, factor: Factor | None, beside: Tensor | No
     view = call.find(operand)
     if view is None or view.flipped:
         return []
-    rows, out = call.layout.rows, call.out
-    if rows > 1:
-        flat = out.dim() == 2 and out.shape[0] == rows * call.layout.length
-        if out.dim() < 2 or (out.shape[0] != rows and not flat):
-            return []
-        if operand.dim() >= out.dim() and operand.shape[0] != 1:
-            return []
-        if flat and not call.ordered(out if beside is None else beside):
-            return []
+    layout, out = call.layout, call.out
+    if not layout.broadcasts(out, operand):
+        return []
+    if layout.rows > 1 and layout.is_flat(out) and not call.ordered(out if beside is None else beside):
+        return []
     return [SumUse(view, operand.shape, factor)]
 
 
