@@ -71,12 +71,20 @@ class PickedUse:
         if experts is not None:
             keys = torch.where(keys < 0, -1, experts * rows + keys)
         # Padding has no output gradient, and what the router keeps from an expert can be zero on its way in.
-        live = (keys >= 0) & (outputs != 0).any(1) & (inputs != 0).any(1)
-        keys = keys.masked_fill(~live, torch.iinfo(torch.int64).max)
+        keys = keys.clone()
+        keys[_zero_rows(outputs)] = -1
+        keys[_zero_rows(inputs)] = -1
         values, order = torch.sort(keys, stable=True)
-        order = order[: int(live.sum())]
-        found, counts = torch.unique_consecutive(values[: len(order)], return_counts=True)
+        dead = int((values < 0).sum())
+        values, order = values[dead:], order[dead:]
+        found, counts = torch.unique_consecutive(values, return_counts=True)
         return list(zip(found.tolist(), counts.tolist(), strict=True)), order
+
+
+def _zero_rows(values: Tensor) -> Tensor:
+    """Numbers of the rows of `[n, features]` that are zero, int64."""
+    suspects = (values[:, 0] == 0).nonzero()[:, 0]
+    return suspects[(values[suspects] == 0).all(1)] if len(suspects) else suspects
 
 
 @dataclass(frozen=True)
