@@ -35,6 +35,8 @@ _Found = Tensor | _Unknown | None
 def _index(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """`x[index]`, `x[index, ...]` with an index of whole numbers or of truth values."""
     index = args[1] if len(args) == 2 and not kwargs else None
+    if isinstance(index, tuple) and index and index[0] is None:  # an axis of one in front of the tokens'
+        index = index[1:]
     if isinstance(index, tuple) and index and all(part is Ellipsis or part == slice(None) for part in index[1:]):
         index = index[0]
     if not isinstance(index, Tensor) or index.dim() != 1 or index.is_floating_point():
