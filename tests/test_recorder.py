@@ -364,13 +364,16 @@ def test_the_check_can_fail() -> None:
     assert max(TOLERANCE.values()) < 1e-2
 
 
-@pytest.mark.parametrize("name", ["prompt tuning", "LoRA on fused experts", "new tokens"])
-def test_adapters_that_cannot_be_read_off_are_measured(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("prompt tuning", "measure"), ("LoRA on fused experts", "piggyback"), ("new tokens", "measure")],
+)
+def test_adapters_that_cannot_be_read_off_are_measured(name: str, source: str) -> None:
     batch, model = ragged(), build_adapted(name)
     true = truth(model, batch)
     with attach(model) as recorder:
         through_logits(model, batch).backward()
         found = recorder.harvest()
     assert found is not None
-    assert found.source == "measure"
+    assert found.source == source
     assert scaled_error(found.gram, true) <= TOLERANCE[true.arithmetic]

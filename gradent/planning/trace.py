@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gradent.errors import ModelError
 from gradent.hooks.capture.capture import Capture
 from gradent.hooks.uses.layout import Layout
+from gradent.hooks.uses.picked import PickedUse
 from gradent.hooks.uses.uses import GroupedUse, LookupUse, MatrixUse, SumUse, Use
 from gradent.loading.adapters import read_adapter, weight_names
 from gradent.loading.files import brief, hint
@@ -143,8 +144,8 @@ def _count(use: Use) -> tuple[Kind, int]:
     if isinstance(use, MatrixUse):
         inner = use.view.shape[-2] if use.swapped else use.view.shape[-1]
         return "matrix", use.inputs.numel() // inner
-    if isinstance(use, GroupedUse):
-        return "matrix", use.inputs.shape[0]
+    if isinstance(use, (GroupedUse, PickedUse)):
+        return "matrix", use.inputs.shape[:-1].numel()
     if isinstance(use, LookupUse):
         return "lookup", use.ids.numel()
     if isinstance(use, SumUse) and use.view.ids is not None:

@@ -20,6 +20,7 @@ from gradent.distributed import world_size
 from gradent.errors import InputError, ModelError
 from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.observation import BackwardObservation, mark_completions
+from gradent.hooks.piggyback.packed import PackedCall
 from gradent.hooks.piggyback.pairing import Grouping, Groups, Pairing
 from gradent.hooks.piggyback.watcher import Piggyback
 from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
@@ -214,6 +215,7 @@ class Recorder:
         self._piggyback: Piggyback | None = None
         self._collected: list[Recording | RowRecording] = []
         self._backwards = 0
+        self._reach: float | None = None  # how far packed rows see one another, once tried
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
@@ -382,6 +384,8 @@ class Recorder:
             )
         if reason is None and not observation.is_constant and not mark_completions(observation):
             reason = "the loss weighs prompts too, so responses cannot be told apart"
+        if reason is None and observation.packed_call is not None:
+            reason = self._packing_obstacle(observation.packed_call)
         if reason is not None:
             self._log_once(f"gradent cannot read this step: {reason}.")
             return None
@@ -404,6 +408,20 @@ class Recorder:
                 "offloaded activations."
             )
         return recording
+
+    def _packing_obstacle(self, call: PackedCall) -> str | None:
+        """Why packed rows cannot be measured: they see one another. Tried once; a sharded model is not tried."""
+        if self._reach is None:
+            over = None if sharding(self._model) is not None else call.reaches_over()
+            self._reach = 0.0 if over is None else over
+        if not self._reach:
+            return None
+        return (
+            "its responses lie in one row, and the model's attention reaches over their borders (other tokens before a "
+            f"response change its logits by {self._reach:.1e}, scaled), so that no response has a log-prob of its own. "
+            "Attention that keeps packed rows apart is needed: position_ids that restart without a 2-D attention_mask, "
+            "or a block-diagonal mask; or switch packing off"
+        )
 
     def _obstacle(self, observation: BackwardObservation) -> str | None:
         """Why a backward's entries cannot be read off it; None where they can."""

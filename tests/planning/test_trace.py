@@ -84,7 +84,9 @@ def test_every_parameter_is_seen_as_it_is_measured(family, tmp_path, monkeypatch
     for name, kinds in found.items():
         for kind, rows in kinds.items():
             assert kind in seen[name]
-            assert kind == "lookup" or seen[name][kind] == rows
+            # An expert's tokens that no gradient reaches (a row's last ones) are left out.
+            is_expert = "experts" in name and rows - 2 <= seen[name][kind] <= rows
+            assert kind == "lookup" or is_expert or seen[name][kind] == rows
     assert found.keys() == seen.keys()
 
 

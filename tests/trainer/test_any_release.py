@@ -14,7 +14,7 @@ import trl
 from datasets import Dataset
 from packaging.version import Version
 from torch import nn
-from transformers import TrainerCallback
+from transformers import MixtralConfig, MixtralForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
 
 from gradent import EntanglementCallback
@@ -74,6 +74,44 @@ def test_dpo(tiny_llama, tiny_tokenizer, tmp_path, checkpointing, accumulation):
     torch.testing.assert_close(first.verdict.d_l, first.verdict.d_w, rtol=1e-4, atol=0)
     logged = [entry for entry in watched.state.log_history if "gradent/cosine" in entry]
     assert [entry["step"] for entry in logged] == [1, 2, 3]
+
+
+def test_padding_free(tiny_llama, tiny_tokenizer, tmp_path):
+    """All responses of a batch in one row, where the release has it; one that has not pads them, and says so."""
+    callback = EntanglementCallback(every=1, on_error="raise")
+    fresh = copy.deepcopy(tiny_llama)
+    watched = train(copy.deepcopy(tiny_llama), tiny_tokenizer, tmp_path, [callback], padding_free=True)
+    bare = train(copy.deepcopy(tiny_llama), tiny_tokenizer, tmp_path, [], padding_free=True)
+    pairs = zip(watched.model.parameters(), bare.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert [record.source for record in callback.records] == ["piggyback"] * 3
+    first = callback.records[0]
+    assert len(first.gram) == 2
+    assert scaled_error(first.gram, truth(fresh, first.batch)) <= 1e-5
+    torch.testing.assert_close(first.verdict.d_w, torch.full_like(first.verdict.d_w, 0.05), rtol=1e-4, atol=0)
+    assert callback.records[2].attribution is not None
+
+
+def test_a_mixture(tiny_tokenizer, tmp_path):
+    """Trained in full, without the auxiliary loss: in some releases experts are modules, in others one weight."""
+    config = MixtralConfig(
+        vocab_size=259, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4, initializer_range=0.2, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    fresh = MixtralForCausalLM(config).eval()
+    callback = EntanglementCallback(every=1, realised=True, on_error="raise")
+    # A small rate: a router's choice jumps, which no first order foretells.
+    settings = {"router_aux_loss_coef": 0.0, "learning_rate": 1e-5}
+    watched = train(copy.deepcopy(fresh), tiny_tokenizer, tmp_path, [callback], **settings)
+    bare = train(copy.deepcopy(fresh), tiny_tokenizer, tmp_path, [], **settings)
+    pairs = zip(watched.model.parameters(), bare.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    assert [record.source for record in callback.records] == ["piggyback"] * 3
+    first, _, last = callback.records
+    assert scaled_error(first.gram, truth(fresh, first.batch)) <= 1e-5
+    assert last.attribution is not None and last.attribution.explained > 0.9
 
 
 def test_what_did_not_move_is_not_said_to_have_moved(tiny_llama, tiny_tokenizer, tmp_path):

@@ -257,7 +257,7 @@ def test_bf16_autocast(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) 
 
 
 def test_experts_one_backward_a_response(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """Where rows cannot be told apart, it is said so; the routers' auxiliary loss keeps its own gradient."""
+    """Beside an auxiliary loss rows are not told apart, and it is said so; that loss keeps its own gradient."""
 
     def model() -> nn.Module:
         config = MixtralConfig(
@@ -270,19 +270,16 @@ def test_experts_one_backward_a_response(tiny_tokenizer: PreTrainedTokenizerFast
         mixture.set_experts_implementation("eager")
         return mixture
 
-    with pytest.warns(GradentWarning, match="one backward a response"):
-        ours, rows, coefficients, _ = both(
-            model, tiny_tokenizer, tmp_path, ref=moved(model()), router_aux_loss_coef=0.0
-        )
+    ours, rows, coefficients, _ = both(model, tiny_tokenizer, tmp_path, ref=moved(model()), router_aux_loss_coef=0.0)
     assert error(ours, definition(rows, coefficients)) <= 1e-5
-    routed = {
-        (plain, coefficient): batch_gradient(
-            make(model(), tiny_tokenizer, tmp_path, ref=moved(model()), plain=plain, router_aux_loss_coef=coefficient)
-        )[2]
-        for plain in (False, True)
-        for coefficient in (0.0, 1.0)
-    }
-    parts = [routed[plain, 1.0] - routed[plain, 0.0] for plain in (False, True)]
+
+    def routed(coefficient: float, *, plain: bool) -> Tensor:
+        options = {"plain": plain, "router_aux_loss_coef": coefficient}
+        return batch_gradient(make(model(), tiny_tokenizer, tmp_path, ref=moved(model()), **options))[2]
+
+    with pytest.warns(GradentWarning, match="one backward a response"):
+        ours = routed(1.0, plain=False) - routed(0.0, plain=False)
+    parts = [ours, routed(1.0, plain=True) - routed(0.0, plain=True)]
     assert float(parts[1].norm()) > 0
     assert error(*parts) <= 1e-3
 

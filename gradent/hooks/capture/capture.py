@@ -27,11 +27,14 @@ from typing_extensions import Self
 from gradent.hooks.capture.checkpointing import current_region, in_backward
 from gradent.hooks.capture.coverage import Edge, Survey, Tap, edges_between, node_of, survey
 from gradent.hooks.capture.row_order import in_order
+from gradent.hooks.capture.token_rows import PICKERS, TokenRows
 from gradent.hooks.overhead import Clock
 from gradent.hooks.rules import RULES, Call
 from gradent.hooks.rules.matmul import LINEAR
+from gradent.hooks.uses.folded import Folded, FoldedUse, fold
 from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.parameter_views import View, follow
+from gradent.hooks.uses.picked import PickedUse
 from gradent.hooks.uses.uses import Use
 from gradent.model.sharding import is_released, whole_shape
 
@@ -116,6 +119,8 @@ class Capture(TorchFunctionMode):
         self._linears: list[tuple[Any, Any]] = []  # of each `start`, what stood for `F.linear`, and what stands there
         self._thread = 0  # in which it was started
         self._ordered: set[Node] = set()
+        self._tokens = TokenRows(layout)
+        self._folded: dict[int, Folded] = {}  # by number, below zero
         self._held: list[Tensor] = []  # views must stay alive: their id is their key
         self._handles: list[RemovableHandle] = []
         self._pending: weakref.WeakKeyDictionary[Any, dict[_Key, deque[_Pending]]] = weakref.WeakKeyDictionary()
@@ -129,8 +134,15 @@ class Capture(TorchFunctionMode):
 
     def _watch(self, func: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function, by itself or by what computes the same in its place, and record what it uses."""
-        if self._is_inside or self._guard.is_blind or not torch.is_grad_enabled() or not self._concerns(args, kwargs):
+        if self._is_inside or self._guard.is_blind or not torch.is_grad_enabled():
             return run(*args, **kwargs)
+        is_pick = self._layout.rows > 1 and func in PICKERS
+        if not self._concerns(args, kwargs):
+            out = run(*args, **kwargs)
+            if is_pick:
+                with self._guard:
+                    self._tokens.note(func, args, kwargs, out)
+            return out
         seen = None
         with self._guard:  # what is observed must not suffer from being observed
             seen = self._before(func, args, kwargs)
@@ -142,6 +154,9 @@ class Capture(TorchFunctionMode):
         if seen is not None and isinstance(out, Tensor) and out.grad_fn is not None:
             with self._guard:
                 self._record(seen, out)
+        elif is_pick:
+            with self._guard:
+                self._tokens.note(func, args, kwargs, out)
         return out
 
     def _concerns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -168,7 +183,13 @@ class Capture(TorchFunctionMode):
 
     def _record(self, seen: _Seen, out: Tensor) -> None:
         """Record the uses that a call's rule accounts for, or else follow the one parameter that it made a view of."""
+        if self._fold(seen, out):
+            return
         region, uses = seen.region, [] if seen.again else self._uses(seen.func, seen.args, seen.kwargs, out)
+        for use in uses:  # the tokens may require no gradient, and show in no graph
+            inner = use.inner if isinstance(use, FoldedUse) else use
+            if isinstance(inner, PickedUse):
+                self._tokens.mark(out, inner.rows)
         taps = [self._tap(use, out, seen.operands, region is not None) for use in uses]
         if self._late is not None and in_backward():
             for tap in taps:
@@ -190,18 +211,38 @@ class Capture(TorchFunctionMode):
 
     def _uses(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> list[Use]:
         rule = RULES.get(func)
-        return rule(Call(args, kwargs, out, self._layout, self._find, self._in_order)) if rule else []
+        if rule is None:
+            return []
+        find = self._find, self._in_order, self._tokens.of, self._tokens.moved
+        uses: list[Use] = []
+        for use in rule(Call(args, kwargs, out, self._layout, *find)):
+            folded = self._folded.get(use.view.param)
+            uses += [use] if folded is None else [FoldedUse(use, folded, side) for side in (0, 1)]
+        return uses
+
+    def _fold(self, seen: _Seen, out: Tensor) -> bool:
+        """Follow what a call makes of two trainable factors like a parameter of its own; whether it makes that."""
+        folded = fold(seen.func, seen.args, seen.kwargs, self._find, self._folded)
+        if folded is None:
+            return False
+        number = next((number for number, other in self._folded.items() if other.key == folded.key), None)
+        number = -1 - len(self._folded) if number is None else number
+        self._folded[number] = folded
+        self._views[id(out)] = (View(number, (), tuple(out.shape)), out.grad_fn)
+        self._held.append(out)
+        return True
 
     def _in_order(self, tensor: Tensor) -> bool:
-        return in_order(tensor, self._layout.rows, self._layout.length, self._ordered)
+        return in_order(tensor, *self._layout.shape, self._ordered)
 
     def _tap(self, use: Use, out: Tensor, operands: list[tuple[Tensor, Node | None]], is_checkpointed: bool) -> Tap:
         node = out.grad_fn
         assert node is not None
         stops = [operand for _, operand in operands if operand is not None]
         edges: set[Edge] = set()
+        met = use.inner.view if isinstance(use, FoldedUse) else use.view
         for tensor, operand in operands:
-            if operand is not None and self._find(tensor) == use.view:
+            if operand is not None and self._find(tensor) == met:
                 edges |= edges_between(node, operand, stops)
         held = use.without_activations if is_checkpointed else use
         tap = Tap(held, node, frozenset(edges), ready=held is use)
@@ -294,6 +335,9 @@ class Capture(TorchFunctionMode):
     def stop(self) -> None:
         """`__exit__`, after `start`."""
         self.__exit__(None, None, None)
+        if in_backward():  # or the graph of what was computed again would be held, with its activations
+            self._tokens.clear()
+            self._ordered.clear()
 
     def close(self) -> None:
         """Let go of the pass."""
@@ -302,7 +346,7 @@ class Capture(TorchFunctionMode):
         for handle in self._handles:
             handle.remove()
         held: tuple[Any, ...] = (self.taps, self._pending, self._leaves, self._nodes, self._ordered, self._handles)
-        for part in (*held, self._views, self._held):
+        for part in (*held, self._views, self._held, self._tokens, self._folded):
             part.clear()
         self._deliver = lambda tap, grad_output: None
 

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 from torch.autograd.graph import Node
 
-__all__ = ["in_order", "moves_rows"]
+__all__ = ["PICKS", "PUTS", "in_order", "is_view", "moves_rows"]
 
-_PICKS = {
+PICKS = {
     f"{name}Backward0"
     for name in ("Index", "IndexSelect", "Gather", "Take", "MaskedSelect", "Sort", "Topk", "Roll", "Flip", "Embedding")
 }
 """Nodes of operators that hand out positions of their input in an order of their own."""
 
-_PUTS = {
+PUTS = {
     f"{name}Backward0"
     for name in ("IndexAdd", "IndexPut", "IndexPutImpl", "IndexCopy", "ScatterAdd", "Scatter", "MaskedScatter")
 }
@@ -33,8 +33,8 @@ def in_order(tensor: Tensor, rows: int, length: int, known: set[Node]) -> bool:
         base = tensor._base if tensor._is_view() else None  # noqa: SLF001  (torch has no public name for it)
         return base is not None and base.shape[:2] == (rows, length)
     passed = []
-    for origin in _walk(node, lambda node: node in known or node.name() in _PUTS or _is_view(node, rows, length)):
-        if origin.name() in _PICKS:
+    for origin in _walk(node, lambda node: node in known or node.name() in PUTS or is_view(node, rows, length)):
+        if origin.name() in PICKS:
             return False
         passed.append(origin)
     known.update(passed)
@@ -55,7 +55,7 @@ def _walk(start: Node, stops: Callable[[Node], bool]) -> Iterator[Node]:
                 pending.append(child)
 
 
-def _is_view(node: Node, rows: int, length: int) -> bool:
+def is_view(node: Node, rows: int, length: int) -> bool:
     """Whether a node is that of a view of `[R, L, ...]`."""
     sizes = getattr(node, "_saved_self_sym_sizes", ())
     return "View" in node.name() and tuple(map(int, sizes[:2])) == (rows, length) and len(sizes) > 2

@@ -24,6 +24,7 @@ from gradent.hooks.reduction.account_ledger import AccountLedger, RowLedger
 from gradent.hooks.reduction.collector import Collector, Place
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.uses.formats import split_factor
+from gradent.hooks.uses.packed_rows import PackedRows
 from gradent.kernels.common.account import AccountLayout, ElementMetric
 from gradent.kernels.common.numerics import accumulator
 from gradent.kernels.common.sketch import GradientSketch, RowSketches
@@ -61,10 +62,11 @@ class WatchedBackward:
         return self._has_started or any(forward.is_read for forward in self.forwards)
 
     def make_forward(
-        self, input_ids: Tensor, attention_mask: Tensor, inputs: FurtherInputs = NO_INPUTS
-    ) -> WatchedForward:
-        """A forward to watch, of `[N, L]` ids and mask, with what it was given beside them."""
-        return WatchedForward(self.config, self.guard, self._on_coefficients, input_ids, attention_mask, inputs)
+        self, input_ids: Tensor, attention_mask: Tensor, inputs: FurtherInputs = NO_INPUTS,
+        packed: PackedRows | None = None,
+    ) -> WatchedForward:  # fmt: skip
+        """A forward to watch, of `[N, L]` ids and mask, what it had beside them, and where rows lie that are packed."""
+        return WatchedForward(self.config, self.guard, self._on_coefficients, input_ids, attention_mask, inputs, packed)
 
     def add_forward(self, forward: WatchedForward, output: Any, kwargs: Mapping[str, Any]) -> None:
         """Take in a forward that has ended with an output."""

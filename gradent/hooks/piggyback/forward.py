@@ -5,6 +5,7 @@ Letters: N rows of L tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,11 +30,13 @@ from gradent.hooks.piggyback.coefficients import (
 )
 from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.guard import Guard
+from gradent.hooks.piggyback.packed import PackedReadout, find_packed_readout
 from gradent.hooks.piggyback.trl_fused_head import find_fused_head, tap_fused_head
 from gradent.hooks.reduction.collector import Collector, Place
 from gradent.hooks.reduction.weight_grad_reuse import WeightGradReuse
 from gradent.hooks.uses.formats import split_factor
 from gradent.hooks.uses.layout import Layout
+from gradent.hooks.uses.packed_rows import PackedRows
 from gradent.kernels.common.streams import at_once
 from gradent.model.inputs import FurtherInputs
 from gradent.model.parameters import output_embeddings
@@ -52,12 +55,14 @@ class WatchedForward:
 
     def __init__(
         self, config: WatchConfig, guard: Guard, on_coefficients: _OnCoefficients, input_ids: Tensor, mask: Tensor,
-        inputs: FurtherInputs,
+        inputs: FurtherInputs, packed: PackedRows | None = None,
     ) -> None:  # fmt: skip
+        # Of R rows, also where the model gets them packed.
         self.input_ids, self.attention_mask, self.inputs = input_ids, mask, inputs
         # A head that is asked for the last tokens alone has these.
         rows, length = input_ids.shape
-        self.layout = Layout(rows, length, tokens=() if inputs.has_one_a_row else (length, *inputs.kept))
+        tokens = () if inputs.has_one_a_row else (length, *inputs.kept)
+        self.layout = Layout(rows, length, tokens=tokens, packed=packed)
         self.expected: list[Tap] = []  # recorded uses whose output gradients the backward will bring
         self.has_hidden_regions = False  # a reentrant checkpoint hides a part of the graph
         self.is_half = False  # output gradients of it are float16
@@ -65,7 +70,7 @@ class WatchedForward:
         self.remainders: list[float] = []  # of each row's `1 / c`, beside the power of two that gradients are scaled by
         self.padding_gradients: list[Tensor] = []  # scalars on the model's device, zero where padding got no gradient
         self._config, self._guard, self._on_coefficients = config, guard, on_coefficients
-        self._readout: Readout | None = None
+        self._readout: Readout | PackedReadout | None = None
         self._logits: Node | None = None
         self._version = 0
         self._place: Place | None = None
@@ -116,12 +121,14 @@ class WatchedForward:
 
     def inspect(self, output: Any, kwargs: Mapping[str, Any]) -> None:
         """Find where the output's coefficients can be read, and whether every use of a parameter was seen."""
-        readout = find_readout(output, kwargs, self.input_ids, temperature=self._config.temperature)
+        find = find_readout if self.layout.packed is None else partial(find_packed_readout, self.layout.packed)
+        readout = find(output, kwargs, self.input_ids, temperature=self._config.temperature)
         if isinstance(readout, str):
             self._guard.fail(readout)
             return
         self._readout, self._version = readout, readout.root._version  # noqa: SLF001  (no public name for it)
-        self._logits = readout.root.grad_fn if isinstance(readout, LogitsReadout) else None
+        has_logits = isinstance(readout, LogitsReadout) or (isinstance(readout, PackedReadout) and readout.mask is None)
+        self._logits = readout.root.grad_fn if has_logits else None
         if self._capture is not None:
             obstacle = self._find_obstacle(output, kwargs, readout.root)
             if obstacle is None:
@@ -139,16 +146,16 @@ class WatchedForward:
         bypass = _find_bypass(output)
         if bypass is not None and not self._config.is_trusted:
             return f"the output also holds {bypass}, through which a loss can pass the log-probs by"
-        if 1 < self.layout.rows == self.layout.length and moves_rows(root):
+        if 1 < self.layout.shape[0] == self.layout.shape[1] and moves_rows(root):
             return "the batch has as many rows as tokens, so that its axes cannot be told apart"
         if kwargs.get("output_router_logits") or getattr(output, "aux_loss", None) is not None:
             return "the loss has a part (the routers' auxiliary loss) that passes the log-probs by"
         return None
 
-    def _survey(self, capture: Capture, readout: Readout) -> None:
+    def _survey(self, capture: Capture, readout: Readout | PackedReadout) -> None:
         """Note which uses the backward will reach."""
-        if isinstance(readout, FusedReadout):
-            self._watch_fused_head(capture, readout)
+        if isinstance(readout, (FusedReadout, PackedReadout)) and readout.mask is not None:
+            self._watch_fused_head(capture, readout.root, readout.mask)
         survey = capture.survey(readout.root, opaque=True)
         if survey.foreign:
             self._guard.fail(
@@ -165,12 +172,12 @@ class WatchedForward:
                 self._handles.append(module.register_forward_pre_hook(self._before_recomputation, prepend=True))
                 self._handles.append(module.register_forward_hook(self._after_recomputation, always_call=True))
 
-    def _watch_fused_head(self, capture: Capture, readout: FusedReadout) -> None:
+    def _watch_fused_head(self, capture: Capture, root: Tensor, mask: Tensor) -> None:
         """Record the fused head's weight and bias, which no operator shows, and wait for its output gradient."""
-        node = find_fused_head(readout.root)
+        node = find_fused_head(root)
         if node is None:
             return
-        taps = tap_fused_head(node, readout.mask, capture.leaves, capture.parameters)
+        taps = tap_fused_head(node, mask, capture.leaves, capture.parameters)
         capture.taps.extend(taps)
 
         def arrive(grads: Sequence[Tensor | None]) -> None:
@@ -268,16 +275,16 @@ class WatchedForward:
         # A token is predicted at the position before it. Above the head's output there is nothing but these.
         self._spans = {False: [(0, stop) for stop in after]}
         self._spans[True] = [(max(0, start - 1), stop) for start, stop in zip(first, after, strict=True)]
-        for is_logits, spans in self._spans.items():  # positions of flattened `[N, L]`, int64
-            inside = torch.zeros(len(spans), length, dtype=torch.bool)
-            for row, span in zip(inside, spans, strict=True):
-                row[slice(*span)] = True
-            self._outside[is_logits] = (~inside).flatten().nonzero()[:, 0]
+        for is_logits, spans in self._spans.items():  # positions of all tokens, flattened, int64
+            inside = torch.zeros(math.prod(self.layout.shape), dtype=torch.bool)
+            for begin, (start, stop) in zip(self.layout.starts, spans, strict=True):
+                inside[begin + start : begin + stop] = True
+            self._outside[is_logits] = (~inside).nonzero()[:, 0]
 
     def _find_spans(self, tap: Tap, grad_output: Tensor) -> list[tuple[int, int]] | None:
         """Each row's `(start, stop)` outside of which an output gradient is zero; None where that is not so."""
         layout = self.layout  # right for a causal model, which is not checked here
-        if grad_output.shape[:-1].numel() != layout.rows * layout.length or not grad_output.is_contiguous():
+        if grad_output.shape[:-1].numel() != math.prod(layout.shape) or not grad_output.is_contiguous():
             return None
         is_logits = tap.node is self._logits
         positions = grad_output.flatten(0, -2)

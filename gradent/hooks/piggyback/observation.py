@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradent.hooks.piggyback.gradient_norms import GradientNorms
+from gradent.hooks.piggyback.packed import PackedCall
 from gradent.kernels.common.wanted import Wanted
 from gradent.model.weight_mark import WeightMark
 
@@ -50,6 +51,7 @@ class BackwardObservation:
     sketches: Tensor | None = None  # or float32 `[N, K]`, sketches of `√(r P) ∘ g_i`
     rates: Tensor = field(default_factory=_no_rows)  # with r of each parameter, float64 `[P]`
     seed: int = 0  # of the sketches
+    packed_call: PackedCall | None = None  # the forward, where the model got these rows packed
     no_account_reason: str | None = None  # why there is no account
     norms: GradientNorms | None = None  # of the gradients when this backward ended
     shared: int = 0  # parameters whose gradient the trainer's backward took from the measurement

@@ -78,8 +78,11 @@ class FusedHeadUse:
         if len(grad_output) != self.mask.numel():  # on a GPU only marked tokens are scored, in the order of the rows
             scored = self.mask.flatten().cumsum(0) - 1
         numbers = scored.view(self.mask.shape)
-        for row in range(len(self.mask)):
-            at = numbers[row][self.mask[row]]
+        rows = zip(numbers, self.mask, strict=True)
+        if layout.packed is not None:
+            rows = zip(layout.packed.cut(numbers), layout.packed.cut(self.mask), strict=True)
+        for row, (places, marked) in enumerate(rows):
+            at = places[marked]
             parts = hidden[at], weight, bias, targets[at], log_z[at], grad_output[at]
             tokens = _Tokens(*parts, saved.compute_dtype, saved.kernel_args)
             if self.bias:

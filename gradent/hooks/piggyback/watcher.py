@@ -29,6 +29,8 @@ from gradent.hooks.piggyback.backward import WatchedBackward
 from gradent.hooks.piggyback.config import WatchConfig
 from gradent.hooks.piggyback.forward import WatchedForward
 from gradent.hooks.piggyback.observation import BackwardObservation
+from gradent.hooks.piggyback.packed import PackedCall
+from gradent.hooks.uses.packed_rows import PACKING, find_packed_rows
 from gradent.model.inputs import find_further_inputs
 from gradent.model.observed import is_observed
 from gradent.model.sharding import REPLICAS, is_sharded
@@ -134,7 +136,11 @@ class Piggyback:
         if {id(p) for p in self._config.model.parameters() if p.requires_grad} != self._trainable:
             self._abandon("other parameters are trainable than when the watching began; arm again")
             return
-        mask = kwargs.get("attention_mask")
+        packed = find_packed_rows(input_ids, kwargs)
+        mask, call = kwargs.get("attention_mask"), None
+        if packed is not None:
+            call = PackedCall(self._config.model, args, kwargs, input_ids.detach().clone(), packed)
+            mask, input_ids = packed.mask(input_ids.device).long(), packed.unpack(input_ids, 1)
         if not isinstance(mask, Tensor) or mask.shape != input_ids.shape:
             mask = torch.ones_like(input_ids)
         if not self._backwards or self._backwards[-1].has_started:
@@ -142,9 +148,11 @@ class Piggyback:
             if not self._is_sharded:
                 self._backwards[-1].observation.weights = WeightMark(self._config.tensors)
         # Copies: a loop may well change its batch in place before the backward.
-        inputs = find_further_inputs(self._config.model, args, kwargs, input_ids, mask)
+        named = kwargs if packed is None else {name: kwargs[name] for name in kwargs.keys() - PACKING}
+        inputs = find_further_inputs(self._config.model, args, named, input_ids, mask)
         self._current = self._backwards[-1]
-        forward = self._current.make_forward(input_ids.detach().clone(), mask.detach().clone(), inputs)
+        forward = self._current.make_forward(input_ids.detach().clone(), mask.detach().clone(), inputs, packed)
+        self._current.observation.packed_call = call
         forward.start()
         self.forwards += 1
         self._running, self._thread = forward, threading.get_ident()

@@ -17,6 +17,7 @@ from torch import Tensor
 from gradent.hooks.capture.capture import Tap
 from gradent.hooks.reduction.ledger import Ledger
 from gradent.hooks.reduction.weight_grad_reuse import give, takes_gradient
+from gradent.hooks.uses.folded import FoldedUse
 from gradent.hooks.uses.formats import bytes_scaled, scaled, scaled_gradients, scaled_rows
 from gradent.hooks.uses.layout import Layout
 from gradent.hooks.uses.uses import LookupUse, MatrixUse, SumUse, Use
@@ -165,7 +166,7 @@ class Collector:
             arrival = Arrival(use, grad_output, place, factors, tap.node)
             waiting, is_reduced = self._waiting[param], False
             waiting.pop(tap, None)
-            if isinstance(use, SumUse) and use.view.ids is None:
+            if isinstance(use, (SumUse, FoldedUse)) and use.view.ids is None:
                 grads = use.gradients(grad_output, place.layout, self._budget)
                 add_gradients(self.ledger, arrival, grads if factors is None else scaled_gradients(grads, factors))
             elif isinstance(use, MatrixUse) and all(isinstance(other.use, MatrixUse) for other in waiting):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradent.hooks.rules.registry import Call, register_rule
+from gradent.hooks.uses.picked import picked_sum
 from gradent.hooks.uses.uses import Factor, SumUse, Use
 
 __all__ = ["sum_use"]
@@ -18,15 +19,15 @@ def sum_use(call: Call, operand: Any, factor: Factor | None, beside: Tensor | No
     view = call.find(operand)
     if view is None or view.flipped:
         return []
-    rows, out = call.layout.rows, call.out
-    if rows > 1:
-        flat = out.dim() == 2 and out.shape[0] == rows * call.layout.length
-        if out.dim() < 2 or (out.shape[0] != rows and not flat):
-            return []
-        if operand.dim() >= out.dim() and operand.shape[0] != 1:
-            return []
-        if flat and not call.ordered(out if beside is None else beside):
-            return []
+    layout, out = call.layout, call.out
+    like = out if beside is None else beside
+    if layout.rows > 1 and call.moved(like):
+        rows = call.rows(like) if like.dim() == out.dim() == 2 else None
+        return [] if rows is None else picked_sum(view, operand, factor, rows)
+    if not layout.broadcasts(out, operand):
+        return []
+    if layout.rows > 1 and layout.is_flat(out) and not call.ordered(like):
+        return []
     return [SumUse(view, operand.shape, factor)]
 
 
@@ -50,3 +51,12 @@ def add(call: Call) -> list[Use]:
     if not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return []
     return [use for operand, other in ((left, right), (right, left)) for use in sum_use(call, operand, None, other)]
+
+
+@register_rule(torch.Tensor.expand)
+def expand(call: Call) -> list[Use]:
+    """`weight.expand(R, ...)`: a parameter that is put beside activations of every row, as attention sinks are."""
+    operand = call.args[0]
+    if call.out.dim() != operand.dim() or operand.shape[0] != 1:
+        return []
+    return sum_use(call, operand, None)

@@ -27,6 +27,8 @@ class Call:
         layout: the forward's rows.
         find: tensor -> its view of a trainable parameter, or None.
         ordered: flattened operand `[R L, features]` -> whether its tokens are in the batch's order.
+        rows: operand whose tokens were picked `[..., features]` -> the row of each, int64 `[n]`, or None.
+        moved: operand -> whether its tokens were picked.
     """
 
     args: tuple[Any, ...]
@@ -35,6 +37,8 @@ class Call:
     layout: Layout
     find: Callable[[Any], View | None]
     ordered: Callable[[Tensor], bool]
+    rows: Callable[[Tensor], Tensor | None] = lambda operand: None
+    moved: Callable[[Tensor], bool] = lambda operand: False
 
     def splits(self, operand: Tensor) -> bool:
         """Whether the rows of an operand and of the output, with features on the last axis, can be told apart.
@@ -47,7 +51,9 @@ class Call:
         """
         if not self.layout.splits(operand, 1) or not self.layout.splits(self.out, 1):
             return False
-        return self.layout.rows == 1 or operand.dim() > 2 or self.ordered(operand)
+        if self.layout.rows == 1:
+            return True
+        return not self.moved(operand) and (operand.dim() > 2 or self.ordered(operand))
 
     def bind(self, *names: str, **defaults: Any) -> dict[str, Any] | None:
         """Arguments by name.

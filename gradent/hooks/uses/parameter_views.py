@@ -55,9 +55,16 @@ def _same(op: Operation) -> View | None:
 
 
 def _flip(op: Operation) -> View | None:
-    if op.view.reshaped or op.source.dim() not in (2, 3) or op.out.shape[-2:] != op.source.shape[-2:][::-1]:
+    if op.view.reshaped:
+        return _permute(op)
+    if op.source.dim() not in (2, 3) or op.out.shape[-2:] != op.source.shape[-2:][::-1]:
         return None
     return replace(op.view, flipped=not op.view.flipped)
+
+
+def _permute(op: Operation) -> View | None:
+    """All entries in another order of axes: for factors alone that are folded into another weight."""
+    return replace(op.view, flipped=True, reshaped=True) if op.view.gain is None and op.view.ids is None else None
 
 
 def _flip_2d(op: Operation) -> View | None:
@@ -83,11 +90,21 @@ def _index(op: Operation) -> View | None:
         index = int(index)
     if isinstance(index, int) and not isinstance(index, bool):
         return _take(op, index)
+    if isinstance(index, Tensor) and index.dim() == 1 and not index.is_floating_point() and index.dtype != torch.bool:
+        return _look_up(op, index)
     parts = index if isinstance(index, tuple) else (index,)
     if any(isinstance(part, Tensor) for part in parts):
         return None
     keeps_all = all(part is None or part is Ellipsis or part == slice(None) for part in parts)
     return _reshape(op) if keeps_all else None
+
+
+def _look_up(op: Operation, index: Tensor) -> View | None:
+    """An expert's matrix, or its bias, for each token."""
+    view = op.view
+    if view.flipped or not view.plain or view.slot or view.ids is not None or op.source.dim() not in (2, 3):
+        return None
+    return replace(view, ids=index, reshaped=True)
 
 
 def _select(op: Operation) -> View | None:
@@ -155,6 +172,7 @@ STEPS: dict[Any, Step] = {
     **dict.fromkeys((torch.Tensor.t, torch.t, torch.Tensor.T.__get__), _flip_2d),  # type: ignore[attr-defined]
     torch.Tensor.mT.__get__: _flip,  # type: ignore[attr-defined]
     **dict.fromkeys((torch.Tensor.transpose, torch.transpose), _transpose),
+    **dict.fromkeys((torch.Tensor.permute, torch.permute), _permute),
     torch.Tensor.__getitem__: _index,
     **dict.fromkeys((torch.Tensor.select, torch.select), _select),
     **dict.fromkeys((torch.Tensor.add, torch.add), _plus_scalar),

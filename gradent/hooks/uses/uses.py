@@ -193,16 +193,7 @@ class SumUse(_WholeSlot):
 
     def gradients(self, grad_output: Tensor, layout: Layout, budget: int) -> Tensor:
         """Every row's gradient of the slot, `[R, *slot]`, wide; of a lookup, of the rows that `view.ids` names."""
-
-        def by_row(tensor: Tensor) -> Tensor:
-            """A tensor of the output's shape as `[R, *shape of a row]`."""
-            if layout.rows == 1:
-                return tensor[None]
-            if tensor.shape[0] == layout.rows:
-                return tensor
-            return tensor.reshape(layout.rows, layout.length, *tensor.shape[1:])
-
-        return self._shaped(self._sums(by_row(grad_output), by_row, budget))
+        return self._shaped(self._sums(layout.by_row(grad_output), layout.by_row, budget))
 
     def _shaped(self, sums: Tensor) -> Tensor:
         """Sums `[R, ...]` as gradients of the slot, or as values of the rows that `view.ids` names."""

@@ -55,6 +55,7 @@ CASES: dict[str, tuple[list[Tensor], Callable[..., Tensor], set[object]]] = {
     "layer_norm": ([draw(4), draw(4)], lambda w, b: F.layer_norm(X, (4,), w, b), {F.layer_norm}),
     "rms_norm": ([draw(4)], lambda w: F.rms_norm(X, (4,), w, 1e-5), {F.rms_norm}),
     "rms_norm, own epsilon": ([draw(4)], lambda w: torch.rms_norm(X, (4,), w), {torch.rms_norm}),
+    "attention sinks": ([draw(5)], lambda s: 2 * s.reshape(1, 5, 1).expand(R, 5, 3), {torch.Tensor.expand}),
 }
 ENDS = torch.tensor([2, 2, 5], dtype=torch.int32)
 SINGLE: dict[str, tuple[list[Tensor], Callable[..., Tensor], set[object]]] = {
@@ -73,6 +74,45 @@ if hasattr(F, "grouped_mm"):
         lambda W: F.grouped_mm(draw(5, 16).float(), W, offs=ENDS),
         {torch._grouped_mm},  # noqa: SLF001  (what grouped_mm calls)
     )
+
+
+PICK = torch.tensor([0, 7, 3, 8, 2, 2])  # tokens, of rows 0, 1, 0, 1, 0, 0
+EXPERT = torch.tensor([2, 0, 2, 1, 0, 2])
+BOUNDS = torch.tensor([2, 2, 6], dtype=torch.int32)
+EVERY = torch.arange(R * L).repeat(3)
+PICKED: dict[str, tuple[Tensor, list[Tensor], Callable[..., Tensor], set[object]]] = {
+    "a matrix": (PICK, [draw(6, 4), draw(6)], lambda W, b: F.linear(FLAT[PICK], W, b), {F.linear}),
+    "as many tokens as rows": (PICK[:2], [draw(6, 4)], lambda W: F.linear(FLAT[PICK[:2]], W), {F.linear}),
+    "one column": (PICK, [draw(1, 4)], lambda W: F.linear(FLAT.index_select(0, PICK), W), {F.linear}),
+    "picked twice": (PICK[[5, 1]], [draw(4, 6)], lambda W: FLAT[PICK][torch.tensor([5, 1])] @ W, {torch.Tensor.matmul}),
+    "an expert": (PICK, [draw(3, 6, 4), draw(3, 6)], lambda W, b: F.linear(FLAT[PICK], W[1]) + b[1], {F.linear}),
+    "a norm": (PICK, [draw(4)], lambda w: FLAT[PICK] * w, {torch.Tensor.mul}),
+    "a bias of each token's expert": (
+        PICK, [draw(6, 4), draw(3, 6)], lambda W, b: F.linear(FLAT[PICK], W).add_(b[EXPERT]), {torch.Tensor.add_},
+    ),
+    "a matrix of each token's expert": (
+        PICK, [draw(3, 6, 4)], lambda W: torch.bmm(W[EXPERT], FLAT[PICK].unsqueeze(-1)).squeeze(-1), {torch.bmm},
+    ),
+    "the same, transposed": (
+        PICK, [draw(3, 4, 6)], lambda W: FLAT[PICK].unsqueeze(1).bmm(W[EXPERT]).squeeze(1), {torch.Tensor.bmm},
+    ),
+    "all tokens for every expert": (
+        EVERY, [draw(3, 4, 6)], lambda W: torch.bmm(FLAT.repeat(3, 1).view(3, -1, 4), W).view(-1, 6), {torch.bmm},
+    ),
+    "every token twice": (
+        torch.arange(R * L).repeat_interleave(2), [draw(6, 4)],
+        lambda W: F.linear(FLAT.repeat_interleave(2, dim=0), W), {F.linear},
+    ),
+    "truth values": (torch.arange(0, R * L, 2), [draw(6, 4)], lambda W: F.linear(FLAT[EVEN], W), {F.linear}),
+}  # fmt: skip
+"""Which tokens are picked; weights, call and functions as above."""
+EVEN = torch.arange(R * L) % 2 == 0
+if hasattr(F, "grouped_mm"):
+    WIDE = draw(R, L, 16).float().reshape(R * L, 16)
+    PICKED["grouped experts"] = (
+        PICK, [draw(3, 8, 16).float()],
+        lambda W: F.grouped_mm(WIDE[PICK], W.transpose(-2, -1), offs=BOUNDS), {torch._grouped_mm},  # noqa: SLF001
+    )  # fmt: skip
 
 
 def materialise(form: Form, shape: tuple[int, ...]) -> Tensor:
@@ -124,6 +164,20 @@ def test_batched_rows(name: str, budget: int) -> None:
             torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", PICKED)
+@pytest.mark.parametrize("rows", [1, R])
+def test_picked_tokens(name: str, rows: int) -> None:
+    tokens, weights, call, _ = PICKED[name]
+    tolerance = 1e-12 if all(weight.dtype == DOUBLE for weight in weights) else 1e-5
+    leaves = [weight.clone().requires_grad_() for weight in weights]
+    out = call(*leaves)
+    terms = (out * draw(*out.shape, seed=5).to(out.dtype)).sum(1)
+    for row, got in enumerate(per_row(weights, call, Layout(rows, R * L // rows), 2**30)):
+        mine = terms[tokens // (R * L // rows) == row].sum()
+        for one, other in zip(got, torch.autograd.grad(mine, leaves, retain_graph=True), strict=True):
+            torch.testing.assert_close(one, other.double(), rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("name", [*CASES, *SINGLE])
 def test_a_single_row(name: str) -> None:
     weights, call, _ = (CASES | SINGLE)[name]
@@ -134,14 +188,13 @@ def test_a_single_row(name: str) -> None:
 
 
 def test_every_rule_of_the_registry_is_tested() -> None:
-    tested = {function for _, _, functions in (CASES | SINGLE).values() for function in functions}
+    tested = {function for *_, functions in [*(CASES | SINGLE).values(), *PICKED.values()] for function in functions}
     assert set(RULES) == tested
 
 
 UNSPLIT = {
     "time before batch": ([draw(6, 4)], lambda W: F.linear(X.transpose(0, 1).contiguous(), W)),
-    "tokens picked across rows": ([draw(6, 4)], lambda W: F.linear(FLAT[torch.tensor([0, 7, 3])], W)),
-    "as many tokens as rows": ([draw(6, 4)], lambda W: F.linear(FLAT[torch.tensor([0, 7])], W)),
+    "tokens sorted in a way of their own": ([draw(6, 4)], lambda W: F.linear(FLAT.sort(0).values[[0, 7, 3]], W)),
     "as many positions as rows": ([draw(9, 4)], lambda W: F.embedding(torch.arange(R), W)),
     "norm over picked tokens": ([draw(4)], lambda w: FLAT[:3] * w),
     "weight with a batch axis": ([draw(R, L, 4)], lambda w: X * w),
