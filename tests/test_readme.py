@@ -74,6 +74,10 @@ def test_gradent_commands_run(command, local_model, finished_run):
         assert WRITTEN[command[1]] <= {path.name for path in out.iterdir()}
 
 
+def test_the_readme_is_short():
+    assert len(README.split()) <= 800
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text("utf-8")
     targets = set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
