@@ -5,6 +5,7 @@ python -m scripts.pictures MODEL PAIRS.jsonl    (a small causal LM and preferenc
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import tempfile
@@ -41,15 +42,16 @@ def train(model: str, pairs: str, out: Path, *, steps: int, rate: float, rows: i
     ).train()  # fmt: skip
 
 
-def photograph(page: Path, target: Path, *, height: int) -> None:
-    """The upper part of a page, without white edges."""
+def photograph(page: Path, target: Path, *, height: int, section: str = "") -> None:
+    """A page from its beginning, or from a section."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         raise typer.BadParameter("needs chromium (apt-get install chromium)")
     with tempfile.TemporaryDirectory() as profile:
         subprocess.run([
             browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}",
-            f"--window-size={WIDTH},{height}", "--virtual-time-budget=8000", f"--screenshot={target}", page.as_uri(),
+            f"--window-size={WIDTH},{height}", "--virtual-time-budget=8000", f"--screenshot={target}",
+            page.as_uri() + section,
         ], check=True, capture_output=True, timeout=120)  # fmt: skip
     with Image.open(target) as picture:
         picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(target, optimize=True)
@@ -64,19 +66,21 @@ def main(
     pair: Annotated[int, typer.Option(help="Row of the data that is taken apart.")] = 0,
 ) -> None:
     """Write docs/img/audit.png and docs/img/pair.png."""
+    text, model = Path(pairs).read_text("utf-8"), str(Path(model).resolve())
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        run, data = place / "my-run", place / "pairs.jsonl"
-        data.write_text("".join(Path(pairs).read_text("utf-8").splitlines(keepends=True)[:rows]), "utf-8")
+        os.chdir(place)  # the pages name what they were made from
+        run, data = Path("my-run"), Path("pairs.jsonl")
+        data.write_text("".join(text.splitlines(keepends=True)[:rows]), "utf-8")
         train(model, str(data), run, steps=steps, rate=rate, rows=rows)
-        found = audit(run, data, base=model, out=place / "my-audit", max_length=192, quiet=True)
+        found = audit(run, data, base=model, out="my-audit", max_length=192, quiet=True)
         assert found.report_path is not None
-        photograph(found.report_path, TARGET / "audit.png", height=1080)
+        photograph(found.report_path.resolve(), TARGET / "audit.png", height=1080)
         last = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
         audit_tokens(
             TokenConfig(model=str(last), data=str(data), pair=pair, out=place / "tokens", max_length=192, quiet=True)
         )
-        photograph(place / "tokens" / "tokens.html", TARGET / "pair.png", height=620)
+        photograph(place / "tokens" / "tokens.html", TARGET / "pair.png", height=560, section="#s2")
 
 
 if __name__ == "__main__":
