@@ -21,6 +21,7 @@ __all__ = ["Trained", "read_arguments", "read_trained"]
 _LIMITS = ("max_length", "truncation_mode", "max_prompt_length", "max_completion_length")
 _LARGEST = 1 << 24  # bytes of pickled arguments that are looked through
 _ARGUMENTS = re.compile(r"[\w.]+ \w*(?:Config|Arguments)")
+_ENUM = re.compile(r"[\w.]+ \w+Type")
 _RELEASE = re.compile(r"^- TRL: (\d+(?:\.\d+)+)", re.MULTILINE)
 
 
@@ -62,6 +63,8 @@ def read_arguments(path: Path, names: Iterable[str]) -> dict[str, Any]:
         if name not in names or name in found or place + 1 >= len(values):
             continue
         value: Any = values[place + 1]
+        if isinstance(value, str) and _ENUM.fullmatch(value):  # a member of an enumeration: its value comes next
+            value = next((each for each in values[place + 2 :] if isinstance(each, str)), None)
         if value is pickletools:  # a list, or what is no plain value
             value = tuple(takewhile(lambda each: each is not pickletools, values[place + 2 :]))
             if not value:

@@ -82,8 +82,8 @@ def from_trl(loss_type: str | Sequence[str], hyper: Mapping[str, Any]) -> Loss:
             `discopop_tau`, as `DPOConfig` has them.
 
     Returns:
-        One of the paper's losses where it is that ("sigmoid" is DPO, "ipo" is length-normalized IPO), else a
-        `TRLLoss`.
+        One of the paper's losses where it is that ("sigmoid" is DPO, "ipo" is length-normalized IPO, "sppo_hard" is
+        SPPO, "apo_zero" is KTO with z = 0), else a `TRLLoss`.
 
     Raises:
         InputError: a name or an argument that is unknown, or a loss that is none of pairs ("aot", "sft").
@@ -96,6 +96,10 @@ def from_trl(loss_type: str | Sequence[str], hyper: Mapping[str, Any]) -> Loss:
         return DPO(**given)
     if set(given) <= {"beta"} and kinds == ("ipo",):
         return IPO(**given, length_normalized=True)
+    if set(given) <= {"beta"} and kinds == ("sppo_hard",):
+        return SPPO(**given)
+    if set(given) <= {"beta"} and kinds == ("apo_zero",):
+        return KTO(**given)
     return TRLLoss(loss_type=kinds, **hyper)
 
 

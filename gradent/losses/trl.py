@@ -73,7 +73,9 @@ class TRLLoss(Loss):
             raise InputError(
                 f"TRLLoss: f_divergence_type {self.f_divergence_type!r}; accepted: {', '.join(_DIVERGENCES)}."
             )
-        object.__setattr__(self, "name", "+".join(self.loss_type))
+        weights = self.loss_weights or (1.0,) * len(self.loss_type)
+        terms = [each if w == 1 else f"{w:g} {each}" for each, w in zip(self.loss_type, weights, strict=True)]
+        object.__setattr__(self, "name", " + ".join(terms))
         super().__post_init__()
         if not 0 <= self.label_smoothing < 0.5:
             raise InputError(f"{self.name}: label_smoothing is {self.label_smoothing!r}; accepted: 0 to below 0.5.")

@@ -411,7 +411,7 @@ class Recorder:
 
     def _packing_obstacle(self, call: PackedCall) -> str | None:
         """Why packed rows cannot be measured: they see one another. Tried once; a sharded model is not tried."""
-        if self._reach is None:
+        if self._reach is None and call.has_neighbours:
             over = None if sharding(self._model) is not None else call.reaches_over()
             self._reach = 0.0 if over is None else over
         if not self._reach:

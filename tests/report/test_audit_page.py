@@ -136,6 +136,7 @@ def test_the_first_screen_is_a_finding_its_chart_and_its_numbers(tmp_path) -> No
         (6.0, 3.0, "Both rose: chosen +6.00, rejected +3.00 nats since step 0"),
         (-6.0, 3.0, "Reversed: chosen -6.00, rejected +3.00 nats since step 0"),
         (-6.0, -3.0, "Both lie lower than at step 0, but do not both fall now: chosen -6.00, rejected -3.00 nats"),
+        (-60.0, -90.0, "Both lie lower than at step 0: chosen -60.0, rejected -90.0 nats"),
         (0.9, -3.0, "No clear change of chosen: chosen +0.900, rejected -3.00 nats since step 0"),
         (0.9, 0.1, "No clear change of chosen and rejected: chosen +0.900, rejected +0.100 nats since step 0"),
     ],
@@ -152,7 +153,7 @@ def test_what_foretold_nothing_warns(tmp_path) -> None:
     foretold = {"from": 200, "to": 400, "pairs": 24, "chosen": 0.5, "rejected": 1.0}
     html = page(tmp_path, recommendation={**found, "foretold": foretold})
     shown = text_of(html)
-    assert "right for chosen in 50% [31, 69] and for rejected in 100% [86, 100] of the pairs" in shown
+    assert "right for chosen in 50% [31, 69] and for rejected in 100% [86, 100] of the pairs that it moves" in shown
     assert "for chosen that is no better than a coin." in shown
     assert '<div class="notice warns" role="note">\n<p><strong>How far to trust it' in html
 
@@ -454,7 +455,7 @@ def test_a_directory_without_records(tmp_path) -> None:
         write_report(tmp_path / "missing")
     write_audit(tmp_path)
     (tmp_path / "demo.json").write_text("{}")
-    with pytest.raises(DataFileError, match=r"one pairs\.parquet for both"):
+    with pytest.raises(DataFileError, match=r"whose pages and tables have the same names"):
         write_report(tmp_path)
 
 

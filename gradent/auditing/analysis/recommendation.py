@@ -132,7 +132,9 @@ def find_foretold(
         return None
     row = rows[-1]
     return {
-        "from": row["from"], "to": row["to"], "pairs": row["pairs"],
+        "from": row["from"], "to": row["to"],
+        # Those that such a step moves at all.
+        "pairs": min(row.get(f"{side}_{name}ed", row["pairs"]) for side in ("chosen", "rejected")),
         "chosen": row[f"chosen_{name}"], "rejected": row[f"rejected_{name}"],
     }  # fmt: skip
 
@@ -220,7 +222,7 @@ def _describe_foretold(foretold: Mapping[str, Any], *, is_sample: bool) -> str:
     return (
         f"But nothing shows that a step on {step} foretells this run: from step {foretold['from']:,} to "
         f"{foretold['to']:,} the sign was right for chosen in {sides['chosen']} and for rejected in "
-        f"{sides['rejected']} of the pairs, and a coin has 50%. So no other loss is proposed from it; "
+        f"{sides['rejected']} of the pairs that it moves, and a coin has 50%. So no other loss is proposed from it; "
         "save checkpoints more often (save_steps), or watch the steps themselves (EntanglementCallback)."
     )
 

@@ -19,8 +19,8 @@ _OF_DPO = (
     "discopop_tau",
 )  # fmt: skip
 _PREFERENCES = ("CPOConfig", "ORPOConfig", "KTOConfig", "DPOConfig")
-_UNSEEN = ("ld_alpha", "use_weighting", "rpo_alpha")
-"""Arguments under which a pair's loss weighs tokens or has further terms, so that no `Loss` is the run's."""
+_UNSEEN = ("ld_alpha", "use_weighting", "rpo_alpha", "reference_free")
+"""Arguments under which a pair's loss weighs tokens or has other terms, so that no `Loss` here is the run's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,8 @@ def _describe(given: Mapping[str, Any], release: str | None) -> RunLoss | None:
         return RunLoss(told=told, loss=None, why_not=why)
     old = release is None or tuple(map(int, release.split(".")[:2])) < (0, 29)
     hyper = {name: given[name] for name in _OF_DPO[1:] if given.get(name) is not None}
+    if hyper.get("f_divergence_type") != "alpha_divergence":
+        hyper.pop("f_alpha_divergence_coef", None)  # whose default has changed
     if not old and "robust" not in kinds and "exo_pair" not in kinds:
         hyper.pop("label_smoothing", None)  # TRL has ignored it there since 0.29
     try:

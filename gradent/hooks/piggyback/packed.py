@@ -91,19 +91,29 @@ class PackedCall:
 
     @torch.no_grad()
     def reaches_over(self) -> float | None:
-        """How far the last row's logits go by the tokens of the rows before it, scaled; None where rounding says it."""
-        start, stop = self.rows.spans[-1]
+        """How far a row's logits go by the tokens of the rows before it, scaled; None where rounding says it."""
+        start, stop = self._probed
         others = self.input_ids + torch.where(self.input_ids > 0, -1, 1)
         flat, own = others.flatten(), self.input_ids.flatten()
         flat[start:] = own[start:]
         with observed(self.model):
-            logits = [self._logits(ids)[start:stop] for ids in (self.input_ids, flat.view_as(self.input_ids))]
+            logits = [self._logits(ids, start, stop) for ids in (self.input_ids, flat.view_as(self.input_ids))]
         difference = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max().clamp_min(1e-30))
         limit = tolerance("a later token", computing_dtypes(self.model, self.input_ids.device))
         return difference if difference > limit else None
 
-    def _logits(self, ids: Tensor) -> Tensor:
-        """Logits `[B T, V]` of other tokens in the same places."""
+    @property
+    def has_neighbours(self) -> bool:
+        """Whether a row has others before it in its row of the batch, so that trying says something."""
+        return self._probed[0] % self.rows.shape[1] > 0
+
+    @property
+    def _probed(self) -> tuple[int, int]:
+        """The row that begins latest in a row of the batch: most may reach into it."""
+        return max(self.rows.spans, key=lambda span: span[0] % self.rows.shape[1])
+
+    def _logits(self, ids: Tensor, start: int, stop: int) -> Tensor:
+        """Logits `[stop - start, V]` of some positions of `[B, T]` other tokens."""
         kwargs = {name: value for name, value in self.kwargs.items() if name not in ("labels", "fused_lm_head")}
         if "input_ids" in kwargs:
             output = self.model(*self.args, **(kwargs | {"input_ids": ids}))
@@ -113,5 +123,5 @@ class PackedCall:
         logits = getattr(output, "logits", None)
         if logits is None:
             logits = output[0] if isinstance(output, tuple) else output
-        found: Tensor = logits.flatten(0, 1).double()
+        found: Tensor = logits.flatten(0, 1)[start:stop].double()
         return found

@@ -15,7 +15,7 @@ _ALWAYS = frozenset({
     "gradent/explained", "gradent/chosen_realised", "gradent/rejected_realised", "gradent/probe/cosine",
     "gradent/probe/chosen_logp", "gradent/probe/rejected_logp", "gradent/probe/case/both_down",
 })  # fmt: skip
-_ASKED_FOR = ("gradent/layer/",)
+_ASKED_FOR = ("gradent/layer/", "gradent/proxy/")
 _WITHOUT_FIGURES = frozenset({
     "gradent/moved/rejected/total", "gradent/moved/chosen/partner", "gradent/moved/chosen/others",
     "gradent/moved/chosen/momentum", "gradent/group/negative_moved/total", "gradent/group/positive_moved/negatives",

@@ -276,9 +276,11 @@ class EntanglementCallback(TrainerCallback):
         told = {"model": kwargs["model"], "optimizer": optimizer}
         self._step_hook = before_step(optimizer, lambda: self.on_pre_optimizer_step(args, state, control, **told))
         trainer = find_trainer()
-        self._take_off = None if trainer is None else on_broken_step(trainer, self._leave)
+        self._take_off = None if trainer is None else on_broken_step(trainer, self.leave)
         if args.gradient_accumulation_steps > 1:
             self._division.watch(trainer)
+        else:
+            self._division.forget()
 
     def _find_metric(self, model: nn.Module, optimizer: Any) -> Any:
         """The optimizer, if gradent knows its geometry; else None, for Euclidean products, which is said."""
@@ -341,7 +343,10 @@ class EntanglementCallback(TrainerCallback):
         if self.realised and not is_late:
             self._logps_before = self._measure_logps(kwargs["model"], self._pending)
         is_due = self._is_tokens_step(state.global_step + 1) and is_first() and not is_late
-        if is_due and self._has_pairs(self._pending) and not self._lacks_inputs(self._pending, "tokens_every"):
+        kind = sharding(kwargs["model"]) if is_due else None
+        if kind is not None:
+            self.notices.once(f"tokens_every is left out: a model sharded by {kind} allows no pass of gradent's own.")
+        elif is_due and self._has_pairs(self._pending) and not self._lacks_inputs(self._pending, "tokens_every"):
             self._tokens = map_tokens(kwargs["model"], self._pending, self._budget)
         if self._has_proxies and not is_late and not self._lacks_inputs(self._pending, "proxies"):
             self._proxies = step_proxies(kwargs["model"], self._pending, self._budget, self.notices.once)
@@ -364,7 +369,7 @@ class EntanglementCallback(TrainerCallback):
         assert self._recorder is not None
         if not self._recorder.has_moved:
             return False
-        named = {"realised": self.realised, "tokens_every": self.tokens_every > 0}
+        named = {"realised": self.realised, "tokens_every": self.tokens_every > 0, "proxies": self._has_proxies}
         asked = [name for name, is_asked in named.items() if is_asked]
         if asked:
             self.notices.once(
@@ -512,7 +517,7 @@ class EntanglementCallback(TrainerCallback):
         """Close the records, and say what the run came to."""
         is_watched = self._recorder is not None
         closing = None if self._journal is None else self._journal.finish()
-        self._leave()
+        self.leave()
         self._close_journal()
         if is_watched and is_first():
             log(closing or "gradent: no step was measured in this run.", name="gradent.run")
@@ -530,7 +535,7 @@ class EntanglementCallback(TrainerCallback):
             self._recorder.disarm()
             self._recorder.optimizer = None
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         """Take everything off model, optimizer and trainer."""
         self.step_aside()
         self._release_step()

@@ -32,6 +32,7 @@ def guarded_event(event: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             self.step_aside()
             if self.on_error == "raise":
+                self.leave()
                 raise
             self.errors += 1
             summary = f"{type(error).__name__}: {error}"

@@ -30,7 +30,7 @@ _REFUSED = {
     "GKDConfig": _TEACHER, "GOLDConfig": _TEACHER, "DistillationConfig": _TEACHER, "AsyncDistillationConfig": _TEACHER,
     "ServerDistillationConfig": _TEACHER, "SDFTConfig": _TEACHER, "IWOPDConfig": _TEACHER,
     "MiniLLMConfig": _TEACHER,
-    "AsyncGRPOConfig": "its rollouts are packed into one row, and cannot be told apart",
+    "AsyncGRPOConfig": "its rollouts share their prompts' tokens in one packed row, and cannot be told apart",
     "PPOConfig": "each token has an advantage of its own, and the value model's loss comes on top",
 }  # fmt: skip
 """Name of a configuration to why nothing is measured under it."""

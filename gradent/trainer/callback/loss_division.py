@@ -33,8 +33,7 @@ class LossDivision:
 
     def watch(self, trainer: Any) -> None:
         """Look at the next loss; without an accelerator, `find` does not know."""
-        self.step_aside()
-        self._divisors = None
+        self.forget()
         accelerator = getattr(trainer, "accelerator", None)
         if accelerator is None or "backward" in vars(accelerator):
             return
@@ -50,6 +49,11 @@ class LossDivision:
 
         accelerator.backward = look
         self._take_off = lambda: vars(accelerator).pop("backward", None)
+
+    def forget(self) -> None:
+        """Know nothing of the next step's loss."""
+        self.step_aside()
+        self._divisors = None
 
     def step_aside(self) -> None:
         """Give the accelerator its own method back."""

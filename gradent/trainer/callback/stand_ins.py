@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from gradent.errors import GradentError
-from gradent.model.sharding import is_sharded
+from gradent.model.sharding import sharding
 from gradent.proxies import PairProxies, measure_proxies
 from gradent.recorder.recording import Recording, RowRecording
 
@@ -18,11 +18,13 @@ def step_proxies(
     model: nn.Module, recording: Recording | RowRecording, budget: int | str | None, say: Callable[..., object]
 ) -> PairProxies | None:
     """The stand-ins of a recording's pairs; None where there are none, which is said once."""
-    reason = None
+    reason, kind = None, sharding(model)
+    if isinstance(recording, Recording) and recording.batch is None and not len(recording.gram):
+        return None  # the loss moves no pair of this step
     if not isinstance(recording, Recording):
         reason = "they are of pairs, and these rows are none"
-    elif is_sharded(model):
-        reason = "a sharded model (FSDP) allows no pass of gradent's own"
+    elif kind is not None:
+        reason = f"a model sharded by {kind} allows no pass of gradent's own"
     elif recording.batch is None:
         reason = "a reward model has no log-probs"
     else:

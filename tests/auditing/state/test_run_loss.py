@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,38 @@ def test_the_loss_of_a_dpo_run(arguments: dict[str, Any], loss: losses.Loss, tmp
 def test_sigmoid_smoothed_its_labels_before_release_0_29(tmp_path: Path) -> None:
     found = read_run_loss(save(tmp_path, dpo(tmp_path, label_smoothing=0.1), "0.24.0"))
     assert found is not None and found.loss == losses.from_trl("sigmoid", {"label_smoothing": 0.1, "beta": 0.1})
+
+
+class FDivergenceType(enum.Enum):
+    """As TRL up to 0.27 has it in the place of a text."""
+
+    REVERSE_KL = "reverse_kl"
+    JS_DIVERGENCE = "js_divergence"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "loss"),
+    [
+        ({"f_divergence_type": FDivergenceType.REVERSE_KL, "f_alpha_divergence_coef": 1.0}, losses.get("dpo")),
+        ({"f_divergence_type": FDivergenceType.REVERSE_KL, "loss_type": "ipo"},
+         losses.get("ipo", beta=0.1, length_normalized=True)),
+        ({"f_divergence_type": FDivergenceType.JS_DIVERGENCE},
+         losses.from_trl("sigmoid", {"f_divergence_type": "js_divergence", "beta": 0.1})),
+    ],
+)  # fmt: skip
+def test_the_arguments_of_earlier_releases(arguments: dict[str, Any], loss: losses.Loss, tmp_path: Path) -> None:
+    config = dpo(tmp_path)
+    vars(config).update(arguments)  # as its own `__post_init__` leaves them
+    found = read_run_loss(save(tmp_path, config, "0.25.1"))
+    assert found is not None and found.loss is not None, found
+    assert vars(found.loss) == vars(loss) and type(found.loss) is type(loss)
+
+
+def test_a_run_without_a_reference_is_not_judged_with_one(tmp_path: Path) -> None:
+    config = dpo(tmp_path)
+    config.reference_free = True
+    found = read_run_loss(save(tmp_path, config, "0.25.1"))
+    assert found is not None and found.loss is None and "reference_free" in found.why_not
 
 
 @pytest.mark.parametrize(

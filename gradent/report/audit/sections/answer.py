@@ -115,7 +115,9 @@ def _describe_change(curve: Sequence[Row]) -> str:
     if signs["chosen"] == signs["rejected"] == 1:
         return f"Both rose: {by} nats since {since}"
     if signs["chosen"] == signs["rejected"] == -1:
-        return f"Both lie lower than at {since}, but do not both fall now: {by} nats"
+        lowest = all(fill_gap(last.get(side)) <= min(fill_gap(each.get(side)) for each in curve) for side in _SIDES)
+        now = "" if lowest else ", but do not both fall now"
+        return f"Both lie lower than at {since}{now}: {by} nats"
     if signs["chosen"] < 0 < signs["rejected"]:
         return f"Reversed: {by} nats since {since}"
     still = " and ".join(side for side in _SIDES if not signs[side])
@@ -204,7 +206,7 @@ def _describe_trust(records: AuditRecords) -> tuple[str, bool]:
         )
         sentences.append(
             f"A step on {judged} at {step_name(foretold['from'])} had the sign of what followed right for chosen in "
-            f"{shown['chosen']} and for rejected in {shown['rejected']} of the pairs"
+            f"{shown['chosen']} and for rejected in {shown['rejected']} of the pairs that it moves"
             + (f"; for {' and '.join(coin)} that is no better than a coin." if coin else ".")
         )
     return " ".join(sentences), warns
