@@ -42,8 +42,15 @@ def train(model: str, pairs: str, out: Path, *, steps: int, rate: float, rows: i
     ).train()  # fmt: skip
 
 
-def photograph(page: Path, target: Path, *, height: int, section: str = "") -> None:
-    """A page from its beginning, or from a section."""
+def photograph(page: Path, target: Path, *, height: int, section: int | None = None) -> None:
+    """A page from its beginning, or one section of it."""
+    if section is not None:
+        hidden = (
+            f"header, footer, nav, .readout, main > section:not(:nth-of-type({section})) {{ display: none; }}</style>"
+        )
+        text = page.read_text("utf-8").replace("</style>", hidden, 1)
+        page = page.with_name("section.html")
+        page.write_text(text, "utf-8")
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         raise typer.BadParameter("needs chromium (apt-get install chromium)")
@@ -51,7 +58,7 @@ def photograph(page: Path, target: Path, *, height: int, section: str = "") -> N
         subprocess.run([
             browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}",
             f"--window-size={WIDTH},{height}", "--virtual-time-budget=8000", f"--screenshot={target}",
-            page.as_uri() + section,
+            page.as_uri(),
         ], check=True, capture_output=True, timeout=120)  # fmt: skip
     with Image.open(target) as picture:
         picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(target, optimize=True)
@@ -63,7 +70,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Of training.")] = 80,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = 1e-4,
     rows: Annotated[int, typer.Option(help="Pairs that are trained on and measured.")] = 128,
-    pair: Annotated[int, typer.Option(help="Row of the data that is taken apart.")] = 0,
+    pair: Annotated[int, typer.Option(help="Row of the data that is taken apart.")] = 3,
 ) -> None:
     """Write docs/img/audit.png and docs/img/pair.png."""
     text, model = Path(pairs).read_text("utf-8"), str(Path(model).resolve())
@@ -80,7 +87,7 @@ def main(
         audit_tokens(
             TokenConfig(model=str(last), data=str(data), pair=pair, out=place / "tokens", max_length=192, quiet=True)
         )
-        photograph(place / "tokens" / "tokens.html", TARGET / "pair.png", height=560, section="#s2")
+        photograph(place / "tokens" / "tokens.html", TARGET / "pair.png", height=455, section=2)
 
 
 if __name__ == "__main__":

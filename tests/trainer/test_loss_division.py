@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
 from gradent import EntanglementCallback
-from gradent.trainer.callback.loss_division import scalar_divisors
+from gradent.trainer.callback.loss_division import LossDivision, scalar_divisors
 from tests.trainer.runs import data_for, llama
 
 
@@ -91,3 +92,23 @@ def test_divisors_of_a_loss() -> None:
     assert scalar_divisors(weights.square().sum() / 8) == [2.0]
     assert scalar_divisors(mean / 2 + mean) == []
     assert scalar_divisors(mean.detach()) is None
+
+
+def test_what_one_training_divides_by_is_forgotten_before_the_next() -> None:
+    division, loss = LossDivision(), torch.ones(3, requires_grad=True).mean() / 4
+
+    class Accelerator:
+        gradient_accumulation_steps = 1
+
+        def backward(self, loss: torch.Tensor) -> None:
+            loss.backward()
+
+    trainer = SimpleNamespace(
+        accelerator=Accelerator(),
+        args=SimpleNamespace(gradient_accumulation_steps=4), current_gradient_accumulation_steps=4,
+    )  # fmt: skip
+    division.watch(trainer)
+    trainer.accelerator.backward(loss)
+    assert division.find() == 4.0
+    division.forget()
+    assert division.find() is None

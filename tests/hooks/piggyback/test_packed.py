@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gradent import attach, measure
+from gradent.hooks.piggyback.packed import PackedCall
 from gradent.hooks.uses.packed_rows import find_packed_rows
 from gradent.pairs.batch import PairBatch
 from tests.adapters import build_adapted, lora_everywhere
@@ -214,3 +216,34 @@ def test_what_says_where_rows_begin() -> None:
         {"cu_seqlens": torch.tensor([0, 7])},
     ):
         assert find_packed_rows(ids, kwargs) is None, kwargs
+
+
+class Leaky(torch.nn.Module):
+    """Logits that hang on all tokens before, whatever row they belong to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(31, 31)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.table(input_ids).cumsum(1))
+
+
+@pytest.mark.parametrize(
+    ("positions", "has_neighbours"),
+    [
+        ([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]], True),  # the last row stands alone in its row of the batch
+        ([[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 2]], True),
+        ([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5]], False),
+    ],
+)
+def test_attention_over_borders_is_tried_where_there_is_one(positions: list[list[int]], has_neighbours: bool) -> None:
+    input_ids = torch.randint(1, 31, (2, 6), generator=torch.Generator().manual_seed(0))
+    kwargs = {"position_ids": torch.tensor(positions)}
+    rows = find_packed_rows(input_ids, kwargs)
+    if not has_neighbours and rows is None:
+        return
+    assert rows is not None
+    call = PackedCall(Leaky(), (), {"input_ids": input_ids, **kwargs}, input_ids, rows)
+    assert call.has_neighbours is has_neighbours
+    assert not has_neighbours or (call.reaches_over() or 0.0) > 0.01
