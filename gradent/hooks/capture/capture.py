@@ -126,14 +126,13 @@ class Capture(TorchFunctionMode):
         self._pending: weakref.WeakKeyDictionary[Any, dict[_Key, deque[_Pending]]] = weakref.WeakKeyDictionary()
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None,
+        run: Callable[..., Any] | None = None,
+    ) -> Any:  # fmt: skip
+        """Run a torch function, by itself or by what computes the same in its place, and record what it uses."""
         if func is torch.Tensor.register_hook:
             self.meets_hooks = True
-        return self._watch(func, func, args, kwargs or {})
-
-    def _watch(self, func: Any, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a torch function, by itself or by what computes the same in its place, and record what it uses."""
+        run, kwargs = run or func, kwargs or {}
         if self._is_inside or self._guard.is_blind or not torch.is_grad_enabled():
             return run(*args, **kwargs)
         is_pick = self._layout.rows > 1 and func in PICKERS
@@ -326,7 +325,7 @@ class Capture(TorchFunctionMode):
     def _watch_linear(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != self._thread:
             return original(*args, **kwargs)
-        return self._watch(LINEAR, original, args, kwargs)
+        return self.__torch_function__(LINEAR, (), args, kwargs, run=original)
 
     def start(self) -> None:
         """`__enter__`, for a pass that ends in another function."""
