@@ -146,7 +146,7 @@ def test_the_second_opinion(among: str) -> None:
 
 
 def test_float32_and_rows_one_by_one() -> None:
-    model, batch = build("mixtral", dtype=torch.float32), rows()
+    model, batch = build("jetmoe", dtype=torch.float32), rows()
     with pytest.warns(Warning, match="one row a forward"):
         gram = measure_rows(model, batch, "all")
     grads, _ = gradients(model.double(), batch)

@@ -91,7 +91,7 @@ def run(config: AuditConfig) -> Summary:
 def check(config: AuditConfig) -> AuditConfig:
     """The options as they are applied; refuses what no audit can do, before a model is loaded for it."""
     loss, out = config.loss, config.out
-    if loss.name == "token_masked":
+    if getattr(loss, "name", None) == "token_masked":
         raise InputError(
             "loss is token_masked, and an audit measures whole responses, not kept tokens. Audit with the loss under "
             "it (dpo); --token-pairs N then adds a what-if row that keeps the differing tokens alone."

@@ -45,6 +45,8 @@ def scan(
     max_length: int | None = None,
     truncation_mode: str | None = None,
     max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
+    quantize: str | None = None,
     exact: int | None = 256,
     seed: int = 0,
     head: bool = True,
@@ -79,6 +81,8 @@ def scan(
         max_length: as in `audit`.
         truncation_mode: as in `audit`.
         max_prompt_length: as in `audit`.
+        max_completion_length: as in `audit`.
+        quantize: as in `audit`.
         exact: measure that many pairs exactly, one of each of so many slices of like length; None for all, 0 for none.
         seed: of that draw, and of the bootstrap.
         head: also the head's block, which costs about as much as the head itself.

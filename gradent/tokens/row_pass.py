@@ -78,7 +78,7 @@ class RowPass:
     ) -> None:
         self.tokens, self.layout = tokens, Layout(1, len(tokens.ids))
         self._parameters, self._tile = parameters, tile
-        self._capture = Capture(parameters, self.layout, self._arrive)
+        self._capture = Capture(parameters, self.layout, self._arrive, folds=False)
         self._nodes: frozenset[Node] = frozenset()  # of the piece that runs
         self._span: slice | None = None  # of the tokens that run; None in the head, where all have one gradient
         self._take: Callable[[Arrival], None] = _ignore

@@ -365,7 +365,7 @@ def test_what_gradent_warns_of_is_on_record_and_other_warnings_go_their_way(loca
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss": "dop"}, "unknown loss 'dop'"),
+        ({"loss": "dop"}, "--loss dop: unknown loss"),
         ({"loss": 3}, "loss is a int; accepted: a name"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"engine": "fast"}, "engine is 'fast'"),
@@ -374,8 +374,10 @@ def test_what_gradent_warns_of_is_on_record_and_other_warnings_go_their_way(loca
     ],
 )
 def test_settings_are_checked_before_anything_is_read(options, message, tmp_path) -> None:
+    (tmp_path / "data.jsonl").write_text("no row\n")
+    (tmp_path / "model").mkdir()
     with pytest.raises(InputError, match=message):
-        audit(tmp_path / "no model", tmp_path / "no data", out=tmp_path / "out", quiet=True, **options)
+        audit(tmp_path / "model", tmp_path / "data.jsonl", out=tmp_path / "out", quiet=True, **options)
     assert not (tmp_path / "out").exists()
 
 

@@ -34,7 +34,7 @@ def server(tmp_path: Path) -> Iterator[RunServer]:
 
 
 def ask(port: int, path: str, host: str | None = None) -> tuple[int, str, dict[str, str]]:
-    connection = HTTPConnection(HOST, port, timeout=30)
+    connection = HTTPConnection(HOST, port, timeout=120)
     connection.request("GET", path, headers={} if host is None else {"Host": host})
     answer = connection.getresponse()
     text = answer.read().decode()
@@ -124,5 +124,5 @@ def test_ctrl_c_ends_it(tmp_path: Path) -> None:
     assert found is not None, process.communicate()
     assert ask(int(found[1]), "/version")[:2] == (200, "nothing")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and out.startswith("Stopped watching.") and not err

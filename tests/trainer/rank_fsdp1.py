@@ -42,7 +42,8 @@ class Lines(logging.Handler):
         self.said: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.said.append(record.getMessage())
+        if record.name == "gradent":
+            self.said.append(record.getMessage())
 
 
 def run(out: Path, name: str, watched: bool) -> dict[str, Any]:

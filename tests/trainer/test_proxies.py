@@ -25,7 +25,10 @@ def test_the_stand_ins_of_a_step_are_those_of_its_pairs(
         """Measures what is to be found while the weights are those of the step."""
 
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            was_armed = self._recorder.armed  # before the optimizer's step it is called once more, to no effect
             super().on_pre_optimizer_step(args, state, control, **kwargs)
+            if not was_armed:
+                return
             assert self._pending is not None and self._pending.batch is not None
             found.append(proxies.measure_proxies(kwargs["model"], self._pending.batch))
 

@@ -62,11 +62,7 @@ def test_kto(loss: str, lora: bool, tiny_tokenizer: PreTrainedTokenizerFast, tmp
         "kto", adapted(lora, llama()), tiny_tokenizer, tmp_path, options={"ref_model": llama(seed=3)},
         loss_type=loss, per_device_train_batch_size=8,
     )  # fmt: skip
-    sides = {
-        (tiny_tokenizer.bos_token + row["prompt"], row[side] + tiny_tokenizer.eos_token): side
-        for row in preferences()
-        for side in ("chosen", "rejected")
-    }
+    sides = {(row["prompt"], row[side]): side for row in preferences() for side in ("chosen", "rejected")}
     for record, before, grads in zip(callback.records, seen.models, seen.grads, strict=False):
         assert record.source == "piggyback" and record.gram is None and record.verdict is None
         assert len(record.rows) == 8 and record.inactive == 0 and (record.groups, record.flat_groups) == (1, 0)

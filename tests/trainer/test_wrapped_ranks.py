@@ -24,7 +24,7 @@ def test_fsdp_1(tmp_path: Path) -> None:
             watching = [line for line in watched["said"] if "cannot watch this model" in line]
             assert len(watching) == 1 and "FSDP 1" in watching[0] and "FSDP 2" in watching[0], name
             assert set(watched["said"]) - set(watching) <= {
-                "probe_data is not measured: a model sharded by FSDP 1 allows no pass of gradent's own."
+                "[gradent] probe_data is not measured: a model sharded by FSDP 1 allows no pass of gradent's own."
             }
 
 

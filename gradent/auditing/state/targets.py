@@ -120,7 +120,9 @@ def choose_reference(
 ) -> ReferenceChoice:
     """The reference that the user passed, or else the one that the run had; a choice made for the user is told."""
     if config.reference is not None:
-        return ReferenceChoice(kind="model", source=resolve_source(config.reference), passed=config.reference)
+        return ReferenceChoice(
+            kind="model", source=resolve_source(config.reference, weights=False), passed=config.reference
+        )
     source = next(target.source for target in targets if target.source is not None)
     needed = config.loss.name if config.loss.needs_reference else None  # the loss that cannot do without
     frozen = None if source.adapter is None else frozen_reference(source.adapter)

@@ -99,8 +99,10 @@ class Capture(TorchFunctionMode):
         # Takes an error of the capture's own; the model runs on unwatched. Without it such an error is raised.
         on_error: Callable[[Exception], None] | None = None,
         clock: Clock | None = None,
+        folds: bool = True,  # whether a product of two parameters is followed like a parameter
     ) -> None:
         super().__init__()
+        self._folds = folds
         self.taps: list[Tap] = []  # in forward order
         self.meets_hooks = False  # whether the model's own code registered a hook on a tensor
         self._layout = layout
@@ -182,7 +184,7 @@ class Capture(TorchFunctionMode):
 
     def _record(self, seen: _Seen, out: Tensor) -> None:
         """Record the uses that a call's rule accounts for, or else follow the one parameter that it made a view of."""
-        if self._fold(seen, out):
+        if self._folds and self._fold(seen, out):
             return
         region, uses = seen.region, [] if seen.again else self._uses(seen.func, seen.args, seen.kwargs, out)
         for use in uses:  # the tokens may require no gradient, and show in no graph
