@@ -134,7 +134,7 @@ def _compare(change: Floats, predicted: Floats, size: float | None, direction: F
         figures[f"{side}_change"] = mean(change[:, column])
         figures[f"{side}_predicted"] = mean(predicted[:, column])
         figures[f"{side}_sign"] = mean(agree.astype(np.float64))
-        figures[f"{side}_signed"] = int(signed.sum())
+        figures[f"{side}_signed"] = int(signed.sum()) or None
     total = float((change**2).sum())
     explained = 1 - float(((change - predicted) ** 2).sum()) / total if total > 0 else None
     return {**figures, "step_size": size, "explained": explained}

@@ -295,7 +295,7 @@ def _describe_interval(first: StepRecord, last: StepRecord) -> dict[str, Any] | 
         # Shares of responses that moved the way which a step on the sample at the interval's begin foretells.
         **{f"{side}_sample_sign": mean(agree[place][foretold[place] != 0].astype(np.float64))
            for place, side in enumerate(_SIDES)},
-        **{f"{side}_sample_signed": int((foretold[place] != 0).sum()) for place, side in enumerate(_SIDES)},
+        **{f"{side}_sample_signed": int((foretold[place] != 0).sum()) or None for place, side in enumerate(_SIDES)},
         "explained": _explained(realised, change, size),
         **{f"explained_{name}": _explained(realised, values, size) for name, values in ends.items()},
         "modules": {module: [float(part) / count for part in parts] for module, parts in modules.items()},

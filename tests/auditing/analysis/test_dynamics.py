@@ -14,7 +14,7 @@ from tests.auditing.measured import columns_of, drawn, has_no_nan, stacked
 
 KEYS = {
     "from", "to", "pairs", "chosen_change", "rejected_change", "chosen_predicted", "rejected_predicted", "step_size",
-    "explained", "chosen_sign", "rejected_sign",
+    "explained", "chosen_sign", "rejected_sign", "chosen_signed", "rejected_signed",
 }  # fmt: skip
 
 
@@ -64,6 +64,7 @@ def test_the_fit_is_least_squares(seed: int) -> None:
     assert 0 < interval["explained"] < 1
     assert interval["chosen_sign"] == np.mean(np.sign(change[:25]) == np.sign(unit[:25]))
     assert interval["rejected_sign"] == np.mean(np.sign(change[25:]) == np.sign(unit[25:]))
+    assert (interval["chosen_signed"], interval["rejected_signed"]) == (25, 25)
 
 
 def test_the_wrong_way_is_no_negative_step() -> None:
