@@ -47,7 +47,7 @@ class ScanConfig(LoadConfig):
     def settings(self) -> dict[str, Any]:
         """What the record's `settings` says of these options; it says elsewhere what was scanned, and where."""
         names = (
-            "split", "max_length", "truncation_mode", "max_prompt_length", "exact", "seed", "head", "batch_size",
-            "memory_budget", "dtype", "device", "skip_bad_rows", "add_eos",
+            "split", "max_length", "truncation_mode", "max_prompt_length", "max_completion_length", "exact", "seed",
+            "head", "batch_size", "memory_budget", "dtype", "device", "skip_bad_rows", "add_eos", "quantize",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}

@@ -18,6 +18,7 @@ from gradent.auditing.state.targets import ReferenceChoice, Target, choose_refer
 from gradent.distributed import Ranks, join
 from gradent.errors import InputError
 from gradent.kernels.common.budget import parse_budget
+from gradent.loading.kinds.quantized import check_quantization
 from gradent.loading.models import check_device, check_dtype
 from gradent.loading.preferences import AuditPair
 from gradent.loading.prepare import choose_device
@@ -48,7 +49,7 @@ def run(config: ScanConfig) -> ScanRecord:
     config = replace(config, quiet=config.quiet or not ranks.is_first)
     notes: list[str] = []
     tell = make_tell(notes, config.quiet)
-    source = resolve_source(config.model, config.adapter)
+    source = resolve_source(config.model, config.adapter, quantize=config.quantize)
     target = Target(name=source.name, step=0, source=source)
     reference = choose_reference([target], None, config, tell)
     material = read_scan_material(source, config, tell)
@@ -92,6 +93,7 @@ def _check(config: ScanConfig) -> ScanConfig:
             raise InputError(f"{config.out}: holds {name}, the record of another command. Choose another --out.")
     make_directory(config.out, SCAN_FILES)
     check_dtype(config.dtype)
+    check_quantization(config.quantize, config.dtype)
     if config.device is not None:
         check_device(config.device)
     return replace(config, loss=loss)

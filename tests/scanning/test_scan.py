@@ -207,6 +207,8 @@ def test_bad_rows_stop_it_or_are_listed(local_model, monkeypatch):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"loss": "pairwise_normalized"}, "Scan with the loss under it"),
         ({"loss": 3}, "loss is a int"),
+        ({"quantize": "nf4"}, "is a full model, and quantize='nf4' is for the base under an adapter"),
+        ({"quantize": "nf5"}, "nf5"),
     ],
 )
 def test_refusals(options, said, local_model):
