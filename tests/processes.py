@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import tempfile
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 
-__all__ = ["call", "launch", "start"]
+__all__ = ["call", "heed_ctrl_c", "launch", "start"]
 
 PRELOADED = [
     "trl.trainer.dpo_trainer",
@@ -31,6 +32,11 @@ PRELOADED = [
     "gradent.auditing.pipeline",
 ]
 PATIENCE = 600
+
+
+def heed_ctrl_c() -> None:
+    """What a shell starts in the background ignores SIGINT, and so does what that starts in turn."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def start(function: Callable[..., Any], *arguments: Any) -> ForkServerProcess:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from gradent.cli.app import app
 from gradent.record import read_summary
 from tests.auditing.trained import train_run
+from tests.processes import heed_ctrl_c
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +129,6 @@ def test_damaged_records_are_named(here) -> None:
     result = gradent("report", "out")
     assert result.exit_code == 2
     assert "pairs.parquet: not a readable parquet file" in result.stderr
-
-
-def heed_ctrl_c() -> None:
-    """What a shell starts in the background ignores SIGINT, and so does what that starts in turn."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from gradent import EntanglementCallback
 from gradent.errors import InputError
 from gradent.report.run.watch import HOST, RunServer
+from tests.processes import heed_ctrl_c
 from tests.report.browser import document_at, needs_chromium
 from tests.report.run_records import pair_rows, write_pairs
 from tests.trainer.runs import llama, make_trainer
@@ -117,7 +118,9 @@ def test_a_browser_shows_the_finding(server: RunServer, tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_it(tmp_path: Path) -> None:
     command = [sys.executable, "-u", "-m", "gradent", "watch", str(tmp_path), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+    )
     assert process.stdout is not None
     line = process.stdout.readline()
     found = re.search(r"at http://127\.0\.0\.1:(\d+)/ \(Ctrl-C ends it\)", line)
