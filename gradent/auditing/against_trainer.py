@@ -61,7 +61,7 @@ def compare_with_trainer(plan: AuditPlan, records: Sequence[TargetRecord], loss:
     # Of another β nothing is known by the log: without the run's own, its reference is not compared.
     beta = _trained(plan).beta
     gaps = _compare_reference(plan, records[0], curves, coverage, beta) if loss.needs_reference and beta else {}
-    if any(gap.is_open for gap in gaps.values()):
+    if _is_open(gaps):
         what = f"the reference's (logps/* less rewards/* over β = {beta:g}, over the whole log)"
         apart = min(abs(gap.logged - gap.measured) for gap in gaps.values())
         is_right = policy is not None and all(not gap.is_open and gap.allowed < apart / 2 for gap in policy.values())

@@ -47,7 +47,8 @@ def run(config: AuditConfig) -> Summary:
     """Do an audit; returns the summary on every rank."""
     started = time.monotonic()
     loss, said = choose_loss(config.loss, config.hyperparameters or {}, read_run_loss(config.model))
-    config = check(replace(config, loss=loss))
+    config = replace(config, loss=loss)
+    check(config)
     ranks = join(config.device)
     config = replace(config, quiet=config.quiet or not ranks.is_first)
     notes: list[str] = []
@@ -88,8 +89,8 @@ def run(config: AuditConfig) -> Summary:
     return summary
 
 
-def check(config: AuditConfig) -> AuditConfig:
-    """The options as they are applied; refuses what no audit can do, before a model is loaded for it."""
+def check(config: AuditConfig) -> None:
+    """Refuse what no audit can do, before a model is loaded for it."""
     loss, out = config.loss, config.out
     if getattr(loss, "name", None) == "token_masked":
         raise InputError(
@@ -117,7 +118,6 @@ def check(config: AuditConfig) -> AuditConfig:
     check_quantization(config.quantize, config.dtype)
     if config.device is not None:
         check_device(config.device)
-    return config
 
 
 def _prepare(config: AuditConfig, tell: Tell) -> AuditPlan:
@@ -143,15 +143,15 @@ def _make_sweep(config: AuditConfig, plan: AuditPlan, ranks: Ranks, tell: Tell) 
     settings.agree(ranks)
     journal = Journal(config.out, settings.key, ranks.rank)
 
-    def tell_and_keep(note: str) -> None:
-        """Notes on measuring are part of the record, even where another process did this part of it."""
-        if journal.find("note", note) is None:
-            journal.append("note", note, 0, {"text": note})
-            tell(note)
-
     failures = {target.name: target.problem for target in plan.targets if target.problem is not None}
     return Sweep(
-        config=config, plan=plan, journal=journal, ranks=ranks, device=device, tell=tell_and_keep, failures=failures
+        config=config,
+        plan=plan,
+        journal=journal,
+        ranks=ranks,
+        device=device,
+        tell=journal.keeping(tell),
+        failures=failures,
     )
 
 

@@ -36,8 +36,6 @@ def hyperparameters(panel: str) -> list[inspect.Parameter]:
     ]
 
 
-"""Options of commands that take a loss."""
-
 Command = TypeVar("Command", bound=Callable[..., None])
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from gradent.auditing.state.config import LOSS
 from gradent.cli.console import readable_errors, say
 from gradent.cli.options import HYPERPARAMETERS, hyperparameters, options, read_options, takes
 from gradent.scanning.api import scan as run_scan
-from gradent.scanning.config import LOSS, ScanConfig
+from gradent.scanning.config import ScanConfig
 
 __all__ = ["scan"]
 

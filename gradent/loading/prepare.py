@@ -79,6 +79,14 @@ class Material:
     repeated: int = 0  # pairs whose chosen begins with the prompt once more
     group: RolloutGroup | None = None  # the one row that was asked for, where it holds rollouts and no pair
 
+    @property
+    def applied(self) -> dict[str, Any]:
+        """The options of reading rows as they were applied, for a record's `settings`."""
+        return {
+            "max_length": self.max_length, "add_eos": self.add_eos, "truncation_mode": self.how.truncation_mode,
+            "max_prompt_length": self.how.max_prompt_length, "max_completion_length": self.how.max_completion_length,
+        }  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:

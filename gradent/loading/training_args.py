@@ -9,10 +9,10 @@ from __future__ import annotations
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import pairwise, takewhile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,9 @@ def read_trained(models: Iterable[str]) -> Trained:
     for place in dict.fromkeys(places):
         releases += _read_release(place / "README.md")
         values = _read_values(place / "training_args.bin")
-        found = {name: value for name, value in pairwise(values) if name in _LIMITS}
-        limits = {name: value for name, value in found.items() if _is_limit(name, value)} | limits
-        betas += [
-            value for name, value in pairwise(values) if name == "beta" and isinstance(value, float) and value > 0
-        ]
+        found = _named_values(values, (*_LIMITS, "beta"))
+        limits = {name: found[name] for name in _LIMITS if name in found and _is_limit(name, found[name])} | limits
+        betas += [value for value in (found.get("beta"),) if isinstance(value, float) and value > 0]
         days += [path.stat().st_mtime for path in (place / "trainer_state.json",) if path.is_file()]
     day = datetime.fromtimestamp(min(days)) if days else None
     return Trained(release=releases[0] if releases else None, limits=limits, day=day, beta=betas[0] if betas else None)
@@ -56,8 +54,14 @@ def read_trained(models: Iterable[str]) -> Trained:
 
 def read_arguments(path: Path, names: Iterable[str]) -> dict[str, Any]:
     """The arguments of these names in a training_args.bin, and its `class`; empty where it cannot be read."""
-    # A list of plain values is a tuple. A value of another kind is left out.
     values = _read_values(path)
+    found = _named_values(values, names)
+    classes = [value.split()[-1] for value in values if isinstance(value, str) and _ARGUMENTS.fullmatch(value)]
+    return {**found, "class": classes[0]} if found and classes else {}
+
+
+def _named_values(values: Sequence[Any], names: Iterable[str]) -> dict[str, Any]:
+    """The value behind each of these names; a list of plain values is a tuple, one of another kind is left out."""
     found: dict[str, Any] = {}
     for place, name in enumerate(values):
         if name not in names or name in found or place + 1 >= len(values):
@@ -70,8 +74,7 @@ def read_arguments(path: Path, names: Iterable[str]) -> dict[str, Any]:
             if not value:
                 continue
         found[name] = value
-    classes = [value.split()[-1] for value in values if isinstance(value, str) and _ARGUMENTS.fullmatch(value)]
-    return {**found, "class": classes[0]} if found and classes else {}
+    return found
 
 
 def _read_release(card: Path) -> list[str]:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gradent.auditing.state.config import LOSS
 from gradent.loading.config import DATA, MODEL, RUN, LoadConfig, option
 
-__all__ = ["LOSS", "ScanConfig"]
+__all__ = ["ScanConfig"]
 
-LOSS = "Loss"
 _EXACT = "Exact sample"
 
 

@@ -116,15 +116,9 @@ def _make_scan(
         )
     journal = Journal(config.out, digest(["scan", *settings]), ranks.rank)
 
-    def tell_and_keep(note: str) -> None:
-        """Notes on measuring are part of the record, even where another process did this part of it."""
-        if journal.find("note", note) is None:
-            journal.append("note", note, 0, {"text": note})
-            tell(note)
-
     return Scan(
         config=config, source=source, material=material, reference=reference, journal=journal, ranks=ranks,
-        device=device, model_identity=identity, tell=tell_and_keep,
+        device=device, model_identity=identity, tell=journal.keeping(tell),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gradent.auditing.analysis.loss_grid import NAMES, describe_setting
-from gradent.report.page.numbers import share_interval, share_of_pairs
+from gradent.report.page.numbers import beats_a_coin, share_interval, share_of_pairs
 
 __all__ = ["CLEARLY", "NEARLY_ALL", "find_foretold", "recommend", "standard_errors"]
 
@@ -27,9 +27,6 @@ Row = Mapping[str, Any]
 
 SURELY_NEARLY_ALL = 0.85
 """What the lower end of that share's 95% interval must reach, or the pairs are too few to say so (22 of 22 do)."""
-
-COIN = 0.5
-"""Share of signs that a coin has right."""
 
 ENOUGH = 100
 """Pairs that are advised where there were too few."""
@@ -143,8 +140,7 @@ def _foretells_nothing(foretold: Mapping[str, Any] | None) -> list[str]:
     """The responses of which the steps had signs right no more often than a coin."""
     if foretold is None or not foretold["pairs"]:
         return []
-    lows = {side: share_interval(foretold[side], foretold["pairs"])[0] for side in ("chosen", "rejected")}
-    return [side for side, low in lows.items() if low <= COIN]
+    return [side for side in ("chosen", "rejected") if not beats_a_coin(foretold[side], foretold["pairs"])]
 
 
 def _can_tell(pairs: float) -> bool:

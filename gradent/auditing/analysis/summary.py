@@ -111,12 +111,7 @@ def summarize(
         },
         "tokens": summarize_tokens(tokens, last.table) if tokens is not None else None,
         "loss": {"name": loss.name, **read_hyperparameters(loss)},
-        "settings": {
-            **config.settings, "max_length": plan.material.max_length, "add_eos": plan.material.add_eos,
-            "truncation_mode": plan.material.how.truncation_mode,
-            "max_prompt_length": plan.material.how.max_prompt_length,
-            "max_completion_length": plan.material.how.max_completion_length,
-        },
+        "settings": {**config.settings, **plan.material.applied},
         "notes": ([] if doubt is None else [doubt]) + notes + [note for note in kept_notes if note not in notes],
     }  # fmt: skip
     return Outcome(

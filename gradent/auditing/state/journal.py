@@ -7,7 +7,7 @@ the old one stays where it is, so that going back to the old settings goes on wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +95,16 @@ class Journal:
                 "again."
             ) from error
         return values
+
+    def keeping(self, tell: Callable[[str], None]) -> Callable[[str], None]:
+        """A `tell` of notes on measuring: part of the record, even where another process did this part of it."""
+
+        def tell_and_keep(note: str) -> None:
+            if self.find("note", note) is None:
+                self.append("note", note, 0, {"text": note})
+                tell(note)
+
+        return tell_and_keep
 
     def close(self) -> None:
         """Close the file."""

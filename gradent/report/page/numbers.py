@@ -8,6 +8,7 @@ from typing import Any
 
 __all__ = [
     "NOTHING",
+    "beats_a_coin",
     "change",
     "count",
     "describe_evidence",
@@ -55,6 +56,11 @@ def share_interval(share: float, total: int) -> tuple[float, float]:
     square, middle = _Z**2 / total, share + _Z**2 / (2 * total)
     half = _Z * math.sqrt(share * (1 - share) / total + square / (4 * total))
     return max(0.0, (middle - half) / (1 + square)), min(1.0, (middle + half) / (1 + square))
+
+
+def beats_a_coin(share: float, total: int) -> bool:
+    """Whether a share of that many is clearly more than a half."""
+    return share_interval(share, total)[0] > 0.5
 
 
 def share_of_pairs(share: float | None, total: int) -> str:

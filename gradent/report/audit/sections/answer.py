@@ -12,11 +12,11 @@ from gradent.report.audit.sections.steps import STEP
 from gradent.report.page.cases import share_of
 from gradent.report.page.html import Section
 from gradent.report.page.numbers import (
+    beats_a_coin,
     change,
     fixed,
     percent,
     plural,
-    share_interval,
     share_of_pairs,
     signed_number,
     step_name,
@@ -29,7 +29,6 @@ CLOSE = 0.9
 """Share explained from which two checkpoints lie close enough for a first-order account."""
 
 _SIDES = ("chosen", "rejected")
-_COIN = 0.5
 _CLEARLY = 2.0  # standard errors from which a mean is said to have moved
 
 
@@ -101,10 +100,6 @@ def _curve(summary: Summary) -> Sequence[Row]:
     return [point for point in curve if point.get("step") is not None]
 
 
-def _pairs(pairs: Sequence[int]) -> str:
-    return plural(len(pairs), "pair")
-
-
 def _describe_change(curve: Sequence[Row]) -> str:
     """How far both means moved from the first point to the last, in words that its errors allow."""
     last, since = curve[-1], step_name(curve[0].get("step"))
@@ -152,7 +147,7 @@ def _big_numbers(records: AuditRecords) -> list[BigNumber]:
         between = f"from {step_name(run.get('from'))} to {run.get('to'):,}"
         numbers.append(BigNumber("Pairs in which both fell", share, between))
     else:
-        of = f"a step on each alone, of {_pairs(last.pairs)}"
+        of = f"a step on each alone, of {plural(len(last.pairs), 'pair')}"
         for case, name in (("ideal", "Chosen rises, rejected falls"), ("both_down", "Both fall")):
             numbers.append(BigNumber(name, share_of_pairs(last.share(case), len(last.pairs)), of))
     before = f"{fixed(first.quantile('cosine', 0.5))} at {step_name(first.step)}" if first is not last else ""
@@ -179,7 +174,7 @@ def _describe_moved(records: AuditRecords) -> str:
         return ""
     step = f"at {step_name(row.get('step'))}" if len(records.measured) > 1 else "from these weights"
     return (
-        f"One step of plain gradient descent on the mean loss of all {_pairs(range(int(row['pairs'])))} {step}, in "
+        f"One step of plain gradient descent on the mean loss of all {plural(int(row['pairs']), 'pair')} {step}, in "
         f"units of a response's own push. Mean {'. Mean '.join(sentences)}."
     )
 
@@ -196,14 +191,13 @@ def _describe_trust(records: AuditRecords) -> tuple[str, bool]:
             f"Along the run's own displacement, first order explains {share}{'' if least <= 0 else ' or more'} of the "
             f"change between checkpoints{': they lie too far apart for it' if warns else ''}."
         )
-    foretold = (records.summary["recommendation"] or {}).get("foretold")
+    recommendation = records.summary["recommendation"] or {}
+    foretold = recommendation.get("foretold")
     if foretold:
         shown = {side: share_of_pairs(foretold[side], foretold["pairs"]) for side in _SIDES}
-        coin = [side for side in _SIDES if share_interval(foretold[side], foretold["pairs"])[0] <= _COIN]
+        coin = [side for side in _SIDES if not beats_a_coin(foretold[side], foretold["pairs"])]
         warns = warns or bool(coin)
-        judged = (
-            "the sample" if (records.summary["recommendation"] or {}).get("step") == "sample" else "each pair alone"
-        )
+        judged = "the sample" if recommendation.get("step") == "sample" else "each pair alone"
         sentences.append(
             f"A step on {judged} at {step_name(foretold['from'])} had the sign of what followed right for chosen in "
             f"{shown['chosen']} and for rejected in {shown['rejected']} of the pairs that it moves"
