@@ -27,7 +27,7 @@ from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.measurement import row_logps
 from gradent.model.parameters import NO_DOUBLE, device_without_double, trainable
 from gradent.model.preconditioner import describe_optimizer, is_adam, metric_obstacle
-from gradent.model.sharding import sharding
+from gradent.model.sharding import sharding, unwatchable
 from gradent.notices import Notices, log
 from gradent.pairs.batch import PairBatch
 from gradent.proxies import PairProxies
@@ -262,14 +262,13 @@ class EntanglementCallback(TrainerCallback):
         self._is_measuring = step == 1 or step % self.every == 0 or self._is_tokens_step(step)
         if self._recorder is None or not self._is_measuring or self.errors >= LIMIT:
             return
+        optimizer = kwargs.get("optimizer")
         if self._metric == "adam":
-            optimizer = kwargs.get("optimizer")
             is_known = optimizer is not None and is_adam(optimizer)
             if optimizer is None or (is_known and state.global_step == 0):
                 self._is_measuring = False  # before its first step, Adam has no geometry
                 return
             self._recorder.metric = self._find_metric(kwargs["model"], optimizer)
-        optimizer = kwargs.get("optimizer")
         self._prepare_account(kwargs["model"], optimizer if self._attribution else None)
         self._recorder.arm()
         self._engine_scale = engine_loss_scale(optimizer)
@@ -284,6 +283,8 @@ class EntanglementCallback(TrainerCallback):
 
     def _find_metric(self, model: nn.Module, optimizer: Any) -> Any:
         """The optimizer, if gradent knows its geometry; else None, for Euclidean products, which is said."""
+        if unwatchable(model) is not None:
+            return None
         kind = sharding(model)
         obstacle = None if kind is None else f"the optimizer's state is sharded ({kind})."
         if obstacle is None:
@@ -343,10 +344,12 @@ class EntanglementCallback(TrainerCallback):
         if self.realised and not is_late:
             self._logps_before = self._measure_logps(kwargs["model"], self._pending)
         is_due = self._is_tokens_step(state.global_step + 1) and is_first() and not is_late
-        kind = sharding(kwargs["model"]) if is_due else None
-        if kind is not None:
-            self.notices.once(f"tokens_every is left out: a model sharded by {kind} allows no pass of gradent's own.")
-        elif is_due and self._has_pairs(self._pending) and not self._lacks_inputs(self._pending, "tokens_every"):
+        if (
+            is_due
+            and not self._is_sharded(kwargs["model"], "tokens_every")
+            and self._has_pairs(self._pending)
+            and not self._lacks_inputs(self._pending, "tokens_every")
+        ):
             self._tokens = map_tokens(kwargs["model"], self._pending, self._budget)
         if self._has_proxies and not is_late and not self._lacks_inputs(self._pending, "proxies"):
             self._proxies = step_proxies(kwargs["model"], self._pending, self._budget, self.notices.once)
@@ -354,6 +357,13 @@ class EntanglementCallback(TrainerCallback):
             self._pending = replace(self._pending, overhead_s=self._pending.overhead_s + seconds)
         if self._whole_step is not None:
             self._hold(self._whole_step, self._pending, kwargs.get("optimizer"))
+
+    def _is_sharded(self, model: nn.Module, name: str) -> bool:
+        """Whether the model's parameters are spread over ranks, so that no pass can be made for this; that is said."""
+        kind = sharding(model)
+        if kind is not None:
+            self.notices.once(f"{name} is not measured: a model sharded by {kind} allows no pass of gradent's own.")
+        return kind is not None
 
     def _lacks_inputs(self, recording: Recording | RowRecording, name: str) -> bool:
         """Whether the model was given what a pass of gradent's own cannot give it; that is said."""
@@ -415,9 +425,7 @@ class EntanglementCallback(TrainerCallback):
 
     def _measure_logps(self, model: nn.Module, recording: Recording | RowRecording) -> Tensor | None:
         """Log-probs of a recording's rows, float64 `[N]`; of pairs chosen, then rejected."""
-        kind = sharding(model)
-        if kind is not None:
-            self.notices.once(f"realised is not measured: a model sharded by {kind} allows no pass of gradent's own.")
+        if self._is_sharded(model, "realised"):
             return None
         if recording.batch is None or self._lacks_inputs(recording, "realised"):
             return None
@@ -442,10 +450,7 @@ class EntanglementCallback(TrainerCallback):
             self._keep_step(state, kwargs["model"], was_skipped=self._loss_scale > scale)
         if self._probe is None or self.errors >= LIMIT or not self._probe.is_due(state.global_step):
             return
-        kind = sharding(kwargs["model"])
-        if kind is not None:
-            self.notices.once(f"probe_data is not measured: a model sharded by {kind} allows no pass of gradent's own.")
-        else:
+        if not self._is_sharded(kwargs["model"], "probe_data"):
             self._scalars |= self._probe.measure(kwargs["model"], self._budget)
 
     def _keep_step(self, state: Any, model: nn.Module, *, was_skipped: bool) -> None:
