@@ -74,6 +74,9 @@ class StepAttribution:
         sketch: what rows of other ranks need to meet these; None once they have, and where there are none.
         sides: 2 of pairs, 1 of rows that are no pairs.
         gram: `⟨g_i, g_j⟩`, float64 `[N, N]`, where the rows' gradients were kept and are no pairs'; else None.
+        lasting: what a gradient that is the same in every step comes to in one, momentum included, over what it does
+            without; None where it differs between parameters, and where the loss weighs a response's tokens
+            differently, so that a push is not one of `g_j`.
     """
 
     products: Tensor
@@ -85,6 +88,7 @@ class StepAttribution:
     sketch: StepSketch | None = field(default=None, repr=False, compare=False)
     sides: int = 2
     gram: Tensor | None = field(default=None, repr=False, compare=False)
+    lasting: float | None = None
 
     @cached_property
     def total(self) -> Tensor:
@@ -134,7 +138,7 @@ class StepAttribution:
             moved={source: _sides(parts, [part.moved[source] for part in parts]) for source in parts[0].moved},
             realised=_sides(parts, realised) if len(realised) == len(parts) else None,
             is_whole=all(part.is_whole for part in parts),
-            sketch_error=join_errors(parts), sides=parts[0].sides,
+            sketch_error=join_errors(parts), sides=parts[0].sides, lasting=_same([part.lasting for part in parts]),
         )  # fmt: skip
 
     @staticmethod
@@ -152,6 +156,11 @@ def join_errors(parts: Sequence[StepAttribution]) -> float | None:
     """The root mean square of several accounts' `sketch_error`; None where none has one."""
     errors = [part.sketch_error**2 for part in parts if part.sketch_error is not None]
     return math.sqrt(sum(errors) / len(errors)) if errors else None
+
+
+def _same(values: Sequence[float | None]) -> float | None:
+    """The value that all share; None where they differ."""
+    return values[0] if len(set(values)) == 1 else None
 
 
 def _sides(parts: Sequence[StepAttribution], values: Sequence[Tensor]) -> Tensor:
@@ -277,6 +286,7 @@ def assemble(
     return StepAttribution(
         products=products / c if weighted_rows else products, pushes=pushes,
         moved={source: moved[source] for source in roles.sources}, sides=roles.sides,
+        lasting=None if weighted_rows else _same([rule.terms(number).lasting for number in account]),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradent.attribution.step import StepAttribution
 
-__all__ = ["estimate_unseen"]
+__all__ = ["estimate_unseen", "unseen_changes"]
 
 
 def estimate_unseen(account: StepAttribution) -> Tensor | None:
@@ -28,10 +28,15 @@ def estimate_unseen(account: StepAttribution) -> Tensor | None:
         `[[chosen, its error], [rejected, its error]]`, the error from the spread over the pairs; None where not all of
         the step is in the account, where it is not split into sources, and of fewer than two pairs.
     """
+    looks = unseen_changes(account)
+    return None if looks is None else torch.stack([looks.mean(1), looks.std(1) / math.sqrt(looks.shape[1])], 1)
+
+
+def unseen_changes(account: StepAttribution) -> Tensor | None:
+    """Each pair's look at an unseen one, chosen and rejected, nats, float64 `[2, k]`; None as `estimate_unseen`."""
     moved, pairs = account.moved, len(account.total) // 2
     if not account.is_whole or "others_chosen" not in moved or pairs < 2:
         return None
     others = moved["others_chosen"] + moved["others_rejected"] + moved["earlier_batches"]
     carried = moved["momentum"] + moved["weight_decay"]
-    looks = (others * pairs / (pairs - 1) + carried).view(2, pairs)
-    return torch.stack([looks.mean(1), looks.std(1) / math.sqrt(pairs)], 1)
+    return (others * pairs / (pairs - 1) + carried).view(2, pairs)

@@ -40,6 +40,7 @@ class Terms:
     carried: float = 0.0
     coupled: float = 0.0
     decoupled: float = 0.0
+    lasting: float = 1.0  # what a gradient that stays the same comes to with what is carried, over `fresh`
 
     @property
     def decay(self) -> float:
@@ -99,6 +100,7 @@ class UpdateRule:
             lr=rate, fresh=sign * (1 - beta) / corrected, carried=beta / corrected,
             coupled=0.0 if is_decoupled else decay, decoupled=decay if is_decoupled else 0.0,
             limit=sign * (1 - beta) / corrected * math.sqrt((1 - second**step) / (1 - second)),
+            lasting=corrected / (1 - beta) if beta < 1 else 1.0,
         )  # fmt: skip
 
     def momentum(self, number: int) -> Tensor | None:
@@ -172,9 +174,12 @@ def _sgd(group: Mapping[str, Any], lr: float, sign: float, decay: float, *, is_f
     if momentum == 0 or (is_first and not group["nesterov"]):
         return Terms(lr=lr, fresh=sign, coupled=decay)
     taken = 1.0 if is_first else 1 - dampening
+    lasting = 1 / (1 - momentum) if momentum < 1 else 1.0
     if group["nesterov"]:
-        return Terms(lr=lr, fresh=sign * (1 + momentum * taken), carried=momentum**2, coupled=decay)
-    return Terms(lr=lr, fresh=sign * taken, carried=momentum, coupled=decay)
+        fresh = 1 + momentum * taken
+        lasting = (1 + momentum * (1 - dampening) * lasting) / fresh
+        return Terms(lr=lr, fresh=sign * fresh, carried=momentum**2, coupled=decay, lasting=lasting)
+    return Terms(lr=lr, fresh=sign * taken, carried=momentum, coupled=decay, lasting=lasting)
 
 
 def unwrap_optimizer(optimizer: object) -> object:

@@ -66,11 +66,11 @@ class SampleStep:
     inner: Floats  # of every pair, `[P]`, exact
     is_exact: bool  # whether the vectors are the gradients
 
-    def moved(self, judged: Sequence[Verdict]) -> Floats:
-        """What a step of unit learning rate on each loss's mean does to chosen and rejected, nats, `[L, P, 2]`."""
-        # All losses at once, and a few of the numbers K: each loss alone would read all vectors twice.
-        pairs, weights = len(self.inner), np.stack([_pull(each.d_w.numpy(), each.d_l.numpy()) for each in judged])
-        rows, flat = self.vectors.reshape(2 * pairs, -1), weights.reshape(len(judged), -1)
+    def moved(self, weights: Floats) -> Floats:
+        """What steps of unit learning rate along `−Σ_j w_j g_j` do to chosen and rejected, nats, `[L, P, 2]`."""
+        # `weights` `[L, 2, P]`. All losses at once, a few of the numbers K each time: each alone would read all twice.
+        pairs = len(self.inner)
+        rows, flat = self.vectors.reshape(2 * pairs, -1), weights.reshape(len(weights), -1)
         moved = np.zeros(flat.shape)
         squares, inner = np.zeros((2, pairs)), np.zeros(pairs)
         for span in spans(rows.shape[1], max(1, AT_ONCE // max(flat.shape))):
@@ -89,12 +89,28 @@ class SampleStep:
         """What each row does to one response in such a step, nats, `[2, P]`."""
         products = self.vectors @ self.vectors[side, place]
         products[side, place], products[1 - side, place] = self.squares[side, place], self.inner[place]
-        found: Floats = _pull(judged.d_w.numpy(), judged.d_l.numpy()) * products
+        found: Floats = _pull_by(judged) * products
         return found
 
     def cases(self, judged: Sequence[Verdict]) -> list[NDArray[Any]]:
-        """Of each loss the number of each pair's case after such a step, `[P]`."""
-        return [find_cases(change) for change in self.moved(judged)] if judged else []
+        """Of each loss the number of each pair's case after a step on its mean over the sample, `[P]`."""
+        if not judged:
+            return []
+        return [find_cases(change) for change in self.moved(np.stack([_pull_by(each) for each in judged]))]
+
+    def needed_nll(self, judged: Verdict, lengths: Floats) -> float | None:
+        """The smallest weight of an NLL term with which a step on the sample lowers no unseen chosen, on average."""
+        # An unseen pair is looked at by each pair without its own part; the term is a mean over chosen's tokens. Of
+        # both, the others' part has the same factor P / (P - 1).
+        if len(lengths) < 2:
+            return None
+        term = np.stack([np.full(len(lengths), 1 / lengths.sum()), np.zeros(len(lengths))])
+        pulls = np.stack([_pull_by(judged), term])
+        own = pulls[:, 0] * self.squares[0] + pulls[:, 1] * self.inner
+        change, gain = (self.moved(pulls)[:, :, 0] - own).mean(1).tolist()
+        if change >= 0:
+            return 0.0
+        return -change / gain if gain > 0 else None
 
     @property
     def error(self) -> float:
@@ -180,6 +196,11 @@ def describe_steps(
 def _pull(d_w: Floats, d_l: Floats) -> Floats:
     """What a step on the sample's mean loss has of every chosen's and rejected's gradient, `−∂L/∂log π`, `[2, P]`."""
     return np.stack([d_w, -d_l]) / len(d_w)
+
+
+def _pull_by(judged: Verdict) -> Floats:
+    """The same, of a loss that has judged the pairs."""
+    return _pull(judged.d_w.numpy(), judged.d_l.numpy())
 
 
 def _pull_of(table: Table) -> Floats:

@@ -71,6 +71,13 @@ def what_if(
     masked = mask_row(tokens, checkpoints[-1], run)
     rows.append({**_design("token_masked", "Token masking (differing tokens kept)"), **masked})
     judged.append("its tokens are kept pair by pair")
+    needed = (
+        None if sample is None or isinstance(judged[0], str) else _with_nll(loss, judged[0], checkpoints[-1], sample)
+    )
+    if needed is not None:
+        row, verdict = needed
+        rows.append({**row, **_row([verdict], checkpoints[-1:], run)})
+        judged.append(verdict)
     return [{**row, "sample": found} for row, found in zip(rows, _judge_sample(rows, judged, sample), strict=True)]
 
 
@@ -94,6 +101,24 @@ def _judge_sample(
 
 def _design(loss: str, label: str) -> dict[str, Any]:
     return {"loss": loss, "label": label, "group": "design", "hyperparameters": {}, "varied": None}
+
+
+def _with_nll(
+    loss: Loss, judged: Verdict, table: Table, sample: SampleStep | None
+) -> tuple[dict[str, Any], Verdict] | None:
+    """The run's loss with the likelihood term that it needs on the sample, and its verdict; None if it needs none."""
+    if sample is None:
+        return None
+    lengths = table["chosen_len"].astype(np.float64)
+    weight = sample.needed_nll(judged, lengths)
+    if not weight:
+        return None
+    verdict = Verdict.from_weights(judged.gram, judged.d_w + weight / lengths.mean(), judged.d_l)
+    row = {
+        "loss": "nll_term", "label": f"{label_loss(loss)} + {weight:.2g} · NLL of chosen", "group": "term",
+        "hyperparameters": {"nll_weight": weight}, "varied": None,
+    }  # fmt: skip
+    return row, verdict
 
 
 def _try(loss: Loss, table: Table) -> Verdict | str:

@@ -478,7 +478,7 @@ class EntanglementCallback(TrainerCallback):
         changes = realised if len(realised) == len(recordings) else None
         record = self._journal.record(state.global_step, recordings, changes, self._tokens)
         if isinstance(record, StepRecord):
-            record = replace(record, unseen=self._unseen.estimate(record, state.epoch))
+            record = self._unseen.judge(record, state.epoch)
             record = replace(record, proxies=join_proxies([found for part, _, found in gathered if part is not None]))
         self.records.append(record if self.by_module else record.without_modules())
         self._attempt += 1

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
+from gradent.attribution.likelihood import estimate_nll
 from gradent.attribution.unseen import estimate_unseen
 from gradent.pairs.batch import PairBatch
 from gradent.trainer.records.step import StepRecord
@@ -23,6 +25,16 @@ class UnseenPairs:
         self._say_once = say_once
         self._prompts: set[int] = set()
         self._obstacle: str | None = None
+
+    def judge(self, record: StepRecord, epoch: float | None) -> StepRecord:
+        """The record with what its step, begun in this epoch, does to unseen pairs, and what an NLL term would."""
+        unseen, account, gram = self.estimate(record, epoch), record.attribution, record.gram
+        if account is None or record.batch is None or record.step <= EARLY or record.inactive or not len(gram):
+            return replace(record, unseen=unseen)
+        nll = estimate_nll(account, record.verdict.d_w, gram.chosen_len)
+        if nll is not None and unseen is None:
+            nll = nll.without_unseen()
+        return replace(record, unseen=unseen, nll=nll)
 
     def estimate(self, record: StepRecord, epoch: float | None) -> Tensor | None:
         """`estimate_unseen` of a step, begun in this epoch; None where it would not hold, which is said once."""

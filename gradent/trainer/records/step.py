@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gradent.attribution.likelihood import NLLEffect, needed_weight
 from gradent.attribution.step import StepAttribution, join_errors
 from gradent.model.layer_names import group_layers
 from gradent.pair_gram import ModuleGram, PairGram
@@ -57,6 +58,8 @@ class StepRecord:
             `attribution=True`, in Adam's first step, and where a step has no such account (said once in the log).
         unseen: first-order change, in nats, of chosen and rejected of a pair that is not in the step, each with its
             standard error, float64 `[2, 2]`; None where it is not known (docs/account.md says when it is).
+        nll: what a likelihood term on chosen would add to the step, and so how much of it would have been enough
+            (`gradent.attribution.likelihood`); None where the account does not tell.
         proxies: the cheap stand-ins of these pairs, in the order of `gram`; None without `proxies=True`.
     """
 
@@ -74,6 +77,7 @@ class StepRecord:
     tokens: TokenMap | None = None
     attribution: StepAttribution | None = None
     unseen: Tensor | None = None
+    nll: NLLEffect | None = None
     proxies: PairProxies | None = None
 
     @classmethod
@@ -173,6 +177,7 @@ def summarize(records: Sequence[StepRecord]) -> dict[str, float]:
     scalars |= finite_means(values, "gradent/") | case_shares(case, "gradent/case/")
     scalars |= summarize_proxies([(record.gram, record.proxies) for record in records if record.proxies is not None])
     scalars |= _summarize_unseen([record.unseen for record in records if record.unseen is not None])
+    scalars |= _summarize_nll([record.nll for record in records if record.nll is not None])
     return scalars | summarize_moves([part for part in (record.attribution for record in records) if part is not None])
 
 
@@ -184,6 +189,14 @@ def _summarize_unseen(found: Sequence[Tensor]) -> dict[str, float]:
         scalars[f"gradent/unseen/{side}"] = float(changes.mean())
         scalars[f"gradent/unseen/{side}_error"] = float(errors.square().sum().sqrt()) / len(found)
     return scalars
+
+
+def _summarize_nll(effects: Sequence[NLLEffect]) -> dict[str, float]:
+    """The `gradent/nll_weight/...` scalars: the smallest weight of a likelihood term that would have been enough."""
+    if not effects:
+        return {}
+    weights = {name: needed_weight(effects, unseen=name == "unseen") for name in ("batch", "unseen")}
+    return {f"gradent/nll_weight/{name}": weight for name, weight in weights.items() if weight == weight}
 
 
 def moved_sources(parts: Iterable[StepAttribution]) -> list[str]:

@@ -12,10 +12,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gradent import losses
+from gradent.auditing.analysis.columns import judge
 from gradent.auditing.analysis.loss_grid import SWEEPS, label_loss
 from gradent.auditing.analysis.recommendation import CLEARLY, find_foretold, recommend, standard_errors
+from gradent.auditing.analysis.steps import SampleStep
 from gradent.auditing.analysis.what_if import what_if
 from gradent.losses import LOSSES
+from gradent.record.table import Table
 from gradent.report.page.numbers import share_of_pairs
 from gradent.theory.conditions import verdict
 from tests.auditing.measured import columns_of, drawn, gram_of, has_no_nan, references_of, stacked
@@ -415,3 +418,36 @@ def test_standard_errors_are_mcnemars() -> None:
     heads = draw.binomial(40, 0.5, 20_000)
     passed = np.mean([standard_errors(gained=int(each), lost=40 - int(each)) > CLEARLY for each in heads])
     assert 0.0005 < passed < 0.005
+
+
+def stepped(chosen: Any, rejected: Any) -> SampleStep:
+    """A step on a sample whose rows' gradients are these vectors."""
+    vectors = np.stack([np.asarray(chosen), np.asarray(rejected)])
+    squares, inner = np.square(vectors).sum(2), (vectors[0] * vectors[1]).sum(1)
+    return SampleStep(vectors=vectors, squares=squares, inner=inner, is_exact=True)
+
+
+@pytest.mark.parametrize("name", ["dpo", "simpo"])
+def test_with_the_term_a_step_lowers_no_unseen_chosen_on_average(name: str) -> None:
+    chosen, rejected = (vectors + common for vectors, common in zip(drawn(20, 5), (1.0, 2.0), strict=True))
+    columns, loss = columns_of(chosen, rejected), losses.get(name)
+    term = find(what_if(columns, loss, sample=stepped(chosen, rejected)), "term", "nll_term")
+    weight = term["hyperparameters"]["nll_weight"]
+    assert weight > 0
+    table = Table.read(columns)
+    judged = judge(table, loss)
+    d_w = judged.d_w.numpy() + weight / table["chosen_len"].mean()
+    unseen = []
+    for pair in range(20):
+        others = [other for other in range(20) if other != pair]
+        step = d_w[others] @ chosen[others] - judged.d_l.numpy()[others] @ rejected[others]
+        unseen.append(float(chosen[pair] @ step))
+    assert abs(np.mean(unseen)) <= 1e-10 * np.abs(unseen).max()
+    assert term["label"].endswith(f"+ {weight:.2g} · NLL of chosen")
+    assert term["sample"]["cases"]
+
+
+def test_where_chosen_does_not_fall_no_term_is_needed() -> None:
+    chosen, rejected = (np.abs(vectors) for vectors in drawn(20, 5))
+    rows = what_if(columns_of(chosen, -rejected), losses.get("dpo"), sample=stepped(chosen, -rejected))
+    assert not [row for row in rows if row["group"] == "term"]

@@ -14,7 +14,7 @@ from gradent.report.page.parts import Cell, Table
 
 __all__ = ["describe_row", "loss_bars", "loss_section", "loss_table", "shown_rows"]
 
-_SHOWN = ("run", "paper", "design")
+_SHOWN = ("run", "term", "paper", "design")
 _LINES = 4  # as many as the page has colours for
 _TEXT = (
     "The same measured gradients, judged under each loss by Condition 2: the loss adds only its weights d_w and d_l. "
@@ -109,7 +109,7 @@ def _over_steps(rows: Sequence[Row], recommended: Mapping[str, object]) -> list[
     """The run's loss, the best other one and the designs, where there are several steps."""
     best = recommended.get("best")
     # `rows` come in this order: the run's loss, the paper's, the designs.
-    wanted = [row for row in rows if row.get("group") != "paper" or row.get("label") == best]
+    wanted = [row for row in rows if row.get("group") not in ("paper", "term") or row.get("label") == best]
     lines = []
     for row in wanted[:_LINES]:
         points = [point for point in row.get("ideal_by_step") or [] if point[0] is not None]
