@@ -18,6 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("demo",),
     ("trainer",),
+    ("trainer.adaptive_nll",),
     ("trainer.callback", "trainer.pairwise", "trainer.token_masking"),
     ("trainer.records", "trainer.common"),
     ("selecting",),

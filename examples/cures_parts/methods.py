@@ -1,4 +1,4 @@
-"""The five trainers that are compared, on equal pairs, batches and orders of pairs.
+"""The trainers that are compared, on equal pairs, batches and orders of pairs.
 
 All train on gradent's own token ids (no EOS, which would be one more shared token), in the layouts that TRL's collators
 have.
@@ -17,7 +17,8 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from gradent.demo.task import Task, TokenPair, tokenize_style
 from gradent.demo.train import PairCollator, SplitCollator, padded, pair_rows, train_quietly, trainer_arguments
-from gradent.trainer import PairwiseNormalizedDPOConfig, TokenMaskedDPOConfig
+from gradent.trainer import AdaptiveNLLDPOConfig, PairwiseNormalizedDPOConfig, TokenMaskedDPOConfig
+from gradent.trainer.adaptive_nll.trainer import AdaptiveNLLDPOTrainer
 from gradent.trainer.pairwise.trainer import PairwiseNormalizedDPOTrainer
 from gradent.trainer.token_masking.trainer import TokenMaskedDPOTrainer
 
@@ -45,6 +46,9 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "DPO": Method(DPOTrainer, DPOConfig),
+    "RPO 0.1": Method(DPOTrainer, DPOConfig, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]}),
+    "RPO": Method(DPOTrainer, DPOConfig, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}),
+    "adaptive": Method(AdaptiveNLLDPOTrainer, AdaptiveNLLDPOConfig),
     "CPO": Method(CPOTrainer, CPOConfig, {"loss_type": "sigmoid", "cpo_alpha": 1.0}, reference=False),
     "SimPO": Method(
         CPOTrainer, CPOConfig, {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.5}, reference=False
@@ -52,7 +56,8 @@ METHODS: dict[str, Method] = {
     "pairwise": Method(PairwiseNormalizedDPOTrainer, PairwiseNormalizedDPOConfig),
     "masked": Method(TokenMaskedDPOTrainer, TokenMaskedDPOConfig),
 }
-"""Name in the tables -> what runs: both designs of the paper's Section 5 behind three losses of its Table 2."""
+"""Name in the tables -> what runs: both designs of the paper's Section 5 behind DPO, DPO with a likelihood
+term (fixed, and as large as the account asks for) and two more losses of its Table 2."""
 
 
 @dataclass(frozen=True, kw_only=True)

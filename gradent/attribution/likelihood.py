@@ -27,22 +27,28 @@ class NLLEffect:
     """What a step does, and what a likelihood term of weight 1 on chosen would add to it; first order, nats.
 
     Attributes:
-        change: mean change of the log-probs in the step, float64 `[2, 2]`: of the batch's own pairs and of a pair that
-            is not in it, each of chosen and of rejected.
+        fresh: mean change of the log-probs that the step's own gradient makes, float64 `[2, 2]`: of the batch's own
+            pairs and of a pair that is not in it, each of chosen and of rejected.
+        carried: what momentum and weight decay do, in the same layout.
         gain: what a term of weight 1 would add in this step, in the same layout.
         lasting: a term that has been there since the run began acts through momentum too; its whole effect in a step is
             `gain · lasting`.
     """
 
-    change: Tensor
+    fresh: Tensor
+    carried: Tensor
     gain: Tensor
     lasting: float
 
+    @property
+    def change(self) -> Tensor:
+        """All that the step does, in the layout of `fresh`."""
+        return self.fresh + self.carried
+
     def without_unseen(self) -> NLLEffect:
         """The same, where nothing is known of a pair that is not in the batch: nan for it."""
-        change, gain = self.change.clone(), self.gain.clone()
-        change[1], gain[1] = torch.nan, torch.nan
-        return replace(self, change=change, gain=gain)
+        unknown = torch.tensor([[0.0], [torch.nan]], dtype=torch.float64)
+        return replace(self, fresh=self.fresh + unknown, gain=self.gain + unknown)
 
 
 def estimate_nll(account: StepAttribution, d_w: Tensor, lengths: Tensor) -> NLLEffect | None:
@@ -55,20 +61,28 @@ def estimate_nll(account: StepAttribution, d_w: Tensor, lengths: Tensor) -> NLLE
 
     Returns:
         The effect; None where the account is not of the whole step or not split into its rows, where a row's weight
-        is 0 or not the same for all of its tokens (`account.lasting` is None), and of fewer than two pairs.
+        is 0 or not the same for all of its tokens (`account.lasting` is None), and where a row has met no other pair.
     """
     pairs, pushes = len(d_w), account.pushes
     changes = unseen_changes(account)
     if changes is None or account.lasting is None or pushes.shape != (2 * pairs, 2 * pairs):
         return None
-    if not bool(pushes.isfinite().all()) or not bool(d_w.all()):
+    if not bool(d_w.all()):
         return None
-    units = pushes[:, :pairs] / (d_w * lengths.double().mean())
-    own = torch.cat([units[:pairs].diagonal(), units[pairs:].diagonal()])
-    gains = units.sum(1)
-    others = (gains - own) * pairs / (pairs - 1)
-    means = [each.reshape(2, pairs).mean(1) for each in (account.total, changes, gains, others)]
-    return NLLEffect(change=torch.stack(means[:2]), gain=torch.stack(means[2:]), lasting=account.lasting)
+    units = (pushes[:, :pairs] / (d_w * lengths.double().mean())).view(2, pairs, pairs)
+    own = units.diagonal(dim1=1, dim2=2)
+    # Rows of different ranks may not have met (nan): those that did stand for them.
+    others = units.masked_fill(torch.eye(pairs, dtype=torch.bool), torch.nan).nanmean(2) * pairs
+    gains = own + others * (pairs - 1) / pairs
+    if not bool(gains.isfinite().all()):
+        return None
+    carried = account.moved["momentum"] + account.moved["weight_decay"]
+    means = [each.reshape(2, pairs).mean(1) for each in (account.total, changes.flatten(), carried, gains, others)]
+    total, unseen, kept, *gained = means
+    return NLLEffect(
+        fresh=torch.stack([total - kept, unseen - kept]), carried=torch.stack([kept, kept]), gain=torch.stack(gained),
+        lasting=account.lasting,
+    )  # fmt: skip
 
 
 def needed_weight(effects: Sequence[NLLEffect], *, unseen: bool, throughout: bool = True) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -130,9 +131,11 @@ def test_a_term_that_lasts_acts_through_momentum_too(name: str) -> None:
 def test_a_window_sums_its_steps() -> None:
     change = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]], dtype=torch.float64)
     gain = torch.tensor([[2.0, 0.0], [4.0, 0.0]], dtype=torch.float64)
-    first = NLLEffect(change=change, gain=gain, lasting=10.0)
-    second = NLLEffect(change=-change / 3, gain=gain, lasting=10.0)
+    first = NLLEffect(fresh=change / 4, carried=change * 3 / 4, gain=gain, lasting=10.0)
+    second = replace(first, fresh=-change / 3, carried=torch.zeros_like(change))
     assert needed_weight([first, second], unseen=True) == pytest.approx(2 / 80)
     assert needed_weight([first], unseen=False, throughout=False) == pytest.approx(0.5)
     assert needed_weight([second], unseen=True) == 0.0
-    assert needed_weight([replace(first, gain=-gain)], unseen=True) != needed_weight([first], unseen=True)
+    assert math.isnan(needed_weight([replace(first, gain=-gain)], unseen=True))
+    assert math.isnan(needed_weight([first.without_unseen()], unseen=True))
+    assert needed_weight([first.without_unseen()], unseen=False, throughout=False) == pytest.approx(0.5)
