@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from gradent import EntanglementCallback
-from gradent.attribution.likelihood import estimate_nll
 from gradent.errors import InputError
 from gradent.trainer import AdaptiveNLLDPOConfig, AdaptiveNLLDPOTrainer
 from tests.processes import launch
@@ -83,26 +82,42 @@ def test_the_run_is_that_of_trl_with_these_weights(
     assert [key for key in ours if not torch.equal(ours[key], others[key])] == []
 
 
-def test_the_weight_is_the_rule_s(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """Against sums written out anew, and the first of them against what the step does to each pair by the others."""
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_the_weight_is_the_rule_s(name: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Against sums written out anew, of what other pairs do to each chosen, and of how far chosen has fallen."""
     callback = EntanglementCallback(every=1, alert=None, on_error="raise")
-    trainer = make(llama(), tiny_tokenizer, tmp_path, ref=llama(seed=3), callbacks=[callback], nll_smoothing=0.5)
+    most = 0.05
+    trainer = make(
+        llama(), tiny_tokenizer, tmp_path, ref=llama(seed=3), callbacks=[callback], nll_smoothing=0.5,
+        nll_max_weight=most, logging_steps=1, **SETUPS[name],
+    )  # fmt: skip
     trainer.train()
-    weights, changes, gains = logged(trainer), [], []
-    for record, used, following in zip(callback.records, weights, [*weights[1:], trainer.nll_weight], strict=True):
-        effect = estimate_nll(record.attribution, record.verdict.d_w, record.gram.chosen_len)
-        assert effect is not None
-        changes.append(float(effect.fresh[1, 0] - used * effect.gain[1, 0]))
-        gains.append(float(effect.gain[1, 0]))
-        shares = [0.5 ** (len(changes) - 1 - place) for place in range(len(changes))]
-        change, gain = (sum(map(lambda a, b: a * b, shares, sums)) for sums in (changes, gains))
-        assert gain > 0
-        assert following == pytest.approx(min(1.0, max(0.0, -change / gain)), rel=1e-6, abs=1e-12)
-    first = callback.records[0].attribution
-    pairs = len(first.pushes) // 2
-    pairs_of = [row % pairs for row in range(2 * pairs)]
-    pushed = first.pushes[:pairs].masked_fill(torch.arange(pairs)[:, None] == torch.tensor(pairs_of), 0.0)
-    assert changes[0] == pytest.approx(float(pushed.sum()) / (pairs - 1), rel=1e-6)
+    weights, levels = logged(trainer), [entry["rewards/chosen"] / 0.1 for entry in trainer.state.log_history[:STEPS]]
+    changes, gains = [], []
+    bounds = set()
+    for step, record in enumerate(callback.records):
+        account, used = record.attribution, weights[step]
+        if account is not None:  # Adam's first step has none
+            pairs = len(record.gram)
+            apart = ~torch.eye(pairs, dtype=torch.bool).repeat(1, 2)
+            units = account.pushes[:pairs, :pairs] / (record.verdict.d_w * record.gram.chosen_len.double().mean())
+            pushed = account.pushes[:pairs].where(apart, 0.0).sum(1).mean() * pairs / (pairs - 1)
+            gain = units.where(apart[:, :pairs], 0.0).sum(1).mean() * pairs / (pairs - 1)
+            unit = units.sum(1).mean()
+            fallen = min(0.0, levels[step]) / (10 * account.lasting)
+            change = float((pushed + fallen) / unit) - used * float(gain / unit)
+            bound = most * abs(float(gain / unit))
+            bounds.add(abs(change) > bound)
+            changes.append(min(bound, max(-bound, change)))
+            gains.append(float(gain / unit))
+            shares = [0.5 ** (len(changes) - 1 - place) for place in range(len(changes))]
+            summed = [
+                sum(share * value for share, value in zip(shares, sums, strict=True)) for sums in (changes, gains)
+            ]
+            assert summed[1] > 0
+            want = min(most, max(0.0, -summed[0] / summed[1]))
+            assert [*weights, trainer.nll_weight][step + 1] == pytest.approx(want, rel=1e-5, abs=1e-9)
+    assert bounds == {True, False}
 
 
 def test_where_chosen_does_not_fall_the_run_is_dpo(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

@@ -11,6 +11,11 @@ with `D_s` of the loss without the term. It is the least weight under which the 
 have lowered such a chosen. Momentum is left out of both, since it is nothing but the gradients of steps before. Where
 chosen does not fall, λ is 0, and the run is DPO's.
 
+First order is not all that happens, so a fall that there has been counts too: where the batch's chosen stand below the
+reference before their step, `D_s` gets the part of it that ten steps have to make good. Adam's first steps are of
+another scale than later ones and rest on few gradients, so both figures are in units of what the term adds to the
+batch's own chosen, and no step asks for more than `nll_max_weight`.
+
 It judges by pairs that are not in the batch because a batch's own rows are lifted by their own gradients, whatever
 becomes of the others (docs/cures.md has what this did in real runs).
 """
@@ -39,6 +44,9 @@ __all__ = ["AdaptiveNLLDPOConfig", "AdaptiveNLLDPOTrainer"]
 
 STATE_FILE = "nll_weight.json"
 """What a checkpoint holds of the weight."""
+
+HORIZON = 10
+"""Steps in which a fall that there has been is to be made good."""
 
 PATIENCE = 10
 """Steps in a row without an account after which that is said."""
@@ -72,6 +80,11 @@ class AdaptiveNLLDPOTrainer(DPOTrainer):
         if model.training:
             self._metrics["train"]["nll_weight"].append(self.nll_weight)
         return super().compute_loss(model, inputs, *args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def chosen_level(self) -> float:
+        """Mean of `log π − log π_ref` of the last step's chosen responses before the step, nats; 0 without a look."""
+        looks = self._metrics["train"]["rewards/chosen"][-self.args.gradient_accumulation_steps :]
+        return sum(looks) / len(looks) / self.beta if looks else 0.0
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
@@ -152,8 +165,15 @@ class NLLFollower(EntanglementCallback):
             )
         if effect is None:
             return
-        change, gain = float(effect.fresh[1, 0]), float(effect.gain[1, 0])
-        self._change = self._smoothing * self._change + change - trainer.nll_weight * gain
+        # In units of what the term adds to the batch's own pairs, and no step asks for more than the largest weight:
+        # of Adam, the first steps are of another scale, and rest on a preconditioner of few gradients.
+        unit = float(effect.gain[0, 0])
+        if unit <= 0:
+            return
+        gain = float(effect.gain[1, 0]) / unit
+        lost = min(0.0, self._trainer.chosen_level()) / (HORIZON * effect.lasting)
+        change, most = (float(effect.fresh[1, 0]) + lost) / unit - trainer.nll_weight * gain, self._largest * abs(gain)
+        self._change = self._smoothing * self._change + min(most, max(-most, change))
         self._gain = self._smoothing * self._gain + gain
         if self._gain > 0:
             trainer.nll_weight = min(self._largest, max(0.0, -self._change / self._gain))
