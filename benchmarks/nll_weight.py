@@ -10,7 +10,8 @@ chosen of a pair outside of the batch would not have fallen. Then the run is rep
 half of it, with twice of it, with 1 (RPO), and with `AdaptiveNLLDPOTrainer`. Where DPO's chosen does not fall, the
 reading is 0 and nothing is repeated but RPO and the adaptive run.
 
-Columns: changes of held-out chosen and rejected, nats a response; share of held-out pairs whose margin over the
+Columns: changes of held-out chosen and rejected, nats a response; "late", that of chosen in the steps which the reading
+speaks of; share of held-out pairs whose margin over the
 reference grew; change of the log-prob of a token of other text (the prompts of the held-out pairs), nats: what it
 loses, the run has forgotten. Appends a line a run to benchmarks/results/nll_weight.csv.
 """
@@ -37,7 +38,7 @@ import transformers
 import typer
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from benchmarks.append import append
@@ -78,6 +79,19 @@ class Start:
         model.train(was_training)
         each = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0] * attention[:, 1:]
         return logps, float(each.sum() / attention[:, 1:].sum())
+
+
+class Middle(TrainerCallback):
+    """A look at the held-out pairs after step `EARLY`."""
+
+    def __init__(self, start: Start) -> None:
+        self._start = start
+        self.logps: torch.Tensor | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Look."""
+        if state.global_step == EARLY:
+            self.logps = self._start.look(kwargs["model"])[0]
 
 
 def to_batch(tokenizer: Any, rows: list[Row]) -> PairBatch:
@@ -126,7 +140,7 @@ def train(start: Start, optimizer: str, lr: float, steps: int, seed: int, lora: 
     kind, config = (AdaptiveNLLDPOTrainer, AdaptiveNLLDPOConfig) if adaptive else (DPOTrainer, DPOConfig)
     callback = EntanglementCallback(every=1, alert=None, panels=False, on_error="raise")
     term: dict[str, Any] = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, weight]} if weight else {}
-    model = copy.deepcopy(start.model)
+    model, middle = copy.deepcopy(start.model), Middle(start)
     with tempfile.TemporaryDirectory() as out:
         trainer = kind(
             model=model,
@@ -140,7 +154,7 @@ def train(start: Start, optimizer: str, lr: float, steps: int, seed: int, lora: 
             train_dataset=Dataset.from_list(start.rows),
             processing_class=start.tokenizer,
             peft_config=LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None,
-            callbacks=[callback] if weight == 0 else [],
+            callbacks=[callback, middle] if weight == 0 else [middle],
         )  # fmt: skip
         before, other_before = start.look(trainer.model)
         trainer.train()
@@ -155,8 +169,8 @@ def train(start: Start, optimizer: str, lr: float, steps: int, seed: int, lora: 
     chosen, rejected = (after - before).mean(1).tolist()
     grown = (after[0] - before[0] > after[1] - before[1]).double().mean()
     return {
-        "chosen": chosen, "rejected": rejected, "grown": float(grown), "other": other_after - other_before,
-        "steps": trainer.state.global_step,
+        "chosen": chosen, "rejected": rejected, "late": float((after - middle.logps)[0].mean()),
+        "grown": float(grown), "other": other_after - other_before, "steps": trainer.state.global_step,
         "weight": sum(weights) / len(weights) if adaptive else weight,
     }, needed_weight(known, unseen=True) if known else float("nan")  # fmt: skip
 

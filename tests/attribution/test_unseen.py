@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from gradent import EntanglementCallback, PairBatch
+from gradent.attribution.likelihood import estimate_nll, needed_weight
 from gradent.attribution.step import StepAttribution
 from gradent.attribution.unseen import estimate_unseen
 from gradent.record import MOVED_SOURCES
@@ -127,6 +129,13 @@ def test_a_run_logs_it_with_its_error(tiny_tokenizer, tmp_path) -> None:
         row = logged[kept.step]
         names = [f"gradent/unseen/{name}" for name in ("chosen", "chosen_error", "rejected", "rejected_error")]
         assert [row[name] for name in names] == pytest.approx(estimate.flatten().tolist())
+        nll = estimate_nll(kept.attribution, kept.verdict.d_w, kept.gram.chosen_len)
+        assert nll is not None and kept.nll is not None and torch.equal(kept.nll.gain, nll.gain)
+        assert torch.allclose(nll.change[1], estimate[:, 0])
+        for name in ("batch", "unseen"):
+            weight = needed_weight([nll], unseen=name == "unseen")
+            assert row.get(f"gradent/nll_weight/{name}", math.nan) == pytest.approx(weight, nan_ok=True)
+    assert all(kept.nll is None for kept in list(callback.records)[:9])
     both = summarize(list(callback.records)[10:])
     errors = [float(kept.unseen[0, 1]) for kept in list(callback.records)[10:] if kept.unseen is not None]
     assert both["gradent/unseen/chosen_error"] == pytest.approx((errors[0] ** 2 + errors[1] ** 2) ** 0.5 / 2)

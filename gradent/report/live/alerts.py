@@ -26,6 +26,8 @@ _LEAST_PART = 0.01
 """Of the largest: a source below it is not listed."""
 _CLEARLY = 2.0
 """Standard errors from which a mean is said to fall."""
+_TERM_EXPLAINED = 0.9
+"""Share of the realised changes that the account must explain before a weight is told from it."""
 _MOST_DIGITS = 6
 _CASES = {"both_down": "case 2 (both fall)", "both_up": "case 3 (both rise)", "reversed": "case 4 (reversed)"}
 
@@ -116,7 +118,19 @@ def _describe_step(window: Window) -> str:
     )
     explained = "" if window.explained is None else f"; {max(0.0, window.explained):.0%} explained"
     partial = "" if window.is_whole else "; without later micro-batches, other ranks and rows that have no partner"
-    return f"{_name_steps([window.steps[place] for place in places])}: {sides}{explained}{partial}"
+    return (
+        f"{_name_steps([window.steps[place] for place in places])}: {sides}{explained}{partial}{_describe_term(window)}"
+    )
+
+
+def _describe_term(window: Window) -> str:
+    """The likelihood term that would have been enough; empty where it is not known to hold, or not needed."""
+    if not window.nll_weight or window.explained is None or window.explained < _TERM_EXPLAINED:
+        return ""
+    return (
+        f"; a likelihood term (RPO, 'sft' in loss_type) of weight {window.nll_weight:.2g} would have kept chosen of "
+        "pairs outside the batch from falling, to first order"
+    )
 
 
 def _name_steps(steps: Sequence[int]) -> str:

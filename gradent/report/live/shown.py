@@ -31,6 +31,7 @@ _SAYS: dict[str, Callable[[float], bool]] = {
     "gradent/weight_ratio": lambda value: not math.isclose(value, 1.0, rel_tol=1e-4),
     "gradent/case/reversed": lambda value: value > 0,
     "gradent/sketch_error": lambda value: value > _LEAST_ERROR,
+    "gradent/nll_weight/unseen": lambda value: value > 0,
 }
 """Scalars that are constant in a healthy run, with when they say something."""
 

@@ -29,7 +29,7 @@ from gradent.trainer.records.token_map import TokenMap
 
 __all__ = [
     "LARGE", "StepRecord", "case_shares", "finite_means", "gram_values", "layer_cosines", "moved_sources",
-    "share_explained", "summarize", "summarize_moves", "to_rows",
+    "share_explained", "summarize", "summarize_moves", "summarize_nll", "to_rows",
 ]  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def summarize(records: Sequence[StepRecord]) -> dict[str, float]:
     scalars |= finite_means(values, "gradent/") | case_shares(case, "gradent/case/")
     scalars |= summarize_proxies([(record.gram, record.proxies) for record in records if record.proxies is not None])
     scalars |= _summarize_unseen([record.unseen for record in records if record.unseen is not None])
-    scalars |= _summarize_nll([record.nll for record in records if record.nll is not None])
+    scalars |= summarize_nll([record.nll for record in records if record.nll is not None])
     return scalars | summarize_moves([part for part in (record.attribution for record in records) if part is not None])
 
 
@@ -191,7 +191,7 @@ def _summarize_unseen(found: Sequence[Tensor]) -> dict[str, float]:
     return scalars
 
 
-def _summarize_nll(effects: Sequence[NLLEffect]) -> dict[str, float]:
+def summarize_nll(effects: Sequence[NLLEffect]) -> dict[str, float]:
     """The `gradent/nll_weight/...` scalars: the smallest weight of a likelihood term that would have been enough."""
     if not effects:
         return {}

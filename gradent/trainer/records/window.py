@@ -17,6 +17,7 @@ from gradent.trainer.records.step import (
     moved_sources,
     share_explained,
     summarize_moves,
+    summarize_nll,
 )
 
 __all__ = ["to_window"]
@@ -49,6 +50,9 @@ def to_window(records: Sequence[StepRecord], tokenizer: Any) -> Window:
         predicted=predicted, realised=realised if len(realised) == len(predicted) else (),
         moved=_find_moves(records), is_whole=all(account.is_whole for account in accounts),
         explained=share_explained(accounts),
+        nll_weight=summarize_nll([record.nll for record in records if record.nll is not None]).get(
+            "gradent/nll_weight/unseen"
+        ),
         accounted=_totals(records) if accounts else (),
         pushes=[]
         if tokenizer is None
