@@ -61,6 +61,7 @@ def recommend(
     same = [row for row in rows if row["group"] in {"paper", "sweep"} and row["loss"] == run["loss"] and row["cases"]]
     best, tuned = _best(judged), _best(same)
     design = next(row for row in rows if row["group"] == "design" and row["loss"] == "pairwise_normalized")
+    term = next((row for row in rows if row["group"] == "term"), None)
     facts: dict[str, Any] = {
         "pairs": run["pairs"],
         "step": "sample" if is_sample else "pair",  # what is judged: one step on the sample, or one on each pair alone
@@ -73,6 +74,9 @@ def recommend(
         **_compare("best", best),
         **_compare("own", tuned),
         "design_ideal": _ideal(design),
+        # Of the likelihood term with which a step on the sample lowers chosen outside of it no more, on average.
+        "nll_weight": term["hyperparameters"]["nll_weight"] if term is not None else None,
+        "nll_ideal": _ideal(term),
         "raises_both": [row["label"] for row in judged if _raises_both(row)],
         "not_compared": [row["label"] for row in paper if not row["cases"]],
     }
@@ -208,7 +212,18 @@ def _write(facts: Mapping[str, Any], run: Row, best: Row | None, tuned: Row | No
         sentences.append(f"{best['label']} would make it {_reached(best)}; {_DESIGN} {design}.")
     else:
         sentences.append(f"{_propose(run, tuned)}; {_DESIGN} {design}.")
-    return [*sentences, *_last_sentence(facts, run, tuned, judged)]
+    return [*sentences, *_describe_term(facts), *_last_sentence(facts, run, tuned, judged)]
+
+
+def _describe_term(facts: Mapping[str, Any]) -> list[str]:
+    """The likelihood term that would be enough, where steps were seen to foretell the run."""
+    if facts["nll_weight"] is None or facts["foretold"] is None:
+        return []
+    return [
+        f"A likelihood term on chosen of weight {facts['nll_weight']:.2g} (in TRL loss_type=[..., 'sft'] with "
+        "loss_weights) is the smallest with which, to first order, a step on the sample does not lower chosen of pairs "
+        f"outside of it on average; case 1 would hold for {_percent(facts['nll_ideal'])}."
+    ]
 
 
 def _describe_foretold(foretold: Mapping[str, Any], *, is_sample: bool) -> str:

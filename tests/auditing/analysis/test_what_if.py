@@ -451,3 +451,17 @@ def test_where_chosen_does_not_fall_no_term_is_needed() -> None:
     chosen, rejected = (np.abs(vectors) for vectors in drawn(20, 5))
     rows = what_if(columns_of(chosen, -rejected), losses.get("dpo"), sample=stepped(chosen, -rejected))
     assert not [row for row in rows if row["group"] == "term"]
+
+
+def test_the_term_is_recommended_where_steps_foretold_the_run() -> None:
+    chosen, rejected = (vectors + common for vectors, common in zip(drawn(160, 5), (1.0, 2.0), strict=True))
+    rows = what_if(columns_of(chosen, rejected), losses.get("dpo"), sample=stepped(chosen, rejected))
+    weight = find(rows, "term", "nll_term")["hyperparameters"]["nll_weight"]
+    foretold = {"from": 10, "to": 60, "pairs": 160, "chosen": 0.9, "rejected": 0.9}
+    said, silent = recommend(rows, foretold), recommend(rows)
+    assert said is not None and silent is not None
+    assert said["nll_weight"] == silent["nll_weight"] == weight
+    assert f"A likelihood term on chosen of weight {weight:.2g} (in TRL loss_type=[..., 'sft']" in said["text"]
+    assert "likelihood term on chosen of weight" not in silent["text"]
+    nothing = recommend(rows, foretold | {"chosen": 0.5, "rejected": 0.5})
+    assert nothing is not None and "likelihood term on chosen of weight" not in nothing["text"]
