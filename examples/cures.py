@@ -1,4 +1,4 @@
-"""Do the cures help? DPO, CPO, SimPO and both designs of the paper's Section 5 on one task, seed by seed.
+"""Do the cures help? DPO with likelihood terms, CPO, SimPO and both designs of Section 5 on one task, seed by seed.
 
     python examples/cures.py --out docs
     python examples/cures.py --out docs --tweets tweets.jsonl

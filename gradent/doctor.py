@@ -10,7 +10,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import torch
@@ -97,20 +97,32 @@ def print_report(report: Report, console: Console, *, as_json: bool = False) -> 
         facts.add_row(f"{kernels['device']} {kernels['dtype']}", f"reduced by {kernels['path']}")
     console.print(facts)
     console.print()
-    has_failed = False
     for check in report["checks"]:
-        is_run = not (check["failure"] or "").startswith(MISSING)  # else it says nothing about gradent
-        has_failed |= is_run and not check["passed"]
+        is_run = _is_run(check)
         failed = ("FAIL", "bold red") if is_run else ("----", "bold yellow")
         verdict = Text("pass", "bold green") if check["passed"] else Text(*failed)
         result = check["failure"] or f"scaled error {check['error']:.1e}, limit {check['limit']:.0e}"
         console.print(verdict, Text(f"{check['model']}: measure against plain autograd: {result}"))
-    if has_failed:
-        text = (
-            "\nWhat this installation measures is not to be trusted. Please report it with the output of "
+    console.print(Text(f"\n{_verdict(report['checks'])}", "bold"))
+
+
+def _is_run(check: Check) -> bool:
+    """Whether a check says something about gradent: not where a package that it needs is missing."""
+    return not (check["failure"] or "").startswith(MISSING)
+
+
+def _verdict(checks: Sequence[Check]) -> str:
+    """What all checks come to, in a sentence or two."""
+    run = [check for check in checks if _is_run(check)]
+    failed = [check for check in run if not check["passed"]]
+    if failed:
+        return (
+            f"Not to be trusted: {len(failed)} of {len(run)} checks failed. Please report it with the output of "
             "`gradent doctor --json`; GRADENT_KERNELS=torch rules the GPU's kernels out."
         )
-        console.print(Text(text))
+    if len(run) < len(checks):
+        return f"What could be checked is fine ({len(run)} of {len(checks)} checks); the rest needs the packages above."
+    return f"This installation is fine: all {len(checks)} checks against plain autograd passed."
 
 
 def scaled_error(gram: Any, truth: Tensor) -> float:

@@ -58,6 +58,8 @@ def test_words() -> None:
     assert result.exit_code == 0, result.output
     assert result.stdout.count("pass ") == 3 and "FAIL" not in result.stdout
     assert "reduced by" in result.stdout and "transformers" in result.stdout
+    last = result.stdout.strip().splitlines()[-1]
+    assert last == "This installation is fine: all 3 checks against plain autograd passed."
 
 
 def test_nothing_personal(monkeypatch) -> None:
@@ -75,7 +77,11 @@ def test_a_wrong_measurement_fails(monkeypatch) -> None:
     monkeypatch.setattr(doctor, "measure", wrong)
     result = run()
     assert result.exit_code == 1
-    assert result.stdout.count("FAIL") == 2 and "gradent doctor --json" in result.stdout
+    assert result.stdout.count("FAIL") == 2
+    last = " ".join(result.stdout.split("\n\n")[-1].split())
+    assert last.startswith(
+        "Not to be trusted: 2 of 3 checks failed. Please report it with the output of `gradent doctor"
+    )
     report = run("--json")
     assert report.exit_code == 1
     assert [check["passed"] for check in json.loads(report.stdout)["checks"]] == [False, False, True], (
@@ -111,7 +117,8 @@ def test_a_check_that_cannot_be_run_is_no_wrong_measurement(monkeypatch) -> None
     result = run()
     assert result.exit_code == 1
     told = " ".join(result.stdout.split())
-    assert "pip install peft" in told and "FAIL" not in told and "not to be trusted" not in told
+    assert "pip install peft" in told and "FAIL" not in told and "ot to be trusted" not in told
+    assert "What could be checked is fine (2 of 3 checks); the rest needs the packages above." in told
 
 
 def test_a_wrong_choice_of_kernels_is_reported(monkeypatch) -> None:

@@ -6,7 +6,7 @@ A row that holds a group of rollouts goes to `gradent.auditing.group_tokens`.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from gradent.auditing.state.config import TokenConfig
 from gradent.kernels.common.budget import parse_budget
 from gradent.loading.preferences import AuditPair, batch_of
 from gradent.loading.prepare import Prepared, describe_model, prepare
+from gradent.loading.runs.last import last_of_run
 from gradent.measurement import measure
 from gradent.record import TokenRecord, write_token_record
 from gradent.record.atomic import make_directory
@@ -63,6 +64,7 @@ def audit_tokens(config: TokenConfig) -> TokenAudit | GroupTokenAudit:
     directory = make_directory(config.out, _FILES)
     notes: list[str] = []
     tell = make_tell(notes, config.quiet)
+    config = replace(config, model=last_of_run(config.model, config.adapter, tell))
     ready = prepare(config, tell, only=config.pair)
     if ready.material.group is not None:
         return audit_group(ready, ready.material.group, config, notes=notes, tell=tell, started=started)

@@ -15,6 +15,7 @@ from gradent.hooks.passes.microbatch import group_rows, micro_batches
 from gradent.kernels.availability import device_name, path
 from gradent.kernels.common.budget import DEFAULT_BUDGET, parse_budget
 from gradent.loading.models import check_device, check_dtype
+from gradent.loading.runs.last import last_of_run
 from gradent.loading.source import resolve_source
 from gradent.planning.cost import CostSetting, Line, Totals, plan_lines, sum_lines
 from gradent.planning.trace import TracedModel, inspect_model
@@ -43,6 +44,7 @@ def show_plan(
     check_dtype(dtype)
     place = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     budget = parse_budget(memory_budget) or DEFAULT_BUDGET
+    model = last_of_run(model, adapter, lambda text: console.print(Text(printable(text), overflow="fold")))
     traced = inspect_model(resolve_source(model, adapter, weights=False), trust_remote_code=trust_remote_code)
     operands = traced.dtype if dtype == "auto" else getattr(torch, dtype)
     reduced_by = path(place, operands)

@@ -22,6 +22,7 @@ from gradent.loading.kinds.quantized import check_quantization
 from gradent.loading.models import check_device, check_dtype
 from gradent.loading.preferences import AuditPair
 from gradent.loading.prepare import choose_device
+from gradent.loading.runs.last import last_of_run
 from gradent.loading.source import ModelSource, resolve_source
 from gradent.record.atomic import make_directory, write_whole
 from gradent.record.json_lines import digest
@@ -49,6 +50,7 @@ def run(config: ScanConfig) -> ScanRecord:
     config = replace(config, quiet=config.quiet or not ranks.is_first)
     notes: list[str] = []
     tell = make_tell(notes, config.quiet)
+    config = replace(config, model=last_of_run(config.model, config.adapter, tell))
     source = resolve_source(config.model, config.adapter, quantize=config.quantize)
     target = Target(name=source.name, step=0, source=source)
     reference = choose_reference([target], None, config, tell)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,16 @@ def test_the_record_is_what_the_library_says(name, pair, local_model, tiny_llama
     assert (record["data"]["row"], record["data"]["rows"]) == (pair, len(FORMATS[name]))
     with pytest.raises(AssertionError):
         close(record["inner"], gram.inner.flip(0))
+
+
+def test_of_a_run_it_is_about_the_last_model(local_model: Path) -> None:
+    whole = run(local_model).record
+    directory = local_model.parent / "run"
+    for step in (10, 20):
+        shutil.copytree(local_model, directory / f"checkpoint-{step}")
+    record = run(directory).record
+    assert record["inner"] == whole["inner"]
+    assert record["notes"][0] == f"{directory} is a run; this is about its last model, {directory / 'checkpoint-20'}."
 
 
 def test_sums_of_the_record_are_the_pair_s(local_model) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -221,3 +222,15 @@ def test_refusals(prepare, options, model, message, here) -> None:
 @pytest.mark.parametrize("options", [["--tokens", "0"], ["--pairs", "-1"], ["--token", "many"]])
 def test_usage_errors(options) -> None:
     assert plan(*options).exit_code == 2
+
+
+def test_of_a_run_it_is_about_the_last_model(here: Path) -> None:
+    for step in (10, 20):
+        shutil.copytree(here / "my-model", here / "run" / f"checkpoint-{step}")
+    result = plan("--tokens", "4", model="run")
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.stdout.split())
+    assert "run is a run; this is about its last model, run/checkpoint-20." in told
+    assert line_of(result, "model.norm")[1:3] == ["16", "sum"]
+    refused = plan("--tokens", "4", "--adapter", "adapter", model="run")
+    assert refused.exit_code != 0 and "Leave --adapter out" in " ".join(refused.output.split())

@@ -24,7 +24,7 @@ from tests.pages import ROOT
 from tests.processes import call
 
 EXAMPLE = ROOT / "examples" / "cures.py"
-METHODS = ["DPO", "CPO", "SimPO", "pairwise", "masked"]
+METHODS = ["DPO", "RPO 0.1", "RPO", "adaptive", "CPO", "SimPO", "pairwise", "masked"]
 
 
 @pytest.fixture(scope="module", autouse=True)
