@@ -135,7 +135,7 @@ def audit(
         The summary and the paths of the files.
 
     Raises:
-        InputError: `loss` is neither a name nor a `Loss`, or another audit is writing to `out`.
+        InputError: `loss` is neither a name nor a `Loss`, or another audit or scan is writing to `out`.
         GradentError: whatever is wrong with the arguments, the data or the model, with the place and the remedy. A
             checkpoint of a run that cannot be measured raises nothing: it is told of and listed in the summary's
             `left_out`, unless none can.
@@ -146,7 +146,7 @@ def audit(
     # What takes time to import is imported by the call, so that the command line is quick; torch comes last.
     from gradent.auditing.early import check_early  # noqa: PLC0415
 
-    check_early(config)
+    check_early(config.loss, config.data, config.model, config.out, quiet=config.quiet)
     from gradent.auditing.pipeline import run  # noqa: PLC0415
 
     summary = run(config)

@@ -35,7 +35,8 @@ def audit(**values: Any) -> None:
         from gradent.auditing.early import check_early  # noqa: PLC0415
 
         options_read = read_options(AuditConfig, values)
-        check_early(AuditConfig(**{**options_read, "quiet": True}))
+        asked = AuditConfig(**options_read)
+        check_early(asked.loss, asked.data, asked.model, asked.out, quiet=True)
     with readable_errors():
         result = run_audit(**options_read, hyperparameters=given)
         files = (

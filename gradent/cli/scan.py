@@ -22,10 +22,15 @@ def scan(**values: Any) -> None:
 
     Stopped at any point, the same command goes on where it was. `gradent select` then chooses data by one of them.
     """
+    with readable_errors(loads_models=False):  # at once, before transformers is imported to be silenced
+        from gradent.auditing.early import check_early  # noqa: PLC0415
+
+        given = {name: value for name in HYPERPARAMETERS if (value := values.pop(name)) is not None}
+        asked = ScanConfig(**read_options(ScanConfig, values))
+        check_early(asked.loss, asked.data, asked.model, asked.out, quiet=True)
     with readable_errors():
         from gradent import losses  # noqa: PLC0415  (imports torch)
 
-        given = {name: value for name in HYPERPARAMETERS if (value := values.pop(name)) is not None}
         loss = losses.get(values.pop("loss"), **given)
         result = run_scan(**read_options(ScanConfig, values), loss=loss)
         paths = [str(path) for path in (result.report_path, result.scan_path, result.record_path) if path is not None]

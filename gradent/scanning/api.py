@@ -109,9 +109,12 @@ def scan(
     """
     options = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in locals().items()}
     # What needs torch is imported by the call, so that importing this module, and the command line, is quick.
-    from gradent.scanning.pipeline import run  # noqa: PLC0415
+    from gradent.auditing.early import check_early  # noqa: PLC0415
 
     config = ScanConfig(**{**options, "out": Path(out)})
+    check_early(config.loss, config.data, config.model, config.out, quiet=config.quiet)
+    from gradent.scanning.pipeline import run  # noqa: PLC0415
+
     record = run(config)
     return ScanResult(
         record=record, scan_path=config.out / "scan.parquet", record_path=config.out / "scan.json",

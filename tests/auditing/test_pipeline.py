@@ -244,7 +244,7 @@ def test_a_second_audit_of_one_directory_is_refused(trained, tmp_path, monkeypat
 
     def meanwhile(*arguments: Any, **options: Any) -> Any:
         if not refused:
-            with pytest.raises(InputError, match=r"another audit is writing there now") as caught:
+            with pytest.raises(InputError, match=r"another audit or scan is writing there now") as caught:
                 run(trained, tmp_path / "out", checkpoints="last", loss="simpo")
             refused.append(str(caught.value))
         return real(*arguments, **options)

@@ -116,8 +116,8 @@ LOCK = "journal/lock"
 
 
 def locked(directory: Path) -> str:
-    """That another audit holds a directory."""
-    return f"{directory}: another audit is writing there now. Wait for it to end, stop it, or choose another --out."
+    """That another audit, or a scan, holds a directory."""
+    return f"{directory}: another audit or scan is writing there now. Wait, stop it, or choose another --out."
 
 
 @contextmanager
