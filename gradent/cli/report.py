@@ -2,25 +2,57 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from gradent.cli.console import readable_errors, say
+from gradent.cli.options import hyperparameters, parameter, takes
+from gradent.errors import InputError
 
 __all__ = ["compare", "report"]
 
+_OTHER = "Another loss"
 
-def report(
-    directory: Annotated[Path, typer.Argument(help="What `gradent audit`, `tokens`, `demo` or the callback wrote.")],
-) -> None:
-    """Make the pages and figures of a directory anew from its records; no model is needed."""
+
+@takes([
+    parameter("directory", Path, typer.Argument(
+        help="What `gradent audit`, `scan`, `tokens`, `demo` or the callback wrote.",
+    ), inspect.Parameter.empty),
+    parameter("loss", str | None, typer.Option(
+        rich_help_panel=_OTHER, show_default=False, help="Judge an audit under this loss; nothing is measured anew.",
+    ), None),
+    *hyperparameters(_OTHER),
+    parameter("out", Path | None, typer.Option(
+        rich_help_panel=_OTHER, show_default=False, help="Where the audit under that loss goes.",
+    ), None),
+])  # fmt: skip
+def report(directory: Path, loss: str | None, out: Path | None, **values: Any) -> None:
+    """Make the pages and figures of a directory anew from its records; no model is needed.
+
+    With --loss, an audit's record is judged under another loss and written to --out.
+    """  # noqa: DOC501
+    hyper = {name: value for name, value in values.items() if value is not None}
     with readable_errors(loads_models=False):
-        from gradent.report import write_report  # noqa: PLC0415
+        if loss is None:
+            if hyper or out is not None:
+                raise InputError(
+                    "--out and a loss's options belong to --loss: gradent report DIR --loss simpo --out OUT"
+                )
+            from gradent.report import write_report  # noqa: PLC0415
 
-        say(f"Wrote {', '.join(map(str, write_report(directory)))}.")
+            say(f"Wrote {', '.join(map(str, write_report(directory)))}.")
+            return
+        if out is None:
+            raise InputError(f"--loss {loss}: say with --out where the audit under that loss is to go.")
+        from gradent import losses  # noqa: PLC0415  (imports torch)
+        from gradent.auditing.rejudge import rejudge  # noqa: PLC0415
+
+        rejudge(directory, losses.get(loss, **hyper), out)
+        say(f"Wrote {out / 'report.html'}, {out / 'pairs.parquet'} and {out / 'summary.json'}.")
 
 
 def compare(

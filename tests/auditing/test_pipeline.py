@@ -12,8 +12,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradent import PairBatch, audit, losses, measure, verdict
+from gradent.auditing.analysis.loss_grid import label_loss
 from gradent.auditing.api import AuditResult
 from gradent.auditing.measuring import sweep
+from gradent.auditing.rejudge import rejudge
 from gradent.errors import GradentWarning, InputError, ModelError
 from gradent.measurement import sequence_logps
 from gradent.record import read_modules, read_pairs, read_sample, read_summary
@@ -268,3 +270,33 @@ def test_what_was_warned_of_is_still_on_record_where_an_audit_went_on(trained, t
         patched.setattr(sweep, "measure_batches", warn)
         assert run(trained, tmp_path / "out", checkpoints="last").summary["notes"].count("one row at a time") == 1
     assert run(trained, tmp_path / "out", checkpoints="last").summary["notes"].count("one row at a time") == 1
+
+
+@pytest.mark.parametrize("name", ["simpo", "ipo"])
+def test_one_audit_serves_every_loss(name: str, trained: Trained, tmp_path: Path) -> None:
+    """What another loss says of its record is what an audit under that loss says."""
+    options = {"checkpoints": "all", "token_pairs": 2}
+    first = run(trained, tmp_path / "dpo", loss="dpo", **options)
+    want = run(trained, tmp_path / "fresh", loss=losses.get(name), **options)
+    rejudge(tmp_path / "dpo", losses.get(name), tmp_path / "again")
+    got = read_summary(tmp_path / "again" / "summary.json")
+    assert got["notes"][0].startswith(f"Judged again under {label_loss(losses.get(name))}, from the record of ")
+    skipped = {"notes": None, "seconds": None}
+    assert {**got, **skipped} == {**want.summary, **skipped}
+    assert got["cases"] != first.summary["cases"] or got["loss"] != first.summary["loss"]
+    again, fresh = (read_pairs(tmp_path / place / "pairs.parquet").to_pydict() for place in ("again", "fresh"))
+    assert again == fresh
+    assert (tmp_path / "again" / "report.html").is_file()
+    with pytest.raises(InputError, match="is the audit's own directory"):
+        rejudge(tmp_path / "dpo", losses.get(name), tmp_path / "dpo")
+
+
+def test_steps_that_were_taken_by_another_loss_are_not_shown(trained: Trained, tmp_path: Path) -> None:
+    run(trained, tmp_path / "dpo", **WHOLE)
+    rejudge(tmp_path / "dpo", losses.get("simpo"), tmp_path / "again")
+    before, after = (read_summary(tmp_path / place / "summary.json") for place in ("dpo", "again"))
+    assert before["steps"]["sample"] and not after["steps"]["sample"] and not after["steps"]["pushed"]
+    assert after["steps"]["what_if"] is None and not any(row["sample"] for row in after["what_if"])
+    kept = [{key: value for key, value in row.items() if "sample" not in key} for row in before["steps"]["intervals"]]
+    assert [{key: row[key] for key in kept[0]} for row in after["steps"]["intervals"]] == kept
+    assert not (tmp_path / "again" / "steps.parquet").exists()

@@ -122,6 +122,19 @@ def test_steps_that_are_not_there() -> None:
     assert "no checkpoint of step 5" in result.stderr and "2, 4, 6" in result.stderr
 
 
+def test_an_audit_under_another_loss(here) -> None:
+    assert audit("--no-report", "--checkpoints", "last").exit_code == 0
+    refused = gradent("report", "out", "--loss", "simpo")
+    assert refused.exit_code == 2 and "say with --out where" in refused.stderr
+    assert "belong to --loss" in gradent("report", "out", "--beta", "2").stderr
+    result = gradent("report", "out", "--loss", "simpo", "--beta", "2", "--out", "other")
+    assert result.exit_code == 0, result.output
+    summary = read_summary(here / "other" / "summary.json")
+    assert (summary["loss"]["name"], summary["loss"]["beta"]) == ("simpo", 2.0)
+    assert "Judged again under SimPO" in summary["notes"][0]
+    assert (here / "other" / "report.html").is_file()
+
+
 def test_damaged_records_are_named(here) -> None:
     assert audit("--no-report", "--checkpoints", "last").exit_code == 0
     table = here / "out" / "pairs.parquet"

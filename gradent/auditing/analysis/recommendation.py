@@ -64,6 +64,7 @@ def recommend(
     term = next((row for row in rows if row["group"] == "term"), None)
     facts: dict[str, Any] = {
         "pairs": run["pairs"],
+        "repeated": twice[0],  # pairs that hold their prompt once more in chosen
         "step": "sample" if is_sample else "pair",  # what is judged: one step on the sample, or one on each pair alone
         "alone_ideal": _ideal(alone),
         # none_needed, loss, hyperparameter (of the run's own loss), none, too_few (pairs to tell), or not_foretold.
