@@ -172,7 +172,7 @@ def train(start: Start, optimizer: str, lr: float, steps: int, seed: int, lora: 
         "chosen": chosen, "rejected": rejected, "late": float((after - middle.logps)[0].mean()),
         "grown": float(grown), "other": other_after - other_before, "steps": trainer.state.global_step,
         "weight": sum(weights) / len(weights) if adaptive else weight,
-    }, needed_weight(known, unseen=True) if known else float("nan")  # fmt: skip
+    }, needed_weight(known, unseen=True) if known else (float("nan"), float("nan"))  # fmt: skip
 
 
 def main(
@@ -195,7 +195,7 @@ def main(
         for setting in optimizers.split(";"):
             name, _, rate = setting.strip().rpartition(" ")
             options = (start, name, float(rate), steps, seed, lora)
-            plain, reading = train(*options, 0.0)
+            plain, (reading, error) = train(*options, 0.0)
             repeats: dict[str, float | None] = {"RPO": 1.0, "adaptive": None}
             if reading > 0:
                 repeats = {"reading": reading, "half": reading / 2, "twice": reading * 2} | repeats
@@ -203,7 +203,7 @@ def main(
             for method, figures in found.items():
                 line = {
                     "model": model.name + (", LoRA" if lora else ""), "data": data.stem, "optimizer": name, "lr": rate,
-                    "seed": seed, "method": method, "reading": reading, **figures,
+                    "seed": seed, "method": method, "reading": reading, "error": error, **figures,
                 }  # fmt: skip
                 typer.echo(
                     "  ".join(

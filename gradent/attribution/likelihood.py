@@ -10,6 +10,7 @@ Letters: k pairs, N = 2k rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -31,6 +32,8 @@ class NLLEffect:
             pairs and of a pair that is not in it, each of chosen and of rejected.
         carried: what momentum and weight decay do, in the same layout.
         gain: what a term of weight 1 would add in this step, in the same layout.
+        error: standard error of chosen's mean change, from the spread over the pairs, float64 `[2]`: of the batch's own
+            pairs and of a pair that is not in it.
         lasting: a term that has been there since the run began acts through momentum too; its whole effect in a step is
             `gain · lasting`.
     """
@@ -38,6 +41,7 @@ class NLLEffect:
     fresh: Tensor
     carried: Tensor
     gain: Tensor
+    error: Tensor
     lasting: float
 
     @property
@@ -79,13 +83,14 @@ def estimate_nll(account: StepAttribution, d_w: Tensor, lengths: Tensor) -> NLLE
     carried = account.moved["momentum"] + account.moved["weight_decay"]
     means = [each.reshape(2, pairs).mean(1) for each in (account.total, changes.flatten(), carried, gains, others)]
     total, unseen, kept, *gained = means
+    looks = torch.stack([account.total[:pairs], changes[0]])
     return NLLEffect(
         fresh=torch.stack([total - kept, unseen - kept]), carried=torch.stack([kept, kept]), gain=torch.stack(gained),
-        lasting=account.lasting,
+        error=looks.std(1) / math.sqrt(pairs), lasting=account.lasting,
     )  # fmt: skip
 
 
-def needed_weight(effects: Sequence[NLLEffect], *, unseen: bool, throughout: bool = True) -> float:
+def needed_weight(effects: Sequence[NLLEffect], *, unseen: bool, throughout: bool = True) -> tuple[float, float]:
     """The smallest λ with which the chosen responses of some steps would not have fallen, summed over the steps.
 
     Args:
@@ -94,11 +99,13 @@ def needed_weight(effects: Sequence[NLLEffect], *, unseen: bool, throughout: boo
         throughout: with a term that has been there since the run began; else one of these steps alone.
 
     Returns:
-        λ; 0 where chosen does not fall, nan where the term does not raise it, and where nothing is known.
+        λ and its standard error, from that of the changes; λ is 0 where chosen does not fall, nan where the term does
+        not raise it, and where nothing is known.
     """
     place = int(unseen)
     change = sum(float(effect.change[place, 0]) for effect in effects)
     gain = sum(float(effect.gain[place, 0]) * (effect.lasting if throughout else 1.0) for effect in effects)
-    if change >= 0:
-        return 0.0
-    return -change / gain if gain > 0 and change < 0 else float("nan")
+    error = math.sqrt(sum(float(effect.error[place]) ** 2 for effect in effects))
+    if not gain > 0:
+        return (0.0 if change >= 0 else math.nan), math.nan
+    return (0.0 if change >= 0 else -change / gain), error / gain

@@ -83,7 +83,7 @@ def test_a_real_step_with_the_term_leaves_chosen_where_it_is(name: str, kind: st
             with attach(model, optimizer=optimizer) as recorder:
                 through_logits(model, batch, loss).backward()
                 effect = effect_of(recorder.harvest())
-            needed = needed_weight([effect], unseen=False, throughout=False)
+            needed, _ = needed_weight([effect], unseen=False, throughout=False)
             assert needed > 0
         else:
             through_logits(model, batch, with_term(loss, needed, batch)).backward()
@@ -105,7 +105,7 @@ def test_adam_with_the_term_leaves_chosen_where_it_is() -> None:
     with attach(model, optimizer=optimizer) as recorder:
         through_logits(model, batch).backward()
         effect = effect_of(recorder.harvest())
-    needed = needed_weight([effect], unseen=False, throughout=False)
+    needed, _ = needed_weight([effect], unseen=False, throughout=False)
     assert needed > 0
     _, moved = frozen.account(batch, with_term(dpo, needed, batch), 1.0)
     total = torch.stack(list(moved.values())).sum(0)[:PAIRS]
@@ -131,11 +131,11 @@ def test_a_term_that_lasts_acts_through_momentum_too(name: str) -> None:
 def test_a_window_sums_its_steps() -> None:
     change = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]], dtype=torch.float64)
     gain = torch.tensor([[2.0, 0.0], [4.0, 0.0]], dtype=torch.float64)
-    first = NLLEffect(fresh=change / 4, carried=change * 3 / 4, gain=gain, lasting=10.0)
+    first = NLLEffect(fresh=change / 4, carried=change * 3 / 4, gain=gain, error=torch.tensor([0.3, 0.4]), lasting=10.0)
     second = replace(first, fresh=-change / 3, carried=torch.zeros_like(change))
-    assert needed_weight([first, second], unseen=True) == pytest.approx(2 / 80)
-    assert needed_weight([first], unseen=False, throughout=False) == pytest.approx(0.5)
-    assert needed_weight([second], unseen=True) == 0.0
-    assert math.isnan(needed_weight([replace(first, gain=-gain)], unseen=True))
-    assert math.isnan(needed_weight([first.without_unseen()], unseen=True))
-    assert needed_weight([first.without_unseen()], unseen=False, throughout=False) == pytest.approx(0.5)
+    assert needed_weight([first, second], unseen=True) == pytest.approx((2 / 80, 0.4 * 2**0.5 / 80))
+    assert needed_weight([first], unseen=False, throughout=False) == pytest.approx((0.5, 0.15))
+    assert needed_weight([second], unseen=True) == pytest.approx((0.0, 0.01))
+    assert math.isnan(needed_weight([replace(first, gain=-gain)], unseen=True)[0])
+    assert math.isnan(needed_weight([first.without_unseen()], unseen=True)[0])
+    assert needed_weight([first.without_unseen()], unseen=False, throughout=False)[0] == pytest.approx(0.5)

@@ -133,8 +133,9 @@ def test_a_run_logs_it_with_its_error(tiny_tokenizer, tmp_path) -> None:
         assert nll is not None and kept.nll is not None and torch.equal(kept.nll.gain, nll.gain)
         assert torch.allclose(nll.change[1], estimate[:, 0])
         for name in ("batch", "unseen"):
-            weight = needed_weight([nll], unseen=name == "unseen")
-            assert row.get(f"gradent/nll_weight/{name}", math.nan) == pytest.approx(weight, nan_ok=True)
+            found = [row.get(f"gradent/nll_weight/{name}{end}", math.nan) for end in ("", "_error")]
+            assert found == pytest.approx(needed_weight([nll], unseen=name == "unseen"), nan_ok=True)
+        assert nll.error[1] == pytest.approx(float(estimate[0, 1]))
     assert all(kept.nll is None for kept in list(callback.records)[:9])
     both = summarize(list(callback.records)[10:])
     errors = [float(kept.unseen[0, 1]) for kept in list(callback.records)[10:] if kept.unseen is not None]

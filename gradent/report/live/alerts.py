@@ -125,10 +125,13 @@ def _describe_step(window: Window) -> str:
 
 def _describe_term(window: Window) -> str:
     """The likelihood term that would have been enough; empty where it is not known to hold, or not needed."""
-    if not window.nll_weight or window.explained is None or window.explained < _TERM_EXPLAINED:
+    if window.nll_weight is None or window.explained is None or window.explained < _TERM_EXPLAINED:
+        return ""
+    weight, error = window.nll_weight
+    if weight <= _CLEARLY * error:
         return ""
     return (
-        f"; a likelihood term (RPO, 'sft' in loss_type) of weight {window.nll_weight:.2g} would have kept chosen of "
+        f"; a likelihood term (RPO, 'sft' in loss_type) of weight {weight:.2g} ± {error:.1g} would have kept chosen of "
         "pairs outside the batch from falling, to first order"
     )
 

@@ -64,7 +64,8 @@ class Window:
         True  # all of the gradient is in these accounts: no other ranks', later micro-batches' or odd rows'
     )
     explained: float | None = None  # share of the realised changes' variance that they explain
-    nll_weight: float | None = None  # of the likelihood term with which chosen of an unseen pair would not have fallen
+    # Of the likelihood term with which chosen of an unseen pair would not have fallen, and its standard error
+    nll_weight: tuple[float, float] | None = None
     pushes: Sequence[Push] = ()  # the rows that moved others most, with their text
     entangled: Sequence[EntangledPair] = ()  # the pairs with the largest cosine, with their text
     tokens: TokenHeatMap | None = None  # the window's last token matrix; None where none was measured

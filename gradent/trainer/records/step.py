@@ -195,8 +195,11 @@ def summarize_nll(effects: Sequence[NLLEffect]) -> dict[str, float]:
     """The `gradent/nll_weight/...` scalars: the smallest weight of a likelihood term that would have been enough."""
     if not effects:
         return {}
-    weights = {name: needed_weight(effects, unseen=name == "unseen") for name in ("batch", "unseen")}
-    return {f"gradent/nll_weight/{name}": weight for name, weight in weights.items() if weight == weight}
+    scalars: dict[str, float] = {}
+    for name in ("batch", "unseen"):
+        weight, error = needed_weight(effects, unseen=name == "unseen")
+        scalars |= {f"gradent/nll_weight/{name}": weight, f"gradent/nll_weight/{name}_error": error}
+    return {name: value for name, value in scalars.items() if value == value}
 
 
 def moved_sources(parts: Iterable[StepAttribution]) -> list[str]:

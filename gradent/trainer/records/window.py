@@ -50,9 +50,7 @@ def to_window(records: Sequence[StepRecord], tokenizer: Any) -> Window:
         predicted=predicted, realised=realised if len(realised) == len(predicted) else (),
         moved=_find_moves(records), is_whole=all(account.is_whole for account in accounts),
         explained=share_explained(accounts),
-        nll_weight=summarize_nll([record.nll for record in records if record.nll is not None]).get(
-            "gradent/nll_weight/unseen"
-        ),
+        nll_weight=_find_weight(records),
         accounted=_totals(records) if accounts else (),
         pushes=[]
         if tokenizer is None
@@ -60,6 +58,13 @@ def to_window(records: Sequence[StepRecord], tokenizer: Any) -> Window:
         entangled=[] if tokenizer is None else _find_entangled(records, tokenizer),
         tokens=_make_heat_map(records, tokenizer),
     )  # fmt: skip
+
+
+def _find_weight(records: Sequence[StepRecord]) -> tuple[float, float] | None:
+    """The likelihood term with which chosen of unseen pairs would not have fallen, and its error."""
+    found = summarize_nll([record.nll for record in records if record.nll is not None])
+    names = [f"gradent/nll_weight/{name}" for name in ("unseen", "unseen_error")]
+    return (found[names[0]], found[names[1]]) if all(name in found for name in names) else None
 
 
 def _find_moves(records: Sequence[StepRecord]) -> dict[str, dict[str, list[float]]]:
