@@ -23,6 +23,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,11 +49,13 @@ class Experiment:
     Args:
         plan: what is run.
         data: gives a seed's start.
+        methods: names of `METHODS`; all by default. DPO is run on the tuning seed in any case.
     """
 
-    def __init__(self, plan: Plan, data: Generated | Tweets) -> None:
+    def __init__(self, plan: Plan, data: Generated | Tweets, methods: Sequence[str] = ()) -> None:
         self.rows: list[Row] = []
         self._plan, self._data = plan, data
+        self._methods = [name for name in METHODS if name in methods or not methods]
 
     def run_all(self) -> None:
         """Tune on the tuning seed, then run every method on the others."""
@@ -75,14 +78,18 @@ class Experiment:
             return last["chosen"] - first["chosen"], watch.margin_gain
 
         wanted = {style: gain("rate", "DPO", style, optimizer.rate, {})[1] for style in plan.styles}
-        masks, _ = choose_masks(
-            lambda setting: gain("masks", "masked", plan.masks_style, optimizer.rate, setting),
-            optimizer.masks, wanted[plan.masks_style],
-        )  # fmt: skip
+        masks: dict[str, float] = {}
+        if "masked" in self._methods:
+            masks, _ = choose_masks(
+                lambda setting: gain("masks", "masked", plan.masks_style, optimizer.rate, setting),
+                optimizer.masks, wanted[plan.masks_style],
+            )  # fmt: skip
         rates: dict[tuple[str, str], float] = {}
         for style in plan.styles:
-            rates["DPO", style] = optimizer.rate
-            for method in list(METHODS)[1:]:
+            for method in self._methods:
+                if method == "DPO":
+                    rates[method, style] = optimizer.rate
+                    continue
                 rates[method, style], _ = choose_rate(
                     lambda rate, method=method, style=style: gain("rate", method, style, rate, masks)[1],
                     optimizer.rate * optimizer.first.get(method, 1.0), wanted[style], moves=plan.moves,
@@ -171,6 +178,7 @@ def main(
     tweets: Annotated[Path | None, typer.Option(help="JSONL of statements, in place of generated ones.")] = None,
     model: Annotated[Path | None, typer.Option(help="Directory of a model to fine-tune on --tweets.")] = None,
     redraw: Annotated[bool, typer.Option("--redraw", help="Run nothing; page and figures from data/ alone.")] = False,
+    methods: Annotated[str, typer.Option(help="These alone, with commas; the rows of others stay.")] = "",
     small: Annotated[bool, typer.Option("--small", help="A minute's worth; the figures mean nothing.")] = False,
 ) -> None:
     """Train, measure, write."""
@@ -183,12 +191,19 @@ def main(
     plan, data = choose_plan(small, tweets, model)
     for folder in (out, out / "img", out / "data"):
         make_directory(folder)  # before the work that would be lost without it
-    experiment = Experiment(plan, data)
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise typer.BadParameter(f"--methods {unknown[0]!r}: unknown; accepted are {', '.join(METHODS)}.")
+    experiment = Experiment(plan, data, names)
+    settings = {**plan.to_record(), "machine": records.machine()}
+    if names:
+        records.require_same(out, plan.data, settings)
     with one_thread():
         experiment.run_all()
     seconds = round(time.monotonic() - since)
-    about = {plan.data: {**plan.to_record(), "machine": records.machine(), "seconds": seconds}}
-    publish(out, *records.write(out, experiment.rows, about))
+    about = {plan.data: {**settings, "seconds": seconds}}
+    publish(out, *records.write(out, experiment.rows, about, names))
 
 
 if __name__ == "__main__":

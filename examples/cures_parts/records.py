@@ -17,10 +17,11 @@ from typing import Any
 import torch
 import transformers
 import trl
+import typer
 
 from gradent.kernels.availability import device_name
 
-__all__ = ["COLUMNS", "machine", "read", "write"]
+__all__ = ["COLUMNS", "machine", "read", "require_same", "write"]
 
 COLUMNS = (
     "data", "optimizer", "phase", "method", "style", "seed", "rate", "mask_eta", "mask_learning_rate", "step",
@@ -76,30 +77,73 @@ def read(out: Path) -> tuple[list[Row], dict[str, Any]]:
     return rows, json.loads((out / "data" / "cures.json").read_text("utf-8"))
 
 
-def write(out: Path, rows: Sequence[Row], about: dict[str, Any]) -> tuple[list[Row], dict[str, Any]]:
+def require_same(out: Path, data: str, settings: dict[str, Any]) -> None:
+    """Check that rows which are there already were obtained with these settings, machine and versions.
+
+    Args:
+        out: the directory.
+        data: the data's name.
+        settings: what is to be run.
+
+    Raises:
+        BadParameter: there are none, or they were not.
+    """
+    _, about = read(out)
+    found = {name: value for name, value in about.get(data, {}).items() if name != "seconds"}
+    wanted = json.loads(json.dumps(settings))
+    differ = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+    if differ:
+        raise typer.BadParameter(
+            f"{out}: its rows of {data} were obtained with other {', '.join(differ)}; run all methods anew, without "
+            "--methods."
+        )
+
+
+def write(
+    out: Path, rows: Sequence[Row], about: dict[str, Any], methods: Sequence[str] = ()
+) -> tuple[list[Row], dict[str, Any]]:
     """Put a run's rows in the place of an earlier one's.
 
     Args:
         out: the directory.
         rows: of one data.
         about: its settings, under its name.
+        methods: if not empty, rows of other methods stay too.
 
     Returns:
         All rows and settings that are in the files now, as `read` gives them.
     """
     kept, others = read(out)
     mine = {row["data"] for row in rows}
-    kept = [row for row in kept if row["data"] not in mine]
+    new = [row for row in rows if not methods or row["method"] in methods]  # DPO's tuning runs are there already
+    if methods:
+        _require_equal_runs(kept, rows)
+        for data in mine:
+            about[data]["seconds"] += others[data]["seconds"]
+    kept = [row for row in kept if row["data"] not in mine or (methods and row["method"] not in methods)]
     if kept:
         print(f"{out / 'data' / 'cures.csv'}: the rows of {', '.join(sorted({row['data'] for row in kept}))} stay.")
     (out / "data").mkdir(parents=True, exist_ok=True)
     with (out / "data" / "cures.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(_cells([*kept, *rows]))
+        writer.writerows(_cells([*kept, *new]))
     text = json.dumps({**others, **about}, indent=1, ensure_ascii=False)
     (out / "data" / "cures.json").write_text(text + "\n", encoding="utf-8")
     return read(out)
+
+
+def _require_equal_runs(kept: Sequence[Row], rows: Sequence[Row]) -> None:
+    """Check that DPO's tuning runs came out as they are in the file: then the file's other rows would too."""
+    names = ("data", "optimizer", "style", "step", "rate")
+
+    def tuned(of: Sequence[Row]) -> dict[tuple[Any, ...], str]:
+        picked = [row for row in of if row["phase"] == "rate" and row["method"] == "DPO"]
+        return {tuple(row[name] for name in names): f"{row['chosen']:.5g} {row['rejected']:.5g}" for row in picked}
+
+    before = tuned(kept)
+    if any(before.get(key) != value for key, value in tuned(rows).items()):
+        raise typer.BadParameter("DPO's runs come out other than the file has them; run all methods anew.")
 
 
 def _cells(rows: Iterable[Row]) -> Iterable[Row]:

@@ -5,8 +5,9 @@ __all__ = ["HEAD", "METHOD"]
 HEAD = """# The cures, measured
 
 Does a likelihood term (fixed, or as large as the account of each step asks for), SimPO's length normalization or one of
-the two designs of the paper's Section 5 keep chosen from falling where DPO lets it fall, and what does it cost? Written by `python examples/cures.py`: no number on this page was
-typed in, and all of them are in [data/cures.csv](data/cures.csv).
+the two designs of the paper's Section 5 keep chosen from falling where DPO lets it fall, and what does it cost? Written
+by `python examples/cures.py`: no number on this page was typed in, and all of them are in
+[data/cures.csv](data/cures.csv).
 """
 
 METHOD = """## What was done
@@ -26,11 +27,11 @@ rows.rename_column("label_text", "label").to_json("tweets.jsonl")
 ```
 
 - **DPO**: TRL's `DPOTrainer`, β = 0.1. **RPO**: the same with `loss_type=["sigmoid", "sft"]` and
-  `loss_weights=[1, 1]`; **RPO 0.1** with weights 1 and 0.1. **adaptive**: `AdaptiveNLLDPOTrainer`, DPO with that term at
-  the weight which the account of the last steps asks for, 0 to 1. **CPO**: TRL's `CPOTrainer`, β = 0.1, λ = 1; TRL's likelihood term is a mean
-  over chosen's tokens, so that λ of the paper's Table 2, which is of the sum, is 1/|y_w|. **SimPO**: the same trainer
-  with `loss_type="simpo"`, β = 0.1, γ = 0.5, no likelihood term. **pairwise**: `PairwiseNormalizedDPOTrainer` (Section
-  5.1), **masked**: `TokenMaskedDPOTrainer` (Section 5.2), both on DPO's loss with β = 0.1.
+  `loss_weights=[1, 1]`; **RPO 0.1** with weights 1 and 0.1. **adaptive**: `AdaptiveNLLDPOTrainer`, DPO with that term
+  as large as the last steps ask for, from 0 to 1. **CPO**: TRL's `CPOTrainer`, β = 0.1, λ = 1; TRL's likelihood term is
+  a mean over chosen's tokens, so that λ of the paper's Table 2, which is of the sum, is 1/|y_w|. **SimPO**: the same
+  trainer with `loss_type="simpo"`, β = 0.1, γ = 0.5, no likelihood term. **pairwise**: `PairwiseNormalizedDPOTrainer`
+  (Section 5.1), **masked**: `TokenMaskedDPOTrainer` (Section 5.2), both on DPO's loss with β = 0.1.
 - **Learning rates.** One rate for all would compare scales of losses. DPO's rate is given; every other method gets, in
   each style, the rate of a grid (DPO's rate times powers of 2) at which its held-out margin
   `log π(chosen) - log π(rejected)` gains nearest to what DPO's gains in as many steps. So the methods are compared near

@@ -86,10 +86,10 @@ def test_the_run_is_that_of_trl_with_these_weights(
 def test_the_weight_is_the_rule_s(name: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Against sums written out anew, of what other pairs do to each chosen, and of how far chosen has fallen."""
     callback = EntanglementCallback(every=1, alert=None, on_error="raise")
-    most = 0.05
+    most, rate, multiplier = 0.2, 1e-4, 0.0
     trainer = make(
-        llama(), tiny_tokenizer, tmp_path, ref=llama(seed=3), callbacks=[callback], nll_smoothing=0.5,
-        nll_max_weight=most, logging_steps=1, **SETUPS[name],
+        llama(seed=3), tiny_tokenizer, tmp_path, ref=llama(), callbacks=[callback], nll_smoothing=0.5,
+        nll_max_weight=most, nll_rate=rate, logging_steps=1, **SETUPS[name],
     )  # fmt: skip
     trainer.train()
     weights, levels = logged(trainer), [entry["rewards/chosen"] / 0.1 for entry in trainer.state.log_history[:STEPS]]
@@ -104,8 +104,8 @@ def test_the_weight_is_the_rule_s(name: str, tiny_tokenizer: PreTrainedTokenizer
             pushed = account.pushes[:pairs].where(apart, 0.0).sum(1).mean() * pairs / (pairs - 1)
             gain = units.where(apart[:, :pairs], 0.0).sum(1).mean() * pairs / (pairs - 1)
             unit = units.sum(1).mean()
-            fallen = min(0.0, levels[step]) / (10 * account.lasting)
-            change = float((pushed + fallen) / unit) - used * float(gain / unit)
+            change = float(pushed / unit) - used * float(gain / unit)
+            multiplier = min(most, max(0.0, multiplier - rate * levels[step]))
             bound = most * abs(float(gain / unit))
             bounds.add(abs(change) > bound)
             changes.append(min(bound, max(-bound, change)))
@@ -115,9 +115,9 @@ def test_the_weight_is_the_rule_s(name: str, tiny_tokenizer: PreTrainedTokenizer
                 sum(share * value for share, value in zip(shares, sums, strict=True)) for sums in (changes, gains)
             ]
             assert summed[1] > 0
-            want = min(most, max(0.0, -summed[0] / summed[1]))
+            want = min(most, max(0.0, -summed[0] / summed[1]) + multiplier)
             assert [*weights, trainer.nll_weight][step + 1] == pytest.approx(want, rel=1e-5, abs=1e-9)
-    assert bounds == {True, False}
+    assert bounds == {True, False} and multiplier > 0
 
 
 def test_where_chosen_does_not_fall_the_run_is_dpo(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -170,6 +170,7 @@ def test_two_ranks_go_on_with_one_weight(kind: str, tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "smoothing": ({"nll_smoothing": 1.0}, r"nll_smoothing=1\.0; accepted is a number in \[0, 1\)"),
+    "rate": ({"nll_rate": -0.1}, r"nll_rate=-0\.1; accepted is a finite number >= 0"),
     "largest": ({"nll_max_weight": 0.0}, r"nll_max_weight=0\.0; accepted is a finite number > 0"),
     "ld_alpha": ({"ld_alpha": 0.5}, "ld_alpha=0.5: the adaptive likelihood term cannot be told"),
     "WPO": ({"use_weighting": True}, "use_weighting=True: the adaptive likelihood term cannot be told"),

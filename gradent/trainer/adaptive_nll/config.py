@@ -30,6 +30,8 @@ class AdaptiveNLLDPOConfig(DPOConfig):
     Args:
         nll_smoothing: what a step's figures still count for in the next one, in [0, 1). The weight is a ratio of sums
             over the last `1 / (1 - nll_smoothing)` steps or so.
+        nll_rate: what a nat that chosen has fallen below the reference, on average over a step's batch, adds to the
+            weight, >= 0; 0 to go by the account alone.
         nll_max_weight: the largest weight, > 0; 1 is what RPO takes throughout.
         memory_budget: scratch of the account, as in `EntanglementCallback`.
 
@@ -38,6 +40,7 @@ class AdaptiveNLLDPOConfig(DPOConfig):
     """
 
     nll_smoothing: float = option(0.9, "What a step's figures still count for in the next one.")
+    nll_rate: float = option(0.05, "What a nat that chosen has fallen adds to the weight.")
     nll_max_weight: float = option(1.0, "Largest weight of the likelihood term.")
     memory_budget: str | None = option(None, "Scratch of the account, such as 256MiB.")
 
@@ -46,6 +49,7 @@ class AdaptiveNLLDPOConfig(DPOConfig):
         require_trl(METHOD)
         super().__post_init__()  # type: ignore[no-untyped-call]
         require_number(self, "nll_smoothing", lambda x: 0 <= x < 1, "a number in [0, 1)")
+        require_number(self, "nll_rate", lambda x: x >= 0, "a finite number >= 0")
         require_number(self, "nll_max_weight", lambda x: x > 0, "a finite number > 0")
         parse_budget(self.memory_budget)
         sharding = "the optimizer's state is sharded over ranks"

@@ -5,16 +5,17 @@ Margin losses are kept from lowering chosen by a term `λ · NLL`, the mean of `
 gradient does to chosen of a pair that is not in the batch, `D_t`, and what the term at weight 1 would add to that,
 `G_t`; both are first-order changes in nats, in the optimizer's metric. The next step takes
 
-    λ = max(0, −Σ_s ρ^(t−s) D_s / Σ_s ρ^(t−s) G_s),    at most `nll_max_weight`,
+    λ = max(0, −Σ_s ρ^(t−s) D_s / Σ_s ρ^(t−s) G_s) + I_t,    at most `nll_max_weight`,
 
-with `D_s` of the loss without the term. It is the least weight under which the gradients of the last steps would not
-have lowered such a chosen. Momentum is left out of both, since it is nothing but the gradients of steps before. Where
-chosen does not fall, λ is 0, and the run is DPO's.
+with `D_s` of the loss without the term. The first part is the least weight under which the gradients of the last steps
+would not have lowered such a chosen. Momentum is left out of it, since it is nothing but the gradients of steps before.
+Adam's first steps are of another scale than later ones and rest on few gradients, so both figures are in units of what
+the term adds to the batch's own chosen, and no step asks for more than `nll_max_weight`.
 
-First order is not all that happens, so a fall that there has been counts too: where the batch's chosen stand below the
-reference before their step, `D_s` gets the part of it that ten steps have to make good. Adam's first steps are of
-another scale than later ones and rest on few gradients, so both figures are in units of what the term adds to the
-batch's own chosen, and no step asks for more than `nll_max_weight`.
+First order is not all that happens. `I_t` answers for what has really become of chosen: it is the multiplier of the
+constraint that chosen's mean log-prob is not below the reference's, `I ← max(0, I − nll_rate · mean(log π/π_ref))` over
+the batch's chosen before their step, which in the first epoch no step has seen. Where chosen does not fall, λ is 0, and
+the run is DPO's.
 
 It judges by pairs that are not in the batch because a batch's own rows are lifted by their own gradients, whatever
 becomes of the others (docs/cures.md has what this did in real runs).
@@ -44,9 +45,6 @@ __all__ = ["AdaptiveNLLDPOConfig", "AdaptiveNLLDPOTrainer"]
 
 STATE_FILE = "nll_weight.json"
 """What a checkpoint holds of the weight."""
-
-HORIZON = 10
-"""Steps in which a fall that there has been is to be made good."""
 
 PATIENCE = 10
 """Steps in a row without an account after which that is said."""
@@ -112,15 +110,16 @@ class NLLFollower(EntanglementCallback):
         super().__init__(every=1, alert=None, panels=False, on_error="raise", memory_budget=config.memory_budget)
         self._trainer, self._smoothing, self._largest = trainer, config.nll_smoothing, config.nll_max_weight
         self._change = self._gain = 0.0  # sums over the last steps
+        self._rate, self._multiplier = config.nll_rate, 0.0  # of chosen's fall
         self._missing = 0
 
     def state(self) -> dict[str, float]:
         """The sums."""
-        return {"change": self._change, "gain": self._gain}
+        return {"change": self._change, "multiplier": self._multiplier, "gain": self._gain}
 
     def load(self, state: dict[str, float]) -> None:
         """Take up the sums of a checkpoint."""
-        self._change, self._gain = state["change"], state["gain"]
+        self._change, self._multiplier, self._gain = state["change"], state["multiplier"], state["gain"]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse an optimizer whose steps have no account, before its first step."""
@@ -138,10 +137,10 @@ class NLLFollower(EntanglementCallback):
         record = self.records[-1] if self.records else None
         if isinstance(record, StepRecord) and record.step == state.global_step:
             self._take(record)
-        sums = [self._trainer.nll_weight, self._change, self._gain]
+        sums = [self._trainer.nll_weight, self._change, self._multiplier, self._gain]
         if args.world_size > 1:
             broadcast_object_list(sums)
-        self._trainer.nll_weight, self._change, self._gain = sums
+        self._trainer.nll_weight, self._change, self._multiplier, self._gain = sums
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Log nothing of its own: the trainer logs the weight."""
@@ -171,9 +170,10 @@ class NLLFollower(EntanglementCallback):
         if unit <= 0:
             return
         gain = float(effect.gain[1, 0]) / unit
-        lost = min(0.0, self._trainer.chosen_level()) / (HORIZON * effect.lasting)
-        change, most = (float(effect.fresh[1, 0]) + lost) / unit - trainer.nll_weight * gain, self._largest * abs(gain)
+        change, most = float(effect.fresh[1, 0]) / unit - trainer.nll_weight * gain, self._largest * abs(gain)
         self._change = self._smoothing * self._change + min(most, max(-most, change))
         self._gain = self._smoothing * self._gain + gain
+        self._multiplier = min(self._largest, max(0.0, self._multiplier - self._rate * trainer.chosen_level()))
         if self._gain > 0:
-            trainer.nll_weight = min(self._largest, max(0.0, -self._change / self._gain))
+            asked = max(0.0, -self._change / self._gain)
+            trainer.nll_weight = min(self._largest, asked + self._multiplier)
