@@ -23,7 +23,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,11 +50,14 @@ class Experiment:
         plan: what is run.
         data: gives a seed's start.
         methods: names of `METHODS`; all by default. DPO is run on the tuning seed in any case.
+        check: is given the rows of tuning.
     """
 
-    def __init__(self, plan: Plan, data: Generated | Tweets, methods: Sequence[str] = ()) -> None:
+    def __init__(self, plan: Plan, data: Generated | Tweets, methods: Sequence[str] = (),
+        check: Callable[[list[Row]], None] = lambda rows: None,
+    ) -> None:  # fmt: skip
         self.rows: list[Row] = []
-        self._plan, self._data = plan, data
+        self._plan, self._data, self._check = plan, data, check
         self._methods = [name for name in METHODS if name in methods or not methods]
 
     def run_all(self) -> None:
@@ -62,6 +65,7 @@ class Experiment:
         plan = self._plan
         start = self._data.start(plan.tuning_seed)
         chosen = {name: self._tune(start, optimizer) for name, optimizer in plan.optimizers.items()}
+        self._check(self.rows)
         for seed in plan.seeds:
             start = self._data.start(seed)
             for name, optimizer in plan.optimizers.items():
@@ -195,7 +199,9 @@ def main(
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         raise typer.BadParameter(f"--methods {unknown[0]!r}: unknown; accepted are {', '.join(METHODS)}.")
-    experiment = Experiment(plan, data, names)
+    experiment = Experiment(
+        plan, data, names, (lambda rows: records.require_equal_runs(out, rows)) if names else (lambda rows: None)
+    )
     settings = {**plan.to_record(), "machine": records.machine()}
     if names:
         records.require_same(out, plan.data, settings)

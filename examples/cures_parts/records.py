@@ -21,7 +21,7 @@ import typer
 
 from gradent.kernels.availability import device_name
 
-__all__ = ["COLUMNS", "machine", "read", "require_same", "write"]
+__all__ = ["COLUMNS", "machine", "read", "require_equal_runs", "require_same", "write"]
 
 COLUMNS = (
     "data", "optimizer", "phase", "method", "style", "seed", "rate", "mask_eta", "mask_learning_rate", "step",
@@ -99,6 +99,32 @@ def require_same(out: Path, data: str, settings: dict[str, Any]) -> None:
         )
 
 
+def require_equal_runs(out: Path, rows: Sequence[Row]) -> None:
+    """Check that DPO's tuning runs came out as a directory has them: then its other rows would too.
+
+    Args:
+        out: the directory.
+        rows: of this call so far.
+
+    Raises:
+        BadParameter: they did not, to the digits that the file has.
+    """
+    names = ("data", "optimizer", "style", "step", "rate")
+
+    def tuned(of: Sequence[Row]) -> dict[tuple[Any, ...], tuple[float, float]]:
+        picked = [row for row in of if row["phase"] == "rate" and row["method"] == "DPO"]
+        return {tuple(row[name] for name in names): (row["chosen"], row["rejected"]) for row in picked}
+
+    before = tuned(read(out)[0])
+    for key, values in tuned(rows).items():
+        known = before.get(key, (math.nan, math.nan))
+        if not all(math.isclose(one, other, rel_tol=1e-5) for one, other in zip(known, values, strict=True)):
+            raise typer.BadParameter(
+                f"DPO's run of {key} comes out as {values}, and {out} has {known}; run all methods anew, without "
+                "--methods."
+            )
+
+
 def write(
     out: Path, rows: Sequence[Row], about: dict[str, Any], methods: Sequence[str] = ()
 ) -> tuple[list[Row], dict[str, Any]]:
@@ -117,7 +143,6 @@ def write(
     mine = {row["data"] for row in rows}
     new = [row for row in rows if not methods or row["method"] in methods]  # DPO's tuning runs are there already
     if methods:
-        _require_equal_runs(kept, rows)
         for data in mine:
             about[data]["seconds"] += others[data]["seconds"]
     kept = [row for row in kept if row["data"] not in mine or (methods and row["method"] not in methods)]
@@ -131,19 +156,6 @@ def write(
     text = json.dumps({**others, **about}, indent=1, ensure_ascii=False)
     (out / "data" / "cures.json").write_text(text + "\n", encoding="utf-8")
     return read(out)
-
-
-def _require_equal_runs(kept: Sequence[Row], rows: Sequence[Row]) -> None:
-    """Check that DPO's tuning runs came out as they are in the file: then the file's other rows would too."""
-    names = ("data", "optimizer", "style", "step", "rate")
-
-    def tuned(of: Sequence[Row]) -> dict[tuple[Any, ...], str]:
-        picked = [row for row in of if row["phase"] == "rate" and row["method"] == "DPO"]
-        return {tuple(row[name] for name in names): f"{row['chosen']:.5g} {row['rejected']:.5g}" for row in picked}
-
-    before = tuned(kept)
-    if any(before.get(key) != value for key, value in tuned(rows).items()):
-        raise typer.BadParameter("DPO's runs come out other than the file has them; run all methods anew.")
 
 
 def _cells(rows: Iterable[Row]) -> Iterable[Row]:

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import runpy
+import shutil
 import subprocess
 import sys
 import warnings
@@ -106,6 +107,29 @@ def test_the_page_and_the_figure_are_of_the_records(small: Path) -> None:
         for key in (("CPO", "0"), ("CPO", "4"))
     )
     assert f"| long suffix | CPO | {last - first:+.2f} [" in page
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_one_method_alone_comes_beside_the_others(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "again"
+    shutil.copytree(small, out)
+    done = run("--out", out, "--small", "--methods", "adaptive")
+    assert done.returncode == 0, done.stderr
+
+    def without_times(place: Path) -> list[tuple[str, ...]]:
+        return sorted(tuple(value for name, value in row.items() if name != "seconds") for row in rows_of(place))
+
+    assert without_times(out) == without_times(small), "the same run once more"
+    rows = [{**row, "rejected": "-9"} if row["phase"] == "rate" else row for row in rows_of(out)]
+    with (out / "data" / "cures.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    refused = run("--out", out, "--small", "--methods", "adaptive")
+    assert refused.returncode == 2 and "run all methods anew" in " ".join(refused.stderr.split())
+    assert run("--out", tmp_path / "new", "--small", "--methods", "adaptive").returncode == 2
+    assert "accepted are DPO, RPO 0.1" in " ".join(run("--out", out, "--methods", "adptive").stderr.split())
 
 
 @pytest.mark.nightly
