@@ -153,10 +153,8 @@ def test_the_sentence_leads_with_what_the_step_does() -> None:
 def test_a_likelihood_term_is_told_where_the_account_explains_the_run() -> None:
     moved = moves(CHOSEN, REJECTED)
     told = describe(window((4, {}), moved=moved, explained=0.984, nll_weight=(0.0234, 0.011)), ANY)
-    assert told is not None and told.startswith(f"{LEAD}; 98% explained; a likelihood term")
-    assert (
-        "of weight 0.023 ± 0.01 would have kept chosen of pairs outside the batch from falling, to first order" in told
-    )
+    assert told is not None and told.startswith(f"{LEAD}; 98% explained; to first order, a likelihood term")
+    assert "of weight 0.023 ± 0.01 keeps chosen of pairs outside the batch level" in told
     for explained, weight in (
         (0.89, (0.02, 0.001)),
         (None, (0.02, 0.001)),

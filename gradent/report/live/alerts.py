@@ -131,8 +131,8 @@ def _describe_term(window: Window) -> str:
     if weight <= _CLEARLY * error:
         return ""
     return (
-        f"; a likelihood term (RPO, 'sft' in loss_type) of weight {weight:.2g} ± {error:.1g} would have kept chosen of "
-        "pairs outside the batch from falling, to first order"
+        f"; to first order, a likelihood term (RPO, 'sft' in loss_type) of weight {weight:.2g} ± {error:.1g} keeps "
+        "chosen of pairs outside the batch level"
     )
 
 
