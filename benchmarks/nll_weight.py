@@ -211,7 +211,7 @@ def main(
                     )
                 )
                 if save:
-                    append("nll_weight.csv", line)
+                    append("nll_weight", line)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from trl.experimental.cpo import CPOConfig, CPOTrainer
 
 from gradent.demo.task import Task, TokenPair, tokenize_style
 from gradent.demo.train import PairCollator, SplitCollator, padded, pair_rows, train_quietly, trainer_arguments
-from gradent.trainer import AdaptiveNLLDPOConfig, PairwiseNormalizedDPOConfig, TokenMaskedDPOConfig
-from gradent.trainer.adaptive_nll.trainer import AdaptiveNLLDPOTrainer
+from gradent.trainer import PairwiseNormalizedDPOConfig, TokenMaskedDPOConfig
+from gradent.trainer.adaptive_nll.trainer import AdaptiveNLLDPOConfig, AdaptiveNLLDPOTrainer
 from gradent.trainer.pairwise.trainer import PairwiseNormalizedDPOTrainer
 from gradent.trainer.token_masking.trainer import TokenMaskedDPOTrainer
 

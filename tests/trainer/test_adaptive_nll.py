@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer
 
 from gradent import EntanglementCallback
 from gradent.errors import InputError
-from gradent.trainer import AdaptiveNLLDPOConfig, AdaptiveNLLDPOTrainer
+from gradent.trainer.adaptive_nll.trainer import AdaptiveNLLDPOConfig, AdaptiveNLLDPOTrainer
 from tests.processes import launch
 from tests.trainer import rank_adaptive
 from tests.trainer.runs import data_for, llama, weights_of, with_lora

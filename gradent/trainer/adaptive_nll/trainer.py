@@ -1,4 +1,4 @@
-"""DPO with a likelihood term that is as large as it has to be, as a TRL trainer: `AdaptiveNLLDPOTrainer`.
+"""An experiment: DPO with a likelihood term that is as large as it has to be, as a TRL trainer.
 
 Margin losses are kept from lowering chosen by a term `λ · NLL`, the mean of `−log π` over the batch's chosen tokens
 (RPO, "sft" in TRL's `loss_type`), with λ by guess. The account of a step (docs/account.md) tells what the step's
