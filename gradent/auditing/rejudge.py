@@ -16,6 +16,7 @@ from gradent.auditing.analysis.dynamics import dynamics
 from gradent.auditing.analysis.loss_grid import label_loss, read_hyperparameters
 from gradent.auditing.analysis.recommendation import find_foretold, recommend
 from gradent.auditing.analysis.what_if import what_if
+from gradent.auditing.state.run_loss import choose_loss, read_run_loss
 from gradent.errors import InputError
 from gradent.record import (
     AUDIT_FILES,
@@ -37,11 +38,13 @@ _OF_THE_LOSS = ("The loss is the run's own", "The run was trained with", "IPO is
 _BY_THE_LOSS = ("chosen_sample_sign", "rejected_sample_sign", "chosen_sample_signed", "rejected_sample_signed")
 
 
-def rejudge(directory: Path, loss: losses.Loss, out: Path) -> Path:
-    """Write to `out` what an audit in `directory` says under another loss; returns `out`."""
+def rejudge(directory: Path, asked: str | losses.Loss, out: Path, **hyper: float) -> Path:
+    """Write to `out` what an audit in `directory` says under another loss, named as `audit` takes it; returns `out`."""
     summary: dict[str, Any] = {**read_summary(directory / "summary.json")}
     if out.resolve() == directory.resolve():
         raise InputError(f"--out {out}: is the audit's own directory, which stays as it is. Choose another.")
+    place = None if summary["run"] is None else Path(summary["run"]["directory"])
+    loss, said = choose_loss(asked, hyper, read_run_loss(str(place)) if place is not None and place.is_dir() else None)
     table = Table.read(read_pairs(directory / "pairs.parquet").to_pydict())
     if loss.needs_reference and np.isnan(table["ref_chosen_logp"]).any():
         raise InputError(
@@ -76,7 +79,7 @@ def rejudge(directory: Path, loss: losses.Loss, out: Path) -> Path:
         ),
         **summarize_columns(last), "most_entangled": _with_cases(summary["most_entangled"], last),
         "loss": {"name": loss.name, **read_hyperparameters(loss)},
-        "notes": [note, *(each for each in summary["notes"] if not each.startswith(_OF_THE_LOSS))],
+        "notes": [note, *said, *(each for each in summary["notes"] if not each.startswith(_OF_THE_LOSS))],
     }  # fmt: skip
     for name in ("sample.parquet", "modules.parquet", "tokens.parquet"):
         if (directory / name).exists():

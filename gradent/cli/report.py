@@ -48,10 +48,9 @@ def report(directory: Path, loss: str | None, out: Path | None, **values: Any) -
             return
         if out is None:
             raise InputError(f"--loss {loss}: say with --out where the audit under that loss is to go.")
-        from gradent import losses  # noqa: PLC0415  (imports torch)
-        from gradent.auditing.rejudge import rejudge  # noqa: PLC0415
+        from gradent.auditing.rejudge import rejudge  # noqa: PLC0415  (imports torch)
 
-        rejudge(directory, losses.get(loss, **hyper), out)
+        rejudge(directory, loss, out, **hyper)
         say(f"Wrote {out / 'report.html'}, {out / 'pairs.parquet'} and {out / 'summary.json'}.")
 
 

@@ -287,6 +287,10 @@ def test_one_audit_serves_every_loss(name: str, trained: Trained, tmp_path: Path
     again, fresh = (read_pairs(tmp_path / place / "pairs.parquet").to_pydict() for place in ("again", "fresh"))
     assert again == fresh
     assert (tmp_path / "again" / "report.html").is_file()
+    rejudge(tmp_path / "dpo", "ipo", tmp_path / "trl", beta=0.3)  # of a TRL run, as TRL has it
+    told = read_summary(tmp_path / "trl" / "summary.json")
+    assert (told["loss"]["beta"], told["loss"]["length_normalized"]) == (0.3, True)
+    assert any(note.startswith("IPO is judged as TRL has it") for note in told["notes"])
     with pytest.raises(InputError, match="is the audit's own directory"):
         rejudge(tmp_path / "dpo", losses.get(name), tmp_path / "dpo")
 
