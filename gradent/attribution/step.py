@@ -264,8 +264,10 @@ def assemble(
     ends = slice(weighted_rows, weighted_rows + rows)  # the rows that push
     products, fresh = (torch.zeros(rows, rows, dtype=torch.float64) for _ in range(2))
     moved = {source: torch.zeros(rows, dtype=torch.float64) for source in (*roles.sources, GRADIENT)}
+    lasting: list[float | None] = []
     for number, blocks in account.items():
         terms = rule.terms(number, lr)
+        lasting.append(terms.lasting)
         # Where an element had no preconditioner, the step moves it by `limit`, whatever the size of the gradient: the
         # optimizer's, where that is there, else the backward's.
         gradient, limit = terms.fresh * kept, terms.limit * (kept if is_whole else 1.0)
@@ -286,7 +288,7 @@ def assemble(
     return StepAttribution(
         products=products / c if weighted_rows else products, pushes=pushes,
         moved={source: moved[source] for source in roles.sources}, sides=roles.sides,
-        lasting=None if weighted_rows else _same([rule.terms(number).lasting for number in account]),
+        lasting=None if weighted_rows else _same(lasting),
     )  # fmt: skip
 
 
