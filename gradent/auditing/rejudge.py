@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gradent import losses
-from gradent.auditing.analysis.columns import JUDGED, judge
+from gradent.auditing.analysis.columns import judge, with_verdict, without_references
 from gradent.auditing.analysis.distributions import summarize_columns
 from gradent.auditing.analysis.dynamics import dynamics
 from gradent.auditing.analysis.loss_grid import label_loss, read_hyperparameters
@@ -21,7 +21,6 @@ from gradent.errors import InputError
 from gradent.record import (
     AUDIT_FILES,
     CASE_NAMES,
-    PAIR_COLUMNS,
     read_pairs,
     read_summary,
     read_tokens,
@@ -53,7 +52,8 @@ def rejudge(directory: Path, asked: str | losses.Loss, out: Path, **hyper: float
         )
     make_directory(out, AUDIT_FILES)
     steps = [int(step) for step in dict.fromkeys(table["step"].tolist())]
-    checkpoints = [_judged(table.select(table["step"] == step), loss) for step in steps]
+    measured = [table.select(table["step"] == step) for step in steps]
+    checkpoints = [with_verdict(each, judge(each, loss)) for each in measured]
     pairs, last = stack(checkpoints), checkpoints[-1]
     most = max(checkpoint.rows for checkpoint in checkpoints)
     whole = stack([checkpoint for checkpoint in checkpoints if checkpoint.rows == most])
@@ -61,7 +61,10 @@ def rejudge(directory: Path, asked: str | losses.Loss, out: Path, **hyper: float
     tokens = Table.read(read_tokens(path).to_pydict()) if path.exists() else None
     rows = what_if(whole, loss, tokens)
     history = summary["history"]
-    moved = dynamics(_with_start(whole, summary), {} if history is None else history["curves"])
+    # The reference is where the run began only if the audit took it for that.
+    had_start = (summary["dynamics"] or {}).get("start") is not None
+    curves = {} if history is None else history["curves"]
+    moved = dynamics(whole if had_start else without_references(whole), curves)
     repeated = int((summary["recommendation"] or {}).get("repeated") or 0)
     note = (
         f"Judged again under {label_loss(loss)}, from the record of {directory}, which is under "
@@ -88,19 +91,6 @@ def rejudge(directory: Path, asked: str | losses.Loss, out: Path, **hyper: float
     write_summary(out / "summary.json", summary)
     write_audit(out)
     return out
-
-
-def _judged(table: Table, loss: losses.Loss) -> Table:
-    verdict = judge(table, loss)
-    return Table({**table, **{name: getattr(verdict, name).numpy() for name in JUDGED}}).pick([*PAIR_COLUMNS])
-
-
-def _with_start(table: Table, summary: Mapping[str, Any]) -> Table:
-    """The table, with the reference's log-probs only where the audit took it for where the run began."""
-    if (summary["dynamics"] or {}).get("start") is not None:
-        return table
-    nothing = np.full(table.rows, np.nan)
-    return Table({**table, "ref_chosen_logp": nothing, "ref_rejected_logp": nothing})
 
 
 def _without_the_loss(steps: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -23,7 +23,10 @@ from gradent.record import MODULE_COLUMNS, PAIR_COLUMNS, SAMPLE_COLUMNS, TOKEN_C
 from gradent.record.table import Floats, Table, stack
 from gradent.theory.conditions import Verdict, verdict
 
-__all__ = ["JUDGED", "TargetRecord", "collect", "gram_of", "judge", "module_table", "sample_table", "token_table"]
+__all__ = [
+    "TargetRecord", "collect", "gram_of", "judge", "module_table", "sample_table", "token_table", "with_verdict",
+    "without_references",
+]  # fmt: skip
 
 JUDGED = ("d_w", "d_l", "chosen_change", "rejected_change", "case")
 
@@ -96,9 +99,9 @@ def _pair_table(target: Target, entries: Table, loss: Loss, pairs: Sequence[Audi
     judged = judge(entries, loss)
     rows = np.array([pair.row for pair in pairs])
     table = {
-        **entries, "checkpoint": np.full(count, target.name, dtype=object), "step": np.full(count, target.step),
-        "pair": rows[entries["position"]], "cosine": judged.gram.cosine.numpy(),
-        **{name: getattr(judged, name).numpy() for name in JUDGED},
+        **with_verdict(entries, judged), "checkpoint": np.full(count, target.name, dtype=object),
+        "step": np.full(count, target.step), "pair": rows[entries["position"]],
+        "cosine": judged.gram.cosine.numpy(),
     }  # fmt: skip
     return Table(table).pick([*PAIR_COLUMNS])
 
@@ -115,6 +118,16 @@ def judge(table: Table, loss: Loss) -> Verdict:
         None if np.isnan(table[name]).any() else torch.from_numpy(table[name]) for name in REFERENCES
     ]
     return verdict(gram_of(table), loss, *(references if None not in references else (None, None)))
+
+
+def with_verdict(table: Table, judged: Verdict) -> Table:
+    """A table's pairs with what a loss does to each of them in the place of another's verdict."""
+    return Table({**table, **{name: getattr(judged, name).numpy() for name in JUDGED}})
+
+
+def without_references(table: Table) -> Table:
+    """A table as if no reference had been measured."""
+    return Table({**table, **dict.fromkeys(REFERENCES, np.full(table.rows, np.nan))})
 
 
 def module_table(records: Sequence[TargetRecord]) -> Table | None:

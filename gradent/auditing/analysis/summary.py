@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from gradent.auditing.analysis.columns import TargetRecord, module_table, sample_table, token_table
+from gradent.auditing.analysis.columns import (
+    TargetRecord,
+    module_table,
+    sample_table,
+    token_table,
+    without_references,
+)
 from gradent.auditing.analysis.distributions import most_entangled, summarize_columns
 from gradent.auditing.analysis.dynamics import dynamics
 from gradent.auditing.analysis.loss_grid import read_hyperparameters
@@ -133,8 +139,7 @@ def _with_start(table: Table, plan: AuditPlan) -> Table:
     """The table, with the reference's log-probs only where it is the model that the run started from."""
     if plan.run is not None and plan.reference.passed is None:
         return table
-    nothing = np.full(table.rows, np.nan)
-    return Table({**table, "ref_chosen_logp": nothing, "ref_rejected_logp": nothing})
+    return without_references(table)
 
 
 def _describe_run(plan: AuditPlan) -> dict[str, Any] | None:

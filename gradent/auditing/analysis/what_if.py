@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from gradent import losses
-from gradent.auditing.analysis.columns import JUDGED, judge
+from gradent.auditing.analysis.columns import judge, with_verdict
 from gradent.auditing.analysis.distributions import count_cases, summarize_columns
 from gradent.auditing.analysis.loss_grid import label_loss, list_variants, read_hyperparameters
 from gradent.auditing.analysis.recommendation import recommend
@@ -156,7 +156,7 @@ def _compare(after: Any, before: Any) -> dict[str, int]:
 
 def _summarize(judged: Verdict, table: Table) -> dict[str, Any]:
     with np.errstate(over="ignore"):  # a ratio beyond float64 is inf, and then None
-        figures = summarize_columns({**table, **{name: getattr(judged, name).numpy() for name in JUDGED}})
+        figures = summarize_columns(with_verdict(table, judged))
     weights = {name: figures["weights"][name] for name in _WEIGHTS}
     # Dividing by the positive weights of a bound pair turns (9) and (10) into the two thresholds: both hold in case 1.
     bound = (judged.d_w > 0) & (judged.d_l > 0) & (judged.gram.inner > 0)
