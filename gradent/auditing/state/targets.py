@@ -14,7 +14,7 @@ from gradent.loading.adapters import changes_base, frozen_reference, under
 from gradent.loading.preferences import AuditPair
 from gradent.loading.prepare import Material
 from gradent.loading.runs.checkpoint import Checkpoint
-from gradent.loading.runs.discover import Run, choose, find_run, is_run
+from gradent.loading.runs.discover import Run, choose, find_run, is_run, refuse_adapter
 from gradent.loading.source import ModelSource, checkpoint_above, read_adapter_file, read_step, resolve_source
 from gradent.loading.weight_files import named_adapters
 from gradent.record.json_lines import digest
@@ -101,11 +101,7 @@ def find_targets(config: AuditConfig) -> tuple[list[Target], Run | None]:
             )
         source = resolve_source(model, config.adapter, quantize=config.quantize)
         return [Target(name=source.name, step=read_step(source), source=source)], None
-    if config.adapter is not None:
-        raise InputError(
-            f"{model}: is a run (it has checkpoint-* in it), and --adapter {config.adapter} is given. Leave --adapter "
-            "out; for one adapter alone, give the base model as MODEL."
-        )
+    refuse_adapter(model, config.adapter)
     run = find_run(model, base=config.base)
     if config.quantize is not None and run.kind == "full":
         raise InputError(

@@ -20,7 +20,7 @@ from gradent.loading.source import STATE, State
 from gradent.loading.weight_files import kind_of
 from gradent.text import quoted
 
-__all__ = ["Checkpoint", "Run", "choose", "find_run", "is_run"]
+__all__ = ["Checkpoint", "Run", "choose", "find_run", "is_run", "refuse_adapter"]
 
 _NAME = re.compile(r"checkpoint-([0-9]{1,18})")
 _A = {"full": "a full model", "adapter": "an adapter"}
@@ -49,6 +49,15 @@ def is_run(path: str | os.PathLike[str]) -> bool:
     except (OSError, ValueError):
         return False  # a file, a hub id, a name that no file can have
     return any(_NAME.fullmatch(name) and os.path.isdir(Path(path) / name) for name in names)
+
+
+def refuse_adapter(run: str, adapter: str | None) -> None:
+    """Refuse an adapter beside a run, which has its own."""
+    if adapter is not None:
+        raise InputError(
+            f"{run}: is a run (it has checkpoint-* in it), and --adapter {adapter} is given. Leave --adapter out; for "
+            "one adapter alone, give the base model as MODEL."
+        )
 
 
 def find_run(path: str | os.PathLike[str], *, base: str | None = None) -> Run:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gradent.errors import InputError
-from gradent.loading.runs.discover import choose, find_run, is_run
+from gradent.loading.runs.discover import choose, find_run, is_run, refuse_adapter
 
 __all__ = ["last_of_run"]
 
@@ -14,11 +13,7 @@ def last_of_run(model: str, adapter: str | None, tell: Callable[[str], object]) 
     """A run's last model that can be measured, which is said; anything else stays as it is."""
     if not is_run(model):
         return model
-    if adapter is not None:
-        raise InputError(
-            f"{model}: is a run (it has checkpoint-* in it), and --adapter {adapter} is given. Leave --adapter out; "
-            "for one adapter alone, give the base model as MODEL."
-        )
+    refuse_adapter(model, adapter)
     last = choose(find_run(model), "last")[-1]
     tell(f"{model} is a run; this is about its last model, {last.path}.")
     return last.path
