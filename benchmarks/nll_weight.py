@@ -11,9 +11,9 @@ half of it, with twice of it, with 1 (RPO), and with `AdaptiveNLLDPOTrainer`. Wh
 reading is 0 and nothing is repeated but RPO and the adaptive run.
 
 Columns: changes of held-out chosen and rejected, nats a response; "late", that of chosen in the steps which the reading
-speaks of; share of held-out pairs whose margin over the
-reference grew; change of the log-prob of a token of other text (the prompts of the held-out pairs), nats: what it
-loses, the run has forgotten. Appends a line a run to benchmarks/results/nll_weight.csv.
+speaks of; share of held-out pairs whose margin over the reference grew; change of the log-prob of a token of other text
+(the prompts of the held-out pairs), nats: what it loses, the run has forgotten.
+Appends a line a run to benchmarks/results/nll_weight.csv.
 """
 
 from __future__ import annotations
@@ -42,20 +42,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from benchmarks.append import append
+from benchmarks.unseen import EARLY, Row, to_batch
 from gradent import EntanglementCallback, GradentError, PairBatch
 from gradent.attribution.likelihood import estimate_nll, needed_weight
 from gradent.measurement import sequence_logps
 from gradent.trainer.adaptive_nll.trainer import AdaptiveNLLDPOConfig, AdaptiveNLLDPOTrainer
 
 LENGTH, BETA, BATCH, HELD_OUT, TUNED = 160, 0.1, 8, 48, 200
-EARLY = 9
 OPTIMIZERS = {
     "SGD": {"optim": "sgd", "max_grad_norm": 0.0},
     "SGD, momentum": {"optim": "sgd", "optim_args": "momentum=0.9", "max_grad_norm": 0.0},
     "AdamW": {"optim": "adamw_torch", "weight_decay": 0.01},
 }
-
-Row = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -94,12 +92,6 @@ class Middle(TrainerCallback):
             self.logps = self._start.look(kwargs["model"])[0]
 
 
-def to_batch(tokenizer: Any, rows: list[Row]) -> PairBatch:
-    """Tokenized as TRL does."""
-    columns = [[row[key] for row in rows] for key in ("prompt", "chosen", "rejected")]
-    return PairBatch.from_text(tokenizer, *columns, max_length=LENGTH, add_eos=True)
-
-
 def prepare(folder: Path, data: list[Row], seed: int, steps: int, rate: float) -> Start:
     """One row a prompt, drawn by seed; the first are held out, the next tuned on, the rest trained on."""
     tokenizer, shuffled = AutoTokenizer.from_pretrained(folder), random.Random(seed)
@@ -112,14 +104,14 @@ def prepare(folder: Path, data: list[Row], seed: int, steps: int, rate: float) -
     for prompt in shuffled.sample(list(by_prompt), len(by_prompt)):
         row = shuffled.choice(by_prompt[prompt])
         try:
-            to_batch(tokenizer, [row])
+            to_batch(tokenizer, [row], LENGTH)
         except GradentError:  # too long, or cut to one and the same
             continue
         rows.append({key: row[key] for key in ("prompt", "chosen", "rejected")})
     held, rows = rows[:HELD_OUT], rows[HELD_OUT:]
     tuned = min(TUNED, len(rows) // 3)
     torch.manual_seed(seed)
-    batch, optimizer = to_batch(tokenizer, rows[:tuned]), torch.optim.AdamW(model.parameters(), rate)
+    batch, optimizer = to_batch(tokenizer, rows[:tuned], LENGTH), torch.optim.AdamW(model.parameters(), rate)
     for _ in range(150):
         picked = torch.randperm(tuned)[:16]
         ids, marks = batch.input_ids[picked], batch.completion_mask[picked, 1:]
@@ -131,7 +123,7 @@ def prepare(folder: Path, data: list[Row], seed: int, steps: int, rate: float) -
     prompts = tokenizer(
         [row["prompt"] for row in held], return_tensors="pt", padding=True, truncation=True, max_length=LENGTH
     )
-    return Start(model, tokenizer, rows[tuned : tuned + steps * BATCH], to_batch(tokenizer, held), prompts)
+    return Start(model, tokenizer, rows[tuned : tuned + steps * BATCH], to_batch(tokenizer, held, LENGTH), prompts)
 
 
 def train(start: Start, optimizer: str, lr: float, steps: int, seed: int, lora: bool, weight: float | None) -> Any:

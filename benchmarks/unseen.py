@@ -244,10 +244,10 @@ def choose_rows(run: Run, data: list[Row], tokenizer: Any, seed: int) -> tuple[l
     return rows[: run.pairs] * run.copies, {"other": others, "same": same}
 
 
-def to_batch(tokenizer: Any, rows: list[Row]) -> PairBatch:
+def to_batch(tokenizer: Any, rows: list[Row], length: int = LENGTH) -> PairBatch:
     """Tokenized as TRL does."""
     columns = [[row[key] for row in rows] for key in ("prompt", "chosen", "rejected")]
-    return PairBatch.from_text(tokenizer, *columns, max_length=LENGTH, add_eos=True)
+    return PairBatch.from_text(tokenizer, *columns, max_length=length, add_eos=True)
 
 
 def train(run: Run, folder: Path, data: list[Row], seed: int) -> tuple[EntanglementCallback, HeldOut]:

@@ -25,6 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,11 +51,12 @@ class Experiment:
         plan: what is run.
         data: gives a seed's start.
         methods: names of `METHODS`; all by default. DPO is run on the tuning seed in any case.
-        check: is given the rows of tuning.
+        check: is given the rows of tuning, and raises where the rest is not worth running.
     """
 
-    def __init__(self, plan: Plan, data: Generated | Tweets, methods: Sequence[str] = (),
-        check: Callable[[list[Row]], None] = lambda rows: None,
+    def __init__(
+        self, plan: Plan, data: Generated | Tweets, methods: Sequence[str] = (),
+        check: Callable[[list[Row]], object] | None = None,
     ) -> None:  # fmt: skip
         self.rows: list[Row] = []
         self._plan, self._data, self._check = plan, data, check
@@ -65,7 +67,8 @@ class Experiment:
         plan = self._plan
         start = self._data.start(plan.tuning_seed)
         chosen = {name: self._tune(start, optimizer) for name, optimizer in plan.optimizers.items()}
-        self._check(self.rows)
+        if self._check is not None:
+            self._check(self.rows)
         for seed in plan.seeds:
             start = self._data.start(seed)
             for name, optimizer in plan.optimizers.items():
@@ -199,9 +202,7 @@ def main(
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         raise typer.BadParameter(f"--methods {unknown[0]!r}: unknown; accepted are {', '.join(METHODS)}.")
-    experiment = Experiment(
-        plan, data, names, (lambda rows: records.require_equal_runs(out, rows)) if names else (lambda rows: None)
-    )
+    experiment = Experiment(plan, data, names, partial(records.require_equal_runs, out) if names else None)
     settings = {**plan.to_record(), "machine": records.machine()}
     if names:
         records.require_same(out, plan.data, settings)
