@@ -15,12 +15,11 @@ from trl import DPOConfig, DPOTrainer
 from gradent import EntanglementCallback
 from gradent.errors import InputError
 from gradent.trainer.adaptive_nll.trainer import AdaptiveNLLDPOConfig, AdaptiveNLLDPOTrainer
-from tests.processes import launch
 from tests.trainer import rank_adaptive
 from tests.trainer.runs import data_for, llama, weights_of, with_lora
 from tests.trainer.test_pairwise import SETTINGS
 from tests.trainer.test_pairwise_runs import entangled
-from tests.trainer.test_ranks import seen
+from tests.trainer.test_ranks import two_and_one
 
 STEPS = 5
 
@@ -158,10 +157,7 @@ def test_evaluation_is_without_the_term(tiny_tokenizer: PreTrainedTokenizerFast,
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "LoRA"])
 def test_two_ranks_go_on_with_one_weight(kind: str, tmp_path: Path) -> None:
-    for name, ranks, batch in (("two", 2, 2), ("one", 1, 4)):
-        (tmp_path / name).mkdir()
-        launch(rank_adaptive.main, ranks, tmp_path / name, kind, batch)
-    two, other, one = seen(tmp_path / "two"), seen(tmp_path / "two", 1), seen(tmp_path / "one")
+    two, other, one = two_and_one(rank_adaptive.main, tmp_path, kind)
     assert two["moved"] == other["moved"]
     assert two["last"] == other["last"] > 0
     assert one["last"] > 0

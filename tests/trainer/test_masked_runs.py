@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ from gradent import EntanglementCallback
 from gradent.errors import InputError
 from gradent.trainer.token_masking.config import TokenMaskedDPOConfig
 from gradent.trainer.token_masking.head import HEAD_FILE, MaskHead, load_head, save_head
-from tests.processes import launch
 from tests.trainer import rank_masked
 from tests.trainer.runs import data_for, llama, weights_of, with_lora
 from tests.trainer.test_masked import error, logged, make, stirred
+from tests.trainer.test_ranks import two_and_one
 
 
 def test_k_goes_its_way(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -191,11 +190,7 @@ def test_the_callback_measures_the_model_beside_it(tiny_tokenizer: PreTrainedTok
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_two_ranks_are_one_process(kind: str, tmp_path: Path) -> None:
-    for name, ranks, batch in (("two", 2, 2), ("one", 1, 4)):
-        (tmp_path / name).mkdir()
-        launch(rank_masked.main, ranks, tmp_path / name, kind, batch)
-    files = ("two/0.json", "two/1.json", "one/0.json")
-    two, other, one = (json.loads((tmp_path / name).read_text()) for name in files)
+    two, other, one = two_and_one(rank_masked.main, tmp_path, kind)
     assert two["model"] == other["model"] and two["head"] == other["head"]
     for part in ("model", "head"):
         moves = [torch.tensor(run[part], dtype=torch.float64) for run in (two, one)]

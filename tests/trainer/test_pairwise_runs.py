@@ -16,11 +16,10 @@ from gradent import EntanglementCallback
 from gradent.measurement import sequence_logps
 from gradent.pairs.batch import PairBatch
 from tests.auditing.trained import make_base
-from tests.processes import launch
 from tests.trainer import rank_pairwise
 from tests.trainer.runs import data_for, llama, weights_of, with_lora
 from tests.trainer.test_pairwise import error, make
-from tests.trainer.test_ranks import seen
+from tests.trainer.test_ranks import two_and_one
 
 
 def entangled() -> Dataset:
@@ -105,10 +104,7 @@ def test_to_the_bit_with_a_callback(recomputed: bool, tiny_tokenizer: PreTrained
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "LoRA"])
 def test_two_ranks_are_one_process(kind: str, tmp_path: Path) -> None:
-    for name, ranks, batch in (("two", 2, 2), ("one", 1, 4)):
-        (tmp_path / name).mkdir()
-        launch(rank_pairwise.main, ranks, tmp_path / name, kind, batch)
-    two, other, one = seen(tmp_path / "two"), seen(tmp_path / "two", 1), seen(tmp_path / "one")
+    two, other, one = two_and_one(rank_pairwise.main, tmp_path, kind)
     assert two["moved"] == other["moved"]
     moves = [torch.tensor(run["moved"], dtype=torch.float64) for run in (two, one)]
     assert float(moves[1].norm()) > 1e-2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,14 @@ from tests.trainer.rank_ddp import STEPS
 
 def seen(folder: Path, rank: int = 0) -> dict[str, Any]:
     return json.loads((folder / f"{rank}.json").read_text())
+
+
+def two_and_one(main: Callable[..., Any], folder: Path, kind: str) -> list[dict[str, Any]]:
+    """What both of two ranks with 2 pairs each left, and one process with 4."""
+    for name, ranks, batch in (("two", 2, 2), ("one", 1, 4)):
+        (folder / name).mkdir()
+        launch(main, ranks, folder / name, kind, batch)
+    return [seen(folder / "two"), seen(folder / "two", 1), seen(folder / "one")]
 
 
 @pytest.mark.slow
