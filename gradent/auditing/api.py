@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from gradent.auditing.state.config import AuditConfig
 from gradent.record import AUDIT_FILES, Summary
+from gradent.report.page.unit import check_lr
 
 if TYPE_CHECKING:
     from gradent.losses import Loss
@@ -66,6 +67,7 @@ def audit(
     engine: str = "hooks",
     by_module: bool = True,
     attribution: bool = True,
+    lr: float | None = None,
     dtype: str = "float32",
     device: str | None = None,
     skip_bad_rows: bool = False,
@@ -127,6 +129,8 @@ def audit(
         add_eos: append EOS to plain-string responses, as TRL's DPOTrainer does.
         trust_remote_code: run code that the model's repository brings.
         seed: of the draw of `max_pairs`.
+        lr: show what a step of plain gradient descent does in nats at this learning rate. Default: nats per unit of it.
+            Adam's steps have another size, so its rate says little here.
         report: also write `report.html` and `figures/`.
         wandb: a wandb project to stream the records to.
         quiet: print nothing.
@@ -141,6 +145,7 @@ def audit(
             `left_out`, unless none can.
         KeyboardInterrupt: it was stopped; what was measured until then has been written as a partial record.
     """
+    check_lr(lr)
     options = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in locals().items()}
     config = AuditConfig(**{**options, "out": Path(out)})
     # What takes time to import is imported by the call, so that the command line is quick; torch comes last.

@@ -76,6 +76,7 @@ def audit_group(
             "max_length": ready.material.max_length, "truncation_mode": ready.material.how.truncation_mode,
             "add_eos": ready.material.add_eos,
             "memory_budget": config.memory_budget, "dtype": config.dtype, "device": config.device,
+            **({} if config.lr is None else {"lr": config.lr}),
         },
         **_figures(found, group, ready.material.tokenizer),
         "notes": notes, "seconds": round(time.monotonic() - started, 3),

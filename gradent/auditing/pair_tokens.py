@@ -28,6 +28,7 @@ from gradent.record.atomic import make_directory
 from gradent.record.masks import read_pair_masks
 from gradent.record.token_rows import TokenRow, list_tokens, rank_ends
 from gradent.report.page.numbers import signed_number
+from gradent.report.page.unit import check_lr
 from gradent.report.terminal.tables import new_table
 from gradent.report.tokens.page import write_token_report
 from gradent.text import printable, token_texts, visible
@@ -61,6 +62,7 @@ def audit_tokens(config: TokenConfig) -> TokenAudit | GroupTokenAudit:
     """Measure the tokens of one row and write `tokens.json`, `tokens.png` and `tokens.html`, or those of a group."""
     started = time.monotonic()
     parse_budget(config.memory_budget)
+    check_lr(config.lr)
     directory = make_directory(config.out, _FILES)
     notes: list[str] = []
     tell = make_tell(notes, config.quiet)
@@ -83,7 +85,7 @@ def audit_tokens(config: TokenConfig) -> TokenAudit | GroupTokenAudit:
         "settings": {
             "max_length": ready.material.max_length, "add_eos": ready.material.add_eos,
             "memory_budget": config.memory_budget, "by_module": config.by_module, "dtype": config.dtype,
-            "device": config.device,
+            "device": config.device, **({} if config.lr is None else {"lr": config.lr}),
         },
         "notes": notes, "seconds": round(time.monotonic() - started, 3),
     }  # fmt: skip

@@ -11,6 +11,7 @@ from gradent.auditing.api import audit as run_audit
 from gradent.auditing.state.config import LOSS, AuditConfig
 from gradent.cli.console import readable_errors, say
 from gradent.cli.options import HYPERPARAMETERS, hyperparameters, options, parameter, read_options, takes
+from gradent.report.page.unit import check_lr
 
 __all__ = ["audit"]
 
@@ -36,6 +37,7 @@ def audit(**values: Any) -> None:
 
         options_read = read_options(AuditConfig, values)
         asked = AuditConfig(**options_read)
+        check_lr(asked.lr)
         check_early(asked.loss, asked.data, asked.model, asked.out, quiet=True)
     with readable_errors():
         result = run_audit(**options_read, hyperparameters=given)

@@ -22,6 +22,9 @@ _OTHER = "Another loss"
     parameter("directory", Path, typer.Argument(
         help="What `gradent audit`, `scan`, `tokens`, `demo` or the callback wrote.",
     ), inspect.Parameter.empty),
+    parameter("lr", float | None, typer.Option(
+        show_default=False, help="Show what a step of plain gradient descent does in nats at this learning rate.",
+    ), None),
     parameter("loss", str | None, typer.Option(
         rich_help_panel=_OTHER, show_default=False, help="Judge an audit under this loss; nothing is measured anew.",
     ), None),
@@ -30,7 +33,7 @@ _OTHER = "Another loss"
         rich_help_panel=_OTHER, show_default=False, help="Where the audit under that loss goes.",
     ), None),
 ])  # fmt: skip
-def report(directory: Path, loss: str | None, out: Path | None, **values: Any) -> None:
+def report(directory: Path, lr: float | None, loss: str | None, out: Path | None, **values: Any) -> None:
     """Make the pages and figures of a directory anew from its records; no model is needed.
 
     With --loss, an audit's record is judged under another loss and written to --out.
@@ -44,8 +47,10 @@ def report(directory: Path, loss: str | None, out: Path | None, **values: Any) -
                 )
             from gradent.report import write_report  # noqa: PLC0415
 
-            say(f"Wrote {', '.join(map(str, write_report(directory)))}.")
+            say(f"Wrote {', '.join(map(str, write_report(directory, lr)))}.")
             return
+        if lr is not None:
+            raise InputError("--lr is for a step on the sample, which is left out under another loss. Leave one out.")
         if out is None:
             raise InputError(f"--loss {loss}: say with --out where the audit under that loss is to go.")
         from gradent.auditing.rejudge import rejudge  # noqa: PLC0415  (imports torch)

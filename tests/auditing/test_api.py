@@ -372,6 +372,7 @@ def test_what_gradent_warns_of_is_on_record_and_other_warnings_go_their_way(loca
         ({"engine": "fast"}, "engine is 'fast'"),
         ({"memory_budget": "lots"}, "memory_budget='lots'"),
         ({"token_pairs": 0}, "token_pairs is 0; it must be at least 1"),
+        ({"lr": 0}, "lr is 0; accepted is a number above 0"),
     ],
 )
 def test_settings_are_checked_before_anything_is_read(options, message, tmp_path) -> None:

@@ -98,6 +98,10 @@ def test_the_page_can_be_made_again_and_shows_every_number(local_model) -> None:
     assert "NTHR's score of the same tokens" in shown
     for row in list_group_tokens(result.record):
         assert f"({signed_number(row.influence)})" in before
+    (page,) = write_report(local_model.parent / "out", lr=0.5)
+    at_rate = page.read_text("utf-8")
+    assert all(f"({signed_number(0.5 * row.influence)})" in at_rate for row in list_group_tokens(result.record))
+    assert "in nats at a learning rate of 0.5." in at_rate and "per unit of learning rate" not in at_rate
 
 
 def test_hostile_tokens_are_text(local_model, tmp_path) -> None:

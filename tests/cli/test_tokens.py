@@ -33,16 +33,17 @@ def test_every_option_arrives(here, monkeypatch) -> None:
     save_lora(here / "adapter", here / "my-model")
     result = tokens(
         "--adapter", "adapter", "--dtype", "float64", "--device", "cpu", "--max-length", "20", "--no-add-eos",
-        "--memory-budget", "64MiB", "--by-module", "--split", "train",
+        "--memory-budget", "64MiB", "--by-module", "--split", "train", "--lr", "0.5",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     record = read_token_record("out/tokens.json")
     assert record["settings"] == {
         "max_length": 20, "add_eos": False, "memory_budget": "64MiB", "by_module": True, "dtype": "float64",
-        "device": "cpu",
+        "device": "cpu", "lr": 0.5,
     }  # fmt: skip
     assert record["model"]["adapter"] == "adapter" and record["modules"]
     assert (record["data"]["row"], record["data"]["truncated"]) == (1, 1)
+    assert "nats at a learning rate of 0.5" in Path("out/tokens.html").read_text("utf-8")
     assert "The most entangling tokens" in result.stdout and "out/tokens.html" in result.stdout
 
 

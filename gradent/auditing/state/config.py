@@ -63,6 +63,10 @@ class AuditConfig(LoadConfig):
         "Also measure the tokens of that many pairs, spread over all cosines, and show which entangle.", RUN, int,
         default=None,
     )  # fmt: skip
+    lr: float | None = option(
+        "Show what a step of plain gradient descent does in nats at this learning rate. [default: per unit of it]", RUN,
+        float, default=None,
+    )  # fmt: skip
     report: bool = option("Write report.html and figures.", RUN, bool, "--report/--no-report", default=True)
     wandb: str | None = option("Stream the records to this wandb project.", RUN, default=None)
     quiet: bool = False
@@ -73,7 +77,8 @@ class AuditConfig(LoadConfig):
         names = (
             "checkpoints", "split", "max_length", "truncation_mode", "max_prompt_length", "max_completion_length",
             "max_pairs", "token_pairs", "batch_size", "memory_budget", "engine", "by_module", "attribution", "dtype",
-            "device", "skip_bad_rows", "add_eos", "seed", *(["quantize"] if self.quantize else []),
+            "device", "skip_bad_rows", "add_eos", "seed",
+            *(name for name in ("quantize", "lr") if getattr(self, name) is not None),
         )  # fmt: skip
         values = {name: getattr(self, name) for name in names}
         return values if isinstance(self.checkpoints, str) else {**values, "checkpoints": list(self.checkpoints)}
@@ -94,6 +99,10 @@ class TokenConfig(LoadConfig):
     )  # fmt: skip
     memory_budget: int | str | None = option(_BUDGET, RUN, default=None)
     by_module: bool = option("Also show which modules entangle the pair.", RUN, bool, "--by-module", default=False)
+    lr: float | None = option(
+        "Show what a step of plain gradient descent does in nats at this learning rate. [default: per unit of it]", RUN,
+        float, default=None,
+    )  # fmt: skip
     masks: Path | None = option(  # noqa: RUF009
         "Also show which tokens a masked loss keeps: masks.parquet of TokenMaskedDPOTrainer.export_masks, of the same "
         "data.", RUN, Path, default=None,

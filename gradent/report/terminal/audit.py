@@ -14,6 +14,7 @@ from gradent.record import Summary
 from gradent.report.audit.sections.answer import describe_finding
 from gradent.report.audit.sections.settings import describe_loss, describe_reference
 from gradent.report.page.numbers import fixed, percent
+from gradent.report.page.unit import StepUnit
 from gradent.report.terminal.tables import new_table
 from gradent.text import printable, visible
 
@@ -70,21 +71,21 @@ def _render(summary: Summary, width: int) -> Iterator[RenderableType]:
     if summary["tokens"]:
         yield from _render_tokens(summary["tokens"])
     if summary["steps"]:
-        yield Text(f"\n{_describe_steps(summary['steps'])}")
+        yield Text(f"\n{_describe_steps(summary['steps'], StepUnit.of(summary['settings']))}")
     yield Text(f"\n{printable(describe_finding(summary))}.", "bold")
     if summary["recommendation"]:
         yield Text(printable(summary["recommendation"]["text"]), "bold")
 
 
-def _describe_steps(steps: dict[str, Any]) -> str:
+def _describe_steps(steps: dict[str, Any], unit: StepUnit) -> str:
     """A line on the step on the sample, and one on how much of the run first order explains."""
     last = steps["sample"][-1]
     parts = {
-        side: ", ".join(f"{part} {_signed(last[f'{side}_{part}'])}" for part in ("own", "partner", "others"))
+        side: ", ".join(f"{part} {unit.show(last[f'{side}_{part}'])}" for part in ("own", "partner", "others"))
         for side in ("chosen", "rejected")
     }
     lines = [
-        f"A step on the whole sample at step {last['step']:,} (nats for a unit of learning rate): chosen "
+        f"A step on the whole sample at step {last['step']:,} ({unit}): chosen "
         f"{parts['chosen']}; rejected {parts['rejected']}."
     ]
     explained = [row["explained"] for row in steps["intervals"] if row["explained"] is not None]

@@ -12,6 +12,7 @@ from gradent.record.token_rows import name_token
 from gradent.report.page.html import Page, Section, write_page
 from gradent.report.page.numbers import NOTHING, fixed, number, plural, signed_number
 from gradent.report.page.parts import Quote, Table, Word, Words, scaled_words
+from gradent.report.page.unit import StepUnit
 from gradent.text import visible
 
 __all__ = ["describe_correlation", "write_group_report"]
@@ -19,10 +20,10 @@ __all__ = ["describe_correlation", "write_group_report"]
 _RANKED = 10  # tokens of each positive in each of the two tables
 
 
-def write_group_report(directory: str | os.PathLike[str]) -> Path:
-    """Write `group_tokens.html` beside a group's record `group_tokens.json`."""
+def write_group_report(directory: str | os.PathLike[str], lr: float | None = None) -> Path:
+    """Write `group_tokens.html` beside a group's record `group_tokens.json`; with `lr`, steps at that rate."""
     place = Path(directory)
-    return write_page(place / "group_tokens.html", _to_page(read_group_tokens(place / "group_tokens.json")))
+    return write_page(place / "group_tokens.html", _to_page(read_group_tokens(place / "group_tokens.json"), lr))
 
 
 def describe_correlation(record: GroupTokenRecord) -> str:
@@ -37,13 +38,14 @@ def describe_correlation(record: GroupTokenRecord) -> str:
     )
 
 
-def _to_page(record: GroupTokenRecord) -> Page:
+def _to_page(record: GroupTokenRecord, lr: float | None) -> Page:
+    unit = StepUnit.of(record["settings"], lr)
     rows = list_group_tokens(record)
     pulls, pushes = rank_group_tokens(record, rows, _RANKED)
     positives = [number for number, rollout in enumerate(record["rollouts"]) if rollout["weight"] > 0]
     sections = [
         Section("The prompt", "", [Quote("Tokens that all completions follow", record["prompt"]["text"])]),
-        *(_influence_section(record, rows, positive) for positive in positives),
+        *(_influence_section(record, rows, positive, unit) for positive in positives),
     ]
     if any(row.nthr is not None for row in rows):
         sections.append(
@@ -55,13 +57,13 @@ def _to_page(record: GroupTokenRecord) -> Page:
             )
         )
     sections += [
-        _ranking("The tokens that pull a raised completion down most", pulls),
-        _ranking("The tokens of lowered completions that push a raised one up most", pushes),
-        Section("All tokens", "Positions are counted from 0.", [_table(rows, "All tokens, with their numbers")]),
+        _ranking("The tokens that pull a raised completion down most", pulls, unit),
+        _ranking("The tokens of lowered completions that push a raised one up most", pushes, unit),
+        Section("All tokens", "Positions are counted from 0.", [_table(rows, unit, "All tokens, with their numbers")]),
     ]
     return Page(
         title=f"Tokens of group {record['data']['row']}: what pulls a raised completion down",
-        lead=_lead(record, rows, positives),
+        lead=_lead(record, rows, positives, unit),
         facts=_facts(record),
         sections=sections,
         foot=f"gradent {record['gradent_version']}, schema version {record['schema_version']}. The numbers behind this "
@@ -69,20 +71,22 @@ def _to_page(record: GroupTokenRecord) -> Page:
     )
 
 
-def _influence_section(record: GroupTokenRecord, rows: Sequence[GroupTokenRow], positive: int) -> Section:
+def _influence_section(
+    record: GroupTokenRecord, rows: Sequence[GroupTokenRow], positive: int, unit: StepUnit
+) -> Section:
     """The other completions' texts, coloured by what each token does to this one."""
     texts = []
     for other, rollout in enumerate(record["rollouts"]):
         own = [row for row in rows if (row.positive, row.rollout) == (positive, other)]
         if own:
-            total = signed_number(sum(row.influence for row in own))
-            words = [Word(row.text, row.influence, _note(row), strong=rollout["weight"] < 0) for row in own]
+            total = unit.show(sum(row.influence for row in own))
+            words = [Word(row.text, row.influence, _note(row, unit), strong=rollout["weight"] < 0) for row in own]
             texts.append((f"Completion {other}, weight {signed_number(rollout['weight'])}: {total} in all", words))
     weight = signed_number(record["rollouts"][positive]["weight"])
     return Section(
         f"What moves completion {positive} (weight {weight})",
-        f"First-order change of log π(completion {positive}) by each token of the others in one step, in nats per unit "
-        "of learning rate. Tokens of lowered completions are in bold.",
+        f"First-order change of log π(completion {positive}) by each token of the others in one step, in {unit}. "
+        "Tokens of lowered completions are in bold.",
         [
             Quote(f"Completion {positive}", "".join(record["rollouts"][positive]["tokens"])),
             scaled_words(texts, "pulls it down", "pushes it up"),
@@ -90,10 +94,10 @@ def _influence_section(record: GroupTokenRecord, rows: Sequence[GroupTokenRow], 
     )
 
 
-def _note(row: GroupTokenRow) -> str:
+def _note(row: GroupTokenRow, unit: StepUnit) -> str:
     verb = "pulls it down" if row.influence < 0 else "pushes it up" if row.influence > 0 else "neither"
     score = "" if row.nthr is None else f", NTHR {signed_number(row.nthr)}"
-    return f"{row.name}: {verb} ({signed_number(row.influence)}){score}"
+    return f"{row.name}: {verb} ({unit.show(row.influence)}){score}"
 
 
 def _score_words(record: GroupTokenRecord, rows: Sequence[GroupTokenRow]) -> Words:
@@ -113,7 +117,7 @@ def _score_words(record: GroupTokenRecord, rows: Sequence[GroupTokenRow]) -> Wor
     return scaled_words(texts, "held to push up", "held to pull down", bad_above=True)
 
 
-def _lead(record: GroupTokenRecord, rows: Sequence[GroupTokenRow], positives: Sequence[int]) -> str:
+def _lead(record: GroupTokenRecord, rows: Sequence[GroupTokenRow], positives: Sequence[int], unit: StepUnit) -> str:
     parts = []
     for positive in positives:
         total = sum(
@@ -123,7 +127,7 @@ def _lead(record: GroupTokenRecord, rows: Sequence[GroupTokenRow], positives: Se
         )  # fmt: skip
         verb = "pull" if total < 0 else "push" if total > 0 else "leave"
         where = {"pull": " down", "push": " up", "leave": " where it is"}[verb]
-        parts.append(f"{verb} completion {positive}{where} ({signed_number(total)} nats per unit of learning rate)")
+        parts.append(f"{verb} completion {positive}{where} ({unit.show(total)} {unit})")
     return (
         f"To first order, in one step on this group the lowered completions {', '.join(parts)}. "
         + describe_correlation(record)
@@ -147,14 +151,14 @@ def _facts(record: GroupTokenRecord) -> list[tuple[str, str]]:
     return facts + [("Note", note) for note in record["notes"]]
 
 
-def _ranking(title: str, rows: Sequence[GroupTokenRow]) -> Section:
-    return Section(title, "", [_table(rows)]) if rows else Section(title, "There is none in this group.", [])
+def _ranking(title: str, rows: Sequence[GroupTokenRow], unit: StepUnit) -> Section:
+    return Section(title, "", [_table(rows, unit)]) if rows else Section(title, "There is none in this group.", [])
 
 
-def _table(rows: Sequence[GroupTokenRow], folded: str = "") -> Table:
+def _table(rows: Sequence[GroupTokenRow], unit: StepUnit, folded: str = "") -> Table:
     cells = [
         [
-            str(row.positive), str(row.rollout), str(row.position), visible(row.text), signed_number(row.influence),
+            str(row.positive), str(row.rollout), str(row.position), visible(row.text), unit.show(row.influence),
             NOTHING if row.nthr is None else number(row.nthr),
         ]
         for row in rows

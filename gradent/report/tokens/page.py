@@ -19,6 +19,7 @@ from gradent.record.token_rows import TokenRow, list_tokens, rank_ends
 from gradent.report.page.html import Page, Section, write_page
 from gradent.report.page.numbers import number, percent, signed_number
 from gradent.report.page.parts import Cell, Quote, Table, Word, Words, scaled_words
+from gradent.report.page.unit import StepUnit
 from gradent.report.tokens.masks import mask_words
 from gradent.text import visible
 
@@ -29,30 +30,32 @@ _RANKED = 10  # tokens in each of the two tables
 _MODULES = 15
 
 
-def write_token_report(directory: str | os.PathLike[str]) -> Path:
+def write_token_report(directory: str | os.PathLike[str], lr: float | None = None) -> Path:
     """Write `tokens.html` beside a pair's record.
 
     Args:
         directory: holds `tokens.json`.
+        lr: learning rate at which steps are shown. Default: that of the record, or nats per unit of it.
 
     Returns:
         The page.
     """
     place = Path(directory)
-    return write_page(place / "tokens.html", _to_page(read_token_record(place / "tokens.json")))
+    return write_page(place / "tokens.html", _to_page(read_token_record(place / "tokens.json"), lr))
 
 
-def _to_page(record: TokenRecord) -> Page:
+def _to_page(record: TokenRecord, lr: float | None) -> Page:
+    unit = StepUnit.of(record["settings"], lr)
     rows = list_tokens(record)
     entangling, disentangling = rank_ends(rows, attrgetter("entanglement"), _RANKED)
     sections = [
         Section("The prompt", "", [Quote("Tokens that both responses follow", record["prompt"]["text"])]),
         Section(
             "What a margin step does to each token",
-            "First-order change of each token's log-prob where log π(chosen) − log π(rejected) is raised, in nats per "
-            "unit of learning rate. A chosen token that falls is dragged along by what pushes rejected down. Tokens "
+            "First-order change of each token's log-prob where log π(chosen) − log π(rejected) is raised, in "
+            f"{unit}. A chosen token that falls is dragged along by what pushes rejected down. Tokens "
             "in bold tell the responses apart; the others are in both.",
-            [_words(rows, "effect", "falls", "rises", bad_above=False)],
+            [_words(rows, "effect", "falls", "rises", bad_above=False, unit=unit)],
         ),
         Section(
             "Which tokens entangle",
@@ -68,16 +71,16 @@ def _to_page(record: TokenRecord) -> Page:
             "same token in both responses. A token's gradient runs through all positions before it.",
             [_heat_map(record, rows)],
         ),
-        _ranking("entangling", entangling),
-        _ranking("disentangling", disentangling),
+        _ranking("entangling", entangling, unit),
+        _ranking("disentangling", disentangling, unit),
     ]
     if record["modules"]:
         sections.append(_module_section(record["modules"]))
-    everything = _table(rows, "All tokens of both responses, with their numbers")
+    everything = _table(rows, unit, "All tokens of both responses, with their numbers")
     sections.append(Section("All tokens", "Positions are counted from 0.", [everything]))
     return Page(
         title=f"Tokens of pair {record['data']['row']}: what pulls chosen and rejected along",
-        lead=_lead(record),
+        lead=_lead(record, unit),
         facts=_facts(record),
         sections=sections,
         foot=f"gradent {record['gradent_version']}, schema version {record['schema_version']}. The numbers behind this "
@@ -106,7 +109,7 @@ def _mask_section(record: TokenRecord) -> Section:
     )
 
 
-def _lead(record: TokenRecord) -> str:
+def _lead(record: TokenRecord, unit: StepUnit) -> str:
     sums = [sum(record["chosen"]["effects"]), sum(record["rejected"]["effects"])]
     moves = ["raises" if value > 0 else "lowers" if value < 0 else "leaves" for value in sums]
     case = {
@@ -116,8 +119,8 @@ def _lead(record: TokenRecord) -> str:
     }.get((moves[0], moves[1]), "")
     return (
         "To first order, a small step that raises log π(chosen) − log π(rejected) on this pair alone "
-        f"{moves[0]} chosen ({signed_number(sums[0])} nats per unit of learning rate) and {moves[1]} rejected "
-        f"({signed_number(sums[1])})" + (f", {case}." if case else ".")
+        f"{moves[0]} chosen ({unit.show(sums[0])} {unit}) and {moves[1]} rejected "
+        f"({unit.show(sums[1])})" + (f", {case}." if case else ".")
     )
 
 
@@ -149,10 +152,13 @@ def _facts(record: TokenRecord) -> list[tuple[str, str]]:
     return facts + [("Note", note) for note in record["notes"]]
 
 
-def _words(rows: Sequence[TokenRow], figure: str, below: str, above: str, *, bad_above: bool) -> Words:
+def _words(
+    rows: Sequence[TokenRow], figure: str, below: str, above: str, *, bad_above: bool, unit: StepUnit | None = None
+) -> Words:
     texts: dict[str, list[Word]] = {side: [] for side in _SIDES}
     for row in rows:
         value = float(getattr(row, figure))
+        value = value if unit is None else unit.scale(value)
         verb = above if value > 0 else below if value < 0 else "neither"
         note = f"{row.name}: {verb} ({signed_number(value)}), {row.kind}"
         texts[row.side].append(Word(row.text, value, note, strong=not row.identical))
@@ -169,19 +175,19 @@ def _heat_map(record: TokenRecord, rows: Sequence[TokenRow]) -> HeatMap:
     return token_cosines(*names, cosines.tolist(), [(a, b) for a, b in record["alignment"]])
 
 
-def _ranking(kind: str, rows: Sequence[TokenRow]) -> Section:
+def _ranking(kind: str, rows: Sequence[TokenRow], unit: StepUnit) -> Section:
     title = f"The most {kind} tokens"
-    return Section(title, "", [_table(rows)]) if rows else Section(title, f"No token is {kind} in this pair.", [])
+    return Section(title, "", [_table(rows, unit)]) if rows else Section(title, f"No token is {kind} in this pair.", [])
 
 
-def _table(rows: Sequence[TokenRow], folded: str = "") -> Table:
+def _table(rows: Sequence[TokenRow], unit: StepUnit, folded: str = "") -> Table:
     header = ["" if folded else "Rank", "Response", "Position", "Token", "Kind", "Entanglement", "Share", "Norm"]
     cells: list[list[Cell | str]] = [
         [
-            str(number), row.side, str(row.position), visible(row.text), row.kind, signed_number(row.entanglement),
-            "-" if row.share is None else f"{row.share:+.1%}", f"{row.norm:.3g}", signed_number(row.effect),
+            str(rank), row.side, str(row.position), visible(row.text), row.kind, signed_number(row.entanglement),
+            "-" if row.share is None else f"{row.share:+.1%}", number(row.norm), unit.show(row.effect),
         ]
-        for number, row in enumerate(rows, start=1)
+        for rank, row in enumerate(rows, start=1)
     ]  # fmt: skip
     return Table([*header, "Margin step"], cells, folded)
 

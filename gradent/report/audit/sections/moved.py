@@ -15,6 +15,7 @@ from gradent.report.audit.sections.steps import STEP
 from gradent.report.page.html import Section
 from gradent.report.page.numbers import count, number, percent, plural, signed_number, step_name
 from gradent.report.page.parts import Cell, Table
+from gradent.report.page.unit import StepUnit
 
 __all__ = ["run_section", "sample_section"]
 
@@ -31,16 +32,16 @@ def sample_section(records: AuditRecords) -> Section | None:
     rows = _of_steps(records, "sample")
     if not rows:
         return None
-    last = rows[-1]
+    last, unit = rows[-1], records.unit
     parts: list[Chart | Table] = []
     if len(rows) > 1:
-        parts += [_part_chart(rows, side) for side in _SIDES]
-    parts.append(_part_table(rows))
+        parts += [_part_chart(rows, side, unit) for side in _SIDES]
+    parts.append(_part_table(rows, unit))
     pairs = int(last["pairs"])
     whole = "the only pair" if pairs == 1 else f"all {plural(pairs, 'pair')}"
     text = (
         f"One step of plain gradient descent on the mean loss of {whole}: what it "
-        "adds to each response's log-prob, to first order, in nats for a unit of learning rate. Own: the response's "
+        f"adds to each response's log-prob, to first order, in {unit}. Own: the response's "
         "own gradient. Partner: the other response of its pair. Others: all other pairs. This is nearer to training "
         "than a step on a pair alone, which is own and partner. It has no optimizer in it: Adam's preconditioner and "
         f"momentum are known in training only (EntanglementCallback). {_describe_difference(last)}"
@@ -110,19 +111,19 @@ def _describe_explained(rows: Sequence[Row]) -> str:
     )
 
 
-def _part_chart(rows: Sequence[Row], side: str) -> Chart:
+def _part_chart(rows: Sequence[Row], side: str, unit: StepUnit) -> Chart:
     steps = [float(row["step"]) for row in rows]
-    lines = [Line(part, steps, [fill_gap(row.get(f"{side}_{part}")) for row in rows]) for part in _PARTS]
-    totals = [_total(row, side) for row in rows]
+    lines = [Line(part, steps, [unit.scale(row.get(f"{side}_{part}")) for row in rows]) for part in _PARTS]
+    totals = [unit.scale(_total(row, side)) for row in rows]
     lines.append(Line("together", steps, totals, colour=side, dashed=True))
-    return Chart(STEP, "nats for a unit of learning rate", lines, zero=True, title=f"What moves {side}")
+    return Chart(STEP, str(unit), lines, zero=True, title=f"What moves {side}")
 
 
 def _total(row: Row, side: str) -> float:
     return sum(fill_gap(row.get(f"{side}_{part}")) for part in _PARTS)
 
 
-def _part_table(rows: Sequence[Row]) -> Table:
+def _part_table(rows: Sequence[Row], unit: StepUnit) -> Table:
     header = ["Step"]
     for side in _SIDES:
         header += [f"{side.capitalize()}, own", "partner", "others", "together"]
@@ -131,11 +132,11 @@ def _part_table(rows: Sequence[Row]) -> Table:
     for row in rows:
         figures = [f"{row['step']:,}"]
         for side in _SIDES:
-            figures += [signed_number(row.get(f"{side}_{part}")) for part in _PARTS]
-            figures.append(signed_number(_total(row, side)))
+            figures += [unit.show(row.get(f"{side}_{part}")) for part in _PARTS]
+            figures.append(unit.show(_total(row, side)))
         figures.append(percent((row.get("cases") or {}).get("ideal")))
         cells.append([*figures, *(percent(row.get(f"{side}_differs")) for side in _SIDES)])
-    caption = "Means over the pairs, in nats for a unit of learning rate; shares of the pairs"
+    caption = f"Means over the pairs, in {unit}; shares of the pairs"
     return Table(header, cells, "", caption, figures_from=1)
 
 
@@ -145,16 +146,17 @@ def _push_table(records: AuditRecords) -> Table | None:
     if not rows:
         return None
     cells: list[list[Cell | str]] = []
+    unit = records.unit
     for row in rows:
-        by = [f"{other['side']} of pair {other['pair']:,}: {signed_number(other['moved'])}" for other in row["by"]]
+        by = [f"{other['side']} of pair {other['pair']:,}: {unit.show(other['moved'])}" for other in row["by"]]
         texts = [_text(records, other["pair"], other["side"]) for other in row["by"]]
         cells.append([
             Cell((f"{row['side']} of pair {row['pair']:,}", _text(records, row["pair"], row["side"]))),
-            signed_number(row["others"]), signed_number(row["own"]), signed_number(row["partner"]),
+            unit.show(row["others"]), unit.show(row["own"]), unit.show(row["partner"]),
             Cell(tuple(line for lines in zip(by, texts, strict=True) for line in lines if line)),
         ])  # fmt: skip
     header = ["Response", "By other pairs", "Own", "Partner", "Most of it by"]
-    caption = "Who moves whom: the responses that other pairs move most, in nats for a unit of learning rate"
+    caption = f"Who moves whom: the responses that other pairs move most, in {unit}"
     return Table(header, cells, f"Who moves whom: {plural(len(rows), 'response')}", caption, figures_from=1)
 
 

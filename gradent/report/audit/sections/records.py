@@ -19,6 +19,7 @@ from gradent.figures.charts import Line
 from gradent.record import CASE_NAMES, Summary, read_modules, read_pairs, read_sample, read_summary, read_tokens
 from gradent.record.curves import mean_and_error
 from gradent.record.table import Floats, Table
+from gradent.report.page.unit import StepUnit
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -83,6 +84,7 @@ class AuditRecords:
     sample: Mapping[int, Row]  # rows of `sample.parquet` by pair; empty without the file
     modules: Sequence[Row] | None  # rows of `modules.parquet`; None without the file
     tokens: Sequence[Row] | None  # rows of `tokens.parquet`; None without the file
+    unit: StepUnit  # of what one step does
 
     @cached_property
     def name(self) -> str:
@@ -126,14 +128,23 @@ class AuditRecords:
         return Line(name, self.steps, quartiles[1], low=quartiles[0], high=quartiles[2])
 
 
-def read_audit(directory: str | os.PathLike[str]) -> AuditRecords:
-    """Read the records of an audit; `sample.parquet`, `modules.parquet` and `tokens.parquet` may be missing."""
+def read_audit(directory: str | os.PathLike[str], lr: float | None = None) -> AuditRecords:
+    """Read the records of an audit; `sample.parquet`, `modules.parquet` and `tokens.parquet` may be missing.
+
+    Args:
+        directory: of the audit.
+        lr: learning rate at which steps are shown. Default: that of the record, or nats per unit of it.
+
+    Returns:
+        The records.
+    """
     place = Path(directory)
     summary = read_summary(place / "summary.json")
     measured = _by_checkpoint(read_pairs(place / "pairs.parquet"))
     sample = {row["pair"]: row for row in _rows(place / "sample.parquet", read_sample) or []}
     modules, tokens = _rows(place / "modules.parquet", read_modules), _rows(place / "tokens.parquet", read_tokens)
-    return AuditRecords(place, summary, measured, sample, modules, tokens)
+    unit = StepUnit.of(summary["settings"], lr)
+    return AuditRecords(place, summary, measured, sample, modules, tokens, unit)
 
 
 def _rows(path: Path, read: Callable[[Path], Any]) -> list[Row] | None:
