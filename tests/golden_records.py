@@ -34,7 +34,7 @@ from gradent.record import (
 from gradent.report import write_audit_report
 from tests.auditing.made import write_jsonl
 from tests.auditing.runs import write_state
-from tests.auditing.trained import make_base, word_pairs
+from tests.auditing.trained import make_base
 
 GOLDEN = Path(__file__).with_name("golden")
 RECORDS, PAGE = GOLDEN / "audit", GOLDEN / "page.txt"
@@ -66,9 +66,19 @@ def audited(place: Path) -> Path:
             for at in range(1, step + 1)
         ]
         write_state(place / "run" / f"checkpoint-{step}", step, log_history=logged)
-    data = write_jsonl(place / "pairs.jsonl", word_pairs(12))
+    data = write_jsonl(place / "pairs.jsonl", _pairs())
     audit(place / "run", data, out=place / "out", token_pairs=2, device="cpu", report=False, quiet=True)
     return _without_place(place / "out", place)
+
+
+def _pairs() -> list[dict[str, str]]:
+    """Twelve pairs, no two alike: equal ones tie, and rounding would then decide their order."""
+    things, ends = ("film", "soup", "book"), ("truly good .", "quite warm .", "a quiet joy !", "felt a bore .")
+    return [
+        {"prompt": f"the {thing} was", "chosen": f" bright {end}", "rejected": f" dull {end}"}
+        for end in ends
+        for thing in things
+    ]
 
 
 def _without_place(records: Path, place: Path) -> Path:

@@ -42,31 +42,31 @@ def test_todays_reader_reads_the_golden_records() -> None:
     ]  # fmt: skip
     assert summary["loss"] == {"name": "dpo", "beta": 0.1}
     assert summary["history"]["curves"]["logps/chosen"] == [[1, -10.0], [2, -11.0], [3, -12.0], [4, -13.0]]
-    assert summary["cosine"]["max"] == pytest.approx(0.789402, abs=1e-6)
+    assert summary["cosine"]["max"] == pytest.approx(0.790672, abs=1e-6)
     assert {name: column[2] for name, column in pairs.items()} == {
-        "checkpoint": "checkpoint-2", "step": 2, "pair": 2, "chosen_len": 6, "rejected_len": 6, "case": 1,
-        "chosen_sq": pytest.approx(0.276416, abs=1e-6), "rejected_sq": pytest.approx(0.242254, abs=1e-6),
-        "inner": pytest.approx(0.231348, abs=1e-6), "cosine": pytest.approx(0.894025, abs=1e-6),
-        "chosen_logp": pytest.approx(-19.094654, abs=1e-6), "rejected_logp": pytest.approx(-19.281969, abs=1e-6),
-        "ref_chosen_logp": pytest.approx(-19.120273, abs=1e-6),
-        "ref_rejected_logp": pytest.approx(-19.328982, abs=1e-6),
-        "d_w": pytest.approx(0.050053, abs=1e-6), "d_l": pytest.approx(0.050053, abs=1e-6),
-        "chosen_change": pytest.approx(0.002256, abs=1e-6), "rejected_change": pytest.approx(-0.000546, abs=1e-6),
+        "checkpoint": "checkpoint-2", "step": 2, "pair": 2, "chosen_len": 5, "rejected_len": 5, "case": 1,
+        "chosen_sq": pytest.approx(0.071789, abs=1e-6), "rejected_sq": pytest.approx(0.169997, abs=1e-6),
+        "inner": pytest.approx(0.056516, abs=1e-6), "cosine": pytest.approx(0.511593, abs=1e-6),
+        "chosen_logp": pytest.approx(-15.874221, abs=1e-6), "rejected_logp": pytest.approx(-15.855244, abs=1e-6),
+        "ref_chosen_logp": pytest.approx(-15.889220, abs=1e-6),
+        "ref_rejected_logp": pytest.approx(-15.884835, abs=1e-6),
+        "d_w": pytest.approx(0.050036, abs=1e-6), "d_l": pytest.approx(0.050036, abs=1e-6),
+        "chosen_change": pytest.approx(0.000764, abs=1e-6), "rejected_change": pytest.approx(-0.005678, abs=1e-6),
     }  # fmt: skip
     assert {name: column[0] for name, column in tokens.items()} == {
-        "checkpoint": "checkpoint-4", "step": 4, "pair": 4, "side": "chosen", "position": 0, "token_id": 19,
+        "checkpoint": "checkpoint-4", "step": 4, "pair": 7, "side": "chosen", "position": 0, "token_id": 19,
         "token": "bright", "identical": False, "aligned_inner": None, "sq": pytest.approx(0.014791, abs=1e-6),
-        "entanglement": pytest.approx(0.002929, abs=1e-6), "facing_inner": pytest.approx(-0.002829, abs=1e-6),
-        "own_inner": pytest.approx(0.015789, abs=1e-6),
+        "entanglement": pytest.approx(-0.003981, abs=1e-6), "facing_inner": pytest.approx(-0.002829, abs=1e-6),
+        "own_inner": pytest.approx(0.014963, abs=1e-6),
     }  # fmt: skip
     assert {name: column[-1] for name, column in golden["sample"].items()} == {
-        "pair": 11, "where": "/somewhere/pairs.jsonl:12", "prompt": "the book was", "chosen": " bright quite warm .",
-        "rejected": " dull quite warm .", "prompt_len": 3, "chosen_len": 5, "rejected_len": 5, "shared_prefix": 0,
-        "shared_suffix": 4, "edit_distance": 1, "truncated": 0,
+        "pair": 11, "where": "/somewhere/pairs.jsonl:12", "prompt": "the book was", "chosen": " bright felt a bore .",
+        "rejected": " dull felt a bore .", "prompt_len": 3, "chosen_len": 6, "rejected_len": 6, "shared_prefix": 0,
+        "shared_suffix": 5, "edit_distance": 1, "truncated": 0,
     }  # fmt: skip
     assert golden["modules"]["module"][2] == "base_model.model.model.layers.0.mlp.down_proj.lora_A.default"
-    assert golden["modules"]["cosine_part"][2] == pytest.approx(0.246663, abs=1e-6)
-    assert [len(golden[name]["step"]) for name in ("pairs", "modules", "tokens")] == [24, 16, 20]
+    assert golden["modules"]["cosine_part"][2] == pytest.approx(0.278606, abs=1e-6)
+    assert [len(golden[name]["step"]) for name in ("pairs", "modules", "tokens")] == [24, 16, 24]
 
 
 def test_todays_writer_writes_the_golden_records(tmp_path: Path) -> None:
