@@ -10,6 +10,27 @@ from tests.auditing.trained import train_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Python that is compiled and not run: (page, a line of the block) -> why.
+NOT_RUN = {
+    ("recipes.md", "from axolotl.integrations.base import BasePlugin"): "Axolotl is not installed",
+    ("recipes.md", "from llamafactory.train.tuner import run_exp"): "LLaMA-Factory is not installed",
+    ("recipes.md", "from swift.callbacks import callbacks_map"): "ms-swift is not installed",
+    ("recipes.md", "from openrlhf.trainer import dpo_trainer"): "OpenRLHF is not installed",
+    ("cures-measured.md", 'rows = load_dataset("mteb/tweet_sentiment_extraction", split="train")'): "it loads of a hub",
+}
+
+# Pages whose Python defines all that it uses. The others speak of names that a reader has: these.
+WHOLE = {"computed.md", "extending.md", "losses.md", "quickstart.md", "recipes.md"}
+GIVEN = """
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from gradent import PairBatch
+tokenizer = AutoTokenizer.from_pretrained("my-model")
+model = AutoModelForCausalLM.from_pretrained("my-model")
+dataset = load_dataset("json", data_files="pairs.jsonl", split="train")
+batch = PairBatch.from_text(tokenizer, dataset["prompt"][:2], dataset["chosen"][:2], dataset["rejected"][:2])
+"""
+
 
 def fences(text: str, language: str) -> list[str]:
     """Fenced blocks of one language, in order."""

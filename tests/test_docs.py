@@ -23,35 +23,9 @@ import gradent
 from gradent import EntanglementCallback, losses, proxies, trainer
 from gradent.cli.app import app
 from gradent.hooks.rules import RULES
-from tests.pages import ROOT, commands, fences, run_python, train_my_run
+from tests.pages import GIVEN, NOT_RUN, ROOT, commands, fences, run_python, train_my_run
 
 PAGES = {path.name: path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
-
-# Python that is compiled and not run: (page, a line of the block) -> why.
-NOT_RUN = {
-    ("recipes.md", "from axolotl.integrations.base import BasePlugin"): "Axolotl is not installed",
-    ("recipes.md", "from llamafactory.train.tuner import run_exp"): "LLaMA-Factory is not installed",
-    ("recipes.md", "from swift.callbacks import callbacks_map"): "ms-swift is not installed",
-    ("recipes.md", "from openrlhf.trainer import dpo_trainer"): "OpenRLHF is not installed",
-    ("cures-measured.md", 'rows = load_dataset("mteb/tweet_sentiment_extraction", split="train")'): "it loads of a hub",
-}
-
-# Pages whose Python defines all that it uses. The others speak of names that a reader has: these.
-WHOLE = {"computed.md", "extending.md", "losses.md", "quickstart.md", "recipes.md"}
-GIVEN = """
-from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from gradent import PairBatch
-tokenizer = AutoTokenizer.from_pretrained("my-model")
-model = AutoModelForCausalLM.from_pretrained("my-model")
-dataset = load_dataset("json", data_files="pairs.jsonl", split="train")
-batch = PairBatch.from_text(tokenizer, dataset["prompt"][:2], dataset["chosen"][:2], dataset["rejected"][:2])
-"""
-
-
-def reason(page: str, block: str) -> str | None:
-    """Why a block is not run."""
-    return next((why for (where, line), why in NOT_RUN.items() if where == page and line in block.splitlines()), None)
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +43,6 @@ def folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     yield tmp_path
     RULES.clear()
     RULES.update(rules)
-
-
-@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if fences(text, "python")])
-def test_the_python_of_a_page_runs_as_one_program(page: str, folder: Path) -> None:
-    blocks = fences(PAGES[page], "python")
-    for block in blocks:
-        compile(block, page, "exec")
-    given = [] if page in WHOLE else [GIVEN]
-    run_python([*given, *(block for block in blocks if reason(page, block) is None)], page)
 
 
 @pytest.mark.parametrize(("page", "line"), list(NOT_RUN))
