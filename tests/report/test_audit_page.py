@@ -29,7 +29,7 @@ from gradent.report import write_audit_report, write_report
 from gradent.report.audit.sections.layers import kind_of
 from gradent.report.audit.sections.records import read_audit
 from gradent.report.audit.sections.steps import thin_out
-from gradent.report.page.numbers import signed_number
+from gradent.report.page.numbers import share_of_pairs, signed_number
 from tests.report.audit_records import EVIL, HOSTILE, without_numbers, write_audit
 from tests.report.browser import document, listening, needs_chromium
 from tests.report.test_page import figures, read
@@ -249,7 +249,8 @@ def test_other_losses_as_bars_and_table(tmp_path) -> None:
     html = page(tmp_path)
     body = html[html.index('id="s6"') :].split('id="s7"')[0]
     bars = [trace for trace in traces(html, "case 1") if trace.get("type") == "bar"]
-    assert len(bars[0]["x"]) == 12  # the run's, nine of ten in the paper (one has no numbers), the designs
+    # The run's, eight of ten in the paper (one is the run's own, one has no numbers), the designs.
+    assert len(bars[0]["x"]) == 11 and sum(name.startswith("DPO (β=0.1)") for name in bars[0]["customdata"]) == 1
     assert bars[0]["customdata"][0] == "DPO (β=0.1), this run's" and bars[0]["x"][-1] == 1.0
     assert "log-probs, and none were measured." in body
     assert "4 more settings: hyperparameters varied one at a time</summary>" in body
@@ -348,6 +349,43 @@ def test_a_single_model(tmp_path) -> None:
     assert re.search(r"<h1>A small step on each pair alone raises chosen and lowers rejected in \d+% \[", html)
     assert [trace["type"] for trace in figures(html)[0]["data"]] == ["bar"] * 5
     assert "now step" not in html
+    for word in ("this run", "the run", "last checkpoint", "since when", "What moved it", "were to be measured"):
+        assert word not in shown, word
+    assert "from these weights" in shown and "DPO (β=0.1), the loss asked about" in html
+    assert "24 of the data's 72 rows were measured." in shown
+
+
+def test_of_a_single_model_the_step_on_the_sample_is_the_finding(tmp_path) -> None:
+    html = page(tmp_path, count=1, with_steps=True)
+    shown = text_of(html)
+    title = (
+        "A small step on all 24 pairs raises chosen and lowers rejected in 20% [9, 40], and lowers both in 20% [9, 40]"
+    )
+    assert f"<h1>{title}</h1>" in html and "What would move them" in shown
+    alone = share_of_pairs(read_audit(tmp_path).measured[-1].share("both_down"), 24)
+    assert f"a step on all 24 pairs; on each alone {alone}" in shown
+    steps = {**read_audit(tmp_path).summary["steps"], "sample": []}
+    assert "<h1>A small step on each pair alone raises" in page(tmp_path, count=1, with_steps=True, steps=steps)
+
+
+def test_a_reference_that_is_the_model_itself_is_not_shown_beside_it(tmp_path) -> None:
+    assert "Reference, chosen" in text_of(page(tmp_path, count=1))
+    own = text_of(page(tmp_path, count=1, reference={"kind": "self", "source": None}))
+    assert "Reference, chosen" not in own and "Mean log-probs of whole responses" in own
+
+
+def test_a_property_that_is_the_same_in_all_pairs_is_named_and_left_out(tmp_path) -> None:
+    rows = write_audit(tmp_path)["properties"]
+    reason = "the property is the same for all pairs"
+    same = {**rows[0], "label": "Margin of nothing", "spearman": None, "reason": reason, "groups": []}
+    shown = text_of(page(tmp_path, properties=[*rows, same]))
+    assert "Left out, for it is the same in all pairs: Margin of nothing." in shown and reason not in shown
+
+
+def test_counts_are_whole(tmp_path) -> None:
+    table = page(tmp_path, count=1).split("<caption><span>Over the pairs (pairs by cosine)")[1].split("</table>")[0]
+    counts = re.findall(r"<span>(\d[\d.,]*)</span></td>", table)
+    assert len(counts) == 24 and sum(map(int, counts)) == 23  # one pair has no cosine
 
 
 @pytest.mark.parametrize("count", [1, 4])

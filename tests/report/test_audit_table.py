@@ -61,7 +61,7 @@ def test_what_it_says() -> None:
     assert "pairs.jsonl, 3 pairs" in text
     assert "dpo (beta=0.1)" in text
     assert cells(text, "reference")[1:] == ["the", "model", "itself"]
-    cosines = "-0.500 -0.450 -0.250 +0.000 +0.250 +0.450 +0.500 +0.000 50.0%"
+    cosines = "-0.500 -0.450 -0.250 0.000 +0.250 +0.450 +0.500 0.000 50.0%"
     assert cells(text, "-0.500") == cosines.split()
     assert "1 pairs have no cosine" in text
     assert cells(text, "ideal") == ["ideal", "rises", "falls", "1", "33.3%"]
@@ -217,6 +217,6 @@ def test_a_run_is_shown_checkpoint_by_checkpoint() -> None:
     left = [{"checkpoint": "checkpoint-30", "step": 30, "reason": "half of it\x1b[2J is missing"}]
     text = printed({**given, "checkpoints": rows, "left_out": left}, width=120)
     assert "my-run" in text and "my-model" in text and "at step 40" in text
-    assert cells(text, "20")[:4] == ["20", "3", "+0.000", "33.3%"] and "-12.5" in cells(text, "20")
+    assert cells(text, "20")[:4] == ["20", "3", "0.000", "33.3%"] and "-12.5" in cells(text, "20")
     assert "left out: checkpoint-30: half of it" in text and "\x1b" not in text
     assert text.rstrip().endswith("Try another loss.")

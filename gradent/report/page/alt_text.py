@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import zip_longest
 
 from gradent.figures.charts import Bars, Chart, Figure, HeatMap, Line
-from gradent.report.page.numbers import NOTHING, number, percent
+from gradent.report.page.numbers import NOTHING, count, number, percent
 from gradent.report.page.parts import Table
 
 __all__ = ["describe_figure", "tabulate_figure"]
@@ -22,7 +22,9 @@ def tabulate_figure(figure: Figure) -> Table | None:
         header, rows = _chart_rows(figure)
     elif isinstance(figure, Bars):
         header = [figure.label, *(series.name for series in figure.series)]
-        columns = [map(percent if figure.percent else number, series.values) for series in figure.series]
+        whole = all(float(value).is_integer() for series in figure.series for value in series.values)
+        shown = percent if figure.percent else count if whole else number
+        columns = [map(shown, series.values) for series in figure.series]
         rows = [[name, *values] for name, *values in zip(figure.names, *columns, strict=True)]
     else:
         header = [figure.y_label, *map(str, figure.columns)]

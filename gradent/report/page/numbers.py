@@ -43,7 +43,10 @@ def signed_number(value: float | None) -> str:
 
 def fixed(value: float | None) -> str:
     """A number between -1 and 1, to three decimals with its sign: a cosine, a correlation, a part of one."""
-    return NOTHING if value is None or math.isnan(value) else f"{value:+.3f}"
+    if value is None or math.isnan(value):
+        return NOTHING
+    text = f"{value:+.3f}"
+    return "0.000" if text in ("+0.000", "-0.000") else text
 
 
 def percent(value: float | None) -> str:

@@ -43,7 +43,7 @@ def answer_section(records: AuditRecords) -> Section:
         parts.append(Numbers(numbers))
     moved = _describe_moved(records)
     if moved:
-        parts.append(Notice("What moved it", moved))
+        parts.append(Notice("What moved it" if chart is not None else "What would move them", moved))
     trust, warns = _describe_trust(records)
     if trust:
         parts.append(Notice("How far to trust it", trust, warns=warns))
@@ -68,8 +68,24 @@ def _describe_finding(summary: Summary) -> str:
     pairs = summary["checkpoints"][-1]["pairs"] if summary["checkpoints"] else 0
     if not pairs:
         return "Nothing was measured"
-    share = share_of_pairs(share_of(summary["cases"], "ideal"), pairs)
-    return f"A small step on each pair alone raises chosen and lowers rejected in {share} of {plural(pairs, 'pair')}"
+    sample = _sample_step(summary)
+    cases, where = (summary["cases"], "each pair alone") if sample is None else (sample["cases"], _the_pairs(pairs))
+    shares = {case: share_of_pairs(share_of(cases, case), pairs) for case in ("ideal", "both_down")}
+    of = "" if sample is not None else f" of {plural(pairs, 'pair')}"
+    return (
+        f"A small step on {where} raises chosen and lowers rejected in {shares['ideal']}{of}, and lowers both in "
+        f"{shares['both_down']}"
+    )
+
+
+def _sample_step(summary: Summary) -> Row | None:
+    """What one step on the whole sample does at the last checkpoint; None where it was not measured."""
+    rows: Sequence[Row] = (summary["steps"] or {}).get("sample") or []
+    return rows[-1] if rows and rows[-1].get("cases") else None
+
+
+def _the_pairs(pairs: int) -> str:
+    return "the only pair" if pairs == 1 else f"all {plural(pairs, 'pair')}"
 
 
 def change_chart(records: AuditRecords) -> Chart | None:
@@ -147,9 +163,14 @@ def _big_numbers(records: AuditRecords) -> list[BigNumber]:
         between = f"from {step_name(run.get('from'))} to {run.get('to'):,}"
         numbers.append(BigNumber("Pairs in which both fell", share, between))
     else:
-        of = f"a step on each alone, of {plural(len(last.pairs), 'pair')}"
+        sample, pairs = _sample_step(records.summary), len(last.pairs)
         for case, name in (("ideal", "Chosen rises, rejected falls"), ("both_down", "Both fall")):
-            numbers.append(BigNumber(name, share_of_pairs(last.share(case), len(last.pairs)), of))
+            alone = share_of_pairs(last.share(case), pairs)
+            if sample is None:
+                numbers.append(BigNumber(name, alone, f"a step on each alone, of {plural(pairs, 'pair')}"))
+                continue
+            of = f"a step on {_the_pairs(pairs)}; on each alone {alone}"
+            numbers.append(BigNumber(name, share_of_pairs(share_of(sample["cases"], case), pairs), of))
     before = f"{fixed(first.quantile('cosine', 0.5))} at {step_name(first.step)}" if first is not last else ""
     numbers.append(BigNumber("Median cosine of a pair's gradients", fixed(last.quantile("cosine", 0.5)), before))
     return numbers

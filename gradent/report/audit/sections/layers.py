@@ -60,10 +60,11 @@ def layer_section(records: AuditRecords) -> Section:
     if len(layers) > 1:
         parts.append(_heat_map(modules, checkpoints, layers))
     kinds = _add_up((kind_of(part.module), part.figures) for part in last)
-    parts.append(_table(kinds, "Kind of module", "Kinds of modules, over all layers, at the last checkpoint", _KINDS))
+    at = " at the last checkpoint" if records.summary["run"] is not None else ""
+    parts.append(_table(kinds, "Kind of module", f"Kinds of modules, over all layers{at}", _KINDS))
     names = {part.module: part.figures for part in last}
     folded = "Modules, the largest parts first"
-    parts.append(_table(names, "Module", "Modules at the last checkpoint", _MODULES, folded))
+    parts.append(_table(names, "Module", f"Modules{at}", _MODULES, folded))
     text = (
         "Each part's share of the cosine, a mean over the pairs: over all modules the parts add up to the mean cosine. "
         "A part can be negative, where a layer holds the two gradients apart."

@@ -18,12 +18,14 @@ _SHOWN = ("run", "term", "paper", "design")
 _LINES = 4  # as many as the page has colours for
 _TEXT = (
     "The same measured gradients, judged under each loss by Condition 2: the loss adds only its weights d_w and d_l. "
-    "It speaks of one small step on a pair alone, from the weights that this run arrived at; a run that had trained "
-    "with another loss would have arrived elsewhere. Chosen rises where d_w/d_l is at least the first bound, rejected "
-    "falls where it is at most the second (medians over pairs with a positive inner product). Token masking is another "
-    "step, on the differing tokens alone, and of the pairs whose tokens were measured."
+    "It speaks of one small step on a pair alone, from {}. Chosen rises where d_w/d_l is at least the first bound, "
+    "rejected falls where it is at most the second (medians over pairs with a positive inner product). Token masking "
+    "is another step, on the differing tokens alone, and of the pairs whose tokens were measured."
 )
 
+_OF_A_RUN = (
+    "the weights that this run arrived at; a run that had trained with another loss would have arrived elsewhere"
+)
 _SAMPLE = (
     " Sample, case 1: the same share for one step on the mean loss of the whole sample, which the recommendation goes "
     "by."
@@ -40,12 +42,13 @@ def loss_section(records: AuditRecords) -> Section | None:
     rows = records.summary["what_if"]
     if not rows:
         return None
-    shown, sweeps, bars = shown_rows(rows), [row for row in rows if row.get("group") == "sweep"], loss_bars(records)
+    shown, sweeps, bars = _distinct(rows), [row for row in rows if row.get("group") == "sweep"], loss_bars(records)
     parts: list[Bars | Chart | Table] = [] if bars is None else [bars]
     vectors = (records.summary["steps"] or {}).get("what_if") or {}
-    text = _TEXT + (_SAMPLE if vectors else "")
+    text = _TEXT.format("these weights" if records.summary["run"] is None else _OF_A_RUN) + (_SAMPLE if vectors else "")
     text += _SKETCHED.format(percent(vectors.get("error"))) if vectors and not vectors.get("is_exact") else ""
-    parts.append(loss_table(shown, "Losses on the gradients of the last checkpoint"))
+    of = "the last checkpoint" if records.summary["run"] is not None else "the model"
+    parts.append(loss_table(shown, f"Losses on the gradients of {of}", own=_whose(records)))
     lines = _over_steps(shown, records.summary["recommendation"] or {})
     if lines:
         title = "Case 1 over the run, by loss"
@@ -61,17 +64,27 @@ def shown_rows(rows: Sequence[Row]) -> list[Row]:
     return [row for group in _SHOWN for row in rows if row.get("group") == group]
 
 
+def _distinct(rows: Sequence[Row]) -> list[Row]:
+    """Those rows, the paper's losses without the run's own, which is there already."""
+    own = {row.get("label") for row in rows if row.get("group") == "run"}
+    return [row for row in shown_rows(rows) if row.get("group") != "paper" or row.get("label") not in own]
+
+
+def _whose(records: AuditRecords) -> str:
+    return ", this run's" if records.summary["run"] is not None else ", the loss asked about"
+
+
 def loss_bars(records: AuditRecords) -> Bars | None:
     """Stacked shares of the cases, a bar each loss that could be judged; None where none could."""
-    rows = [row for row in shown_rows(records.summary["what_if"]) if row.get("cases")]
+    rows = [row for row in _distinct(records.summary["what_if"]) if row.get("cases")]
     shares = {case: [fill_gap(share_of(row["cases"], case)) for row in rows] for case in CASES}
-    names = [describe_row(row) for row in rows]
+    names = [describe_row(row, _whose(records)) for row in rows]
     return (
         Bars("loss", "share of pairs, a step on each alone", names, case_series(shares), percent=True) if rows else None
     )
 
 
-def loss_table(rows: Sequence[Row], caption: str, folded: str = "") -> Table:
+def loss_table(rows: Sequence[Row], caption: str, folded: str = "", own: str = ", this run's") -> Table:
     """A row a loss, with shares, ratio and bounds; a loss without numbers says why."""
     has_sample = any(row.get("sample") for row in rows)
     header = [
@@ -80,19 +93,19 @@ def loss_table(rows: Sequence[Row], caption: str, folded: str = "") -> Table:
         *(label.partition(":")[0].capitalize() for label in CASES.values()),
     ]
     header += ["Median d_w/d_l", "Chosen rises from", "Rejected falls to", "Within both"]
-    return Table(header, [_row(row, has_sample=has_sample) for row in rows], folded, caption, figures_from=1)
+    return Table(header, [_row(row, own, has_sample=has_sample) for row in rows], folded, caption, figures_from=1)
 
 
-def describe_row(row: Row) -> str:
-    """A loss's name, with what it is to the run."""
+def describe_row(row: Row, own: str = ", this run's") -> str:
+    """A loss's name; the audit's own is marked as such."""
     name = str(row.get("label") or row.get("loss") or "a loss")
     if row.get("loss") == "token_masked" and row.get("cases"):
         return f"{name}, {plural(int(row.get('pairs') or 0), 'pair')}"
-    return name + (", this run's" if row.get("group") == "run" else "")
+    return name + (own if row.get("group") == "run" else "")
 
 
-def _row(row: Row, *, has_sample: bool) -> list[Cell | str]:
-    lines = [describe_row(row)]
+def _row(row: Row, own: str, *, has_sample: bool) -> list[Cell | str]:
+    lines = [describe_row(row, own)]
     if row.get("group") == "design" and row.get("cases"):
         is_masked = row.get("loss") == "token_masked"
         about = "whose tokens were measured (Section 5.2" if is_masked else "by construction (Section 5.1"

@@ -16,6 +16,7 @@ from gradent.report.page.parts import Cell, Fold, Quote, Table
 __all__ = ["pair_quotes", "pair_section", "property_section", "ranked_pairs"]
 
 _RANKED = 8  # pairs at each end
+_CONSTANT = "the property is the same for all pairs"  # the reason of a property without a correlation
 _LONGEST = 5000  # characters of a text
 
 _COUNTED = {
@@ -56,9 +57,12 @@ def pair_section(records: AuditRecords) -> Section:
 
 def property_section(records: AuditRecords) -> Section | None:
     """What goes with entanglement."""
-    rows = records.summary["properties"]
+    rows = [row for row in records.summary["properties"] if row.get("reason") != _CONSTANT]
     if not rows:
         return None
+    same = [str(row.get("label")) for row in records.summary["properties"] if row.get("reason") == _CONSTANT]
+    constant = f" Left out, for it is the same in all pairs: {', '.join(same)}." if same else ""
+    at = " at the last checkpoint" if records.summary["run"] is not None else ""
     quarters = max((len(row.get("groups") or []) for row in rows), default=0)
     names = ["Lowest quarter", "Second", "Third", "Highest quarter"]
     if quarters != len(names):
@@ -67,9 +71,9 @@ def property_section(records: AuditRecords) -> Section | None:
     caption = "Spearman's ρ of each property with the cosine, and the pairs in groups by that property"
     return Section(
         "What goes with entanglement",
-        "Spearman's rank correlation of a property of the pair with its cosine at the last checkpoint, with its 95% "
+        f"Spearman's rank correlation of a property of the pair with its cosine{at}, with its 95% "
         "interval: one that holds 0 may be chance. Beside it, the pairs in groups by the property: its range, their "
-        "cosine, and their share in case 1. A relation in this sample is no cause by itself.",
+        "cosine, and their share in case 1. A relation in this sample is no cause by itself." + constant,
         [Table(header, cells, caption=caption, figures_from=1)],
         "Tells you which kind of pair to collect more of, and which to avoid.",
     )

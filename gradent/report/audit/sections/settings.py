@@ -32,7 +32,8 @@ def settings_section(records: AuditRecords) -> Section:
         parts.append(Table(["Row", "Where", "Reason"], shown, folded, f"Rows that could not be used{more}"))
     parts += [Notice("Note", str(note)) for note in summary["notes"]]
     data, cut = summary["data"], summary["data"].get("truncated_responses")
-    text = f"{count(data.get('measured'))} of the {count(data.get('rows'))} rows of the data were to be measured."
+    were = "were measured" if summary["complete"] else "were to be measured"
+    text = f"{count(data.get('measured'))} of the data's {count(data.get('rows'))} rows {were}."
     end = "beginning" if summary["settings"].get("truncation_mode") == "keep_end" else "end"
     text += f" {plural(cut, 'row')} lost the {end} to max_length." if cut else ""
     serves = "Tells you whether two audits can be compared, and how to run this one again."

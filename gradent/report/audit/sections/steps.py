@@ -28,7 +28,9 @@ def logp_section(records: AuditRecords) -> Section:
     title, serves = "Log-probs of chosen and rejected", "Tells you whether training drags chosen down, and since when."
     chart = logp_chart(records)
     if chart is None:
-        return Section(title, _start(records), [_logp_table(records.measured)] if records.measured else [], serves)
+        if records.summary["run"] is None:
+            serves = "Tells you how probable the responses are to the model."
+        return Section(title, _start(records), [_logp_table(records)] if records.measured else [], serves)
     sentences = [_describe_onset(records), _start(records)]
     if any(line.dashed for line in chart.lines):
         sentences.append(
@@ -38,7 +40,7 @@ def logp_section(records: AuditRecords) -> Section:
         )
     else:
         sentences.append("The same pairs at each checkpoint; the band is one standard error over the pairs.")
-    return Section(title, " ".join(filter(None, sentences)), [chart, _logp_table(records.measured)], serves)
+    return Section(title, " ".join(filter(None, sentences)), [chart, _logp_table(records)], serves)
 
 
 def logp_chart(records: AuditRecords) -> Chart | None:
@@ -107,14 +109,17 @@ def _start(records: AuditRecords) -> str:
     )
 
 
-def _logp_table(measured: Sequence[Measured]) -> Table:
-    names = ("chosen_logp", "rejected_logp", "ref_chosen_logp", "ref_rejected_logp")
+def _logp_table(records: AuditRecords) -> Table:
+    measured = records.measured
+    is_own_reference = records.summary["reference"].get("kind") == "self"
+    names = ["chosen_logp", "rejected_logp", *([] if is_own_reference else ["ref_chosen_logp", "ref_rejected_logp"])]
     rows = []
     for checkpoint in measured:
         logps = [change(0.0, checkpoint.mean(name), checkpoint.error(name)) for name in names[:2]]
-        references = [number(checkpoint.mean(name)) for name in names[2:]]
-        rows.append([f"{checkpoint.step:,}", checkpoint.name, *logps, *references, f"{len(checkpoint.pairs):,}"])
-    header = ["Step", "Checkpoint", "Chosen", "Rejected", "Reference, chosen", "Reference, rejected", "Pairs"]
+        logps += [number(checkpoint.mean(name)) for name in names[2:]]
+        rows.append([f"{checkpoint.step:,}", checkpoint.name, *logps, f"{len(checkpoint.pairs):,}"])
+    references = [] if is_own_reference else ["Reference, chosen", "Reference, rejected"]
+    header = ["Step", "Checkpoint", "Chosen", "Rejected", *references, "Pairs"]
     folded = "Log-probs at every checkpoint" if len(measured) > 1 else ""
     return Table(header, rows, folded, "Mean log-probs of whole responses in nats, ± one standard error", 2)
 
