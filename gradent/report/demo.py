@@ -11,10 +11,12 @@ from gradent.figures.charts import Chart, Line
 from gradent.record import CASE_NAMES, DemoRecord, read_demo, read_pairs
 from gradent.record.curves import read_curves
 from gradent.report.page.html import Page, Section, write_page
-from gradent.report.page.numbers import describe_evidence
+from gradent.report.page.numbers import describe_evidence, signed_number
 from gradent.report.page.parts import Cell, Table
 
 __all__ = ["write_demo_report"]
+
+_IDEAL = 1  # the number of that case
 
 
 def write_demo_report(directory: str | os.PathLike[str]) -> Path:
@@ -31,18 +33,19 @@ def _to_page(columns: Mapping[str, Sequence[Any]], record: DemoRecord) -> Page:
     texts = [[row["style"], row["prompt"], row["chosen"].strip(), row["rejected"].strip()] for row in record["styles"]]
     styles = Table(("Style", "Prompt", "Chosen", "Rejected"), texts)
     return Page(
-        title="Gradient entanglement: the sentiment experiment in miniature",
+        title=f"{count} of the paper's {len(record['findings'])} findings appear in this run",
         lead=(
-            "The same statements are judged in four styles of response. A small model is fine-tuned, then trained by "
-            f"DPO once a style, and held-out pairs are measured every {settings['measure_every']} steps. {count} of "
-            f"the paper's {len(record['findings'])} findings appear in this run."
+            "The sentiment experiment in miniature: the same statements are judged in four styles of response. A small "
+            "model is fine-tuned, then trained by DPO once a style, and held-out pairs are measured "
+            f"every {settings['measure_every']} steps."
         ),
         facts=_facts(record),
         sections=[
+            Section("The four styles", f"Of one held-out statement. Labels: {labels}.", [styles]),
             Section(
                 "Findings",
                 "A finding appears if every mean over the pairs has the sign that it names by more than two standard "
-                "errors (±, over the pairs).",
+                "errors (±, over the pairs). Changes of log-probs are in nats.",
                 [_finding_table(record["findings"])],
             ),
             *(
@@ -63,10 +66,9 @@ def _to_page(columns: Mapping[str, Sequence[Any]], record: DemoRecord) -> Page:
                 "What a small gradient step on a pair would do to that pair",
                 "To first order and alone, share of all measurements of a style: ideal is chosen up and rejected "
                 "down; reversed is chosen down and rejected up; inactive is no gradient from the loss. Training takes "
-                "steps on batches, where other pairs with the same suffix move this pair too.",
+                "steps on batches, where other pairs with the same suffix move this pair too." + _contrast(columns),
                 [_case_table(columns)],
             ),
-            Section("The four styles", f"Of one held-out statement. Labels: {labels}.", [styles]),
         ],
         foot=f"gradent {record['gradent_version']}, schema version {record['schema_version']}. The numbers behind this "
         "page are in pairs.parquet and demo.json beside it.",
@@ -106,6 +108,17 @@ def _chart(columns: Mapping[str, Sequence[Any]], name: str, label: str, *, is_ch
         Line(style, curve.steps.tolist(), curve.mean.tolist(), curve.error.tolist()) for style, curve in curves.items()
     ]
     return Chart("DPO step", label, lines, zero=True)
+
+
+def _contrast(columns: Mapping[str, Sequence[Any]]) -> str:
+    """The styles whose pairs are ideal alone, and whose chosen fell all the same."""
+    cases, logps = read_curves(columns, "case"), read_curves(columns, "chosen_logp")
+    found = []
+    for style, curve in logps.items():
+        ideal, change = float((cases[style].values == _IDEAL).mean()), float(curve.since_start.mean[-1])
+        if ideal >= 0.5 and change < 0:
+            found.append(f"{style} ({ideal:.0%} ideal, chosen {signed_number(change)} nats)")
+    return f" That is why chosen can fall where most pairs are ideal: {', '.join(found)}." if found else ""
 
 
 def _case_table(columns: Mapping[str, Sequence[Any]]) -> Table:

@@ -43,6 +43,10 @@ def test_measured_numbers_are_shown(tmp_path):
     assert "6 of the paper's 6 findings" in shown.replace("&#39;", "'")
     assert "single token: +0.500 ± 0.008" in shown
     assert "does not appear" not in shown
+    assert "<h1>6 of the paper&#39;s 6 findings appear in this run</h1>" in (tmp_path / "report.html").read_text(
+        "utf-8"
+    )
+    assert shown.index("Of one held-out statement") < shown.index("A finding appears if")
     assert "my &lt;b&gt;model&lt;/b&gt;" in shown
 
 
@@ -51,6 +55,15 @@ def test_what_does_not_appear_is_said(tmp_path):
     shown = text_of(write_demo_report(tmp_path).read_text("utf-8"))
     assert shown.count("does not appear") == 2
     assert "single token: -0.500" in shown
+
+
+def test_a_style_that_is_ideal_alone_and_falls_is_named(tmp_path):
+    write_records(tmp_path, AS_IN_THE_PAPER)
+    shown = text_of(write_demo_report(tmp_path).read_text("utf-8"))
+    assert "chosen can fall" not in shown  # the ideal style's chosen rises
+    write_records(tmp_path, AS_IN_THE_PAPER | {"single token": (-1.5, -3.0, 0.2)})
+    shown = text_of(write_demo_report(tmp_path).read_text("utf-8"))
+    assert "fall where most pairs are ideal: single token (100% ideal, chosen -0.500 nats)." in shown
 
 
 def test_an_undefined_cosine_is_a_gap(tmp_path):

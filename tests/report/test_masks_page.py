@@ -67,8 +67,16 @@ def test_what_is_kept_most_often(tmp_path: Path) -> None:
     text = re.sub(r"\s+", " ", read(page(tmp_path, made)).text)
     assert re.search(r"Mean mask x2366\.7%0\.667 The tokens most often left out", text)
     assert re.search(r"y22100\.0%0\.100 x1333\.3%0\.667 z11100\.0%0\.100", text)  # cells follow without a space
-    nothing = page(tmp_path, columns([(["x"], ["y"])], [0.9]))
-    assert "No token is left out." in read(nothing).text
+    nothing = page(tmp_path, columns([(["x"], ["y"])], [0.1]))
+    assert "No token is kept." in read(nothing).text
+
+
+def test_where_all_are_kept_the_page_says_so_and_stops(tmp_path: Path) -> None:
+    dpo = page(tmp_path, columns([(["x"] * 40, ["y"])] * 60, [1.0]))
+    assert "<h1>All tokens are kept, with masks of 1: this run was DPO</h1>" in dpo
+    assert not blocks(dpo) and "most often" not in dpo and "100.0%" in dpo
+    soft = page(tmp_path, columns([(["x"], ["y"])], [0.9, 0.75]))
+    assert "<h1>All tokens are kept: masks lie between 0.750 and 0.900</h1>" in soft and not blocks(soft)
 
 
 def test_hostile_tokens(tmp_path: Path) -> None:
@@ -86,7 +94,7 @@ def test_hostile_tokens(tmp_path: Path) -> None:
 
 
 def test_only_some_pairs_are_shown_and_the_page_says_so(tmp_path: Path) -> None:
-    made = columns([(["a"], ["b"])] * 7, [0.9])
+    made = columns([(["a"], ["b"])] * 7, [0.9, 0.1])
     html = page(tmp_path, made, pairs=2)
     assert len(blocks(html)) == 4
     assert "The first 2 of 7 pairs are shown" in read(html).text and "14 response tokens" in read(html).text

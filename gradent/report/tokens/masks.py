@@ -25,6 +25,8 @@ _LABEL = 18  # characters of a token in a table
 
 _LEGEND = ("left out, mask below 1/2", "kept, mask above 1/2")
 
+_LEAD = "A loss with token masks sums the log-ratios of kept tokens alone."
+
 _Row = dict[str, Any]
 
 
@@ -55,11 +57,22 @@ def _to_page(rows: Sequence[_Row], source: str, limit: int) -> Page:
     if len(numbers) > limit:
         text = f"The first {limit:,} of {len(numbers):,} pairs are shown; shares and tables are over all of them."
         notices.append(Notice("Not all pairs are on this page", text))
+    shares = {side: _share_kept(rows, side) for side in _SIDES}
+    title, lead = f"Kept: {shares['chosen']} of the chosen and {shares['rejected']} of the rejected tokens", _LEAD
+    contrasted = [
+        Section(
+            "The responses",
+            "Tokens in bold are kept. The deeper the colour, the farther a mask is from 1/2.",
+            [_words([row for row in rows if row["pair"] in shown])],
+        ),
+        _ranking(rows, kept=True),
+        _ranking(rows, kept=False),
+    ]
+    if all(row["kept"] for row in rows):
+        title, lead, contrasted, notices = _describe_all_kept(rows), "", [], []
     return Page(
-        title="Token masks: which tokens the loss contrasts",
-        lead="A loss with token masks sums the log-ratios of kept tokens alone. "
-        f"It keeps {_share_kept(rows, 'chosen')} of the chosen and {_share_kept(rows, 'rejected')} of the rejected "
-        "tokens.",
+        title=title,
+        lead=lead,
         facts=[
             ("Masks", source),
             ("Data", f"{plural(len(numbers), 'pair')}, {plural(len(rows), 'response token')}"),
@@ -67,17 +80,19 @@ def _to_page(rows: Sequence[_Row], source: str, limit: int) -> Page:
         ],
         sections=[
             Section("How much is kept", "", [Numbers(figures)]),
-            Section(
-                "The responses",
-                "Tokens in bold are kept. The deeper the colour, the farther a mask is from 1/2.",
-                [_words([row for row in rows if row["pair"] in shown])],
-            ),
-            _ranking(rows, kept=True),
-            _ranking(rows, kept=False),
+            *contrasted,
         ],
         foot=f"gradent {__version__}. The numbers behind this page are in {source}.",
         notices=notices,
     )
+
+
+def _describe_all_kept(rows: Sequence[_Row]) -> str:
+    """What a loss is whose masks leave no token out."""
+    masks = [float(row["mask"]) for row in rows]
+    if min(masks) == max(masks) == 1.0:
+        return "All tokens are kept, with masks of 1: this run was DPO"
+    return f"All tokens are kept: masks lie between {number(min(masks))} and {number(max(masks))}"
 
 
 def _of(rows: Sequence[_Row], side: str) -> list[_Row]:
