@@ -303,3 +303,18 @@ def test_masks_of_another_length_are_refused(tmp_path: Path) -> None:
     write_token_record(tmp_path / "tokens.json", with_masks(chosen={"mask": [0.5], "kept": [True]}))
     with pytest.raises(DataFileError, match=r"masks of chosen hold \{'mask': 1, 'kept': 1\}"):
         write_token_report(tmp_path)
+
+
+def test_the_title_is_the_finding(tmp_path) -> None:
+    record = token_record(CHOSEN, REJECTED)
+    inner, scale = np.array(record["inner"]).sum(), (record["chosen"]["sq"] * record["rejected"]["sq"]) ** 0.5
+    share = 100 * record["split"]["identical"] / inner
+    title = re.search(r"<h1>(.*?)</h1>", page(tmp_path, record))[1]
+    told = f"Pair {record['data']['row']}: its gradients have a cosine of {inner / scale:+.3f}"
+    assert title == f"{told}, {share:.1f}% of it from tokens that both responses share"
+    nearly = {**record, "split": {**record["split"], "identical": 1e-4 * scale, "differing": 0.0}}
+    assert "<h1>Pair 3: its gradients have a cosine of 0.000</h1>" in page(tmp_path, nearly).replace(
+        f"Pair {record['data']['row']}:", "Pair 3:"
+    )
+    zero = {**record, "chosen": {**record["chosen"], "sq": 0.0}}
+    assert "a gradient is zero, so nothing ties the responses together</h1>" in page(tmp_path, zero)

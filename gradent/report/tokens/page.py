@@ -17,7 +17,7 @@ from gradent.figures.charts import HeatMap, token_cosines
 from gradent.record import TokenRecord, read_token_record
 from gradent.record.token_rows import TokenRow, list_tokens, rank_ends
 from gradent.report.page.html import Page, Section, write_page
-from gradent.report.page.numbers import number, percent, signed_number
+from gradent.report.page.numbers import fixed, number, percent, signed_number
 from gradent.report.page.parts import Cell, Quote, Table, Word, Words, scaled_words
 from gradent.report.page.unit import StepUnit
 from gradent.report.tokens.masks import mask_words
@@ -28,6 +28,7 @@ __all__ = ["write_token_report"]
 _SIDES = ("chosen", "rejected")
 _RANKED = 10  # tokens in each of the two tables
 _MODULES = 15
+_NEAR_ZERO = 0.01  # a cosine below which shares of it are not told
 
 
 def write_token_report(directory: str | os.PathLike[str], lr: float | None = None) -> Path:
@@ -79,7 +80,7 @@ def _to_page(record: TokenRecord, lr: float | None) -> Page:
     everything = _table(rows, unit, "All tokens of both responses, with their numbers")
     sections.append(Section("All tokens", "Positions are counted from 0.", [everything]))
     return Page(
-        title=f"Tokens of pair {record['data']['row']}: what pulls chosen and rejected along",
+        title=_describe_finding(record),
         lead=_lead(record, unit),
         facts=_facts(record),
         sections=sections,
@@ -109,6 +110,27 @@ def _mask_section(record: TokenRecord) -> Section:
     )
 
 
+def _describe_finding(record: TokenRecord) -> str:
+    """How far the two gradients point the same way, and how much of that comes from shared tokens."""
+    inner, pair = _inner(record), f"Pair {record['data']['row']}"
+    cosine = _cosine(record)
+    if math.isnan(cosine):
+        return f"{pair}: a gradient is zero, so nothing ties the responses together"
+    told = f"{pair}: its gradients have a cosine of {fixed(cosine)}"
+    if abs(cosine) < _NEAR_ZERO:  # a share of what nearly cancels says nothing
+        return told
+    return f"{told}, {percent(record['split']['identical'] / inner)} of it from tokens that both responses share"
+
+
+def _inner(record: TokenRecord) -> float:
+    return float(record["split"]["identical"] + record["split"]["differing"])
+
+
+def _cosine(record: TokenRecord) -> float:
+    scale = math.sqrt(record["chosen"]["sq"]) * math.sqrt(record["rejected"]["sq"])
+    return _inner(record) / scale if scale else math.nan
+
+
 def _lead(record: TokenRecord, unit: StepUnit) -> str:
     sums = [sum(record["chosen"]["effects"]), sum(record["rejected"]["effects"])]
     moves = ["raises" if value > 0 else "lowers" if value < 0 else "leaves" for value in sums]
@@ -127,13 +149,12 @@ def _lead(record: TokenRecord, unit: StepUnit) -> str:
 def _facts(record: TokenRecord) -> list[tuple[str, str]]:
     model, data, split = record["model"], record["data"], record["split"]
     chosen, rejected = record["chosen"], record["rejected"]
-    inner = split["identical"] + split["differing"]
+    inner, cosine = _inner(record), _cosine(record)
     lengths = (
         f"{len(chosen['ids'])} chosen and {len(rejected['ids'])} rejected tokens, {split['identical_tokens']} of "
         f"them the same ones, after {len(record['prompt']['ids'])} tokens of prompt"
     )
     norms = math.sqrt(chosen["sq"]), math.sqrt(rejected["sq"])
-    cosine = inner / (norms[0] * norms[1]) if norms[0] * norms[1] else math.nan
     parts = [
         f"{name} tokens {signed_number(split[name])}" + (f" ({split[name] / inner or 0.0:.0%})" if inner else "")
         for name in ("identical", "differing")
