@@ -150,31 +150,49 @@ def page(
 
 
 def _grade_tables(grades: list[dict[str, Any]]) -> str:
-    parts = []
+    names = [row["rung"] for row in grades[0]["grades"]] if grades else []
+    parts = [_range_table(grades, names)]
     for goal, title in zip(GOALS, ("the exact cosine", "a step on the pair", "a step on the sample"), strict=True):
-        header = [f"{each['model']}, {each['data'].split('_')[0]}, {each['trained']}" for each in grades]
-        lines = [f"With {title}:\n", f"| stand-in | {' | '.join(header)} |", f"|---|{'---|' * len(header)}"]
-        names = [row["rung"] for row in grades[0]["grades"]] if grades else []
-        for name in names:
-            cells = [_cell(each["grades"], name, goal) for each in grades]
-            lines.append(f"| `{name}` | {' | '.join(cells)} |")
+        lines = [f"With {title}:\n", f"| model, data, trained | {' | '.join(f'`{name}`' for name in names)} |"]
+        lines.append(f"|---|{'---|' * len(names)}")
+        for each in grades:
+            cells = [_cell(each["grades"], name, goal) for name in names]
+            lines.append(f"| {_setting(each)} | {' | '.join(cells)} |")
         parts.append("\n".join(lines) + "\n")
     header = "| model, data, trained | pairs | text | forward | CHES | head | exact | step on the sample |"
     lines = ["Seconds a pair:\n", header, "|---|---|---|---|---|---|---|---|"]
     for each in grades:
         costs = [each["costs"][name] for name in ("text", "forward", "ches", "head", "exact", "sample")]
-        cells = " | ".join("-" if cost is None else f"{cost:.2g}" for cost in costs)
-        lines.append(
-            f"| {each['model']}, {each['data'].split('_')[0]}, {each['trained']} | {each['pairs']} | {cells} |"
-        )
+        cells = [str(each["pairs"]), *("-" if cost is None else f"{cost:.2g}" for cost in costs)]
+        lines.append(f"| {_setting(each)} | {' | '.join(cells)} |")
     return "\n".join([*parts, "\n".join(lines) + "\n"])
 
 
+def _range_table(grades: list[dict[str, Any]], names: list[str]) -> str:
+    """The least and the greatest ρ of each stand-in over all settings."""
+    lines = ["Over all settings:\n", "| stand-in | the exact cosine | a step on the pair | a step on the sample |"]
+    lines.append("|---|---|---|---|")
+    for name in names:
+        cells = []
+        for goal in GOALS:
+            values = [row[goal]["spearman"] for each in grades for row in each["grades"] if row["rung"] == name]
+            known = [value for value in values if value is not None]
+            cells.append(f"{min(known):+.2f} to {max(known):+.2f}" if known else "-")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _setting(entry: dict[str, Any]) -> str:
+    return f"{entry['model']}, {entry['data'].split('_')[0]}, {entry['trained']}"
+
+
 def _cell(rows: list[dict[str, Any]], name: str, goal: str) -> str:
+    """ρ and half of its interval; in brackets where the interval holds 0."""
     found = next((row[goal] for row in rows if row["rung"] == name), None)
     if found is None or found["spearman"] is None:
         return "-"
-    return f"{found['spearman']:+.2f} ({found['low']:+.2f} to {found['high']:+.2f})"
+    text = f"{found['spearman']:+.2f} ±{(found['high'] - found['low']) / 2:.2f}"
+    return f"({text})" if found["low"] <= 0 <= found["high"] else text
 
 
 def _run_tables(runs: list[dict[str, Any]]) -> str:
