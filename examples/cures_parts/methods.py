@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from cures_parts.calibration import RewardCalibratedDPOTrainer, RewardCalibratedOnHeadDPOTrainer
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -53,6 +54,8 @@ METHODS: dict[str, Method] = {
     "SimPO": Method(
         CPOTrainer, CPOConfig, {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.5}, reference=False
     ),
+    "calibrated": Method(RewardCalibratedDPOTrainer, PairwiseNormalizedDPOConfig),
+    "calibrated, head": Method(RewardCalibratedOnHeadDPOTrainer, PairwiseNormalizedDPOConfig),
     "pairwise": Method(PairwiseNormalizedDPOTrainer, PairwiseNormalizedDPOConfig),
     "masked": Method(TokenMaskedDPOTrainer, TokenMaskedDPOConfig),
 }

@@ -21,11 +21,14 @@ import torch
 from gradent.demo.model import build_model, build_tokenizer
 from gradent.demo.statements import read_statements
 from gradent.demo.task import make_task, tokenize_style
+from gradent.trainer.pairwise.row_norms import RowNorms
 from tests.pages import ROOT
 from tests.processes import call
 
 EXAMPLE = ROOT / "examples" / "cures.py"
-METHODS = ["DPO", "RPO 0.1", "RPO", "adaptive", "CPO", "SimPO", "pairwise", "masked"]
+METHODS = [
+    "DPO", "RPO 0.1", "RPO", "adaptive", "CPO", "SimPO", "calibrated", "calibrated, head", "pairwise", "masked"
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -275,6 +278,23 @@ def made_rows(ends: dict[str, list[tuple[float, float, float]]]) -> list[dict[st
                     {**common, "phase": "run", "method": method, "seed": float(seed), "step": float(step)} | named
                 )
     return rows
+
+
+def test_calibration_balances_the_batch_and_remembers_earlier_ones() -> None:
+    from cures_parts.calibration import RewardCalibratedDPOTrainer  # noqa: PLC0415
+
+    trainer = object.__new__(RewardCalibratedDPOTrainer)
+    ones = torch.ones(2, dtype=torch.float64)
+    norms = RowNorms(torch.tensor([1.0, 2.0]).double(), torch.tensor([4.0, 2.0]).double(), 0 * ones)
+    d_w, d_l = 0.05 * ones, torch.tensor([0.05, 0.1]).double()
+    first, rest, mean = trainer.reweigh(norms, d_w, d_l)
+    torch.testing.assert_close(first / rest, 2.0 * ones)  # the geometric mean of 4 and 1, whatever the loss's ratio
+    torch.testing.assert_close(first * rest, d_w * d_l)  # α times and divided by
+    torch.testing.assert_close(mean, (first + rest) / 2)
+    halved = RowNorms(norms.chosen, torch.tensor([0.5, 0.0]).double(), 0 * ones)  # a gradient of zero does not count
+    first, rest, _ = trainer.reweigh(halved, d_w, d_l)
+    wanted = (0.98 * math.log(2.0) + math.log(0.5)) / 1.98
+    torch.testing.assert_close(first / rest, math.exp(wanted) * ones)
 
 
 def test_sentences_say_where_a_cure_does_not_help_and_costs() -> None:

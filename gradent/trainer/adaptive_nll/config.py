@@ -32,6 +32,8 @@ class AdaptiveNLLDPOConfig(DPOConfig):
             over the last `1 / (1 - nll_smoothing)` steps or so.
         nll_rate: what a nat that chosen has fallen below the reference, on average over a step's batch, adds to the
             weight, >= 0; 0 to go by the account alone.
+        nll_target: nats above the reference at which chosen's mean log-prob is held; responses that are not trained on
+            end somewhat below it.
         nll_max_weight: the largest weight, > 0; 1 is what RPO takes throughout.
         memory_budget: scratch of the account, as in `EntanglementCallback`.
 
@@ -41,6 +43,7 @@ class AdaptiveNLLDPOConfig(DPOConfig):
 
     nll_smoothing: float = option(0.9, "What a step's figures still count for in the next one.")
     nll_rate: float = option(0.05, "What a nat that chosen has fallen adds to the weight.")
+    nll_target: float = option(0.25, "Nats above the reference at which chosen is held.")
     nll_max_weight: float = option(1.0, "Largest weight of the likelihood term.")
     memory_budget: str | None = option(None, "Scratch of the account, such as 256MiB.")
 
@@ -50,6 +53,7 @@ class AdaptiveNLLDPOConfig(DPOConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         require_number(self, "nll_smoothing", lambda x: 0 <= x < 1, "a number in [0, 1)")
         require_number(self, "nll_rate", lambda x: x >= 0, "a finite number >= 0")
+        require_number(self, "nll_target", lambda x: True, "a finite number")
         require_number(self, "nll_max_weight", lambda x: x > 0, "a finite number > 0")
         parse_budget(self.memory_budget)
         sharding = "the optimizer's state is sharded over ranks"

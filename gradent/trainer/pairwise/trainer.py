@@ -104,16 +104,16 @@ class PairwiseNormalizedDPOTrainer(DPOTrainer):
                 "DDP with static_graph=True allows one backward a forward, and there are two; leave it out."
             )
         inner, budget = self.accelerator.unwrap_model(model), parse_budget(self._pairwise.memory_budget)
-        config = WatchConfig(model=inner, parameters=trainable(inner), budget=budget or DEFAULT_BUDGET, is_trusted=True)
+        config = WatchConfig(
+            model=inner, parameters=self.measured(inner), budget=budget or DEFAULT_BUDGET, is_trusted=True
+        )
         with closing(WatchedModel(model, config)) as watched:
             batch = self._with_reference(dict(inputs))
             with reference_in_batch(self, "ref_chosen_logps" in batch):
                 loss = compute_loss(watched, batch, False, num_items_in_batch)  # type: ignore[no-untyped-call]
             d_w, d_l = self._weights(watched, batch, loss)
             norms = watched.measure(self._notices)
-        c_w, c_l, scales = normalized_weights(
-            norms.chosen, norms.rejected, d_w, d_l, scale=self._pairwise.scale, factor=self._pairwise.C
-        )
+        c_w, c_l, scales = self.reweigh(norms, d_w, d_l)
         self._log_pairwise(norms, scales)
         rows = torch.cat([-c_w, c_l]) / len(c_w)
         tokens = rows.to(watched.root.device)[:, None] * watched.mask
@@ -122,6 +122,25 @@ class PairwiseNormalizedDPOTrainer(DPOTrainer):
         if watched.aux_loss is not None and self.aux_loss_enabled:  # of the routers: no part of the pairs' step
             result = result + self.router_aux_loss_coef * (watched.aux_loss - watched.aux_loss.detach())
         return result
+
+    def measured(self, model: nn.Module) -> Any:
+        """Which parameters the norms are taken over: all that are trained. A trainer with another rule overrides it."""
+        return trainable(model)
+
+    def reweigh(self, norms: RowNorms, d_w: Tensor, d_l: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights of `g_w` and `-g_l` in the step, and C_i. A trainer with another rule overrides it.
+
+        Args:
+            norms: of the batch's B pairs.
+            d_w: the loss's own weight of `g_w`, float64 `[B]`.
+            d_l: its own weight of `-g_l`, float64 `[B]`.
+
+        Returns:
+            Float64 `[B]` each.
+        """
+        return normalized_weights(
+            norms.chosen, norms.rejected, d_w, d_l, scale=self._pairwise.scale, factor=self._pairwise.C
+        )
 
     def _with_reference(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch, with the reference's log-probs where `preference_loss` needs them (TRL then takes them too)."""
