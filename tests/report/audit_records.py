@@ -362,13 +362,14 @@ def what_if(blocks: Blocks, steps: Sequence[int], shares: Sequence[float], evil:
     names += ["SLiC-HF (λ=0.1, δ=1)", "CPO (β=0.1, λ=0.5)", "DPOP (β=0.1, λ=50)", "KTO (β=0.1)", "SPPO (β=0.001)"]
     judged = [("run", names[0]), *(("paper", name) for name in names)]
     judged += [("sweep", f"DPO (β={beta})") for beta in (0.01, 0.05, 0.3, 0.5)]
-    judged += [("design", "Pairwise normalization"), ("design", "Token masking")]
+    designs = {"Pairwise normalization": "pairwise_normalized", "Token masking": "token_masked"}
+    judged += [("design", label) for label in designs]
     rows = []
     for number, (group, label) in enumerate(judged):
         ideal = 1.0 if group == "design" else shares[-1] if group == "run" else 0.2 + 0.04 * number
         rest = 1 - ideal
         rows.append({
-            "loss": label.partition(" ")[0].lower() + evil, "label": label + evil, "group": group,
+            "loss": designs.get(label, label.partition(" ")[0].lower()) + evil, "label": label + evil, "group": group,
             "hyperparameters": {"beta": 0.1}, "varied": "beta" if group == "sweep" else None, "reason": None,
             "pairs": len(blocks[-1]["pair"]),
             "cases": {"ideal": ideal, "both_down": 0.6 * rest, "both_up": 0.3 * rest, "reversed": 0.1 * rest,

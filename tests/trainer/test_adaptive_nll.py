@@ -85,10 +85,10 @@ def test_the_run_is_that_of_trl_with_these_weights(
 def test_the_weight_is_the_rule_s(name: str, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Against sums written out anew, of what other pairs do to each chosen, and of how far chosen has fallen."""
     callback = EntanglementCallback(every=1, alert=None, on_error="raise")
-    most, rate, multiplier = 0.2, 1e-4, 0.0
+    most, rate, multiplier, target = 0.2, 1e-4, 0.0, 0.4
     trainer = make(
         llama(seed=3), tiny_tokenizer, tmp_path, ref=llama(), callbacks=[callback], nll_smoothing=0.5,
-        nll_max_weight=most, nll_rate=rate, logging_steps=1, **SETUPS[name],
+        nll_max_weight=most, nll_rate=rate, nll_target=target, logging_steps=1, **SETUPS[name],
     )  # fmt: skip
     trainer.train()
     weights, levels = logged(trainer), [entry["rewards/chosen"] / 0.1 for entry in trainer.state.log_history[:STEPS]]
@@ -104,7 +104,7 @@ def test_the_weight_is_the_rule_s(name: str, tiny_tokenizer: PreTrainedTokenizer
             gain = units.where(apart[:, :pairs], 0.0).sum(1).mean() * pairs / (pairs - 1)
             unit = units.sum(1).mean()
             change = float(pushed / unit) - used * float(gain / unit)
-            multiplier = min(most, max(0.0, multiplier - rate * levels[step]))
+            multiplier = min(most, max(0.0, multiplier - rate * (levels[step] - target)))
             bound = most * abs(float(gain / unit))
             bounds.add(abs(change) > bound)
             changes.append(min(bound, max(-bound, change)))
@@ -123,7 +123,9 @@ def test_where_chosen_does_not_fall_the_run_is_dpo(tiny_tokenizer: PreTrainedTok
     rows = [{"prompt": f"Q{n}?", "chosen": " yes, of course" * 3, "rejected": " no"} for n in range(8)]
     finals = []
     for plain in (False, True):
-        trainer = make(llama(), tiny_tokenizer, tmp_path, ref=llama(seed=3), plain=plain, data=Dataset.from_list(rows))
+        ours = {} if plain else {"nll_target": 0.0}
+        data = Dataset.from_list(rows)
+        trainer = make(llama(), tiny_tokenizer, tmp_path, ref=llama(seed=3), plain=plain, data=data, **ours)
         trainer.train()
         finals.append(weights_of(trainer.model))
         if not plain:
@@ -167,6 +169,7 @@ def test_two_ranks_go_on_with_one_weight(kind: str, tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "smoothing": ({"nll_smoothing": 1.0}, r"nll_smoothing=1\.0; accepted is a number in \[0, 1\)"),
     "rate": ({"nll_rate": -0.1}, r"nll_rate=-0\.1; accepted is a finite number >= 0"),
+    "target": ({"nll_target": float("nan")}, r"nll_target=nan; accepted is a finite number"),
     "largest": ({"nll_max_weight": 0.0}, r"nll_max_weight=0\.0; accepted is a finite number > 0"),
     "ld_alpha": ({"ld_alpha": 0.5}, "ld_alpha=0.5: the adaptive likelihood term cannot be told"),
     "WPO": ({"use_weighting": True}, "use_weighting=True: the adaptive likelihood term cannot be told"),

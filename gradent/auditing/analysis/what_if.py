@@ -68,6 +68,10 @@ def what_if(
     head = _design("pairwise_normalized", "Pairwise normalization")
     rows.append({**head, **_row(normalized, checkpoints, run)})
     judged.append(normalized[-1])
+    calibrated = [_calibrate(_try(loss, checkpoint)) for checkpoint in checkpoints]
+    head = _design("reward_calibration", f"{label_loss(loss)}, rewards calibrated")
+    rows.append({**head, **_row(calibrated, checkpoints, run)})
+    judged.append(calibrated[-1])
     masked = mask_row(tokens, checkpoints[-1], run)
     rows.append({**_design("token_masked", "Token masking (differing tokens kept)"), **masked})
     judged.append("its tokens are kept pair by pair")
@@ -119,6 +123,21 @@ def _with_nll(
         "hyperparameters": {"nll_weight": weight}, "varied": None,
     }  # fmt: skip
     return row, verdict
+
+
+def _calibrate(judged: Verdict | str) -> Verdict | str:
+    """The verdict with both weights rebalanced to the middle of the two bounds, on average over the pairs."""
+    # Source: Wu et al. 2026, Reward Calibration: d_w times and d_l divided by α = exp(½(log r* − log d_w/d_l)), with r*
+    # the geometric mean of Condition 2's bounds, ‖g_l‖/‖g_w‖.
+    if isinstance(judged, str):
+        return judged
+    gram, d_w, d_l = judged.gram, judged.d_w, judged.d_l
+    both = (gram.chosen_sq > 0) & (gram.rejected_sq > 0) & (d_w > 0) & (d_l > 0)
+    if not bool(both.any()):
+        return "no pair has two gradients that the loss weighs."
+    middle = (gram.rejected_sq[both] / gram.chosen_sq[both]).double().log().mean() / 2
+    alpha = (0.5 * (middle - (d_w / d_l).log())).exp().where(both, 1.0)
+    return Verdict.from_weights(gram, alpha * d_w, d_l / alpha)
 
 
 def _try(loss: Loss, table: Table) -> Verdict | str:

@@ -20,7 +20,7 @@ from gradent.auditing.analysis.what_if import what_if
 from gradent.losses import LOSSES
 from gradent.record.table import Table
 from gradent.report.page.numbers import share_of_pairs
-from gradent.theory.conditions import verdict
+from gradent.theory.conditions import Verdict, verdict
 from tests.auditing.measured import columns_of, drawn, gram_of, has_no_nan, references_of, stacked
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -50,9 +50,9 @@ def test_rows_and_their_groups() -> None:
     assert all(set(row) == KEYS for row in rows)
     assert [row["group"] for row in rows[:11]] == ["run"] + ["paper"] * 10
     assert [row["loss"] for row in rows[1:11]] == list(LOSSES)
-    assert [row["group"] for row in rows[11:-2]] == ["sweep"] * sum(len(settings) for _, _, settings in SWEEPS)
-    assert [(row["group"], row["loss"]) for row in rows[-2:]] == [
-        ("design", "pairwise_normalized"), ("design", "token_masked"),
+    assert [row["group"] for row in rows[11:-3]] == ["sweep"] * sum(len(settings) for _, _, settings in SWEEPS)
+    assert [(row["group"], row["loss"]) for row in rows[-3:]] == [
+        ("design", "pairwise_normalized"), ("design", "reward_calibration"), ("design", "token_masked"),
     ]  # fmt: skip
     assert {name for name, _, _ in SWEEPS} == set(LOSSES)
     assert all((row["varied"] is None) == (row["group"] != "sweep") for row in rows)
@@ -129,6 +129,26 @@ def test_pairwise_normalization_is_ideal_by_construction(seed: int) -> None:
     assert row["ratio"] == pytest.approx(np.median(norms[1] / norms[0]))
 
 
+@settings(max_examples=10)
+@given(SEEDS, st.sampled_from(["dpo", "kto", "simpo"]))
+def test_calibrated_rewards_have_the_middle_of_the_band_on_average(seed: int, name: str) -> None:
+    chosen, rejected = drawn(50, seed, shared=2.0, spread=1.5)
+    columns = columns_of(chosen, rejected)
+    row = find(what_if(columns, losses.get(name)), "design", "reward_calibration")
+    middle = float(np.exp(np.mean(np.log(np.linalg.norm(rejected, axis=1) / np.linalg.norm(chosen, axis=1)))))
+    assert row["ratio"] == pytest.approx(middle)  # of every pair, whatever the loss's own
+    own = verdict(gram_of(columns), losses.get(name), *references_of(columns))
+    scale = (own.d_w * own.d_l).sqrt()  # α times and divided by: the product stays
+    want = Verdict.from_weights(own.gram, scale * middle**0.5, scale / middle**0.5)
+    assert row["cases"] == pytest.approx(want.fractions())
+
+
+def test_nothing_to_calibrate_is_said() -> None:
+    columns = columns_of(np.zeros((3, 2)), np.ones((3, 2)))
+    row = find(what_if(columns, losses.get("dpo")), "design", "reward_calibration")
+    assert row["cases"] is None and row["reason"] == "no pair has two gradients that the loss weighs."
+
+
 def test_pairwise_normalization_at_a_cosine_of_one_and_a_rounding_beyond() -> None:
     draw = np.random.default_rng(0)
     chosen = draw.normal(size=(200, 7))
@@ -162,7 +182,7 @@ def test_without_a_reference_there_are_reasons_instead_of_numbers() -> None:
     for row in rows:
         if row["loss"] == "token_masked":
             continue
-        needs = row["loss"] in {"dpo", "rdpo", "ipo", "dpop", "kto"} or (
+        needs = row["loss"] in {"dpo", "rdpo", "ipo", "dpop", "kto", "reward_calibration"} or (
             row["loss"] == "sppo" and not row["hyperparameters"]["reference_free"]
         )
         assert (row["reason"] is not None) == (row["cases"] is None) == needs, row["label"]

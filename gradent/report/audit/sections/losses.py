@@ -23,6 +23,12 @@ _TEXT = (
     "is another step, on the differing tokens alone, and of the pairs whose tokens were measured."
 )
 
+_ABOUT = {
+    "pairwise_normalized": ("by construction (Section 5.1 of the paper)",),
+    "token_masked": ("whose tokens were measured (Section 5.2 of the paper)",),
+    "reward_calibration": ("both weights rebalanced, alike for all pairs (Wu et al. 2026)",),
+}
+"""What a design is, in a line beside its name."""
 _OF_A_RUN = (
     "the weights that this run arrived at; a run that had trained with another loss would have arrived elsewhere"
 )
@@ -107,9 +113,7 @@ def describe_row(row: Row, own: str = ", this run's") -> str:
 def _row(row: Row, own: str, *, has_sample: bool) -> list[Cell | str]:
     lines = [describe_row(row, own)]
     if row.get("group") == "design" and row.get("cases"):
-        is_masked = row.get("loss") == "token_masked"
-        about = "whose tokens were measured (Section 5.2" if is_masked else "by construction (Section 5.1"
-        lines.append(f"{about} of the paper)")
+        lines += _ABOUT.get(str(row.get("loss")), ())
     if row.get("reason"):
         lines.append(str(row["reason"]))
     shares = [percent(share_of(row.get("cases"), case)) for case in CASES]
