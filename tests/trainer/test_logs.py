@@ -24,6 +24,7 @@ from tests.trainer.wandb_file import history, summary
 NAMES = {
     "gradent/inner", "gradent/cosine", "gradent/chosen_norm", "gradent/rejected_norm", "gradent/case/ideal",
     "gradent/case/both_down", "gradent/case/both_up", "gradent/case/reversed", "gradent/weight_ratio",
+    "gradent/band/low", "gradent/band/high",
     "gradent/chosen_change", "gradent/rejected_change", "gradent/inactive", "gradent/coverage", "gradent/overhead_s",
 }  # fmt: skip
 MOVED = {f"gradent/moved/{side}/{source}" for side in ("chosen", "rejected") for source in MOVED_SOURCES}
@@ -145,6 +146,12 @@ def test_values_are_means_over_the_window(tiny_tokenizer: PreTrainedTokenizerFas
     assert logs["gradent/chosen_norm"] == mean(lambda r: r.gram.chosen_sq.sqrt())
     assert logs["gradent/rejected_norm"] == mean(lambda r: r.gram.rejected_sq.sqrt())
     assert logs["gradent/weight_ratio"] == mean(lambda r: r.verdict.d_w / r.verdict.d_l)
+    entries = [
+        torch.cat([getattr(record.gram, name) for record in records]) for name in ("chosen_sq", "rejected_sq", "inner")
+    ]
+    chosen_sq, rejected_sq, inner = (each[entries[2] > 0] for each in entries)
+    assert len(inner) and logs["gradent/band/low"] == pytest.approx(float((inner / chosen_sq).median()))
+    assert logs["gradent/band/high"] == pytest.approx(float((rejected_sq / inner).median()))
     assert logs["gradent/chosen_change"] == mean(lambda r: r.verdict.chosen_change)
     assert logs["gradent/rejected_change"] == mean(lambda r: r.verdict.rejected_change)
     assert logs["gradent/chosen_realised"] == mean(lambda r: r.chosen_realised)

@@ -263,7 +263,11 @@ def wandb_dashboard(entity: str, project: str, *, name: str = "gradent") -> str:
             "Cases": [f"gradent/case/{case}" for case in CASES if case != "inactive"],
             "Predicted changes": ["gradent/chosen_change", "gradent/rejected_change"],
             "Realised changes": ["gradent/chosen_realised", "gradent/rejected_realised"],
-            "Weights d_w/d_l": ["gradent/weight_ratio"],
+            "Weights d_w/d_l, and the band in which case 1 holds": [
+                "gradent/weight_ratio",
+                "gradent/band/low",
+                "gradent/band/high",
+            ],
             "Overhead (s)": ["gradent/overhead_s"],
         }.items()
     ]

@@ -175,10 +175,18 @@ def summarize(records: Sequence[StepRecord]) -> dict[str, float]:
         if parts:
             values[name] = torch.cat(parts)
     scalars |= finite_means(values, "gradent/") | case_shares(case, "gradent/case/")
+    scalars |= _summarize_band([record.verdict for record in records])
     scalars |= summarize_proxies([(record.gram, record.proxies) for record in records if record.proxies is not None])
     scalars |= _summarize_unseen([record.unseen for record in records if record.unseen is not None])
     scalars |= summarize_nll([record.nll for record in records if record.nll is not None])
     return scalars | summarize_moves([part for part in (record.attribution for record in records) if part is not None])
+
+
+def _summarize_band(verdicts: Sequence[Verdict]) -> dict[str, float]:
+    """The `gradent/band/...` scalars: medians of Condition 2's bounds on d_w/d_l, over the pairs that both bind."""
+    bounds = [torch.cat([getattr(each, name) for each in verdicts]) for name in ("chosen_needs", "rejected_needs")]
+    low, high = (each[(bounds[0] > 0) & bounds[1].isfinite()] for each in bounds)
+    return {"gradent/band/low": float(low.median()), "gradent/band/high": float(high.median())} if len(low) else {}
 
 
 def _summarize_unseen(found: Sequence[Tensor]) -> dict[str, float]:
