@@ -1,4 +1,4 @@
-"""What a cure costs: a step of either of Section 5's trainers against a step of TRL's DPOTrainer.
+"""What a cure costs: a step of each of gradent's trainers against a step of TRL's DPOTrainer.
 
     python -m benchmarks.cures
 
@@ -37,6 +37,8 @@ from trl import DPOConfig, DPOTrainer
 
 from benchmarks.append import append
 from benchmarks.callback import make_data, make_tokenizer
+from gradent.trainer.adaptive_nll.config import AdaptiveNLLDPOConfig
+from gradent.trainer.adaptive_nll.trainer import AdaptiveNLLDPOTrainer
 from gradent.trainer.pairwise.config import PairwiseNormalizedDPOConfig
 from gradent.trainer.pairwise.trainer import PairwiseNormalizedDPOTrainer
 from gradent.trainer.token_masking.config import TokenMaskedDPOConfig
@@ -49,6 +51,7 @@ TRAINERS: dict[str, tuple[Any, Any]] = {
     "DPO": (DPOTrainer, DPOConfig),
     "pairwise": (PairwiseNormalizedDPOTrainer, PairwiseNormalizedDPOConfig),
     "masked": (TokenMaskedDPOTrainer, TokenMaskedDPOConfig),
+    "adaptive": (AdaptiveNLLDPOTrainer, AdaptiveNLLDPOConfig),
 }
 
 
@@ -85,14 +88,26 @@ class Steps:
         trainer.create_optimizer()
         if trainer.args.activation_checkpointing:  # as `train` does
             trainer.model.activation_checkpointing_enable({"use_reentrant": False})
+        trainer.callback_handler.optimizer = trainer.optimizer
+        self._tell("on_train_begin")
         self.seconds: list[float] = []
+
+    def _tell(self, event: str) -> None:
+        """Let the trainer's callbacks know, as `train` does: a cure may be one."""
+        trainer = self._trainer
+        getattr(trainer.callback_handler, event)(trainer.args, trainer.state, trainer.control)
 
     def take(self) -> None:
         """One step, timed."""
         since = time.process_time()
+        self._tell("on_step_begin")
         self._trainer.training_step(self._trainer.model, dict(self._batch))
+        self._tell("on_pre_optimizer_step")
         self._trainer.optimizer.step()
+        self._tell("on_optimizer_step")
         self._trainer.optimizer.zero_grad()
+        self._trainer.state.global_step += 1
+        self._tell("on_step_end")
         self.seconds.append(time.process_time() - since)
 
 
@@ -146,7 +161,7 @@ def main(
                         one.take()
             medians = {name: statistics.median(one.seconds[3:]) for name, one in every.items()}  # the first warm up
             memory = {name: peak_elsewhere(name, kind, checkpointing) for name in TRAINERS}
-            for cure in ("pairwise", "masked"):
+            for cure in (name for name in TRAINERS if name != "DPO"):
                 ratio = medians[cure] / medians["DPO"]
                 seconds = [f"{value:.3f}" for value in (medians["DPO"], medians[cure], ratio, BOUND)]
                 table.add_row(cure, kind, str(checkpointing), *seconds, f"{memory['DPO']:.0f}", f"{memory[cure]:.0f}")
