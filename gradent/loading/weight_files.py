@@ -164,6 +164,11 @@ def _refuse_without_tensors(directory: Path, kind: str | None, names: set[str]) 
             f"reads safetensors. If you trust the file, convert it once: {loader}.save_pretrained({str(directory)!r})"
         )
     wanted = ADAPTER_WEIGHTS if kind == "adapter" else "*.safetensors"
+    if kind == "full" and not (directory / "config.json").exists() and not directory.name.startswith("checkpoint-"):
+        raise ModelError(
+            f"{directory}: no weights in it (no {wanted} file), and no checkpoint-* of a run. Give what a trainer "
+            "wrote (output_dir), one of its checkpoints, or a model."
+        )
     raise ModelError(
         f"{directory}: no weights in it (no {wanted} file). It was left off while it was saved, or copied without "
         "its weights: copy it again from where the run was trained, or remove it."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -24,6 +25,12 @@ from gradent.report.terminal.tables import new_table
 from gradent.text import printable
 
 __all__ = ["print_plan", "show_plan"]
+
+_NAME, _FIGURES = 24, 56  # columns of a name at least, and of all that stands beside it
+_FORMS = (
+    "Form: what is reduced. outer: tiles of the weight gradients themselves; gram: Gram matrices of activations and "
+    "output gradients; sum: gradients of biases and norms; lookup: rows of an embedding."
+)
 
 
 def show_plan(
@@ -73,9 +80,14 @@ def show_plan(
         "rows": f"{pairs} pair{'s' * (pairs > 1)}, {tokens} tokens a row, {setting.together} at once",
         "device": f"{device_name(place)}, {str(operands).removeprefix('torch.')}, reduced by {reduced_by}",
     }
+    totals = sum_lines(lines, setting, traced.parameters)
+    facts["costs"] = (
+        f"{totals.flops / totals.pass_flops:.1%} of a forward and backward ({_flop(totals.flops)} of "
+        f"{_flop(totals.pass_flops)}), and up to {_bytes(totals.scratch)} of scratch"
+    )
     for name, fact in facts.items():
         console.print(Text(f"{name:<7} {printable(fact)}", "bold", overflow="fold"))
-    print_plan(lines, sum_lines(lines, setting, traced.parameters), setting, traced, console)
+    print_plan(lines, totals, setting, traced, console)
 
 
 def print_plan(
@@ -84,9 +96,12 @@ def print_plan(
     """Print the table and the totals."""
     kernels = setting.has_kernels
     names = ("layers", "O×I", "r", "form", *(["path"] if kernels else []), "tile", "FLOPs", "scratch", "share")
+    room = max(_NAME, console.width - _FIGURES)
     rows: list[list[str | Text]] = [
         [
-            Text(printable(line.name) + (f" ×{line.count}" if line.count > 1 else ""), overflow="fold"),
+            Text(
+                _in_lines(printable(line.name), room) + (f" ×{line.count}" if line.count > 1 else ""), overflow="fold"
+            ),
             (f"{line.slots}×" if line.slots > 1 else "") + "×".join(map(str, line.shape)),
             "" if line.rank is None else str(line.rank),
             line.form,
@@ -102,11 +117,9 @@ def print_plan(
     frozen = "" if traced.trainable == traced.parameters else ", 4·P·T for those that are frozen"
     console.print(
         Text(
-            f"Reductions: {_si(totals.flops)}FLOP, {totals.flops / totals.pass_flops:.1%} of the "
-            f"{_si(totals.pass_flops)}FLOP of one forward and backward (6·P·T for P parameters and T tokens of each row"
-            f"{frozen}).\n"
-            f"Largest scratch: {_bytes(totals.scratch)}, of a budget of {_bytes(setting.budget)}. Model and "
-            "activations come on top."
+            f"A forward and backward is 6·P·T FLOP for P parameters and T tokens of each row{frozen}. Largest scratch: "
+            f"{_bytes(totals.scratch)}, of a budget of {_bytes(setting.budget)}. Model and activations come on top.\n"
+            f"O×I: outputs and inputs of a layer; r: rank of an adapter. {_FORMS}"
         )
     )
     for remark in _remarks(lines, totals, setting, traced):
@@ -150,6 +163,21 @@ def _remarks(lines: Sequence[Line], totals: Totals, setting: CostSetting, traced
         )
     if any(line.form == "sum" and 2 * setting.itemsize * math.prod(line.shape) > setting.budget for line in lines):
         yield "sum: the two gradients of a bias or a norm are held whole, also where they are more than the budget."
+
+
+def _in_lines(name: str, room: int) -> str:
+    """A module's name, broken at its dots into lines of that many columns."""
+    lines = [""]
+    for part in re.split(r"(?<=\.)", name):
+        if lines[-1] and len(lines[-1]) + len(part) > room:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _flop(number: int) -> str:
+    text = _si(number)
+    return f"{text[:-1]} {text[-1]}FLOP" if text[-1].isalpha() else f"{text} FLOP"
 
 
 def _si(number: int) -> str:

@@ -44,8 +44,20 @@ def test_every_kind_of_layer_has_a_line() -> None:
     assert line_of(result, "model.layers.*.mlp.gate_proj")[1:5] == ["×2", "24×16", "gram", "4×4"]
     assert line_of(result, "model.norm")[1:3] == ["16", "sum"]
     assert "6·P·T" in result.stdout and "of a budget of 256 MiB" in result.stdout
+    costs = next(line for line in result.stdout.splitlines() if line.startswith("costs "))
+    assert re.search(
+        r"\d% of a forward and backward \([\d.]+ kFLOP of [\d.]+ [kM]FLOP\), and up to .* of scratch", costs
+    )
+    assert result.stdout.index("costs ") < result.stdout.index("model.embed_tokens"), "the answer comes first"
     shares = [float(share) for share in re.findall(r"(\d+\.\d)%\s*$", result.stdout, flags=re.MULTILINE)]
     assert sum(shares) == pytest.approx(100, abs=1)
+
+
+def test_a_name_is_broken_at_its_dots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = plan("--tokens", "1024").stdout.splitlines()
+    first = next(place for place, line in enumerate(lines) if "self_attn.q_proj" in line)
+    assert lines[first - 1].startswith(" model.layers.*.  ") and lines[first].startswith(" self_attn.q_proj ×2  ")
 
 
 def test_longer_rows_take_outer() -> None:
