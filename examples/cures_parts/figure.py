@@ -15,7 +15,7 @@ __all__ = ["draw"]
 
 COLOURS = {
     "DPO": "#2b2f36", "RPO 0.1": "#8a6fd1", "RPO": "#5a3fa0", "adaptive": "#c0392b", "CPO": "#c77400",
-    "SimPO": "#b23a6f", "calibrated": "#12808a", "calibrated, head": "#6fb7bd", "pairwise": "#1f6fb4",
+    "SimPO": "#b23a6f", "calibrated": "#12808a", "calibrated head": "#6fb7bd", "pairwise": "#1f6fb4",
     "masked": "#2f8f5b",
 }  # fmt: skip
 Row = dict[str, Any]

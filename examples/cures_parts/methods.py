@@ -55,7 +55,7 @@ METHODS: dict[str, Method] = {
         CPOTrainer, CPOConfig, {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.5}, reference=False
     ),
     "calibrated": Method(RewardCalibratedDPOTrainer, PairwiseNormalizedDPOConfig),
-    "calibrated, head": Method(RewardCalibratedOnHeadDPOTrainer, PairwiseNormalizedDPOConfig),
+    "calibrated head": Method(RewardCalibratedOnHeadDPOTrainer, PairwiseNormalizedDPOConfig),
     "pairwise": Method(PairwiseNormalizedDPOTrainer, PairwiseNormalizedDPOConfig),
     "masked": Method(TokenMaskedDPOTrainer, TokenMaskedDPOConfig),
 }

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from cures_parts.findings import SAME, Group
+from cures_parts.records import ELSEWHERE
 from cures_parts.words import HEAD, METHOD
 
 __all__ = ["caption", "image", "parts", "write"]
@@ -176,7 +177,12 @@ def _settings(about: dict[str, Any]) -> list[str]:
             f"head's rate of {_list(opt['masks']['mask_learning_rate'])}"
             for name, opt in one["optimizers"].items()
         ),
-        "machine": lambda one: f"{one['machine']['processor']}, one thread",
+        "machine": lambda one: "; ".join(
+            [
+                f"{one['machine']['processor']}, one thread",
+                *(f"{method}: {processor}" for method, processor in one.get(ELSEWHERE, {}).items()),
+            ]
+        ),
         "versions": lambda one: ", ".join(
             f"{name} {one['machine'][name]}" for name in ("python", "torch", "transformers", "trl")
         ),

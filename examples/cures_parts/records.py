@@ -34,6 +34,13 @@ The figures are those of `probe.FIGURES`; the masked trainer's `kept_*` are in t
 run's `seconds`.
 """
 
+ROUNDING = 0.01
+"""Log-probs after DPO's runs on two processors that lie apart by less than this share of them are of one table."""
+
+ELSEWHERE = "elsewhere"
+"""Key of the methods that were run on another processor than the rest."""
+
+_HARDWARE = ("processor", "cores")
 _WORDS = ("data", "optimizer", "phase", "method", "style")
 Row = dict[str, Any]
 
@@ -78,7 +85,9 @@ def read(out: Path) -> tuple[list[Row], dict[str, Any]]:
 
 
 def require_same(out: Path, data: str, settings: dict[str, Any]) -> None:
-    """Check that rows which are there already were obtained with these settings, machine and versions.
+    """Check that rows which are there already were obtained with these settings and versions.
+
+    Another processor is accepted: `require_equal_runs` says whether it makes other runs.
 
     Args:
         out: the directory.
@@ -91,6 +100,9 @@ def require_same(out: Path, data: str, settings: dict[str, Any]) -> None:
     _, about = read(out)
     found = {name: value for name, value in about.get(data, {}).items() if name != "seconds"}
     wanted = json.loads(json.dumps(settings))
+    for each in (found, wanted):
+        each.pop(ELSEWHERE, None)
+        each["machine"] = {name: value for name, value in each.get("machine", {}).items() if name not in _HARDWARE}
     differ = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
     if differ:
         raise typer.BadParameter(
@@ -102,12 +114,14 @@ def require_same(out: Path, data: str, settings: dict[str, Any]) -> None:
 def require_equal_runs(out: Path, rows: Sequence[Row]) -> None:
     """Check that DPO's tuning runs came out as a directory has them: then its other rows would too.
 
+    To five digits, and on another processor to `ROUNDING`: rounding is then carried on step by step.
+
     Args:
         out: the directory.
         rows: of this call so far.
 
     Raises:
-        BadParameter: they did not, to the digits that the file has.
+        BadParameter: they did not.
     """
     names = ("data", "optimizer", "style", "step", "rate")
 
@@ -115,10 +129,13 @@ def require_equal_runs(out: Path, rows: Sequence[Row]) -> None:
         picked = [row for row in of if row["phase"] == "rate" and row["method"] == "DPO"]
         return {tuple(row[name] for name in names): (row["chosen"], row["rejected"]) for row in picked}
 
-    before = tuned(read(out)[0])
+    stored, about = read(out)
+    before, here = tuned(stored), machine()["processor"]
+    same = {row["data"]: about[row["data"]]["machine"]["processor"] == here for row in rows}
     for key, values in tuned(rows).items():
         known = before.get(key, (math.nan, math.nan))
-        if not all(math.isclose(one, other, rel_tol=1e-5) for one, other in zip(known, values, strict=True)):
+        digits = 1e-5 if same[key[0]] else ROUNDING
+        if not all(math.isclose(one, other, rel_tol=digits) for one, other in zip(known, values, strict=True)):
             raise typer.BadParameter(
                 f"DPO's run of {key} comes out as {values}, and {out} has {known}; run all methods anew, without "
                 "--methods."
@@ -144,7 +161,13 @@ def write(
     new = [row for row in rows if not methods or row["method"] in methods]  # DPO's tuning runs are there already
     if methods:
         for data in mine:
-            about[data]["seconds"] += others[data]["seconds"]
+            there = others[data]
+            elsewhere = dict(there.get(ELSEWHERE, {}))
+            for method in methods:
+                elsewhere.pop(method, None)
+                if about[data]["machine"]["processor"] != there["machine"]["processor"]:
+                    elsewhere[method] = about[data]["machine"]["processor"]
+            about[data] = {**there, "seconds": there["seconds"] + about[data]["seconds"], ELSEWHERE: elsewhere}
     kept = [row for row in kept if row["data"] not in mine or (methods and row["method"] not in methods)]
     if kept:
         print(f"{out / 'data' / 'cures.csv'}: the rows of {', '.join(sorted({row['data'] for row in kept}))} stay.")

@@ -32,7 +32,7 @@ rows.rename_column("label_text", "label").to_json("tweets.jsonl")
   a mean over chosen's tokens, so that λ of the paper's Table 2, which is of the sum, is 1/|y_w|. **SimPO**: the same
   trainer with `loss_type="simpo"`, β = 0.1, γ = 0.5, no likelihood term. **calibrated**: Reward Calibration (Wu et al.
   2026) of DPO: `d_w` times and `d_l` divided by one α a step, at which their ratio is `‖g_l‖/‖g_w‖` as it is on average
-  over the batch, smoothed over steps (0.98), norms over all parameters; **calibrated, head**: over the head alone, as
+  over the batch, smoothed over steps (0.98), norms over all parameters; **calibrated head**: over the head alone, as
   published. **pairwise**: `PairwiseNormalizedDPOTrainer`
   (Section 5.1), **masked**: `TokenMaskedDPOTrainer` (Section 5.2), both on DPO's loss with β = 0.1.
 - **Learning rates.** One rate for all would compare scales of losses. DPO's rate is given; every other method gets, in

@@ -27,7 +27,7 @@ from tests.processes import call
 
 EXAMPLE = ROOT / "examples" / "cures.py"
 METHODS = [
-    "DPO", "RPO 0.1", "RPO", "adaptive", "CPO", "SimPO", "calibrated", "calibrated, head", "pairwise", "masked"
+    "DPO", "RPO 0.1", "RPO", "adaptive", "CPO", "SimPO", "calibrated", "calibrated head", "pairwise", "masked"
 ]  # fmt: skip
 
 
