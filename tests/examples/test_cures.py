@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 
 from gradent.demo.model import build_model, build_tokenizer
 from gradent.demo.statements import read_statements
@@ -278,6 +279,35 @@ def made_rows(ends: dict[str, list[tuple[float, float, float]]]) -> list[dict[st
                     {**common, "phase": "run", "method": method, "seed": float(seed), "step": float(step)} | named
                 )
     return rows
+
+
+@pytest.mark.parametrize(("processor", "chosen", "fits"), [
+    ("here", -2.0, True), ("here", -2.001, False), ("there", -2.001, True), ("there", -2.03, False),
+])  # fmt: skip
+def test_runs_elsewhere_have_to_be_the_same_to_rounding(
+    processor: str, chosen: float, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cures_parts import records  # noqa: PLC0415
+
+    row = {"data": "made", "optimizer": "SGD", "phase": "rate", "method": "DPO", "style": "s", "seed": 100.0}
+    row |= {"rate": 0.1, "step": 60.0, "chosen": -2.0, "rejected": -9.0}
+    machine = {**records.machine(), "processor": "here"}
+    records.write(tmp_path, [row], {"made": {"steps": 60, "machine": machine, "seconds": 1}})
+    monkeypatch.setattr(records, "machine", lambda: {**machine, "processor": processor})
+    records.require_same(tmp_path, "made", {"steps": 60, "machine": records.machine()})
+    again = [{**row, "chosen": chosen}]
+    if not fits:
+        with pytest.raises(typer.BadParameter, match="run all methods anew"):
+            records.require_equal_runs(tmp_path, again)
+        return
+    records.require_equal_runs(tmp_path, again)
+    new = [{**row, "phase": "run", "method": "adaptive"}]
+    rows, about = records.write(
+        tmp_path, [*again, *new], {"made": {"machine": records.machine(), "seconds": 2}}, ["adaptive"]
+    )
+    assert [(each["method"], each["chosen"]) for each in rows] == [("DPO", -2.0), ("adaptive", -2.0)]
+    assert about["made"]["machine"] == machine and about["made"]["seconds"] == 3
+    assert about["made"]["elsewhere"] == ({} if processor == "here" else {"adaptive": "there"})
 
 
 def test_calibration_balances_the_batch_and_remembers_earlier_ones() -> None:
