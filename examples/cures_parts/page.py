@@ -99,8 +99,9 @@ def _totals(every: Sequence[Group]) -> list[str]:
         dpo = [group.run("DPO", run.style, run.seed) for group, run in mine]
         moved, without = (fmean(run.change("chosen") for run in some) for some in ([run for _, run in mine], dpo))
         price = fmean(run.change("answers") for _, run in mine) - fmean(run.change("answers") for run in dpo)
+        of = "" if len(mine) == len(fallen) else f" of the {len(mine)} that it was tried in"
         lines.append(
-            f"- **{method}** raises chosen in {rises}, lets it fall by less in {rest.count(1)}, by as much in "
+            f"- **{method}** raises chosen in {rises}{of}, lets it fall by less in {rest.count(1)}, by as much in "
             f"{rest.count(0)} and by more in {rest.count(-1)}: it changes by {moved:+.2f} nats on average, under DPO "
             f"by {without:+.2f}; the log-prob of held-out SFT answers ends "
             f"{abs(price):.2f} nats {'below' if price < 0 else 'above'} DPO's on average.{_but(method, every, mine)}"
