@@ -99,7 +99,7 @@ def test_the_summary_tells_the_run(trained, tmp_path) -> None:
     assert summary["history"] is not None and len(summary["history"]["curves"]["logps/chosen"]) == 6
     assert summary["dynamics"] is not None and len(summary["dynamics"]["intervals"]) == (3 if whole else 2)
     groups = [row["group"] for row in summary["what_if"]]
-    assert groups.count("paper") == 10 and groups.count("run") == 1 and groups.count("design") == 2
+    assert groups.count("paper") == 10 and groups.count("run") == 1 and groups.count("design") == 3
     assert summary["recommendation"] is not None and summary["recommendation"]["text"]
     assert {row["property"] for row in summary["properties"]} >= {"edit_distance", "shared_suffix", "length_ratio"}
     assert summary["reference"]["kind"] == ("model" if whole else "adapter_off")

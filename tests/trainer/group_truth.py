@@ -42,6 +42,7 @@ class Step:
         states = [optimizer.state.get(part, {}) for part in model.parameters() if part.requires_grad]
         self._has_state = all("exp_avg_sq" in state for state in states)
         self._second = flat([state["exp_avg_sq"] for state in states]) if self._has_state else torch.zeros(0)
+        self._eps = float(optimizer.param_groups[0].get("eps", 0.0))
         self._steps = float(states[0]["step"]) if self._has_state else 0.0
         self.rows: list[tuple[Tensor, Tensor, Tensor]] = []  # ids, marks and weights `∂L/∂log π(y_t)` of each row
 
@@ -92,7 +93,7 @@ class Step:
         metric = frozen.metric
         if frozen.is_adam and is_new:
             second = 0.999 * self._second + 0.001 * (kept * total).square()
-            metric = 1 / ((second / (1 - 0.999 ** (self._steps + 1))).sqrt() + 1e-8)
+            metric = 1 / ((second / (1 - 0.999 ** (self._steps + 1))).sqrt() + self._eps)
         pushes = -((g * (frozen.lr * metric * frozen.fresh * kept)) @ h.T)
         same = self.group[:, None] == self.group
         own, raised = torch.eye(len(g), dtype=torch.bool), (self.weight > 0).expand_as(same)
