@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from gradent.hooks.rules import RULES
 from tests.auditing.trained import train_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +51,17 @@ def run_python(snippets: list[str], name: str) -> dict[str, object]:
     names: dict[str, object] = {"__name__": "page"}
     exec(compile("\n".join(snippets), name, "exec", dont_inherit=True), names)
     return names
+
+
+@contextmanager
+def given_in(folder: Path, world: Path) -> Iterator[None]:
+    """`folder` with what a page takes as given: my-model, my-run, pairs.jsonl. Rules that it adds are taken back."""
+    for name in ("my-model", "my-run", "pairs.jsonl"):
+        (folder / name).symlink_to(world / name)
+    rules = dict(RULES)
+    yield
+    RULES.clear()
+    RULES.update(rules)
 
 
 def train_my_run(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The documentation: its Python runs, its commands exist, formulas and messages are the code's, no name is missing."""
+"""The documentation: its commands exist, formulas and messages are the code's, no name is missing."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ import typer
 import gradent
 from gradent import EntanglementCallback, losses, proxies, trainer
 from gradent.cli.app import app
-from gradent.hooks.rules import RULES
-from tests.pages import GIVEN, NOT_RUN, ROOT, commands, fences, run_python, train_my_run
+from tests.pages import GIVEN, NOT_RUN, ROOT, commands, fences, given_in, run_python, train_my_run
 
 PAGES = {path.name: path.read_text("utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 
@@ -35,14 +34,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """What a page finds: my-model, my-run, pairs.jsonl. Rules that it registers are taken back."""
-    for name in ("my-model", "my-run", "pairs.jsonl"):
-        (tmp_path / name).symlink_to(world / name)
     monkeypatch.chdir(tmp_path)
-    rules = dict(RULES)
-    yield tmp_path
-    RULES.clear()
-    RULES.update(rules)
+    with given_in(tmp_path, world):
+        yield tmp_path
 
 
 @pytest.mark.parametrize(("page", "line"), list(NOT_RUN))

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gradent.hooks.rules import RULES
-from tests.pages import GIVEN, NOT_RUN, ROOT, WHOLE, fences, train_my_run
+from tests.pages import GIVEN, NOT_RUN, ROOT, WHOLE, fences, given_in, train_my_run
 from tests.report.run_records import pair_rows, write_pairs
 
 PAGES = {path.name: path.read_text("utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
@@ -62,9 +61,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A clean folder with what pages take as given; `gradent` is on the PATH. Rules that a page adds are taken back."""
-    for name in ("my-model", "my-run", "pairs.jsonl"):
-        (tmp_path / name).symlink_to(world / name)
+    """A clean folder with what pages take as given; `gradent` is on the PATH."""
     (tmp_path / "rollouts.jsonl").write_text("".join(fences(PAGES["tokens.md"], "json")), "utf-8")
     programs = tmp_path.parent / "programs"
     programs.mkdir(exist_ok=True)
@@ -73,10 +70,8 @@ def folder(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.chdir(tmp_path)
-    rules = dict(RULES)
-    yield tmp_path
-    RULES.clear()
-    RULES.update(rules)
+    with given_in(tmp_path, world):
+        yield tmp_path
 
 
 def type_line(line: str) -> str:
