@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradent.losses.designs import counting
+from gradent.losses.designs import counting, rebalanced_weights
 from gradent.trainer.pairwise.row_norms import RowNorms
 from gradent.trainer.pairwise.trainer import PairwiseNormalizedDPOTrainer
 
@@ -45,8 +45,8 @@ class RewardCalibratedDPOTrainer(PairwiseNormalizedDPOTrainer):
             self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * middle
             self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
         wanted = self._mean / self._weight if self._weight else 0.0
-        alpha = (0.5 * (wanted - (d_w / d_l).log())).exp()
-        return alpha * d_w, d_l / alpha, (alpha * d_w + d_l / alpha) / 2
+        chosen, rejected = rebalanced_weights(d_w, d_l, wanted)
+        return chosen, rejected, (chosen + rejected) / 2
 
 
 class RewardCalibratedOnHeadDPOTrainer(RewardCalibratedDPOTrainer):

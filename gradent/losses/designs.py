@@ -16,7 +16,10 @@ from gradent.errors import InputError
 from gradent.losses.base import NORMS, Loss, PairTerms
 from gradent.losses.table import DPO
 
-__all__ = ["NEGLIGIBLE", "SCALES", "Design", "PairwiseNormalized", "TokenMasked", "counting", "normalized_weights"]
+__all__ = [
+    "NEGLIGIBLE", "SCALES", "Design", "PairwiseNormalized", "TokenMasked", "counting", "normalized_weights",
+    "rebalanced_weights",
+]  # fmt: skip
 
 SCALES = ("loss", "weight", "constant")
 """What `C_i` may be: see `PairwiseNormalized`."""
@@ -58,6 +61,13 @@ def normalized_weights(
         scales = (d_w + d_l) / 2 if scale == "weight" else torch.ones_like(chosen_norm)
     scales = factor * scales
     return (scales / chosen_norm).where(has_chosen, 0.0), (scales / rejected_norm).where(has_rejected, 0.0), scales
+
+
+def rebalanced_weights(d_w: Tensor, d_l: Tensor, log_ratio: Tensor | float) -> tuple[Tensor, Tensor]:
+    """`d_w` times and `d_l` divided by the factor at which the logarithm of their ratio is `log_ratio`."""
+    # Source: Reward Calibration (Wu et al. 2026), α = exp(½ (log r* − log r)).
+    alpha = (0.5 * (log_ratio - (d_w / d_l).log())).exp()
+    return alpha * d_w, d_l / alpha
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from gradent.auditing.analysis.steps import SampleStep
 from gradent.auditing.analysis.token_masking import mask_row
 from gradent.errors import GradentError
 from gradent.losses import Loss
+from gradent.losses.designs import rebalanced_weights
 from gradent.record.table import Table
 from gradent.theory.conditions import CASES, Verdict
 
@@ -127,8 +128,7 @@ def _with_nll(
 
 def _calibrate(judged: Verdict | str) -> Verdict | str:
     """The verdict with both weights rebalanced to the middle of the two bounds, on average over the pairs."""
-    # Source: Wu et al. 2026, Reward Calibration: d_w times and d_l divided by α = exp(½(log r* − log d_w/d_l)), with r*
-    # the geometric mean of Condition 2's bounds, ‖g_l‖/‖g_w‖.
+    # The geometric mean of Condition 2's bounds is ‖g_l‖/‖g_w‖.
     if isinstance(judged, str):
         return judged
     gram, d_w, d_l = judged.gram, judged.d_w, judged.d_l
@@ -136,8 +136,8 @@ def _calibrate(judged: Verdict | str) -> Verdict | str:
     if not bool(both.any()):
         return "no pair has two gradients that the loss weighs."
     middle = (gram.rejected_sq[both] / gram.chosen_sq[both]).double().log().mean() / 2
-    alpha = (0.5 * (middle - (d_w / d_l).log())).exp().where(both, 1.0)
-    return Verdict.from_weights(gram, alpha * d_w, d_l / alpha)
+    weights = rebalanced_weights(d_w, d_l, middle)
+    return Verdict.from_weights(gram, *(new.where(both, old) for new, old in zip(weights, (d_w, d_l), strict=True)))
 
 
 def _try(loss: Loss, table: Table) -> Verdict | str:
