@@ -8,6 +8,7 @@ from typing import Any
 
 __all__ = [
     "NOTHING",
+    "all_pairs",
     "beats_a_coin",
     "change",
     "count",
@@ -93,6 +94,11 @@ def change(first: float | None, last: float | None, error: float | None = None) 
 def plural(amount: int, noun: str) -> str:
     """A number of things."""
     return f"{amount:,} {noun}" + ("" if amount == 1 else "s")
+
+
+def all_pairs(amount: int) -> str:
+    """A whole sample in words."""
+    return "the only pair" if amount == 1 else f"all {plural(amount, 'pair')}"
 
 
 def step_name(step: float | None) -> str:

@@ -199,9 +199,5 @@ def _render_tokens(tokens: dict[str, Any]) -> Iterator[RenderableType]:
         yield table
 
 
-def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.3g}"
-
-
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"

@@ -12,6 +12,7 @@ from gradent.report.audit.sections.steps import STEP
 from gradent.report.page.cases import share_of
 from gradent.report.page.html import Section
 from gradent.report.page.numbers import (
+    all_pairs,
     beats_a_coin,
     change,
     fixed,
@@ -69,7 +70,7 @@ def _describe_finding(summary: Summary) -> str:
     if not pairs:
         return "Nothing was measured"
     sample = _sample_step(summary)
-    cases, where = (summary["cases"], "each pair alone") if sample is None else (sample["cases"], _the_pairs(pairs))
+    cases, where = (summary["cases"], "each pair alone") if sample is None else (sample["cases"], all_pairs(pairs))
     shares = {case: share_of_pairs(share_of(cases, case), pairs) for case in ("ideal", "both_down")}
     of = "" if sample is not None else f" of {plural(pairs, 'pair')}"
     return (
@@ -82,10 +83,6 @@ def _sample_step(summary: Summary) -> Row | None:
     """What one step on the whole sample does at the last checkpoint; None where it was not measured."""
     rows: Sequence[Row] = (summary["steps"] or {}).get("sample") or []
     return rows[-1] if rows and rows[-1].get("cases") else None
-
-
-def _the_pairs(pairs: int) -> str:
-    return "the only pair" if pairs == 1 else f"all {plural(pairs, 'pair')}"
 
 
 def change_chart(records: AuditRecords) -> Chart | None:
@@ -169,7 +166,7 @@ def _big_numbers(records: AuditRecords) -> list[BigNumber]:
             if sample is None:
                 numbers.append(BigNumber(name, alone, f"a step on each alone, of {plural(pairs, 'pair')}"))
                 continue
-            of = f"a step on {_the_pairs(pairs)}; on each alone {alone}"
+            of = f"a step on {all_pairs(pairs)}; on each alone {alone}"
             numbers.append(BigNumber(name, share_of_pairs(share_of(sample["cases"], case), pairs), of))
     before = f"{fixed(first.quantile('cosine', 0.5))} at {step_name(first.step)}" if first is not last else ""
     numbers.append(BigNumber("Median cosine of a pair's gradients", fixed(last.quantile("cosine", 0.5)), before))
@@ -195,7 +192,7 @@ def _describe_moved(records: AuditRecords) -> str:
         return ""
     step = f"at {step_name(row.get('step'))}" if len(records.measured) > 1 else "from these weights"
     return (
-        f"One step of plain gradient descent on the mean loss of all {plural(int(row['pairs']), 'pair')} {step}, in "
+        f"One step of plain gradient descent on the mean loss of {all_pairs(int(row['pairs']))} {step}, in "
         f"units of a response's own push. Mean {'. Mean '.join(sentences)}."
     )
 

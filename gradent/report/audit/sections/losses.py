@@ -29,6 +29,7 @@ _ABOUT = {
     "reward_calibration": ("both weights rebalanced, alike for all pairs (Wu et al. 2026)",),
 }
 """What a design is, in a line beside its name."""
+_OF_THE_RUN = ", this run's"  # behind the name of the loss that the run was trained with
 _OF_A_RUN = (
     "the weights that this run arrived at; a run that had trained with another loss would have arrived elsewhere"
 )
@@ -77,7 +78,7 @@ def _distinct(rows: Sequence[Row]) -> list[Row]:
 
 
 def _whose(records: AuditRecords) -> str:
-    return ", this run's" if records.summary["run"] is not None else ", the loss asked about"
+    return _OF_THE_RUN if records.summary["run"] is not None else ", the loss asked about"
 
 
 def loss_bars(records: AuditRecords) -> Bars | None:
@@ -90,7 +91,7 @@ def loss_bars(records: AuditRecords) -> Bars | None:
     )
 
 
-def loss_table(rows: Sequence[Row], caption: str, folded: str = "", own: str = ", this run's") -> Table:
+def loss_table(rows: Sequence[Row], caption: str, folded: str = "", own: str = _OF_THE_RUN) -> Table:
     """A row a loss, with shares, ratio and bounds; a loss without numbers says why."""
     has_sample = any(row.get("sample") for row in rows)
     header = [
@@ -102,7 +103,7 @@ def loss_table(rows: Sequence[Row], caption: str, folded: str = "", own: str = "
     return Table(header, [_row(row, own, has_sample=has_sample) for row in rows], folded, caption, figures_from=1)
 
 
-def describe_row(row: Row, own: str = ", this run's") -> str:
+def describe_row(row: Row, own: str = _OF_THE_RUN) -> str:
     """A loss's name; the audit's own is marked as such."""
     name = str(row.get("label") or row.get("loss") or "a loss")
     if row.get("loss") == "token_masked" and row.get("cases"):

@@ -13,7 +13,7 @@ from gradent.report.audit.sections.layers import bare_name
 from gradent.report.audit.sections.records import AuditRecords, Row
 from gradent.report.audit.sections.steps import STEP
 from gradent.report.page.html import Section
-from gradent.report.page.numbers import count, number, percent, plural, signed_number, step_name
+from gradent.report.page.numbers import all_pairs, count, number, percent, plural, signed_number, step_name
 from gradent.report.page.parts import Cell, Table
 from gradent.report.page.unit import StepUnit
 
@@ -37,10 +37,8 @@ def sample_section(records: AuditRecords) -> Section | None:
     if len(rows) > 1:
         parts += [_part_chart(rows, side, unit) for side in _SIDES]
     parts.append(_part_table(rows, unit))
-    pairs = int(last["pairs"])
-    whole = "the only pair" if pairs == 1 else f"all {plural(pairs, 'pair')}"
     text = (
-        f"One step of plain gradient descent on the mean loss of {whole}: what it "
+        f"One step of plain gradient descent on the mean loss of {all_pairs(int(last['pairs']))}: what it "
         f"adds to each response's log-prob, to first order, in {unit}. Own: the response's "
         "own gradient. Partner: the other response of its pair. Others: all other pairs. This is nearer to training "
         "than a step on a pair alone, which is own and partner. It has no optimizer in it: Adam's preconditioner and "
